@@ -1,0 +1,485 @@
+"""The architecture of one DeepSeek-V4 model, read from a ``config.json``.
+
+:meth:`Config.from_hf` understands the published files and what transformers writes, in both spellings of the layer
+schedule (``compress_ratios`` or ``layer_types``), of hash routing (``num_hash_layers`` or ``mlp_layer_types``) and of
+the rotary tables (``rope_scaling`` or ``rope_parameters``). It refuses what it does not know: a field that could change
+the mathematics is never skipped, and all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dsv4_convert.errors import BadInput, listed
+
+
+_V = TypeVar("_V")
+
+
+class Attention(StrEnum):
+    """What a layer attends to besides its sliding window (paper section 2.3)."""
+
+    SLIDING = "sliding_attention"
+    CSA = "compressed_sparse_attention"
+    HCA = "heavily_compressed_attention"
+
+
+#: ``compress_ratios`` of the published files -> kind of attention.
+_KIND_OF_RATIO = {0: Attention.SLIDING, 4: Attention.CSA, 128: Attention.HCA}
+
+_HASH, _LEARNED = "hash_moe", "moe"
+
+#: Fields with exactly one supported value; absent means that value.
+_FIXED: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "scoring_func": "sqrtsoftplus",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+
+#: Fields that do not touch the mathematics of a forward pass over the backbone, by name.
+_IGNORED = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dspark_block_size",
+        "dspark_markov_rank",
+        "dspark_noise_token_id",
+        "dspark_target_layer_ids",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+#: Integer fields that must be present and positive, under the name that they also have here.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+)
+
+#: Real fields that must be present and positive.
+_REALS = ("hc_eps", "rms_norm_eps", "routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension of the compressed layers' rotary table. No attention factor: the model applies none."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every architecture number of one model. Field names are those of the published ``config.json``.
+
+    Per-layer facts are tuples of length ``num_hidden_layers``: ``attention`` and ``hash_routed``. The stages after the
+    backbone (``mtp.N``) are counted, not described: they are window-only blocks in every release.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    sliding_window: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    routed_scaling_factor: float
+    swiglu_limit: float
+    rope_theta: float
+    compress_rope_theta: float
+    yarn: Yarn | None
+    max_position_embeddings: int
+    attention: tuple[Attention, ...]
+    hash_routed: tuple[bool, ...]
+    csa_ratio: int = 4
+    hca_ratio: int = 128
+    num_mtp_stages: int = 0
+    #: Declared storage of the routed experts ("fp4", "fp8"), None where the file does not say (the first V4-Flash
+    #: revision): then the tensors themselves tell.
+    expert_dtype: str | None = None
+    #: Tile of an FP8 weight that shares one scale, None for an unquantised checkpoint.
+    weight_block_size: tuple[int, int] | None = None
+
+    def ratio(self, layer: int) -> int:
+        """Tokens per compressed entry of ``layer``; 0 for a window-only layer."""
+        return {Attention.SLIDING: 0, Attention.CSA: self.csa_ratio, Attention.HCA: self.hca_ratio}[
+            self.attention[layer]
+        ]
+
+    @property
+    def hc_mixes(self) -> int:
+        """Rows of a hyper-connection's ``fn``: N for pre, N for post, N*N for comb."""
+        return (2 + self.hc_mult) * self.hc_mult
+
+    @classmethod
+    def from_file(cls, path: Path) -> Config:
+        """Read a ``config.json``. Raises :class:`BadInput` naming the file and every problem in it."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such file; a checkpoint needs its config.json beside the shards") from None
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{path}: not a readable JSON file ({error})") from None
+        return cls.from_hf(raw, where=str(path))
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
+        """Build from the parsed JSON of a published ``config.json`` or of one that transformers wrote.
+
+        Raises:
+            BadInput: unknown, missing, unsupported or contradicting fields, all of them in one message.
+        """
+        return _Reader(raw, where).config()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Config:
+        """Rebuild what :meth:`to_json` wrote."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(data) != known:
+            raise BadInput(f"stored dsv4 config: fields differ: {sorted(set(data) ^ known)}")
+        values = dict(data)
+        values["attention"] = tuple(Attention(kind) for kind in values["attention"])
+        values["hash_routed"] = tuple(values["hash_routed"])
+        values["yarn"] = Yarn(**values["yarn"]) if values["yarn"] is not None else None
+        block = values["weight_block_size"]
+        values["weight_block_size"] = None if block is None else (int(block[0]), int(block[1]))
+        return cls(**values)
+
+
+class _Reader:
+    """Takes fields out of a raw config one by one; what is left over at the end is unknown."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        if not isinstance(raw, Mapping):
+            raise BadInput(f"{where}: expected a JSON object, found {type(raw).__name__}")
+        self.left = dict(raw)
+        self.where = where
+        self.problems: list[str] = []
+
+    def config(self) -> Config:
+        self._refuse_other_models()
+        for name, wanted in _FIXED.items():
+            found = self.left.pop(name, wanted)
+            if found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
+                self._bad(f"{name}: only {wanted!r} is supported, found {found!r}")
+        values: dict[str, Any] = {name: self._size(name) for name in _SIZES}
+        values |= {name: self._real(name) for name in _REALS}
+        layers = values["num_hidden_layers"]
+        rates = self._compress_rates()
+        attention, stages = self._schedule(layers, rates)
+        values |= self._rope(values)
+        values |= {
+            "attention": attention,
+            "hash_routed": self._hash_routed(layers),
+            "csa_ratio": rates[Attention.CSA],
+            "hca_ratio": rates[Attention.HCA],
+            "num_mtp_stages": stages,
+        }
+        values |= self._quantization()
+        for name in list(self.left):
+            if name in _IGNORED:
+                del self.left[name]
+        for name, value in self.left.items():
+            self._bad(f"{name}: unknown field (value {_short(value)}); it may change the mathematics")
+        self._cross_check(values)
+        if self.problems:
+            raise BadInput(
+                f"{self.where}: not a DeepSeek-V4 architecture that dsv4 knows, "
+                f"{len(self.problems)} problem(s):\n{listed(self.problems)}"
+            )
+        return Config(**values)
+
+    def _bad(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def _refuse_other_models(self) -> None:
+        if "dim" in self.left and "n_layers" in self.left:
+            raise BadInput(
+                f"{self.where}: this is the config of DeepSeek's inference code (inference/config.json); "
+                "pass the config.json at the top of the repository"
+            )
+        model_type = self.left.get("model_type")
+        if model_type != "deepseek_v4":
+            found = "no model_type" if model_type is None else f"model_type {model_type!r}"
+            raise BadInput(
+                f"{self.where}: expected model_type 'deepseek_v4', found {found}; dsv4 converts DeepSeek-V4 "
+                "(Flash, Pro, their Base and dated releases), other architectures are not supported"
+            )
+
+    def _size(self, name: str, default: int | None = None) -> int:
+        value = self.left.pop(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self._bad(f"{name}: expected a positive integer, found {_short(value) if value is not None else 'nothing'}")
+            return 1
+        return value
+
+    def _real(self, name: str) -> float:
+        value = self.left.pop(name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self._bad(f"{name}: expected a positive number, found {_short(value) if value is not None else 'nothing'}")
+            return 1.0
+        return float(value)
+
+    def _compress_rates(self) -> dict[Attention, int]:
+        rates = {Attention.CSA: 4, Attention.HCA: 128}
+        given = self.left.pop("compress_rates", None)
+        if given is None:
+            return rates
+        if not isinstance(given, Mapping) or set(given) != {kind.value for kind in rates}:
+            self._bad(f"compress_rates: expected the keys {[kind.value for kind in rates]}, found {_short(given)}")
+            return rates
+        for kind in rates:
+            value = given[kind.value]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                self._bad(f"compress_rates.{kind.value}: expected a positive integer, found {_short(value)}")
+            else:
+                rates[kind] = value
+        return rates
+
+    def _schedule(self, layers: int, rates: Mapping[Attention, int]) -> tuple[tuple[Attention, ...], int]:
+        """Kind of attention per backbone layer, and the number of stages after the backbone."""
+        nextn = self.left.pop("num_nextn_predict_layers", 0)
+        if isinstance(nextn, bool) or not isinstance(nextn, int) or nextn < 0:
+            self._bad(f"num_nextn_predict_layers: expected a count, found {_short(nextn)}")
+            nextn = 0
+        spelled: dict[str, tuple[Attention, ...]] = {}
+        stages = nextn
+        ratios = self.left.pop("compress_ratios", None)
+        if ratios is not None:
+            kinds = self._kinds("compress_ratios", ratios, _KIND_OF_RATIO, at_least=layers)
+            # Entries past the backbone belong to the mtp stages. The dated releases hold three stages although
+            # num_nextn_predict_layers stays 1, so the schedule is the one to believe.
+            if kinds is not None:
+                spelled["compress_ratios"] = kinds[:layers]
+                stages = max(nextn, len(kinds) - layers)
+                if any(kind is not Attention.SLIDING for kind in kinds[layers:]):
+                    self._bad(f"compress_ratios: entries past layer {layers - 1} (mtp) must be 0: {ratios[layers:]}")
+        types = self.left.pop("layer_types", None)
+        if types is not None:
+            kinds = self._kinds("layer_types", types, {kind.value: kind for kind in Attention}, exactly=layers)
+            if kinds is not None:
+                spelled["layer_types"] = kinds
+        if ratios is None and types is None:
+            self._bad("layer schedule: expected compress_ratios or layer_types, found neither")
+        if len(set(spelled.values())) > 1:
+            self._bad("compress_ratios and layer_types contradict each other")
+        if ratios is not None and (rates[Attention.CSA], rates[Attention.HCA]) != (4, 128):
+            self._bad("compress_rates and compress_ratios contradict each other: compress_ratios implies 4 and 128")
+        return next(iter(spelled.values()), (Attention.SLIDING,) * layers), stages
+
+    def _kinds(
+        self, name: str, given: Any, table: Mapping[Any, _V], *, exactly: int = 0, at_least: int = 0
+    ) -> tuple[_V, ...] | None:
+        if not isinstance(given, list):
+            self._bad(f"{name}: expected a list, found {_short(given)}")
+            return None
+        if (exactly and len(given) != exactly) or len(given) < at_least:
+            wanted = exactly or at_least
+            self._bad(f"{name}: expected {wanted} entries (num_hidden_layers), found {len(given)}")
+            return None
+        wrong = sorted({_short(v) for v in given if isinstance(v, bool) or not isinstance(v, int | str) or v not in table})
+        if wrong:
+            self._bad(f"{name}: expected entries out of {list(table)}, found {', '.join(wrong)}")
+            return None
+        return tuple(table[value] for value in given)
+
+    def _hash_routed(self, layers: int) -> tuple[bool, ...]:
+        spelled: dict[str, tuple[bool, ...]] = {}
+        count = self.left.pop("num_hash_layers", None)
+        if count is not None:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                self._bad(f"num_hash_layers: expected a count, found {_short(count)}")
+            else:
+                spelled["num_hash_layers"] = tuple(layer < count for layer in range(layers))
+        types = self.left.pop("mlp_layer_types", None)
+        if types is not None:
+            kinds = self._kinds("mlp_layer_types", types, {_HASH: True, _LEARNED: False}, exactly=layers)
+            if kinds is not None:
+                spelled["mlp_layer_types"] = kinds
+        if count is None and types is None:
+            self._bad("routing: expected num_hash_layers or mlp_layer_types, found neither")
+        if len(set(spelled.values())) > 1:
+            self._bad("num_hash_layers and mlp_layer_types contradict each other")
+        return next(iter(spelled.values()), (False,) * layers)
+
+    def _rope(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        dims: dict[str, int] = {}
+        if "qk_rope_head_dim" in self.left:
+            dims["qk_rope_head_dim"] = self._size("qk_rope_head_dim")
+        factors = {"partial_rotary_factor": self.left.pop("partial_rotary_factor", None)}
+        tables: dict[str, Yarn | None] = {}
+        scaling = self.left.pop("rope_scaling", None)
+        if scaling is not None:
+            tables["rope_scaling"] = self._yarn("rope_scaling", scaling)
+        parameters = self.left.pop("rope_parameters", None)
+        if parameters is not None:
+            nested = isinstance(parameters, Mapping) and {"main", "compress"} <= set(parameters)
+            if nested and all(isinstance(parameters[key], Mapping) for key in ("main", "compress")):
+                main, compress = dict(parameters["main"]), dict(parameters["compress"])
+                for key in set(parameters) - {"main", "compress"}:
+                    self._bad(f"rope_parameters.{key}: unknown field")
+                for name, table, theta in (("main", main, "rope_theta"), ("compress", compress, "compress_rope_theta")):
+                    found = table.pop("rope_theta", None)
+                    if found != values[theta]:
+                        self._bad(f"rope_parameters.{name}.rope_theta: {theta} says {values[theta]}, found {found!r}")
+                    factors[f"rope_parameters.{name}.partial_rotary_factor"] = table.pop("partial_rotary_factor", None)
+                if self._yarn("rope_parameters.main", main) is not None:
+                    self._bad("rope_parameters.main: the table of window-only layers must not be scaled (type default)")
+                tables["rope_parameters"] = self._yarn("rope_parameters.compress", compress)
+            else:
+                tables["rope_parameters"] = self._yarn("rope_parameters", parameters)
+        for name, factor in factors.items():
+            if factor is None:
+                continue
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+                self._bad(f"{name}: expected a fraction of head_dim, found {_short(factor)}")
+            else:
+                dims[name] = round(values["head_dim"] * factor)
+        if not dims:
+            self._bad("qk_rope_head_dim: expected a positive integer, found nothing")
+        if len(set(dims.values())) > 1:
+            self._bad(f"rotary width: these contradict each other: {dims}")
+        if len(set(tables.values())) > 1:
+            self._bad("rope_scaling and rope_parameters contradict each other")
+        return {"qk_rope_head_dim": next(iter(dims.values()), 2), "yarn": next(iter(tables.values()), None)}
+
+    def _yarn(self, name: str, given: Any) -> Yarn | None:
+        if not isinstance(given, Mapping):
+            self._bad(f"{name}: expected an object, found {_short(given)}")
+            return None
+        left = dict(given)
+        kinds = {left.pop(key) for key in ("type", "rope_type") if isinstance(left.get(key), str)}
+        if kinds <= {"default"}:
+            for key in left:
+                self._bad(f"{name}.{key}: unknown field of an unscaled rotary table")
+            return None
+        if kinds != {"yarn"}:
+            self._bad(f"{name}: expected type 'yarn' or 'default', found {sorted(kinds)}")
+            return None
+        if left.pop("attention_factor", 1.0) != 1.0:
+            self._bad(f"{name}.attention_factor: the model applies none, only 1.0 is supported")
+        numbers: dict[str, float] = {}
+        for key in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
+            value = left.pop(key, None)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                self._bad(f"{name}.{key}: expected a positive number, found {_short(value)}")
+                value = 1
+            numbers[key] = value
+        for key in left:
+            self._bad(f"{name}.{key}: unknown field")
+        return Yarn(
+            factor=float(numbers["factor"]),
+            beta_fast=float(numbers["beta_fast"]),
+            beta_slow=float(numbers["beta_slow"]),
+            original_max_position_embeddings=int(numbers["original_max_position_embeddings"]),
+        )
+
+    def _quantization(self) -> dict[str, Any]:
+        spelled = {"expert_dtype": self.left.pop("expert_dtype", None)}
+        quant = self.left.pop("quantization_config", None)
+        block: tuple[int, int] | None = None
+        if isinstance(quant, Mapping):
+            left = dict(quant)
+            spelled["quantization_config.expert_dtype"] = left.pop("expert_dtype", None)
+            wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
+            for key, value in wanted.items():
+                found = left.pop(key, value)
+                if found != value:
+                    self._bad(f"quantization_config.{key}: only {value!r} is supported, found {found!r}")
+            size = left.pop("weight_block_size", None)
+            if size != [128, 128]:
+                self._bad(f"quantization_config.weight_block_size: only [128, 128] is supported, found {_short(size)}")
+            else:
+                block = (128, 128)
+            # What transformers adds when it has loaded and saves: how to load, nothing about the stored bytes.
+            for key in ("dequantize", "modules_to_not_convert"):
+                left.pop(key, None)
+            for key in left:
+                self._bad(f"quantization_config.{key}: unknown field (value {_short(left[key])})")
+        elif quant is not None:
+            self._bad(f"quantization_config: expected an object, found {_short(quant)}")
+        named = {name: value for name, value in spelled.items() if value is not None}
+        for name, value in named.items():
+            if value not in ("fp4", "fp8"):
+                self._bad(f"{name}: expected 'fp4' or 'fp8', found {_short(value)}")
+        if len(set(map(str, named.values()))) > 1:
+            self._bad(f"expert_dtype: these contradict each other: {named}")
+        return {"expert_dtype": next(iter(named.values()), None), "weight_block_size": block}
+
+    def _cross_check(self, values: Mapping[str, Any]) -> None:
+        """Relations between fields; only worth asking when every field could be read."""
+        if self.problems:
+            return
+        v = values
+        relations = (
+            (v["qk_rope_head_dim"] % 2 == 0, "qk_rope_head_dim must be even (pairs are rotated)"),
+            (v["qk_rope_head_dim"] <= v["head_dim"], "qk_rope_head_dim must not exceed head_dim"),
+            (v["qk_rope_head_dim"] <= v["index_head_dim"], "qk_rope_head_dim must not exceed index_head_dim"),
+            (v["num_attention_heads"] % v["o_groups"] == 0, "num_attention_heads must be a multiple of o_groups"),
+            (v["num_experts_per_tok"] <= v["n_routed_experts"], "num_experts_per_tok must not exceed n_routed_experts"),
+        )
+        for holds, problem in relations:
+            if not holds:
+                self._bad(problem)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,643 @@
+"""THE table: which checkpoint tensor becomes which model parameter, how, and in which dtype.
+
+One :class:`Rule` per parameter. A name is looked up by its *template*: the name with every purely numeric component
+replaced by ``{}``, so ``layers.12.ffn.experts.7.w1.weight`` is found under ``layers.{}.ffn.experts.{}.w1.weight`` with
+the numbers (12, 7). A lookup is exact, never a prefix match, so no rule can swallow a neighbour. The same rows are read
+in both directions, and :func:`resolve` proves for one checkpoint that every tensor has exactly one use and every
+parameter is filled exactly once.
+
+Dialects (``Dialect``):
+
+* ``published``: DeepSeek's repositories, ``layers.N.attn.wq_a.weight`` beside ``layers.N.attn.wq_a.scale``.
+* ``transformers``: what ``save_pretrained`` of transformers 5.23.0 writes, ``model.layers.N.attn.wq_a.weight``.
+* ``module``: attribute names of transformers' modules, ``model.layers.N.self_attn.q_a_proj.weight``, which other tools
+  write; routed experts either one by one or fused as ``experts.gate_up_proj`` (gate rows first).
+
+Parameter paths follow the published names, because that is what people search for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.errors import BadInput, UsageError, listed
+
+#: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
+TABLE_VERSION = 1
+
+
+class Dialect(StrEnum):
+    """A spelling of tensor names."""
+
+    PUBLISHED = "published"
+    TRANSFORMERS = "transformers"
+    MODULE = "module"
+
+
+class Transform(StrEnum):
+    """How the stored matrix becomes the parameter."""
+
+    NONE = "none"
+    #: ``[out, in] -> [in, out]``, so that the model computes ``x @ w``.
+    TRANSPOSE = "transpose"
+    #: ``[groups * out, in] -> [groups, in, out]``: the block-diagonal first half of the output projection.
+    GROUPED = "grouped"
+
+
+class Kind(StrEnum):
+    """The dtype contract of a tensor: what a checkpoint may hold, and what the conversion makes of it."""
+
+    #: FP8 with 128x128 scales in a release; BF16 or F32 in a full-precision copy. Follows ``--dtype``.
+    LINEAR = "linear"
+    #: A routed expert: packed FP4 with 32-wide scales, or like LINEAR. Follows ``--dtype``.
+    EXPERT = "expert"
+    #: BF16 in a release and never quantised. Follows ``--dtype``.
+    PLAIN = "plain"
+    #: A norm weight: BF16 in a release, F32 where transformers saved it; keeps the dtype that it has.
+    NORM = "norm"
+    #: F32 everywhere, never narrowed.
+    FLOAT32 = "float32"
+    #: An index table, I64 on disk, never through a float.
+    INTEGER = "integer"
+
+
+#: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
+_PLAIN_DTYPES = frozenset({"BF16", "F32"})
+_ACCEPTED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
+    Kind.LINEAR: (_PLAIN_DTYPES, frozenset({"F8_E4M3"})),
+    Kind.EXPERT: (_PLAIN_DTYPES, frozenset({"F8_E4M3", "I8", "U8"})),
+    Kind.PLAIN: (_PLAIN_DTYPES, frozenset()),
+    Kind.NORM: (_PLAIN_DTYPES, frozenset()),
+    Kind.FLOAT32: (frozenset({"F32"}), frozenset()),
+    Kind.INTEGER: (frozenset({"I64", "I32"}), frozenset()),
+}
+_SCALE_DTYPES = frozenset({"F8_E8M0", "F32"})
+_PACKED = frozenset({"I8", "U8"})
+
+
+class When(StrEnum):
+    """The layers in which a per-layer parameter exists."""
+
+    ALWAYS = "always"
+    COMPRESSED = "compressed (CSA, HCA)"
+    CSA = "CSA"
+    HASH = "hash-routed"
+    LEARNED = "learned routing"
+
+    def holds(self, config: Config, layer: int) -> bool:
+        """Whether the parameter exists in ``layer``."""
+        match self:
+            case When.ALWAYS:
+                return True
+            case When.COMPRESSED:
+                return config.attention[layer] is not Attention.SLIDING
+            case When.CSA:
+                return config.attention[layer] is Attention.CSA
+            case When.HASH:
+                return config.hash_routed[layer]
+            case When.LEARNED:
+                return not config.hash_routed[layer]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One row: one parameter, or one per layer, or one stack of experts per layer."""
+
+    path: str
+    published: str
+    module: str
+    #: Symbolic published shape, e.g. ``"HC R"``; the symbols are explained by :func:`sizes`.
+    shape: str
+    kind: Kind
+    transform: Transform = Transform.NONE
+    when: When = When.ALWAYS
+    #: Name under ``save_pretrained`` where it is not simply ``model.`` + published.
+    saved: str | None = None
+    #: Fused module tensor that holds the whole stack, and which half of its rows (None: all of them).
+    fused: str | None = None
+    half: int | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the parameter exists once per layer."""
+        return self.path.startswith("layers.{}.")
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether the checkpoint holds one tensor per expert, stacked to ``[E, ...]`` in the model."""
+        return self.kind is Kind.EXPERT
+
+    def template(self, dialect: Dialect) -> str:
+        """The name of the tensor in ``dialect``, numbers as ``{}``."""
+        match dialect:
+            case Dialect.PUBLISHED:
+                return self.published
+            case Dialect.TRANSFORMERS:
+                return self.saved or "model." + self.published
+            case Dialect.MODULE:
+                return self.module
+
+    def scale_template(self, dialect: Dialect) -> str | None:
+        """The name of the scale tensor beside a quantised weight; None where the rule or the dialect has none."""
+        if self.kind not in (Kind.LINEAR, Kind.EXPERT) or dialect is Dialect.TRANSFORMERS:
+            return None
+        stem = self.template(dialect).removesuffix(".weight")
+        return stem + (".scale" if dialect is Dialect.PUBLISHED else ".weight_scale_inv")
+
+    def source_shape(self, config: Config, layer: int | None) -> tuple[int, ...]:
+        """Shape of the unpacked source tensor (of one expert, for a stack), as published: ``[out, in]``."""
+        known = sizes(config, layer)
+        return tuple(known[symbol] for symbol in self.shape.split())
+
+    def target_shape(self, config: Config, layer: int | None) -> tuple[int, ...]:
+        """Shape of the model's parameter."""
+        shape = self.source_shape(config, layer)
+        match self.transform:
+            case Transform.TRANSPOSE:
+                shape = shape[::-1]
+            case Transform.GROUPED:
+                shape = (config.o_groups, shape[1], shape[0] // config.o_groups)
+            case Transform.NONE:
+                pass
+        return (config.n_routed_experts, *shape) if self.per_expert else shape
+
+
+def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
+    """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
+    ratio = config.ratio(layer) if layer is not None else 0
+    overlap = 2 if layer is not None and config.attention[layer] is Attention.CSA else 1
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "N": config.hc_mult,
+        "M": config.hc_mixes,
+        "ND": config.hc_mult * config.hidden_size,
+        "H": config.num_attention_heads,
+        "C": config.head_dim,
+        "HC": config.num_attention_heads * config.head_dim,
+        "R": config.q_lora_rank,
+        "GO": config.o_groups * config.o_lora_rank,
+        "HC/G": config.num_attention_heads * config.head_dim // config.o_groups,
+        "r": ratio,
+        "oC": overlap * config.head_dim,
+        "Hi": config.index_n_heads,
+        "Ci": config.index_head_dim,
+        "2Ci": 2 * config.index_head_dim,
+        "HiCi": config.index_n_heads * config.index_head_dim,
+        "E": config.n_routed_experts,
+        "K": config.num_experts_per_tok,
+        "I": config.moe_intermediate_size,
+        "1": 1,
+        "3": 3,
+    }
+
+
+def _layer(
+    path: str, module: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, when: When = When.ALWAYS,
+    *, weight: bool = True, saved: str | None = None, fused: str | None = None, half: int | None = None,
+) -> Rule:  # fmt: skip
+    """A per-layer row; ``weight`` says whether the checkpoint's name ends in ``.weight``."""
+    stack = path.replace("experts.w", "experts.{}.w") if kind is Kind.EXPERT else path
+    return Rule(
+        path="layers.{}." + path,
+        published="layers.{}." + stack + (".weight" if weight else ""),
+        module="model.layers.{}." + module,
+        shape=shape,
+        kind=kind,
+        transform=transform,
+        when=when,
+        saved=None if saved is None else "model.layers.{}." + saved,
+        fused=None if fused is None else "model.layers.{}." + fused,
+        half=half,
+    )
+
+
+def _hyper_connection(path: str, module: str) -> tuple[Rule, ...]:
+    return tuple(
+        _layer(f"{path}_{part}", f"{module}.{part}", shape, Kind.FLOAT32, weight=False)
+        for part, shape in (("fn", "M ND"), ("base", "M"), ("scale", "3"))
+    )
+
+
+def _compressor(path: str, module: str, width: str, normed: str, when: When) -> tuple[Rule, ...]:
+    return (
+        _layer(f"{path}.ape", f"{module}.position_bias", f"r {width}", Kind.FLOAT32, when=when, weight=False),
+        _layer(f"{path}.wkv", f"{module}.kv_proj.weight", f"{width} D", Kind.PLAIN, Transform.TRANSPOSE, when),
+        _layer(f"{path}.wgate", f"{module}.gate_proj.weight", f"{width} D", Kind.PLAIN, Transform.TRANSPOSE, when),
+        _layer(f"{path}.norm", f"{module}.kv_norm.weight", normed, Kind.NORM, when=when),
+    )
+
+
+_T = Transform.TRANSPOSE
+
+RULES: tuple[Rule, ...] = (
+    Rule(path="embed", published="embed.weight", module="model.embed_tokens.weight",
+         saved="model.embed_tokens.weight", shape="V D", kind=Kind.PLAIN),
+    *_hyper_connection("hc_attn", "attn_hc"),
+    _layer("attn_norm", "input_layernorm.weight", "D", Kind.NORM),
+    _layer("attn.wq_a", "self_attn.q_a_proj.weight", "R D", Kind.LINEAR, _T),
+    _layer("attn.q_norm", "self_attn.q_a_norm.weight", "R", Kind.NORM),
+    _layer("attn.wq_b", "self_attn.q_b_proj.weight", "HC R", Kind.LINEAR, _T),
+    _layer("attn.wkv", "self_attn.kv_proj.weight", "C D", Kind.LINEAR, _T),
+    # save_pretrained of 5.23.0 writes this one norm under another name than it was read from.
+    _layer("attn.kv_norm", "self_attn.kv_norm.weight", "C", Kind.NORM, saved="attn.norm.weight"),
+    _layer("attn.attn_sink", "self_attn.sinks", "H", Kind.FLOAT32, weight=False),
+    *_compressor("attn.compressor", "self_attn.compressor", "oC", "C", When.COMPRESSED),
+    _layer("attn.indexer.wq_b", "self_attn.compressor.indexer.q_b_proj.weight", "HiCi R", Kind.LINEAR, _T, When.CSA),
+    _layer("attn.indexer.weights_proj", "self_attn.compressor.indexer.scorer.weights_proj.weight", "Hi D",
+           Kind.PLAIN, _T, When.CSA),
+    *_compressor("attn.indexer.compressor", "self_attn.compressor.indexer", "2Ci", "Ci", When.CSA),
+    _layer("attn.wo_a", "self_attn.o_a_proj.weight", "GO HC/G", Kind.LINEAR, Transform.GROUPED),
+    _layer("attn.wo_b", "self_attn.o_b_proj.weight", "D GO", Kind.LINEAR, _T),
+    *_hyper_connection("hc_ffn", "ffn_hc"),
+    _layer("ffn_norm", "post_attention_layernorm.weight", "D", Kind.NORM),
+    _layer("ffn.gate.weight", "mlp.gate.weight", "E D", Kind.PLAIN, _T, weight=False),
+    _layer("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "E", Kind.FLOAT32, when=When.LEARNED, weight=False),
+    _layer("ffn.gate.tid2eid", "mlp.gate.tid2eid", "V K", Kind.INTEGER, when=When.HASH, weight=False),
+    _layer("ffn.experts.w1", "mlp.experts.{}.gate_proj.weight", "I D", Kind.EXPERT, _T,
+           fused="mlp.experts.gate_up_proj", half=0),
+    _layer("ffn.experts.w2", "mlp.experts.{}.down_proj.weight", "D I", Kind.EXPERT, _T,
+           fused="mlp.experts.down_proj"),
+    _layer("ffn.experts.w3", "mlp.experts.{}.up_proj.weight", "I D", Kind.EXPERT, _T,
+           fused="mlp.experts.gate_up_proj", half=1),
+    _layer("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj.weight", "I D", Kind.LINEAR, _T),
+    _layer("ffn.shared_experts.w2", "mlp.shared_experts.down_proj.weight", "D I", Kind.LINEAR, _T),
+    _layer("ffn.shared_experts.w3", "mlp.shared_experts.up_proj.weight", "I D", Kind.LINEAR, _T),
+    Rule(path="hc_head_fn", published="hc_head_fn", module="model.hc_head.hc_fn",
+         saved="model.hc_head.hc_fn", shape="N ND", kind=Kind.FLOAT32),
+    Rule(path="hc_head_base", published="hc_head_base", module="model.hc_head.hc_base",
+         saved="model.hc_head.hc_base", shape="N", kind=Kind.FLOAT32),
+    Rule(path="hc_head_scale", published="hc_head_scale", module="model.hc_head.hc_scale",
+         saved="model.hc_head.hc_scale", shape="1", kind=Kind.FLOAT32),
+    Rule(path="norm", published="norm.weight", module="model.norm.weight", shape="D", kind=Kind.NORM),
+    Rule(path="head", published="head.weight", module="lm_head.weight", saved="head.weight", shape="V D",
+         kind=Kind.PLAIN, transform=_T),
+)  # fmt: skip
+
+#: First component of names that are left out on purpose, and why.
+DROPS: dict[str, str] = {
+    "mtp": "speculative-decoding stage; the backbone's forward pass does not use it",
+}
+
+#: A component that no DeepSeek-V4 text backbone has -> the feature that it belongs to.
+_FOREIGN: dict[str, str] = {
+    "engram": "V4.1 engram memory",
+    "vision": "vision encoder",
+    "aligner": "vision aligner",
+    "bias_vl": "vision routing bias",
+    "image_newline": "vision tokens",
+    "image_begin": "vision tokens",
+    "image_end": "vision tokens",
+}
+
+
+def template(name: str) -> tuple[str, tuple[int, ...]]:
+    """Split a name into its template and its numbers: ``("layers.{}.attn_norm.weight", (12,))``.
+
+    Only canonical decimals count as numbers, so ``layers.01.…`` and ``layers.１.…`` stay unknown names.
+    """
+    parts = name.split(".")
+    numbers = []
+    for i, part in enumerate(parts):
+        if part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0") and len(part) < 10:
+            numbers.append(int(part))
+            parts[i] = "{}"
+    return ".".join(parts), tuple(numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What one tensor name is for."""
+
+    rule: Rule
+    layer: int | None
+    expert: int | None
+    is_scale: bool = False
+    #: The tensor holds the whole stack of experts.
+    fused: bool = False
+
+
+#: Template of a tensor -> (rule, is a scale, is fused); a fused tensor may serve two rules.
+_Entry = tuple[Rule, bool, bool]
+
+
+def _index(dialect: Dialect) -> dict[str, list[_Entry]]:
+    table: dict[str, list[_Entry]] = {}
+    for rule in RULES:
+        table.setdefault(rule.template(dialect), []).append((rule, False, False))
+        scale = rule.scale_template(dialect)
+        if scale is not None:
+            table.setdefault(scale, []).append((rule, True, False))
+        if dialect is Dialect.MODULE and rule.fused is not None:
+            table.setdefault(rule.fused, []).append((rule, False, True))
+    return table
+
+
+_INDEX = {dialect: _index(dialect) for dialect in Dialect}
+
+
+def lookup(name: str, dialect: Dialect) -> tuple[Use, ...]:
+    """Every use of ``name`` under ``dialect``: one, two for a fused gate/up tensor, none if the name is unknown."""
+    key, numbers = template(name)
+    uses = []
+    for rule, is_scale, fused in _INDEX[dialect].get(key, ()):
+        layer = numbers[0] if rule.per_layer else None
+        expert = numbers[1] if rule.per_expert and not fused else None
+        uses.append(Use(rule, layer, expert, is_scale, fused))
+    return tuple(uses)
+
+
+def drop_reason(name: str) -> str | None:
+    """Why a tensor is left out on purpose; None for every other name."""
+    head, _, rest = name.partition(".")
+    return DROPS.get(head) if rest else None
+
+
+def layer_of(name: str) -> int | None:
+    """The backbone layer that a tensor of any dialect belongs to; None for model-level and dropped tensors."""
+    key, numbers = template(name)
+    return numbers[0] if key.startswith(("layers.{}.", "model.layers.{}.")) else None
+
+
+def detect_dialect(names: Iterable[str]) -> Dialect:
+    """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
+    names = list(names)
+    known = {dialect: sum(1 for name in names if lookup(name, dialect)) for dialect in Dialect}
+    best = max(Dialect, key=lambda dialect: known[dialect])
+    if not known[best]:
+        raise BadInput(
+            f"none of the {len(names)} tensor names is one of a DeepSeek-V4 checkpoint "
+            f"(first: {', '.join(sorted(names)[:3]) or 'none'}); `dsv4 names` lists the names that are known"
+        )
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a checkpoint says of one tensor: safetensors dtype name and stored shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensor(s) that one parameter, or one expert of a stack, is made of."""
+
+    weight: str
+    scale: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of the model with the tensors that fill it.
+
+    ``sources`` has one entry per expert for a stack, one for everything else; a fused stack has one entry for all.
+    """
+
+    path: str
+    rule: Rule
+    layer: int | None
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    fused: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is a stack of experts filled from one tensor per expert."""
+        return self.rule.per_expert and not self.fused
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason."""
+
+    dialect: Dialect
+    leaves: tuple[Leaf, ...]
+    dropped: Mapping[str, str]
+
+
+def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
+    """Every parameter of the model (or of the chosen layers and the model level): path, rule, layer."""
+    chosen = range(config.num_hidden_layers) if layers is None else layers
+    for rule in RULES:
+        if not rule.per_layer:
+            yield rule.path, rule, None
+    for layer in chosen:
+        for rule in RULES:
+            if rule.per_layer and rule.when.holds(config, layer):
+                yield rule.path.format(layer), rule, layer
+
+
+def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """The chosen layers, sorted; all of them for None. Raises :class:`UsageError` for one that does not exist."""
+    if layers is None:
+        return tuple(range(config.num_hidden_layers))
+    chosen = tuple(sorted(set(layers)))
+    wrong = [layer for layer in chosen if not 0 <= layer < config.num_hidden_layers]
+    if wrong or not chosen:
+        raise UsageError(
+            f"layers {wrong or 'none'}: this model has the layers 0 to {config.num_hidden_layers - 1} "
+            "(mtp stages are not layers)"
+        )
+    return chosen
+
+
+def resolve(
+    stored: Mapping[str, Stored],
+    config: Config,
+    *,
+    layers: Iterable[int] | None = None,
+    dialect: Dialect | None = None,
+    where: str = "checkpoint",
+) -> Resolution:
+    """Prove that the tensors of a checkpoint and the parameters of the model cover each other exactly.
+
+    With ``layers`` only those and the model-level parameters are asked for; tensors of other layers are neither used
+    nor required, but they still have to be known names.
+
+    Raises:
+        BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
+            without weight; all of them in one message.
+    """
+    dialect = dialect or detect_dialect(stored)
+    chosen = check_layers(config, layers)
+    problems: list[str] = []
+    dropped: dict[str, str] = {}
+    foreign: dict[str, list[str]] = {}
+    for name in stored:
+        reason = drop_reason(name)
+        if reason is not None:
+            dropped[name] = reason
+            continue
+        uses = lookup(name, dialect)
+        if not uses:
+            feature = next((_FOREIGN[part] for part in name.split(".") if part in _FOREIGN), None)
+            if feature is None:
+                problems.append(f"{name}: unknown tensor {_describe(stored[name])}")
+            else:
+                foreign.setdefault(feature, []).append(name)
+            continue
+        problems += _misplaced(name, uses[0], config)
+    for feature, names in foreign.items():
+        problems.append(f"{feature} is not supported: {len(names)} tensor(s) such as {names[0]}")
+
+    used: set[str] = set()
+    leaves = []
+    for path, rule, layer in parameters(config, chosen):
+        leaf = _leaf(path, rule, layer, config, dialect, stored)
+        problems += _check_leaf(leaf, config, stored)
+        for source in leaf.sources:
+            used.add(source.weight)
+            if source.scale is not None:
+                used.add(source.scale)
+        leaves.append(leaf)
+    for name in stored.keys() - used - dropped.keys():
+        uses = lookup(name, dialect)
+        if uses and not _misplaced(name, uses[0], config) and (uses[0].layer is None or uses[0].layer in chosen):
+            what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
+            problems.append(f"{name}: {what}")
+    if problems:
+        raise BadInput(
+            f"{where}: {len(problems)} problem(s) between its tensors ({dialect} names) and its config.json:\n"
+            f"{listed(sorted(problems))}\n"
+            "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
+        )
+    return Resolution(dialect, tuple(leaves), dropped)
+
+
+def _describe(stored: Stored) -> str:
+    return f"{stored.dtype} {list(stored.shape)}"
+
+
+def _misplaced(name: str, use: Use, config: Config) -> list[str]:
+    """A known name in a place where this model has no such parameter."""
+    if use.layer is not None:
+        if use.layer >= config.num_hidden_layers:
+            return [f"{name}: the config has only {config.num_hidden_layers} layers"]
+        if not use.rule.when.holds(config, use.layer):
+            kind = f"{config.attention[use.layer]}, {'hash' if config.hash_routed[use.layer] else 'learned'} routing"
+            return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
+    if use.expert is not None and use.expert >= config.n_routed_experts:
+        return [f"{name}: the config has only {config.n_routed_experts} experts"]
+    return []
+
+
+def _leaf(
+    path: str, rule: Rule, layer: int | None, config: Config, dialect: Dialect, stored: Mapping[str, Stored]
+) -> Leaf:
+    fused = (
+        dialect is Dialect.MODULE and rule.fused is not None and layer is not None and rule.fused.format(layer) in stored
+    )
+    shape, target = rule.source_shape(config, layer), rule.target_shape(config, layer)
+    if fused and rule.fused is not None:
+        sources: tuple[Source, ...] = (Source(rule.fused.format(layer), None),)
+    else:
+        numbers = [(layer, expert) for expert in range(config.n_routed_experts)] if rule.per_expert else [(layer,)]
+        scale_template = rule.scale_template(dialect)
+        sources = tuple(
+            _source(rule.template(dialect), scale_template, number if layer is not None else (), stored)
+            for number in numbers
+        )
+    return Leaf(path, rule, layer, shape, target, sources, fused)
+
+
+def _source(
+    weight: str, scale: str | None, numbers: tuple[int | None, ...], stored: Mapping[str, Stored]
+) -> Source:
+    scale_name = scale.format(*numbers) if scale is not None else None
+    return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
+
+
+def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
+    """Presence, dtype and shape of every source of one parameter."""
+    rule = leaf.rule
+    bare, scaled = _ACCEPTED[rule.kind]
+    forms = set()
+    for source in leaf.sources:
+        weight = stored.get(source.weight)
+        if weight is None:
+            yield f"{source.weight}: missing (fills {leaf.path})"
+            continue
+        scale = stored[source.scale] if source.scale is not None else None
+        accepted = scaled if scale is not None else bare
+        forms.add((weight.dtype, scale.dtype if scale is not None else None))
+        if weight.dtype not in accepted:
+            if scale is None and weight.dtype in scaled:
+                yield f"{source.weight}: {weight.dtype} codes without their scale tensor"
+            else:
+                beside = "with a scale" if scale is not None else "without a scale"
+                yield f"{source.weight}: expected {' or '.join(sorted(accepted)) or 'no scale'} {beside}, found {weight.dtype}"
+            continue
+        wanted = leaf.source_shape
+        packed = weight.dtype in _PACKED
+        if packed:
+            wanted = (wanted[0], -(-wanted[1] // 2))
+        if leaf.fused:
+            wanted = (config.n_routed_experts, wanted[0] * (2 if rule.half is not None else 1), wanted[1])
+        if weight.shape != wanted:
+            yield f"{source.weight}: expected shape {list(wanted)}, found {_describe(weight)}"
+        if scale is not None:
+            block = (1, 32) if packed else (128, 128)
+            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
+            if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
+                yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"
+        if rule.kind is Kind.EXPERT and scale is not None and config.expert_dtype is not None:
+            declared = {"fp4": True, "fp8": False}[config.expert_dtype]
+            if declared != packed:
+                yield f"{source.weight}: config.json declares {config.expert_dtype} experts, found {_describe(weight)}"
+    if len(forms) > 1:
+        yield f"{leaf.path}: its experts are stored in different forms: {sorted(map(str, forms))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """One name, in every spelling."""
+
+    path: str
+    rule: Rule
+    spellings: Mapping[Dialect, tuple[str, ...]]
+
+
+def explain(name: str) -> tuple[Explanation, ...]:
+    """What a tensor name of any dialect, or a parameter path, stands for; the other spellings with its numbers.
+
+    Raises:
+        UsageError: nothing in the table has that name; names that come close are listed.
+    """
+    found: dict[str, Explanation] = {}
+    for dialect in Dialect:
+        for use in lookup(name, dialect):
+            found.setdefault(use.rule.path, _explanation(use.rule, use.layer, use.expert))
+    key, numbers = template(name)
+    for rule in RULES:
+        if key == rule.path:
+            found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, None))
+    if not found:
+        raise UsageError(f"{name}: not a tensor or parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
+    return tuple(found.values())
+
+
+def _explanation(rule: Rule, layer: int | None, expert: int | None) -> Explanation:
+    def spell(text: str) -> str:
+        numbers = [f"{layer}" if layer is not None else "N", f"{expert}" if expert is not None else "E"]
+        return text.format(*numbers[: text.count("{}")])
+
+    spellings = {}
+    for dialect in Dialect:
+        names = [rule.template(dialect), rule.scale_template(dialect)]
+        if dialect is Dialect.MODULE:
+            names.append(rule.fused)
+        spellings[dialect] = tuple(spell(text) for text in names if text is not None)
+    return Explanation(spell(rule.path), rule, spellings)
+
+
+def _close(key: str) -> list[str]:
+    import difflib
+
+    every = sorted({text for table in _INDEX.values() for text in table} | {rule.path for rule in RULES})
+    return difflib.get_close_matches(key, every, n=4, cutoff=0.3)

@@ -1,0 +1,183 @@
+"""Taps: the named intermediate activations that model, golden, tolerances and report speak of.
+
+One row per tap, in the order of execution, so that "the first diverging tap" is the first diverging row. Names follow
+the parameters: ``attn.wq_a`` is the output of the projection ``attn.wq_a``, ``attn.q_norm`` the output of that norm.
+A full name is ``layers.12.attn.wq_a`` or, for the model level, ``embed``.
+
+Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
+rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``
+heads and head width of the indexer, ``k`` chosen entries, ``G`` output groups, ``O`` output rank per group,
+``E`` experts, ``K`` experts per token, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.errors import UsageError
+
+
+class Values(StrEnum):
+    """How a tap is compared."""
+
+    #: Real numbers, under a tolerance.
+    REAL = "real"
+    #: Chosen indices, compared as a set per token; stored ascending, -1 (none) last.
+    CHOICE = "choice"
+
+
+class Where(StrEnum):
+    """The layers that have the tap."""
+
+    LAYER = "every layer"
+    COMPRESSED = "CSA and HCA layers"
+    CSA = "CSA layers"
+    LEARNED = "layers with learned routing"
+    BEFORE = "model, before the layers"
+    AFTER = "model, after the layers"
+
+    def holds(self, config: Config, layer: int | None) -> bool:
+        """Whether ``layer`` (None: the model level) has the tap."""
+        if layer is None:
+            return self in (Where.BEFORE, Where.AFTER)
+        match self:
+            case Where.LAYER:
+                return True
+            case Where.COMPRESSED:
+                return config.attention[layer] is not Attention.SLIDING
+            case Where.CSA:
+                return config.attention[layer] is Attention.CSA
+            case Where.LEARNED:
+                return not config.hash_routed[layer]
+            case _:
+                return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """One row: name within its layer, shape letters, meaning."""
+
+    name: str
+    shape: str
+    meaning: str
+    where: Where = Where.LAYER
+    values: Values = Values.REAL
+    #: For a choice: the tap that holds the scores it was chosen by.
+    scores: str | None = None
+
+
+def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:
+    return (
+        Tap(f"{path}.wkv", f"B S {width}", "values to pool", where),
+        Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", where),
+        Tap(f"{path}.pooled", f"B T {entry}", "gated sum of each block", where),
+        Tap(f"{path}.norm", f"B T {entry}", "pooled entries after their norm", where),
+        Tap(f"{path}.entries", f"B T {entry}", "compressed entries, rotated to the first position of their block", where),
+    )
+
+
+def _hyper_connection(path: str) -> tuple[Tap, ...]:
+    return (
+        Tap(f"{path}.pre", "B S N", "weights that collapse the streams, hc_eps included"),
+        Tap(f"{path}.post", "B S N", "weights that spread the output over the streams"),
+        Tap(f"{path}.comb", "B S N N", "doubly stochastic mixing of the streams, [from, to]"),
+        Tap(f"{path}.collapsed", "B S D", "the collapsed stream"),
+    )
+
+
+TAPS: tuple[Tap, ...] = (
+    Tap("embed", "B S D", "token embedding", Where.BEFORE),
+    Tap("input", "B S N D", "streams entering the layer"),
+    *_hyper_connection("hc_attn"),
+    Tap("attn_norm", "B S D", "input of the attention"),
+    Tap("attn.wq_a", "B S R", "low-rank query"),
+    Tap("attn.q_norm", "B S R", "low-rank query after its norm; feeds the indexer too"),
+    Tap("attn.wq_b", "B S H C", "queries"),
+    Tap("attn.q", "B S H C", "queries after the weightless norm per head"),
+    Tap("attn.q_rope", "B S H C", "rotated queries"),
+    Tap("attn.wkv", "B S C", "the shared key = value"),
+    Tap("attn.kv_norm", "B S C", "key = value after its norm"),
+    Tap("attn.kv_rope", "B S C", "rotated key = value"),
+    *_compressor("attn.compressor", "W", "C", Where.COMPRESSED),
+    *_compressor("attn.indexer.compressor", "2Ci", "Ci", Where.CSA),
+    Tap("attn.indexer.q_rope", "B S Hi Ci", "rotated indexer queries", Where.CSA),
+    Tap("attn.indexer.weights_proj", "B S Hi", "weight of each indexer head, before scaling", Where.CSA),
+    Tap("attn.indexer.scores", "B S T", "index scores, before the causal mask", Where.CSA),
+    Tap("attn.indexer.chosen", "B S k", "entries that each query attends to", Where.CSA, Values.CHOICE,
+        "attn.indexer.scores"),
+    Tap("attn.context", "B S H C", "attention output per head, still rotated"),
+    Tap("attn.context_unrotated", "B S H C", "attention output after the inverse rotation"),
+    Tap("attn.wo_a", "B S G O", "grouped low-rank output"),
+    Tap("attn.wo_b", "B S D", "output of the attention"),
+    Tap("hc_attn.streams", "B S N D", "streams after the attention half"),
+    *_hyper_connection("hc_ffn"),
+    Tap("ffn_norm", "B S D", "input of the experts"),
+    Tap("ffn.gate.logits", "B S E", "router logits"),
+    Tap("ffn.gate.scores", "B S E", "scores that experts are chosen by, correction bias included", Where.LEARNED),
+    Tap("ffn.gate.experts", "B S K", "chosen experts", Where.LAYER, Values.CHOICE, "ffn.gate.scores"),
+    Tap("ffn.gate.weights", "B S K", "routing weights, in the order of ffn.gate.experts"),
+    Tap("ffn.experts", "B S D", "weighted sum of the routed experts"),
+    Tap("ffn.shared_experts", "B S D", "output of the shared expert"),
+    Tap("ffn", "B S D", "routed plus shared"),
+    Tap("hc_ffn.streams", "B S N D", "streams leaving the layer"),
+    Tap("hc_head.pre", "B S N", "weights of the head's collapse", Where.AFTER),
+    Tap("hc_head", "B S D", "collapsed streams", Where.AFTER),
+    Tap("norm", "B S D", "input of the output head", Where.AFTER),
+    Tap("logits", "B S V", "logits", Where.AFTER),
+)  # fmt: skip
+
+_BY_NAME = {tap.name: tap for tap in TAPS}
+
+
+def taps_of(config: Config, layer: int | None) -> tuple[Tap, ...]:
+    """The taps of one layer, or of the model level (None), in order of execution."""
+    return tuple(tap for tap in TAPS if tap.where.holds(config, layer))
+
+
+def full_name(tap: Tap, layer: int | None) -> str:
+    """``layers.12.attn.wq_a`` or ``embed``."""
+    return tap.name if layer is None else f"layers.{layer}.{tap.name}"
+
+
+def by_name(name: str) -> tuple[Tap, int | None]:
+    """The tap and layer of a full name. Raises :class:`UsageError` for an unknown one."""
+    layer: int | None = None
+    rest = name
+    if name.startswith("layers."):
+        _, number, rest = name.split(".", 2) if name.count(".") >= 2 else (None, "", name)
+        layer = int(number) if number.isascii() and number.isdecimal() else None
+    tap = _BY_NAME.get(rest)
+    if tap is None or (layer is None) != (tap.where in (Where.BEFORE, Where.AFTER)):
+        raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
+    return tap, layer
+
+
+def select(names: Iterable[str], patterns: Iterable[str]) -> Iterator[str]:
+    """The full names that match any pattern, by shell rules, against the full name or the name within the layer.
+
+    Raises:
+        UsageError: a pattern that matches nothing, with close names.
+    """
+    names = list(names)
+    patterns = list(patterns)
+    matched = {pattern: [name for name in names if _matches(name, pattern)] for pattern in patterns}
+    for pattern, found in matched.items():
+        if not found:
+            raise UsageError(f"{pattern}: matches no tap of this run; close ones: {', '.join(_close(pattern))}")
+    chosen = {name for found in matched.values() for name in found}
+    yield from (name for name in names if name in chosen)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    short = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(short, pattern)
+
+
+def _close(name: str) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, list(_BY_NAME), n=4, cutoff=0.0)
