@@ -1,0 +1,128 @@
+"""Attention of one layer: a sliding window, and beside it the compressed past (paper section 2.3).
+
+Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
+``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv4_convert.config import Attention as Kind
+from dsv4_convert.config import Config
+from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.indexer import Indexer, chosen_mask
+from dsv4_convert.model.norm import rms_norm, unit_rms
+from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.rope import frequencies, rotate
+
+
+class Attention(nnx.Module):
+    """Multi-query attention whose single key head is also its value.
+
+    1. q = unit_rms(q_norm(x wq_a) wq_b) per head, kv = kv_norm(x wkv); both rotated.
+    2. A query sees the last ``sliding_window`` tokens, itself included, and the compressed entries of complete blocks:
+       all of them (HCA) or the indexer's choice (CSA).
+    3. One softmax over both, with a learned sink per head in the denominator; scores scaled by C^-0.5.
+    4. The context is turned back by the query's position, since values carry the keys' rotation.
+    5. Heads in G groups, each through its own low-rank matrix ``wo_a``, then together through ``wo_b``.
+    """
+
+    def __init__(self, config: Config, layer: int) -> None:
+        self.config = config
+        self.layer = layer
+        heads, width = config.num_attention_heads, config.head_dim
+        self.wq_a = parameter(config.hidden_size, config.q_lora_rank)
+        self.q_norm = parameter(config.q_lora_rank)
+        self.wq_b = parameter(config.q_lora_rank, heads * width)
+        self.wkv = parameter(config.hidden_size, width)
+        self.kv_norm = parameter(width)
+        self.attn_sink = parameter(heads)
+        self.wo_a = parameter(config.o_groups, heads * width // config.o_groups, config.o_lora_rank)
+        self.wo_b = parameter(config.o_groups * config.o_lora_rank, config.hidden_size)
+        self.compressor = _compressor(config, layer)
+        self.indexer = Indexer(config) if config.attention[layer] is Kind.CSA else None
+
+    def __call__(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps
+    ) -> Float[Array, "B S D"]:
+        """Attention over one prompt. ``positions`` are those of the rotary table; order is that of the tokens."""
+        config = self.config
+        batch, tokens, _ = x.shape
+        eps = config.rms_norm_eps
+        table = frequencies(config, self.layer)
+
+        q_low_rank = taps("q_norm", rms_norm(taps("wq_a", linear(x, self.wq_a[...])), self.q_norm[...], eps))
+        q = linear(q_low_rank, self.wq_b[...]).reshape(batch, tokens, config.num_attention_heads, config.head_dim)
+        q = taps("q", unit_rms(taps("wq_b", q), eps))
+        q = taps("q_rope", rotate(q, positions, table))
+        kv = taps("kv_norm", rms_norm(taps("wkv", linear(x, self.wkv[...])), self.kv_norm[...], eps))
+        kv = taps("kv_rope", rotate(kv, positions, table))
+
+        seen = jnp.broadcast_to(window_mask(tokens, config.sliding_window), (batch, tokens, tokens))
+        if self.compressor is not None:
+            entries = self.compressor(x, positions, table, taps.within("compressor."))
+            visible = block_mask(tokens, self.compressor.ratio)
+            chosen = jnp.broadcast_to(visible, (batch, *visible.shape))
+            if self.indexer is not None:
+                index = self.indexer(x, q_low_rank, positions, visible, table, taps.within("indexer."))
+                chosen = chosen_mask(index, entries.shape[1])
+            kv = jnp.concatenate([kv, entries], axis=1)
+            seen = jnp.concatenate([seen, chosen], axis=2)
+
+        context = taps("context", attend(q, kv, seen, self.attn_sink[...]))
+        context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
+        grouped = context.reshape(batch, tokens, config.o_groups, -1)
+        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
+        return taps("wo_b", linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+
+
+def _compressor(config: Config, layer: int) -> Compressor | None:
+    """CSA's blocks overlap, so each token projects to two series of values; HCA's do not."""
+    kind, width = config.attention[layer], config.head_dim
+    if kind is Kind.SLIDING:
+        return None
+    projected = 2 * width if kind is Kind.CSA else width
+    return Compressor(config.hidden_size, width, config.ratio(layer), projected, eps=config.rms_norm_eps)
+
+
+def window_mask(tokens: int, window: int) -> Bool[Array, "S S"]:
+    """[query, key]: the ``window`` tokens up to and including the query."""
+    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def block_mask(tokens: int, ratio: int) -> Bool[Array, "S T"]:
+    """[query, entry]: entries of blocks that are complete at the query, the query's own token included."""
+    return jnp.arange(tokens // ratio)[None, :] < (jnp.arange(tokens)[:, None] + 1) // ratio
+
+
+def attend(
+    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
+) -> Float[Array, "B S H C"]:
+    """Softmax attention over keys that are also the values, with a sink per head that adds to the denominator only.
+
+    Scores, softmax and the sum over values in float32; the probabilities are rounded to the dtype of ``kv``.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bshc,bxc->bhsx", q, kv, precision=highest, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    sinks = sink.astype(jnp.float32)[None, :, None, None]
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+    weights = jnp.exp(scores - peak)
+    shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
+    context = jnp.einsum(
+        "bhsx,bxc->bshc", shares.astype(kv.dtype), kv, precision=highest, preferred_element_type=jnp.float32
+    )
+    return context.astype(q.dtype)
+
+
+def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:
+    """Every group of heads through its own matrix."""
+    highest = jax.lax.Precision.HIGHEST
+    product = jnp.einsum("bsgi,gio->bsgo", x, w.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)

@@ -1,0 +1,112 @@
+"""One layer: an attention half and an expert half, each inside a hyper-connection.
+
+Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv4_convert.config import Config
+from dsv4_convert.model.attention import Attention
+from dsv4_convert.model.experts import Experts, SharedExpert
+from dsv4_convert.model.hyper_connection import Mix, mix, spread
+from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.parameters import parameter
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.router import Router, Routing
+
+
+class Routed(NamedTuple):
+    """The expert half up to the experts: their input ``x`` ``[B, S, D]``, the routing, and the way back."""
+
+    x: Array
+    routing: Routing
+    mixing: Mix
+
+
+class FeedForward(nnx.Module):
+    """Router, routed experts and shared expert. ``experts`` is None where the caller computes them itself."""
+
+    def __init__(self, config: Config, layer: int, *, with_experts: bool) -> None:
+        self.gate = Router(config, layer)
+        self.experts = Experts(config) if with_experts else None
+        self.shared_experts = SharedExpert(config)
+
+
+class Block(nnx.Module):
+    """One layer of the backbone.
+
+    With ``with_experts=False`` the block holds everything but the routed experts, which are nearly all of a layer's
+    weights: a caller that streams them calls :meth:`route`, computes them one by one, and calls :meth:`combine`.
+    """
+
+    def __init__(self, config: Config, layer: int, *, with_experts: bool = True) -> None:
+        self.config = config
+        mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
+        self.hc_attn_fn = parameter(mixes, flat)
+        self.hc_attn_base = parameter(mixes)
+        self.hc_attn_scale = parameter(3)
+        self.attn_norm = parameter(config.hidden_size)
+        self.attn = Attention(config, layer)
+        self.hc_ffn_fn = parameter(mixes, flat)
+        self.hc_ffn_base = parameter(mixes)
+        self.hc_ffn_scale = parameter(3)
+        self.ffn_norm = parameter(config.hidden_size)
+        self.ffn = FeedForward(config, layer, with_experts=with_experts)
+
+    def __call__(
+        self,
+        streams: Float[Array, "B S N D"],
+        token_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        taps: Taps,
+    ) -> Float[Array, "B S N D"]:
+        """Streams in, streams out."""
+        streams = self.attend(taps("input", streams), positions, taps)
+        routed = self.route(streams, token_ids, taps)
+        assert self.ffn.experts is not None
+        flat = routed.x.reshape(-1, routed.x.shape[-1])
+        experts, weights = (part.reshape(flat.shape[0], -1) for part in routed.routing)
+        output = self.ffn.experts(flat, experts, weights).reshape(routed.x.shape)
+        return self.combine(streams, routed, output, taps)
+
+    def attend(
+        self, streams: Float[Array, "B S N D"], positions: Int[Array, "B S"], taps: Taps
+    ) -> Float[Array, "B S N D"]:
+        """The attention half."""
+        mixing = mix(
+            streams,
+            self.hc_attn_fn[...],
+            self.hc_attn_base[...],
+            self.hc_attn_scale[...],
+            self.config,
+            taps.within("hc_attn."),
+        )
+        x = taps("attn_norm", rms_norm(mixing.collapsed, self.attn_norm[...], self.config.rms_norm_eps))
+        output = self.attn(x, positions, taps.within("attn."))
+        return taps("hc_attn.streams", spread(output, streams, mixing))
+
+    def route(self, streams: Float[Array, "B S N D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routed:
+        """The expert half up to the experts' input and the routing."""
+        mixing = mix(
+            streams,
+            self.hc_ffn_fn[...],
+            self.hc_ffn_base[...],
+            self.hc_ffn_scale[...],
+            self.config,
+            taps.within("hc_ffn."),
+        )
+        x = taps("ffn_norm", rms_norm(mixing.collapsed, self.ffn_norm[...], self.config.rms_norm_eps))
+        return Routed(x, self.ffn.gate(x, token_ids, taps.within("ffn.gate.")), mixing)
+
+    def combine(
+        self, streams: Float[Array, "B S N D"], routed: Routed, experts: Float[Array, "B S D"], taps: Taps
+    ) -> Float[Array, "B S N D"]:
+        """The expert half from the routed experts' output on."""
+        experts = taps("ffn.experts", experts)
+        shared = taps("ffn.shared_experts", self.ffn.shared_experts(routed.x))
+        return taps("hc_ffn.streams", spread(taps("ffn", experts + shared), streams, routed.mixing))

@@ -1,0 +1,80 @@
+"""The lightning indexer of CSA layers: which compressed entries a query attends to (paper section 2.3.1).
+
+Shape letters: ``B`` batch, ``S`` queries, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` indexer
+heads, ``C`` indexer head width, ``k`` chosen entries.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv4_convert.config import Config
+from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.rope import rotate
+
+
+class Indexer(nnx.Module):
+    """Scores every compressed entry for every query with its own, narrower compressor, and keeps the best.
+
+    score(t, b) = sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H). Source: paper equations 13-17.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = parameter(config.q_lora_rank, self.heads * self.head_dim)
+        self.weights_proj = parameter(config.hidden_size, self.heads)
+        self.compressor = Compressor(
+            config.hidden_size, self.head_dim, config.csa_ratio, 2 * self.head_dim, eps=config.rms_norm_eps
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        q_low_rank: Float[Array, "B S R"],
+        positions: Int[Array, "B S"],
+        visible: Bool[Array, "S T"],
+        table: np.ndarray,
+        taps: Taps,
+    ) -> Int[Array, "B S k"]:
+        """The chosen entries of each query, ascending, padded with -1 (none) where fewer are visible than chosen."""
+        keys = self.compressor(x, positions, table, taps.within("compressor."))
+        q = linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
+        q = taps("q_rope", rotate(q, positions, table))
+        weights = taps("weights_proj", linear(x, self.weights_proj[...]))
+        scores = taps("scores", self._scores(q, keys, weights))
+        return taps("chosen", choose(scores, visible, self.topk))
+
+    def _scores(
+        self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
+    ) -> Float[Array, "B S T"]:
+        highest = jax.lax.Precision.HIGHEST
+        affinity = jnp.einsum("bshc,btc->bsht", q, keys, precision=highest, preferred_element_type=jnp.float32)
+        affinity = jax.nn.relu(affinity) * self.head_dim**-0.5
+        share = weights.astype(jnp.float32) * self.heads**-0.5
+        return jnp.sum(affinity * share[..., None], axis=2)
+
+
+def choose(
+    scores: Float[Array, "B S T"], visible: Bool[Array, "S T"], topk: int
+) -> Int[Array, "B S k"]:
+    """The k = min(topk, T) best visible entries per query, ascending, -1 (none) last."""
+    entries = scores.shape[-1]
+    k = min(topk, entries)
+    best, chosen = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), k)
+    # Invisible entries sort behind all others, under a number that no entry has.
+    chosen = jnp.sort(jnp.where(jnp.isneginf(best), entries, chosen), axis=-1)
+    return jnp.where(chosen == entries, -1, chosen).astype(jnp.int32)
+
+
+def chosen_mask(chosen: Int[Array, "B S k"], entries: int) -> Bool[Array, "B S T"]:
+    """Per query, which of the ``entries`` were chosen."""
+    batch, queries, _ = chosen.shape
+    slots = jnp.where(chosen < 0, entries, chosen)  # one extra slot swallows "none"
+    b, s = jnp.arange(batch)[:, None, None], jnp.arange(queries)[None, :, None]
+    return jnp.zeros((batch, queries, entries + 1), bool).at[b, s, slots].set(True)[..., :entries]

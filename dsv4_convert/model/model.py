@@ -1,0 +1,87 @@
+"""The whole backbone: tokens in, logits out.
+
+Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv4_convert.config import Config
+from dsv4_convert.model.block import Block
+from dsv4_convert.model.hyper_connection import head_collapse
+from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.recording import Taps
+
+
+class Model(nnx.Module):
+    """DeepSeek-V4 without its speculative stages.
+
+    1. The token's embedding is copied into N streams; it is not scaled.
+    2. Every :class:`Block` mixes its attention and its experts into the streams.
+    3. The streams collapse to one, are normalised, and meet the output head.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        streams, width = config.hc_mult, config.hidden_size
+        self.embed = parameter(config.vocab_size, width)
+        self.layers = nnx.List([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.hc_head_fn = parameter(streams, streams * width)
+        self.hc_head_base = parameter(streams)
+        self.hc_head_scale = parameter(1)
+        self.norm = parameter(width)
+        self.head = parameter(width, config.vocab_size)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        taps: Taps | None = None,
+    ) -> Float[Array, "B S V"]:
+        """Logits of every position, float32. ``dtype`` is that of the activations."""
+        taps = taps or Taps()
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
+        for layer, block in enumerate(self.layers):
+            streams = block(streams, token_ids, positions, taps.within(f"layers.{layer}."))
+        return head(
+            streams,
+            self.hc_head_fn[...],
+            self.hc_head_base[...],
+            self.hc_head_scale[...],
+            self.norm[...],
+            self.head[...],
+            self.config,
+            taps,
+        )
+
+
+def embed(
+    table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: jnp.dtype, taps: Taps
+) -> Float[Array, "B S N D"]:
+    """The embedding of every token, copied into all streams."""
+    rows = taps("embed", table[token_ids].astype(dtype))
+    return jnp.broadcast_to(rows[:, :, None], (*rows.shape[:2], streams, rows.shape[2]))
+
+
+def head(
+    streams: Float[Array, "B S N D"],
+    fn: Float[Array, "N ND"],
+    base: Float[Array, " N"],
+    scale: Float[Array, "1"],
+    norm: Float[Array, " D"],
+    weight: Float[Array, "D V"],
+    config: Config,
+    taps: Taps,
+) -> Float[Array, "B S V"]:
+    """Collapse, norm and output head. The last matmul is in float32 whatever the dtype of the activations."""
+    x = head_collapse(streams, fn, base, scale, config, taps)
+    x = taps("norm", rms_norm(x, norm, config.rms_norm_eps))
+    return taps("logits", linear(x.astype(jnp.float32), weight))

@@ -1,0 +1,54 @@
+"""Which experts a token goes to, and with which weights (paper section 2.1).
+
+Shape letters: ``B`` batch, ``S`` tokens, ``D`` width, ``E`` experts, ``K`` experts per token, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv4_convert.config import Config
+from dsv4_convert.model.parameters import Buffer, linear, parameter
+from dsv4_convert.model.recording import Taps
+
+
+class Routing(NamedTuple):
+    """Chosen experts of every token, ascending, and their weights: both ``[B, S, K]``."""
+
+    experts: Array
+    weights: Array
+
+
+class Router(nnx.Module):
+    """Scores are sqrt(softplus(x W)). The K experts are the best by score plus a correction bias, or, in hash-routed
+    layers, those that a fixed table lists for the token id. The weights are the *unbiased* scores of the chosen,
+    divided by their sum and scaled by ``routed_scaling_factor``.
+
+    Source: published inference code, ``Gate``. The 1e-20 in the division is transformers'; it changes no float32.
+    """
+
+    def __init__(self, config: Config, layer: int) -> None:
+        self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = parameter(config.hidden_size, config.n_routed_experts)
+        hashed = config.hash_routed[layer]
+        self.bias = None if hashed else Buffer(jnp.zeros((config.n_routed_experts,), jnp.float32))
+        self.tid2eid = Buffer(jnp.zeros((config.vocab_size, self.topk), jnp.int32)) if hashed else None
+
+    def __call__(self, x: Float[Array, "B S D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routing:
+        """Route every token. ``token_ids`` matter in hash-routed layers only."""
+        logits = taps("logits", linear(x, self.weight[...]))
+        scores = jnp.sqrt(jax.nn.softplus(logits.astype(jnp.float32)))
+        if self.tid2eid is not None:
+            chosen = self.tid2eid[...][token_ids]
+        else:
+            assert self.bias is not None
+            _, chosen = jax.lax.top_k(taps("scores", scores + self.bias[...]), self.topk)
+        chosen = taps("experts", jnp.sort(chosen.astype(jnp.int32), axis=-1))
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * self.scaling
+        return Routing(chosen, taps("weights", weights))
