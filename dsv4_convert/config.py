@@ -153,11 +153,9 @@ class Config:
     #: Tile of an FP8 weight that shares one scale, None for an unquantised checkpoint.
     weight_block_size: tuple[int, int] | None = None
 
-    def ratio(self, layer: int) -> int:
-        """Tokens per compressed entry of ``layer``; 0 for a window-only layer."""
-        return {Attention.SLIDING: 0, Attention.CSA: self.csa_ratio, Attention.HCA: self.hca_ratio}[
-            self.attention[layer]
-        ]
+    def ratio(self, kind: Attention) -> int:
+        """Tokens per compressed entry of a layer of this kind; 0 without a compressor."""
+        return {Attention.SLIDING: 0, Attention.CSA: self.csa_ratio, Attention.HCA: self.hca_ratio}[kind]
 
     @property
     def hc_mixes(self) -> int:

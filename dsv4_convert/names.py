@@ -63,6 +63,11 @@ class Kind(StrEnum):
     #: An index table, I64 on disk, never through a float.
     INTEGER = "integer"
 
+    @property
+    def follows_dtype(self) -> bool:
+        """Whether ``--dtype`` converts tensors of this kind; the others keep the dtype that they have."""
+        return self in (Kind.LINEAR, Kind.EXPERT, Kind.PLAIN)
+
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
 _PLAIN_DTYPES = frozenset({"BF16", "F32"})
@@ -74,6 +79,9 @@ _ACCEPTED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
     Kind.FLOAT32: (frozenset({"F32"}), frozenset()),
     Kind.INTEGER: (frozenset({"I64", "I32"}), frozenset()),
 }
+#: ``[out, in]`` elements that share one scale.
+FP8_TILE = (128, 128)
+FP4_GROUP = (1, 32)
 _SCALE_DTYPES = frozenset({"F8_E8M0", "F32"})
 _PACKED = frozenset({"I8", "U8"})
 
@@ -167,8 +175,8 @@ class Rule:
 
 def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
-    ratio = config.ratio(layer) if layer is not None else 0
-    overlap = 2 if layer is not None and config.attention[layer] is Attention.CSA else 1
+    kind = config.attention[layer] if layer is not None else Attention.SLIDING
+    overlap = 2 if kind is Attention.CSA else 1
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -181,7 +189,7 @@ def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
         "R": config.q_lora_rank,
         "GO": config.o_groups * config.o_lora_rank,
         "HC/G": config.num_attention_heads * config.head_dim // config.o_groups,
-        "r": ratio,
+        "r": config.ratio(kind),
         "oC": overlap * config.head_dim,
         "Hi": config.index_n_heads,
         "Ci": config.index_head_dim,
@@ -582,7 +590,7 @@ def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Ite
         if weight.shape != wanted:
             yield f"{source.weight}: expected shape {list(wanted)}, found {_describe(weight)}"
         if scale is not None:
-            block = (1, 32) if packed else (128, 128)
+            block = FP4_GROUP if packed else FP8_TILE
             tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
             if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
                 yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"

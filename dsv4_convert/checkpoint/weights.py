@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert import formats
 from dsv4_convert.checkpoint.folder import Checkpoint
-from dsv4_convert.names import Source
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import FP8_TILE, Source
 
-_PACKED_FP4 = (np.dtype(np.int8), np.dtype(np.uint8))
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
@@ -17,25 +18,28 @@ def read_weight(
     checkpoint: Checkpoint,
     source: Source,
     *,
-    dtype: np.dtype,
+    dtype: np.dtype[Any],
+    rows: slice = slice(None),
     transpose: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """Decode one source tensor to ``dtype`` (bfloat16 or float32), ``[out, in]`` or, transposed, ``[in, out]``.
+    out: np.ndarray[Any, Any] | None = None,
+) -> np.ndarray[Any, Any]:
+    """Decode one source tensor, or ``rows`` of it, to ``dtype`` (bfloat16 or float32).
 
-    Integer tensors keep their dtype. Quantised weights are recognised by their stored dtype and the scale beside them:
-    FP8 (e4m3) with 128x128 tiles, or FP4 (e2m1, two per byte) with groups of 32 inputs. ``out`` is filled and returned
-    where given.
+    The result is ``[out, in]`` or, transposed, ``[in, out]``; integer tensors keep their dtype. ``rows`` of an FP8
+    weight start at a multiple of 128. ``out`` is filled and returned where given.
 
     Raises:
         BadInput: scale and weight do not fit each other.
     """
     stored = checkpoint.read(source.weight)
     if source.scale is None:
-        return formats.cast_plain(stored, dtype=dtype, transpose=transpose, out=out)
+        return decode_weight(stored[rows], None, dtype=dtype, transpose=transpose, out=out)
     scale = checkpoint.read(source.scale)
     if stored.dtype == _FP8:
-        return formats.decode_fp8(stored, scale, dtype=dtype, transpose=transpose, out=out)
-    if stored.dtype in _PACKED_FP4:
-        return formats.decode_fp4(stored, scale, dtype=dtype, transpose=transpose, out=out)
-    raise AssertionError(f"{source.weight}: {stored.dtype} beside a scale; resolve() lets none through")
+        start, stop, _ = rows.indices(stored.shape[0])
+        if start % FP8_TILE[0]:
+            raise ValueError(f"{source.weight}: rows from {start} would cut a tile of {FP8_TILE[0]} rows")
+        scale = scale[start // FP8_TILE[0] : -(-stop // FP8_TILE[0])]
+    else:
+        scale = scale[rows]
+    return decode_weight(stored[rows], scale, dtype=dtype, transpose=transpose, out=out)

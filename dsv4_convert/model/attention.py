@@ -32,9 +32,9 @@ class Attention(nnx.Module):
     5. Heads in G groups, each through its own low-rank matrix ``wo_a``, then together through ``wo_b``.
     """
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, kind: Kind) -> None:
         self.config = config
-        self.layer = layer
+        self.kind = kind
         heads, width = config.num_attention_heads, config.head_dim
         self.wq_a = parameter(config.hidden_size, config.q_lora_rank)
         self.q_norm = parameter(config.q_lora_rank)
@@ -44,8 +44,8 @@ class Attention(nnx.Module):
         self.attn_sink = parameter(heads)
         self.wo_a = parameter(config.o_groups, heads * width // config.o_groups, config.o_lora_rank)
         self.wo_b = parameter(config.o_groups * config.o_lora_rank, config.hidden_size)
-        self.compressor = _compressor(config, layer)
-        self.indexer = Indexer(config) if config.attention[layer] is Kind.CSA else None
+        self.compressor = _compressor(config, kind)
+        self.indexer = Indexer(config) if kind is Kind.CSA else None
 
     def __call__(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         config = self.config
         batch, tokens, _ = x.shape
         eps = config.rms_norm_eps
-        table = frequencies(config, self.layer)
+        table = frequencies(config, self.kind)
 
         q_low_rank = taps("q_norm", rms_norm(taps("wq_a", linear(x, self.wq_a[...])), self.q_norm[...], eps))
         q = linear(q_low_rank, self.wq_b[...]).reshape(batch, tokens, config.num_attention_heads, config.head_dim)
@@ -81,13 +81,13 @@ class Attention(nnx.Module):
         return taps("wo_b", linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
 
 
-def _compressor(config: Config, layer: int) -> Compressor | None:
+def _compressor(config: Config, kind: Kind) -> Compressor | None:
     """CSA's blocks overlap, so each token projects to two series of values; HCA's do not."""
-    kind, width = config.attention[layer], config.head_dim
+    width = config.head_dim
     if kind is Kind.SLIDING:
         return None
     projected = 2 * width if kind is Kind.CSA else width
-    return Compressor(config.hidden_size, width, config.ratio(layer), projected, eps=config.rms_norm_eps)
+    return Compressor(config.hidden_size, width, config.ratio(kind), projected, eps=config.rms_norm_eps)
 
 
 def window_mask(tokens: int, window: int) -> Bool[Array, "S S"]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.experts import Experts, SharedExpert
@@ -31,32 +32,32 @@ class Routed(NamedTuple):
 class FeedForward(nnx.Module):
     """Router, routed experts and shared expert. ``experts`` is None where the caller computes them itself."""
 
-    def __init__(self, config: Config, layer: int, *, with_experts: bool) -> None:
-        self.gate = Router(config, layer)
+    def __init__(self, config: Config, *, hashed: bool, with_experts: bool) -> None:
+        self.gate = Router(config, hashed=hashed)
         self.experts = Experts(config) if with_experts else None
         self.shared_experts = SharedExpert(config)
 
 
 class Block(nnx.Module):
-    """One layer of the backbone.
+    """One layer of the backbone. It does not know its index: layers of one kind are one program.
 
     With ``with_experts=False`` the block holds everything but the routed experts, which are nearly all of a layer's
     weights: a caller that streams them calls :meth:`route`, computes them one by one, and calls :meth:`combine`.
     """
 
-    def __init__(self, config: Config, layer: int, *, with_experts: bool = True) -> None:
+    def __init__(self, config: Config, kind: Kind, *, hashed: bool, with_experts: bool = True) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
         self.hc_attn_fn = parameter(mixes, flat)
         self.hc_attn_base = parameter(mixes)
         self.hc_attn_scale = parameter(3)
         self.attn_norm = parameter(config.hidden_size)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, kind)
         self.hc_ffn_fn = parameter(mixes, flat)
         self.hc_ffn_base = parameter(mixes)
         self.hc_ffn_scale = parameter(3)
         self.ffn_norm = parameter(config.hidden_size)
-        self.ffn = FeedForward(config, layer, with_experts=with_experts)
+        self.ffn = FeedForward(config, hashed=hashed, with_experts=with_experts)
 
     def __call__(
         self,

@@ -29,7 +29,12 @@ class Model(nnx.Module):
         self.config = config
         streams, width = config.hc_mult, config.hidden_size
         self.embed = parameter(config.vocab_size, width)
-        self.layers = nnx.List([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [
+                Block(config, kind, hashed=hashed)
+                for kind, hashed in zip(config.attention, config.hash_routed, strict=True)
+            ]
+        )
         self.hc_head_fn = parameter(streams, streams * width)
         self.hc_head_base = parameter(streams)
         self.hc_head_scale = parameter(1)

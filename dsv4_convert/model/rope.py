@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 from dsv4_convert.config import Attention, Config, Yarn
 
 
-def frequencies(config: Config, layer: int) -> np.ndarray:
-    """Angle per position of each channel pair in ``layer``: float32 ``[qk_rope_head_dim / 2]``."""
-    if config.attention[layer] is Attention.SLIDING:
+def frequencies(config: Config, kind: Attention) -> np.ndarray:
+    """Angle per position of each channel pair in a layer of this kind: float32 ``[qk_rope_head_dim / 2]``."""
+    if kind is Attention.SLIDING:
         return _scaled(config.qk_rope_head_dim, config.rope_theta, None)
     return _scaled(config.qk_rope_head_dim, config.compress_rope_theta, config.yarn)
 

@@ -32,10 +32,9 @@ class Router(nnx.Module):
     Source: published inference code, ``Gate``. The 1e-20 in the division is transformers'; it changes no float32.
     """
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, *, hashed: bool) -> None:
         self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
         self.weight = parameter(config.hidden_size, config.n_routed_experts)
-        hashed = config.hash_routed[layer]
         self.bias = None if hashed else Buffer(jnp.zeros((config.n_routed_experts,), jnp.float32))
         self.tid2eid = Buffer(jnp.zeros((config.vocab_size, self.topk), jnp.int32)) if hashed else None
 

@@ -1,0 +1,148 @@
+"""Model parameters out of an Orbax checkpoint that dsv4 wrote, whatever its storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv4_convert import names
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.store import Store, open_store
+
+if TYPE_CHECKING:
+    from dsv4_convert.model import Block, Model
+
+Array = np.ndarray[Any, Any]
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Weights:
+    """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        metadata = store.metadata
+        if metadata.get("format") != "dsv4":
+            raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+        if metadata.get("names_table") != names.TABLE_VERSION:
+            raise BadInput(
+                f"{store.folder}: written with version {metadata.get('names_table')} of the names table, this dsv4 "
+                f"has version {names.TABLE_VERSION}; convert the model again"
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> Weights:
+        """Open a checkpoint. Raises :class:`BadInput` if it is none, or not one of ours."""
+        return cls(open_store(path))
+
+    @cached_property
+    def config(self) -> Config:
+        """The architecture."""
+        return Config.from_json(self._store.metadata["config"])
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the conversion wrote about itself: source, storage, versions."""
+        return self._store.metadata
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that were converted."""
+        return tuple(self._store.metadata["layers"])
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
+        absent = [layer for layer in wanted if layer not in self.layers]
+        if absent:
+            raise UsageError(f"{self._store.folder}: holds the layers {_ranges(self.layers)}, not {_ranges(absent)}")
+
+    def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.
+
+        Raises:
+            BadInput: the checkpoint has no such parameter, or its bytes are not what the manifest says.
+        """
+        rule = self._rule(path)
+        if rule.per_expert:
+            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
+            return np.stack(stack)
+        return self._decoded(path, rule, None, dtype)
+
+    def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
+        return self._decoded(path, self._rule(path), expert, dtype)
+
+    def _rule(self, path: str) -> names.Rule:
+        (found,) = (item for item in names.explain(path) if item.path == path)
+        return found.rule
+
+    def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
+        dtype = dtype if rule.kind.follows_dtype else _FLOAT32
+        published = self.metadata["storage"] == "source"
+        scaled = published and f"{path}.scale" in self._store.paths
+        stored = self._store.read(f"{path}.weight" if scaled else path, expert)
+        if rule.kind is names.Kind.INTEGER:
+            return stored.astype(np.int32)
+        scale = self._store.read(f"{path}.scale", expert) if scaled else None
+        if not published or rule.transform is names.Transform.NONE:
+            return decode_weight(stored, scale, dtype=dtype)
+        if rule.transform is names.Transform.TRANSPOSE:
+            return decode_weight(stored, scale, dtype=dtype, transpose=True)
+        flat = decode_weight(stored, scale, dtype=dtype)
+        grouped = flat.reshape(self.config.o_groups, -1, flat.shape[1])
+        return np.ascontiguousarray(grouped.transpose(0, 2, 1))
+
+
+def restore_block(weights: Weights, layer: int, *, with_experts: bool, dtype: np.dtype[Any] = _FLOAT32) -> Block:
+    """One layer of the model, filled. Without experts it is a small part of the layer's weights."""
+    from flax import nnx
+
+    from dsv4_convert.model import Block
+
+    config = weights.config
+    kind, hashed = config.attention[layer], config.hash_routed[layer]
+    block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts))
+    return _fill(block, weights, f"layers.{layer}.", dtype)
+
+
+def restore_model(weights: Weights, *, dtype: np.dtype[Any] = _FLOAT32) -> Model:
+    """The whole model, filled; needs memory for all of it."""
+    from flax import nnx
+
+    from dsv4_convert.model import Model
+
+    weights.check_layers(tuple(range(weights.config.num_hidden_layers)))
+    return _fill(nnx.eval_shape(lambda: Model(weights.config)), weights, "", dtype)
+
+
+def _fill(module: Any, weights: Weights, prefix: str, dtype: np.dtype[Any]) -> Any:
+    """Give every variable of an abstract module its value. Raises :class:`BadInput` on a wrong shape."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graph, state = nnx.split(module)
+    filled = {}
+    for key, variable in state.flat_state():
+        path = prefix + ".".join(map(str, key))
+        value = weights.read(path, dtype)
+        if value.shape != variable.shape:
+            raise BadInput(f"{path}: the model has shape {list(variable.shape)}, the checkpoint {list(value.shape)}")
+        filled[key] = variable.replace(jnp.asarray(value))
+    return nnx.merge(graph, nnx.statelib.from_flat_state(filled))
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """``0-3, 7``"""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"
