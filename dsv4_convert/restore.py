@@ -78,6 +78,10 @@ class Weights:
         """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
         return self._decoded(path, self._rule(path), expert, dtype)
 
+    def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
+        return np.stack([decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)])
+
     def _rule(self, path: str) -> names.Rule:
         (found,) = (item for item in names.explain(path) if item.path == path)
         return found.rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4_convert.convert.plan import Plan, plan
-from dsv4_convert.convert.run import hf_to_orbax
+from dsv4_convert.convert.run import dry_run, hf_to_orbax
 from dsv4_convert.convert.storage import Storage
 
-__all__ = ["Plan", "Storage", "hf_to_orbax", "plan"]
+__all__ = ["Plan", "Storage", "dry_run", "hf_to_orbax", "plan"]

@@ -115,3 +115,10 @@ def _metadata(planned: Plan, origin: Mapping[str, Any]) -> dict[str, Any]:
 def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     files = (checkpoint.root / name for name in _COMPANIONS)
     return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def dry_run(source: Path, *, storage: Storage = Storage.BFLOAT16, layers: Iterable[int] | None = None) -> Plan:
+    """The plan of :func:`hf_to_orbax`, and nothing else; raises what that would raise about the source."""
+    with open_checkpoint(source, partial=layers is not None) as checkpoint:
+        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        return plan(checkpoint, config, storage, layers=layers)

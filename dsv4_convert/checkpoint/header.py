@@ -1,0 +1,209 @@
+"""The header of a safetensors file, read strictly.
+
+A safetensors file is an unsigned 64-bit little-endian length, a JSON header of that length and the tensor bytes:
+https://github.com/huggingface/safetensors#format. Everything that the safetensors library refuses is refused here, and
+also what it lets pass although its format description forbids it or readers disagree on it: duplicate keys, a header
+that does not begin with ``{``, unknown fields, and tensor names that no model has (empty, control characters,
+``..`` as a component, absolute).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dsv4_convert.checkpoint.dtypes import DTYPES
+from dsv4_convert.checkpoint.files import Stamp, foreign_content, read_start, stamp_of, stat_regular
+from dsv4_convert.checkpoint.strict_json import parse_object, shown
+from dsv4_convert.errors import BadInput, listed
+
+#: The limit of the format; a header of V4-Pro's fullest shard has 0.4 MB.
+MAX_HEADER_BYTES = 100_000_000
+METADATA_KEY = "__metadata__"
+
+_LENGTH_BYTES = 8
+_MAX_NAME = 1000
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_AGAIN = "download the file again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One tensor as its header describes it.
+
+    Attributes:
+        dtype: the safetensors spelling, a key of :data:`~dsv4_convert.checkpoint.dtypes.DTYPES`.
+        shape: elements per axis; for ``F4`` single elements, not bytes.
+        start: first byte of the tensor, counted from the start of ``file``.
+        end: one past its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The header of one file, and the state of the file that it was read from."""
+
+    file: Path
+    stamp: Stamp
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file. No tensor byte is touched.
+
+    Raises:
+        BadInput: the path is not a regular file, the file is not safetensors, or its header contradicts itself or the
+            file's size. Problems of single tensors are listed together.
+    """
+    status = stat_regular(file)
+    size = status.st_size
+    head = read_start(file, 512)
+    length = _header_length(file, head, size)
+    text = read_start(file, _LENGTH_BYTES + length)[_LENGTH_BYTES:]
+    if len(text) != length:
+        raise BadInput(f"{file}: changed while it was read; wait until whatever writes it has finished")
+    root = parse_object(text, where=f"{file} (header)", parse_int=_natural)
+
+    metadata = root.pop(METADATA_KEY, {})
+    problems = _metadata_problems(metadata)
+    data_start = _LENGTH_BYTES + length
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in root.items():
+        try:
+            tensors[name] = _tensor(name, entry, file, data_start)
+        except ValueError as error:
+            problems.append(f"{shown(name)}: {error}")
+    if problems:
+        raise BadInput(f"{file}: the header is not valid; {_AGAIN}\n{listed(problems)}")
+    _check_layout(file, tensors, data_start, size)
+    return Header(file=file, stamp=stamp_of(status), tensors=tensors, metadata=metadata)
+
+
+def check_name(name: str) -> None:
+    """Refuse tensor names that could be misread further on, where they become paths and lines of text.
+
+    Raises:
+        ValueError: empty, longer than 1000 characters, with characters that do not print (control characters, line
+            ends, lone surrogates, invisible marks), absolute, or with ``..`` as a component.
+    """
+    if not name or len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor name has 1 to {_MAX_NAME} characters, this one {len(name)}")
+    if not name.isprintable():
+        raise ValueError("the tensor name has characters that do not print")
+    if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
+        raise ValueError("the tensor name looks like a path that leaves its folder")
+
+
+@lru_cache(maxsize=1024)  # a hundred thousand tensors have some dozens of shapes
+def stored_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that dtype and shape.
+
+    Raises:
+        ValueError: an unknown dtype, an extent beyond 63 bits, or ``F4`` with an odd last axis, which two elements per
+            byte cannot hold.
+    """
+    stored = DTYPES.get(dtype)
+    if stored is None:
+        raise ValueError(f"dtype {shown(dtype)} is not supported; supported are {', '.join(DTYPES)}")
+    # Zeros aside, so that (0, 2**62, 2**62) does not pass here and overflow in somebody else's product.
+    if math.prod(extent for extent in shape if extent) * stored.bits >= 1 << 63:
+        raise ValueError(f"shape {list(shape)} is larger than any file")
+    if dtype == "F4" and (not shape or shape[-1] % 2):
+        raise ValueError(f"F4 packs two elements per byte, so the last axis of shape {list(shape)} has to be even")
+    return math.prod(shape) * stored.bits // 8
+
+
+def _header_length(file: Path, head: bytes, size: int) -> int:
+    """Length of the JSON header in bytes, from the first bytes of the file."""
+    if size == 0:
+        raise BadInput(f"{file}: empty; {_AGAIN}")
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    if size >= _LENGTH_BYTES and 2 <= length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES) and head[8:9] == b"{":
+        return length
+    if (found := foreign_content(head)) is not None:
+        raise BadInput(f"{file}: expected a safetensors file, found {found}")
+    if size < _LENGTH_BYTES:
+        raise BadInput(f"{file}: {size} bytes, too short for a safetensors file; {_AGAIN}")
+    if length > MAX_HEADER_BYTES:
+        raise BadInput(f"{file}: not a safetensors file: a header of {length:,} bytes, at most 100 MB are allowed")
+    if length > size - _LENGTH_BYTES:
+        raise BadInput(f"{file}: truncated: a header of {length:,} bytes, but the file has {size:,}; {_AGAIN}")
+    raise BadInput(f"{file}: not a safetensors file: the header has to begin with '{{', found {head[8:9]!r}")
+
+
+def _natural(digits: str) -> int:
+    """An integer of the header. None may be negative, and ``-0`` is an integer to some parsers only."""
+    if digits[0] == "-":
+        raise ValueError(f"negative number {digits[:20]} in the header; the file is damaged, {_AGAIN}")
+    return int(digits)
+
+
+def _metadata_problems(metadata: Any) -> list[str]:
+    if not isinstance(metadata, dict):
+        return [f"{METADATA_KEY}: expected an object, found {type(metadata).__name__}"]
+    problems = []
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            problems.append(f"{METADATA_KEY}: {shown(key)} has to be a string, found {type(value).__name__}")
+        elif _has_surrogates(key) or _has_surrogates(value):
+            problems.append(f"{METADATA_KEY}: {shown(key)} is not valid Unicode")
+    return problems
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _tensor(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:
+    """One entry of the header, as absolute offsets. Raises ValueError without the tensor's name."""
+    check_name(name)
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"expected the fields data_offsets, dtype, shape; found {shown(str(found))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str:
+        raise ValueError(f"dtype has to be a string, found {shown(repr(dtype))}")
+    if type(shape) is not list or not all(type(extent) is int for extent in shape):  # bool is an int to isinstance
+        raise ValueError(f"shape has to be a list of integers, found {shown(repr(shape))}")
+    if type(offsets) is not list or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        raise ValueError(f"data_offsets has to be two integers, found {shown(repr(offsets))}")
+    extents = tuple(shape)
+    expected = stored_nbytes(dtype, extents)
+    begin, end = offsets
+    if end - begin != expected:
+        raise ValueError(f"{dtype} {shape} takes {expected} bytes, but data_offsets {offsets} span {end - begin}")
+    return TensorInfo(name=name, dtype=dtype, shape=extents, file=file, start=data_start + begin, end=data_start + end)
+
+
+def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """Tensors follow each other without hole or overlap, and fill the file to its end."""
+    problems = []
+    position, before = data_start, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
+        if info.start != position:
+            what = "overlaps" if info.start < position else "leaves a hole after"
+            problems.append(f"{info.name}: {what} {before} (begins at byte {info.start}, expected {position})")
+        position, before = max(position, info.end), info.name
+    if problems:
+        raise BadInput(f"{file}: the tensors do not fill the file one after the other; {_AGAIN}\n{listed(problems)}")
+    if size < position:
+        raise BadInput(f"{file}: truncated: the header describes {position:,} bytes, the file has {size:,}; {_AGAIN}")
+    if size > position:
+        raise BadInput(f"{file}: {size - position:,} bytes after the last tensor, expected none; {_AGAIN}")

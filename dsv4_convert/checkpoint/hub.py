@@ -1,0 +1,180 @@
+"""Fetching a checkpoint from a Hugging Face Hub repository: only the files that are needed, at one pinned commit.
+
+All transfers go through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE mean what
+they mean everywhere; the client reads most of them once, when it is imported. A file is fetched whole or not at all:
+the client resumes inside one run when a connection breaks, while a run that was ended starts its unfinished files
+again and keeps the finished ones. It compares sizes only, so :func:`verify_download` compares content afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from dsv4_convert.checkpoint.files import file_digest
+from dsv4_convert.checkpoint.hub_errors import hub_errors
+from dsv4_convert.checkpoint.hub_plan import DownloadPlan, PlannedFile, plan_download
+from dsv4_convert.checkpoint.hub_progress import Meter, Progress
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+
+__all__ = [
+    "DownloadPlan",
+    "DownloadResult",
+    "PlannedFile",
+    "Progress",
+    "download",
+    "plan_download",
+    "verify_download",
+]
+
+_TRANSFERS = 8
+_HASHERS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadResult:
+    """A finished download.
+
+    Attributes:
+        path: the folder to open as a checkpoint.
+        revision: the commit, 40 hex digits.
+        files: names of the files that belong to it.
+        unverified: those whose content was not compared with a hash: all of them without ``verify``, and those of
+            which neither the Hub nor the cache states one.
+    """
+
+    path: Path
+    revision: str
+    files: tuple[str, ...]
+    unverified: tuple[str, ...]
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    want: Callable[[str], bool] | None = None,
+    cache_dir: Path | str | None = None,
+    local_dir: Path | str | None = None,
+    token: str | None = None,
+    force: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> DownloadResult:
+    """Fetch what :func:`plan_download` plans, then compare the content with the Hub's hashes.
+
+    Files on disk are not fetched again unless ``force``; with ``verify`` they are read and hashed nevertheless.
+
+    Raises:
+        BadInput: as :func:`plan_download`, and content that is not what the Hub states.
+        ResourceError: as :func:`plan_download`; too little disk space (before anything is fetched); a failing transfer.
+        UsageError: as :func:`plan_download`, and ``force`` while the Hub cannot be reached.
+    """
+    plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, token=token)
+    if plan.offline and force:
+        raise UsageError(f"{repo_id}: --force asks for a new download, but the Hub cannot be reached")
+    _check_disk(plan, force=force)
+    if not plan.offline:
+        with hub_errors(repo_id, plan.revision):
+            _fetch(plan, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force, progress=progress)
+    unverified = tuple(file.name for file in plan.files if file.oid is None or not verify)
+    if verify:
+        verify_download(plan, progress=progress)
+    return DownloadResult(
+        path=plan.folder,
+        revision=plan.revision,
+        files=tuple(file.name for file in plan.files),
+        unverified=unverified,
+    )
+
+
+def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> None:
+    """Compare the size and the hash of every planned file on disk with what the Hub states. Deletes nothing.
+
+    Reads all bytes, on up to four cores at about 1.3 GB/s each.
+
+    Raises:
+        BadInput: listing every file that is missing or differs, with both values.
+    """
+    meter = Meter("verify", sum(file.size for file in plan.files if file.oid is not None), progress)
+
+    def problem_of(file: PlannedFile) -> str | None:
+        path = plan.folder / file.name
+        if not path.is_file():
+            return f"{path}: missing"
+        if (size := path.stat().st_size) != file.size:
+            return f"{path}: expected {file.size:,} bytes, found {size:,}"
+        if file.oid is None:
+            return None
+        algorithm, prefix = ("sha256", b"") if len(file.oid) == 64 else ("sha1", b"blob %d\0" % size)
+        found = file_digest(path, algorithm, prefix=prefix, on_bytes=meter.add)
+        return None if found == file.oid else f"{path}: expected {algorithm} {file.oid}, found {found}"
+
+    with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+        try:
+            problems = [problem for problem in pool.map(problem_of, plan.files) if problem is not None]
+        except BaseException:
+            meter.stop()
+            raise
+    if problems:
+        raise BadInput(
+            f"{plan.repo_id} at {plan.revision}: {len(problems)} of {len(plan.files)} files are not what the Hub "
+            f"states; nothing was deleted, download them again with --force:\n{listed(problems)}"
+        )
+
+
+def _check_disk(plan: DownloadPlan, *, force: bool) -> None:
+    """Before anything large is fetched."""
+    needed = plan.total_bytes if force else plan.to_download_bytes
+    existing = plan.folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ResourceError(
+            f"{plan.folder}: {needed:,} bytes are still to be downloaded, {free:,} are free; make room, choose another "
+            "folder or HF_HUB_CACHE, or download only some layers"
+        )
+
+
+def _fetch(
+    plan: DownloadPlan,
+    *,
+    cache_dir: Path | str | None,
+    local_dir: Path | str | None,
+    token: str | None,
+    force: bool,
+    progress: Progress | None,
+) -> None:
+    """Fetch the files of the plan, eight at a time; the first failure stops the others at their next piece."""
+    api = HfApi(token=token, library_name="dsv4")
+    meter = Meter("download", plan.total_bytes if force else plan.to_download_bytes, progress)
+    bar_class = meter.bar_class()
+
+    def fetch(file: PlannedFile) -> None:
+        api.hf_hub_download(
+            plan.repo_id,
+            file.name,
+            revision=plan.revision,
+            cache_dir=cache_dir,
+            local_dir=local_dir,
+            force_download=force,
+            tqdm_class=bar_class,
+        )
+
+    with ThreadPoolExecutor(_TRANSFERS) as pool:
+        transfers: list[Future[None]] = [pool.submit(fetch, file) for file in plan.files]
+        try:
+            for transfer in as_completed(transfers):
+                transfer.result()
+        except BaseException:
+            meter.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    meter.finish()

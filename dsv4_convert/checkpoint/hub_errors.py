@@ -1,0 +1,128 @@
+"""The Hub client's errors in our words: what went wrong, and the way out. No access token is ever in a message."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2  # the HTTP client of huggingface_hub 2, whose connection errors it passes on as they are
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
+
+from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
+
+_TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth login`"
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
+    """Turn what the client raises inside the block into an error of ours.
+
+    Raises:
+        BadInput: the repository, revision or file does not exist, or may not be read.
+        ResourceError: network, Hub or disk fail.
+        UsageError: not the name of a repository.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _quotes_a_header(error):
+            raise unusable_token() from None
+        ours = _translated(error, repo_id, revision)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def check_token(token: str | None) -> None:
+    """Refuse a token that no HTTP header can carry, before a library quotes it in its own error.
+
+    Raises:
+        UsageError: the token given, or else the one that the client finds by itself, has illegal characters.
+    """
+    used = get_token() if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else token
+    if used is not None and re.fullmatch(r"[!-~]+", used) is None:
+        raise unusable_token()
+
+
+def unusable_token() -> UsageError:
+    """The error for a token with illegal characters. It does not quote the token."""
+    return UsageError("the access token has characters that cannot be sent (a line end?); set HF_TOKEN again")
+
+
+def _quotes_a_header(error: BaseException | None) -> bool:
+    """Whether a header could not be sent. The text says which, and the one with the token is the only candidate."""
+    while error is not None and not isinstance(error, httpx2.LocalProtocolError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _translated(error: BaseException, repo_id: str, revision: str) -> Dsv4Error | None:
+    """The error in our words; None for what the client does not raise on purpose."""
+    what = f"{repo_id} at {revision}"
+    match error:
+        case HFValidationError():
+            return UsageError(f"{repo_id!r} is not a repository name; expected ORG/NAME, or a folder that exists")
+        case GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repo_id}"
+            return BadInput(f"{repo_id}: access is gated; accept its terms at {page}, then {_TOKEN_HELP}")
+        case RepositoryNotFoundError():
+            return BadInput(f"{repo_id}: no such repository, or a private one; check the name, or {_TOKEN_HELP}")
+        case RevisionNotFoundError():
+            return BadInput(f"{repo_id}: no revision {revision!r}; give a branch, a tag or a commit of the repository")
+        case RemoteEntryNotFoundError():
+            path = error.request.url.path.partition("/resolve/")[2].partition("/")[2]
+            return BadInput(f"{what}: the Hub lists the file {path!r} but does not have it; try another revision")
+        case HfHubHTTPError():
+            return _translated_status(error.response.status_code, repo_id, what)
+        case OfflineModeIsEnabled():
+            return ResourceError(f"{what}: not in the cache, and the Hub is off limits; unset HF_HUB_OFFLINE once")
+        case LocalEntryNotFoundError() | RevisionResolutionError() | ValueError() if error.__cause__ is not None:
+            return _translated(error.__cause__, repo_id, revision)  # what kept the client from asking the Hub
+        case FileMetadataError():
+            return ResourceError(f"{what}: {constants.ENDPOINT} does not answer like the Hub; check HF_ENDPOINT")
+        case httpx2.HTTPError():
+            # Of these only connection errors carry a text that is safe to show: the system's.
+            reason = str(error) if isinstance(error, httpx2.ConnectError) else type(error).__name__
+            return ResourceError(
+                f"{what}: {constants.ENDPOINT} cannot be reached ({reason}); check network, proxy and HF_ENDPOINT, "
+                "then run the same command again: finished files are kept"
+            )
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return ResourceError(f"{what}: the disk is full; make room, or choose another folder or HF_HUB_CACHE")
+        case OSError(strerror=str(reason), filename=name) if name is not None:
+            return ResourceError(f"{what}: {name}: {reason}; check its permissions, or choose another folder")
+        case OSError() | EntryNotFoundError() | RevisionResolutionError() | XetDownloadError():
+            return ResourceError(
+                f"{what}: the download failed ({type(error).__name__}); run the same command again: finished files "
+                "are kept"
+            )
+        case _:
+            return None
+
+
+def _translated_status(status: int, repo_id: str, what: str) -> Dsv4Error:
+    if status == 401:
+        return BadInput(f"{repo_id}: the Hub does not accept the access token (HTTP 401); {_TOKEN_HELP}")
+    if status == 403:
+        return BadInput(f"{repo_id}: the Hub refuses access (HTTP 403); {_TOKEN_HELP}")
+    if status == 429:
+        return ResourceError(f"{what}: the Hub asks to slow down (HTTP 429); try again in some minutes")
+    if status >= 500:
+        return ResourceError(f"{what}: the Hub fails (HTTP {status}); run the same command again later")
+    return BadInput(f"{what}: the Hub does not accept the request (HTTP {status}); check repository and revision")

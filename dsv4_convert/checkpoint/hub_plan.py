@@ -1,0 +1,238 @@
+"""What a download from a Hub repository would fetch: which files of which commit, and what is on disk already."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+
+from dsv4_convert.checkpoint.hub_errors import check_token, hub_errors
+from dsv4_convert.checkpoint.hub_progress import Meter
+from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name, read_weight_map
+from dsv4_convert.checkpoint.provenance import cached_oid, is_commit, is_oid, recorded
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+
+#: Fetched where the repository has them; everything else beside the weights (code, pictures) stays there.
+SMALL_FILES = (
+    CONFIG_NAME,
+    INDEX_NAME,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """One file of a download.
+
+    Attributes:
+        size: bytes.
+        oid: what the content has to hash to: the sha256 of an LFS file (64 hex digits) or the git blob hash (40);
+            None where the Hub was not reachable and the cache does not say.
+        cached: already on disk, so that nothing is transferred.
+    """
+
+    name: str
+    size: int
+    oid: str | None
+    cached: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadPlan:
+    """What a download would fetch.
+
+    Attributes:
+        revision: the commit, 40 hex digits.
+        folder: where the files are or will be.
+        offline: made from the files on disk, because the Hub could not be asked.
+    """
+
+    repo_id: str
+    revision: str
+    folder: Path
+    files: tuple[PlannedFile, ...]
+    offline: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def to_download_bytes(self) -> int:
+        """Bytes of the files that are not on disk yet."""
+        return sum(file.size for file in self.files if not file.cached)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """Where a repository at one commit goes: a snapshot in the Hub cache, or a folder of the user's choice."""
+
+    repo_id: str
+    revision: str
+    cache_dir: Path
+    local_dir: Path | None
+
+    @property
+    def _storage(self) -> Path:
+        return self.cache_dir / repo_folder_name(repo_id=self.repo_id, repo_type="model")
+
+    @property
+    def folder(self) -> Path:
+        return self.local_dir or self._storage / "snapshots" / self.revision
+
+    def oid(self, name: str) -> str | None:
+        """What the client recorded about a file on disk; None if it is not there, or of another revision."""
+        if self.local_dir is None:
+            return cached_oid(self.folder / name)
+        record = recorded(self.local_dir, name)
+        return record.oid if record is not None and record.commit == self.revision else None
+
+    def seen(self, file: PlannedFile) -> PlannedFile:
+        """The file, as ``cached`` if the client would take it from disk."""
+        path = self.folder / file.name
+        if self.local_dir is None:
+            cached = path.is_file() or (file.oid is not None and (self._storage / "blobs" / file.oid).is_file())
+        else:
+            record = recorded(self.local_dir, file.name)
+            cached = record is not None and record.oid == file.oid and path.stat().st_size == file.size
+        return replace(file, cached=cached)
+
+    def present(self) -> list[PlannedFile]:
+        """The checkpoint's files that are on disk at this commit."""
+        files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [
+            PlannedFile(name=file.name, size=file.stat().st_size, oid=self.oid(file.name), cached=True)
+            for file in files
+            if file.name in SMALL_FILES or is_shard_name(file.name)
+            if file.is_file() and (self.local_dir is None or self.oid(file.name) is not None)
+        ]
+
+
+def plan_download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    want: Callable[[str], bool] | None = None,
+    cache_dir: Path | str | None = None,
+    local_dir: Path | str | None = None,
+    token: str | None = None,
+) -> DownloadPlan:
+    """Find out what a download would fetch. Of the repository only the index is fetched for that, to the cache.
+
+    Args:
+        repo_id: ``ORG/NAME``.
+        revision: branch, tag or commit; the default branch if None.
+        want: says of a tensor name whether the shard that holds it is needed; None for all shards.
+        cache_dir: instead of HF_HUB_CACHE.
+        local_dir: a plain folder for the files, instead of the cache.
+        token: instead of HF_TOKEN and of the token that ``hf auth login`` stored.
+
+    Raises:
+        BadInput: repository, revision or files do not exist or may not be read, or the index is unusable.
+        ResourceError: the Hub cannot be reached and the files are not on disk.
+        UsageError: not a repository name, an unusable token, or ``want`` wants nothing.
+    """
+    check_token(token)
+    asked = revision or constants.DEFAULT_REVISION
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    api = HfApi(token=token, library_name="dsv4")
+    with hub_errors(repo_id, asked):
+        commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache).resolved
+    if not is_commit(commit):
+        raise BadInput(f"{repo_id} at {asked}: expected the hash of a commit from the Hub, found {commit[:80]!r}")
+    local = Path(local_dir).expanduser() if local_dir is not None else None
+    target = _Target(repo_id=repo_id, revision=commit, cache_dir=cache, local_dir=local)
+
+    offline = False
+    with hub_errors(repo_id, asked):
+        try:
+            available = {file.name: file for file in _listed(api, target)}
+        except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError) as error:
+            answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+            available = {file.name: file for file in target.present()}
+            if answered or CONFIG_NAME not in available:
+                raise
+            offline = True
+            _log.warning("%s: the Hub cannot be asked, going on with the files in %s", repo_id, target.folder)
+    names = _needed(api, target, available, want, asked, offline=offline)
+    return DownloadPlan(
+        repo_id=repo_id,
+        revision=commit,
+        folder=target.folder,
+        # Looked up again, because by now the index is in the cache.
+        files=tuple(target.seen(available[name]) for name in names),
+        offline=offline,
+    )
+
+
+def _listed(api: HfApi, target: _Target) -> Iterable[PlannedFile]:
+    """The files at the top of the repository, from the Hub."""
+    for entry in api.list_repo_tree(target.repo_id, revision=target.revision):
+        if not isinstance(entry, RepoFile):
+            continue
+        oid = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+        if not is_oid(oid):
+            raise BadInput(f"{target.repo_id}: the Hub states {oid[:80]!r} as hash of {entry.path!r}")
+        yield PlannedFile(name=entry.path, size=entry.size, oid=oid, cached=False)
+
+
+def _needed(
+    api: HfApi,
+    target: _Target,
+    available: Mapping[str, PlannedFile],
+    want: Callable[[str], bool] | None,
+    asked: str,
+    *,
+    offline: bool,
+) -> list[str]:
+    """Names of the files to fetch: the small ones, and the shards that hold a wanted tensor."""
+    what = f"{target.repo_id} at {asked} (commit {target.revision})"
+    if CONFIG_NAME not in available:
+        raise BadInput(f"{what}: no {CONFIG_NAME}, so not a model that can be converted; check the repository's name")
+    if INDEX_NAME in available:
+        weight_map = read_weight_map(_index_file(api, target, offline=offline))
+        shards = sorted({shard for name, shard in weight_map.items() if want is None or want(name)})
+        if not shards:
+            raise UsageError(f"{what}: none of its {len(weight_map)} tensors is wanted; check the layers asked for")
+        if missing := [shard for shard in shards if shard not in available]:
+            where = f"in {target.folder}, and the Hub cannot be reached" if offline else "in the repository"
+            error = ResourceError if offline else BadInput
+            raise error(f"{what}: {len(missing)} of {len(shards)} shards are not {where}:\n{listed(missing)}")
+    else:
+        shards = [name for name in available if name.endswith(SHARD_SUFFIX)]
+        if len(shards) != 1 or not is_shard_name(shards[0]):
+            raise BadInput(
+                f"{what}: expected {INDEX_NAME} or one {SHARD_SUFFIX} file, found {len(shards)} such files and no "
+                "index; give the repository or revision that holds the weights"
+            )
+    return [*(name for name in SMALL_FILES if name in available), *shards]
+
+
+def _index_file(api: HfApi, target: _Target, *, offline: bool) -> Path:
+    """The index on disk. Fetched to the cache even for a ``local_dir``: planning leaves no trace there."""
+    on_disk = target.folder / INDEX_NAME
+    if offline or (target.local_dir is not None and target.oid(INDEX_NAME) is not None):
+        return on_disk
+    with hub_errors(target.repo_id, target.revision):
+        return Path(
+            api.hf_hub_download(
+                target.repo_id,
+                INDEX_NAME,
+                revision=target.revision,
+                cache_dir=target.cache_dir,
+                tqdm_class=Meter("download", 0, None).bar_class(),
+            )
+        )

@@ -1,0 +1,56 @@
+"""The command line: ``dsv4``. Commands parse, call and print; what they call is imported when they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli import convert, download, golden, names, parity, verify
+
+app = typer.Typer(
+    name="dsv4",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    help="Bring DeepSeek-V4 into JAX and know that it is right.\n\n"
+    "[bold]convert[/bold] turns a Hugging Face checkpoint into Orbax, [bold]parity[/bold] compares every intermediate "
+    "activation with a recorded golden. Exit codes: 0 fine, 1 a check failed, 2 usage, 3 bad input, 4 resources, "
+    "130 interrupted and resumable.",
+)
+
+_convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
+_convert.command("hf-to-orbax")(convert.hf_to_orbax)
+app.add_typer(_convert, name="convert")
+app.command("download")(download.download)
+app.command("verify")(verify.verify)
+_golden = typer.Typer(no_args_is_help=True, help="Record and look at goldens: what a reference model computes.")
+_golden.command("record")(golden.record)
+_golden.command("show")(golden.show)
+_golden.command("verify")(golden.verify)
+_golden.command("make-checkpoint")(golden.make_checkpoint)
+app.add_typer(_golden, name="golden")
+app.command("parity")(parity.parity)
+app.command("names")(names.names)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dsv4_convert import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of dsv4 itself."""
+
+
+def main() -> None:
+    """Entry point of the ``dsv4`` command."""
+    app()

@@ -1,0 +1,114 @@
+"""What the commands share: reporting errors by exit code, progress on stderr, JSON, and the layer argument."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from dsv4_convert.errors import Dsv4Error, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: ``--layer`` / ``--layers`` of every command that has one.
+LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
+]
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors into one message on stderr and the exit code of their class; no traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except Dsv4Error as error:
+            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+            typer.echo(str(error), err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on where it stopped", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """``"0-3,7"`` to ``(0, 1, 2, 3, 7)``; None and ``"all"`` to None. Raises :class:`UsageError`."""
+    if text is None or text.strip().lower() == "all":
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        bounds = [first, last] if dash else [first]
+        if not all(bound.isascii() and bound.isdecimal() for bound in bounds) or int(bounds[-1]) < int(bounds[0]):
+            raise UsageError(f"layers {text!r}: expected numbers and ranges such as 12, 0-3 or 0,4-6, or all")
+        layers.update(range(int(bounds[0]), int(bounds[-1]) + 1))
+    return tuple(sorted(layers))
+
+
+def write_json(document: Any, target: str | None) -> None:
+    """Write ``document`` where ``--json`` says; nothing for None."""
+    if target is None:
+        return
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise UsageError(f"--json {target}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr for (done, total, what) in bytes; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield functools.partial(_advance, bar, task, title)
+
+
+def _advance(bar: Progress, task: Any, title: str, done: int, total: int, what: str) -> None:
+    bar.update(task, completed=done, total=total, description=f"{title} {what}"[:48])
+
+
+@contextmanager
+def status(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; silent where stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(title) as line:
+        yield lambda text: line.update(f"{title}: {text}")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``159.6 GB`` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")

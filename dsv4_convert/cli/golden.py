@@ -1,0 +1,117 @@
+"""``dsv4 golden ...``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, size, status, write_json
+from dsv4_convert.cli.download import fetch
+
+
+@reported
+def record(
+    source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Token ids: 5,17,3 or a file (.json, .npy, or text with one prompt per line).")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    random: Annotated[
+        str | None, typer.Option(metavar="[BATCHx]LENGTH", help="Random prompts, such as 300 or 3x129.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
+    layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    json: Json = None,
+) -> None:
+    """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation.
+
+    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4[reference]'.
+
+    Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
+    """
+    from golden.recorder import record as record_golden
+    from golden.tokens import prompts
+
+    chosen = parse_layers(layers)
+    up_to = None if chosen is None else tuple(range(max(chosen) + 1))
+    origin = fetch(source, revision=revision, layers=up_to)
+    ids = prompts(origin.path, tokens=tokens, text=text, random=random, seed=seed)
+    with status("recording") as say:
+        done = record_golden(
+            origin.path,
+            out,
+            tokens=ids,
+            text=text,
+            layers=chosen,
+            name=origin.repository,
+            revision=origin.revision,
+            progress=lambda what: say(what),
+        )
+    typer.echo(f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-")
+    write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
+
+
+@reported
+def show(
+    golden: Annotated[Path, typer.Argument(help="Golden.")],
+    json: Json = None,
+) -> None:
+    """Say what a golden holds: reference, source, tokens, taps."""
+    from golden.archive import open_golden
+
+    opened = open_golden(golden)
+    document = {
+        "schema_version": 1,
+        "reference": opened.manifest.reference,
+        "source": opened.manifest.source,
+        "tokens": list(opened.tokens.shape),
+        "layers": list(opened.layers),
+        "taps": list(opened.names),
+    }
+    if json != "-":
+        for key in ("reference", "source", "tokens", "layers"):
+            typer.echo(f"{key:<10} {document[key]}")
+        typer.echo(f"{'taps':<10} {len(opened.names)}")
+    write_json(document, json)
+
+
+@reported
+def verify(
+    golden: Annotated[Path, typer.Argument(help="Golden.")],
+) -> None:
+    """Hash every array of a golden again and compare with its manifest; exits 1 if anything differs."""
+    from dsv4_convert.errors import CheckFailed, listed
+    from golden.archive import open_golden
+
+    opened = open_golden(golden)
+    problems = opened.verify()
+    if problems:
+        raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
+    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded")
+
+
+@reported
+def make_checkpoint(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    config: Annotated[
+        Path | None, typer.Option(help="config.json to follow; a small architecture with every kind of layer if not given.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option(metavar="[fp4|fp8|bf16]", help="fp4: as released. fp8: as the Base releases. bf16: unquantised.")
+    ] = "fp4",
+    layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+) -> None:
+    """Make a checkpoint of random weights in the published format. The same seed gives the same bytes anywhere.
+
+    Example: dsv4 golden make-checkpoint ./tiny
+    """
+    from golden.synthetic import make_checkpoint as make
+
+    with byte_progress("writing") as progress:
+        total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
+    typer.echo(f"{out}: {size(total)} of random weights")

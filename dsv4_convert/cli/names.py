@@ -1,0 +1,83 @@
+"""``dsv4 names``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4_convert.cli.common import Json, reported, write_json
+
+if TYPE_CHECKING:
+    from dsv4_convert.names import Rule
+
+
+@reported
+def names(
+    name: Annotated[
+        str | None, typer.Argument(help="A tensor name in any spelling, or a parameter path; none for the whole table.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Print the table of names, or explain one name in every spelling.
+
+    Example: dsv4 names layers.12.attn.wq_a.weight
+    """
+    from dsv4_convert import names as table
+
+    if name is None:
+        write_json([_row(rule) for rule in table.RULES], json)
+        if json != "-":
+            _print_table(table.RULES)
+            for prefix, reason in table.DROPS.items():
+                typer.echo(f"left out: {prefix}.*  ({reason})")
+        return
+    if reason := table.drop_reason(name):
+        typer.echo(f"{name}: left out on purpose: {reason}")
+        write_json([{"name": name, "dropped": reason}], json)
+        return
+    found = table.explain(name)
+    write_json(
+        [{**_row(item.rule), "path": item.path, **{d.value: list(s) for d, s in item.spellings.items()}} for item in found],
+        json,
+    )
+    if json == "-":
+        return
+    for item in found:
+        rule = item.rule
+        typer.secho(item.path, bold=True)
+        for dialect, spellings in item.spellings.items():
+            typer.echo(f"  {dialect.value:<13} {'  '.join(spellings)}")
+        typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
+        typer.echo(f"  {'kind':<13} {rule.kind.value}, in {rule.when.value} layers" if rule.per_layer else f"  kind          {rule.kind.value}")
+
+
+def _row(rule: Rule) -> dict[str, object]:
+    return {
+        "path": rule.path,
+        "published": rule.published,
+        "module": rule.module,
+        "shape": rule.shape.split(),
+        "kind": rule.kind.value,
+        "transform": rule.transform.value,
+        "layers": rule.when.value if rule.per_layer else None,
+    }
+
+
+def _print_table(rules: tuple[Rule, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("parameter", "published tensor", "shape", "kind", "transform", "layers"):
+        table.add_column(column, overflow="fold")
+    for rule in rules:
+        table.add_row(
+            rule.path.replace("{}", "N", 1),
+            rule.published.replace("{}", "N", 1).replace("{}", "E", 1),
+            rule.shape,
+            rule.kind.value,
+            rule.transform.value,
+            rule.when.value if rule.per_layer else "",
+        )
+    Console().print(table)

@@ -1,0 +1,54 @@
+"""Tensors that are stored unquantised: change of floating dtype and orientation in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from dsv4_convert.errors import BadInput
+from dsv4_convert.formats import kernels
+from dsv4_convert.formats.checks import destination, read_only
+from dsv4_convert.formats.tables import BFLOAT16, FLOAT32
+
+Array = NDArray[Any]
+
+_ACTIONS = {(BFLOAT16, FLOAT32): kernels.WIDEN, (FLOAT32, BFLOAT16): kernels.NARROW}
+
+
+def cast_plain(array: Array, *, dtype: DTypeLike, transpose: bool = False, out: Array | None = None) -> Array:
+    """A copy of ``array`` in ``dtype``, transposed if asked.
+
+    bfloat16 -> float32 is exact, NaN payloads included. float32 -> bfloat16 rounds to nearest even, overflows to
+    infinity, and turns a NaN into the quiet NaN of its sign. Every other dtype is copied and must be asked for by its
+    own name: an integer never becomes a float.
+
+    Args:
+        array: any shape; ``[R, C]`` with ``transpose``. Not changed.
+        dtype: of the result.
+        transpose: write ``[C, R]``.
+        out: C-contiguous buffer of the result's shape and dtype, for example a slice of a stack.
+
+    Raises:
+        BadInput: ``dtype`` is neither the array's own nor reached by a cast between bfloat16 and float32.
+        ValueError: ``out`` does not fit, or ``transpose`` of something that is not a matrix.
+    """
+    wanted = np.dtype(dtype)
+    action = kernels.COPY if wanted == array.dtype else _ACTIONS.get((array.dtype, wanted))
+    if action is None:
+        raise BadInput(f"plain tensor: expected {wanted}, or bfloat16 or float32 to cast from, found {array.dtype}")
+    if transpose and array.ndim != 2:
+        raise ValueError(f"only a matrix can be transposed, found shape {array.shape}")
+    result = destination(out, shape=array.shape[::-1] if transpose else array.shape, dtype=wanted)
+    if action == kernels.COPY and not transpose:
+        np.copyto(result, array)
+        return result
+    source = np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
+    source_bits = read_only(source.view(f"u{source.dtype.itemsize}"))
+    result_bits = result.view(f"u{result.dtype.itemsize}")
+    if transpose:
+        kernels.convert_columns(source_bits, result_bits, action)
+    else:
+        kernels.convert(source_bits.reshape(-1), result_bits.reshape(-1), action)
+    return result

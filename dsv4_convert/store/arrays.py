@@ -1,0 +1,256 @@
+"""One array in one folder: created and written chunk by chunk, and read back by rows.
+
+Uncompressed chunks are plain files (see :mod:`.layout`) and are written and read directly. Compressed ones go through
+tensorstore, which is imported only then and for writing the array's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, chunk_file, raw_bytes
+
+Compression: TypeAlias = Literal["none", "zstd"]
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_COMPRESSORS: dict[Compression, dict[str, Any] | None] = {
+    "none": None,
+    "zstd": {"id": "zstd", "level": 1},  # what Orbax asks for
+}
+#: Zarr's name of a dtype: NumPy's type string, and for the ml_dtypes, which have none, their name.
+_ZARR_DTYPES = {dtype.name if dtype.kind == "V" else dtype.str: dtype for dtype in DTYPES.values()}
+_MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB per call
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error while ``path`` is written into a :class:`ResourceError` that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot write: {error.strerror or error}. What was finished is kept; "
+            "make room (or fix the cause) and run the same command again."
+        ) from error
+
+
+def write_file(path: Path, data: bytes | memoryview, *, size: int | None = None) -> None:
+    """Write ``data``, extended by zeros to ``size`` bytes, and wait until it is on the disk.
+
+    Raises:
+        ResourceError: the disk is full, read-only or failing.
+    """
+    with writing(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view[:_MAX_WRITE]) :]
+            if size is not None:
+                os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, so that they survive a power loss."""
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class ArrayWriter:
+    """Writes the chunks of one array into ``folder``, which must exist and be empty. Threads may write at once.
+
+    Memory: an uncompressed chunk is written from the caller's buffer; only a chunk that is clipped in an axis other
+    than the first is copied for padding. A compressed chunk is copied once by tensorstore.
+    """
+
+    def __init__(self, folder: Path, layout: ArrayLayout, compression: Compression) -> None:
+        import tensorstore as ts
+
+        self._folder = folder
+        self._layout = layout
+        self._compression = compression
+        with _tensorstore_writing(folder):
+            self._array = ts.open(_spec(folder, layout, compression), create=True).result()
+
+    def write_chunk(self, index: Index, chunk: Array) -> None:
+        """Write chunk ``index`` durably; ``chunk`` is C-contiguous, of the layout's dtype and the clipped shape."""
+        if self._compression != "none":
+            with _tensorstore_writing(self._folder):
+                self._array[self._layout.chunk_region(index)].write(chunk).result()
+            return
+        if chunk.shape[1:] != self._layout.chunk_shape[1:]:
+            padded = np.zeros(self._layout.chunk_shape, self._layout.dtype)
+            padded[tuple(map(slice, chunk.shape))] = chunk
+            chunk = padded
+        write_file(self._folder / chunk_file(index), raw_bytes(chunk), size=self._layout.chunk_nbytes)
+
+    def finish(self) -> None:
+        """Make the array durable once every chunk is written."""
+        sync(self._folder)
+        sync(self._folder.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredArray:
+    """An array on disk, opened by its metadata; reading is stateless, so threads may share it."""
+
+    folder: Path
+    layout: ArrayLayout
+    compression: Compression
+
+    @classmethod
+    def open(cls, folder: Path) -> StoredArray:
+        """Read the metadata of the array in ``folder``.
+
+        Raises:
+            BadInput: the metadata is absent, is not JSON, or describes something that this store does not write.
+        """
+        path = folder / ARRAY_METADATA_FILE
+        try:
+            document = json.loads(path.read_bytes())
+            return cls(folder=folder, **_parse_metadata(document))
+        except OSError as error:
+            raise BadInput(f"{path}: the array's metadata cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path}: not the metadata of an array of this store: {error}") from error
+
+    def missing_chunks(self) -> list[str]:
+        """Names of chunk files that are absent or, when uncompressed, of another size than the layout says."""
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        names = map(chunk_file, self.layout.chunk_indices())
+        if self.compression != "none":
+            return [name for name in names if name not in sizes]
+        return [name for name in names if sizes.get(name) != self.layout.chunk_nbytes]
+
+    def read_rows(self, start: int, stop: int) -> Array:
+        """Rows ``start:stop`` of the first axis; a scalar is read with ``0, 1`` and comes without that axis.
+
+        Memory: the result, and of a chunk that is split in other axes or compressed, that chunk.
+
+        Raises:
+            BadInput: a chunk is absent, shorter than it should be, or does not decompress.
+        """
+        layout = self.layout
+        if not layout.shape:
+            return self.read_chunk(())
+        out = np.empty((stop - start, *layout.shape[1:]), layout.dtype)
+        for index in layout.chunks_of_rows(start, stop):
+            region = layout.chunk_region(index)
+            low, high = max(start, region[0].start), min(stop, region[0].stop)
+            target = out[(slice(low - start, high - start), *region[1:])]
+            inside = slice(low - region[0].start, high - region[0].start)
+            if self.compression == "none" and layout.rows_are_contiguous:
+                self._read_bytes(index, raw_bytes(target), offset=inside.start * (layout.nbytes // layout.shape[0]))
+            else:
+                target[...] = self.read_chunk(index)[inside]
+        return out
+
+    def read_chunk(self, index: Index) -> Array:
+        """Chunk ``index``, clipped to the array, C-contiguous.
+
+        Raises:
+            BadInput: the chunk is absent, of another size, or does not decompress.
+        """
+        if self.compression == "none":
+            inside: tuple[Any, ...] = tuple(slice(size) for size in self.layout.clipped_shape(index))
+            clipped: Array = self._read_padded_chunk(index)[(*inside, ...)]  # the ellipsis keeps a scalar an array
+            return np.asarray(clipped, order="C")
+        import tensorstore as ts
+
+        try:
+            stored = ts.open(_spec(self.folder, self.layout, self.compression)).result()
+            chunk = stored[self.layout.chunk_region(index)].read().result()
+        except Exception as error:  # tensorstore raises ValueError, OSError and its own kinds alike
+            raise BadInput(f"{self.folder / chunk_file(index)}: the chunk cannot be read: {error}") from error
+        return np.asarray(chunk, order="C")
+
+    def padding_is_damaged(self, index: Index) -> bool:
+        """Whether an uncompressed chunk has anything but zeros outside the array; raises as :meth:`read_chunk`."""
+        clipped = self.layout.clipped_shape(index)
+        if self.compression != "none" or clipped == self.layout.chunk_shape:
+            return False
+        padding = self._read_padded_chunk(index).view(np.uint8)
+        padding[(*map(slice, clipped[:-1]), slice(clipped[-1] * self.layout.dtype.itemsize))] = 0
+        return bool(padding.any())
+
+    def _read_padded_chunk(self, index: Index) -> Array:
+        chunk = np.empty(self.layout.chunk_shape, self.layout.dtype)
+        self._read_bytes(index, raw_bytes(chunk), offset=0)
+        return chunk
+
+    def _read_bytes(self, index: Index, into: memoryview, *, offset: int) -> None:
+        path = self.folder / chunk_file(index)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.layout.chunk_nbytes:
+                    raise BadInput(f"{path}: {size:,} bytes, expected {self.layout.chunk_nbytes:,}: damaged copy?")
+                file.seek(offset)
+                while into:
+                    count = file.readinto(into)
+                    if not count:
+                        raise BadInput(f"{path}: the file became shorter while it was read")
+                    into = into[count:]
+        except OSError as error:
+            raise BadInput(f"{path}: the chunk cannot be read: {error.strerror}") from error
+
+
+def _spec(folder: Path, layout: ArrayLayout, compression: Compression) -> dict[str, Any]:
+    """The tensorstore spec that Orbax builds for the same array (compared with Orbax's own files in the tests)."""
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(folder)},
+        "metadata": {
+            "shape": layout.shape,
+            "chunks": layout.chunk_shape,
+            "compressor": _COMPRESSORS[compression],
+        },
+        "dtype": layout.dtype.name,
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+def _parse_metadata(document: Mapping[str, Any]) -> dict[str, Any]:
+    expected = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": "."}
+    for key, value in expected.items():
+        if document[key] != value:
+            raise ValueError(f"{key} is {document[key]!r}, expected {value!r}")
+    compression = next((name for name, value in _COMPRESSORS.items() if value == document["compressor"]), None)
+    if compression is None:
+        raise ValueError(f"compressor {document['compressor']!r} is not one of {list(_COMPRESSORS.values())}")
+    if document["dtype"] not in _ZARR_DTYPES:
+        raise ValueError(f"dtype {document['dtype']!r} is not one of {', '.join(_ZARR_DTYPES)}")
+    layout = ArrayLayout(
+        shape=tuple(map(int, document["shape"])),
+        dtype=_ZARR_DTYPES[document["dtype"]],
+        chunk_shape=tuple(map(int, document["chunks"])),
+    )
+    return {"layout": layout, "compression": compression}
+
+
+@contextmanager
+def _tensorstore_writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk is a ValueError here: tensorstore maps its own status codes
+        raise ResourceError(
+            f"{folder}: cannot write: {error}. What was finished is kept; "
+            "make room (or fix the cause) and run the same command again."
+        ) from error

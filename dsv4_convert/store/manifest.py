@@ -1,0 +1,210 @@
+"""The manifest that lies in every checkpoint: what each leaf is, where it came from, and the digest of every byte.
+
+Orbax notices neither a flipped bit nor a wrong shape or dtype, so the truth about a checkpoint is kept here. The file
+is JSON with one line per leaf, and carries the digest of its own content, so that a damaged manifest is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.store.layout import DTYPES, ArrayLayout, is_file_name, leaf_digest, path_problems
+
+SCHEMA_VERSION = 1
+
+_SHA256_LENGTH = 64
+_TOP_KEYS = ("schema_version", "metadata", "files", "leaves", "manifest_digest")
+_LEAF_KEYS = ("shape", "dtype", "chunk_shape", "digest", "chunk_digests", "sources", "rule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafRecord:
+    """What the manifest says of one leaf.
+
+    Attributes:
+        layout: shape, dtype and chunk shape.
+        chunk_digests: hex SHA-256 of every chunk's canonical bytes, in C order of the chunk grid.
+        sources: names of the tensors that the leaf was made of, in the caller's order.
+        rule: the caller's name of how it was made.
+    """
+
+    layout: ArrayLayout
+    chunk_digests: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    rule: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole leaf: SHA-256 over the raw chunk digests."""
+        return leaf_digest(self.chunk_digests)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as it stands in the manifest."""
+        return {
+            "shape": list(self.layout.shape),
+            "dtype": self.layout.dtype.name,
+            "chunk_shape": list(self.layout.chunk_shape),
+            "digest": self.digest,
+            "chunk_digests": list(self.chunk_digests),
+            "sources": list(self.sources),
+            "rule": self.rule,
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> LeafRecord:
+        """Strict inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: a key is missing, unknown or of the wrong type, or the digests do not fit together.
+        """
+        entry = _with_keys(document, _LEAF_KEYS)
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(entry["rule"], str):
+            raise ValueError(f"rule is {entry['rule']!r}, expected a string")
+        record = cls(
+            layout=ArrayLayout(
+                shape=_integers(entry, "shape"),
+                dtype=DTYPES[entry["dtype"]],
+                chunk_shape=_integers(entry, "chunk_shape"),
+            ),
+            chunk_digests=tuple(_digest(item, "chunk digest") for item in _strings(entry, "chunk_digests")),
+            sources=_strings(entry, "sources"),
+            rule=entry["rule"],
+        )
+        if len(record.chunk_digests) != record.layout.chunk_count:
+            raise ValueError(f"{len(record.chunk_digests)} chunk digests for {record.layout.chunk_count} chunks")
+        if entry["digest"] != record.digest:
+            raise ValueError(f"digest is {entry['digest']!r}, but the chunk digests give {record.digest}")
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole manifest.
+
+    Attributes:
+        leaves: record of every leaf by its dotted path; written in the order of the paths.
+        files: hex SHA-256 of every other file of the checkpoint by name (the caller's and Orbax's own metadata).
+        metadata: JSON of the caller: where the checkpoint came from, by which version, and so on.
+    """
+
+    leaves: Mapping[str, LeafRecord]
+    files: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The manifest as a file: the same content gives the same bytes."""
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "metadata": dict(self.metadata),
+            "files": dict(sorted(self.files.items())),
+        }
+        leaves = {path: record.to_json() for path, record in sorted(self.leaves.items())}
+        lines = [f"{json.dumps(key)}: {_canonical(value)}" for key, value in head.items()]
+        rows = ",\n".join(f"  {json.dumps(path)}: {_canonical(entry)}" for path, entry in leaves.items())
+        lines.append(f'"leaves": {{\n{rows}\n}}')
+        lines.append(f'"manifest_digest": "{_own_digest({**head, "leaves": leaves})}"')
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
+        """Strict inverse of :meth:`to_bytes`; ``where`` names the file in messages.
+
+        Raises:
+            BadInput: not JSON, another schema version, unknown or missing or ill-typed entries, unsafe names, digests
+                that do not fit. All problems of the leaves are reported together.
+        """
+        try:
+            document = json.loads(data, object_pairs_hook=_no_duplicates)
+        except ValueError as error:
+            raise BadInput(f"{where}: not a JSON document: {error}") from error
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BadInput(
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}. "
+                "Read it with the version of dsv4 that wrote it, or convert again."
+            )
+        try:
+            top = _with_keys(document, _TOP_KEYS)
+            leaves, files, metadata = (_mapping(top, key) for key in ("leaves", "files", "metadata"))
+        except ValueError as error:
+            raise BadInput(f"{where}: {error}") from error
+        problems = path_problems(tuple(leaves))
+        records: dict[str, LeafRecord] = {}
+        for path, entry in leaves.items():
+            try:
+                records[path] = LeafRecord.from_json(entry)
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+        for name, digest in files.items():
+            try:
+                _digest(digest, f"digest of file {name!r}")
+            except ValueError as error:
+                problems.append(str(error))
+            if not is_file_name(name):
+                problems.append(f"{name!r} is not a plain file name")
+        if not problems and top["manifest_digest"] != (
+            found := _own_digest({key: value for key, value in top.items() if key != "manifest_digest"})
+        ):
+            problems.append(f"manifest_digest is {top['manifest_digest']!r}, but the content gives {found}")
+        if problems:
+            raise BadInput(f"{where}: the manifest is damaged or was edited:\n{listed(problems)}")
+        return cls(leaves=records, files=files, metadata=metadata)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def _own_digest(document: Mapping[str, object]) -> str:
+    """Hex SHA-256 of the document without ``manifest_digest``, as compact JSON with sorted keys."""
+    return hashlib.sha256(_canonical(document).encode()).hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if names.count(key) > 1)!r} occurs twice")
+    return keys
+
+
+def _with_keys(document: object, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise ValueError(f"{type(document).__name__} instead of an object")
+    if differing := sorted(set(document) ^ set(keys)):
+        raise ValueError(f"missing or unknown keys: {', '.join(differing)}")
+    return document
+
+
+def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {type(value).__name__}, expected an object")
+    return value
+
+
+def _integers(document: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = document[key]
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise ValueError(f"{key} is {value!r}, expected a list of integers")
+    return tuple(value)
+
+
+def _strings(document: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = document[key]
+    if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+        raise ValueError(f"{key} is not a list of strings")
+    return tuple(value)
+
+
+def _digest(value: object, what: str) -> str:
+    if not isinstance(value, str) or len(value) != _SHA256_LENGTH or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{what} is {value!r}, expected {_SHA256_LENGTH} lower-case hexadecimal digits")
+    return value

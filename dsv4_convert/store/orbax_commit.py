@@ -1,0 +1,87 @@
+"""Let Orbax turn finished array folders into one of its checkpoints. The only module that touches Orbax.
+
+Orbax writes its own metadata for a tree of stand-in leaves; a type handler of ours moves each finished folder to the
+place that Orbax gives the leaf, so no array passes through memory. The result is an ordinary checkpoint of NumPy
+arrays without OCDBT, which any Orbax restores without dsv4.
+
+What of Orbax this relies on (checked against 0.12.8; ``tests/store/test_orbax_contract.py`` fails if it changes):
+
+- public: ``Checkpointer``, ``PyTreeCheckpointHandler`` with ``use_ocdbt``, ``use_zarr3``, ``type_handler_registry`` and
+  ``enable_pinned_host_transfer``, ``args.PyTreeSave``, ``type_handlers.TypeHandler`` and
+  ``type_handlers.create_type_handler_registry``;
+- ``TypeHandler.serialize`` gets ``ParamInfo`` objects with ``await_path_creation()``, ``name`` and ``path``;
+- the type string ``np.ndarray``, which makes a plain restore use Orbax's own NumPy handler;
+- that handler reads ``<path>/.zarray`` and its chunks, whatever the chunk shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+
+from dsv4_convert.store.layout import nested
+
+
+@dataclass(frozen=True)
+class _FinishedArray:
+    """A leaf of the tree that Orbax is asked to save: only the folder where the array already lies."""
+
+    folder: Path
+
+
+class _MovingHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped
+    """Saves a :class:`_FinishedArray` by renaming its folder. Never restores: Orbax's NumPy handler does."""
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def serialize(
+        self, values: Sequence[_FinishedArray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            os.rename(value.folder, os.fspath(info.path))
+        return []
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        raise NotImplementedError("only used for saving")
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("only used for saving")
+
+
+def commit_arrays(folders: Mapping[str, Path], directory: Path) -> None:
+    """Make ``directory`` an Orbax checkpoint of the arrays in ``folders``, which are moved into it.
+
+    Args:
+        folders: folder of every array by the dotted path of its leaf; on the same file system as ``directory``.
+        directory: absent so far. Orbax works in ``directory`` plus a suffix and renames that at the end; after an
+            interruption both may hold some of the folders.
+    """
+    tree = nested({path: _FinishedArray(folder) for path, folder in folders.items()})
+    with _only_errors_logged():
+        registry = ocp.type_handlers.create_type_handler_registry((_FinishedArray, _MovingHandler()))
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=False, type_handler_registry=registry, enable_pinned_host_transfer=False
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """Orbax warns about OCDBT and array metadata, neither of which is used here; keep that off the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,75 @@
+"""Which taps a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
+
+Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this module puts numbers to the letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.taps import Tap, Values, Where, full_name, taps_of
+
+#: Stored dtype of a tap by how it is compared.
+DTYPES: dict[Values, np.dtype[np.generic]] = {
+    Values.REAL: np.dtype(np.float32),
+    Values.CHOICE: np.dtype(np.int32),
+}
+
+INPUT = "input"
+STREAMS = "hc_ffn.streams"
+
+
+def tap_shape(tap: Tap, config: Config, layer: int | None, *, batch: int, tokens: int) -> tuple[int, ...]:
+    """The numbers behind ``tap.shape`` for ``batch`` prompts of ``tokens`` tokens; model-level taps have no layer."""
+    kind = config.attention[layer] if layer is not None else Attention.SLIDING
+    ratio = config.ratio(kind)
+    entries = tokens // ratio if ratio else 0  # a block that is not complete makes no entry
+    sizes = {
+        "B": batch,
+        "S": tokens,
+        "T": entries,
+        "N": config.hc_mult,
+        "D": config.hidden_size,
+        "R": config.q_lora_rank,
+        "H": config.num_attention_heads,
+        "C": config.head_dim,
+        "W": config.head_dim * (2 if kind is Attention.CSA else 1),
+        "Hi": config.index_n_heads,
+        "Ci": config.index_head_dim,
+        "2Ci": 2 * config.index_head_dim,
+        "k": min(config.index_topk, entries),
+        "G": config.o_groups,
+        "O": config.o_lora_rank,
+        "E": config.n_routed_experts,
+        "K": config.num_experts_per_tok,
+        "V": config.vocab_size,
+    }
+    return tuple(sizes[letter] for letter in tap.shape.split())
+
+
+def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, Tap, int | None]]:
+    """Every tap of a golden of these layers, in order of execution: full name, tap, layer.
+
+    The head can run only when the last layer did, so its taps are there exactly when that layer is among ``layers``.
+    """
+    model = taps_of(config, None)
+    for tap in model:
+        if tap.where is Where.BEFORE:
+            yield full_name(tap, None), tap, None
+    for layer in layers:
+        for tap in taps_of(config, layer):
+            yield full_name(tap, layer), tap, layer
+    if config.num_hidden_layers - 1 in layers:
+        for tap in model:
+            if tap.where is Where.AFTER:
+                yield full_name(tap, None), tap, None
+
+
+def expected_aliases(layers: Sequence[int]) -> dict[str, str]:
+    """Taps that are the same array as another one, and so are stored once: a layer's input is the streams before it."""
+    return {
+        f"layers.{layer}.{INPUT}": f"layers.{layer - 1}.{STREAMS}" for layer in layers if layer - 1 in set(layers)
+    }

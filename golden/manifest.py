@@ -1,0 +1,291 @@
+"""``manifest.json`` of a golden: who computed what from which weights and tokens, and the digest of every array.
+
+Reading is strict: the taps, their shapes, dtypes and files must be exactly those that config, tokens and layers imply,
+so a golden with a hole, or one of another architecture, is refused before anything is compared with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.checkpoint.strict_json import parse_object
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, Dsv4Error, listed
+from golden.layout import DTYPES, expected_aliases, expected_taps, tap_shape
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MODEL_FILE = "model.safetensors"
+
+_DIGEST_KEY = "manifest_digest"
+_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers")
+_KEYS = {"schema_version", *_REQUEST_KEYS, "taps", "aliases", _DIGEST_KEY}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def layer_file(layer: int | None) -> str:
+    """Name of the file that holds the taps of one layer, or of the model level (None)."""
+    return MODEL_FILE if layer is None else f"layer-{layer:05d}.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The implementation that computed a golden."""
+
+    name: str
+    #: Version by package.
+    versions: Mapping[str, str]
+    #: "plain": the mathematics without simulated quantisation of activations.
+    numerics: str
+    dtype: str
+    attention_implementation: str
+    experts_implementation: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint that a golden was computed from."""
+
+    #: ``ORG/NAME`` of a Hub repository, or the name of a folder.
+    name: str
+    #: Commit on the Hub, where known.
+    revision: str | None
+    #: SHA-256 of every shard that the recording read, by file name.
+    files: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTap:
+    """Where one tap's array lies, and what it must be. ``sha256`` is that of its bytes: C order, little-endian."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the constructor's arguments."""
+        return {"file": self.file, "dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that determines a golden. Two equal requests give the same arrays.
+
+    ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text.
+    """
+
+    reference: Reference
+    source: Source
+    config: Config
+    tokens: tuple[tuple[int, ...], ...]
+    text: tuple[str, ...] | None
+    layers: tuple[int, ...]
+
+    @property
+    def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The tokens as int32 ``[B, S]``."""
+        return np.array(self.tokens, np.int32)
+
+    def shapes(self) -> dict[str, tuple[int | None, np.dtype[np.generic], tuple[int, ...]]]:
+        """Full name -> layer, dtype and shape of every tap that this request makes, in order of execution."""
+        batch, tokens = len(self.tokens), len(self.tokens[0])
+        return {
+            name: (layer, DTYPES[tap.values], tap_shape(tap, self.config, layer, batch=batch, tokens=tokens))
+            for name, tap, layer in expected_taps(self.config, self.layers)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` is the inverse."""
+        return {
+            "reference": dataclasses.asdict(self.reference),
+            "source": dataclasses.asdict(self.source),
+            "config": self.config.to_json(),
+            "tokens": [list(row) for row in self.tokens],
+            "text": None if self.text is None else list(self.text),
+            "layers": list(self.layers),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Request:
+        """Strict inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: a part is missing, unknown, of the wrong type or out of range.
+        """
+        try:
+            config = Config.from_json(document["config"])
+        except (Dsv4Error, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"config: {error}") from None
+        text = document["text"]
+        return cls(
+            reference=Reference(**_record(document, "reference", Reference, mappings=("versions",))),
+            source=Source(**_record(document, "source", Source, mappings=("files",), optional=("revision",))),
+            config=config,
+            tokens=_tokens(document["tokens"], config.vocab_size),
+            text=None if text is None else _strings(text, len(document["tokens"])),
+            layers=_layers(document["layers"], config.num_hidden_layers),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole manifest. ``aliases`` name taps that are the same array as another one and are stored once."""
+
+    request: Request
+    taps: Mapping[str, StoredTap]
+    aliases: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        """The manifest as a file, one line per tap; equal manifests give equal bytes."""
+        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **self.request.to_json()}
+        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in document.items()]
+        document["taps"] = {name: tap.to_json() for name, tap in self.taps.items()}
+        document["aliases"] = dict(self.aliases)
+        for key in ("taps", "aliases"):
+            rows = ",\n".join(f"  {json.dumps(name)}: {_compact(value)}" for name, value in document[key].items())
+            lines.append(f"{json.dumps(key)}: {{\n{rows}\n}}")
+        lines.append(f'"{_DIGEST_KEY}": "{_digest(document)}"')
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
+        """Strict inverse of :meth:`to_bytes`; ``where`` names the file in messages.
+
+        Raises:
+            BadInput: another schema version, damage, or taps that differ from what the request implies.
+        """
+        document = parse_object(data, where=where)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise BadInput(
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}; "
+                "read it with the version of dsv4 that recorded it, or record again"
+            )
+        if set(document) != _KEYS:
+            raise BadInput(f"{where}: expected the entries {sorted(_KEYS)}, found {sorted(document)}")
+        stated = document.pop(_DIGEST_KEY)
+        if stated != (found := _digest(document)):
+            raise BadInput(
+                f"{where}: {_DIGEST_KEY} says {stated!r}, the content gives {found}; the manifest is damaged or was "
+                "edited, take it from where it was recorded, or record again"
+            )
+        try:
+            request = Request.from_json(document)
+            taps = {name: stored_tap(entry) for name, entry in _mapping(document["taps"]).items()}
+            aliases = _mapping(document["aliases"])
+        except ValueError as error:
+            raise BadInput(f"{where}: {error}") from None
+        problems = _tap_problems(request, taps, aliases)
+        if problems:
+            raise BadInput(f"{where}: not the taps that its config, tokens and layers imply:\n{listed(problems)}")
+        return cls(request=request, taps=taps, aliases=aliases)
+
+
+def stored_tap(entry: object) -> StoredTap:
+    """Strict inverse of :meth:`StoredTap.to_json`. Raises :class:`ValueError`."""
+    if not isinstance(entry, dict) or set(entry) != {"file", "dtype", "shape", "sha256"}:
+        raise ValueError(f"tap entry: expected file, dtype, shape and sha256, found {_shown(entry)}")
+    file, dtype, shape, sha256 = entry["file"], entry["dtype"], entry["shape"], entry["sha256"]
+    if not isinstance(file, str) or not isinstance(dtype, str) or not _is_digest(sha256):
+        raise ValueError(f"tap entry: file, dtype or sha256 is not what it should be: {_shown(entry)}")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"tap entry: expected sizes as shape, found {_shown(shape)}")
+    return StoredTap(file=file, dtype=dtype, shape=tuple(shape), sha256=sha256)
+
+
+def _tap_problems(request: Request, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
+    wanted_aliases = expected_aliases(request.layers)
+    wanted = request.shapes()
+    problems = []
+    if aliases != wanted_aliases:
+        differing = {name for name in {*aliases, *wanted_aliases} if aliases.get(name) != wanted_aliases.get(name)}
+        problems += [f"{name}: alias expected {wanted_aliases.get(name)}, found {aliases.get(name)}" for name in differing]
+    for name in taps.keys() - (wanted.keys() - wanted_aliases.keys()):
+        problems.append(f"{name}: not expected")
+    for name, (layer, dtype, shape) in wanted.items():
+        if name in wanted_aliases:
+            continue
+        tap = taps.get(name)
+        if tap is None:
+            problems.append(f"{name}: missing")
+            continue
+        expected = (layer_file(layer), dtype.name, shape)
+        if (tap.file, tap.dtype, tap.shape) != expected:
+            problems.append(f"{name}: expected {expected}, found {(tap.file, tap.dtype, tap.shape)}")
+    return sorted(problems)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the document without its digest, as compact JSON with sorted keys."""
+    return hashlib.sha256(_compact(document).encode()).hexdigest()
+
+
+def _shown(value: object, *, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {_shown(value)}")
+    return value
+
+
+def _record(
+    document: Mapping[str, Any], key: str, kind: type, *, mappings: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The fields of a flat dataclass: strings, string-to-string ``mappings``, and strings that may be null."""
+    entry = document[key]
+    names = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(entry, dict) or set(entry) != names:
+        raise ValueError(f"{key}: expected the fields {sorted(names)}, found {_shown(entry)}")
+    for name, value in entry.items():
+        if name in mappings:
+            good = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+        else:
+            good = isinstance(value, str) or (value is None and name in optional)
+        if not good:
+            raise ValueError(f"{key}.{name}: not what it should be: {_shown(value)}")
+    if kind is Source and not all(map(_is_digest, entry["files"].values())):
+        raise ValueError("source.files: expected SHA-256 digests")
+    return entry
+
+
+def _tokens(value: object, vocabulary: int) -> tuple[tuple[int, ...], ...]:
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(row, list) and row and len(row) == len(value[0]) for row in value)
+        or not all(type(token) is int and 0 <= token < vocabulary for row in value for token in row)
+    ):
+        raise ValueError(f"tokens: expected rows of equal length with ids below {vocabulary}, found {_shown(value)}")
+    return tuple(tuple(row) for row in value)
+
+
+def _strings(value: object, count: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"text: expected one string per prompt, found {_shown(value)}")
+    return tuple(value)
+
+
+def _layers(value: object, count: int) -> tuple[int, ...]:
+    good = isinstance(value, list) and all(type(layer) is int and 0 <= layer < count for layer in value)
+    if not good or not isinstance(value, list) or not value or value != sorted(set(value)):
+        raise ValueError(f"layers: expected ascending numbers below {count}, found {_shown(value)}")
+    return tuple(value)

@@ -1,0 +1,1 @@
+"""Implementations that goldens are recorded from. Importing this imports none of them."""

@@ -1,0 +1,258 @@
+"""transformers' DeepSeek-V4 on a prompt, one layer at a time, in float32.
+
+Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. What is ours is
+when weights are there. A layer is built without memory, filled from the checkpoint, run and dropped; of the routed
+experts, which are nearly all of a layer, only the one that is being computed is in memory. The result is bit-equal to
+the whole model's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.errors import Dsv4Error, listed
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import Kind, Leaf, Resolution, Source
+from golden.manifest import Reference
+from golden.references.probes import HEAD_PROBES, LAYER_PROBES, Expected, recording
+
+Array = np.ndarray[Any, Any]
+
+_EAGER = "eager"
+_FLOAT32 = np.dtype(np.float32)
+#: Rows of the output head that are in memory at a time; at V4-Flash's width 128 MiB.
+HEAD_ROWS = 8192
+
+
+def describe() -> Reference:
+    """What the manifest says of this reference."""
+    return Reference(
+        name="transformers",
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        numerics="plain",
+        dtype="float32",
+        attention_implementation=_EAGER,
+        experts_implementation=_EAGER,
+    )
+
+
+class StreamedModel:
+    """The reference for one prompt. Streams go in and out as float32 ``[B, S, N, D]``."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, resolution: Resolution, tokens: Array) -> None:
+        """Prepare masks and rotary tables; no weight is read.
+
+        Args:
+            checkpoint: where weights come from.
+            config: the checkpoint's architecture.
+            resolution: which tensors fill which parameters, for all layers that will run.
+            tokens: int32 ``[B, S]``.
+
+        Raises:
+            Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
+        """
+        self._checkpoint = checkpoint
+        self._config = config
+        self._leaves = resolution.leaves
+        self._ids = torch.from_numpy(tokens.astype(np.int64))
+        raw = copy.deepcopy(dict(checkpoint.config))
+        raw.pop("quantization_config", None)  # weights are decoded here, so nothing is to be quantised there
+        self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
+        self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
+        _check_agreement(self._hf, self._rotary, config)
+        like_embeddings = torch.empty(*self._ids.shape, 1)  # only its batch, length and dtype matter
+        self._positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+        self._mask = create_sliding_window_causal_mask(
+            config=self._hf,
+            inputs_embeds=like_embeddings,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=self._positions,
+        )
+        self._angles = {
+            label: self._rotary(like_embeddings, position_ids=self._positions, layer_type=label)
+            for label in ("main", "compress")
+        }
+
+    @torch.no_grad()
+    def embed(self) -> Array:
+        """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
+        (source,) = self._leaf("embed").sources
+        used, places = np.unique(self._ids.numpy(), return_inverse=True)
+        rows = decode_weight(self._checkpoint.read(source.weight)[used], None, dtype=_FLOAT32)
+        self._checkpoint.release(source.weight)
+        return rows[places.reshape(self._ids.shape)]
+
+    def spread(self, embedded: Array) -> Array:
+        """The streams entering layer 0: the embedding in each of them."""
+        return np.repeat(embedded[:, :, None], self._config.hc_mult, axis=2)
+
+    @torch.no_grad()
+    def run_layer(self, layer: int, streams: Array, expected: Expected) -> tuple[Array, dict[str, Array]]:
+        """The streams leaving ``layer``, and its expected taps (by name within the layer)."""
+        with torch.device("meta"):
+            module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
+        leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
+        self._use_streamed_experts(module.mlp.experts, {leaf.rule.path: leaf for leaf in leaves if leaf.rule.per_expert})
+        for inner in [name for name, part in module.named_modules() if type(part) is type(self._rotary)]:
+            module.set_submodule(inner, self._rotary)
+        prefix = f"model.layers.{layer}."
+        self._fill(module, (leaf for leaf in leaves if not leaf.rule.per_expert), prefix)
+        with recording(module, LAYER_PROBES, expected) as taps:
+            leaving = module(
+                torch.from_numpy(streams),
+                input_ids=self._ids,
+                position_embeddings=self._angles,
+                position_ids=self._positions,
+                attention_mask=self._mask,
+                past_key_values=None,
+            )
+        return leaving.numpy(), taps
+
+    @torch.no_grad()
+    def run_head(self, streams: Array, expected: Expected) -> dict[str, Array]:
+        """The taps after the last layer, the logits among them."""
+        root = nn.Module()
+        with torch.device("meta"):
+            root.hc_head = modeling.DeepseekV4HyperHead(self._hf)
+            root.norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        names = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
+        self._fill(root, [self._leaf(name) for name in names], "model.")
+        logits = "logits"
+        with recording(root, HEAD_PROBES, {tap: what for tap, what in expected.items() if tap != logits}) as taps:
+            normed = root.norm(root.hc_head(torch.from_numpy(streams)))
+        head = self._leaf("head")
+        products = [
+            nn.functional.linear(normed, self._floats(head, head.sources[0], rows=slice(start, start + HEAD_ROWS)))
+            for start in range(0, self._config.vocab_size, HEAD_ROWS)
+        ]
+        return {**taps, logits: torch.cat(products, dim=-1).numpy()}
+
+    def _leaf(self, path: str) -> Leaf:
+        return next(leaf for leaf in self._leaves if leaf.path == path)
+
+    def _fill(self, module: nn.Module, leaves: Iterable[Leaf], prefix: str) -> None:
+        """Give ``module`` its weights. Every parameter and buffer has to be filled, and every leaf has to have a place.
+
+        Raises:
+            Dsv4Error: the module has other parameters than the checkpoint fills.
+        """
+        weights = {}
+        for leaf in leaves:
+            (source,) = leaf.sources
+            name = leaf.rule.module.format(leaf.layer).removeprefix(prefix)
+            weights[name] = self._integers(source) if leaf.rule.kind is Kind.INTEGER else self._floats(leaf, source)
+        try:
+            module.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            raise Dsv4Error(f"transformers' module {prefix} does not take the checkpoint's weights: {error}") from error
+        module.eval().requires_grad_(False)
+
+    def _use_streamed_experts(self, experts: nn.Module, leaves: Mapping[str, Leaf]) -> None:
+        """Replace the fused parameters by objects that decode the expert that the eager forward asks for."""
+        w1, w2, w3 = (leaves[f"layers.{{}}.ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
+        for name, halves in (("gate_up_proj", (w1, w3)), ("down_proj", (w2,))):
+            delattr(experts, name)  # a registered parameter cannot be overwritten by another kind of object
+            setattr(experts, name, _Streamed(lambda expert, halves=halves: self._expert(halves, expert)))
+
+    def _expert(self, leaves: tuple[Leaf, ...], expert: int) -> Tensor:
+        """The rows of one expert, those of several leaves one below the other: float32 ``[out, in]``."""
+        counts = [leaf.source_shape[0] for leaf in leaves]
+        weight = torch.empty(sum(counts), leaves[0].source_shape[1])
+        for leaf, part in zip(leaves, weight.split(counts), strict=True):
+            if leaf.fused:
+                (source,) = leaf.sources
+                stored = self._checkpoint.read(source.weight)[expert]
+                start = (leaf.rule.half or 0) * part.shape[0]
+                decode_weight(stored[start : start + part.shape[0]], None, dtype=_FLOAT32, out=part.numpy())
+            else:
+                self._floats(leaf, leaf.sources[expert], out=part)
+        return weight
+
+    def _integers(self, source: Source) -> Tensor:
+        """An index table as int64."""
+        return torch.from_numpy(self._checkpoint.read(source.weight).astype(np.int64))
+
+    def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """A weight of ``leaf``, or rows of it, as float32 ``[out, in]``; its pages of the file are given back."""
+        if out is None:
+            # Memory from torch, because where a matrix begins may change how its products are rounded.
+            count = len(range(*rows.indices(leaf.source_shape[0])))
+            out = torch.empty(count, *leaf.source_shape[1:])
+        read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows, out=out.numpy())
+        for name in (source.weight, source.scale):
+            if name is not None:
+                self._checkpoint.release(name)
+        return out
+
+
+class _Streamed:
+    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for."""
+
+    def __init__(self, read: Callable[[int], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, expert: Tensor) -> Tensor:
+        return self._read(int(expert))
+
+
+#: Fields that transformers' config has under the same name.
+_SAME_NAME = (
+    "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "sliding_window",
+    "index_n_heads", "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps",
+    "routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta",
+)  # fmt: skip
+
+
+def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: Config) -> None:
+    """transformers fills in defaults for what a config.json does not say; here none of them may differ from ours.
+
+    Raises:
+        Dsv4Error: naming every field that differs.
+    """
+    pairs = {name: (getattr(hf, name), getattr(config, name)) for name in _SAME_NAME}
+    pairs["layer_types"] = (list(hf.layer_types), [kind.value for kind in config.attention])
+    pairs["mlp_layer_types"] = (
+        list(hf.mlp_layer_types),
+        ["hash_moe" if hashed else "moe" for hashed in config.hash_routed],
+    )
+    rates = {Attention.CSA.value: config.csa_ratio, Attention.HCA.value: config.hca_ratio}
+    pairs["compress_rates"] = (dict(hf.compress_rates), rates)
+    pairs["scaled rotary table"] = (_yarn(hf.rope_parameters["compress"]), config.yarn)
+    pairs["unscaled rotary table"] = (_yarn(hf.rope_parameters["main"]), None)
+    for label, theta in (("main", config.rope_theta), ("compress", config.compress_rope_theta)):
+        pairs[f"{label} rotary base"] = (hf.rope_parameters[label]["rope_theta"], theta)
+        pairs[f"{label} rotary width"] = (2 * getattr(rotary, f"{label}_inv_freq").numel(), config.qk_rope_head_dim)
+        pairs[f"{label} rotary scaling of cos and sin"] = (getattr(rotary, f"{label}_attention_scaling"), 1.0)
+    problems = [f"{name}: transformers {theirs}, dsv4 {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if problems:
+        raise Dsv4Error(
+            f"config.json: transformers {transformers.__version__} understands it differently than dsv4, so a golden "
+            f"would be of another model; state these fields explicitly:\n{listed(problems)}"
+        )
+
+
+def _yarn(table: Mapping[str, Any]) -> Yarn | None:
+    """The scaling that transformers applies in one rotary table."""
+    if table["rope_type"] == "default":
+        return None
+    return Yarn(
+        factor=float(table["factor"]),
+        beta_fast=float(table.get("beta_fast") or 32),
+        beta_slow=float(table.get("beta_slow") or 1),
+        original_max_position_embeddings=int(table["original_max_position_embeddings"]),
+    )

@@ -1,0 +1,111 @@
+"""The prompt of a golden: token ids from an argument, a file, a text or a seed, always int32 ``[B, S]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsv4_convert.errors import BadInput, UsageError
+
+Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+TOKENIZER_NAME = "tokenizer.json"
+_INLINE = frozenset("0123456789,; \t\n[]-")
+
+
+def parse_tokens(argument: str) -> Tokens:
+    """Token ids from a command line: ``1,2,3``, several prompts as ``1,2;3,4`` or JSON, or the path of a file.
+
+    A file holds the same text, or is a ``.npy`` array of integers.
+
+    Raises:
+        UsageError: not token ids, or prompts of different length.
+        BadInput: the file cannot be read.
+    """
+    if argument.strip() and set(argument) <= _INLINE:
+        return _from_text(argument, "token ids")
+    path = Path(argument)
+    try:
+        if path.suffix == ".npy":
+            return _as_tokens(np.load(path, allow_pickle=False), str(path))
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{argument}: neither token ids like 1,2,3 nor a file") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as token ids ({error})") from None
+    return _from_text(text, str(path))
+
+
+def encode_text(tokenizer: Path, prompts: Sequence[str]) -> Tokens:
+    """Token ids of one or more texts, special tokens as the checkpoint's ``tokenizer.json`` adds them.
+
+    Raises:
+        UsageError: the texts have different numbers of tokens, or the package ``tokenizers`` is missing.
+        BadInput: the tokenizer cannot be read.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UsageError("a text needs the package tokenizers: pip install 'dsv4[reference]'") from None
+    if not tokenizer.is_file():
+        raise BadInput(f"{tokenizer}: no such file; fetch it from the model's repository, or give token ids")
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{tokenizer}: not a tokenizer file ({error})") from None
+    return _as_tokens([loaded.encode(prompt).ids for prompt in prompts], "the texts")
+
+
+def random_tokens(vocab_size: int, *, batch: int, length: int, seed: int) -> Tokens:
+    """Uniformly random ids; the same arguments give the same ids everywhere."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, length), dtype=np.int32)
+
+
+def check_tokens(tokens: np.ndarray[Any, Any], *, vocab_size: int, max_length: int) -> Tokens:
+    """Ids as int32 ``[B, S]``, known to be inside the vocabulary. ``[S]`` is taken as one prompt.
+
+    Raises:
+        UsageError: no tokens, not integers, ids outside the vocabulary, or a prompt longer than the model's limit.
+    """
+    array = _as_tokens(tokens, "tokens")
+    if array.shape[1] > max_length:
+        raise UsageError(f"tokens: a prompt of {array.shape[1]} tokens, but max_position_embeddings is {max_length}")
+    wrong = array[(array < 0) | (array >= vocab_size)]
+    if wrong.size:
+        raise UsageError(f"tokens: {wrong.size} ids outside the vocabulary of {vocab_size}, such as {int(wrong[0])}")
+    return array
+
+
+def _from_text(text: str, where: str) -> Tokens:
+    if "[" in text:
+        try:
+            return _as_tokens(json.loads(text), where)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{where}: not JSON ({error})") from None
+    try:
+        rows = [[int(item) for item in row.replace(",", " ").split()] for row in text.split(";")]
+    except ValueError as error:
+        raise UsageError(f"{where}: not token ids like 1,2,3 ({error})") from None
+    return _as_tokens(rows, where)
+
+
+def _as_tokens(value: object, where: str) -> Tokens:
+    if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+        lengths = sorted({len(row) for row in value})
+        if len(lengths) > 1:
+            raise UsageError(f"{where}: prompts of one golden have the same number of tokens, found {lengths}")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise UsageError(f"{where}: not rows of token ids ({error})") from None
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
+        raise UsageError(f"{where}: expected token ids [prompts, tokens], found {array.dtype} {list(array.shape)}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise UsageError(f"{where}: ids that are larger than any vocabulary")
+    return array.astype(np.int32)

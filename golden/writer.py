@@ -1,0 +1,206 @@
+"""Writing a golden: layer by layer into a folder beside the destination, which appears only when all is there.
+
+::
+
+    OUT.dsv4-partial/           locked while a process writes it
+      request.json              what is being recorded; other contents belong to it
+      layer-00000.safetensors   finished layers; the digest of every array is in the header's metadata
+
+A run that was cut off goes on after its last finished layer if it is asked for the same again; otherwise what is there
+is discarded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dsv4_convert.checkpoint.header import read_header
+from dsv4_convert.checkpoint.writer import write_safetensors
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden, read_array
+from golden.layout import STREAMS, expected_aliases
+from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
+
+_REQUEST_NAME = "request.json"
+#: safetensors spelling of the dtypes that taps have.
+_SPELLING = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
+
+
+class GoldenWriter:
+    """The unfinished golden of one request. Made by :func:`golden_writer`.
+
+    Attributes:
+        finished: the layers whose taps are on disk: the first ones of ``request.layers``.
+    """
+
+    def __init__(self, folder: Path, out: Path, request: Request) -> None:
+        self._folder = folder
+        self._out = out
+        self._request = request
+        self._shapes = request.shapes()
+        self._aliases = expected_aliases(request.layers)
+        self._taps: dict[str, StoredTap] = {}
+        self.finished: tuple[int, ...] = ()
+        self._take_up()
+
+    def last_streams(self) -> Array | None:
+        """The streams leaving the last finished layer, float32 ``[B, S, N, D]``; None if no layer is finished."""
+        if not self.finished:
+            return None
+        layer = self.finished[-1]
+        return read_array(read_header(self._folder / layer_file(layer)).tensors[f"layers.{layer}.{STREAMS}"])
+
+    def write(self, layer: int | None, taps: Mapping[str, Array]) -> None:
+        """Write all taps of one layer, or of the model level (None, last), under their full names.
+
+        Layers come in the order of the request.
+
+        Raises:
+            ValueError: not exactly the taps that the request implies, or one of another dtype or shape.
+            ResourceError: the disk is full or the folder cannot be written to.
+        """
+        wanted = {name: (dtype, shape) for name, (owner, dtype, shape) in self._shapes.items() if owner == layer}
+        found = {name: (array.dtype, array.shape) for name, array in taps.items()}
+        if found != wanted:
+            names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+            raise ValueError(
+                "recorded taps are not the expected ones:\n"
+                + listed([f"{name}: expected {wanted.get(name)}, recorded {found.get(name)}" for name in names])
+            )
+        digests = {name: digest(taps[name]) for name in wanted}
+        for name in wanted.keys() & self._aliases.keys():
+            if digests.pop(name) != self._taps[self._aliases[name]].sha256:
+                raise ValueError(f"{name} is not the same array as {self._aliases[name]}")
+        file = layer_file(layer)
+        write_safetensors(
+            self._folder / file,
+            [(name, _SPELLING[taps[name].dtype], taps[name].shape, taps[name]) for name in digests],
+            metadata=digests,
+        )
+        self._taps |= self._stored(layer, digests)
+        if layer is not None:
+            self.finished += (layer,)
+
+    def publish(self) -> Golden:
+        """Write the manifest and let the golden appear at its destination."""
+        manifest = Manifest(request=self._request, taps=self._taps, aliases=self._aliases)
+        data = manifest.to_bytes()
+        Manifest.from_bytes(data, where=str(self._folder / MANIFEST_NAME))  # never publish what cannot be opened
+        try:
+            _write_durably(self._folder / MANIFEST_NAME, data)
+            (self._folder / _REQUEST_NAME).unlink()
+            _sync(self._folder)
+            self._folder.rename(self._out)
+            _sync(self._out.parent)
+        except OSError as error:
+            raise _cannot_write(self._out, error) from error
+        return open_golden(self._out)
+
+    def _stored(self, layer: int | None, digests: Mapping[str, str]) -> dict[str, StoredTap]:
+        """The manifest's entries of one file, in order of execution."""
+        return {
+            name: StoredTap(file=layer_file(layer), dtype=dtype.name, shape=shape, sha256=digests.get(name, ""))
+            for name, (owner, dtype, shape) in self._shapes.items()
+            if owner == layer and name not in self._aliases
+        }
+
+    def _take_up(self) -> None:
+        """Keep the finished layers of an earlier run of the same request, up to the first that is not intact."""
+        for layer in self._request.layers:
+            file = self._folder / layer_file(layer)
+            try:
+                header = read_header(file)
+                stored = self._stored(layer, header.metadata)
+                if differences(file, stored, header.tensors):
+                    return
+                if any(digest(read_array(header.tensors[name])) != tap.sha256 for name, tap in stored.items()):
+                    return
+            except BadInput:  # absent, or cut off by a crash of the machine
+                return
+            self._taps |= stored
+            self.finished += (layer,)
+
+
+def check_destination(out: Path) -> None:
+    """Raise :class:`UsageError` unless ``out`` is absent or an empty folder."""
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out}: exists already; choose another destination, or remove it first")
+
+
+@contextmanager
+def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
+    """Lock the folder in which the golden of ``request`` grows, taking up what an earlier run of it finished.
+
+    The destination has to be absent or an empty folder.
+
+    Raises:
+        UsageError: something else is at the destination.
+        ResourceError: another process writes the same golden, or the folder cannot be written to.
+    """
+    folder = out.with_name(out.name + PARTIAL_SUFFIX)
+    check_destination(out)
+    with _locked(folder):
+        check_destination(out)  # again, for a run that finished while the lock was awaited
+        text = json.dumps(request.to_json(), sort_keys=True).encode()
+        stored = folder / _REQUEST_NAME
+        try:
+            if not stored.exists() or stored.read_bytes() != text:
+                for entry in folder.iterdir():
+                    entry.unlink()
+                _write_durably(stored, text)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        yield GoldenWriter(folder, out, request)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create ``folder`` if needed and hold a lock on it; the system releases it if the process dies."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # renamed to its destination just now
+            continue
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ResourceError(f"{folder}: another process is recording this golden; wait for it or end it") from None
+            if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+                continue
+            yield
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{path}: cannot write ({error.strerror or error}). Finished layers are kept; make room (or fix the cause) and "
+        "run the same command again."
+    )

@@ -1,0 +1,129 @@
+"""Running the JAX model layer by layer, with one layer's weights in memory and of its routed experts one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv4_convert.model.block import Block, Routed
+from dsv4_convert.model.experts import mlp
+from dsv4_convert.model.model import embed, head
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.restore import Weights, restore_block
+
+Array = np.ndarray[Any, Any]
+Taken = dict[str, Array]
+
+
+class Forward:
+    """The model over one batch of prompts of equal length, in float32.
+
+    Every method returns the taps that it passed, by full name, and what the next one needs. Layers of one kind share
+    one compiled program.
+    """
+
+    def __init__(self, weights: Weights, tokens: Array) -> None:
+        self._weights = weights
+        self._tokens = jnp.asarray(tokens, jnp.int32)
+        self._positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+    def embed(self) -> tuple[Taken, jax.Array]:
+        """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
+        used, where = np.unique(np.asarray(self._tokens), return_inverse=True)
+        rows = self._weights.read_rows("embed", used)
+        taps = Taps(_everything)
+        streams = embed(
+            jnp.asarray(rows),
+            jnp.asarray(where.reshape(self._tokens.shape)),
+            self._weights.config.hc_mult,
+            jnp.float32,
+            taps,
+        )
+        return _taken(taps.values, ""), streams
+
+    def layer(
+        self, layer: int, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None
+    ) -> tuple[Taken, jax.Array]:
+        """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
+        graph, state = nnx.split(restore_block(self._weights, layer, with_experts=False))
+        replace = {name: jnp.asarray(value) for name, value in (forced or {}).items()}
+        streams, routed, first = _to_experts(
+            graph, state, jnp.asarray(streams), self._tokens, self._positions, replace
+        )
+        output = self._experts(layer, routed)
+        streams, second = _from_experts(graph, state, streams, routed, output, replace)
+        return _taken({**first, **second}, f"layers.{layer}."), streams
+
+    def head(self, streams: jax.Array | Array) -> Taken:
+        """Head collapse, final norm and logits."""
+        read = self._weights.read
+        taps = Taps(_everything)
+        parameters = (jnp.asarray(read(path)) for path in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head"))
+        head(jnp.asarray(streams), *parameters, self._weights.config, taps)
+        return _taken(taps.values, "")
+
+    def _experts(self, layer: int, routed: Routed) -> jax.Array:
+        """The routed experts' weighted sum; each expert that a token chose is read once."""
+        x = np.asarray(routed.x)
+        flat = x.reshape(-1, x.shape[-1])
+        experts = np.asarray(routed.routing.experts).reshape(len(flat), -1)
+        shares = np.asarray(routed.routing.weights).reshape(len(flat), -1)
+        total = np.zeros(flat.shape, np.float32)
+        for expert in np.unique(experts):
+            tokens, slots = np.nonzero(experts == expert)
+            # Padded to a power of two, so that few programs serve every number of tokens.
+            padded = np.zeros((1 << (len(tokens) - 1).bit_length(), flat.shape[1]), np.float32)
+            padded[: len(tokens)] = flat[tokens]
+            matrices = (
+                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert)) for part in ("w1", "w2", "w3")
+            )
+            output = np.asarray(_expert(padded, *matrices, self._weights.config.swiglu_limit))
+            np.add.at(total, tokens, output[: len(tokens)] * shares[tokens, slots, None])
+        return jnp.asarray(total.reshape(x.shape))
+
+
+def _everything(name: str) -> bool:
+    return True
+
+
+@partial(jax.jit, static_argnums=0)
+def _to_experts(
+    graph: nnx.GraphDef[Block],
+    state: nnx.State,
+    streams: jax.Array,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    forced: dict[str, jax.Array],
+) -> tuple[jax.Array, Routed, dict[str, jax.Array]]:
+    """The attention half, and the expert half up to the routing."""
+    block = nnx.merge(graph, state)
+    taps = Taps(_everything, forced)
+    streams = block.attend(taps("input", streams), positions, taps)
+    return streams, block.route(streams, token_ids, taps), taps.values
+
+
+@partial(jax.jit, static_argnums=0)
+def _from_experts(
+    graph: nnx.GraphDef[Block],
+    state: nnx.State,
+    streams: jax.Array,
+    routed: Routed,
+    experts: jax.Array,
+    forced: dict[str, jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The expert half from the routed experts' output on."""
+    taps = Taps(_everything, forced)
+    return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
+
+
+_expert = jax.jit(mlp, static_argnums=4)
+
+
+def _taken(values: Mapping[str, jax.Array], prefix: str) -> Taken:
+    return {prefix + name: np.asarray(value) for name, value in values.items()}

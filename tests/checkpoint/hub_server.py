@@ -1,0 +1,216 @@
+"""A Hugging Face Hub on the loopback interface: the endpoints that the real client calls for a model's files.
+
+Every file has metadata (what the Hub states about it) and content (what is sent); a test that makes them differ, cuts a
+transfer or refuses a request plays a fault. All requests are recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_PAGE = 3  # entries per page of a listing, where the real Hub has 1000
+
+
+@dataclass(kw_only=True)
+class HubFile:
+    """One file of a repository. Safetensors files are in LFS, others in git, unless said otherwise."""
+
+    name: str
+    content: bytes
+    lfs: bool | None = None
+    #: What is sent instead of the content, while size and hash stay those of the content.
+    sent: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if self.lfs is None:
+            self.lfs = self.name.endswith(".safetensors")
+
+    @property
+    def git_oid(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return hashlib.sha256(self.content).hexdigest() if self.lfs else self.git_oid
+
+    def entry(self) -> dict[str, Any]:
+        """As a line of the listing."""
+        entry = {"type": "file", "oid": self.git_oid, "size": len(self.content), "path": self.name}
+        if self.lfs:
+            entry["lfs"] = {"oid": self.etag, "size": len(self.content), "pointerSize": 134}
+        return entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class LoopbackHub:
+    """The server and its state. Repository -> revision -> files; a branch is one more name for a commit."""
+
+    commits: dict[str, dict[str, dict[str, HubFile]]] = field(default_factory=dict)
+    branches: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: The only token that is accepted; None lets everybody in.
+    required_token: str | None = None
+    #: With a required token: repositories are visible, their files are not.
+    gated: bool = False
+    #: File name -> bytes after which the connection is cut, once.
+    cuts: dict[str, int] = field(default_factory=dict)
+    #: Part of a path -> status of the answer, for every request.
+    failures: dict[str, int] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def cdn(self) -> str:
+        """The same server under another host name, to which the client must not send its token."""
+        return f"http://localhost:{self._server.server_address[1]}"
+
+    def add(self, repo_id: str, commit: str, files: dict[str, bytes], *, branch: str = "main") -> dict[str, HubFile]:
+        """Add a commit and point a branch at it. Returns the files, to be tampered with."""
+        made = {name: HubFile(name=name, content=content) for name, content in files.items()}
+        self.commits.setdefault(repo_id, {})[commit] = made
+        self.branches.setdefault(repo_id, {})[branch] = commit
+        return made
+
+    def fetched(self) -> list[str]:
+        """Names of the files whose content was asked for, in order; with a ``+`` where a transfer was resumed."""
+        return [
+            request.path.rpartition("/")[2] + ("+" if request.range else "")
+            for request in self.requests
+            if request.method == "GET" and ("/resolve/" in request.path or "/cdn/" in request.path)
+        ]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # head and body in one packet, or the client's delayed acknowledgements cost 40 ms each
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            url = urlsplit(self.path)
+            path = unquote(url.path)
+            authorization = self.headers.get("Authorization")
+            token = authorization.removeprefix("Bearer ") if authorization else None
+            hub.requests.append(Request(method=self.command, path=path, range=self.headers.get("Range"), token=token))
+            status = next((status for part, status in hub.failures.items() if part in path), None)
+            if status is not None:
+                return self._send(status, {})
+            if match := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+))?", path):
+                repo_id, what, revision = match.groups()
+                return self._api(repo_id, what, revision or "main", url.query, token)
+            if match := re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path):
+                return self._resolve(match[1], match[2], match[3], token)
+            if match := re.fullmatch(r"/cdn/(.+)/([^/]+)/([^/]+)", path):
+                return self._content(hub.commits[match[1]][match[2]][match[3]])
+            return self._send(404, {})
+
+        def _commit(self, repo_id: str, revision: str, token: str | None, *, files: bool) -> str | None:
+            """The commit asked for; None once a refusal was sent."""
+            if token != hub.required_token and hub.required_token is not None:
+                if not hub.gated:
+                    self._send(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+                    return None
+                if files:
+                    self._send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+                    return None
+            if repo_id not in hub.commits:
+                self._send(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+                return None
+            commit = hub.branches[repo_id].get(revision, revision)
+            if commit not in hub.commits[repo_id]:
+                self._send(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+                return None
+            return commit
+
+        def _api(self, repo_id: str, what: str | None, revision: str, query: str, token: str | None) -> None:
+            commit = self._commit(repo_id, revision, token, files=False)
+            if commit is None:
+                return None
+            files = list(hub.commits[repo_id][commit].values())
+            if what != "tree":
+                return self._send(200, {}, {"id": repo_id, "sha": commit, "siblings": []})
+            entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "inference"}]
+            entries += [file.entry() for file in files if "/" not in file.name]
+            start = int(parse_qs(query).get("cursor", ["0"])[0])
+            headers = {}
+            if start + _PAGE < len(entries):
+                page = f"{hub.endpoint}{urlsplit(self.path).path}?cursor={start + _PAGE}"
+                headers["Link"] = f'<{page}>; rel="next"'
+            return self._send(200, headers, entries[start : start + _PAGE])
+
+        def _resolve(self, repo_id: str, revision: str, name: str, token: str | None) -> None:
+            commit = self._commit(repo_id, revision, token, files=True)
+            if commit is None:
+                return None
+            file = hub.commits[repo_id][commit].get(name)
+            if file is None:
+                return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{file.git_oid}"'}
+            if file.lfs:  # large files are on another host, behind a redirect
+                headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
+                return self._send(302, headers | {"Location": f"{hub.cdn}/cdn/{repo_id}/{commit}/{name}"})
+            return self._content(file, headers)
+
+        def _content(self, file: HubFile, headers: dict[str, str] | None = None) -> None:
+            content = file.content if file.sent is None else file.sent
+            start = 0
+            if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+                start = int(match[1])
+                headers = (headers or {}) | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            self.send_response(206 if start else 200)
+            for key, value in (headers or {}).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            cut = hub.cuts.pop(file.name, None)
+            self.wfile.write(content[start:cut])
+            self.close_connection = self.close_connection or cut is not None
+
+        def _send(self, status: int, headers: dict[str, str], body: Any = None) -> None:
+            content = b"" if body is None else json.dumps(body).encode()
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    return Handler

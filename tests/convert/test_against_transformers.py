@@ -1,0 +1,147 @@
+"""Converted weights, restored by Orbax alone, are bit for bit what transformers loads from the same folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from dsv4_convert.config import Config
+from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.names import Dialect, Kind, Rule, Transform, parameters
+from dsv4_convert.restore import Weights
+from dsv4_convert.store import open_store, verify
+from golden.synthetic import tiny_config, write_checkpoint
+
+TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
+
+
+def _config() -> dict[str, Any]:
+    """Wider than the demo's, with ragged FP8 tiles and more than one of them in both directions."""
+    return tiny_config(hidden_size=160, moe_intermediate_size=288, q_lora_rank=136, o_lora_rank=72, vocab_size=97)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    for form in ("fp4", "fp8"):
+        write_checkpoint(root / form, _config(), seed=3, form=form)
+    _load(root / "fp4", torch.bfloat16).save_pretrained(root / "saved")
+    return {path.name: path for path in root.iterdir()}
+
+
+def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    quantised = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if "saved" not in folder.name else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantised)
+
+
+def _module_name(rule: Rule, layer: int | None) -> tuple[str, int | None]:
+    """Where transformers keeps the parameter: its state-dict key, and which half of a fused tensor."""
+    numbers = () if layer is None else (layer,)
+    if rule.fused is not None:
+        return rule.fused.format(*numbers), rule.half
+    return rule.template(Dialect.MODULE).format(*numbers), None
+
+
+def _expected(state: dict[str, torch.Tensor], config: Config, rule: Rule, layer: int | None) -> np.ndarray:
+    """The state dict's tensor in the model's layout."""
+    key, half = _module_name(rule, layer)
+    tensor = state[key]
+    if half is not None:
+        tensor = tensor.chunk(2, dim=1)[half]
+    if rule.transform is Transform.TRANSPOSE:
+        tensor = tensor.transpose(-1, -2)
+    elif rule.transform is Transform.GROUPED:
+        tensor = tensor.reshape(config.o_groups, -1, tensor.shape[1]).transpose(1, 2)
+    if tensor.dtype is torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()
+
+
+def _leaf(tree: Any, path: str) -> np.ndarray:
+    for part in path.split("."):
+        tree = tree[part]
+    return np.asarray(tree)
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "saved"])
+@pytest.mark.parametrize("storage", [Storage.BFLOAT16, Storage.FLOAT32])
+def test_bit_equal_to_what_transformers_loads(
+    folders: dict[str, Path], tmp_path: Path, form: str, storage: Storage, restored: Callable[[Path], Any]
+) -> None:
+    hf_to_orbax(folders[form], tmp_path / "orbax", storage=storage)
+    tree = restored(tmp_path / "orbax")
+    state = _load(folders[form], TORCH[storage]).state_dict()
+    config = Weights.open(tmp_path / "orbax").config
+    compared = 0
+    for path, rule, layer in parameters(config):
+        found, expected = _leaf(tree, path), _expected(state, config, rule, layer)
+        assert found.shape == expected.shape, path
+        if rule.kind is Kind.NORM:
+            # transformers holds every norm in float32; the store keeps the dtype of the file.
+            found = found.astype(np.float32)
+        if rule.kind is Kind.INTEGER:
+            assert np.array_equal(found, expected), path
+        else:
+            assert found.dtype == expected.dtype, path
+            assert found.tobytes() == expected.tobytes(), path
+        compared += 1
+    assert compared == len(open_store(tmp_path / "orbax").paths)
+    assert verify(open_store(tmp_path / "orbax")) == []
+
+
+@pytest.fixture
+def restored() -> Callable[[Path], Any]:
+    return lambda path: ocp.StandardCheckpointer().restore(path)
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "saved"])
+def test_source_storage_decodes_to_the_same_numbers(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
+    hf_to_orbax(folders[form], tmp_path / "plain", storage=Storage.FLOAT32)
+    hf_to_orbax(folders[form], tmp_path / "source", storage=Storage.SOURCE)
+    plain, source = Weights.open(tmp_path / "plain"), Weights.open(tmp_path / "source")
+    for path, _, _ in parameters(plain.config):
+        assert plain.read(path).tobytes() == source.read(path).tobytes(), path
+
+
+def test_source_storage_keeps_the_published_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors import deserialize
+
+    hf_to_orbax(folders["fp4"], tmp_path / "source", storage=Storage.SOURCE)
+    store = open_store(tmp_path / "source")
+    published = {
+        name: tensor["data"]
+        for shard in folders["fp4"].glob("*.safetensors")
+        for name, tensor in deserialize(shard.read_bytes())
+    }
+    seen = set()
+    for path in store.paths:
+        record = store.manifest.leaves[path]
+        stored = store.read(path).tobytes()
+        assert stored == b"".join(bytes(published[name]) for name in record.sources), path
+        seen.update(record.sources)
+    assert {name for name in published if not name.startswith("mtp.")} == seen
+
+
+def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A state dict saved under transformers' attribute names, experts fused."""
+    from safetensors.torch import save_file
+
+    model = _load(folders["fp4"], torch.float32)
+    (tmp_path / "module").mkdir()
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "module/model.safetensors")
+    (tmp_path / "module/config.json").write_text((folders["saved"] / "config.json").read_text())
+    hf_to_orbax(tmp_path / "module", tmp_path / "a", storage=Storage.FLOAT32)
+    hf_to_orbax(folders["fp4"], tmp_path / "b", storage=Storage.FLOAT32)
+    a, b = open_store(tmp_path / "a"), open_store(tmp_path / "b")
+    assert a.metadata["dialect"] == "module"
+    assert a.paths == b.paths
+    for path in a.paths:
+        assert np.array_equal(a.read(path).astype(np.float32), b.read(path).astype(np.float32)), path

@@ -1,0 +1,103 @@
+"""The model's parameters are exactly those of the names table, and recording never changes a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dsv4_convert.config import Config
+from dsv4_convert.model import Model, Taps
+from dsv4_convert.names import parameters
+from dsv4_convert.taps import full_name, taps_of
+from flax import nnx
+
+
+def _configs() -> list[Config]:
+    from golden.synthetic import random_architecture, tiny_config
+
+    return [Config.from_hf(raw) for raw in (tiny_config(), *(random_architecture(seed) for seed in range(6)))]
+
+
+@pytest.mark.parametrize("config", _configs(), ids=lambda config: f"hidden{config.hidden_size}")
+def test_parameters_are_those_of_the_names_table(config: Config) -> None:
+    _, state = nnx.split(nnx.eval_shape(lambda: Model(config)))
+    found = {".".join(map(str, key)): variable.shape for key, variable in state.flat_state()}
+    assert found == {path: rule.target_shape(config, layer) for path, rule, layer in parameters(config)}
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Config, Callable[..., jax.Array]]:
+    """A small model with random weights, as a jitted function of (tokens, taps wanted)."""
+    from golden.synthetic import tiny_config
+
+    config = Config.from_hf(tiny_config())
+    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config)))
+    rng = np.random.default_rng(0)
+    filled = {
+        key: variable.replace(
+            jnp.asarray(rng.integers(0, config.n_routed_experts, variable.shape), jnp.int32)
+            if variable.dtype == jnp.int32
+            else jnp.asarray(rng.normal(size=variable.shape) / max(1, variable.shape[0]) ** 0.5, jnp.float32)
+        )
+        for key, variable in state.flat_state()
+    }
+    weights = nnx.statelib.from_flat_state(filled)
+
+    def run(tokens: jax.Array, *, record: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        taps = Taps((lambda _: True) if record else None)
+        return nnx.merge(graph, weights)(tokens, taps=taps), taps.values
+
+    return config, jax.jit(run, static_argnames="record")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 130])
+def test_recording_changes_no_bit_and_records_every_tap(model, tokens: int) -> None:
+    config, run = model
+    ids = jnp.asarray(np.random.default_rng(tokens).integers(0, config.vocab_size, (2, tokens)), jnp.int32)
+    bare, nothing = run(ids, record=False)
+    recorded, taps = run(ids, record=True)
+    assert np.isfinite(bare).all()
+    assert np.array_equal(bare, recorded)
+    assert not nothing
+    layers = [None, *range(config.num_hidden_layers)]
+    assert set(taps) == {full_name(tap, layer) for layer in layers for tap in taps_of(config, layer)}
+
+
+def test_taps_come_with_the_shapes_that_their_table_says(model) -> None:
+    config, run = model
+    _, taps = run(jnp.zeros((2, 130), jnp.int32), record=True)
+    for layer in (None, *range(config.num_hidden_layers)):
+        for tap in taps_of(config, layer):
+            assert taps[full_name(tap, layer)].ndim == len(tap.shape.split()), tap.name
+
+
+def test_a_forced_tap_is_followed_and_the_own_value_recorded() -> None:
+    taps = Taps(lambda _: True, {"layers.0.attn.q": jnp.ones(3)})
+    followed = taps.within("layers.0.").within("attn.")("q", jnp.zeros(3))
+    assert followed.tolist() == [1, 1, 1]
+    assert taps.values["layers.0.attn.q"].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="forced value has shape"):
+        taps.within("layers.0.attn.")("q", jnp.zeros(4))
+
+
+def test_a_batch_is_its_rows(model) -> None:
+    config, run = model
+    ids = jnp.asarray(np.random.default_rng(5).integers(0, config.vocab_size, (3, 70)), jnp.int32)
+    together, _ = run(ids, record=False)
+    for row in range(3):
+        alone, _ = run(ids[row : row + 1], record=False)
+        np.testing.assert_allclose(together[row : row + 1], alone, atol=2e-5)
+
+
+def test_no_token_sees_its_future(model) -> None:
+    config, run = model
+    ids = np.random.default_rng(6).integers(0, config.vocab_size, (1, 140)).astype(np.int32)
+    whole, _ = run(jnp.asarray(ids), record=False)
+    changed = ids.copy()
+    changed[:, 100:] = (changed[:, 100:] + 1) % config.vocab_size
+    other, _ = run(jnp.asarray(changed), record=False)
+    assert np.array_equal(whole[:, :100], other[:, :100])
+    assert not np.allclose(whole[:, 100:], other[:, 100:])

@@ -1,0 +1,23 @@
+"""The demo's checkpoint and its committed golden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import golden as golden_package
+import pytest
+from golden.synthetic import tiny_config, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small published-format checkpoint that the committed golden was recorded from."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    write_checkpoint(folder, tiny_config(), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The committed golden."""
+    return Path(golden_package.__file__).parent / "data" / "tiny"

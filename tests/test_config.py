@@ -1,0 +1,146 @@
+"""Config: every published file, what transformers writes, and everything that has to be refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.errors import BadInput
+from hypothesis import given
+from hypothesis import strategies as st
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+FLASH = "DeepSeek-V4-Flash"
+PUBLISHED = (FLASH, "DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash.initial-commit-20260424",
+             "DeepSeek-V4-Pro")  # fmt: skip
+
+
+def _raw(name: str = FLASH) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reads_every_published_config(name: str) -> None:
+    config = Config.from_file(CONFIGS / f"{name}.json")
+    assert config.yarn == Yarn(factor=16, beta_fast=32, beta_slow=1, original_max_position_embeddings=65536)
+    assert config.hash_routed == (True,) * 3 + (False,) * (config.num_hidden_layers - 3)
+    assert config.weight_block_size == (128, 128)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_schedule_of_flash_and_pro() -> None:
+    flash, pro = Config.from_hf(_raw()), Config.from_hf(_raw("DeepSeek-V4-Pro"))
+    assert flash.attention[:4] == (Attention.SLIDING, Attention.SLIDING, Attention.CSA, Attention.HCA)
+    assert [flash.attention.count(kind) for kind in Attention] == [2, 21, 20]
+    assert pro.attention[:3] == (Attention.HCA, Attention.HCA, Attention.CSA)
+    assert [pro.attention.count(kind) for kind in Attention] == [0, 30, 31]
+    assert (flash.num_mtp_stages, pro.num_mtp_stages) == (1, 1)
+    # Three stages although num_nextn_predict_layers stays 1: the trailing entries of the schedule tell.
+    assert Config.from_hf(_raw("DeepSeek-V4-Flash-0731")).num_mtp_stages == 3
+
+
+def test_the_declared_storage_of_experts() -> None:
+    assert [Config.from_hf(_raw(name)).expert_dtype for name in PUBLISHED] == ["fp4", "fp4", "fp8", None, "fp4"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_transformers_writes_is_the_same_architecture(name: str, tmp_path: Path) -> None:
+    from transformers import DeepseekV4Config
+
+    DeepseekV4Config(**_raw(name)).save_pretrained(tmp_path)
+    ours, theirs = Config.from_file(CONFIGS / f"{name}.json"), Config.from_file(tmp_path / "config.json")
+    # transformers drops the schedule's trailing entries, and with them the number of stages.
+    assert {**theirs.to_json(), "num_mtp_stages": 0} == {**ours.to_json(), "num_mtp_stages": 0}
+
+
+def test_both_spellings_may_stand_together_if_they_agree() -> None:
+    raw = _raw()
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    raw["layer_types"] = [kinds[ratio] for ratio in raw["compress_ratios"][:43]]
+    raw["mlp_layer_types"] = ["hash_moe"] * 3 + ["moe"] * 40
+    assert Config.from_hf(raw) == Config.from_hf(_raw())
+    raw["layer_types"][5], raw["mlp_layer_types"][3] = "sliding_attention", "hash_moe"
+    with pytest.raises(BadInput) as caught:
+        Config.from_hf(raw)
+    assert "compress_ratios and layer_types contradict" in str(caught.value)
+    assert "num_hash_layers and mlp_layer_types contradict" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"attention_bias": True}, "attention_bias: only False"),
+        ({"scoring_func": "softmax"}, "scoring_func: only 'sqrtsoftplus'"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads: only 1"),
+        ({"hidden_size": "4096"}, "hidden_size: expected a positive integer"),
+        ({"hidden_size": True}, "hidden_size: expected a positive integer"),
+        ({"hc_mult": 0}, "hc_mult: expected a positive integer"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number"),
+        ({"swiglu_limit": None}, "swiglu_limit: expected a positive number, found nothing"),
+        ({"compress_ratios": [0, 4]}, "compress_ratios: expected 43 entries"),
+        ({"compress_ratios": [2] * 44}, "compress_ratios: expected entries out of [0, 4, 128], found 2"),
+        ({"compress_ratios": [0] * 43 + [4]}, "entries past layer 42 (mtp) must be 0"),
+        ({"compress_ratios": None}, "expected compress_ratios or layer_types, found neither"),
+        ({"num_hash_layers": None}, "expected num_hash_layers or mlp_layer_types, found neither"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
+        ({"qk_rope_head_dim": 256}, "must not exceed index_head_dim"),
+        ({"num_attention_heads": 60}, "must be a multiple of o_groups"),
+        ({"num_experts_per_tok": 300}, "must not exceed n_routed_experts"),
+        ({"partial_rotary_factor": 0.25}, "rotary width: these contradict each other"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "expected type 'yarn' or 'default'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 16}}, "rope_scaling.beta_fast: expected a positive number"),
+        ({"expert_dtype": "int8"}, "expert_dtype: expected 'fp4' or 'fp8'"),
+        ({"quantization_config": {"weight_block_size": [32, 32]}}, "only [128, 128] is supported, found [32, 32]"),
+        ({"quantization_config": {"weight_block_size": [128, 128], "fmt": "e5m2"}}, "only 'e4m3' is supported"),
+        ({"vision_n_layers": 32}, "vision_n_layers: unknown field"),
+        ({"n_group": 8}, "n_group: unknown field"),
+    ],
+)  # fmt: skip
+def test_refuses_and_says_what(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        Config.from_hf({key: value for key, value in {**_raw(), **change}.items() if value is not None}, where="X/config.json")
+    assert complaint in str(caught.value)
+    assert str(caught.value).startswith("X/config.json")
+
+
+def test_all_problems_come_at_once() -> None:
+    raw = {**_raw(), "hidden_size": -1, "n_group": 8, "tie_word_embeddings": True}
+    del raw["q_lora_rank"]
+    with pytest.raises(BadInput) as caught:
+        Config.from_hf(raw)
+    assert "4 problem(s)" in str(caught.value)
+    for name in ("hidden_size", "n_group", "tie_word_embeddings", "q_lora_rank"):
+        assert f"- {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("DeepSeek-V4.1-Flash.from_third_party_test", "found model_type 'deepseek_v41'"),
+        ("DeepSeek-V4-Flash.inference_config", "config of DeepSeek's inference code"),
+        ("DeepSeek-V4-Pro.inference_config", "config of DeepSeek's inference code"),
+    ],
+)
+def test_other_models_are_refused_by_name(name: str, complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        Config.from_file(CONFIGS / f"{name}.json")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such file"):
+        Config.from_file(tmp_path / "config.json")
+    for content in (b"", b"[1]", b"{", b"\xff\xfe"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(BadInput, match="config.json"):
+            Config.from_file(tmp_path / "config.json")
+
+
+@given(st.dictionaries(st.sampled_from(sorted(_raw())), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers())))
+def test_no_value_makes_it_crash(change: dict[str, Any]) -> None:
+    try:
+        Config.from_hf({**_raw(), **change})
+    except BadInput as error:
+        assert str(error)

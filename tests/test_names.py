@@ -1,0 +1,201 @@
+"""The names table: exact on every published inventory, invertible, and loud about anything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from dsv4_convert import names
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.names import Dialect, Stored, lookup, resolve, template
+from hypothesis import given
+from hypothesis import strategies as st
+
+DATA = Path(__file__).parent / "data"
+#: Inventory -> the config that describes it, and how many tensors the release has.
+RELEASES = {
+    "DeepSeek-V4-Flash": ("DeepSeek-V4-Flash", 69_187),
+    "DeepSeek-V4-Flash-Base": ("DeepSeek-V4-Flash-Base", 69_187),
+    "DeepSeek-V4-Flash-0731": ("DeepSeek-V4-Flash-0731", 72_317),
+    "DeepSeek-V4-Pro": ("DeepSeek-V4-Pro", 145_116),
+    "DeepSeek-V4-Pro-0813": ("DeepSeek-V4-Pro", 149_782),
+}
+
+
+def _inventory(release: str) -> tuple[dict[str, Stored], Config]:
+    config, count = RELEASES[release]
+    document = json.loads((DATA / "inventory" / f"{release}.json").read_text())
+    stored = {
+        name.replace("{e}", str(expert)): Stored(dtype, tuple(shape))
+        for name, (dtype, shape) in document["tensors"].items()
+        for expert in range(document["n_experts"] if "{e}" in name else 1)
+    }
+    # The mtp stages of the dated releases may have experts of their own number; the count settles it.
+    assert len(stored) == document["summary"]["tensors"] == count
+    return stored, Config.from_file(DATA / "configs" / f"{config}.json")
+
+
+@pytest.fixture(scope="module")
+def flash() -> tuple[dict[str, Stored], Config]:
+    return _inventory("DeepSeek-V4-Flash")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_tensor_of_every_release_has_exactly_one_use(release: str) -> None:
+    stored, config = _inventory(release)
+    resolution = resolve(stored, config)
+    uses = [name for leaf in resolution.leaves for s in leaf.sources for name in (s.weight, s.scale) if name is not None]
+    assert len(uses) == len(set(uses))
+    assert set(uses) | set(resolution.dropped) == set(stored)
+    assert not set(uses) & set(resolution.dropped)
+    assert all(name.startswith("mtp.") and reason for name, reason in resolution.dropped.items())
+    assert resolution.dialect is Dialect.PUBLISHED
+    paths = [leaf.path for leaf in resolution.leaves]
+    assert len(paths) == len(set(paths)) == len(list(names.parameters(config)))
+
+
+def test_published_tensors_of_transformers_model_are_all_named(flash: tuple[dict[str, Stored], Config]) -> None:
+    """Module names against the state dict of the real model, built without memory; shapes included."""
+    import torch
+    from transformers import AutoModelForCausalLM, DeepseekV4Config
+
+    raw = json.loads((DATA / "configs" / "DeepSeek-V4-Flash.json").read_text())
+    raw.pop("quantization_config")
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(DeepseekV4Config(**raw)).state_dict()
+    stored = {
+        name: Stored("I64" if tensor.dtype is torch.int64 else "F32", tuple(tensor.shape)) for name, tensor in state.items()
+    }
+    resolution = resolve(stored, flash[1], dialect=Dialect.MODULE)
+    assert {source.weight for leaf in resolution.leaves for source in leaf.sources} == set(stored)
+
+
+def test_saved_names_are_those_of_save_pretrained(tmp_path: Path) -> None:
+    from golden.synthetic import tiny_config
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, DeepseekV4Config
+
+    raw = tiny_config()
+    raw.pop("quantization_config", None)
+    AutoModelForCausalLM.from_config(DeepseekV4Config(**raw)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        stored = {
+            name: Stored(file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()  # noqa: SIM118
+        }
+    resolution = resolve(stored, Config.from_file(tmp_path / "config.json"))
+    assert resolution.dialect is Dialect.TRANSFORMERS
+    assert not resolution.dropped
+
+
+def test_a_rule_for_every_name_and_back(flash: tuple[dict[str, Stored], Config]) -> None:
+    """From a tensor to its parameter and from the parameter to the tensor, in every dialect."""
+    _, config = flash
+    for path, rule, layer in names.parameters(config):
+        (explained,) = names.explain(path)
+        assert explained.path == path
+        for dialect in Dialect:
+            weight = explained.spellings[dialect][0].replace(".E.", ".7.")
+            (use,) = lookup(weight, dialect)
+            assert (use.rule, use.layer, use.is_scale) == (rule, layer, False)
+            assert use.expert == (7 if rule.per_expert else None)
+            assert path in [item.path for item in names.explain(weight)]
+
+
+def test_no_two_rules_share_a_name_except_fused_gate_and_up() -> None:
+    for dialect in Dialect:
+        for key, entries in names._INDEX[dialect].items():
+            assert len(entries) == (2 if key.endswith("gate_up_proj") else 1), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.3.attn.wq_a.weight_scale_inv",
+        "layers.3.attn.wq_a.weight.scale",
+        "layers.3.attn.wq_a",
+        "layers.03.attn.wq_a.weight",
+        "layers.３.attn.wq_a.weight",
+        "layers.-1.attn.wq_a.weight",
+        "layers.attn.wq_a.weight",
+        "model.layers.3.attn.wq_a.weight",
+        "xlayers.3.attn.wq_a.weight",
+        "layers.3.attn.wq_a.weight ",
+        "embed.weight.0",
+        "mtp",
+        "",
+    ],
+)
+def test_near_misses_are_unknown(name: str) -> None:
+    assert not lookup(name, Dialect.PUBLISHED)
+    assert names.drop_reason(name) is None
+
+
+@given(st.text(alphabet="layers.0123456789wmtp_ａ٣\n", max_size=40))
+def test_template_splits_without_loss(name: str) -> None:
+    key, numbers = template(name)
+    assert key.format(*numbers) == name
+    assert key.count("{}") == len(numbers)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: s.pop("layers.7.attn.wkv.weight"), "layers.7.attn.wkv.weight: missing"),
+        (lambda s: s.pop("layers.7.ffn.experts.99.w2.weight"), "layers.7.ffn.experts.99.w2.weight: missing"),
+        (lambda s: s.pop("layers.7.attn.wkv.scale"), "layers.7.attn.wkv.weight: F8_E4M3 codes without their scale"),
+        (lambda s: s.pop("layers.7.ffn.experts.9.w1.scale"), "layers.7.ffn.experts.9.w1.weight: I8 codes without"),
+        (lambda s: s.update({"layers.7.attn.wkx.weight": Stored("BF16", (1,))}), "wkx.weight: unknown tensor BF16 [1]"),
+        (lambda s: s.update({"layers.43.attn_norm.weight": Stored("BF16", (4096,))}), "only 43 layers"),
+        (lambda s: s.update({"layers.9.ffn.experts.256.w1.weight": Stored("I8", (2048, 2048))}), "only 256 experts"),
+        (lambda s: s.update({"layers.3.attn.indexer.wq_b.weight": Stored("BF16", (8192, 1024))}), "exists in CSA layers only"),
+        (lambda s: s.update({"layers.0.ffn.gate.bias": Stored("F32", (256,))}), "exists in learned routing layers only"),
+        (lambda s: s.update({"layers.7.attn_norm.scale": Stored("F32", (1,))}), "layers.7.attn_norm.scale: unknown tensor"),
+        (lambda s: s.update({"layers.2.attn.compressor.wkv.scale": Stored("F8_E8M0", (8, 32))}), "unknown tensor"),
+        (lambda s: s.update({"layers.7.hc_attn_fn": Stored("BF16", (24, 16384))}), "expected F32 without a scale, found BF16"),
+        (lambda s: s.update({"layers.0.ffn.gate.tid2eid": Stored("BF16", (129280, 6))}), "expected I32 or I64"),
+        (lambda s: s.update({"layers.7.attn.wkv.weight": Stored("I8", (512, 2048))}), "expected F8_E4M3 with a scale, found I8"),
+        (lambda s: s.update({"layers.7.attn.wkv.weight": Stored("F8_E4M3", (4096, 512))}), "expected shape [512, 4096]"),
+        (lambda s: s.update({"layers.7.attn.wkv.scale": Stored("F8_E8M0", (32, 4))}), "expected F8_E8M0 or F32 [4, 32]"),
+        (lambda s: s.update({"layers.7.attn.wkv.scale": Stored("U8", (4, 32))}), "expected F8_E8M0 or F32 [4, 32]"),
+        (lambda s: s.update({"layers.7.ffn.experts.3.w1.weight": Stored("F8_E4M3", (2048, 4096)),
+                             "layers.7.ffn.experts.3.w1.scale": Stored("F8_E8M0", (16, 32))}), "declares fp4 experts"),
+        (lambda s: s.update({"vision.patch.weight": Stored("BF16", (1,))}), "vision encoder is not supported: 1 tensor(s)"),
+        (lambda s: s.update({"layers.1.engram.wkv": Stored("BF16", (1,))}), "V4.1 engram memory is not supported"),
+    ],
+)  # fmt: skip
+def test_refuses_what_does_not_fit_and_names_it(flash: tuple[dict[str, Stored], Config], change, complaint: str) -> None:
+    stored, config = dict(flash[0]), flash[1]
+    change(stored)
+    with pytest.raises(BadInput) as caught:
+        resolve(stored, config, where="folder")
+    assert complaint in str(caught.value)
+    assert str(caught.value).startswith("folder: ")
+
+
+def test_problems_are_collected_and_counted(flash: tuple[dict[str, Stored], Config]) -> None:
+    stored = {name: tensor for name, tensor in flash[0].items() if not name.startswith("layers.5.")}
+    with pytest.raises(BadInput) as caught:
+        resolve(stored, flash[1])
+    weights = [name for name in flash[0] if name.startswith("layers.5.") and not name.endswith(".scale")]
+    assert f"{len(weights)} problem(s)" in str(caught.value)
+    assert f"… and {len(weights) - 20} more" in str(caught.value)
+
+
+def test_chosen_layers_need_only_their_tensors(flash: tuple[dict[str, Stored], Config]) -> None:
+    stored = {name: tensor for name, tensor in flash[0].items() if names.layer_of(name) in (None, 2, 3)}
+    resolution = resolve(stored, flash[1], layers=[2, 3])
+    assert {leaf.layer for leaf in resolution.leaves} == {None, 2, 3}
+    with pytest.raises(UsageError, match="layers 0 to 42"):
+        resolve(stored, flash[1], layers=[43])
+
+
+def test_an_unknown_checkpoint_is_said_to_be_one() -> None:
+    with pytest.raises(BadInput, match="none of the 1 tensor names"):
+        names.detect_dialect(["transformer.h.0.attn.weight"])
+
+
+def test_explain_suggests_close_names() -> None:
+    with pytest.raises(UsageError, match=r"layers\.\{\}\.attn\.wq_a"):
+        names.explain("layers.3.attn.wq_c.weight")
