@@ -440,7 +440,7 @@ print(json.dumps([str(result.path), result.revision, len(result.files)]))
             [sys.executable, "-c", script, REPO], capture_output=True, text=True, env=environment | more, check=False
         )
 
-    done = run(HF_TOKEN=TOKEN, HF_DEBUG="0")
+    done = run(HF_TOKEN=TOKEN, HF_DEBUG="1")
     assert done.returncode == 0, done.stderr
     path, revision, count = json.loads(done.stdout)
     assert path.startswith(str(tmp_path / "elsewhere")) and revision == FIRST and count == len(SMALL + SHARDS)

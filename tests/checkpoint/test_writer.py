@@ -55,7 +55,7 @@ def test_round_trip(drawn: list[tuple[str, str, list[int], bytes]], metadata: di
         write_safetensors(path, [(n, d, s, partial(pieces, c)) for n, d, s, c in drawn], metadata=metadata)
         assert os.listdir(folder) == ["model.safetensors"]
         content = path.read_bytes()
-        library = {name: (i["dtype"], i["shape"], bytes(i["data"])) for name, i in safetensors.deserialize(content)}
+        library = {name: (i["dtype"], i["shape"], bytes(i["data"])) for name, i in safetensors.deserialize(content)}  # type: ignore[no-untyped-call]
         assert library == {name: (dtype, shape, data) for name, dtype, shape, data in drawn}
         header = read_header(path)
         assert list(header.tensors) == [name for name, *_ in drawn]

@@ -1,0 +1,354 @@
+"""Random checkpoints in the published format: the same bytes for the same seed, on any machine.
+
+Used by the demo, the tests and the benchmarks, from a few kilobytes to a layer of V4-Flash's width. Values come from
+the raw stream of a counter-based bit generator, keyed by seed and tensor name, and become numbers by integer arithmetic
+and exact scaling only, so that no library version or processor changes a bit.
+
+The weights are distinct and not degenerate: no norm weight is 1, no bias or sink is 0, the hash tables are random. So
+a swapped or forgotten tensor shows. Their spread keeps activations near 1 through the layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
+from dsv4_convert.config import Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.names import FP4_GROUP, FP8_TILE, RULES, Dialect, Kind, Rule, When, check_layers, parameters
+
+Array = np.ndarray[Any, Any]
+Form = Literal["fp4", "fp8", "bf16"]
+#: Called with (bytes done, bytes in total, name of the shard).
+Progress = Callable[[int, int, str], None]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+#: Values of the e2m1 codes 0 to 7 have this mean square; the sign does not change it.
+_FP4_RMS = math.sqrt(sum(v * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)
+#: FP8 codes are drawn with any sign and mantissa and an exponent field below this: subnormals and zeros of both signs
+#: occur, NaN codes do not.
+_FP8_EXPONENTS = 10
+_FP8_RMS = math.sqrt(
+    sum(((m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7)) ** 2 for e in range(_FP8_EXPONENTS) for m in range(8))
+    / (8 * _FP8_EXPONENTS)
+)
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """The raw ``config.json`` of the demo: four layers, every kind of attention, both ways of routing.
+
+    Windows fill, blocks close, the indexer has to choose, the clamp bites and YaRN shows within 300 tokens.
+    """
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 2,
+        "sliding_window": 16,
+        "compress_ratios": [0, 4, 128, 4, 0],
+        "index_n_heads": 8,
+        "index_head_dim": 16,
+        "index_topk": 5,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 1.0,
+        "rope_theta": 10000,
+        "compress_rope_theta": 160000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 1024,
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        **changes,
+    }
+
+
+def random_architecture(seed: int) -> dict[str, Any]:
+    """The raw ``config.json`` of a random small model; every field that has a choice is drawn."""
+    draw = Random(seed)
+    layers = draw.randint(1, 4)
+    heads = draw.choice((1, 2, 4, 8))
+    experts = draw.choice((2, 4, 7, 12))
+    index_width = draw.choice((16, 24, 32))
+    head_width = draw.choice((16, 32, 48))
+    hashed = draw.randint(0, layers)
+    rope = draw.choice([width for width in (2, 4, 8, 16) if width <= min(head_width, index_width)])
+    return tiny_config(
+        vocab_size=draw.choice((11, 64, 101, 257)),
+        hidden_size=draw.choice((32, 64, 96, 160)),
+        moe_intermediate_size=draw.choice((32, 64, 160)),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=head_width,
+        qk_rope_head_dim=rope,
+        q_lora_rank=draw.choice((8, 24, 48, 136)),
+        o_groups=draw.choice([groups for groups in (1, 2, 4) if heads % groups == 0]),
+        o_lora_rank=draw.choice((8, 16, 40)),
+        n_routed_experts=experts,
+        num_experts_per_tok=draw.randint(1, min(4, experts)),
+        num_hash_layers=hashed,
+        sliding_window=draw.choice((1, 2, 7, 16, 64, 128, 160)),
+        compress_ratios=[draw.choice((0, 4, 4, 128)) for _ in range(layers)] + [0],
+        index_n_heads=draw.choice((8, 12, 16)),
+        index_head_dim=index_width,
+        index_topk=draw.choice((1, 3, 8, 512)),
+        hc_mult=draw.choice((2, 4)),
+        hc_sinkhorn_iters=draw.choice((1, 3, 20)),
+        rms_norm_eps=draw.choice((1e-6, 1e-5)),
+        routed_scaling_factor=draw.choice((1.0, 1.5, 2.5)),
+        swiglu_limit=draw.choice((0.5, 1.0, 10.0)),
+        rope_scaling=draw.choice((None, tiny_config()["rope_scaling"], _published_yarn())),
+    )
+
+
+def _published_yarn() -> dict[str, Any]:
+    return {**tiny_config()["rope_scaling"], "original_max_position_embeddings": 65536}
+
+
+def make_checkpoint(
+    dest: Path,
+    *,
+    config: Path | None = None,
+    form: str = "fp4",
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> int:
+    """:func:`write_checkpoint` with the architecture of a file, or the demo's. Raises :class:`UsageError` for a form."""
+    raw = tiny_config() if config is None else json.loads(config.read_text(encoding="utf-8"))
+    if form not in ("fp4", "fp8", "bf16"):
+        raise UsageError(f"--form {form}: expected fp4, fp8 or bf16")
+    return write_checkpoint(dest, raw, seed=seed, form=form, layers=layers, progress=progress)  # type: ignore[arg-type]
+
+
+def write_checkpoint(
+    dest: Path,
+    raw: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    form: Form = "fp4",
+    layers: Iterable[int] | None = None,
+    mtp: bool = True,
+    progress: Progress | None = None,
+) -> int:
+    """Write a checkpoint of random weights; returns the bytes of its tensors.
+
+    Args:
+        dest: folder to create; must not exist.
+        raw: ``config.json`` in the published spelling.
+        seed: chooses the weights.
+        form: ``fp4``: FP8 linears and FP4 experts with E8M0 scales, as released. ``fp8``: all FP8 with float32 scales
+            that are no powers of two, as the Base releases. ``bf16``: unquantised.
+        layers: write only the shards of these layers and of the model level; the index is then that of the part.
+        mtp: also write the stage after the backbone.
+        progress: called after every shard.
+    """
+    if dest.exists():
+        raise UsageError(f"{dest}: exists already; choose another folder or remove it")
+    raw = dict(raw)
+    if form != "bf16":
+        raw["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": list(FP8_TILE),
+        }
+        raw["expert_dtype"] = form
+    else:
+        raw.pop("quantization_config", None)
+        raw.pop("expert_dtype", None)
+    config = Config.from_hf(raw)
+    chosen = check_layers(config, layers)
+    shards = [list(shard) for shard in _shards(config, chosen, form, seed, mtp=mtp)]
+    total = sum(size for shard in shards for _, size in shard)
+    dest.mkdir(parents=True)
+    (dest / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(dest / file, [entry for entry, _ in shard])
+        weight_map |= {entry.name: file for entry, _ in shard}
+        done += sum(size for _, size in shard)
+        if progress is not None:
+            progress(done, total, file)
+    write_index(dest, weight_map, total)
+    return total
+
+
+def _shards(
+    config: Config, layers: tuple[int, ...], form: Form, seed: int, *, mtp: bool
+) -> Iterator[Iterator[tuple[TensorEntry, int]]]:
+    """As published: the embedding, one shard per layer, the head, the stage after the backbone."""
+    by_layer: dict[int | None, list[tuple[Rule, int | None]]] = {}
+    for path, rule, layer in parameters(config, layers):
+        by_layer.setdefault(-1 if path == "embed" else layer, []).append((rule, layer))
+
+    def entries(rows: list[tuple[Rule, int | None]]) -> Iterator[tuple[TensorEntry, int]]:
+        for rule, layer in rows:
+            for expert in range(config.n_routed_experts) if rule.per_expert else (None,):
+                numbers = [number for number in (layer, expert) if number is not None]
+                name = rule.published.format(*numbers)
+                yield from _tensors(name, rule.kind, rule.source_shape(config, layer), config, form, seed)
+
+    for key in (-1, *layers, None):
+        yield entries(by_layer[key])
+    if mtp and config.num_mtp_stages:
+        yield _stage(config, form, seed)
+
+
+def _stage(config: Config, form: Form, seed: int) -> Iterator[tuple[TensorEntry, int]]:
+    """``mtp.0``: a window-only block with learned routing, two projections, three norms and a head of its own."""
+    width, streams = config.hidden_size, config.hc_mult
+    for rule in RULES:
+        if rule.per_layer and rule.when in (When.ALWAYS, When.LEARNED):
+            for expert in range(config.n_routed_experts) if rule.per_expert else (None,):
+                numbers = [number for number in (0, expert) if number is not None]
+                name = rule.template(Dialect.PUBLISHED).format(*numbers).replace("layers.", "mtp.", 1)
+                yield from _tensors(name, rule.kind, rule.source_shape(config, 0), config, form, seed)
+    extra: list[tuple[str, Kind, tuple[int, ...]]] = [
+        *((f"mtp.0.{name}.weight", Kind.LINEAR, (width, width)) for name in ("e_proj", "h_proj")),
+        *((f"mtp.0.{name}.weight", Kind.NORM, (width,)) for name in ("enorm", "hnorm", "norm")),
+        ("mtp.0.hc_head_fn", Kind.FLOAT32, (streams, streams * width)),
+        ("mtp.0.hc_head_base", Kind.FLOAT32, (streams,)),
+        ("mtp.0.hc_head_scale", Kind.FLOAT32, (1,)),
+    ]
+    for name, kind, shape in extra:
+        yield from _tensors(name, kind, shape, config, form, seed)
+
+
+def _tensors(
+    name: str, kind: Kind, shape: tuple[int, ...], config: Config, form: Form, seed: int
+) -> Iterator[tuple[TensorEntry, int]]:
+    """One parameter as the checkpoint holds it: a tensor, or codes and scales; with the bytes of each."""
+
+    def entry(name: str, dtype: str, shape: tuple[int, ...], itemsize: int, make: Callable[[], Array]) -> Any:
+        return TensorEntry(name, dtype, shape, lambda: make().tobytes()), math.prod(shape) * itemsize
+
+    stream = partial(_Stream, seed)
+    if kind is Kind.INTEGER:
+        yield entry(name, "I64", shape, 8, lambda: stream(name).table(shape, config.n_routed_experts))
+    elif kind is Kind.FLOAT32:
+        yield entry(name, "F32", shape, 4, lambda: _float32(stream(name), name, shape))
+    elif kind is Kind.NORM:
+        yield entry(name, "BF16", shape, 2, lambda: (1 + 0.3 * stream(name).bell(shape)).astype(_BFLOAT16))
+    elif kind is Kind.PLAIN or form == "bf16":
+        spread = 1.0 if name.startswith("embed") else 1 / math.sqrt(shape[-1])
+        yield entry(name, "BF16", shape, 2, lambda: (spread * stream(name).bell(shape)).astype(_BFLOAT16))
+    else:
+        scale_name = name.removesuffix(".weight") + ".scale"
+        packed = kind is Kind.EXPERT and form == "fp4"
+        tile, rms = (FP4_GROUP, _FP4_RMS) if packed else (FP8_TILE, _FP8_RMS)
+        tiles = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
+        exponent = round(math.log2(1 / (rms * math.sqrt(shape[1]))))
+        if packed:
+            halved = (shape[0], -(-shape[1] // 2))
+            yield entry(name, "I8", halved, 1, lambda: stream(name).raw(halved))
+        else:
+            yield entry(name, "F8_E4M3", shape, 1, lambda: stream(name).fp8(shape))
+        if form == "fp4":
+            yield entry(scale_name, "F8_E8M0", tiles, 1, lambda: stream(scale_name).exponents(tiles, exponent))
+        else:
+            yield entry(scale_name, "F32", tiles, 4, lambda: stream(scale_name).scales(tiles, exponent))
+
+
+def _float32(stream: _Stream, name: str, shape: tuple[int, ...]) -> Array:
+    """The tensors that every release keeps in F32, each with a spread that lets it matter."""
+    last = name.rsplit(".", 1)[-1]
+    if last.endswith("_scale"):
+        return (0.5 + stream.unit(shape)).astype(np.float32)
+    if last.endswith("_fn"):
+        return (stream.bell(shape) * np.float32(1 / math.sqrt(shape[-1]))).astype(np.float32)
+    spread = {"attn_sink": 1.0, "ape": 0.5, "bias": 0.1}.get(last, 0.5)
+    return (stream.bell(shape) * np.float32(spread)).astype(np.float32)
+
+
+class _Stream:
+    """Random numbers of one tensor. Only the raw words of the generator are used: they never change by version."""
+
+    def __init__(self, seed: int, name: str) -> None:
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16]
+        self._generator = np.random.Philox(key=int.from_bytes(key, "little"))
+
+    def raw(self, shape: tuple[int, ...]) -> Array:
+        """Uniform bytes."""
+        count = math.prod(shape)
+        words = self._generator.random_raw(-(-count // 8)).astype("<u8", copy=False)
+        return words.view(np.uint8)[:count].reshape(shape)
+
+    def bell(self, shape: tuple[int, ...]) -> Array:
+        """Float32 of mean 0 and variance 1, bell-shaped: the sum of four uniform bytes."""
+        total = self.raw((*shape, 4)).sum(axis=-1, dtype=np.int32) - 510
+        return total.astype(np.float32) * np.float32(1 / 147.8)
+
+    def unit(self, shape: tuple[int, ...]) -> Array:
+        """Float32 in [0, 1), multiples of 1/65536."""
+        low, high = self.raw(shape), self.raw(shape)
+        return (low.astype(np.float32) + high.astype(np.float32) * 256) / np.float32(65536)
+
+    def fp8(self, shape: tuple[int, ...]) -> Array:
+        """e4m3 codes: any sign and mantissa, exponent fields below ``_FP8_EXPONENTS``."""
+        bits = self.raw(shape)
+        exponent = (self.raw(shape).astype(np.uint16) * _FP8_EXPONENTS >> 8).astype(np.uint8)
+        return (bits & 0x87) | (exponent << 3)
+
+    def exponents(self, shape: tuple[int, ...], exponent: int) -> Array:
+        """E8M0 bytes around 2^exponent, one step up or down."""
+        return (127 + exponent - 1 + self.raw(shape) % 3).astype(np.uint8)
+
+    def scales(self, shape: tuple[int, ...], exponent: int) -> Array:
+        """Float32 scales around 2^exponent that are no powers of two."""
+        return ((1 + (self.raw(shape).astype(np.float32) + 1) / 512) * np.float32(2.0**exponent)).astype(np.float32)
+
+    def table(self, shape: tuple[int, ...], experts: int) -> Array:
+        """int64 ``[tokens, K]``: K distinct experts per row."""
+        rows, chosen = shape
+        table = np.empty(shape, np.int64)
+        step = max(1, (1 << 22) // experts)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            words = self._generator.random_raw((stop - start) * experts).reshape(stop - start, experts)
+            table[start:stop] = np.argsort(words, axis=1, kind="stable")[:, :chosen]
+        return table
