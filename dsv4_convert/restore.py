@@ -132,13 +132,13 @@ def _fill(module: Any, weights: Weights, prefix: str, dtype: np.dtype[Any]) -> A
 
     graph, state = nnx.split(module)
     filled = {}
-    for key, variable in state.flat_state():
+    for key, variable in nnx.to_flat_state(state):
         path = prefix + ".".join(map(str, key))
         value = weights.read(path, dtype)
         if value.shape != variable.shape:
             raise BadInput(f"{path}: the model has shape {list(variable.shape)}, the checkpoint {list(value.shape)}")
         filled[key] = variable.replace(jnp.asarray(value))
-    return nnx.merge(graph, nnx.statelib.from_flat_state(filled))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def _ranges(layers: Iterable[int]) -> str:

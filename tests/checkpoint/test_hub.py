@@ -161,6 +161,18 @@ def test_local_dir(served: LoopbackHub, tmp_path: Path) -> None:
     served.add(REPO, SECOND, files_of(fill=8))
     assert download(REPO, local_dir=here).revision == SECOND
     assert content_of(here) == expected_content(SMALL + SHARDS, fill=8) and open_checkpoint(here).revision == SECOND
+    index = json.dumps({"weight_map": {"embed": SHARDS[0]}}).encode()
+    served.add(REPO, "3" * 40, files_of(fill=8) | {"model.safetensors.index.json": index})
+    assert [file.name for file in plan_download(REPO, local_dir=here).files] == [*SMALL, SHARDS[0]]
+
+
+def test_files_in_the_cache_are_copied_to_a_folder(served: LoopbackHub, tmp_path: Path) -> None:
+    download(REPO)
+    served.requests.clear()
+    seen: list[tuple[str, int, int]] = []
+    result = download(REPO, local_dir=tmp_path / "here", progress=lambda *step: seen.append(step))
+    assert content_of(result.path) == expected_content(SMALL + SHARDS) and served.fetched() == []
+    assert [done == total for stage, done, total in seen if stage == "download"][-1]
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
@@ -437,7 +449,12 @@ print(json.dumps([str(result.path), result.revision, len(result.files)]))
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", script, REPO], capture_output=True, text=True, env=environment | more, check=False
+            [sys.executable, "-c", script, REPO],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment | more,
+            cwd=Path(__file__).parents[2],  # where a process of its own finds the packages
         )
 
     done = run(HF_TOKEN=TOKEN, HF_DEBUG="1")

@@ -24,7 +24,7 @@ def _configs() -> list[Config]:
 @pytest.mark.parametrize("config", _configs(), ids=lambda config: f"hidden{config.hidden_size}")
 def test_parameters_are_those_of_the_names_table(config: Config) -> None:
     _, state = nnx.split(nnx.eval_shape(lambda: Model(config)))
-    found = {".".join(map(str, key)): variable.shape for key, variable in state.flat_state()}
+    found = {".".join(map(str, key)): variable.shape for key, variable in nnx.to_flat_state(state)}
     assert found == {path: rule.target_shape(config, layer) for path, rule, layer in parameters(config)}
 
 
@@ -42,9 +42,9 @@ def model() -> tuple[Config, Callable[..., jax.Array]]:
             if variable.dtype == jnp.int32
             else jnp.asarray(rng.normal(size=variable.shape) / max(1, variable.shape[0]) ** 0.5, jnp.float32)
         )
-        for key, variable in state.flat_state()
+        for key, variable in nnx.to_flat_state(state)
     }
-    weights = nnx.statelib.from_flat_state(filled)
+    weights = nnx.from_flat_state(filled)
 
     def run(tokens: jax.Array, *, record: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         taps = Taps((lambda _: True) if record else None)
