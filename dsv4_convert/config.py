@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
 
-
 _V = TypeVar("_V")
 
 
@@ -332,7 +331,9 @@ class _Reader:
             wanted = exactly or at_least
             self._bad(f"{name}: expected {wanted} entries (num_hidden_layers), found {len(given)}")
             return None
-        wrong = sorted({_short(v) for v in given if isinstance(v, bool) or not isinstance(v, int | str) or v not in table})
+        wrong = sorted(
+            {_short(v) for v in given if isinstance(v, bool) or not isinstance(v, int | str) or v not in table}
+        )
         if wrong:
             self._bad(f"{name}: expected entries out of {list(table)}, found {', '.join(wrong)}")
             return None

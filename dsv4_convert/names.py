@@ -539,7 +539,10 @@ def _leaf(
     path: str, rule: Rule, layer: int | None, config: Config, dialect: Dialect, stored: Mapping[str, Stored]
 ) -> Leaf:
     fused = (
-        dialect is Dialect.MODULE and rule.fused is not None and layer is not None and rule.fused.format(layer) in stored
+        dialect is Dialect.MODULE
+        and rule.fused is not None
+        and layer is not None
+        and rule.fused.format(layer) in stored
     )
     shape, target = rule.source_shape(config, layer), rule.target_shape(config, layer)
     if fused and rule.fused is not None:
@@ -554,9 +557,7 @@ def _leaf(
     return Leaf(path, rule, layer, shape, target, sources, fused)
 
 
-def _source(
-    weight: str, scale: str | None, numbers: tuple[int | None, ...], stored: Mapping[str, Stored]
-) -> Source:
+def _source(weight: str, scale: str | None, numbers: tuple[int | None, ...], stored: Mapping[str, Stored]) -> Source:
     scale_name = scale.format(*numbers) if scale is not None else None
     return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
 
@@ -578,8 +579,9 @@ def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Ite
             if scale is None and weight.dtype in scaled:
                 yield f"{source.weight}: {weight.dtype} codes without their scale tensor"
             else:
+                wanted_dtypes = " or ".join(sorted(accepted)) or "no scale"
                 beside = "with a scale" if scale is not None else "without a scale"
-                yield f"{source.weight}: expected {' or '.join(sorted(accepted)) or 'no scale'} {beside}, found {weight.dtype}"
+                yield f"{source.weight}: expected {wanted_dtypes} {beside}, found {weight.dtype}"
             continue
         wanted = leaf.source_shape
         packed = weight.dtype in _PACKED

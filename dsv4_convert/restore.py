@@ -80,7 +80,9 @@ class Weights:
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
-        return np.stack([decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)])
+        return np.stack(
+            [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
+        )
 
     def _rule(self, path: str) -> names.Rule:
         (found,) = (item for item in names.explain(path) if item.path == path)

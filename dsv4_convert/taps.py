@@ -76,7 +76,9 @@ def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, .
         Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", where),
         Tap(f"{path}.pooled", f"B T {entry}", "gated sum of each block", where),
         Tap(f"{path}.norm", f"B T {entry}", "pooled entries after their norm", where),
-        Tap(f"{path}.entries", f"B T {entry}", "compressed entries, rotated to the first position of their block", where),
+        Tap(
+            f"{path}.entries", f"B T {entry}", "compressed entries, rotated to the first position of their block", where
+        ),
     )
 
 

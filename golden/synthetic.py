@@ -155,7 +155,7 @@ def make_checkpoint(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> int:
-    """:func:`write_checkpoint` with the architecture of a file, or the demo's. Raises :class:`UsageError` for a form."""
+    """:func:`write_checkpoint` for a config file, or the demo's. Raises :class:`UsageError` for an unknown form."""
     raw = tiny_config() if config is None else json.loads(config.read_text(encoding="utf-8"))
     if form not in ("fp4", "fp8", "bf16"):
         raise UsageError(f"--form {form}: expected fp4, fp8 or bf16")

@@ -53,9 +53,7 @@ class Forward:
         """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
         graph, state = nnx.split(restore_block(self._weights, layer, with_experts=False))
         replace = {name: jnp.asarray(value) for name, value in (forced or {}).items()}
-        streams, routed, first = _to_experts(
-            graph, state, jnp.asarray(streams), self._tokens, self._positions, replace
-        )
+        streams, routed, first = _to_experts(graph, state, jnp.asarray(streams), self._tokens, self._positions, replace)
         output = self._experts(layer, routed)
         streams, second = _from_experts(graph, state, streams, routed, output, replace)
         return _taken({**first, **second}, f"layers.{layer}."), streams
@@ -64,7 +62,9 @@ class Forward:
         """Head collapse, final norm and logits."""
         read = self._weights.read
         taps = Taps(_everything)
-        parameters = (jnp.asarray(read(path)) for path in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head"))
+        parameters = (
+            jnp.asarray(read(path)) for path in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
+        )
         head(jnp.asarray(streams), *parameters, self._weights.config, taps)
         return _taken(taps.values, "")
 
@@ -81,7 +81,8 @@ class Forward:
             padded = np.zeros((1 << (len(tokens) - 1).bit_length(), flat.shape[1]), np.float32)
             padded[: len(tokens)] = flat[tokens]
             matrices = (
-                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert)) for part in ("w1", "w2", "w3")
+                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert))
+                for part in ("w1", "w2", "w3")
             )
             output = np.asarray(_expert(padded, *matrices, self._weights.config.swiglu_limit))
             np.add.at(total, tokens, output[: len(tokens)] * shares[tokens, slots, None])

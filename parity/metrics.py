@@ -72,7 +72,11 @@ def compare(found: Array, golden: Array, tolerance: Tolerance) -> tuple[Verdict,
         return Verdict.PASS, distance, ""
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
-    return Verdict.FAIL, distance, f"{outside} of {a.size} elements beyond atol {tolerance.atol:g}, rtol {tolerance.rtol:g}"
+    return (
+        Verdict.FAIL,
+        distance,
+        f"{outside} of {a.size} elements beyond atol {tolerance.atol:g}, rtol {tolerance.rtol:g}",
+    )
 
 
 def _distance(a: Array, b: Array, difference: Array, finite: Array, outside: int, worst: tuple[int, ...]) -> Distance:

@@ -125,7 +125,9 @@ class _Comparison:
         """Results of the wanted taps; a tie in ``instead`` stays what it is."""
         ties = {result.name: result for result in instead if result.verdict is Verdict.TIE}
         return [
-            ties[name] if name in ties else self._one(name, value) for name, value in taken.items() if name in self._wanted
+            ties[name] if name in ties else self._one(name, value)
+            for name, value in taken.items()
+            if name in self._wanted
         ]
 
     def ties(self, results: Iterable[TapResult], layer: int) -> dict[str, Array]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dsv4_convert.config import Attention, Config, Yarn
-from dsv4_convert.errors import BadInput
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.errors import BadInput
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 FLASH = "DeepSeek-V4-Flash"
@@ -101,7 +103,9 @@ def test_both_spellings_may_stand_together_if_they_agree() -> None:
 )  # fmt: skip
 def test_refuses_and_says_what(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(BadInput) as caught:
-        Config.from_hf({key: value for key, value in {**_raw(), **change}.items() if value is not None}, where="X/config.json")
+        Config.from_hf(
+            {key: value for key, value in {**_raw(), **change}.items() if value is not None}, where="X/config.json"
+        )
     assert complaint in str(caught.value)
     assert str(caught.value).startswith("X/config.json")
 
@@ -134,13 +138,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
         Config.from_file(tmp_path / "config.json")
     for content in (b"", b"[1]", b"{", b"\xff\xfe"):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(BadInput, match="config.json"):
+        with pytest.raises(BadInput, match=r"config\.json"):
             Config.from_file(tmp_path / "config.json")
 
 
-@given(st.dictionaries(st.sampled_from(sorted(_raw())), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers())))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(_raw())), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers())
+    )
+)
 def test_no_value_makes_it_crash(change: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(BadInput):
         Config.from_hf({**_raw(), **change})
-    except BadInput as error:
-        assert str(error)

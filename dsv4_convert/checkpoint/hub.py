@@ -21,7 +21,7 @@ from dsv4_convert.checkpoint.files import file_digest
 from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, PlannedFile, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
-from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.errors import BadInput, ResourceError, listed
 
 __all__ = [
     "DownloadPlan",
@@ -74,12 +74,12 @@ def download(
     Raises:
         BadInput: as :func:`plan_download`, and content that is not what the Hub states.
         ResourceError: as :func:`plan_download`; too little disk space (before anything is fetched); a failing transfer.
-        UsageError: as :func:`plan_download`, and ``force`` while the Hub cannot be reached.
+        UsageError: as :func:`plan_download`.
     """
-    plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, token=token)
-    if plan.offline and force:
-        raise UsageError(f"{repo_id}: --force asks for a new download, but the Hub cannot be reached")
-    _check_disk(plan, force=force)
+    plan = plan_download(
+        repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force
+    )
+    _check_disk(plan)
     if not plan.offline:
         with hub_errors(repo_id, plan.revision):
             _fetch(plan, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force, progress=progress)
@@ -129,9 +129,9 @@ def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> 
         )
 
 
-def _check_disk(plan: DownloadPlan, *, force: bool) -> None:
+def _check_disk(plan: DownloadPlan) -> None:
     """Before anything large is fetched."""
-    needed = plan.total_bytes if force else plan.to_download_bytes
+    needed = plan.to_download_bytes
     existing = plan.folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -154,7 +154,7 @@ def _fetch(
 ) -> None:
     """Fetch the files of the plan, eight at a time; the first failure stops the others at their next piece."""
     api = HfApi(token=token, library_name="dsv4")
-    meter = Meter("download", plan.total_bytes if force else plan.to_download_bytes, progress)
+    meter = Meter("download", plan.to_download_bytes, progress)
     bar_class = meter.bar_class()
 
     def fetch(file: PlannedFile) -> None:

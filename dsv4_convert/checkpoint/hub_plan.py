@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,6 +129,7 @@ def plan_download(
     cache_dir: Path | str | None = None,
     local_dir: Path | str | None = None,
     token: str | None = None,
+    force: bool = False,
 ) -> DownloadPlan:
     """Find out what a download would fetch. Of the repository only the index is fetched for that, to the cache.
 
@@ -139,11 +140,13 @@ def plan_download(
         cache_dir: instead of HF_HUB_CACHE.
         local_dir: a plain folder for the files, instead of the cache.
         token: instead of HF_TOKEN and of the token that ``hf auth login`` stored.
+        force: plan to fetch what is on disk again, and fetch the index again now.
 
     Raises:
         BadInput: repository, revision or files do not exist or may not be read, or the index is unusable.
         ResourceError: the Hub cannot be reached and the files are not on disk.
-        UsageError: not a repository name, an unusable token, or ``want`` wants nothing.
+        UsageError: not a repository name, an unusable token, ``want`` wants nothing, or ``force`` while the Hub cannot
+            be reached.
     """
     check_token(token)
     asked = revision or constants.DEFAULT_REVISION
@@ -156,26 +159,41 @@ def plan_download(
     local = Path(local_dir).expanduser() if local_dir is not None else None
     target = _Target(repo_id=repo_id, revision=commit, cache_dir=cache, local_dir=local)
 
-    offline = False
     with hub_errors(repo_id, asked):
-        try:
-            available = {file.name: file for file in _listed(api, target)}
-        except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError) as error:
-            answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-            available = {file.name: file for file in target.present()}
-            if answered or CONFIG_NAME not in available:
-                raise
-            offline = True
-            _log.warning("%s: the Hub cannot be asked, going on with the files in %s", repo_id, target.folder)
-    names = _needed(api, target, available, want, asked, offline=offline)
+        available, offline = _available(api, target)
+    if offline and force:
+        raise UsageError(f"{repo_id}: --force asks for a new download, but the Hub cannot be reached")
+    what = f"{repo_id} at {asked} (commit {commit})"
+    weight_map = None
+    if INDEX_NAME in available:
+        weight_map = read_weight_map(_index_file(api, target, offline=offline, force=force))
+    try:
+        names = _needed(available, weight_map, want)
+    except BadInput as error:
+        if not offline:
+            raise BadInput(f"{what}: {error}") from None
+        raise ResourceError(f"{what}: the Hub cannot be reached, and on disk it is incomplete: {error}") from None
+    files = tuple(available[name] for name in names)
     return DownloadPlan(
         repo_id=repo_id,
         revision=commit,
         folder=target.folder,
-        # Looked up again, because by now the index is in the cache.
-        files=tuple(target.seen(available[name]) for name in names),
+        files=files if force else tuple(target.seen(file) for file in files),
         offline=offline,
     )
+
+
+def _available(api: HfApi, target: _Target) -> tuple[dict[str, PlannedFile], bool]:
+    """Files by name, and whether they are the ones on disk because the Hub could not be asked."""
+    try:
+        return {file.name: file for file in _listed(api, target)}, False
+    except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError) as error:
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        present = {file.name: file for file in target.present()}
+        if answered or CONFIG_NAME not in present:
+            raise
+        _log.warning("%s: the Hub cannot be asked, going on with the files in %s", target.repo_id, target.folder)
+        return present, True
 
 
 def _listed(api: HfApi, target: _Target) -> Iterable[PlannedFile]:
@@ -190,42 +208,32 @@ def _listed(api: HfApi, target: _Target) -> Iterable[PlannedFile]:
 
 
 def _needed(
-    api: HfApi,
-    target: _Target,
-    available: Mapping[str, PlannedFile],
-    want: Callable[[str], bool] | None,
-    asked: str,
-    *,
-    offline: bool,
+    available: Collection[str], weight_map: Mapping[str, str] | None, want: Callable[[str], bool] | None
 ) -> list[str]:
     """Names of the files to fetch: the small ones, and the shards that hold a wanted tensor."""
-    what = f"{target.repo_id} at {asked} (commit {target.revision})"
     if CONFIG_NAME not in available:
-        raise BadInput(f"{what}: no {CONFIG_NAME}, so not a model that can be converted; check the repository's name")
-    if INDEX_NAME in available:
-        weight_map = read_weight_map(_index_file(api, target, offline=offline))
+        raise BadInput(f"no {CONFIG_NAME}, so not a model that can be converted; check the repository's name")
+    if weight_map is not None:
         shards = sorted({shard for name, shard in weight_map.items() if want is None or want(name)})
         if not shards:
-            raise UsageError(f"{what}: none of its {len(weight_map)} tensors is wanted; check the layers asked for")
+            raise UsageError(f"none of the {len(weight_map)} tensors is wanted; check the layers asked for")
         if missing := [shard for shard in shards if shard not in available]:
-            where = f"in {target.folder}, and the Hub cannot be reached" if offline else "in the repository"
-            error = ResourceError if offline else BadInput
-            raise error(f"{what}: {len(missing)} of {len(shards)} shards are not {where}:\n{listed(missing)}")
+            raise BadInput(f"{len(missing)} of {len(shards)} shards are missing:\n{listed(missing)}")
     else:
         shards = [name for name in available if name.endswith(SHARD_SUFFIX)]
         if len(shards) != 1 or not is_shard_name(shards[0]):
             raise BadInput(
-                f"{what}: expected {INDEX_NAME} or one {SHARD_SUFFIX} file, found {len(shards)} such files and no "
-                "index; give the repository or revision that holds the weights"
+                f"expected {INDEX_NAME} or one {SHARD_SUFFIX} file, found {len(shards)} such files and no index; "
+                "give the repository or revision that holds the weights"
             )
     return [*(name for name in SMALL_FILES if name in available), *shards]
 
 
-def _index_file(api: HfApi, target: _Target, *, offline: bool) -> Path:
+def _index_file(api: HfApi, target: _Target, *, offline: bool, force: bool) -> Path:
     """The index on disk. Fetched to the cache even for a ``local_dir``: planning leaves no trace there."""
-    on_disk = target.folder / INDEX_NAME
-    if offline or (target.local_dir is not None and target.oid(INDEX_NAME) is not None):
-        return on_disk
+    on_disk = target.local_dir is not None and target.oid(INDEX_NAME) is not None
+    if offline or (on_disk and not force):
+        return target.folder / INDEX_NAME
     with hub_errors(target.repo_id, target.revision):
         return Path(
             api.hf_hub_download(
@@ -233,6 +241,7 @@ def _index_file(api: HfApi, target: _Target, *, offline: bool) -> Path:
                 INDEX_NAME,
                 revision=target.revision,
                 cache_dir=target.cache_dir,
+                force_download=force,
                 tqdm_class=Meter("download", 0, None).bar_class(),
             )
         )

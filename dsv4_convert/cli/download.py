@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @reported
 def download(
     repo: Annotated[str, typer.Argument(help="Repository, such as deepseek-ai/DeepSeek-V4-Flash.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the default branch if not given.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the default branch if not given.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only the shards that they need.")
     ] = None,

@@ -51,7 +51,9 @@ def record(
             revision=origin.revision,
             progress=lambda what: say(what),
         )
-    typer.echo(f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-")
+    typer.echo(
+        f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
+    )
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
 
 
@@ -98,10 +100,12 @@ def verify(
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: Annotated[
-        Path | None, typer.Option(help="config.json to follow; a small architecture with every kind of layer if not given.")
+        Path | None,
+        typer.Option(help="config.json to follow; a small architecture with every kind of layer if not given."),
     ] = None,
     form: Annotated[
-        str, typer.Option(metavar="[fp4|fp8|bf16]", help="fp4: as released. fp8: as the Base releases. bf16: unquantised.")
+        str,
+        typer.Option(metavar="[fp4|fp8|bf16]", help="fp4: as released. fp8: as the Base releases. bf16: unquantised."),
     ] = "fp4",
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,

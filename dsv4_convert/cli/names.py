@@ -38,7 +38,10 @@ def names(
         return
     found = table.explain(name)
     write_json(
-        [{**_row(item.rule), "path": item.path, **{d.value: list(s) for d, s in item.spellings.items()}} for item in found],
+        [
+            {**_row(item.rule), "path": item.path, **{d.value: list(s) for d, s in item.spellings.items()}}
+            for item in found
+        ],
         json,
     )
     if json == "-":
@@ -49,7 +52,11 @@ def names(
         for dialect, spellings in item.spellings.items():
             typer.echo(f"  {dialect.value:<13} {'  '.join(spellings)}")
         typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
-        typer.echo(f"  {'kind':<13} {rule.kind.value}, in {rule.when.value} layers" if rule.per_layer else f"  kind          {rule.kind.value}")
+        typer.echo(
+            f"  {'kind':<13} {rule.kind.value}, in {rule.when.value} layers"
+            if rule.per_layer
+            else f"  kind          {rule.kind.value}"
+        )
 
 
 def _row(rule: Rule) -> dict[str, object]:

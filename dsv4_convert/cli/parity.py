@@ -26,7 +26,9 @@ def parity(
             help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up.",
         ),
     ] = "isolated",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only taps that do not pass, and the verdict.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show only taps that do not pass, and the verdict.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Run the JAX layers and compare every intermediate activation with a golden.

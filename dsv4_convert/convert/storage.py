@@ -23,7 +23,7 @@ class Storage(StrEnum):
     #: Half the size of float32, and exact for FP4 and FP8 weights with power-of-two scales.
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
-    #: The published bytes and scales as they are, in the published orientation, as two leaves ``.weight`` and ``.scale``.
+    #: The published bytes and scales as they are, in the published orientation: leaves ``.weight`` and ``.scale``.
     SOURCE = "source"
 
     @property
@@ -106,4 +106,8 @@ def _chunks(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> tuple[int, ...]:
     rows, columns = leaf.source_shape
     tile = FP8_TILE[0]
     per_chunk = max(tile, limit // (columns * dtype.itemsize) // tile * tile)
-    return (columns, min(rows, per_chunk)) if leaf.rule.transform is Transform.TRANSPOSE else (min(rows, per_chunk), columns)
+    return (
+        (columns, min(rows, per_chunk))
+        if leaf.rule.transform is Transform.TRANSPOSE
+        else (min(rows, per_chunk), columns)
+    )

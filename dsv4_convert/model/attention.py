@@ -47,9 +47,7 @@ class Attention(nnx.Module):
         self.compressor = _compressor(config, kind)
         self.indexer = Indexer(config) if kind is Kind.CSA else None
 
-    def __call__(
-        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps
-    ) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S D"]:
         """Attention over one prompt. ``positions`` are those of the rotary table; order is that of the tokens."""
         config = self.config
         batch, tokens, _ = x.shape

@@ -18,9 +18,7 @@ from dsv4_convert.model.parameters import linear, parameter
 _TILE = 32
 
 
-def swiglu(
-    gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float
-) -> Float[Array, "*batch I"]:
+def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
     """``silu(min(gate, limit)) * clip(up, -limit, limit)`` in float32: the gate has no lower limit."""
     dtype = gate.dtype
     gate = jnp.minimum(gate.astype(jnp.float32), limit)

@@ -66,9 +66,7 @@ def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) ->
     return jax.lax.fori_loop(0, iterations - 1, both, c)
 
 
-def spread(
-    output: Float[Array, "B S D"], streams: Float[Array, "B S N D"], mixing: Mix
-) -> Float[Array, "B S N D"]:
+def spread(output: Float[Array, "B S D"], streams: Float[Array, "B S N D"], mixing: Mix) -> Float[Array, "B S N D"]:
     """New streams: ``post_k * output + sum_j comb_jk * streams_j``. The sum runs over the first index of comb."""
     went_round = jnp.einsum(
         "bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -91,9 +89,7 @@ def head_collapse(
     return taps("hc_head", _collapse(streams, pre))
 
 
-def _project(
-    streams: Float[Array, "B S N D"], fn: Float[Array, "M ND"], eps: float
-) -> Float[Array, "B S M"]:
+def _project(streams: Float[Array, "B S N D"], fn: Float[Array, "M ND"], eps: float) -> Float[Array, "B S M"]:
     """``fn z / rms(z)``; the norm has no weight, so it is applied to the M products instead of to z."""
     z = streams.astype(jnp.float32).reshape(*streams.shape[:2], -1)
     products = jnp.einsum("bsz,mz->bsm", z, fn, precision=jax.lax.Precision.HIGHEST)

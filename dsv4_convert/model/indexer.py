@@ -60,9 +60,7 @@ class Indexer(nnx.Module):
         return jnp.sum(affinity * share[..., None], axis=2)
 
 
-def choose(
-    scores: Float[Array, "B S T"], visible: Bool[Array, "S T"], topk: int
-) -> Int[Array, "B S k"]:
+def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "S T"], topk: int) -> Int[Array, "B S k"]:
     """The k = min(topk, T) best visible entries per query, ascending, -1 (none) last."""
     entries = scores.shape[-1]
     k = min(topk, entries)

@@ -19,7 +19,5 @@ def parameter(*shape: int, dtype: jnp.dtype = jnp.float32) -> nnx.Param[jax.Arra
 
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """``x @ w`` in the dtype of ``x``, accumulated in float32."""
-    product = jnp.matmul(
-        x, w.astype(x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    product = jnp.matmul(x, w.astype(x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     return product.astype(x.dtype)

@@ -11,13 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.names import Dialect, Kind, Rule, Transform, parameters
 from dsv4_convert.restore import Weights
 from dsv4_convert.store import open_store, verify
 from golden.synthetic import tiny_config, write_checkpoint
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
 
@@ -141,7 +142,9 @@ def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_pat
 
     model = _load(folders["fp4"], torch.float32)
     (tmp_path / "module").mkdir()
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "module/model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "module/model.safetensors"
+    )
     (tmp_path / "module/config.json").write_text((folders["saved-float32"] / "config.json").read_text())
     hf_to_orbax(tmp_path / "module", tmp_path / "a", storage=Storage.FLOAT32)
     hf_to_orbax(folders["fp4"], tmp_path / "b", storage=Storage.FLOAT32)

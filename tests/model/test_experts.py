@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from dsv4_convert.model.experts import grouped, tiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dsv4_convert.model.experts import grouped, tiled
 
 LIMIT = 0.7  # low, so that both clamps bite
 
@@ -39,7 +40,8 @@ def _loop(x: np.ndarray, pick: np.ndarray, shares: np.ndarray, *stacks: np.ndarr
 
 @pytest.mark.parametrize("way", [grouped, tiled])
 @pytest.mark.parametrize(
-    ("tokens", "experts", "chosen", "crowded"), [(1, 4, 1, False), (5, 9, 3, False), (70, 3, 2, True), (200, 16, 4, True)]
+    ("tokens", "experts", "chosen", "crowded"),
+    [(1, 4, 1, False), (5, 9, 3, False), (70, 3, 2, True), (200, 16, 4, True)],
 )
 def test_equal_to_a_plain_loop(way, tokens: int, experts: int, chosen: int, crowded: bool) -> None:
     case = _case(tokens, experts, chosen, seed=tokens, crowded=crowded)

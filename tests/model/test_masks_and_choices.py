@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+
 from dsv4_convert.model.attention import attend, block_mask, window_mask
 from dsv4_convert.model.compressor import _with_previous
 from dsv4_convert.model.indexer import choose, chosen_mask

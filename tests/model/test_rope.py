@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.model.rope import frequencies, rotate
 

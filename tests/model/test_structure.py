@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from dsv4_convert.config import Config
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.names import parameters
 from dsv4_convert.taps import full_name, taps_of
-from flax import nnx
 
 
 def _configs() -> list[Config]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import golden as golden_package
 import pytest
+
+import golden as golden_package
 from golden.synthetic import tiny_config, write_checkpoint
 
 

@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from parity.choices import compare_choices
 from parity.metrics import Verdict, compare
 from parity.tolerances import Tolerance
 
 TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5)
-finite = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=6), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
+finite = hnp.arrays(
+    np.float32, hnp.array_shapes(max_dims=3, max_side=6), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+)
 
 
 @given(finite)
@@ -25,7 +28,9 @@ def test_equal_arrays_pass_at_distance_zero(array: np.ndarray) -> None:
 
 @given(finite, st.data())
 def test_agrees_with_numpy_and_counts_every_element_outside(array: np.ndarray, data: st.DataObject) -> None:
-    noise = data.draw(hnp.arrays(np.float32, array.shape, elements=st.floats(-0.0078125, 0.0078125, width=32, allow_subnormal=False)))
+    noise = data.draw(
+        hnp.arrays(np.float32, array.shape, elements=st.floats(-0.0078125, 0.0078125, width=32, allow_subnormal=False))
+    )
     found = array + noise
     verdict, distance, _ = compare(found, array, TOLERANCE)
     close = np.isclose(found.astype(np.float64), array.astype(np.float64), atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.store import open_store
@@ -28,7 +29,11 @@ FAULTS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
         lambda a: a[:, ::-1],
         "layers.2.attn.compressor.wgate",
     ),
-    "position bias rolled": ("layers.3.attn.compressor.ape", lambda a: np.roll(a, 1, 0), "layers.3.attn.compressor.pooled"),
+    "position bias rolled": (
+        "layers.3.attn.compressor.ape",
+        lambda a: np.roll(a, 1, 0),
+        "layers.3.attn.compressor.pooled",
+    ),
     "sinks dropped": ("layers.0.attn.attn_sink", lambda a: a * 0 - 100, "layers.0.attn.context"),
     "two experts swapped": (
         "layers.2.ffn.experts.w2",

@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, hf_to_orbax
 from golden.recorder import record
@@ -54,7 +55,7 @@ def _covers(report: Report, config: Config, length: int) -> None:
 
 
 def test_the_bars_are_those_that_were_set() -> None:
-    assert TOLERANCES == {
+    assert {
         Mode.ISOLATED: Tolerance(atol=1e-5, rtol=1e-5),
         Mode.CUMULATIVE: Tolerance(atol=1e-4, rtol=1e-4),
-    }
+    } == TOLERANCES

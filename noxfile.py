@@ -1,0 +1,63 @@
+"""Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code. Each sets itself up from nothing.
+
+Versions are pinned by ``constraints.txt``. ``torch`` comes from the index in DSV4_TORCH_INDEX where that is set, such
+as https://download.pytorch.org/whl/cpu for the small CPU build; otherwise from the default index.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.error_on_missing_interpreters = True
+nox.needs_version = ">=2025.5.1"
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+TEST = nox.project.dependency_groups(PROJECT, "test")
+LINT = nox.project.dependency_groups(PROJECT, "lint")
+
+
+def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
+    """Install dsv4 itself and more, at the pinned versions."""
+    pinned = ("--constraint", str(CONSTRAINTS))
+    if reference:
+        index = os.environ.get("DSV4_TORCH_INDEX")
+        session.install(*pinned, *(("--index-url", index) if index else ()), "torch==2.13.0")
+    session.install(*pinned, ".[reference]" if reference else ".", *what)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden."""
+    _install(session)
+    work = Path(session.create_tmp()).resolve()
+    for name in ("checkpoint", "orbax"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"))
+    session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
+    session.run("dsv4", "verify", str(work / "orbax"))
+    session.run(
+        "dsv4", "parity", str(work / "orbax"), "--golden", str(ROOT / "golden" / "data" / "tiny"), "--layer", "all"
+    )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest."""
+    _install(session, *TEST, reference=True)
+    session.run("pytest", *(session.posargs or ("-n", "2")))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting and types."""
+    _install(session, *LINT, *TEST, "nox")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
