@@ -48,24 +48,23 @@ class Forward:
         return _taken(taps.values, ""), streams
 
     def layer(
-        self, layer: int, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None
+        self, layer: int, entering: jax.Array | Array, forced: Mapping[str, Array] | None = None
     ) -> tuple[Taken, jax.Array]:
         """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
         graph, state = nnx.split(restore_block(self._weights, layer, with_experts=False))
         replace = {name: jnp.asarray(value) for name, value in (forced or {}).items()}
-        streams, routed, first = _to_experts(graph, state, jnp.asarray(streams), self._tokens, self._positions, replace)
+        entering = jnp.asarray(entering)
+        streams, routed, first = _to_experts(graph, state, entering, self._tokens, self._positions, replace)
         output = self._experts(layer, routed)
-        streams, second = _from_experts(graph, state, streams, routed, output, replace)
-        return _taken({**first, **second}, f"layers.{layer}."), streams
+        leaving, second = _from_experts(graph, state, streams, routed, output, replace)
+        return _taken({**first, **second}, f"layers.{layer}."), leaving
 
     def head(self, streams: jax.Array | Array) -> Taken:
         """Head collapse, final norm and logits."""
-        read = self._weights.read
+        paths = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
+        fn, base, scale, norm, weight = (jnp.asarray(self._weights.read(path)) for path in paths)
         taps = Taps(_everything)
-        parameters = (
-            jnp.asarray(read(path)) for path in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
-        )
-        head(jnp.asarray(streams), *parameters, self._weights.config, taps)
+        head(jnp.asarray(streams), fn, base, scale, norm, weight, self._weights.config, taps)
         return _taken(taps.values, "")
 
     def _experts(self, layer: int, routed: Routed) -> jax.Array:
@@ -96,7 +95,7 @@ def _everything(name: str) -> bool:
 @partial(jax.jit, static_argnums=0)
 def _to_experts(
     graph: nnx.GraphDef[Block],
-    state: nnx.State,
+    state: nnx.State[Any, Any],
     streams: jax.Array,
     token_ids: jax.Array,
     positions: jax.Array,
@@ -112,7 +111,7 @@ def _to_experts(
 @partial(jax.jit, static_argnums=0)
 def _from_experts(
     graph: nnx.GraphDef[Block],
-    state: nnx.State,
+    state: nnx.State[Any, Any],
     streams: jax.Array,
     routed: Routed,
     experts: jax.Array,

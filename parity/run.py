@@ -97,7 +97,11 @@ def run(
         layers=chosen,
         taps=tuple(comparison.results),
         checkpoint={"path": str(checkpoint), **{key: weights.metadata[key] for key in ("source", "storage")}},
-        golden={"path": str(golden), "reference": recorded.manifest.reference, "source": recorded.manifest.source},
+        golden={
+            "path": str(golden),
+            "reference": dataclasses.asdict(recorded.manifest.request.reference),
+            "source": dataclasses.asdict(recorded.manifest.request.source),
+        },
         platform=_platform(),
     )
 

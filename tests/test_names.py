@@ -82,8 +82,7 @@ def test_saved_names_are_those_of_save_pretrained(tmp_path: Path) -> None:
 
     from golden.synthetic import tiny_config
 
-    raw = tiny_config()
-    raw.pop("quantization_config", None)
+    raw = tiny_config(torch_dtype="float32")
     AutoModelForCausalLM.from_config(DeepseekV4Config(**raw)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         stored = {

@@ -36,10 +36,12 @@ def read_weight_map(path: Path) -> dict[str, str]:
             f"{path}: expected a non-empty object `weight_map` (tensor -> shard), found {found}; "
             "download that file again"
         )
-    problems = []
-    for shard in dict.fromkeys(value if isinstance(value, str) else repr(value) for value in weight_map.values()):
-        if not is_shard_name(shard):
-            problems.append(f"{shown(shard)}, given for {shown(_first_with(weight_map, shard))}")
+    given = dict.fromkeys(value if isinstance(value, str) else repr(value) for value in weight_map.values())
+    problems = [
+        f"{shown(shard)}, given for {shown(_first_with(weight_map, shard))}"
+        for shard in given
+        if not is_shard_name(shard)
+    ]
     if problems:
         raise BadInput(
             f"{path}: a shard has to be a plain file name like model-00001-of-00046{SHARD_SUFFIX}, without folders; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +69,8 @@ def show(
     opened = open_golden(golden)
     document = {
         "schema_version": 1,
-        "reference": opened.manifest.reference,
-        "source": opened.manifest.source,
+        "reference": dataclasses.asdict(opened.manifest.request.reference),
+        "source": dataclasses.asdict(opened.manifest.request.source),
         "tokens": list(opened.tokens.shape),
         "layers": list(opened.layers),
         "taps": list(opened.names),

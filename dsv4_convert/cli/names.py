@@ -9,7 +9,7 @@ import typer
 from dsv4_convert.cli.common import Json, reported, write_json
 
 if TYPE_CHECKING:
-    from dsv4_convert.names import Rule
+    from dsv4_convert.names import Explanation, Rule
 
 
 @reported
@@ -31,32 +31,26 @@ def names(
             _print_table(table.RULES)
             for prefix, reason in table.DROPS.items():
                 typer.echo(f"left out: {prefix}.*  ({reason})")
-        return
-    if reason := table.drop_reason(name):
-        typer.echo(f"{name}: left out on purpose: {reason}")
+    elif reason := table.drop_reason(name):
         write_json([{"name": name, "dropped": reason}], json)
-        return
-    found = table.explain(name)
-    write_json(
-        [
-            {**_row(item.rule), "path": item.path, **{d.value: list(s) for d, s in item.spellings.items()}}
-            for item in found
-        ],
-        json,
-    )
-    if json == "-":
-        return
-    for item in found:
-        rule = item.rule
-        typer.secho(item.path, bold=True)
-        for dialect, spellings in item.spellings.items():
-            typer.echo(f"  {dialect.value:<13} {'  '.join(spellings)}")
-        typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
-        typer.echo(
-            f"  {'kind':<13} {rule.kind.value}, in {rule.when.value} layers"
-            if rule.per_layer
-            else f"  kind          {rule.kind.value}"
-        )
+        if json != "-":
+            typer.echo(f"{name}: left out on purpose: {reason}")
+    else:
+        found = table.explain(name)
+        write_json([_row(item.rule) | {"path": item.path, **item.spellings} for item in found], json)
+        if json != "-":
+            for item in found:
+                _print_one(item)
+
+
+def _print_one(item: Explanation) -> None:
+    rule = item.rule
+    typer.secho(item.path, bold=True)
+    for dialect, names in item.spellings.items():
+        typer.echo(f"  {dialect.value:<13} {'  '.join(names)}")
+    typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
+    where = f", in {rule.when.value} layers" if rule.per_layer else ""
+    typer.echo(f"  {'kind':<13} {rule.kind.value}{where}")
 
 
 def _row(rule: Rule) -> dict[str, object]:

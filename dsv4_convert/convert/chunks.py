@@ -55,8 +55,8 @@ class ChunkMaker:
         if rule.per_expert:
             out = self._buffers.take((1, *piece.shape[1:]), piece.dtype)
             if leaf.fused:
-                rows = _half(self._checkpoint.read(source.weight)[index[0]], rule.half)
-                decode_weight(rows, None, dtype=piece.dtype, transpose=transpose, out=out[0])
+                plain = _half(self._checkpoint.read(source.weight)[index[0]], rule.half)
+                decode_weight(plain, None, dtype=piece.dtype, transpose=transpose, out=out[0])
             else:
                 read_weight(self._checkpoint, source, dtype=piece.dtype, transpose=transpose, out=out[0])
         elif rule.transform is Transform.GROUPED:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.norm import rms_scale
@@ -59,7 +59,7 @@ def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) ->
     c = jax.nn.softmax(logits, axis=-1) + eps
     c = c / (jnp.sum(c, axis=-2, keepdims=True) + eps)
 
-    def both(_: int, c: Array) -> Array:
+    def both(_: Int[Array, ""], c: Array) -> Array:
         c = c / (jnp.sum(c, axis=-1, keepdims=True) + eps)
         return c / (jnp.sum(c, axis=-2, keepdims=True) + eps)
 

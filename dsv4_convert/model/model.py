@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
@@ -46,7 +47,7 @@ class Model(nnx.Module):
         token_ids: Int[Array, "B S"],
         *,
         positions: Int[Array, "B S"] | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         taps: Taps | None = None,
     ) -> Float[Array, "B S V"]:
         """Logits of every position, float32. ``dtype`` is that of the activations."""
@@ -69,7 +70,7 @@ class Model(nnx.Module):
 
 
 def embed(
-    table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: jnp.dtype, taps: Taps
+    table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: DTypeLike, taps: Taps
 ) -> Float[Array, "B S N D"]:
     """The embedding of every token, copied into all streams."""
     rows = taps("embed", table[token_ids].astype(dtype))

@@ -8,13 +8,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-class Buffer(nnx.Variable):
+class Buffer(nnx.Variable[jax.Array]):
     """State of the checkpoint that is not trained by gradient: the hash table and the router's correction bias."""
 
 
-def parameter(*shape: int, dtype: jnp.dtype = jnp.float32) -> nnx.Param[jax.Array]:
+def parameter(*shape: int) -> nnx.Param[jax.Array]:
     """A weight of the checkpoint; zero until it is restored."""
-    return nnx.Param(jnp.zeros(shape, dtype))
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:

@@ -36,7 +36,7 @@ class Taps:
     def __call__(self, name: str, value: Array) -> Array:
         """Record ``value`` under ``name`` if it is wanted; return what the model goes on with."""
         full = self._prefix + name
-        value = jax.lax.optimization_barrier(value)
+        value = jax.lax.optimization_barrier(value)  # type: ignore[no-untyped-call]
         if self._wanted is not None and self._wanted(full):
             self.values[full] = value
         if full not in self._forced:

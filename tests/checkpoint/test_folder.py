@@ -52,7 +52,8 @@ def test_opens_what_the_index_describes(folder: Path) -> None:
         assert {name: bytes(checkpoint.read_bytes(name)) for name in checkpoint.tensors} == {
             name: content for tensors in SHARDS.values() for name, content in tensors.items()
         }
-        assert checkpoint.revision is None and not checkpoint.absent
+        assert checkpoint.revision is None
+        assert not checkpoint.absent
     with pytest.raises(ValueError, match="closed"):
         checkpoint.read("embed")
 
@@ -75,7 +76,8 @@ def test_opening_touches_no_tensor(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with open_checkpoint(tmp_path) as checkpoint:
         last = checkpoint.read_rows("big", rows - 1, rows)
-        assert last.shape == (1, rows) and not last.any()
+        assert last.shape == (1, rows)
+        assert not last.any()
         del last
 
 
@@ -84,7 +86,8 @@ def test_partial_download(folder: Path) -> None:
     with pytest.raises(BadInput, match=f"1 of 3 shards are missing(.|\n)*{TWO}"):
         open_checkpoint(folder)
     checkpoint = open_checkpoint(folder, partial=True)
-    assert set(checkpoint.tensors) == {"embed", "b.0"} and checkpoint.absent == {"a.0", "a.1"}
+    assert set(checkpoint.tensors) == {"embed", "b.0"}
+    assert checkpoint.absent == {"a.0", "a.1"}
     with pytest.raises(BadInput, match=r"a\.0 was not downloaded"):
         checkpoint.read("a.0")
     with pytest.raises(BadInput, match="no tensor 'c'"):
@@ -323,8 +326,10 @@ def test_arrays_are_what_torch_reads(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         for dtype, array_dtype in expected.items():
             array = checkpoint.read(str(dtype))
-            assert array.dtype == array_dtype and array.shape == tuple(tensors[str(dtype)].shape)
-            assert not array.flags.writeable and not array.flags.owndata
+            assert array.dtype == array_dtype
+            assert array.shape == tuple(tensors[str(dtype)].shape)
+            assert not array.flags.writeable
+            assert not array.flags.owndata
             assert array.tobytes() == bits.numpy().tobytes() == bytes(checkpoint.read_bytes(str(dtype)))
             assert checkpoint.read_rows(str(dtype), 2, 4).tobytes() == bits[2:4].numpy().tobytes()
             if dtype.is_floating_point:
@@ -333,9 +338,12 @@ def test_arrays_are_what_torch_reads(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(values, bits.view(dtype).double().numpy())
             del array
         packed = checkpoint.read("f4")
-        assert packed.dtype == np.uint8 and packed.tobytes() == bits.numpy().tobytes()
-        assert checkpoint.read("bool").dtype == np.bool_ and np.array_equal(checkpoint.read("bool"), bits.numpy() > 99)
-        assert checkpoint.read("scalar").shape == () and checkpoint.read("scalar") == np.float32(2.5)
+        assert packed.dtype == np.uint8
+        assert packed.tobytes() == bits.numpy().tobytes()
+        assert checkpoint.read("bool").dtype == np.bool_
+        assert np.array_equal(checkpoint.read("bool"), bits.numpy() > 99)
+        assert checkpoint.read("scalar").shape == ()
+        assert checkpoint.read("scalar") == np.float32(2.5)
         assert checkpoint.read("empty").shape == (0, 7)
         with pytest.raises(UsageError, match="rows 0:1 do not lie inside"):
             checkpoint.read_rows("scalar", 0, 1)
@@ -353,7 +361,9 @@ def test_misaligned_tensors_are_copied(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with open_checkpoint(tmp_path) as checkpoint:
         array = checkpoint.read("f")
-        assert array.flags.aligned and not array.flags.writeable and array.tolist() == [0.0, 1.0]
+        assert array.flags.aligned
+        assert not array.flags.writeable
+        assert array.tolist() == [0.0, 1.0]
 
 
 def test_arrays_outlive_the_checkpoint(folder: Path) -> None:
@@ -439,9 +449,11 @@ assert [int(array[-1]) for array in kept] == list(range(1, len(kept) + 1))
         [sys.executable, "-c", script, tmp_path / "m"], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     peak, after = map(int, done.stdout.split())
-    assert 20 <= peak < 40 and after < 10  # MiB; all eight together have 192
+    assert 20 <= peak < 40
+    assert after < 10
 
 
 def test_errors_are_ours() -> None:
     """The classes that the command line turns into exit codes."""
-    assert BadInput.exit_code == 3 and ResourceError.exit_code == 4
+    assert BadInput.exit_code == 3
+    assert ResourceError.exit_code == 4

@@ -118,7 +118,8 @@ def test_bad_file(case: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         read_header(file)
     message = str(caught.value)
-    assert str(file) in message and expected in message
+    assert str(file) in message
+    assert expected in message
     assert message.isprintable() or message.replace("\n", "").isprintable()
 
 

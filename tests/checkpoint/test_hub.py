@@ -36,7 +36,7 @@ SMALL = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
 
 def shard(names: list[str], fill: int) -> bytes:
     size = 100_000
-    return raw_file(u8_header({name: size for name in names}), bytes([fill]) * size * len(names))
+    return raw_file(u8_header(dict.fromkeys(names, size)), bytes([fill]) * size * len(names))
 
 
 def files_of(fill: int = 7) -> dict[str, bytes]:
@@ -76,12 +76,15 @@ def served(hub: LoopbackHub) -> LoopbackHub:
 def test_whole_repository(served: LoopbackHub, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[str, int, int]] = []
     result = download(REPO, progress=lambda *step: seen.append(step))
-    assert result.revision == FIRST and result.path.name == FIRST
-    assert sorted(result.files) == sorted(SMALL + SHARDS) and not result.unverified
+    assert result.revision == FIRST
+    assert result.path.name == FIRST
+    assert sorted(result.files) == sorted(SMALL + SHARDS)
+    assert not result.unverified
     assert content_of(result.path) == expected_content(SMALL + SHARDS)
     assert sorted(served.fetched()) == sorted(SMALL + SHARDS)  # each of them once, nothing else
     with open_checkpoint(result.path) as checkpoint:
-        assert checkpoint.revision == FIRST and len(checkpoint.tensors) == 4
+        assert checkpoint.revision == FIRST
+        assert len(checkpoint.tensors) == 4
     total = sum(len(content) for content in expected_content(SMALL + SHARDS).values())
     index = len(files_of()["model.safetensors.index.json"])
     assert [step for step in seen if step[0] == "download"][-1] == ("download", total - index, total - index)
@@ -112,12 +115,15 @@ def test_plan(served: LoopbackHub, tmp_path: Path) -> None:
     """A dry run: exact, and without a trace at the destination."""
     plan = plan_download(REPO, local_dir=tmp_path / "here")
     sizes = {name: len(content) for name, content in files_of().items()}
-    assert plan.repo_id == REPO and plan.revision == FIRST and plan.folder == tmp_path / "here"
+    assert plan.repo_id == REPO
+    assert plan.revision == FIRST
+    assert plan.folder == tmp_path / "here"
     assert {file.name: (file.size, file.cached) for file in plan.files} == {
         name: (sizes[name], False) for name in SMALL + SHARDS
     }
     assert plan.total_bytes == plan.to_download_bytes == sum(sizes[name] for name in SMALL + SHARDS)
-    assert served.fetched() == ["model.safetensors.index.json"] and not (tmp_path / "here").exists()
+    assert served.fetched() == ["model.safetensors.index.json"]
+    assert not (tmp_path / "here").exists()
     download(REPO, want=layer(1))
     plan = plan_download(REPO)
     assert plan.to_download_bytes == sizes[SHARDS[0]] + sizes[SHARDS[1]]
@@ -128,10 +134,12 @@ def test_plan_knows_files_that_two_commits_share(served: LoopbackHub) -> None:
     download(REPO)
     served.add(REPO, SECOND, files_of() | {"README.md": b"# new"})
     plan = plan_download(REPO)
-    assert plan.revision == SECOND and plan.to_download_bytes == 0
+    assert plan.revision == SECOND
+    assert plan.to_download_bytes == 0
     served.requests.clear()
     result = download(REPO)
-    assert result.revision == SECOND and served.fetched() == []
+    assert result.revision == SECOND
+    assert served.fetched() == []
     assert content_of(result.path) == expected_content(SMALL + SHARDS)
 
 
@@ -140,7 +148,8 @@ def test_revision_is_pinned(served: LoopbackHub) -> None:
     plan = plan_download(REPO)
     served.add(REPO, SECOND, files_of(fill=8))
     result = download(REPO, revision=plan.revision)
-    assert result.revision == FIRST and content_of(result.path) == expected_content(SMALL + SHARDS)
+    assert result.revision == FIRST
+    assert content_of(result.path) == expected_content(SMALL + SHARDS)
     assert {request.path.split("/resolve/")[1][:40] for request in served.requests if "/resolve/" in request.path} == {
         FIRST
     }
@@ -152,15 +161,18 @@ def test_revision_is_pinned(served: LoopbackHub) -> None:
 def test_local_dir(served: LoopbackHub, tmp_path: Path) -> None:
     here = tmp_path / "here"
     result = download(REPO, local_dir=here, want=layer(0))
-    assert result.path == here and content_of(here) == expected_content([*SMALL, SHARDS[1]])
+    assert result.path == here
+    assert content_of(here) == expected_content([*SMALL, SHARDS[1]])
     assert open_checkpoint(here, partial=True).revision == FIRST
     served.requests.clear()
     result = download(REPO, local_dir=here)
     assert sorted(served.fetched()) == [SHARDS[0], SHARDS[2]]
-    assert content_of(here) == expected_content(SMALL + SHARDS) and open_checkpoint(here).revision == FIRST
+    assert content_of(here) == expected_content(SMALL + SHARDS)
+    assert open_checkpoint(here).revision == FIRST
     served.add(REPO, SECOND, files_of(fill=8))
     assert download(REPO, local_dir=here).revision == SECOND
-    assert content_of(here) == expected_content(SMALL + SHARDS, fill=8) and open_checkpoint(here).revision == SECOND
+    assert content_of(here) == expected_content(SMALL + SHARDS, fill=8)
+    assert open_checkpoint(here).revision == SECOND
     index = json.dumps({"weight_map": {"embed": SHARDS[0]}}).encode()
     served.add(REPO, "3" * 40, files_of(fill=8) | {"model.safetensors.index.json": index})
     assert [file.name for file in plan_download(REPO, local_dir=here).files] == [*SMALL, SHARDS[0]]
@@ -171,7 +183,8 @@ def test_files_in_the_cache_are_copied_to_a_folder(served: LoopbackHub, tmp_path
     served.requests.clear()
     seen: list[tuple[str, int, int]] = []
     result = download(REPO, local_dir=tmp_path / "here", progress=lambda *step: seen.append(step))
-    assert content_of(result.path) == expected_content(SMALL + SHARDS) and served.fetched() == []
+    assert content_of(result.path) == expected_content(SMALL + SHARDS)
+    assert served.fetched() == []
     assert [done == total for stage, done, total in seen if stage == "download"][-1]
 
 
@@ -215,7 +228,9 @@ def test_offline_from_the_cache(served: LoopbackHub, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     served.requests.clear()
     result = download(REPO, want=layer(0))
-    assert result.revision == FIRST and not result.unverified and not served.requests
+    assert result.revision == FIRST
+    assert not result.unverified
+    assert not served.requests
     assert content_of(result.path) == expected_content([*SMALL, SHARDS[1]])
     with pytest.raises(ResourceError, match=f"cannot be reached.* incomplete: 2 of 3 shards(.|\n)*{SHARDS[0]}"):
         download(REPO)
@@ -239,8 +254,8 @@ def test_offline_from_a_folder(served: LoopbackHub, monkeypatch: pytest.MonkeyPa
 def test_unreachable_hub_falls_back_on_the_cache(
     served: LoopbackHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ResourceError, match=r"cannot be reached .*Connection refused"):
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         download(REPO)
     monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
     download(REPO)
@@ -351,7 +366,8 @@ def test_errors_of_the_client(error: Exception, kind: type[Dsv4Error], expected:
         with pytest.raises(kind, match=expected) as caught, hub_errors(REPO, "main"):
             raise raised
         if TOKEN in str(error):
-            assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+            assert caught.value.__suppress_context__
+            assert caught.value.__cause__ is None
 
 
 def test_bugs_are_not_dressed_up() -> None:
@@ -398,7 +414,8 @@ def test_right_size_and_wrong_content(served: LoopbackHub, name: str) -> None:
         download(REPO)
     algorithm = "sha256" if name in SHARDS else "sha1"
     assert f"/{name}: expected {algorithm} {file.etag}, found " in str(caught.value)
-    assert "1 of 6 files" in str(caught.value) and "--force" in str(caught.value)
+    assert "1 of 6 files" in str(caught.value)
+    assert "--force" in str(caught.value)
     plan = plan_download(REPO)
     assert content_of(plan.folder)[name] == file.sent  # nothing was deleted
     assert download(REPO, verify=False).unverified == tuple(planned.name for planned in plan.files)
@@ -470,13 +487,18 @@ print(json.dumps([str(result.path), result.revision, len(result.files)]))
     done = run(HF_TOKEN=TOKEN, HF_DEBUG="1")
     assert done.returncode == 0, done.stderr
     path, revision, count = json.loads(done.stdout)
-    assert path.startswith(str(tmp_path / "elsewhere")) and revision == FIRST and count == len(SMALL + SHARDS)
+    assert path.startswith(str(tmp_path / "elsewhere"))
+    assert revision == FIRST
+    assert count == len(SMALL + SHARDS)
     assert TOKEN not in done.stdout + done.stderr
     wrong = run(HF_TOKEN=f"{TOKEN}wrong")
-    assert wrong.returncode == 1 and "BadInput" in wrong.stderr and TOKEN not in wrong.stdout + wrong.stderr
+    assert wrong.returncode == 1
+    assert "BadInput" in wrong.stderr
+    assert TOKEN not in wrong.stdout + wrong.stderr
     served.requests.clear()
     offline = run(HF_HUB_OFFLINE="1")
-    assert json.loads(offline.stdout)[1] == FIRST and not served.requests
+    assert json.loads(offline.stdout)[1] == FIRST
+    assert not served.requests
 
 
 def test_plan_is_a_value() -> None:

@@ -83,7 +83,8 @@ def test_forms_of_chunks(tmp_path: Path) -> None:
     expected = torch.arange(12).reshape(3, 4).bfloat16()
     loaded = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert torch.equal(loaded.pop("transposed"), expected.T)
-    assert len(loaded) == 6 and all(torch.equal(tensor, expected) for tensor in loaded.values())
+    assert len(loaded) == 6
+    assert all(torch.equal(tensor, expected) for tensor in loaded.values())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,8 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(path, [("a", "U8", (2,), interrupted)])
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_and_missing_folder(tmp_path: Path) -> None:
