@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,8 @@ def hf_to_orbax(
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
+    # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dsv4_convert import convert
     from dsv4_convert.errors import UsageError
 

@@ -40,7 +40,7 @@ def download(
 
     want = wanted_tensors(parse_layers(layers))
     if dry_run:
-        plan = hub.plan_download(repo, revision=revision, want=want, local_dir=local_dir)
+        plan = hub.plan_download(repo, revision=revision, want=want, local_dir=local_dir, force=force)
         files = [{"name": file.name, "size": file.size, "cached": file.cached} for file in plan.files]
         if json != "-":
             for file in plan.files:

@@ -1,0 +1,170 @@
+"""The commands as a person or a script meets them: output streams, exit codes, messages, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dsv4_convert.cli import app
+from dsv4_convert.cli.common import parse_layers, size
+from dsv4_convert.errors import UsageError
+from golden.synthetic import tiny_config, write_checkpoint
+from typer.testing import CliRunner
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
+COMMANDS = (
+    ["convert", "hf-to-orbax"],
+    ["download"],
+    ["verify"],
+    ["golden", "record"],
+    ["golden", "show"],
+    ["golden", "verify"],
+    ["golden", "make-checkpoint"],
+    ["parity"],
+    ["names"],
+)
+
+
+def dsv4(*arguments: str | Path, exit_code: int = 0) -> tuple[str, str]:
+    """Run a command in this process; its stdout and stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "hf"
+    write_checkpoint(folder, tiny_config(), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def orbax(hf: Path) -> Path:
+    dsv4("convert", "hf-to-orbax", hf, hf.parent / "orbax")
+    return hf.parent / "orbax"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_a_help_that_teaches(command: list[str]) -> None:
+    out, _ = dsv4(*command, "--help")
+    assert "Usage:" in out
+    assert len(out.splitlines()) > 5
+
+
+def test_convert_says_what_it_will_do_and_what_it_did(hf: Path, tmp_path: Path) -> None:
+    out, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", "--dtype", "source")
+    assert "reads   292 tensors" in err
+    assert "drops   75 tensors: speculative-decoding stage" in err
+    assert "172 leaves" in out
+    assert str(tmp_path / "orbax") in out
+
+
+def test_json_alone_on_stdout(hf: Path, tmp_path: Path) -> None:
+    out, _ = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", "--json", "-")
+    document = json.loads(out)
+    assert document["schema_version"] == 1
+    assert document["tensors"] == 292
+    assert sum(document["read"].values()) < sum(document["written"].values())
+
+
+def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
+    _, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", "--dry-run")
+    assert "writes" in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--dtype", "int8"], 2, "expected one of bfloat16, float32, source"),
+        (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--layers", "3-1"], 2, "expected numbers and ranges"),
+        (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--layers", "7"], 2, "this model has the layers 0 to 3"),
+        (["convert", "hf-to-orbax", "{hf}", "{hf}"], 2, "exists already"),
+        (["convert", "hf-to-orbax", "{tmp}/nothing", "{tmp}/x"], 3, "no such folder"),
+        (["convert", "hf-to-orbax", "{tmp}", "{tmp}/x"], 3, "config.json"),
+        (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--revision", "main"], 2, "is a local folder"),
+        (["verify", "{tmp}"], 3, "{tmp}"),
+        (["parity", "{orbax}", "--golden", "{tmp}"], 3, "{tmp}"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--mode", "both"], 2, "expected one of isolated, cumulative"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--layer", "12"], 2, "layers 0 to 3"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"], 2, "close ones: attn.wq_a"),
+        (["names", "layers.3.attn.wq_c.weight"], 2, "not a tensor or parameter"),
+        (["golden", "make-checkpoint", "{hf}"], 2, "exists already"),
+        (["parity"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_have_a_code_a_message_and_no_traceback(
+    hf: Path, orbax: Path, tmp_path: Path, arguments: list[str], exit_code: int, message: str
+) -> None:
+    names = {"hf": hf, "orbax": orbax, "tmp": tmp_path, "golden": GOLDEN}
+    out, err = dsv4(*(argument.format(**names) for argument in arguments), exit_code=exit_code)
+    assert message.format(**names) in " ".join(err.split())
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "x").exists()
+
+
+def test_parity_passes_and_reports(orbax: Path, tmp_path: Path) -> None:
+    out, _ = dsv4("parity", orbax, "--golden", GOLDEN, "--layer", "2", "--json", tmp_path / "report.json")
+    assert "PASS: all" in out
+    assert "attn.wq_a" in out
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "pass"
+
+
+def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config(), seed=1)
+    dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--quiet", exit_code=1)
+    assert "FAIL" in out
+    assert "The first is embed" in " ".join(out.split())
+
+
+def test_verify_finds_a_flipped_bit(hf: Path, tmp_path: Path) -> None:
+    dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax")
+    out, _ = dsv4("verify", tmp_path / "orbax")
+    assert "every byte as written" in out
+    chunk = tmp_path / "orbax" / "layers.2.attn.wq_b" / "0.0"
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    chunk.write_bytes(content)
+    _, err = dsv4("verify", tmp_path / "orbax", exit_code=1)
+    assert "layers.2.attn.wq_b" in err
+
+
+def test_names_explains_in_every_spelling() -> None:
+    out, _ = dsv4("names", "model.layers.5.self_attn.kv_norm.weight")
+    assert "layers.5.attn.kv_norm.weight" in out
+    assert "model.layers.5.attn.norm.weight" in out
+    out, _ = dsv4("names", "mtp.0.e_proj.weight")
+    assert "left out on purpose" in out
+    out, _ = dsv4("names", "--json", "-")
+    assert len(json.loads(out)) > 40
+
+
+def test_the_golden_says_what_it_is() -> None:
+    out, _ = dsv4("golden", "show", GOLDEN)
+    assert "transformers" in out
+    out, _ = dsv4("golden", "verify", GOLDEN)
+    assert "every byte as recorded" in out
+
+
+def test_parse_layers() -> None:
+    assert parse_layers("0-3,7,2") == (0, 1, 2, 3, 7)
+    assert parse_layers(" 12 ") == (12,)
+    assert parse_layers("all") is None
+    for wrong in ("", "a", "-1", "3-", "1,,2", "１"):
+        with pytest.raises(UsageError):
+            parse_layers(wrong)
+
+
+def test_size() -> None:
+    assert [size(n) for n in (0, 999, 1000, 159_609_485_896)] == ["0 B", "999 B", "1.0 kB", "159.6 GB"]
+
+
+def test_the_installed_command_is_there() -> None:
+    found = subprocess.run([sys.executable, "-m", "dsv4_convert", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "0.1.0"

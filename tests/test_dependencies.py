@@ -1,0 +1,140 @@
+"""The rooms and the direction of their dependencies, as the design draws them. Nothing points back."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("dsv4_convert", "parity", "golden")
+
+#: Room -> rooms that it may import from, besides itself. Rooms are the packages below dsv4_convert, its plain modules
+#: (``facts``), and the two packages beside it.
+FACTS = frozenset({"config", "errors", "names", "taps"})
+ALLOWED: dict[str, frozenset[str]] = {
+    "facts": frozenset(),
+    "formats": frozenset({"facts"}),
+    "model": frozenset({"facts"}),
+    "checkpoint": frozenset({"facts", "formats"}),
+    "store": frozenset({"facts"}),
+    "restore": frozenset({"facts", "formats", "store", "model"}),
+    "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
+    "golden": frozenset({"facts", "formats", "checkpoint"}),
+    "parity": frozenset({"facts", "model", "restore", "golden"}),
+    "cli": frozenset({"facts", "checkpoint", "store", "convert", "golden", "parity", "package"}),
+    # dsv4_convert/__init__.py: the public names, loaded lazily.
+    "package": frozenset({"facts", "convert", "model", "restore"}),
+}
+
+#: Library -> the files that may import it at all.
+CONFINED = {
+    "torch": "golden/references/",
+    "transformers": "golden/references/",
+    "orbax": "dsv4_convert/store/orbax_commit.py",
+    "numba": "dsv4_convert/formats/",
+    "huggingface_hub": "dsv4_convert/checkpoint/hub",
+    "typer": "dsv4_convert/cli/",
+    "click": "nowhere",
+    # Only the name of an exception that Numba's own cache raises.
+    "pickle": "dsv4_convert/formats/kernels.py",
+}
+
+
+def _files() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything imported anywhere in a file, inside functions and for type checking too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            assert node.module is not None
+            # "from package import module" imports the module, so both names are candidates.
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _room(module: str) -> str | None:
+    """The room of a dotted module name; None for a foreign one."""
+    parts = module.split(".")
+    if parts[0] in ("parity", "golden"):
+        return parts[0]
+    if parts[0] != "dsv4_convert":
+        return None
+    if parts[1:] == ["__main__"]:
+        return "cli"
+    if len(parts) == 1 or parts[1].startswith("_"):
+        return "package"
+    return "facts" if parts[1] in FACTS else parts[1]
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = _room(_module(path))
+    assert room in ALLOWED, f"a room that the design does not have: {room}"
+    for module in _imports(path):
+        target = _room(module)
+        if target == "package" and module == "dsv4_convert":
+            continue  # only the names after it count
+        if target is not None and target in ALLOWED and target != room:
+            assert target in ALLOWED[room], f"{path.relative_to(ROOT)} ({room}) imports {module} ({target})"
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    where = path.relative_to(ROOT).as_posix()
+    for module in _imports(path):
+        allowed = CONFINED.get(module.split(".")[0])
+        assert allowed is None or where.startswith(allowed), f"{where} imports {module}, which belongs to {allowed}"
+
+
+def test_checkpoint_and_formats_know_nothing_of_jax() -> None:
+    for path in _files():
+        if _room(_module(path)) in ("checkpoint", "formats", "facts", "golden"):
+            assert not {"jax", "flax"} & {module.split(".")[0] for module in _imports(path)}, path
+
+
+def _loaded(code: str) -> set[str]:
+    """Top-level modules that a fresh process has loaded after ``code``."""
+    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return set(output.split())
+
+
+HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "huggingface_hub", "tensorstore"}
+
+
+def test_neither_conversion_nor_parity_loads_torch() -> None:
+    loaded = _loaded(
+        "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit, parity.run, parity.render\n"
+        "import golden.archive, golden.synthetic"
+    )
+    assert {"jax", "flax", "orbax"} <= loaded
+    assert not {"torch", "transformers"} & loaded
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['dsv4', '--help']\n"
+        "from dsv4_convert.cli import main\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()"
+    )
+    assert not HEAVY & _loaded(code)
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    assert not HEAVY & _loaded("import dsv4_convert")
+    assert {"jax", "flax"} <= _loaded("from dsv4_convert import Model")
