@@ -42,9 +42,20 @@ def demo(session: nox.Session) -> None:
     session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"))
     session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
     session.run("dsv4", "verify", str(work / "orbax"))
-    session.run(
-        "dsv4", "parity", str(work / "orbax"), "--golden", str(ROOT / "golden" / "data" / "tiny"), "--layer", "all"
-    )
+    golden = ROOT / "golden" / "data" / "tiny"
+    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--layer", "all", "--quiet")
+
+
+@nox.session
+def golden(session: nox.Session) -> None:
+    """Record the committed golden again, from transformers; needed when taps or the checkpoint generator change."""
+    _install(session, reference=True)
+    work = Path(session.create_tmp()).resolve()
+    out = ROOT / "golden" / "data" / "tiny"
+    for folder in (work / "tiny", out):
+        shutil.rmtree(folder, ignore_errors=True)
+    session.run("dsv4", "golden", "make-checkpoint", str(work / "tiny"))
+    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300")
 
 
 @nox.session

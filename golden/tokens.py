@@ -109,3 +109,34 @@ def _as_tokens(value: object, where: str) -> Tokens:
     if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
         raise UsageError(f"{where}: ids that are larger than any vocabulary")
     return array.astype(np.int32)
+
+
+def prompt_tokens(
+    folder: Path, vocab_size: int, *, tokens: str | None, text: str | None, random: str | None, seed: int
+) -> Tokens:
+    """The prompt that a command line asks for, in exactly one of three ways.
+
+    Args:
+        folder: the checkpoint, whose ``tokenizer.json`` encodes ``text``.
+        vocab_size: of the model.
+        tokens: see :func:`parse_tokens`.
+        text: one prompt.
+        random: ``300`` or ``3x129``: number of tokens, or prompts times tokens.
+        seed: of the random tokens.
+
+    Raises:
+        UsageError: not exactly one of the three, or not understood.
+        BadInput: a file cannot be read.
+    """
+    if sum(given is not None for given in (tokens, text, random)) != 1:
+        raise UsageError("a prompt is needed: exactly one of --tokens, --text and --random")
+    if tokens is not None:
+        return parse_tokens(tokens)
+    if text is not None:
+        return encode_text(folder / TOKENIZER_NAME, [text])
+    assert random is not None
+    parts = random.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--random {random}: expected a number of tokens, or prompts x tokens, such as 300 or 3x129")
+    batch, length = (1, int(parts[0])) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+    return random_tokens(vocab_size, batch=batch, length=length, seed=seed)

@@ -12,15 +12,39 @@ from rich.text import Text
 from parity.metrics import Verdict
 from parity.report import Report, TapResult
 
+_SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 
 
 def render(report: Report, console: Console, *, every_tap: bool = True) -> None:
-    """Print the report; without ``every_tap`` only taps that do not simply pass."""
-    shown = [tap for tap in report.taps if every_tap or tap.verdict is not Verdict.PASS]
+    """Print the report; without ``every_tap`` one line per layer, and only the taps that do not simply pass."""
+    shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
+    if not every_tap:
+        console.print(_summary(report))
     if shown:
         console.print(Group(*_tables(shown, report)))
     console.print(Text(report.sentence, style="bold green" if report.passed else "bold red"))
+
+
+def _summary(report: Report) -> Table:
+    """One line per layer: how many taps, and the one that is farthest off."""
+    table = Table(title=f"{report.mode}, worst tap of each layer", title_justify="left", box=None, pad_edge=False)
+    for column, justify in (("layer", "left"), ("taps", "right"), ("worst tap", "left"), ("rel rms", "right")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("verdict", no_wrap=True)
+    for layer, group in groupby(report.taps, key=lambda tap: tap.layer):
+        taps = list(group)
+        measured = [tap for tap in taps if tap.distance is not None]
+        worst = max(measured, key=lambda tap: tap.distance.relative_rms if tap.distance else 0.0, default=None)
+        verdict = min((tap.verdict for tap in taps), key=_SEVERITY.index)
+        table.add_row(
+            "model" if layer is None else str(layer),
+            str(len(taps)),
+            _short(worst) if worst is not None else "",
+            f"{worst.distance.relative_rms:.1e}" if worst is not None and worst.distance is not None else "",
+            Text(verdict.value, style=_STYLE[verdict]),
+        )
+    return table
 
 
 def _tables(taps: list[TapResult], report: Report) -> Iterator[RenderableType]:
@@ -33,12 +57,16 @@ def _tables(taps: list[TapResult], report: Report) -> Iterator[RenderableType]:
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for tap in group:
-            short = tap.name if layer is None else tap.name.split(".", 2)[2]
             verdict = Text(tap.verdict.value, style=_STYLE[tap.verdict])
             if tap is first:
                 verdict.append(" < first")
-            table.add_row(short, *_numbers(tap), verdict)
+            table.add_row(_short(tap), *_numbers(tap), verdict)
         yield table
+
+
+def _short(tap: TapResult) -> str:
+    """The name within its layer."""
+    return tap.name if tap.layer is None else tap.name.split(".", 2)[2]
 
 
 def _numbers(tap: TapResult) -> tuple[str, str, str, str]:

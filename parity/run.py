@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def run(
     _same_architecture(config, recorded.config, golden)
     chosen = check_layers(config, layers)
     names = _names(config, chosen, model_level=layers is None)
-    comparison = _Comparison(recorded, config, TOLERANCES[mode], set(select(names, taps)) if taps else set(names))
+    comparison = _Comparison(recorded, config, TOLERANCES[mode], list(select(names, taps)) if taps else names)
     last = config.num_hidden_layers - 1
     with_head = comparison.wants(None, before=False)
     if mode is Mode.ISOLATED:
@@ -109,30 +109,28 @@ def run(
 class _Comparison:
     """Judges taps against the golden as they come, in order of execution."""
 
-    def __init__(self, golden: Golden, config: Config, tolerance: Tolerance, wanted: set[str]) -> None:
+    def __init__(self, golden: Golden, config: Config, tolerance: Tolerance, wanted: Sequence[str]) -> None:
         self._golden = golden
         self._config = config
         self._tolerance = tolerance
-        self._wanted = wanted
+        self._order = {name: position for position, name in enumerate(wanted)}
         self.results: list[TapResult] = []
 
     def wants(self, layer: int | None, *, before: bool | None = None) -> bool:
         """Whether any tap of the layer, or of the model level before or after the layers, is to be compared."""
         at = [tap for tap in taps_of(self._config, layer) if before is None or (tap.name == "embed") is before]
-        return any(full_name(tap, layer) in self._wanted for tap in at)
+        return any(full_name(tap, layer) in self._order for tap in at)
 
     def add(self, taken: Taken) -> None:
         """Judge and keep."""
         self.results += self.judge(taken)
 
     def judge(self, taken: Taken, instead: Iterable[TapResult] = ()) -> list[TapResult]:
-        """Results of the wanted taps; a tie in ``instead`` stays what it is."""
+        """Results of the wanted taps in order of execution; a tie in ``instead`` stays what it is."""
         ties = {result.name: result for result in instead if result.verdict is Verdict.TIE}
-        return [
-            ties[name] if name in ties else self._one(name, value)
-            for name, value in taken.items()
-            if name in self._wanted
-        ]
+        # Whatever passed through a compiled program comes back in alphabetical order.
+        ordered = sorted(taken.keys() & self._order.keys(), key=self._order.__getitem__)
+        return [ties[name] if name in ties else self._one(name, taken[name]) for name in ordered]
 
     def ties(self, results: Iterable[TapResult], layer: int) -> dict[str, Array]:
         """The golden's choices where ours is tied with them, by tap name within the layer."""

@@ -34,19 +34,21 @@ def record(
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
+    from dsv4_convert.config import Config
     from golden.recorder import record as record_golden
-    from golden.tokens import prompts
+    from golden.tokens import prompt_tokens
 
     chosen = parse_layers(layers)
     up_to = None if chosen is None else tuple(range(max(chosen) + 1))
     origin = fetch(source, revision=revision, layers=up_to)
-    ids = prompts(origin.path, tokens=tokens, text=text, random=random, seed=seed)
+    vocabulary = Config.from_file(origin.path / "config.json").vocab_size
+    ids = prompt_tokens(origin.path, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
     with status("recording") as say:
         done = record_golden(
             origin.path,
             out,
             tokens=ids,
-            text=text,
+            text=None if text is None else [text],
             layers=chosen,
             name=origin.repository,
             revision=origin.revision,

@@ -27,7 +27,7 @@ def parity(
         ),
     ] = "isolated",
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show only taps that do not pass, and the verdict.")
+        bool, typer.Option("--quiet", "-q", help="One line per layer, and the taps that do not pass.")
     ] = False,
     json: Json = None,
 ) -> None:

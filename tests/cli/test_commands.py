@@ -91,7 +91,7 @@ def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
         (["parity", "{orbax}", "--golden", "{tmp}"], 3, "{tmp}"),
         (["parity", "{orbax}", "--golden", "{golden}", "--mode", "both"], 2, "expected one of isolated, cumulative"),
         (["parity", "{orbax}", "--golden", "{golden}", "--layer", "12"], 2, "layers 0 to 3"),
-        (["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"], 2, "close ones: attn.wq_a"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"], 2, "matches no tap of this run; close ones: attn.wq_b, attn.wq_a"),
         (["names", "layers.3.attn.wq_c.weight"], 2, "not a tensor or parameter"),
         (["golden", "make-checkpoint", "{hf}"], 2, "exists already"),
         (["parity"], 2, "Missing argument"),

@@ -1,0 +1,130 @@
+"""Recording a golden: the reference runs layer by layer, and every tap of the wanted layers is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.config import Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.names import Resolution, Stored, check_layers, resolve
+from dsv4_convert.taps import by_name
+from golden.archive import Golden
+from golden.manifest import Request, Source
+from golden.tokens import check_tokens
+from golden.writer import GoldenWriter, check_destination, golden_writer
+
+if TYPE_CHECKING:
+    from golden.references.streamed import StreamedModel
+
+Array = np.ndarray[Any, Any]
+
+#: Called with what is done next, in words.
+Progress = Callable[[str], None]
+
+
+def record(
+    source: Path,
+    out: Path,
+    *,
+    tokens: Array,
+    text: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Golden:
+    """Run transformers' model over ``tokens`` in float32 and keep its activations.
+
+    One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
+
+    Args:
+        source: checkpoint folder, in any dialect and any of the published storages.
+        out: folder to create.
+        tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
+        text: the prompts, where the tokens come from text; kept for the reader.
+        layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
+        name: what the golden calls its source, such as its repository; the folder's name if None.
+        revision: the source's commit; what the folder itself says if None.
+        progress: called before each step.
+
+    Raises:
+        UsageError: the destination exists, tokens or layers are impossible, or torch and transformers are missing.
+        BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
+        Dsv4Error: this version of transformers computes otherwise than the recorder knows.
+    """
+    check_destination(out)
+    streamed = _reference()
+    with open_checkpoint(source, partial=layers is not None) as checkpoint:
+        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        wanted = check_layers(config, layers)
+        ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=config.max_position_embeddings)
+        resolution = _resolve(checkpoint, config, max(wanted))
+        progress("hashing the source")
+        request = Request(
+            reference=streamed.describe(),
+            source=_source(checkpoint, resolution, name, revision),
+            config=config,
+            tokens=tuple(tuple(int(token) for token in row) for row in ids),
+            text=None if text is None else tuple(text),
+            layers=wanted,
+        )
+        with golden_writer(out, request) as writer:
+            _run(streamed.StreamedModel(checkpoint, config, resolution, ids), writer, request, progress)
+            return writer.publish()
+
+
+def _reference() -> Any:
+    """The module that runs the reference; it imports torch and transformers."""
+    try:
+        from golden.references import streamed
+    except ImportError as error:
+        raise UsageError(
+            f"recording runs transformers' model, and {error.name or error} is missing: pip install 'dsv4[reference]'"
+        ) from None
+    return streamed
+
+
+def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
+    """The tensors of the layers up to ``last`` and of the model level."""
+    stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    return resolve(stored, config, layers=range(last + 1), where=str(checkpoint.root))
+
+
+def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> Source:
+    """What was recorded from: the hash of every shard that holds a tensor of the layers that run."""
+    used = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
+    shards = sorted({checkpoint.tensors[name].file for name in used if name is not None})
+    return Source(
+        name=name or checkpoint.root.resolve().name,
+        revision=revision or checkpoint.revision,
+        files={shard.name: checkpoint.file_sha256(shard) for shard in shards},
+    )
+
+
+def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
+    """Every layer up to the last wanted one, from where an earlier run stopped."""
+    config, wanted = request.config, request.layers
+    expected: dict[int | None, dict[str, Any]] = {}
+    for full, (layer, dtype, shape) in request.shapes().items():
+        expected.setdefault(layer, {})[by_name(full)[0].name] = (dtype, shape)
+    progress("embedding")
+    embedded = model.embed()
+    resumed = writer.last_streams()
+    streams = model.spread(embedded) if resumed is None else resumed
+    for layer in range(writer.finished[-1] + 1 if writer.finished else 0, max(wanted) + 1):
+        progress(f"layer {layer} of {config.num_hidden_layers}")
+        streams, taps = model.run_layer(layer, streams, expected.get(layer, {}))
+        if layer in wanted:
+            writer.write(layer, {f"layers.{layer}.{name}": value for name, value in taps.items()})
+    outer = expected[None]
+    after = {name: what for name, what in outer.items() if name != "embed"}
+    taps = {"embed": embedded}
+    if after:
+        progress("head")
+        taps |= model.run_head(streams, after)
+    writer.write(None, taps)
