@@ -76,8 +76,9 @@ class Forward:
         total = np.zeros(flat.shape, np.float32)
         for expert in np.unique(experts):
             tokens, slots = np.nonzero(experts == expert)
-            # Padded to a power of two, so that few programs serve every number of tokens.
-            padded = np.zeros((1 << (len(tokens) - 1).bit_length(), flat.shape[1]), np.float32)
+            # Padded to a power of two, so that few programs serve every number of tokens; and to two rows at least,
+            # because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
+            padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), np.float32)
             padded[: len(tokens)] = flat[tokens]
             matrices = (
                 self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert))

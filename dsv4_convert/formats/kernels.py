@@ -233,17 +233,18 @@ def encode_e4m3(values: Bits, scale: Bits, block_rows: int, block_columns: int, 
     quotient, small = np.empty(columns, np.float32), np.empty(columns, np.float32)
     bits, small_bits = quotient.view(np.uint32), small.view(np.uint32)
     shift = np.float32(2.0**14)  # 2^23 steps of 2^-9, the step of the subnormal codes
-    shift_bits = np.uint32(0x46800000)
+    shift_bits = 0x46800000
     for r in range(rows):
         _divide_row(values[r], scale[r // block_rows], block_columns, shift, quotient, small)
         row = out[r]
         for c in range(np.uint64(columns)):
-            magnitude = bits[c] & np.uint32(0x7FFFFFFF)
+            pattern = np.int64(bits[c])  # signed throughout: numba makes a float of signed and unsigned together
+            magnitude = pattern & 0x7FFFFFFF
             code = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-            code = small_bits[c] - shift_bits if magnitude < 0x3C800000 else code  # below 2^-6
+            code = np.int64(small_bits[c]) - shift_bits if magnitude < 0x3C800000 else code  # below 2^-6
             code = 0x7E if magnitude >= 0x43E00000 else code  # 448
             code = 0x7F if magnitude > 0x7F800000 else code
-            row[c] = code | ((bits[c] >> 24) & 0x80)
+            row[c] = code | ((pattern >> 24) & 0x80)
 
 
 @kernel
@@ -257,17 +258,18 @@ def encode_e2m1(values: Bits, scale: Bits, block_columns: int, out: Bits) -> int
     bits, small_bits = quotient.view(np.uint32), small.view(np.uint32)
     codes = np.empty(columns, np.uint8)
     shift = np.float32(2.0**22)  # 2^23 steps of 0.5
-    shift_bits = np.uint32(0x4A800000)
+    shift_bits = 0x4A800000
     lost = 0
     for r in range(rows):
         _divide_row(values[r], scale[r], block_columns, shift, quotient, small)
         for c in range(np.uint64(columns)):
-            magnitude = bits[c] & np.uint32(0x7FFFFFFF)
+            pattern = np.int64(bits[c])
+            magnitude = pattern & 0x7FFFFFFF
             lost += magnitude > 0x7F800000
             code = ((magnitude + 0x1FFFFF + ((magnitude >> 22) & 1)) >> 22) - (126 << 1)
-            code = small_bits[c] - shift_bits if magnitude < 0x3F800000 else code  # below 1
+            code = np.int64(small_bits[c]) - shift_bits if magnitude < 0x3F800000 else code  # below 1
             code = 7 if magnitude >= 0x40C00000 else code  # 6
-            codes[c] = code | ((bits[c] >> 28) & 8)
+            codes[c] = code | ((pattern >> 28) & 8)
         row = out[r]
         for c in range(np.uint64(row.size)):
             row[c] = codes[2 * c] | (codes[2 * c + 1] << 4)
