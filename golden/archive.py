@@ -105,7 +105,9 @@ def open_golden(path: Path | str) -> Golden:
     if not file.is_file():
         partial = root.with_name(root.name + PARTIAL_SUFFIX)
         if partial.is_dir():
-            raise BadInput(f"{root}: its recording has not finished ({partial}); run the same `dsv4 golden record` again")
+            raise BadInput(
+                f"{root}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
+            )
         raise BadInput(f"{root}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
     try:
         data = file.read_bytes()
@@ -147,7 +149,7 @@ def read_array(info: TensorInfo) -> Array:
 
 def digest(array: Array) -> str:
     """SHA-256 of an array's bytes in C order, 64 hex digits."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def differences(file: Path, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:
@@ -158,8 +160,5 @@ def differences(file: Path, wanted: Mapping[str, StoredTap], found: Mapping[str,
         if info is None:
             problems.append(f"{file}: {name}: missing")
         elif (dtype := DTYPES[info.dtype].array.name) != tap.dtype or info.shape != tap.shape:
-            problems.append(
-                f"{file}: {name}: expected {tap.dtype} {list(tap.shape)}, found {dtype} {list(info.shape)}"
-            )
+            problems.append(f"{file}: {name}: expected {tap.dtype} {list(tap.shape)}, found {dtype} {list(info.shape)}")
     return problems
-

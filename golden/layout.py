@@ -70,6 +70,4 @@ def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, 
 
 def expected_aliases(layers: Sequence[int]) -> dict[str, str]:
     """Taps that are the same array as another one, and so are stored once: a layer's input is the streams before it."""
-    return {
-        f"layers.{layer}.{INPUT}": f"layers.{layer - 1}.{STREAMS}" for layer in layers if layer - 1 in set(layers)
-    }
+    return {f"layers.{layer}.{INPUT}": f"layers.{layer - 1}.{STREAMS}" for layer in layers if layer - 1 in set(layers)}

@@ -207,7 +207,9 @@ def _tap_problems(request: Request, taps: Mapping[str, StoredTap], aliases: Mapp
     problems = []
     if aliases != wanted_aliases:
         differing = {name for name in {*aliases, *wanted_aliases} if aliases.get(name) != wanted_aliases.get(name)}
-        problems += [f"{name}: alias expected {wanted_aliases.get(name)}, found {aliases.get(name)}" for name in differing]
+        problems += [
+            f"{name}: alias expected {wanted_aliases.get(name)}, found {aliases.get(name)}" for name in differing
+        ]
     for name in taps.keys() - (wanted.keys() - wanted_aliases.keys()):
         problems.append(f"{name}: not expected")
     for name, (layer, dtype, shape) in wanted.items():

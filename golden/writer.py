@@ -175,7 +175,9 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ResourceError(f"{folder}: another process is recording this golden; wait for it or end it") from None
+                raise ResourceError(
+                    f"{folder}: another process is recording this golden; wait for it or end it"
+                ) from None
             if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
                 continue
             yield

@@ -75,7 +75,7 @@ def compare(found: Array, golden: Array, tolerance: Tolerance) -> tuple[Verdict,
     return (
         Verdict.FAIL,
         distance,
-        f"{outside} of {a.size} elements beyond atol {tolerance.atol:g}, rtol {tolerance.rtol:g}",
+        f"{outside} of {a.size} elements beyond atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}",
     )
 
 

@@ -81,7 +81,7 @@ class Report:
             return "FAIL: nothing was compared."
         return (
             f"PASS: all {len(self.taps)} taps agree{aside}, {self.mode} mode, "
-            f"atol {self.tolerance.atol:g}, rtol {self.tolerance.rtol:g}."
+            f"atol {self.tolerance.atol:.2g}, rtol {self.tolerance.rtol:.2g}."
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from parity.choices import compare_choices
 from parity.forward import Forward, Taken
 from parity.metrics import Verdict, compare
 from parity.report import Report, TapResult
-from parity.tolerances import TOLERANCES, Mode, Tolerance
+from parity.tolerances import Mode, Tolerance, tolerance
 
 Array = np.ndarray[Any, Any]
 
@@ -59,8 +59,9 @@ def run(
     config = weights.config
     _same_architecture(config, recorded.config, golden)
     chosen = check_layers(config, layers)
+    allowed = tolerance(mode, config)
     names = _names(config, chosen, model_level=layers is None)
-    comparison = _Comparison(recorded, config, TOLERANCES[mode], list(select(names, taps)) if taps else names)
+    comparison = _Comparison(recorded, config, allowed, list(select(names, taps)) if taps else names)
     last = config.num_hidden_layers - 1
     with_head = comparison.wants(None, before=False)
     if mode is Mode.ISOLATED:
@@ -93,7 +94,7 @@ def run(
         comparison.add(forward.head(streams))
     return Report(
         mode=mode,
-        tolerance=TOLERANCES[mode],
+        tolerance=allowed,
         layers=chosen,
         taps=tuple(comparison.results),
         checkpoint={"path": str(checkpoint), **{key: weights.metadata[key] for key in ("source", "storage")}},

@@ -118,8 +118,8 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
-        "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit, parity.run, parity.render\n"
-        "import golden.archive, golden.synthetic"
+        "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit\n"
+        "import parity.run, parity.render, golden.archive, golden.synthetic"
     )
     assert {"jax", "flax", "orbax"} <= loaded
     assert not {"torch", "transformers"} & loaded

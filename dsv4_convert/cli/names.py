@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,19 +29,19 @@ def names(
     if name is None:
         write_json([_row(rule) for rule in table.RULES], json)
         if json != "-":
-            _print_table(table.RULES)
-            for prefix, reason in table.DROPS.items():
-                typer.echo(f"left out: {prefix}.*  ({reason})")
-    elif reason := table.drop_reason(name):
+            _print_table(table)
+        return
+    reason = table.drop_reason(name)
+    if reason is not None:
         write_json([{"name": name, "dropped": reason}], json)
         if json != "-":
             typer.echo(f"{name}: left out on purpose: {reason}")
-    else:
-        found = table.explain(name)
-        write_json([_row(item.rule) | {"path": item.path, **item.spellings} for item in found], json)
-        if json != "-":
-            for item in found:
-                _print_one(item)
+        return
+    found = table.explain(name)
+    write_json([_explained(item) for item in found], json)
+    if json != "-":
+        for item in found:
+            _print_one(item)
 
 
 def _print_one(item: Explanation) -> None:
@@ -51,6 +52,11 @@ def _print_one(item: Explanation) -> None:
     typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
     where = f", in {rule.when.value} layers" if rule.per_layer else ""
     typer.echo(f"  {'kind':<13} {rule.kind.value}{where}")
+
+
+def _explained(item: Explanation) -> dict[str, object]:
+    spellings = {dialect.value: list(names) for dialect, names in item.spellings.items()}
+    return _row(item.rule) | {"path": item.path} | spellings
 
 
 def _row(rule: Rule) -> dict[str, object]:
@@ -65,14 +71,14 @@ def _row(rule: Rule) -> dict[str, object]:
     }
 
 
-def _print_table(rules: tuple[Rule, ...]) -> None:
+def _print_table(names_table: ModuleType) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in ("parameter", "published tensor", "shape", "kind", "transform", "layers"):
         table.add_column(column, overflow="fold")
-    for rule in rules:
+    for rule in names_table.RULES:
         table.add_row(
             rule.path.replace("{}", "N", 1),
             rule.published.replace("{}", "N", 1).replace("{}", "E", 1),
@@ -82,3 +88,5 @@ def _print_table(rules: tuple[Rule, ...]) -> None:
             rule.when.value if rule.per_layer else "",
         )
     Console().print(table)
+    for prefix, reason in names_table.DROPS.items():
+        typer.echo(f"left out: {prefix}.*  ({reason})")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 P = ParamSpec("P")
 T = TypeVar("T")
 Bits = NDArray[np.unsignedinteger[Any]]
+Floats = NDArray[np.float32]
 
 #: Rows and columns of the square that a transposing kernel copies to a buffer which stays in the level-1 cache.
 TILE = 128
@@ -52,10 +53,10 @@ def kernel(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         nonlocal compiled
         try:
-            return compiled(*args, **kwargs)  # type: ignore[no-any-return]
+            return compiled(*args, **kwargs)
         except (OSError, EOFError, pickle.UnpicklingError):  # the kernels do no I/O themselves
             compiled = in_memory()
-            return compiled(*args, **kwargs)  # type: ignore[no-any-return]
+            return compiled(*args, **kwargs)
 
     return call
 
@@ -216,7 +217,9 @@ def block_amax(magnitude_bits: Bits, block_rows: int, block_columns: int, out: B
 
 
 @_inline
-def _divide_row(values: Bits, scale: Bits, block_columns: int, shift: np.float32, quotient: Bits, small: Bits) -> None:
+def _divide_row(
+    values: Floats, scale: Floats, block_columns: int, shift: np.float32, quotient: Floats, small: Floats
+) -> None:
     for b in range(scale.size):
         start = b * block_columns
         stop = min(start + block_columns, values.size)
@@ -227,7 +230,7 @@ def _divide_row(values: Bits, scale: Bits, block_columns: int, shift: np.float32
 
 
 @kernel
-def encode_e4m3(values: Bits, scale: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
+def encode_e4m3(values: Floats, scale: Floats, block_rows: int, block_columns: int, out: Bits) -> None:
     """``out = e4m3(values / scale)``, float32 ``[R, C]`` to uint8: nearest even, ±448 beyond the range, NaN kept."""
     rows, columns = values.shape
     quotient, small = np.empty(columns, np.float32), np.empty(columns, np.float32)
@@ -248,10 +251,10 @@ def encode_e4m3(values: Bits, scale: Bits, block_rows: int, block_columns: int, 
 
 
 @kernel
-def encode_e2m1(values: Bits, scale: Bits, block_columns: int, out: Bits) -> int:
-    """``out = e2m1(values / scale)`` packed by two: float32 ``[R, C]`` to uint8 ``[R, C / 2]``, nearest even, ±6 beyond.
+def encode_e2m1(values: Floats, scale: Floats, block_columns: int, out: Bits) -> int:
+    """``out = e2m1(values / scale)`` packed by two: float32 ``[R, C]`` to uint8 ``[R, C / 2]``.
 
-    Returns how many quotients were NaN, which e2m1 cannot express.
+    Rounds to nearest even, ±6 beyond the range. Returns how many quotients were NaN, which e2m1 cannot express.
     """
     rows, columns = values.shape
     quotient, small = np.empty(columns, np.float32), np.empty(columns, np.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -183,7 +184,7 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
     taps: dict[str, Array] = {}
     with ExitStack() as stack:
         for tap in expected:
-            stack.enter_context(_attached(root, probes[tap], lambda value, tap=tap: keep(tap, probes[tap].layout, value)))
+            stack.enter_context(_attached(root, probes[tap], partial(keep, tap, probes[tap].layout)))
         yield taps
     _order_experts(seen)
     for tap, (dtype, shape) in expected.items():
@@ -231,9 +232,9 @@ def _attached(root: nn.Module, probe: Probe, keep: Callable[[Tensor], None]) -> 
         case FirstArgument(function=function):
             watch = _Watch(function, keep)
             handles = [
-                module.register_forward_pre_hook(lambda *_: watch.__enter__() and None),
+                module.register_forward_pre_hook(watch.begin),
                 # Also when the forward fails: the mode must not outlive it.
-                module.register_forward_hook(lambda *_: watch.__exit__(None, None, None), always_call=True),
+                module.register_forward_hook(watch.end, always_call=True),
             ]
         case Attention(value=value):
             with _attention_seen(module, value, keep):
@@ -253,6 +254,14 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._function = function
         self._keep = keep
+
+    def begin(self, *_: object) -> None:
+        """A forward pre-hook."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        """A forward hook."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,9 @@ class StreamedModel:
         with torch.device("meta"):
             module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
         leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
-        self._use_streamed_experts(module.mlp.experts, {leaf.rule.path: leaf for leaf in leaves if leaf.rule.per_expert})
+        self._use_streamed_experts(
+            module.mlp.experts, {leaf.rule.path: leaf for leaf in leaves if leaf.rule.per_expert}
+        )
         for inner in [name for name, part in module.named_modules() if type(part) is type(self._rotary)]:
             module.set_submodule(inner, self._rotary)
         prefix = f"model.layers.{layer}."
@@ -125,15 +128,15 @@ class StreamedModel:
     @torch.no_grad()
     def run_head(self, streams: Array, expected: Expected) -> dict[str, Array]:
         """The taps after the last layer, the logits among them."""
-        root = nn.Module()
         with torch.device("meta"):
-            root.hc_head = modeling.DeepseekV4HyperHead(self._hf)
-            root.norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+            hc_head = modeling.DeepseekV4HyperHead(self._hf)
+            norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        root = nn.ModuleDict({"hc_head": hc_head, "norm": norm})
         names = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
         self._fill(root, [self._leaf(name) for name in names], "model.")
         logits = "logits"
         with recording(root, HEAD_PROBES, {tap: what for tap, what in expected.items() if tap != logits}) as taps:
-            normed = root.norm(root.hc_head(torch.from_numpy(streams)))
+            normed = norm(hc_head(torch.from_numpy(streams)))
         head = self._leaf("head")
         products = [
             nn.functional.linear(normed, self._floats(head, head.sources[0], rows=slice(start, start + HEAD_ROWS)))
@@ -166,13 +169,13 @@ class StreamedModel:
         w1, w2, w3 = (leaves[f"layers.{{}}.ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
         for name, halves in (("gate_up_proj", (w1, w3)), ("down_proj", (w2,))):
             delattr(experts, name)  # a registered parameter cannot be overwritten by another kind of object
-            setattr(experts, name, _Streamed(lambda expert, halves=halves: self._expert(halves, expert)))
+            setattr(experts, name, _Streamed(partial(self._expert, halves)))
 
     def _expert(self, leaves: tuple[Leaf, ...], expert: int) -> Tensor:
         """The rows of one expert, those of several leaves one below the other: float32 ``[out, in]``."""
         counts = [leaf.source_shape[0] for leaf in leaves]
         weight = torch.empty(sum(counts), leaves[0].source_shape[1])
-        for leaf, part in zip(leaves, weight.split(counts), strict=True):
+        for leaf, part in zip(leaves, torch.split(weight, counts), strict=True):
             if leaf.fused:
                 (source,) = leaf.sources
                 stored = self._checkpoint.read(source.weight)[expert]
@@ -238,7 +241,9 @@ def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: Config) ->
         pairs[f"{label} rotary base"] = (hf.rope_parameters[label]["rope_theta"], theta)
         pairs[f"{label} rotary width"] = (2 * getattr(rotary, f"{label}_inv_freq").numel(), config.qk_rope_head_dim)
         pairs[f"{label} rotary scaling of cos and sin"] = (getattr(rotary, f"{label}_attention_scaling"), 1.0)
-    problems = [f"{name}: transformers {theirs}, dsv4 {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    problems = [
+        f"{name}: transformers {theirs}, dsv4 {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours
+    ]
     if problems:
         raise Dsv4Error(
             f"config.json: transformers {transformers.__version__} understands it differently than dsv4, so a golden "

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from dsv4_convert.cli import app
 from dsv4_convert.cli.common import parse_layers, size
 from dsv4_convert.errors import UsageError
 from golden.synthetic import tiny_config, write_checkpoint
-from typer.testing import CliRunner
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 COMMANDS = (
@@ -80,7 +81,11 @@ def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--dtype", "int8"], 2, "expected one of bfloat16, float32, source"),
+        (
+            ["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--dtype", "int8"],
+            2,
+            "expected one of bfloat16, float32, source",
+        ),
         (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--layers", "3-1"], 2, "expected numbers and ranges"),
         (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--layers", "7"], 2, "this model has the layers 0 to 3"),
         (["convert", "hf-to-orbax", "{hf}", "{hf}"], 2, "exists already"),
@@ -91,7 +96,11 @@ def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
         (["parity", "{orbax}", "--golden", "{tmp}"], 3, "{tmp}"),
         (["parity", "{orbax}", "--golden", "{golden}", "--mode", "both"], 2, "expected one of isolated, cumulative"),
         (["parity", "{orbax}", "--golden", "{golden}", "--layer", "12"], 2, "layers 0 to 3"),
-        (["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"], 2, "matches no tap of this run; close ones: attn.wq_b, attn.wq_a"),
+        (
+            ["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"],
+            2,
+            "matches no tap of this run; close ones: attn.wq_b, attn.wq_a",
+        ),
         (["names", "layers.3.attn.wq_c.weight"], 2, "not a tensor or parameter"),
         (["golden", "make-checkpoint", "{hf}"], 2, "exists already"),
         (["parity"], 2, "Missing argument"),
@@ -166,5 +175,7 @@ def test_size() -> None:
 
 
 def test_the_installed_command_is_there() -> None:
-    found = subprocess.run([sys.executable, "-m", "dsv4_convert", "--version"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "dsv4_convert", "--version"], capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "0.1.0"

@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats import (
     cast_plain,
@@ -18,8 +21,6 @@ from dsv4_convert.formats import (
     quantize_fp4,
     quantize_fp8,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)

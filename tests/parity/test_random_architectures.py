@@ -15,7 +15,7 @@ from golden.synthetic import random_architecture, write_checkpoint
 from parity.metrics import Verdict
 from parity.report import Report
 from parity.run import run
-from parity.tolerances import TOLERANCES, Mode, Tolerance
+from parity.tolerances import TOLERANCES, Mode, Tolerance, tolerance
 
 #: Lengths around every boundary: one token, a CSA block, an HCA block, two of them, and longer than any window.
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 257, 301)
@@ -55,7 +55,13 @@ def _covers(report: Report, config: Config, length: int) -> None:
 
 
 def test_the_bars_are_those_that_were_set() -> None:
+    """And hold as they are at the widths drawn above; only much wider models get more."""
     assert {
         Mode.ISOLATED: Tolerance(atol=1e-5, rtol=1e-5),
         Mode.CUMULATIVE: Tolerance(atol=1e-4, rtol=1e-4),
     } == TOLERANCES
+    for case in range(CASES):
+        config = Config.from_hf(random_architecture(case))
+        assert [tolerance(mode, config) for mode in Mode] == [TOLERANCES[mode] for mode in Mode]
+    flash = Config.from_hf(random_architecture(0) | {"hidden_size": 4096})
+    assert tolerance(Mode.ISOLATED, flash).atol == pytest.approx(1e-5 * 8**0.5)
