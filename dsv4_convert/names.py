@@ -89,11 +89,11 @@ _PACKED = frozenset({"I8", "U8"})
 class When(StrEnum):
     """The layers in which a per-layer parameter exists."""
 
-    ALWAYS = "always"
-    COMPRESSED = "compressed (CSA, HCA)"
+    ALWAYS = "all"
+    COMPRESSED = "CSA and HCA"
     CSA = "CSA"
     HASH = "hash-routed"
-    LEARNED = "learned routing"
+    LEARNED = "score-routed"
 
     def holds(self, config: Config, layer: int) -> bool:
         """Whether the parameter exists in ``layer``."""

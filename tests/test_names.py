@@ -155,7 +155,7 @@ def test_template_splits_without_loss(name: str) -> None:
         ({"layers.43.attn_norm.weight": Stored("BF16", (4096,))}, "only 43 layers"),
         ({"layers.9.ffn.experts.256.w1.weight": Stored("I8", (2048, 2048))}, "only 256 experts"),
         ({"layers.3.attn.indexer.wq_b.weight": Stored("BF16", (8192, 1024))}, "exists in CSA layers only"),
-        ({"layers.0.ffn.gate.bias": Stored("F32", (256,))}, "exists in learned routing layers only"),
+        ({"layers.0.ffn.gate.bias": Stored("F32", (256,))}, "exists in score-routed layers only"),
         ({"layers.7.attn_norm.scale": Stored("F32", (1,))}, "layers.7.attn_norm.scale: unknown tensor"),
         ({"layers.2.attn.compressor.wkv.scale": Stored("F8_E8M0", (8, 32))}, "unknown tensor"),
         ({"layers.7.hc_attn_fn": Stored("BF16", (24, 16384))}, "expected F32 without a scale, found BF16"),

@@ -75,18 +75,17 @@ def _print_table(names_table: ModuleType) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("parameter", "published tensor", "shape", "kind", "transform", "layers"):
-        table.add_column(column, overflow="fold")
-    for rule in names_table.RULES:
-        table.add_row(
-            rule.path.replace("{}", "N", 1),
-            rule.published.replace("{}", "N", 1).replace("{}", "E", 1),
-            rule.shape,
-            rule.kind.value,
-            rule.transform.value,
-            rule.when.value if rule.per_layer else "",
-        )
-    Console().print(table)
+    console = Console()
+    for title, prefix in (("model level", ""), ("in every layer, below layers.N.", "layers.{}.")):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in ("published tensor", "shape", "kind", "transform", "layers"):
+            table.add_column(column, no_wrap=True)
+        for rule in names_table.RULES:
+            if rule.per_layer == bool(prefix):
+                name = rule.published.removeprefix(prefix).replace("{}", "E")
+                where = rule.when.value if rule.per_layer else ""
+                table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
+        console.print(table)
+    console.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
     for prefix, reason in names_table.DROPS.items():
-        typer.echo(f"left out: {prefix}.*  ({reason})")
+        console.print(f"Left out: {prefix}.*, {reason}.")
