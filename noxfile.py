@@ -48,14 +48,17 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def golden(session: nox.Session) -> None:
-    """Record the committed golden again, from transformers; needed when taps or the checkpoint generator change."""
+    """Record the committed golden again, from transformers; needed when taps or the checkpoint generator change.
+
+    With this seed no query has equal scores at the edge of its choice, so that no tie depends on the machine.
+    """
     _install(session, reference=True)
     work = Path(session.create_tmp()).resolve()
     out = ROOT / "golden" / "data" / "tiny"
     for folder in (work / "tiny", out):
         shutil.rmtree(folder, ignore_errors=True)
     session.run("dsv4", "golden", "make-checkpoint", str(work / "tiny"))
-    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300")
+    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300", "--seed", "7")
 
 
 @nox.session

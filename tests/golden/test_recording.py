@@ -1,0 +1,202 @@
+"""Recording: the streamed reference is the whole model, bit for bit; goldens are exact, resumable and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
+from dsv4_convert.taps import full_name, taps_of
+from golden.archive import Golden, open_golden
+from golden.recorder import record
+from golden.synthetic import tiny_config, write_checkpoint
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same architecture as released, as Base, and as transformers saves it."""
+    root = tmp_path_factory.mktemp("sources")
+    write_checkpoint(root / "fp4", tiny_config(), seed=0)
+    write_checkpoint(root / "fp8", tiny_config(), seed=0, form="fp8")
+    fresh = AutoModelForCausalLM.from_config(_whole(root / "fp4").config)
+    fresh.load_state_dict(_whole(root / "fp4").state_dict())
+    fresh.save_pretrained(root / "saved")
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+def _whole(folder: Path) -> torch.nn.Module:
+    """The model as a user of transformers loads it, decoded by transformers itself, in float32."""
+    quantised = {} if folder.name == "saved" else {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **quantised)
+    model.set_experts_implementation("eager")
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("source", ["fp4", "fp8", "saved"])
+def test_streamed_is_the_whole_model_bit_for_bit(folders: dict[str, Path], tmp_path: Path, source: str) -> None:
+    golden = record(folders[source], tmp_path / "golden", tokens=TOKENS)
+    model = _whole(folders[source])
+    streams: list[np.ndarray[Any, Any]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: streams.append(out.numpy().copy()))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(TOKENS.astype(np.int64)), use_cache=False).logits.numpy()
+    for layer, expected in enumerate(streams):
+        assert np.array_equal(golden.read(f"layers.{layer}.hc_ffn.streams"), expected), layer
+    assert np.array_equal(golden.read("logits"), logits)
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
+
+
+@pytest.fixture(scope="module")
+def golden(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    return record(folders["fp4"], tmp_path_factory.mktemp("golden") / "g", tokens=TOKENS)
+
+
+def test_every_tap_is_there_in_order_of_execution(golden: Golden) -> None:
+    config = Config.from_hf(tiny_config())
+    for layer in range(config.num_hidden_layers):
+        assert golden.taps(layer) == tuple(full_name(tap, layer) for tap in taps_of(config, layer))
+        for name in golden.taps(layer):
+            array = golden.read(name)
+            assert np.isfinite(array).all(), name
+            assert array.size, name
+    assert golden.verify() == []
+    assert np.array_equal(golden.tokens, TOKENS)
+
+
+def test_a_layer_enters_with_what_the_layer_before_left(golden: Golden) -> None:
+    assert np.array_equal(golden.read("layers.2.input"), golden.read("layers.1.hc_ffn.streams"))
+    stored = {entry.file for entry in golden.manifest.taps.values()}
+    assert "layers.2.input" in golden.manifest.aliases
+    assert stored == {*(f"layer-{layer:05d}.safetensors" for layer in range(4)), "model.safetensors"}
+
+
+def test_taps_hang_together(golden: Golden) -> None:
+    """Relations that hold by the mathematics, so that a tap taken at the wrong place shows."""
+    read: Callable[[str], Any] = lambda name: golden.read(f"layers.1.{name}").astype(np.float64)  # noqa: E731
+    entering, pre = read("input"), read("hc_attn.pre")
+    np.testing.assert_allclose(read("hc_attn.collapsed"), (pre[..., None] * entering).sum(2), atol=1e-5)
+    mixed = np.einsum("bsjk,bsjd->bskd", read("hc_attn.comb"), entering)
+    spread = read("hc_attn.post")[..., None] * read("attn.wo_b")[:, :, None]
+    np.testing.assert_allclose(read("hc_attn.streams"), spread + mixed, atol=1e-5)
+    np.testing.assert_allclose(read("ffn"), read("ffn.experts") + read("ffn.shared_experts"), atol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(read("attn.q_rope"), axis=-1), np.linalg.norm(read("attn.q"), axis=-1), rtol=1e-5
+    )
+    np.testing.assert_allclose(read("hc_attn.comb").sum(2), 1, atol=1e-4)
+    np.testing.assert_allclose(read("ffn.gate.weights").sum(-1), 1.5, atol=1e-5)
+    experts = golden.read("layers.1.ffn.gate.experts")
+    assert (np.diff(experts, axis=-1) > 0).all(), "ascending and distinct"
+    chosen = golden.read("layers.1.attn.indexer.chosen")
+    visible = (np.arange(140) + 1) // 4
+    assert ((chosen >= 0).sum(-1) == np.minimum(visible, 5)).all()
+    assert (chosen < visible[None, :, None]).all()
+    learned = golden.read("layers.3.ffn.gate.scores").argsort(-1)[..., -2:]
+    assert np.array_equal(np.sort(learned), golden.read("layers.3.ffn.gate.experts"))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 127])
+def test_short_prompts_have_empty_taps_not_missing_ones(folders: dict[str, Path], tmp_path: Path, length: int) -> None:
+    golden = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[0, :length])
+    assert golden.tokens.shape == (1, length)
+    assert golden.read("layers.1.attn.compressor.entries").shape == (1, length // 4, 16)
+    assert golden.read("layers.2.attn.compressor.entries").shape == (1, 0, 16)
+    assert golden.read("layers.1.attn.indexer.chosen").shape == (1, length, min(5, length // 4))
+
+
+def test_chosen_layers_only_and_no_head_before_the_end(
+    folders: dict[str, Path], golden: Golden, tmp_path: Path
+) -> None:
+    part = record(folders["fp4"], tmp_path / "part", tokens=TOKENS, layers=[1])
+    assert part.layers == (1,)
+    assert "logits" not in part.names
+    for name in part.taps(1):
+        assert np.array_equal(part.read(name), golden.read(name)), name
+
+
+def test_an_interrupted_recording_goes_on(
+    folders: dict[str, Path], golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from golden.references import streamed
+
+    ran: list[int] = []
+    original = streamed.StreamedModel.run_layer
+
+    def failing(self: Any, layer: int, *rest: Any) -> Any:
+        ran.append(layer)
+        if ran == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return original(self, layer, *rest)
+
+    monkeypatch.setattr(streamed.StreamedModel, "run_layer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    assert not (tmp_path / "golden").exists()
+    again = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    assert ran == [0, 1, 2, 2, 3], "finished layers are not run again"
+    for name in golden.names:
+        assert np.array_equal(again.read(name), golden.read(name)), name
+
+
+def test_another_request_discards_what_an_interrupted_one_left(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from golden.references import streamed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.StreamedModel, "run_head", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    other = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
+    assert other.tokens.shape == (1, 20)
+
+
+def test_a_changed_reference_is_an_error_and_never_a_golden(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a later transformers did not call the function that a probe watches."""
+    from golden.references import probes
+
+    monkeypatch.setitem(probes.LAYER_PROBES, "hc_attn.pre", probes.FirstArgument("attn_hc", torch.erf))
+    with pytest.raises(Dsv4Error, match=r"hc_attn\.pre: not computed"):
+        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    assert not (tmp_path / "golden").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_damage_is_noticed(folders: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
+    file = tmp_path / "golden" / ("manifest.json" if damage == "manifest" else "layer-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    else:
+        content[-100] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        opened = open_golden(tmp_path / "golden")
+        for name in opened.names:
+            opened.read(name)
+    assert str(tmp_path / "golden") in str(caught.value)
+
+
+def test_impossible_requests(folders: dict[str, Path], golden: Golden, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="outside the vocabulary of 96"):
+        record(folders["fp4"], tmp_path / "x", tokens=np.array([[96]]))
+    with pytest.raises(UsageError, match="exists already"):
+        record(folders["fp4"], golden.path, tokens=TOKENS)
+    with pytest.raises(UsageError, match="layers 0 to 3"):
+        record(folders["fp4"], tmp_path / "x", tokens=TOKENS, layers=[4])
+    with pytest.raises(UsageError, match="no tap"):
+        golden.read("layers.0.attn.wq_c")
