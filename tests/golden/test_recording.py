@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.taps import full_name, taps_of
 from golden.archive import Golden, open_golden
 from golden.recorder import record
 from golden.synthetic import tiny_config, write_checkpoint
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
