@@ -6,7 +6,6 @@ Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -16,7 +15,7 @@ from dsv4_convert.config import Config
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask
 from dsv4_convert.model.norm import rms_norm, unit_rms
-from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 
@@ -106,21 +105,15 @@ def attend(
 
     Scores, softmax and the sum over values in float32; the probabilities are rounded to the dtype of ``kv``.
     """
-    highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("bshc,bxc->bhsx", q, kv, precision=highest, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = contract("bshc,bxc->bhsx", q, kv) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
     sinks = sink.astype(jnp.float32)[None, :, None, None]
     peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - peak)
     shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    context = jnp.einsum(
-        "bhsx,bxc->bshc", shares.astype(kv.dtype), kv, precision=highest, preferred_element_type=jnp.float32
-    )
-    return context.astype(q.dtype)
+    return contract("bhsx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:
     """Every group of heads through its own matrix."""
-    highest = jax.lax.Precision.HIGHEST
-    product = jnp.einsum("bsgi,gio->bsgo", x, w.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    return contract("bsgi,gio->bsgo", x, w.astype(x.dtype)).astype(x.dtype)

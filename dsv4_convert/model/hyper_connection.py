@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.norm import rms_scale
+from dsv4_convert.model.parameters import contract
 from dsv4_convert.model.recording import Taps
 
 
@@ -68,9 +69,7 @@ def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) ->
 
 def spread(output: Float[Array, "B S D"], streams: Float[Array, "B S N D"], mixing: Mix) -> Float[Array, "B S N D"]:
     """New streams: ``post_k * output + sum_j comb_jk * streams_j``. The sum runs over the first index of comb."""
-    went_round = jnp.einsum(
-        "bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    went_round = contract("bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
     spread_out = mixing.post[..., None] * output[..., None, :].astype(jnp.float32)
     return (spread_out + went_round).astype(streams.dtype)
 
@@ -92,8 +91,7 @@ def head_collapse(
 def _project(streams: Float[Array, "B S N D"], fn: Float[Array, "M ND"], eps: float) -> Float[Array, "B S M"]:
     """``fn z / rms(z)``; the norm has no weight, so it is applied to the M products instead of to z."""
     z = streams.astype(jnp.float32).reshape(*streams.shape[:2], -1)
-    products = jnp.einsum("bsz,mz->bsm", z, fn, precision=jax.lax.Precision.HIGHEST)
-    return products * rms_scale(z, eps)
+    return contract("bsz,mz->bsm", z, fn) * rms_scale(z, eps)
 
 
 def _collapse(streams: Float[Array, "B S N D"], pre: Float[Array, "B S N"]) -> Float[Array, "B S D"]:

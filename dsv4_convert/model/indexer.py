@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.compressor import Compressor
-from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 
@@ -53,9 +53,7 @@ class Indexer(nnx.Module):
     def _scores(
         self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
     ) -> Float[Array, "B S T"]:
-        highest = jax.lax.Precision.HIGHEST
-        affinity = jnp.einsum("bshc,btc->bsht", q, keys, precision=highest, preferred_element_type=jnp.float32)
-        affinity = jax.nn.relu(affinity) * self.head_dim**-0.5
+        affinity = jax.nn.relu(contract("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
         share = weights.astype(jnp.float32) * self.heads**-0.5
         return jnp.sum(affinity * share[..., None], axis=2)
 

@@ -17,7 +17,21 @@ def parameter(*shape: int) -> nnx.Param[jax.Array]:
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
+def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``einsum`` of two operands, float32 out: products and sums in float32 whatever the operands are."""
+
+    def direct(a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    def widened(a: Array, b: Array) -> Array:
+        return direct(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == b.dtype == jnp.float32:
+        return direct(a, b)
+    # XLA on CPU has no matmul of bfloat16 into float32. Widening the operands first gives the same products.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=direct)
+
+
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """``x @ w`` in the dtype of ``x``, accumulated in float32."""
-    product = jnp.matmul(x, w.astype(x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    return contract("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)

@@ -186,10 +186,14 @@ def test_damage_is_noticed(folders: dict[str, Path], tmp_path: Path, damage: str
         content[-100] ^= 1
         file.write_bytes(content)
     with pytest.raises(BadInput) as caught:
-        opened = open_golden(tmp_path / "golden")
-        for name in opened.names:
-            opened.read(name)
+        _read_everything(tmp_path / "golden")
     assert str(tmp_path / "golden") in str(caught.value)
+
+
+def _read_everything(path: Path) -> None:
+    opened = open_golden(path)
+    for name in opened.names:
+        opened.read(name)
 
 
 def test_impossible_requests(folders: dict[str, Path], golden: Golden, tmp_path: Path) -> None:
