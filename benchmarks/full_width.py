@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the folder in place")
     options = parser.parse_args()
     work: Path = options.work
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=False)
     (work / "config.json").write_text(json.dumps(two_layers(options.config)), encoding="utf-8")
     hf, orbax, golden = (str(work / name) for name in ("hf", "orbax", "golden"))
     steps = [

@@ -32,6 +32,8 @@ Form = Literal["fp4", "fp8", "bf16"]
 #: Called with (bytes done, bytes in total, name of the shard).
 Progress = Callable[[int, int, str], None]
 
+#: Numbers that are made at once; even, so that no raw word of the stream is cut in two.
+_SLAB = 1 << 22
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 #: Values of the e2m1 codes 0 to 7 have this mean square; the sign does not change it.
 _FP4_RMS = math.sqrt(sum(v * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)
@@ -276,7 +278,8 @@ def _tensors(
         yield entry(name, "BF16", shape, 2, lambda: (1 + 0.3 * stream(name).bell(shape)).astype(_BFLOAT16))
     elif kind is Kind.PLAIN or form == "bf16":
         spread = 1.0 if name.startswith("embed") else 1 / math.sqrt(shape[-1])
-        yield entry(name, "BF16", shape, 2, lambda: (spread * stream(name).bell(shape)).astype(_BFLOAT16))
+        slabs = partial(_bell_slabs, seed, name, math.prod(shape), np.float32(spread))
+        yield TensorEntry(name, "BF16", shape, slabs), 2 * math.prod(shape)
     else:
         scale_name = name.removesuffix(".weight") + ".scale"
         packed = kind is Kind.EXPERT and form == "fp4"
@@ -292,6 +295,13 @@ def _tensors(
             yield entry(scale_name, "F8_E8M0", tiles, 1, lambda: stream(scale_name).exponents(tiles, exponent))
         else:
             yield entry(scale_name, "F32", tiles, 4, lambda: stream(scale_name).scales(tiles, exponent))
+
+
+def _bell_slabs(seed: int, name: str, count: int, spread: np.float32) -> Iterator[bytes]:
+    """``count`` bell-shaped bfloat16 numbers in pieces, because an embedding at full width is large."""
+    stream = _Stream(seed, name)
+    for start in range(0, count, _SLAB):
+        yield (spread * stream.bell((min(_SLAB, count - start),))).astype(_BFLOAT16).tobytes()
 
 
 def _float32(stream: _Stream, name: str, shape: tuple[int, ...]) -> Array:

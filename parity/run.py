@@ -82,7 +82,7 @@ def run(
         entering = recorded.read(f"layers.{layer}.{_INPUT}") if mode is Mode.ISOLATED else streams
         taken, streams = forward.layer(layer, entering)
         results = comparison.judge(taken)
-        if forced := comparison.ties(results, layer):
+        if forced := comparison.ties(taken, layer):
             # Follow the golden's choice, so that everything after the tie is compared on equal terms.
             followed, streams = forward.layer(layer, entering, forced)
             results = comparison.judge(followed, instead=results)
@@ -133,13 +133,15 @@ class _Comparison:
         ordered = sorted(taken.keys() & self._order.keys(), key=self._order.__getitem__)
         return [ties[name] if name in ties else self._one(name, taken[name]) for name in ordered]
 
-    def ties(self, results: Iterable[TapResult], layer: int) -> dict[str, Array]:
-        """The golden's choices where ours is tied with them, by tap name within the layer."""
-        prefix = f"layers.{layer}."
+    def ties(self, taken: Taken, layer: int) -> dict[str, Array]:
+        """The golden's choices where ours is tied with them, by tap name within the layer, whatever is compared."""
+        if layer not in self._golden.layers:
+            return {}
+        choices = [tap for tap in taps_of(self._config, layer) if tap.values is Values.CHOICE]
         return {
-            result.name.removeprefix(prefix): self._golden.read(result.name)
-            for result in results
-            if result.verdict is Verdict.TIE
+            tap.name: self._golden.read(full_name(tap, layer))
+            for tap in choices
+            if self._one(full_name(tap, layer), taken[full_name(tap, layer)]).verdict is Verdict.TIE
         }
 
     def _one(self, name: str, found: Array) -> TapResult:

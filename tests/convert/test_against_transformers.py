@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
+from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.convert import Storage, hf_to_orbax, plan
+from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.names import Dialect, Kind, Rule, Transform, parameters
 from dsv4_convert.restore import Weights
-from dsv4_convert.store import open_store, verify
+from dsv4_convert.store import ArrayLayout, open_store, verify
 from golden.synthetic import tiny_config, write_checkpoint
 
 TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
@@ -153,3 +158,87 @@ def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_pat
     assert a.paths == b.paths
     for path in a.paths:
         assert np.array_equal(a.read(path).astype(np.float32), b.read(path).astype(np.float32)), path
+
+
+def test_a_process_without_dsv4_restores_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A plain Orbax restore of a real conversion, where dsv4 cannot even be imported."""
+    hf_to_orbax(folders["fp4"], tmp_path / "orbax")
+    script = """
+import sys, json
+import numpy as np, orbax.checkpoint as ocp
+tree = ocp.StandardCheckpointer().restore(sys.argv[1])
+assert not {"dsv4_convert", "parity", "golden", "torch"} & set(sys.modules)
+experts = np.asarray(tree["layers"]["2"]["ffn"]["experts"]["w1"])
+print(json.dumps([str(experts.dtype), list(experts.shape), float(experts.astype(np.float64).sum())]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(tmp_path / "orbax")], capture_output=True, text=True, check=True
+    )
+    dtype, shape, total = json.loads(done.stdout)
+    expected = open_store(tmp_path / "orbax").read("layers.2.ffn.experts.w1")
+    assert (dtype, shape) == ("bfloat16", list(expected.shape))
+    assert total == expected.astype(np.float64).sum()
+
+
+def test_what_travels_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The config, the version of the names table and where the source is from."""
+    hf_to_orbax(folders["fp4"], tmp_path / "orbax", name="acme/v4", revision="ab" * 20)
+    metadata = open_store(tmp_path / "orbax").metadata
+    assert (tmp_path / "orbax" / "config.json").read_bytes() == (folders["fp4"] / "config.json").read_bytes()
+    assert metadata["source"]["name"] == "acme/v4"
+    assert metadata["source"]["revision"] == "ab" * 20
+    assert metadata["names_table"] == 1
+    assert Config.from_json(metadata["config"]) == Config.from_file(folders["fp4"] / "config.json")
+    (reason,) = metadata["tensors_dropped"]
+    assert "speculative" in reason
+    assert metadata["rounded_to_bfloat16"] == []
+
+
+def test_rounding_is_recorded(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Float32 scales that are no powers of two: bfloat16 cannot hold the products, and the manifest says so."""
+    planned, _ = hf_to_orbax(folders["fp8"], tmp_path / "orbax")
+    assert "layers.0.attn.wq_a" in planned.rounded
+    assert "layers.0.ffn.experts.w1" in planned.rounded
+    assert "embed" not in planned.rounded
+    assert open_store(tmp_path / "orbax").metadata["rounded_to_bfloat16"] == list(planned.rounded)
+
+
+def test_an_interrupted_conversion_goes_on_with_the_same_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    hf_to_orbax(folders["fp4"], tmp_path / "whole")
+
+    def interrupt(done: int, total: int, path: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_orbax(folders["fp4"], tmp_path / "orbax", progress=interrupt)
+    assert not (tmp_path / "orbax").exists()
+    _, summary = hf_to_orbax(folders["fp4"], tmp_path / "orbax")
+    assert summary.resumed_leaves > 20
+    whole, resumed = open_store(tmp_path / "whole"), open_store(tmp_path / "orbax")
+    assert whole.manifest.leaves == resumed.manifest.leaves
+    assert verify(resumed) == []
+
+
+def test_large_matrices_are_cut_at_whole_tiles(folders: dict[str, Path]) -> None:
+    """However small the chunks are asked to be, decoding them one by one gives the same matrix."""
+    with open_checkpoint(folders["fp8"]) as checkpoint:
+        config = Config.from_hf(checkpoint.config)
+        maker = ChunkMaker(checkpoint, config)
+        whole = {piece.path: piece for piece in plan(checkpoint, config, Storage.FLOAT32).pieces}
+        for piece in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).pieces:
+            layout = ArrayLayout(shape=piece.shape, dtype=piece.dtype, chunk_shape=piece.chunk_shape)
+            assembled = np.empty(piece.shape, piece.dtype)
+            for index in layout.chunk_indices():
+                assembled[layout.chunk_region(index)] = maker.chunk(piece, index)
+            one = ArrayLayout(shape=piece.shape, dtype=piece.dtype, chunk_shape=whole[piece.path].chunk_shape)
+            for index in one.chunk_indices():
+                expected = maker.chunk(whole[piece.path], index)
+                assert np.array_equal(assembled[one.chunk_region(index)], expected), piece.path
+        assert (
+            sum(
+                piece.chunk_shape != whole[piece.path].chunk_shape
+                for piece in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).pieces
+            )
+            > 10
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -137,3 +138,54 @@ def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
     assert {"name", "verdict", "reason", "shape", "distance", "flips"} == set(document["taps"][0])
     assert document["golden"]["reference"]["name"] == "transformers"
     assert sum(document["counts"].values()) == len(document["taps"])
+
+
+def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int]:
+    """A copy of the golden in which one query of layer 3 has chosen the runner-up, whose score is the same.
+
+    As if the reference broke the tie the other way. Returns the golden, the tap and the query.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    from golden.archive import open_golden
+    from golden.manifest import Manifest, StoredTap
+
+    shutil.copytree(golden, where)
+    name = "layers.3.attn.indexer.chosen"
+    recorded = open_golden(golden)
+    chosen, scores = recorded.read(name).copy(), recorded.read("layers.3.attn.indexer.scores").copy()
+    query = 200
+    left = np.setdiff1d(np.arange((query + 1) // 4), chosen[0, query])
+    out = chosen[0, query][np.argmin(scores[0, query][chosen[0, query]])]
+    runner_up = left[np.argmax(scores[0, query][left])]
+    scores[0, query, runner_up] = scores[0, query, out]
+    chosen[0, query] = np.sort(np.where(chosen[0, query] == out, runner_up, chosen[0, query]))
+    file = where / "layer-00003.safetensors"
+    arrays = {**load_file(file), name: chosen, "layers.3.attn.indexer.scores": scores}
+    save_file(arrays, file)
+    manifest = recorded.manifest
+    from golden.archive import digest
+
+    entries: dict[str, StoredTap] = {
+        tap: dataclasses.replace(entry, sha256=digest(arrays[tap])) if tap in arrays else entry
+        for tap, entry in manifest.taps.items()
+    }
+    changed = Manifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
+    (where / "manifest.json").write_bytes(changed.to_bytes())
+    return where, name, query
+
+
+def test_a_tie_is_reported_and_followed(plain: Path, golden: Path, tmp_path: Path) -> None:
+    """Our choice differs where the golden's scores are equal: a tie; what comes after it uses the golden's choice."""
+    tied, name, query = _golden_with_equal_scores(golden, tmp_path / "golden")
+    report = run(plain, tied, taps=[name, "layers.3.attn.context"])
+    verdicts = {tap.name: tap for tap in report.taps}
+    assert verdicts[name].verdict is Verdict.TIE
+    assert verdicts[name].flips is not None
+    assert verdicts[name].flips.worst == (0, query)
+    # The golden's context is still that of the old choice, so following the new one has to show in that query alone.
+    context = verdicts["layers.3.attn.context"]
+    assert context.verdict is Verdict.FAIL
+    assert context.distance is not None
+    assert context.distance.worst[:2] == (0, query)
+    assert run(plain, golden, taps=["layers.3.attn.context"]).passed
