@@ -72,7 +72,8 @@ def _short(tap: TapResult) -> str:
 def _numbers(tap: TapResult) -> tuple[str, str, str, str]:
     if tap.distance is not None:
         d = tap.distance
-        return f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", f"{max(0.0, 1 - d.cosine):.0e}", f"{d.max_ulp:.0f}"
+        ulp = f"{d.max_ulp:.0f}" if d.max_ulp < 1e5 else f"{d.max_ulp:.0e}"
+        return f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", f"{max(0.0, 1 - d.cosine):.0e}", ulp
     if tap.flips is not None:
         return f"{tap.flips.tokens}/{tap.flips.of}", "flips", f"{tap.flips.ties}", "ties"
     return "", "", "", ""

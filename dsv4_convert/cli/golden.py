@@ -87,6 +87,7 @@ def show(
 @reported
 def verify(
     golden: Annotated[Path, typer.Argument(help="Golden.")],
+    json: Json = None,
 ) -> None:
     """Hash every array of a golden again and compare with its manifest; exits 1 if anything differs."""
     from dsv4_convert.errors import CheckFailed, listed
@@ -94,9 +95,10 @@ def verify(
 
     opened = open_golden(golden)
     problems = opened.verify()
+    write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
     if problems:
         raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
-    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded")
+    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 
 @reported
@@ -112,6 +114,7 @@ def make_checkpoint(
     ] = "fp4",
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    json: Json = None,
 ) -> None:
     """Make a checkpoint of random weights in the published format. The same seed gives the same bytes anywhere.
 
@@ -121,4 +124,5 @@ def make_checkpoint(
 
     with byte_progress("writing") as progress:
         total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
-    typer.echo(f"{out}: {size(total)} of random weights")
+    typer.echo(f"{out}: {size(total)} of random weights", err=json == "-")
+    write_json({"schema_version": 1, "path": str(out), "bytes": total, "form": form, "seed": seed}, json)

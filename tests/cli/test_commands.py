@@ -53,6 +53,7 @@ def orbax(hf: Path) -> Path:
 def test_every_command_has_a_help_that_teaches(command: list[str]) -> None:
     out, _ = dsv4(*command, "--help")
     assert "Usage:" in out
+    assert "--json" in out
     assert len(out.splitlines()) > 5
 
 
