@@ -40,7 +40,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             typer.echo(str(error), err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on where it stopped", err=True)
+            typer.echo("interrupted; conversions, downloads and recordings go on with the same command", err=True)
             raise typer.Exit(130) from None
 
     return wrapper

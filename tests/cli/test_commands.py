@@ -180,3 +180,14 @@ def test_the_installed_command_is_there() -> None:
         [sys.executable, "-m", "dsv4_convert", "--version"], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "0.1.0"
+
+
+def test_an_interrupt_says_how_to_go_on(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4_convert import convert
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "hf_to_orbax", interrupted)
+    _, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", exit_code=130)
+    assert "same command" in err
