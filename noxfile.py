@@ -58,7 +58,7 @@ def golden(session: nox.Session) -> None:
     for folder in (work / "tiny", out):
         shutil.rmtree(folder, ignore_errors=True)
     session.run("dsv4", "golden", "make-checkpoint", str(work / "tiny"))
-    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300", "--seed", "7")
+    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300", "--seed", "6")
 
 
 @nox.session
@@ -70,8 +70,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, formatting and types."""
-    _install(session, *LINT, *TEST, "nox")
+    """Style, formatting and types; with torch and transformers, whose types the recorder is checked against."""
+    _install(session, *LINT, "nox", reference=True)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
