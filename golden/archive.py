@@ -51,8 +51,8 @@ class Golden:
         self.config: Config = manifest.request.config
         self.tokens = manifest.request.token_array
         self.layers = manifest.request.layers
-        self.names: tuple[str, ...] = tuple(manifest.request.shapes())
-        self._layer_of = {name: layer for name, (layer, _, _) in manifest.request.shapes().items()}
+        self._layer_of = {name: array.layer for name, array in manifest.request.arrays().items()}
+        self.names: tuple[str, ...] = tuple(self._layer_of)
         self._tensors = tensors
 
     def taps(self, layer: int | None) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,20 @@ DTYPES: dict[Values, np.dtype[np.generic]] = {
     Values.REAL: np.dtype(np.float32),
     Values.CHOICE: np.dtype(np.int32),
 }
+
+
+class TapArray(NamedTuple):
+    """What the array of one tap has to be; ``layer`` is None at the model level."""
+
+    layer: int | None
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 INPUT = "input"
 STREAMS = "hc_ffn.streams"
@@ -66,6 +82,14 @@ def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, 
         for tap in model:
             if tap.where is Where.AFTER:
                 yield full_name(tap, None), tap, None
+
+
+def tap_arrays(config: Config, layers: Sequence[int], *, batch: int, tokens: int) -> dict[str, TapArray]:
+    """The array of every tap of a golden, by full name, in order of execution."""
+    return {
+        name: TapArray(layer, DTYPES[tap.values], tap_shape(tap, config, layer, batch=batch, tokens=tokens))
+        for name, tap, layer in expected_taps(config, layers)
+    }
 
 
 def expected_aliases(layers: Sequence[int]) -> dict[str, str]:

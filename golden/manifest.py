@@ -18,7 +18,7 @@ import numpy as np
 from dsv4_convert.checkpoint.strict_json import parse_object
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
-from golden.layout import DTYPES, expected_aliases, expected_taps, tap_shape
+from golden.layout import TapArray, expected_aliases, tap_arrays
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -94,13 +94,9 @@ class Request:
         """The tokens as int32 ``[B, S]``."""
         return np.array(self.tokens, np.int32)
 
-    def shapes(self) -> dict[str, tuple[int | None, np.dtype[np.generic], tuple[int, ...]]]:
-        """Full name -> layer, dtype and shape of every tap that this request makes, in order of execution."""
-        batch, tokens = len(self.tokens), len(self.tokens[0])
-        return {
-            name: (layer, DTYPES[tap.values], tap_shape(tap, self.config, layer, batch=batch, tokens=tokens))
-            for name, tap, layer in expected_taps(self.config, self.layers)
-        }
+    def arrays(self) -> dict[str, TapArray]:
+        """Every tap that this request makes, by full name, in order of execution."""
+        return tap_arrays(self.config, self.layers, batch=len(self.tokens), tokens=len(self.tokens[0]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` is the inverse."""
@@ -203,7 +199,7 @@ def stored_tap(entry: object) -> StoredTap:
 
 def _tap_problems(request: Request, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
     wanted_aliases = expected_aliases(request.layers)
-    wanted = request.shapes()
+    wanted = request.arrays()
     problems = []
     if aliases != wanted_aliases:
         differing = {name for name in {*aliases, *wanted_aliases} if aliases.get(name) != wanted_aliases.get(name)}

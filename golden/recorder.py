@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dsv4_convert.names import Resolution, Stored, check_layers, resolve
 from dsv4_convert.taps import by_name
 from golden.archive import Golden
 from golden.manifest import Request, Source
+from golden.plan import Plan, check_space, plan
 from golden.tokens import check_tokens
 from golden.writer import GoldenWriter, check_destination, golden_writer
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+#: The release of transformers that the probes are written for.
+_TRANSFORMERS = "5.23"
+_INSTALL = "pip install 'dsv4[reference]'"
 #: Called with what is done next, in words.
 Progress = Callable[[str], None]
 
@@ -36,6 +41,7 @@ def record(
     layers: Iterable[int] | None = None,
     name: str | None = None,
     revision: str | None = None,
+    announce: Callable[[Plan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
     """Run transformers' model over ``tokens`` in float32 and keep its activations.
@@ -50,12 +56,15 @@ def record(
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
+        announce: called with the plan before anything is hashed or written.
         progress: called before each step.
 
     Raises:
-        UsageError: the destination exists, tokens or layers are impossible, or torch and transformers are missing.
+        UsageError: the destination exists, tokens or layers are impossible, torch or transformers is missing, or
+            transformers is not the release that the recorder is written for.
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
-        Dsv4Error: this version of transformers computes otherwise than the recorder knows.
+        ResourceError: the disk is too small or cannot be written to, or another process records the same.
+        Dsv4Error: transformers computes otherwise than the recorder knows.
     """
     check_destination(out)
     streamed = _reference()
@@ -64,6 +73,9 @@ def record(
         wanted = check_layers(config, layers)
         ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=config.max_position_embeddings)
         resolution = _resolve(checkpoint, config, max(wanted))
+        batch, length = ids.shape
+        planned = plan(checkpoint, config, resolution, layers=wanted, batch=batch, tokens=length)
+        announce(planned)
         progress("hashing the source")
         request = Request(
             reference=streamed.describe(),
@@ -74,18 +86,25 @@ def record(
             layers=wanted,
         )
         with golden_writer(out, request) as writer:
+            check_space(out, planned.bytes_written - writer.bytes_written)
             _run(streamed.StreamedModel(checkpoint, config, resolution, ids), writer, request, progress)
             return writer.publish()
 
 
 def _reference() -> Any:
     """The module that runs the reference; it imports torch and transformers."""
-    try:
-        from golden.references import streamed
-    except ImportError as error:
+    for package in ("torch", "transformers"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise UsageError(f"recording runs transformers' model, and {package} is missing: {_INSTALL}") from None
+    if version.split(".")[:2] != _TRANSFORMERS.split("."):
         raise UsageError(
-            f"recording runs transformers' model, and {error.name or error} is missing: pip install 'dsv4[reference]'"
-        ) from None
+            f"recording looks into transformers' model as release {_TRANSFORMERS} computes it, found {version}: "
+            f"{_INSTALL}"
+        )
+    from golden.references import streamed
+
     return streamed
 
 
@@ -110,7 +129,7 @@ def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     expected: dict[int | None, dict[str, Any]] = {}
-    for full, (layer, dtype, shape) in request.shapes().items():
+    for full, (layer, dtype, shape) in request.arrays().items():
         expected.setdefault(layer, {})[by_name(full)[0].name] = (dtype, shape)
     progress("embedding")
     embedded = model.embed()

@@ -20,7 +20,7 @@ _INLINE = frozenset("0123456789,; \t\n[]-")
 def parse_tokens(argument: str) -> Tokens:
     """Token ids from a command line: ``1,2,3``, several prompts as ``1,2;3,4`` or JSON, or the path of a file.
 
-    A file holds the same text, or is a ``.npy`` array of integers.
+    A file holds the same text, or one prompt per line, or is a ``.npy`` array of integers.
 
     Raises:
         UsageError: not token ids, or prompts of different length.
@@ -87,7 +87,8 @@ def _from_text(text: str, where: str) -> Tokens:
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: not JSON ({error})") from None
     try:
-        rows = [[int(item) for item in row.replace(",", " ").split()] for row in text.split(";")]
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = [[int(item) for item in row.replace(",", " ").split()] for line in lines for row in line.split(";")]
     except ValueError as error:
         raise UsageError(f"{where}: not token ids like 1,2,3 ({error})") from None
     return _as_tokens(rows, where)

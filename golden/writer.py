@@ -44,11 +44,16 @@ class GoldenWriter:
         self._folder = folder
         self._out = out
         self._request = request
-        self._shapes = request.shapes()
+        self._arrays = request.arrays()
         self._aliases = expected_aliases(request.layers)
         self._taps: dict[str, StoredTap] = {}
         self.finished: tuple[int, ...] = ()
         self._take_up()
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the arrays that are on disk."""
+        return sum(self._arrays[name].nbytes for name in self._taps)
 
     def last_streams(self) -> Array | None:
         """The streams leaving the last finished layer, float32 ``[B, S, N, D]``; None if no layer is finished."""
@@ -66,7 +71,7 @@ class GoldenWriter:
             ValueError: not exactly the taps that the request implies, or one of another dtype or shape.
             ResourceError: the disk is full or the folder cannot be written to.
         """
-        wanted = {name: (dtype, shape) for name, (owner, dtype, shape) in self._shapes.items() if owner == layer}
+        wanted = {name: (dtype, shape) for name, (owner, dtype, shape) in self._arrays.items() if owner == layer}
         found = {name: (array.dtype, array.shape) for name, array in taps.items()}
         if found != wanted:
             names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
@@ -107,7 +112,7 @@ class GoldenWriter:
         """The manifest's entries of one file, in order of execution."""
         return {
             name: StoredTap(file=layer_file(layer), dtype=dtype.name, shape=shape, sha256=digests.get(name, ""))
-            for name, (owner, dtype, shape) in self._shapes.items()
+            for name, (owner, dtype, shape) in self._arrays.items()
             if owner == layer and name not in self._aliases
         }
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, size, status, write_json
 from dsv4_convert.cli.download import fetch
+
+if TYPE_CHECKING:
+    from golden.plan import Plan
 
 
 @reported
@@ -52,12 +55,19 @@ def record(
             layers=chosen,
             name=origin.repository,
             revision=origin.revision,
+            announce=_print_plan,
             progress=lambda what: say(what),
         )
     typer.echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
     )
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
+
+
+def _print_plan(planned: Plan) -> None:
+    """The plan in a few lines, on stderr."""
+    typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
+    typer.echo(f"writes  {size(planned.bytes_written)}, with about {size(planned.memory)} of memory", err=True)
 
 
 @reported

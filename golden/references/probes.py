@@ -175,16 +175,27 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
     seen: dict[str, Tensor] = {}
     problems: list[str] = []
 
-    def keep(tap: str, layout: Layout, value: Tensor) -> None:
+    def keep(tap: str, layout: Layout, value: object) -> None:
         if tap in seen:
             problems.append(f"{tap}: computed more than once")
-        # A copy, so that nothing that the reference does later in place can reach it.
-        seen[tap] = layout(value, expected[tap][1]).clone(memory_format=torch.contiguous_format)
+        if not isinstance(value, Tensor):
+            problems.append(f"{tap}: expected a tensor, found {type(value).__name__}")
+            return
+        try:
+            # A copy, so that nothing that the reference does later in place can reach it.
+            seen[tap] = layout(value, expected[tap][1]).clone(memory_format=torch.contiguous_format)
+        except (RuntimeError, IndexError, TypeError):  # how torch refuses a rearrangement
+            seen[tap] = value  # for the comparison of shapes below
 
     taps: dict[str, Array] = {}
     with ExitStack() as stack:
         for tap in expected:
-            stack.enter_context(_attached(root, probes[tap], partial(keep, tap, probes[tap].layout)))
+            try:
+                module = root.get_submodule(probes[tap].module)
+            except AttributeError:
+                problems.append(f"{tap}: there is no module {probes[tap].module}")
+                continue
+            stack.enter_context(_attached(module, probes[tap], partial(keep, tap, probes[tap].layout)))
         yield taps
     _order_experts(seen)
     for tap, (dtype, shape) in expected.items():
@@ -206,27 +217,26 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
 
 def _order_experts(seen: dict[str, Tensor]) -> None:
     """Chosen experts ascending per token, and their weights in the same order."""
-    if not {"ffn.gate.experts", "ffn.gate.weights"} <= seen.keys():
-        return
-    seen["ffn.gate.experts"], order = seen["ffn.gate.experts"].sort(dim=-1, stable=True)
-    seen["ffn.gate.weights"] = seen["ffn.gate.weights"].gather(-1, order)
+    experts, weights = seen.get("ffn.gate.experts"), seen.get("ffn.gate.weights")
+    if experts is not None and weights is not None and experts.shape == weights.shape:
+        seen["ffn.gate.experts"], order = experts.sort(dim=-1, stable=True)
+        seen["ffn.gate.weights"] = weights.gather(-1, order)
 
 
 @contextmanager
-def _attached(root: nn.Module, probe: Probe, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand the probe's value to ``keep`` whenever the reference computes it, until the block ends."""
-    module = root.get_submodule(probe.module)
+def _attached(module: nn.Module, probe: Probe, keep: Callable[[object], None]) -> Iterator[None]:
+    """Hand the probe's value to ``keep`` whenever ``module`` computes it, until the block ends."""
     match probe:
         case Input(position=position):
 
             def see_input(_: nn.Module, args: tuple[Any, ...]) -> None:
-                keep(args[position])
+                keep(_part(args, position))
 
             handles = [module.register_forward_pre_hook(see_input)]
         case Output(part=part):
 
             def see_output(_: nn.Module, args: object, output: Any) -> None:
-                keep(output if part is None else output[part])
+                keep(output if part is None else _part(output, part))
 
             handles = [module.register_forward_hook(see_output)]
         case FirstArgument(function=function):
@@ -247,10 +257,15 @@ def _attached(root: nn.Module, probe: Probe, keep: Callable[[Tensor], None]) -> 
             handle.remove()
 
 
+def _part(values: object, index: int) -> object:
+    """One of several values; None where there are not that many."""
+    return values[index] if isinstance(values, tuple) and index < len(values) else None
+
+
 class _Watch(TorchFunctionMode):
     """While active, hands over the first argument of every call of one torch function."""
 
-    def __init__(self, function: Callable[..., Any], keep: Callable[[Tensor], None]) -> None:
+    def __init__(self, function: Callable[..., Any], keep: Callable[[object], None]) -> None:
         super().__init__()
         self._function = function
         self._keep = keep
@@ -267,19 +282,19 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func == self._function:
-            self._keep(args[0])
+            self._keep(_part(args, 0))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _attention_seen(attention: nn.Module, value: str, keep: Callable[[Tensor], None]) -> Iterator[None]:
+def _attention_seen(attention: nn.Module, value: str, keep: Callable[[object], None]) -> Iterator[None]:
     """Watch the calls that ``attention`` makes of the modeling file's eager attention function."""
     original = modeling.eager_attention_forward
 
     def watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(module, query, key, *args, **kwargs)
         if module is attention:
-            keep({"query": query, "key": key, "context": result[0]}[value])
+            keep({"query": query, "key": key, "context": _part(result, 0)}[value])
         return result
 
     modeling.eager_attention_forward = watched

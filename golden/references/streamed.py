@@ -181,6 +181,7 @@ class StreamedModel:
                 stored = self._checkpoint.read(source.weight)[expert]
                 start = (leaf.rule.half or 0) * part.shape[0]
                 decode_weight(stored[start : start + part.shape[0]], None, dtype=_FLOAT32, out=part.numpy())
+                self._checkpoint.release(source.weight)
             else:
                 self._floats(leaf, leaf.sources[expert], out=part)
         return weight

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.config import Config
-from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
-from dsv4_convert.taps import full_name, taps_of
+from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
+from dsv4_convert.taps import by_name, full_name, taps_of
 from golden.archive import Golden, open_golden
+from golden.plan import Plan
 from golden.recorder import record
+from golden.references.probes import (
+    HEAD_PROBES,
+    LAYER_PROBES,
+    FirstArgument,
+    Input,
+    Output,
+    _split_channels,
+    _split_tokens,
+    recording,
+)
 from golden.synthetic import tiny_config, write_checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
@@ -46,15 +63,45 @@ def test_streamed_is_the_whole_model_bit_for_bit(folders: dict[str, Path], tmp_p
     golden = record(folders[source], tmp_path / "golden", tokens=TOKENS)
     model = _whole(folders[source])
     streams: list[np.ndarray[Any, Any]] = []
-    for layer in model.model.layers:
+    handles = [
         layer.register_forward_hook(lambda _, args, out: streams.append(out.numpy().copy()))
-    with torch.no_grad():
-        logits = model(torch.from_numpy(TOKENS.astype(np.int64)), use_cache=False).logits.numpy()
+        for layer in model.model.layers
+    ]
+    logits = _logits(model)
     for layer, expected in enumerate(streams):
         assert np.array_equal(golden.read(f"layers.{layer}.hc_ffn.streams"), expected), layer
     assert np.array_equal(golden.read("logits"), logits)
     assert np.isfinite(logits).all()
     assert logits.std() > 0.1
+
+    # Now with every probe on the whole model: the same taps, and watching has not changed the result.
+    for handle in handles:
+        handle.remove()
+    with ExitStack() as stack:
+        taps = {
+            layer: stack.enter_context(recording(module, probes, _expected(golden, layer)))
+            for layer, module, probes in (
+                *((layer, module, LAYER_PROBES) for layer, module in enumerate(model.model.layers)),
+                (None, model.model, HEAD_PROBES),
+            )
+        }
+        assert np.array_equal(_logits(model), logits)
+    for layer, found in taps.items():
+        for name, value in found.items():
+            full = name if layer is None else f"layers.{layer}.{name}"
+            assert np.array_equal(golden.read(full), value), full
+
+
+def _logits(model: torch.nn.Module) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS.astype(np.int64)), use_cache=False).logits.numpy()
+
+
+def _expected(golden: Golden, layer: int | None) -> dict[str, Any]:
+    """What the probes of one layer, or of the head, have to find; embedding and logits are not theirs."""
+    arrays = golden.manifest.request.arrays()
+    wanted = {by_name(name)[0].name: arrays[name] for name in golden.taps(layer)}
+    return {name: (array.dtype, array.shape) for name, array in wanted.items() if name not in ("embed", "logits")}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +140,8 @@ def test_taps_hang_together(golden: Golden) -> None:
     np.testing.assert_allclose(
         np.linalg.norm(read("attn.q_rope"), axis=-1), np.linalg.norm(read("attn.q"), axis=-1), rtol=1e-5
     )
-    np.testing.assert_allclose(read("hc_attn.comb").sum(2), 1, atol=1e-4)
+    # Each division by a sum of about 1 adds hc_eps to it.
+    np.testing.assert_allclose(read("hc_attn.comb").sum(2), 1, atol=2 * golden.config.hc_eps)
     np.testing.assert_allclose(read("ffn.gate.weights").sum(-1), 1.5, atol=1e-5)
     experts = golden.read("layers.1.ffn.gate.experts")
     assert (np.diff(experts, axis=-1) > 0).all(), "ascending and distinct"
@@ -103,6 +151,52 @@ def test_taps_hang_together(golden: Golden) -> None:
     assert (chosen < visible[None, :, None]).all()
     learned = golden.read("layers.3.ffn.gate.scores").argsort(-1)[..., -2:]
     assert np.array_equal(np.sort(learned), golden.read("layers.3.ffn.gate.experts"))
+
+
+def test_module_names_and_fused_experts_give_the_same_golden(
+    folders: dict[str, Path], golden: Golden, tmp_path: Path
+) -> None:
+    """The attribute names of transformers' modules, as other tools write them, with all experts in one tensor."""
+    model = _whole(folders["fp4"])
+    source = tmp_path / "module"
+    source.mkdir()
+    shutil.copy(folders["saved"] / "config.json", source)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, source / "model.safetensors")
+    again = record(source, tmp_path / "golden", tokens=TOKENS)
+    for name in golden.names:
+        assert np.array_equal(again.read(name), golden.read(name)), name
+
+
+def test_the_head_in_pieces_gives_the_same_logits(
+    folders: dict[str, Path], golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from golden.references import streamed
+
+    monkeypatch.setattr(streamed, "HEAD_ROWS", 40)  # of 96: two whole pieces and a shorter one
+    pieces = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    np.testing.assert_allclose(pieces.read("logits"), golden.read("logits"), atol=1e-5)
+
+
+def test_the_plan_is_what_happens(folders: dict[str, Path], tmp_path: Path) -> None:
+    plans: list[Plan] = []
+    done = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS, layers=[0, 1, 3], announce=plans.append)
+    (plan,) = plans
+    stored = [done.read(name).nbytes for name in done.manifest.taps]
+    assert plan.bytes_written == sum(stored)
+    assert plan.bytes_written < sum(file.stat().st_size for file in done.path.glob("*.safetensors"))
+    shards = [folders["fp4"] / name for name in done.manifest.request.source.files]
+    assert 0 < sum(shard.stat().st_size for shard in shards) - plan.bytes_read < 100_000, "headers, and mtp"
+    assert plan.memory > plan.bytes_written / 4
+
+
+def test_a_full_disk_is_said_before_the_first_layer(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match="1,000 are free"):
+        record(folders["fp4"], tmp_path / "deep" / "golden", tokens=TOKENS, progress=said.append)
+    assert not any("layer" in what for what in said)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 127])
@@ -171,6 +265,57 @@ def test_a_changed_reference_is_an_error_and_never_a_golden(
     with pytest.raises(Dsv4Error, match=r"hc_attn\.pre: not computed"):
         record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
     assert not (tmp_path / "golden").exists()
+
+
+@pytest.mark.parametrize(
+    ("tap", "probe", "problem"),
+    [
+        ("attn.wq_a", Output("self_attn.q_proj"), "there is no module self_attn.q_proj"),
+        ("attn.wq_a", Output("self_attn.q_a_norm.weight"), "there is no module"),
+        ("attn.wq_a", Output("self_attn.o_b_proj"), r"expected float32 \[2, 140, 16\], found .*\[2, 140, 32\]"),
+        ("attn.q", Output("self_attn.q_b_norm"), r"found torch.float32 \[2, 2, 140, 16\]"),
+        ("attn.q", Output("self_attn.q_a_norm", layout=_split_channels), "expected float32"),
+        ("hc_attn.post", Output("attn_hc", 3), "expected a tensor, found NoneType"),
+        ("hc_attn.post", Output("attn_hc"), "expected a tensor, found tuple"),
+        ("hc_attn.streams", Input("ffn_hc", 1), "expected a tensor, found NoneType"),
+        ("hc_attn.pre", FirstArgument("attn_hc", torch.Tensor.view), "computed more than once"),
+        ("ffn.gate.experts", Output("mlp.gate", 1, _split_tokens), "expected int32"),
+    ],
+)
+def test_what_a_probe_finds_has_to_be_the_tap(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tap: str, probe: Any, problem: str
+) -> None:
+    monkeypatch.setitem(LAYER_PROBES, tap, probe)
+    with pytest.raises(Dsv4Error, match=rf"{re.escape(tap)}: .*{problem}"):
+        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "problem"),
+    [
+        ("transformers", "5.24.0", "as release 5.23 computes it, found 5.24.0"),
+        ("transformers", None, "transformers is missing"),
+        ("torch", None, "torch is missing"),
+    ],
+)
+def test_without_the_right_reference_it_says_what_to_install(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    version: str | None,
+    problem: str,
+) -> None:
+    real = metadata.version
+
+    def pretended(name: str) -> str:
+        if name == package and version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version if name == package and version is not None else real(name)
+
+    monkeypatch.setattr(metadata, "version", pretended)
+    with pytest.raises(UsageError, match=rf"{problem}.*dsv4\[reference\]"):
+        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])

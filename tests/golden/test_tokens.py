@@ -43,6 +43,14 @@ def test_what_is_no_prompt_is_refused(argument: str) -> None:
         parse_tokens(argument)
 
 
+def test_a_file_has_one_prompt_per_line(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("\n1,2\n3 4\n\n5,6;7,8\n")
+    assert parse_tokens(str(tmp_path / "ids.txt")).tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    (tmp_path / "ragged.txt").write_text("1,2\n3\n")
+    with pytest.raises(UsageError, match=r"ragged\.txt: prompts of one golden have the same number"):
+        parse_tokens(str(tmp_path / "ragged.txt"))
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.array([object()]), allow_pickle=True)
     with pytest.raises(BadInput, match=r"ids\.npy"):

@@ -1,0 +1,84 @@
+"""What a recording will read, write and need, said before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.config import Config
+from dsv4_convert.errors import ResourceError
+from dsv4_convert.names import Resolution
+from golden.layout import expected_aliases, tap_arrays
+
+_FLOAT32_BYTES = 4
+#: The interpreter with torch and transformers imported.
+_BASE_BYTES = 450 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of one recording, in bytes.
+
+    Attributes:
+        bytes_read: all tensors of the layers that run; experts that no token reaches are hashed but not decoded.
+        bytes_written: all arrays of the golden.
+        memory: about the most memory that is in use at a time, the mapped pages of the source not counted.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    memory: int
+
+
+def plan(
+    checkpoint: Checkpoint, config: Config, resolution: Resolution, *, layers: Sequence[int], batch: int, tokens: int
+) -> Plan:
+    """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens.
+
+    ``resolution`` covers every layer that runs.
+    """
+    names = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
+    aliases = expected_aliases(layers)
+    taps: dict[int | None, int] = defaultdict(int)
+    for name, array in tap_arrays(config, layers, batch=batch, tokens=tokens).items():
+        if name not in aliases:
+            taps[array.layer] += array.nbytes
+    weights: dict[int | None, int] = defaultdict(int)
+    for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
+        weights[leaf.layer] += math.prod(leaf.source_shape) * _FLOAT32_BYTES
+    ran = [layer for layer in weights if layer is not None]
+    working = max(weights[layer] + taps[layer] + batch * _attention(config, layer, tokens) for layer in ran)
+    return Plan(
+        bytes_read=sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
+        bytes_written=sum(taps.values()),
+        memory=_BASE_BYTES + max(working, 2 * taps[None]),
+    )
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise :class:`ResourceError` unless the file system of ``out`` has ``needed`` bytes free."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{out}: the golden takes {needed:,} bytes, {free:,} are free; make room, choose another folder, or record "
+            "fewer tokens or layers"
+        )
+
+
+def _attention(config: Config, layer: int, tokens: int) -> int:
+    """Bytes that the reference's attention holds for one prompt: scores of every head, and the keys once per head."""
+    ratio = config.ratio(config.attention[layer])
+    entries = tokens // ratio if ratio else 0
+    keys = tokens + entries
+    scores = 3 * config.num_attention_heads * tokens * keys
+    repeated = 2 * config.num_attention_heads * keys * config.head_dim
+    indexed = 2 * config.index_n_heads * tokens * entries
+    return _FLOAT32_BYTES * max(scores + repeated, indexed)

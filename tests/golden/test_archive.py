@@ -1,0 +1,277 @@
+"""The archive alone, without a reference: what is written is read back, and everything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from golden.archive import Golden, open_golden
+from golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
+from golden.synthetic import random_architecture, tiny_config
+from golden.writer import golden_writer
+
+_REFERENCE = Reference(
+    name="transformers",
+    versions={"torch": "2", "transformers": "5"},
+    numerics="plain",
+    dtype="float32",
+    attention_implementation="eager",
+    experts_implementation="eager",
+)
+
+
+def _request(config: dict[str, Any] | None = None, layers: tuple[int, ...] = (0, 1, 2, 3), length: int = 9) -> Request:
+    parsed = Config.from_hf(config or tiny_config())
+    tokens = np.random.default_rng(length).integers(0, parsed.vocab_size, (2, length))
+    return Request(
+        reference=_REFERENCE,
+        source=Source(name="org/model", revision=None, files={"model.safetensors": "ab" * 32}),
+        config=parsed,
+        tokens=tuple(tuple(map(int, row)) for row in tokens),
+        text=None,
+        layers=layers,
+    )
+
+
+def _arrays(request: Request) -> dict[str, np.ndarray[Any, Any]]:
+    random = np.random.default_rng(7)
+    arrays = {name: random.standard_normal(array.shape).astype(array.dtype) for name, array in request.arrays().items()}
+    for layer in request.layers:
+        if layer - 1 in request.layers:
+            arrays[f"layers.{layer}.input"] = arrays[f"layers.{layer - 1}.hc_ffn.streams"]
+    return arrays
+
+
+def _written(out: Path, request: Request, arrays: dict[str, np.ndarray[Any, Any]]) -> Golden:
+    with golden_writer(out, request) as writer:
+        for layer in (*request.layers, None):
+            if layer not in writer.finished:
+                writer.write(layer, _of(request, arrays, layer))
+        return writer.publish()
+
+
+def _of(request: Request, arrays: dict[str, np.ndarray[Any, Any]], layer: int | None) -> dict[str, Any]:
+    return {name: arrays[name] for name, array in request.arrays().items() if array.layer == layer}
+
+
+def test_every_array_comes_back_and_other_readers_see_the_same(tmp_path: Path) -> None:
+    request = _request()
+    arrays = _arrays(request)
+    arrays["layers.1.attn.q"][0, 0, 0, :2] = np.nan, -np.inf
+    golden = _written(tmp_path / "golden", request, arrays)
+    assert golden.manifest.request == request
+    for name, array in arrays.items():
+        found = golden.read(name)
+        assert found.dtype == array.dtype
+        assert found.tobytes() == array.tobytes(), name
+    for layer in (*request.layers, None):
+        for name, array in load_file(golden.path / layer_file(layer)).items():
+            assert array.tobytes() == arrays[name].tobytes(), name
+            assert hashlib.sha256(array.tobytes()).hexdigest() == golden.manifest.taps[name].sha256
+    assert [entry.name for entry in tmp_path.iterdir()] == ["golden"]
+    assert golden.verify() == []
+
+
+@given(st.integers(0, 2**32), st.data())
+def test_a_manifest_survives_its_file(seed: int, data: st.DataObject) -> None:
+    config = random_architecture(seed)
+    count = config["num_hidden_layers"]
+    layers = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    request = _request(config, tuple(sorted(layers)), data.draw(st.integers(1, 300)))
+    taps = {
+        name: StoredTap(file=layer_file(array.layer), dtype=array.dtype.name, shape=array.shape, sha256="0f" * 32)
+        for name, array in request.arrays().items()
+        if not (name.endswith(".input") and array.layer is not None and array.layer - 1 in layers)
+    }
+    aliases = {f"layers.{i}.input": f"layers.{i - 1}.hc_ffn.streams" for i in sorted(layers) if i - 1 in layers}
+    manifest = Manifest(request=request, taps=taps, aliases=aliases)
+    assert Manifest.from_bytes(manifest.to_bytes(), where="here") == manifest
+
+
+def _redigested(document: dict[str, Any]) -> bytes:
+    """A manifest whose own digest is right, so that only the change in it can be what is noticed."""
+    document.pop("manifest_digest")
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**document, "manifest_digest": hashlib.sha256(text.encode()).hexdigest()}).encode()
+
+
+_TAP = "layers.1.attn.wq_a"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m: m.update(schema_version=2), "schema_version is 2, this version of dsv4 reads 1"),
+        (lambda m: m.update(schema_version=True), "schema_version is True"),
+        (lambda m: m.update(extra=1), "expected the entries"),
+        (lambda m: m.pop("layers"), "expected the entries"),
+        (lambda m: m["taps"].pop(_TAP), f"{_TAP}: missing"),
+        (lambda m: m["taps"].update({"layers.1.attn.wq": m["taps"][_TAP]}), "layers.1.attn.wq: not expected"),
+        (lambda m: m["taps"][_TAP].update(shape=[1, 9, 16]), f"{_TAP}: expected"),
+        (lambda m: m["taps"][_TAP].update(dtype="float64"), f"{_TAP}: expected"),
+        (lambda m: m["taps"][_TAP].update(file="../../etc/passwd"), f"{_TAP}: expected"),
+        (lambda m: m["taps"][_TAP].update(sha256="0"), "sha256 is not what it should be"),
+        (lambda m: m["taps"][_TAP].update(shape=[2.0]), "expected sizes as shape"),
+        (lambda m: m["taps"][_TAP].pop("dtype"), "expected file, dtype, shape and sha256"),
+        (lambda m: m["aliases"].pop("layers.1.input"), "layers.1.input: alias expected"),
+        (lambda m: m["aliases"].update({"layers.1.input": "layers.1.attn.q"}), "layers.1.input: alias expected"),
+        (lambda m: m["layers"].pop(), "not expected"),
+        (lambda m: m.update(layers=[0, 0, 1, 2, 3]), "expected ascending numbers below 4"),
+        (lambda m: m.update(layers=[0, 4]), "expected ascending numbers below 4"),
+        (lambda m: m.update(layers=[]), "expected ascending numbers"),
+        (lambda m: m["tokens"][0].append(1), "rows of equal length"),
+        (lambda m: m["tokens"][0].__setitem__(0, 96), "ids below 96"),
+        (lambda m: m["tokens"][0].__setitem__(0, True), "ids below 96"),
+        (lambda m: m["tokens"].pop(), "expected"),
+        (lambda m: m.update(text=["one"]), "one string per prompt"),
+        (lambda m: m["config"].pop("hc_eps"), "config: .*hc_eps"),
+        (lambda m: m["config"].update(q_lora_rank=8), f"{_TAP}: expected"),
+        (lambda m: m["reference"].pop("numerics"), "reference: expected the fields"),
+        (lambda m: m["reference"].update(versions={"torch": 2}), "reference.versions"),
+        (lambda m: m["source"].update(files={"a": "b"}), "SHA-256 digests"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], problem: str
+) -> None:
+    request = _request()
+    _written(tmp_path / "golden", request, _arrays(request))
+    file = tmp_path / "golden" / "manifest.json"
+    document = json.loads(file.read_bytes())
+    change(document)
+    file.write_bytes(_redigested(document))
+    with pytest.raises(BadInput, match=problem) as caught:
+        open_golden(tmp_path / "golden")
+    assert str(file) in str(caught.value)
+
+
+def test_an_edited_manifest_is_noticed_by_its_digest(tmp_path: Path) -> None:
+    request = _request()
+    _written(tmp_path / "golden", request, _arrays(request))
+    file = tmp_path / "golden" / "manifest.json"
+    first = request.tokens[0][0]
+    file.write_text(file.read_text().replace(f'"tokens": [[{first},', f'"tokens": [[{(first + 1) % 96},', 1))
+    with pytest.raises(BadInput, match=r"manifest\.json: manifest_digest says"):
+        open_golden(tmp_path / "golden")
+
+
+def test_files_of_another_golden_are_noticed(tmp_path: Path) -> None:
+    for name, length in (("a", 9), ("b", 10)):
+        request = _request(length=length)
+        _written(tmp_path / name, request, _arrays(request))
+    (tmp_path / "a" / "layer-00002.safetensors").replace(tmp_path / "b" / "layer-00002.safetensors")
+    with pytest.raises(BadInput, match=r"layer-00002.*expected float32 \[2, 10, .* found float32 \[2, 9,"):
+        open_golden(tmp_path / "b")
+
+
+def test_verify_names_every_damaged_array(tmp_path: Path) -> None:
+    request = _request()
+    golden = _written(tmp_path / "golden", request, _arrays(request))
+    for layer in (0, 3):
+        file = golden.path / layer_file(layer)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    problems = golden.verify()
+    assert len(problems) == 2
+    assert "layers.0." in problems[0]
+    assert "layers.3." in problems[1]
+
+
+def test_nothing_at_that_place(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no manifest\.json"):
+        open_golden(tmp_path)
+    request = _request()
+    with golden_writer(tmp_path / "golden", request):
+        pass
+    with pytest.raises(BadInput, match="has not finished"):
+        open_golden(tmp_path / "golden")
+
+
+def test_the_writer_takes_exactly_the_expected_arrays(tmp_path: Path) -> None:
+    request = _request()
+    arrays = _arrays(request)
+    with golden_writer(tmp_path / "golden", request) as writer:
+        good = _of(request, arrays, 0)
+        for wrong in (
+            {name: array for name, array in good.items() if name != "layers.0.attn.q"},
+            {**good, "layers.0.attn.q": good["layers.0.attn.q"].astype(np.float64)},
+            {**good, "layers.0.attn.q": good["layers.0.attn.q"][:, :, :1]},
+        ):
+            with pytest.raises(ValueError, match=r"layers\.0\.attn\.q: expected"):
+                writer.write(0, wrong)
+        with pytest.raises(ValueError, match="nonsense: expected None"):
+            writer.write(0, {**good, "nonsense": good["layers.0.attn.q"]})
+        writer.write(0, good)
+        other = {**_of(request, arrays, 1), "layers.1.input": arrays["layers.1.input"] + 1}
+        with pytest.raises(ValueError, match=r"layers\.1\.input is not the same array as layers\.0\.hc_ffn\.streams"):
+            writer.write(1, other)
+
+
+def test_an_interrupted_run_is_taken_up_at_its_first_damaged_layer(tmp_path: Path) -> None:
+    request = _request(layers=(0, 2, 3))
+    arrays = _arrays(request)
+    with golden_writer(tmp_path / "golden", request) as writer:
+        for layer in (0, 2):
+            writer.write(layer, _of(request, arrays, layer))
+    with golden_writer(tmp_path / "golden", request) as writer:
+        assert writer.finished == (0, 2)
+        streams = writer.last_streams()
+        assert streams is not None
+        assert streams.tobytes() == arrays["layers.2.hc_ffn.streams"].tobytes()
+    file = tmp_path / "golden.dsv4-partial" / layer_file(2)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with golden_writer(tmp_path / "golden", request) as writer:
+        assert writer.finished == (0,)
+    other = dataclasses.replace(request, text=("a", "b"))
+    with golden_writer(tmp_path / "golden", other) as writer:
+        assert writer.finished == ()
+        assert writer.last_streams() is None
+    golden = _written(tmp_path / "golden", request, arrays)
+    assert golden.verify() == []
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    request = _request()
+    partial = tmp_path / "golden.dsv4-partial"
+    partial.mkdir()
+    holder = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with (
+            pytest.raises(ResourceError, match="another process is recording"),
+            golden_writer(tmp_path / "golden", request),
+        ):
+            pass
+    finally:
+        os.close(holder)
+    with golden_writer(tmp_path / "golden", request):
+        pass
+
+
+def test_what_is_at_the_destination_stays(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    request = _request()
+    _written(tmp_path / "empty", request, _arrays(request))  # an empty folder is taken
+    (tmp_path / "file").write_text("mine")
+    for taken in ("empty", "file"):
+        with pytest.raises(UsageError, match="exists already"), golden_writer(tmp_path / taken, request):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list(tmp_path.glob("*.dsv4-partial"))
