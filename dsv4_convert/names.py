@@ -3,8 +3,7 @@
 One :class:`Rule` per parameter. A name is looked up by its *template*: the name with every purely numeric component
 replaced by ``{}``, so ``layers.12.ffn.experts.7.w1.weight`` is found under ``layers.{}.ffn.experts.{}.w1.weight`` with
 the numbers (12, 7). A lookup is exact, never a prefix match, so no rule can swallow a neighbour. The same rows are read
-in both directions, and :func:`resolve` proves for one checkpoint that every tensor has exactly one use and every
-parameter is filled exactly once.
+in both directions; :mod:`dsv4_convert.coverage` proves with them that a checkpoint and the model cover each other.
 
 Dialects (``Dialect``):
 
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 
 from dsv4_convert.config import Attention, Config
-from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.errors import BadInput, UsageError
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
 TABLE_VERSION = 1
@@ -69,21 +68,9 @@ class Kind(StrEnum):
         return self in (Kind.LINEAR, Kind.EXPERT, Kind.PLAIN)
 
 
-#: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
-_PLAIN_DTYPES = frozenset({"BF16", "F32"})
-_ACCEPTED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
-    Kind.LINEAR: (_PLAIN_DTYPES, frozenset({"F8_E4M3"})),
-    Kind.EXPERT: (_PLAIN_DTYPES, frozenset({"F8_E4M3", "I8", "U8"})),
-    Kind.PLAIN: (_PLAIN_DTYPES, frozenset()),
-    Kind.NORM: (_PLAIN_DTYPES, frozenset()),
-    Kind.FLOAT32: (frozenset({"F32"}), frozenset()),
-    Kind.INTEGER: (frozenset({"I64", "I32"}), frozenset()),
-}
 #: ``[out, in]`` elements that share one scale.
 FP8_TILE = (128, 128)
 FP4_GROUP = (1, 32)
-_SCALE_DTYPES = frozenset({"F8_E8M0", "F32"})
-_PACKED = frozenset({"I8", "U8"})
 
 
 class When(StrEnum):
@@ -290,17 +277,6 @@ DROPS: dict[str, str] = {
     "mtp": "speculative-decoding stage; the backbone's forward pass does not use it",
 }
 
-#: A component that no DeepSeek-V4 text backbone has -> the feature that it belongs to.
-_FOREIGN: dict[str, str] = {
-    "engram": "V4.1 engram memory",
-    "vision": "vision encoder",
-    "aligner": "vision aligner",
-    "bias_vl": "vision routing bias",
-    "image_newline": "vision tokens",
-    "image_begin": "vision tokens",
-    "image_end": "vision tokens",
-}
-
 
 def template(name: str) -> tuple[str, tuple[int, ...]]:
     """Split a name into its template and its numbers: ``("layers.{}.attn_norm.weight", (12,))``.
@@ -383,52 +359,6 @@ def detect_dialect(names: Iterable[str]) -> Dialect:
     return best
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a checkpoint says of one tensor: safetensors dtype name and stored shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The tensor(s) that one parameter, or one expert of a stack, is made of."""
-
-    weight: str
-    scale: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter of the model with the tensors that fill it.
-
-    ``sources`` has one entry per expert for a stack, one for everything else; a fused stack has one entry for all.
-    """
-
-    path: str
-    rule: Rule
-    layer: int | None
-    source_shape: tuple[int, ...]
-    target_shape: tuple[int, ...]
-    sources: tuple[Source, ...]
-    fused: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameter is a stack of experts filled from one tensor per expert."""
-        return self.rule.per_expert and not self.fused
-
-
-@dataclasses.dataclass(frozen=True)
-class Resolution:
-    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason."""
-
-    dialect: Dialect
-    leaves: tuple[Leaf, ...]
-    dropped: Mapping[str, str]
-
-
 def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
     """Every parameter of the model (or of the chosen layers and the model level): path, rule, layer."""
     chosen = range(config.num_hidden_layers) if layers is None else layers
@@ -453,155 +383,6 @@ def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...
             "(mtp stages are not layers)"
         )
     return chosen
-
-
-def resolve(
-    stored: Mapping[str, Stored],
-    config: Config,
-    *,
-    layers: Iterable[int] | None = None,
-    dialect: Dialect | None = None,
-    where: str = "checkpoint",
-) -> Resolution:
-    """Prove that the tensors of a checkpoint and the parameters of the model cover each other exactly.
-
-    With ``layers`` only those and the model-level parameters are asked for; tensors of other layers are neither used
-    nor required, but they still have to be known names.
-
-    Raises:
-        BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
-            without weight; all of them in one message.
-    """
-    dialect = dialect or detect_dialect(stored)
-    chosen = check_layers(config, layers)
-    problems: list[str] = []
-    dropped: dict[str, str] = {}
-    foreign: dict[str, list[str]] = {}
-    for name in stored:
-        reason = drop_reason(name)
-        if reason is not None:
-            dropped[name] = reason
-            continue
-        uses = lookup(name, dialect)
-        if not uses:
-            feature = next((_FOREIGN[part] for part in name.split(".") if part in _FOREIGN), None)
-            if feature is None:
-                problems.append(f"{name}: unknown tensor {_describe(stored[name])}")
-            else:
-                foreign.setdefault(feature, []).append(name)
-            continue
-        problems += _misplaced(name, uses[0], config)
-    for feature, names in foreign.items():
-        problems.append(f"{feature} is not supported: {len(names)} tensor(s) such as {names[0]}")
-
-    used: set[str] = set()
-    leaves = []
-    for path, rule, layer in parameters(config, chosen):
-        leaf = _leaf(path, rule, layer, config, dialect, stored)
-        problems += _check_leaf(leaf, config, stored)
-        for source in leaf.sources:
-            used.add(source.weight)
-            if source.scale is not None:
-                used.add(source.scale)
-        leaves.append(leaf)
-    for name in stored.keys() - used - dropped.keys():
-        uses = lookup(name, dialect)
-        if uses and not _misplaced(name, uses[0], config) and (uses[0].layer is None or uses[0].layer in chosen):
-            what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
-            problems.append(f"{name}: {what}")
-    if problems:
-        raise BadInput(
-            f"{where}: {len(problems)} problem(s) between its tensors ({dialect} names) and its config.json:\n"
-            f"{listed(sorted(problems))}\n"
-            "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
-        )
-    return Resolution(dialect, tuple(leaves), dropped)
-
-
-def _describe(stored: Stored) -> str:
-    return f"{stored.dtype} {list(stored.shape)}"
-
-
-def _misplaced(name: str, use: Use, config: Config) -> list[str]:
-    """A known name in a place where this model has no such parameter."""
-    if use.layer is not None:
-        if use.layer >= config.num_hidden_layers:
-            return [f"{name}: the config has only {config.num_hidden_layers} layers"]
-        if not use.rule.when.holds(config, use.layer):
-            kind = f"{config.attention[use.layer]}, {'hash' if config.hash_routed[use.layer] else 'learned'} routing"
-            return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
-    if use.expert is not None and use.expert >= config.n_routed_experts:
-        return [f"{name}: the config has only {config.n_routed_experts} experts"]
-    return []
-
-
-def _leaf(
-    path: str, rule: Rule, layer: int | None, config: Config, dialect: Dialect, stored: Mapping[str, Stored]
-) -> Leaf:
-    fused = (
-        dialect is Dialect.MODULE
-        and rule.fused is not None
-        and layer is not None
-        and rule.fused.format(layer) in stored
-    )
-    shape, target = rule.source_shape(config, layer), rule.target_shape(config, layer)
-    if fused and rule.fused is not None:
-        sources: tuple[Source, ...] = (Source(rule.fused.format(layer), None),)
-    else:
-        numbers = [(layer, expert) for expert in range(config.n_routed_experts)] if rule.per_expert else [(layer,)]
-        scale_template = rule.scale_template(dialect)
-        sources = tuple(
-            _source(rule.template(dialect), scale_template, number if layer is not None else (), stored)
-            for number in numbers
-        )
-    return Leaf(path, rule, layer, shape, target, sources, fused)
-
-
-def _source(weight: str, scale: str | None, numbers: tuple[int | None, ...], stored: Mapping[str, Stored]) -> Source:
-    scale_name = scale.format(*numbers) if scale is not None else None
-    return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
-
-
-def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
-    """Presence, dtype and shape of every source of one parameter."""
-    rule = leaf.rule
-    bare, scaled = _ACCEPTED[rule.kind]
-    forms = set()
-    for source in leaf.sources:
-        weight = stored.get(source.weight)
-        if weight is None:
-            yield f"{source.weight}: missing (fills {leaf.path})"
-            continue
-        scale = stored[source.scale] if source.scale is not None else None
-        accepted = scaled if scale is not None else bare
-        forms.add((weight.dtype, scale.dtype if scale is not None else None))
-        if weight.dtype not in accepted:
-            if scale is None and weight.dtype in scaled:
-                yield f"{source.weight}: {weight.dtype} codes without their scale tensor"
-            else:
-                wanted_dtypes = " or ".join(sorted(accepted)) or "no scale"
-                beside = "with a scale" if scale is not None else "without a scale"
-                yield f"{source.weight}: expected {wanted_dtypes} {beside}, found {weight.dtype}"
-            continue
-        wanted = leaf.source_shape
-        packed = weight.dtype in _PACKED
-        if packed:
-            wanted = (wanted[0], -(-wanted[1] // 2))
-        if leaf.fused:
-            wanted = (config.n_routed_experts, wanted[0] * (2 if rule.half is not None else 1), wanted[1])
-        if weight.shape != wanted:
-            yield f"{source.weight}: expected shape {list(wanted)}, found {_describe(weight)}"
-        if scale is not None:
-            block = FP4_GROUP if packed else FP8_TILE
-            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
-            if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
-                yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"
-        if rule.kind is Kind.EXPERT and scale is not None and config.expert_dtype is not None:
-            declared = {"fp4": True, "fp8": False}[config.expert_dtype]
-            if declared != packed:
-                yield f"{source.weight}: config.json declares {config.expert_dtype} experts, found {_describe(weight)}"
-    if len(forms) > 1:
-        yield f"{leaf.path}: its experts are stored in different forms: {sorted(map(str, forms))}"
 
 
 @dataclasses.dataclass(frozen=True)

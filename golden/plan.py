@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.coverage import Resolution
 from dsv4_convert.errors import ResourceError
-from dsv4_convert.names import Resolution
 from golden.layout import expected_aliases, tap_arrays
 
 _FLOAT32_BYTES = 4

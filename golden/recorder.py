@@ -11,8 +11,9 @@ import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.coverage import Resolution, Stored, resolve
 from dsv4_convert.errors import UsageError
-from dsv4_convert.names import Resolution, Stored, check_layers, resolve
+from dsv4_convert.names import check_layers
 from dsv4_convert.taps import by_name
 from golden.archive import Golden
 from golden.manifest import Request, Source

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dsv4_convert import names
 from dsv4_convert.config import Config
+from dsv4_convert.coverage import Stored, resolve
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.names import Dialect, Stored, lookup, resolve, template
+from dsv4_convert.names import Dialect, lookup, template
 
 DATA = Path(__file__).parent / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.
@@ -172,6 +173,7 @@ def test_template_splits_without_loss(name: str) -> None:
             "declares fp4 experts",
         ),
         ({"vision.patch.weight": Stored("BF16", (1,))}, "vision encoder is not supported: 1 tensor(s)"),
+        ({"image_start": Stored("BF16", (1,))}, "vision tokens is not supported: 1 tensor(s) such as image_start"),
         ({"layers.1.engram.wkv": Stored("BF16", (1,))}, "V4.1 engram memory is not supported"),
     ],
 )

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.folder import Checkpoint
+from dsv4_convert.coverage import Source
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE, Source
+from dsv4_convert.names import FP8_TILE
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 

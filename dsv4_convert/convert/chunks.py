@@ -12,8 +12,9 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_weight
 from dsv4_convert.config import Config
 from dsv4_convert.convert.storage import Piece
+from dsv4_convert.coverage import Source
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import Source, Transform
+from dsv4_convert.names import Transform
 
 Array = np.ndarray[Any, Any]
 

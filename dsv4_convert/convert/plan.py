@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert.storage import CHUNK_BYTES, Piece, Storage, pieces
-from dsv4_convert.names import Dialect, Stored, check_layers, resolve
+from dsv4_convert.coverage import Stored, resolve
+from dsv4_convert.names import Dialect, check_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def plan(
     """Resolve every tensor of the checkpoint; reads no weights.
 
     Raises:
-        BadInput: tensors and config do not fit (see :func:`dsv4_convert.names.resolve`).
+        BadInput: tensors and config do not fit (see :func:`dsv4_convert.coverage.resolve`).
         UsageError: a layer that does not exist.
     """
     stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
-from dsv4_convert.names import FP8_TILE, Leaf, Source, Stored, Transform
+from dsv4_convert.coverage import Leaf, Source, Stored
+from dsv4_convert.names import FP8_TILE, Transform
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.
 CHUNK_BYTES = 64 << 20

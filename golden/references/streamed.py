@@ -24,9 +24,10 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_weight
 from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import Kind, Leaf, Resolution, Source
+from dsv4_convert.names import Kind
 from golden.manifest import Reference
 from golden.references.probes import HEAD_PROBES, LAYER_PROBES, Expected, recording
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from dsv4_convert.checkpoint import open_checkpoint
+from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, hf_to_orbax, plan
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.names import Dialect, Kind, Rule, Transform, parameters
+from dsv4_convert.names import Dialect, Kind, Rule, Transform, drop_reason, explain, parameters
 from dsv4_convert.restore import Weights
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from golden.synthetic import tiny_config, write_checkpoint
@@ -158,6 +158,28 @@ def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_pat
     assert a.paths == b.paths
     for path in a.paths:
         assert np.array_equal(a.read(path).astype(np.float32), b.read(path).astype(np.float32)), path
+
+
+def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The release's own bytes under the names that other tools write: q_a_proj.weight, q_a_proj.weight_scale_inv."""
+    (tmp_path / "module").mkdir()
+    with open_checkpoint(folders["fp4"]) as checkpoint:
+        entries = []
+        for name, info in checkpoint.tensors.items():
+            if drop_reason(name) is None:
+                (item,) = explain(name)
+                weight, *scales = item.spellings[Dialect.MODULE]
+                spelled = scales[0] if name.endswith(".scale") else weight
+                entries.append((spelled, info.dtype, info.shape, checkpoint.read_bytes(name)))
+        write_safetensors(tmp_path / "module" / "model.safetensors", entries)
+    (tmp_path / "module" / "config.json").write_text((folders["fp4"] / "config.json").read_text())
+    hf_to_orbax(tmp_path / "module", tmp_path / "a")
+    hf_to_orbax(folders["fp4"], tmp_path / "b")
+    a, b = open_store(tmp_path / "a"), open_store(tmp_path / "b")
+    assert a.metadata["dialect"] == "module"
+    assert {path: leaf.digest for path, leaf in a.manifest.leaves.items()} == {
+        path: leaf.digest for path, leaf in b.manifest.leaves.items()
+    }
 
 
 def test_a_process_without_dsv4_restores_it(folders: dict[str, Path], tmp_path: Path) -> None:

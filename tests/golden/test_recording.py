@@ -143,6 +143,9 @@ def test_taps_hang_together(golden: Golden) -> None:
     # Each division by a sum of about 1 adds hc_eps to it.
     np.testing.assert_allclose(read("hc_attn.comb").sum(2), 1, atol=2 * golden.config.hc_eps)
     np.testing.assert_allclose(read("ffn.gate.weights").sum(-1), 1.5, atol=1e-5)
+    affinity = np.sqrt(np.log1p(np.exp(read("ffn.gate.logits"))))
+    shares = np.take_along_axis(affinity, golden.read("layers.1.ffn.gate.experts"), axis=-1)
+    np.testing.assert_allclose(read("ffn.gate.weights"), 1.5 * shares / shares.sum(-1, keepdims=True), atol=1e-5)
     experts = golden.read("layers.1.ffn.gate.experts")
     assert (np.diff(experts, axis=-1) > 0).all(), "ascending and distinct"
     chosen = golden.read("layers.1.attn.indexer.chosen")

@@ -10,8 +10,8 @@ import pytest
 
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.coverage import Stored, resolve
 from dsv4_convert.errors import UsageError
-from dsv4_convert.names import Stored, resolve
 from golden.synthetic import random_architecture, tiny_config, write_checkpoint
 
 
