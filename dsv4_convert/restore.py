@@ -66,7 +66,7 @@ class Weights:
         """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.
 
         Raises:
-            BadInput: the checkpoint has no such parameter, or its bytes are not what the manifest says.
+            BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
         """
         rule = self._rule(path)
         if rule.per_expert:
