@@ -22,7 +22,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Bits = NDArray[np.unsignedinteger[Any]]
 Floats = NDArray[np.float32]
-Floats = NDArray[np.float32]
 
 #: Rows and columns of the square that a transposing kernel copies to a buffer which stays in the level-1 cache.
 TILE = 128
@@ -226,28 +225,8 @@ def _divide_row(
         stop = min(start + block_columns, values.size)
         for c in range(np.uint64(start), np.uint64(stop)):
             quotient[c] = values[c] / scale[b]
-            # Adding 2^23 steps of the subnormal codes (2^-9 for e4m3, 0.5 for e2m1) rounds to nearest even and leaves
-            # the number of steps in the low bits of the mantissa.
+            # Adding 2^23 steps leaves the number of steps, rounded to nearest even, in the low bits of the mantissa.
             small[c] = abs(quotient[c]) + shift
-
-
-@_inline
-def _e4m3_code(bits: int, small_steps: int) -> int:
-    magnitude = bits & 0x7FFFFFFF
-    code = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # exponent bias 127 -> 7
-    code = small_steps if magnitude < 0x3C800000 else code  # below 2^-6, the smallest normal number
-    code = 0x7E if magnitude >= 0x43E00000 else code  # from 448 up
-    code = 0x7F if magnitude > 0x7F800000 else code  # NaN
-    return code | ((bits >> 24) & 0x80)
-
-
-@_inline
-def _e2m1_code(bits: int, small_steps: int) -> int:
-    magnitude = bits & 0x7FFFFFFF
-    code = ((magnitude + 0x1FFFFF + ((magnitude >> 22) & 1)) >> 22) - (126 << 1)  # exponent bias 127 -> 1
-    code = small_steps if magnitude < 0x3F800000 else code  # below 1, the smallest normal number
-    code = 7 if magnitude >= 0x40C00000 else code  # from 6 up
-    return code | ((bits >> 28) & 8)
 
 
 @kernel
@@ -255,31 +234,46 @@ def encode_e4m3(values: Floats, scale: Floats, block_rows: int, block_columns: i
     """``out = e4m3(values / scale)``, float32 ``[R, C]`` to uint8: nearest even, ±448 beyond the range, NaN kept."""
     rows, columns = values.shape
     quotient, small = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits, small_bits = quotient.view(np.int32), small.view(np.int32)
+    bits, small_bits = quotient.view(np.uint32), small.view(np.uint32)
+    shift = np.float32(2.0**14)  # 2^23 steps of 2^-9, the step of the subnormal codes
+    shift_bits = 0x46800000
     for r in range(rows):
-        _divide_row(values[r], scale[r // block_rows], block_columns, np.float32(2.0**14), quotient, small)
+        _divide_row(values[r], scale[r // block_rows], block_columns, shift, quotient, small)
         row = out[r]
         for c in range(np.uint64(columns)):
-            row[c] = _e4m3_code(bits[c], small_bits[c] - 0x46800000)  # less the bits of 2^14
+            pattern = np.int64(bits[c])  # signed throughout: numba makes a float of signed and unsigned together
+            magnitude = pattern & 0x7FFFFFFF
+            code = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+            code = np.int64(small_bits[c]) - shift_bits if magnitude < 0x3C800000 else code  # below 2^-6
+            code = 0x7E if magnitude >= 0x43E00000 else code  # 448
+            code = 0x7F if magnitude > 0x7F800000 else code
+            row[c] = code | ((pattern >> 24) & 0x80)
 
 
 @kernel
 def encode_e2m1(values: Floats, scale: Floats, block_columns: int, out: Bits) -> int:
-    """``out = e2m1(values / scale)`` packed by two: float32 ``[R, C]`` to uint8 ``[R, C / 2]``, nearest even, ±6 beyond.
+    """``out = e2m1(values / scale)`` packed by two: float32 ``[R, C]`` to uint8 ``[R, C / 2]``.
 
-    Returns how many quotients were NaN, which e2m1 cannot express.
+    Rounds to nearest even, ±6 beyond the range. Returns how many quotients were NaN, which e2m1 cannot express.
     """
     rows, columns = values.shape
     quotient, small = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits, small_bits = quotient.view(np.int32), small.view(np.int32)
+    bits, small_bits = quotient.view(np.uint32), small.view(np.uint32)
     codes = np.empty(columns, np.uint8)
+    shift = np.float32(2.0**22)  # 2^23 steps of 0.5
+    shift_bits = 0x4A800000
     lost = 0
     for r in range(rows):
-        _divide_row(values[r], scale[r], block_columns, np.float32(2.0**22), quotient, small)
+        _divide_row(values[r], scale[r], block_columns, shift, quotient, small)
         for c in range(np.uint64(columns)):
-            lost += bits[c] & 0x7FFFFFFF > 0x7F800000
-            codes[c] = _e2m1_code(bits[c], small_bits[c] - 0x4A800000)  # less the bits of 2^22
+            pattern = np.int64(bits[c])
+            magnitude = pattern & 0x7FFFFFFF
+            lost += magnitude > 0x7F800000
+            code = ((magnitude + 0x1FFFFF + ((magnitude >> 22) & 1)) >> 22) - (126 << 1)
+            code = np.int64(small_bits[c]) - shift_bits if magnitude < 0x3F800000 else code  # below 1
+            code = 7 if magnitude >= 0x40C00000 else code  # 6
+            codes[c] = code | ((pattern >> 28) & 8)
         row = out[r]
-        for c in range(row.size):
+        for c in range(np.uint64(row.size)):
             row[c] = codes[2 * c] | (codes[2 * c + 1] << 4)
     return lost
