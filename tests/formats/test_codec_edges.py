@@ -1,4 +1,4 @@
-"""The codecs at the edges: ties, ends of the range, odd buffers, hostile threads, and a cache that cannot be written."""
+"""The codecs at the edges: ties, ends of the range, odd buffers, and a cache that cannot be written."""
 
 from __future__ import annotations
 
