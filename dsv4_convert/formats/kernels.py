@@ -110,10 +110,11 @@ def decode_rows(codes: Bits, table: Bits, index: Bits, block_rows: int, block_co
     """
     rows, columns = codes.shape
     for r in range(rows):
-        for b in range(index.shape[1]):
+        wanted = index[r // block_rows]
+        for b in range(wanted.size):
             start = b * block_columns
             stop = min(start + block_columns, columns)
-            _look_up(table[index[r // block_rows, b]], codes[r, start:stop], out[r, start:stop])
+            _look_up(table[wanted[b]], codes[r, start:stop], out[r, start:stop])
 
 
 @kernel

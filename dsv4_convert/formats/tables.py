@@ -111,6 +111,8 @@ def e2m1_e8m0_pairs(dtype: np.dtype[Any]) -> Bits:
     single = e2m1_products(np.arange(16, dtype=np.uint8), scale, dtype)
     word = np.dtype(f"u{2 * single.dtype.itemsize}")
     byte = np.arange(256)
-    table = single[:, byte & 15].astype(word) | (single[:, byte >> 4].astype(word) << word.type(word.itemsize * 4))
+    # np.take, unlike indexing, leaves each scale's row in one piece; the loops are half as fast without.
+    low, high = (np.take(single.astype(word), nibble, axis=1) for nibble in (byte & 15, byte >> 4))
+    table = low | (high << word.type(word.itemsize * 4))
     table.flags.writeable = False
     return table

@@ -24,6 +24,7 @@ from dsv4_convert.formats import (
     quantize_fp4,
     quantize_fp8,
 )
+from dsv4_convert.formats.tables import e2m1_e8m0_pairs, e4m3_e8m0_table
 
 Array = np.ndarray[Any, Any]
 
@@ -192,6 +193,12 @@ def test_inputs_of_any_layout_are_read_and_left_alone(transpose: bool) -> None:
     assert np.array_equal(found.T if transpose else found, unaligned.astype(np.float32))
 
 
+def test_narrowing_keeps_the_sign_of_a_nan_and_overflows_to_infinity() -> None:
+    words = np.array([[0x7F800001, 0xFF800001, 0xFFFFFFFF, 0x7F7FFFFF, 0xFF7F8000, 0x7F7F7FFF]], np.uint32)
+    expected = [[0x7FC0, 0xFFC0, 0xFFC0, 0x7F80, 0xFF80, 0x7F7F]]
+    assert cast_plain(words.view(np.float32), dtype=BFLOAT16).view(np.uint16).tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8, BFLOAT16, FLOAT32], ids=str)
 def test_plain_transposition_keeps_every_bit(dtype: Any) -> None:
     size = np.dtype(dtype).itemsize
@@ -211,6 +218,13 @@ def flushing() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_every_row_of_a_table_is_contiguous() -> None:
+    """A row is read at random for every code; rows in pieces cost half of the speed and change no result."""
+    for table in (e4m3_e8m0_table, e2m1_e8m0_pairs):
+        for dtype in (BFLOAT16, FLOAT32):
+            assert table(dtype).flags.c_contiguous
 
 
 def test_a_thread_that_flushes_subnormal_numbers_is_refused(flushing: None) -> None:
