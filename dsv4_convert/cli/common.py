@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -58,6 +59,23 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
             raise UsageError(f"layers {text!r}: expected numbers and ranges such as 12, 0-3 or 0,4-6, or all")
         layers.update(range(int(bounds[0]), int(bounds[-1]) + 1))
     return tuple(sorted(layers))
+
+
+def parse_choice(option: str, text: str, allowed: Iterable[str]) -> Any:
+    """``text``, if it is one of the words allowed. Raises :class:`UsageError`."""
+    words = list(allowed)
+    if text not in words:
+        raise UsageError(f"{option} {text}: expected one of {', '.join(words)}")
+    return text
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """``"800MiB"``, ``"1.5 GB"`` or a plain number of bytes. Raises :class:`UsageError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{option} {text}: expected a size such as 800MiB, 4GiB or 4GB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def write_json(document: Any, target: str | None) -> None:

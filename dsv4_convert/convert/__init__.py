@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from dsv4_convert.convert.plan import Plan, plan
-from dsv4_convert.convert.run import dry_run, hf_to_orbax
+from dsv4_convert.convert.estimate import Estimate, check_disk, estimate
+from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
+from dsv4_convert.convert.run import Advance, carry_out, hf_to_orbax
 from dsv4_convert.convert.storage import Storage
 
-__all__ = ["Plan", "Storage", "dry_run", "hf_to_orbax", "plan"]
+__all__ = [
+    "MAX_MEMORY",
+    "Advance",
+    "Estimate",
+    "Plan",
+    "Storage",
+    "carry_out",
+    "check_disk",
+    "estimate",
+    "hf_to_orbax",
+    "plan",
+]

@@ -1,36 +1,73 @@
-"""What a conversion will read, write and leave out, known before the first weight is touched."""
+"""What a conversion will read, write and leave out, and its memory: known before any weight is touched."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
-from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.config import Config
-from dsv4_convert.convert.storage import CHUNK_BYTES, Piece, Storage, pieces
-from dsv4_convert.coverage import Stored, resolve
-from dsv4_convert.names import Dialect, check_layers
+from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, pieces
+from dsv4_convert.coverage import Source, Stored, resolve
+from dsv4_convert.errors import ResourceError
+from dsv4_convert.names import Dialect, Rule, check_layers
+from dsv4_convert.store import Compression
+
+#: Memory that a conversion may take beyond the interpreter with its imports, where nothing else is said.
+MAX_MEMORY = 2 << 30
+
+#: Memory per tensor of the checkpoint: its header, its rule, its place in the plan, its line in the manifest.
+_BYTES_PER_TENSOR = 4_000
+#: Whatever the size: buffers of files, the journal, Orbax at work.
+_FIXED_BYTES = 150 << 20
+
+
+class Described(Protocol):
+    """A checkpoint as far as a plan needs it: open in a folder, or known from the Hub by its headers."""
+
+    @property
+    def root(self) -> Path:
+        """Where its files are, or will be."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that can be read."""
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Names of tensors that belong to it, but whose shard is not there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole conversion.
 
-    ``read`` and ``written`` are bytes by dtype; ``dropped`` names every tensor that is left out, with the reason;
-    ``rounded`` names parameters that bfloat16 cannot hold exactly.
+    Attributes:
+        read: bytes of the source tensors that are used, by dtype.
+        written: bytes of the leaves, uncompressed, by dtype.
+        tensors: number of source tensors that are used.
+        dropped: every tensor that is left out, with the reason.
+        inexact: leaves whose values bfloat16 cannot promise to hold; the run counts those that it rounds.
     """
 
     config: Config
     storage: Storage
+    compression: Compression
     dialect: Dialect
     layers: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    infos: Mapping[str, TensorInfo]
     read: Mapping[str, int]
     written: Mapping[str, int]
     tensors: int
     dropped: Mapping[str, str]
-    rounded: tuple[str, ...]
+    inexact: tuple[str, ...]
 
     @property
     def bytes_read(self) -> int:
@@ -42,13 +79,73 @@ class Plan:
         """Bytes of all leaves, uncompressed."""
         return sum(self.written.values())
 
+    @cached_property
+    def bytes_on_disk(self) -> int:
+        """Bytes of all files, uncompressed: chunks at an edge are stored whole."""
+        return sum(piece.layout.chunk_count * piece.layout.chunk_nbytes for piece in self.pieces)
+
+    @cached_property
+    def sources(self) -> Mapping[str, tuple[Source, Rule]]:
+        """Every weight of the source that is used, by name, with its scales and its rule."""
+        return {source.weight: (source, piece.leaf.rule) for piece in self.pieces for source in piece.leaf.sources}
+
+    def names_of(self, piece: Piece, index: tuple[int, ...]) -> tuple[str, ...]:
+        """The tensors that a chunk is made of."""
+        source = piece.part(index).source
+        if piece.form is Form.SCALE:
+            return (source.scale,) if source.scale is not None else ()
+        return tuple(name for name in (source.weight, source.scale if piece.form is Form.DECODED else None) if name)
+
+    def bytes_of(self, piece: Piece, index: tuple[int, ...]) -> int:
+        """Bytes of the source that a chunk is made of: its part of those of the leaf."""
+        return self._source_bytes[piece.path] * math.prod(piece.layout.clipped_shape(index)) // math.prod(piece.shape)
+
+    @cached_property
+    def _source_bytes(self) -> Mapping[str, int]:
+        """Of every leaf. Two leaves share a fused tensor of gate and up rows."""
+        return {
+            piece.path: sum(self.infos[name].nbytes for name in piece.sources)
+            // (2 if piece.leaf.fused and piece.leaf.rule.half is not None else 1)
+            for piece in self.pieces
+        }
+
+    def memory(self, workers: int) -> int:
+        """Peak memory beyond the interpreter with its imports, estimated from above."""
+        per_worker = max(self._memory_of(piece) for piece in self.pieces)
+        return _FIXED_BYTES + len(self.infos) * _BYTES_PER_TENSOR + workers * per_worker
+
+    def workers(self, max_memory: int = MAX_MEMORY, wanted: int | None = None) -> int:
+        """How many threads the memory allows, at most ``wanted`` (two more than there are cores, if None).
+
+        Raises:
+            ResourceError: not even one.
+        """
+        limit = wanted or (os.cpu_count() or 1) + 2
+        least, more = self.memory(1), self.memory(2) - self.memory(1)
+        if least > max_memory:
+            largest = max(self.pieces, key=self._memory_of)
+            raise ResourceError(
+                f"the conversion needs {least / 2**30:.2f} GiB beside the interpreter, allowed are "
+                f"{max_memory / 2**30:.2f} GiB; the largest chunk is one of {largest.path}. Raise --max-memory."
+            )
+        return max(1, min(limit, 1 + (max_memory - least) // more))
+
+    def _memory_of(self, piece: Piece) -> int:
+        """Of one worker at one chunk: the chunk, and the pages of its source."""
+        layout = piece.layout
+        if not layout.chunk_count:
+            return 0
+        padding = layout.chunk_nbytes if math.prod(layout.grid[1:]) > 1 else 0  # an edge chunk is copied
+        return layout.chunk_nbytes + padding + self.bytes_of(piece, (0,) * len(piece.shape))
+
 
 def plan(
-    checkpoint: Checkpoint,
+    checkpoint: Described,
     config: Config,
     storage: Storage,
     *,
     layers: Iterable[int] | None = None,
+    compression: Compression = "none",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Plan:
     """Resolve every tensor of the checkpoint; reads no weights.
@@ -60,29 +157,32 @@ def plan(
     stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     chosen = check_layers(config, layers)
     resolution = resolve(stored, config, layers=chosen, where=str(checkpoint.root))
-    found = [piece for leaf in resolution.leaves for piece in pieces(leaf, storage, stored, chunk_bytes)]
-    read: Counter[str] = Counter()
+    found = [piece for leaf in resolution.leaves for piece in pieces(leaf, storage, stored, config, chunk_bytes)]
     names = {name for piece in found for name in piece.sources}
+    read: Counter[str] = Counter()
     for name in names:
         read[stored[name].dtype] += checkpoint.tensors[name].nbytes
     written: Counter[str] = Counter()
     for piece in found:
         written[piece.dtype.name] += piece.nbytes
+    unused = {*checkpoint.tensors, *checkpoint.absent} - names - resolution.dropped.keys()
     return Plan(
         config=config,
         storage=storage,
+        compression=compression,
         dialect=resolution.dialect,
         layers=chosen,
         pieces=tuple(found),
+        infos=checkpoint.tensors,
         read=dict(read),
         written=dict(written),
         tensors=len(names),
-        dropped=resolution.dropped,
-        rounded=tuple(piece.path for piece in found if _rounds(piece, storage, stored)),
+        dropped={**resolution.dropped, **dict.fromkeys(sorted(unused), "belongs to a layer that was not asked for")},
+        inexact=tuple(piece.path for piece in found if _may_round(piece, storage, stored)),
     )
 
 
-def _rounds(piece: Piece, storage: Storage, stored: Mapping[str, Stored]) -> bool:
+def _may_round(piece: Piece, storage: Storage, stored: Mapping[str, Stored]) -> bool:
     """Whether bfloat16 cannot promise to hold the values exactly: float32 weights, or float32 scales."""
     if storage is not Storage.BFLOAT16 or not piece.leaf.rule.kind.follows_dtype:
         return False

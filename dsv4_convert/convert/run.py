@@ -1,7 +1,9 @@
-"""``dsv4 convert hf-to-orbax``: a checkpoint folder becomes an Orbax checkpoint, chunk by chunk."""
+"""``dsv4 convert hf-to-orbax``: a checkpoint becomes an Orbax checkpoint, chunk by chunk."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,17 +11,30 @@ from typing import Any
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.convert.account import Account, account, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.plan import Plan, plan
+from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
+from dsv4_convert.convert.shards import ShardUse
+from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.names import TABLE_VERSION
-from dsv4_convert.store import LeafSpec, WriteSummary, write_checkpoint
+from dsv4_convert.store import ALONE, Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
+from dsv4_convert.store.arrays import Array
+from dsv4_convert.store.layout import Index
 
 #: Small files of the source that go along; they are copied as they are where they exist.
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
-#: Called with (bytes written, bytes in total, path of the leaf) after every chunk.
-Progress = Callable[[int, int, str], None]
+
+@dataclasses.dataclass(frozen=True)
+class Advance:
+    """How far a conversion is: bytes read and written, of how many, and the leaf that was worked on last."""
+
+    read: int
+    to_read: int
+    written: int
+    to_write: int
+    path: str
 
 
 def hf_to_orbax(
@@ -28,75 +43,166 @@ def hf_to_orbax(
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
+    compression: Compression = "none",
+    max_memory: int = MAX_MEMORY,
+    workers: int | None = None,
     name: str | None = None,
     revision: str | None = None,
-    workers: int = 2,
     restart: bool = False,
     overwrite: bool = False,
-    announce: Callable[[Plan], None] = lambda _: None,
-    progress: Progress | None = None,
+    progress: Callable[[Advance], None] = lambda _: None,
 ) -> tuple[Plan, WriteSummary]:
-    """Convert a local checkpoint folder; memory holds one chunk per worker, never a layer.
+    """Convert a local checkpoint folder: :func:`plan` and :func:`carry_out`.
 
     Args:
         source: folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.names`.
-        destination: folder to create; an interrupted run leaves it absent and is continued by the same call.
+        destination: folder to create.
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.
-        name: what the manifest calls the source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
-        workers: threads.
-        restart: discard an interrupted run instead of going on with it.
-        overwrite: replace a finished conversion at ``destination``.
-        announce: called with the plan before anything is written.
-        progress: called after every chunk.
+        compression: see :func:`dsv4_convert.store.write_checkpoint`.
+        max_memory: bytes beyond the interpreter with its imports.
+        workers: threads, at most; None for what cores and memory allow.
+        name, revision, restart, overwrite, progress: see :func:`carry_out`.
 
     Raises:
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         UsageError: the destination exists, or a layer does not.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or the memory allowed is too small.
     """
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        planned = plan(checkpoint, config, storage, layers=layers)
-        announce(planned)
-        maker = ChunkMaker(checkpoint, config)
-        origin = {
-            "name": name or checkpoint.root.resolve().name,
-            "revision": revision or checkpoint.revision,
-            "shards": {file.name: file.stat().st_size for file in checkpoint.shards},
-        }
-        summary = write_checkpoint(
+        planned = plan(checkpoint, config, storage, layers=layers, compression=compression)
+        summary = carry_out(
+            planned,
+            checkpoint,
             destination,
-            [_spec(piece, maker) for piece in planned.pieces],
-            fingerprint={"source": origin, "storage": storage.value, "names_table": TABLE_VERSION},
-            metadata=lambda _: _metadata(planned, origin),
-            extra_files=lambda _: _companions(checkpoint),
-            workers=workers,
-            progress=progress,
+            name=name,
+            revision=revision,
+            workers=planned.workers(max_memory, workers),
             restart=restart,
             overwrite=overwrite,
+            progress=progress,
         )
     return planned, summary
 
 
-def _spec(piece: Piece, maker: ChunkMaker) -> LeafSpec:
-    return LeafSpec(
-        path=piece.path,
-        shape=piece.shape,
-        dtype=piece.dtype,
-        chunk_shape=piece.chunk_shape,
-        chunks=lambda index: maker.chunk(piece, index),
-        sources=piece.sources,
-        rule=piece.leaf.rule.path,
+def carry_out(
+    planned: Plan,
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    workers: int = 4,
+    processes: Processes = ALONE,
+    restart: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Advance], None] = lambda _: None,
+) -> WriteSummary:
+    """Carry out a plan; memory holds one chunk per worker, never a layer.
+
+    Args:
+        planned: what is to be done.
+        checkpoint: the source that the plan was made of, open.
+        destination: folder to create; an interrupted run leaves it absent and is continued by the same call.
+        name: what the manifest calls the source, such as its repository; the folder's name if None.
+        revision: the source's commit; what the folder itself says if None.
+        workers: threads; see :meth:`Plan.workers`.
+        processes: those that share the work.
+        restart: discard an interrupted run instead of going on with it.
+        overwrite: replace a finished conversion at ``destination``.
+        progress: called at the start, with what an interrupted run has done, and after every chunk.
+
+    Raises:
+        BadInput: the source is corrupt or changed.
+        UsageError: the destination exists, or an interrupted run had another source or other settings.
+        ResourceError: the disk is full, or another process writes the same destination.
+    """
+    maker = ChunkMaker(checkpoint)
+    weights = sorted(to_account(planned))
+    shards = ShardUse(planned, weights, checkpoint)
+    described = {name: Shard(size=size, sha256=None) for name, size in _sizes(checkpoint).items()}
+    origin = {
+        "name": name or checkpoint.root.resolve().name,
+        "revision": revision or checkpoint.revision,
+        "shards": {name: shard.size for name, shard in described.items()},
+    }
+    companions = _companions(checkpoint)
+
+    def spec(piece: Piece) -> LeafSpec:
+        def chunk(index: Index) -> Array:
+            shards.begin()
+            return maker.chunk(piece, index)
+
+        return LeafSpec(
+            path=piece.path,
+            shape=piece.shape,
+            dtype=piece.dtype,
+            chunk_shape=piece.chunk_shape,
+            chunks=chunk,
+            rank=lambda index: shards.rank(piece, index),
+            sources=piece.sources,
+            rule=piece.leaf.rule.path,
+        )
+
+    def note(weight: str) -> Note:
+        source, rule = planned.sources[weight]
+
+        def value() -> dict[str, Any]:
+            shards.begin()
+            return account(checkpoint, source, rule, planned.storage).to_json()
+
+        return Note(name=weight, value=value, rank=shards.rank_of_note(weight))
+
+    def files(summary: WriteSummary) -> dict[str, bytes]:
+        sources = assemble(planned, _accounts(summary), summary.records, described)
+        return {**companions, SOURCES_FILE: sources.to_bytes()}
+
+    return write_checkpoint(
+        destination,
+        [spec(piece) for piece in planned.pieces],
+        notes=[note(weight) for weight in weights],
+        fingerprint={
+            "source": origin,
+            "changed": _changed(checkpoint),
+            "config": hashlib.sha256(companions["config.json"]).hexdigest(),
+            "storage": planned.storage.value,
+            "names_table": TABLE_VERSION,
+        },
+        metadata=lambda summary: _metadata(planned, origin, _accounts(summary)),
+        extra_files=files,
+        compression=planned.compression,
+        workers=workers,
+        processes=processes,
+        progress=lambda written, total, path: progress(Advance(shards.read, planned.bytes_read, written, total, path)),
+        committed=shards.committed,
+        restart=restart,
+        overwrite=overwrite,
     )
 
 
-def _metadata(planned: Plan, origin: Mapping[str, Any]) -> dict[str, Any]:
+def _accounts(summary: WriteSummary) -> dict[str, Account]:
+    return {weight: Account.from_json(entry) for weight, entry in summary.notes.items()}
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in checkpoint.shards}
+
+
+def _changed(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """When the shards of a folder were last changed, in ns; a commit says more, where it is known."""
+    if checkpoint.revision is not None:
+        return None
+    return {file.name: file.stat().st_mtime_ns for file in checkpoint.shards}
+
+
+def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    files = (checkpoint.root / name for name in COMPANIONS)
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _metadata(planned: Plan, origin: Mapping[str, Any], accounts: Mapping[str, Account]) -> dict[str, Any]:
     """What travels in the manifest: enough to read the checkpoint without its source, and to find that source again."""
-    dropped: dict[str, list[str]] = {}
-    for tensor, reason in sorted(planned.dropped.items()):
-        dropped.setdefault(reason, []).append(tensor)
     return {
         "format": "dsv4",
         "dsv4_version": importlib.metadata.version("dsv4"),
@@ -106,19 +212,14 @@ def _metadata(planned: Plan, origin: Mapping[str, Any]) -> dict[str, Any]:
         "layers": list(planned.layers),
         "config": planned.config.to_json(),
         "source": dict(origin),
-        "tensors_used": planned.tensors,
-        "tensors_dropped": dropped,
-        "rounded_to_bfloat16": list(planned.rounded),
+        "tensors": {"used": planned.tensors, "dropped": _by_reason(planned.dropped)},
+        "rounding": rounding_summary(planned, accounts),
     }
 
 
-def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
-    files = (checkpoint.root / name for name in _COMPANIONS)
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def dry_run(source: Path, *, storage: Storage = Storage.BFLOAT16, layers: Iterable[int] | None = None) -> Plan:
-    """The plan of :func:`hf_to_orbax`, and nothing else; raises what that would raise about the source."""
-    with open_checkpoint(source, partial=layers is not None) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        return plan(checkpoint, config, storage, layers=layers)
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, int]:
+    """How many tensors were left out, by reason; their names are in ``dsv4_sources.json``."""
+    counts: dict[str, int] = {}
+    for reason in dropped.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return dict(sorted(counts.items()))

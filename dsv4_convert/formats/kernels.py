@@ -155,6 +155,19 @@ def decode_pair_columns(packed: Bits, table: Bits, index: Bits, block_columns: i
                 _look_up_pair_column(table, wanted, tile, c - c0, out[2 * c, r0:r1], out[2 * c + 1, r0:r1])
 
 
+@kernel
+def count_codes(codes: Bits, index: Bits, block_rows: int, block_columns: int, counts: Bits) -> None:
+    """How often each byte occurs under each scale, added to ``counts`` ``[N, 256]``; else as :func:`decode_rows`."""
+    rows, columns = codes.shape
+    for r in range(rows):
+        wanted = index[r // block_rows]
+        for b in range(wanted.size):
+            start = b * block_columns
+            row, of = codes[r, start : min(start + block_columns, columns)], counts[wanted[b]]
+            for i in range(np.uint64(row.size)):
+                of[row[i]] += 1
+
+
 @_inline
 def _narrow(bits: int) -> int:
     # Round to nearest even on the 16 bits that go; a NaN becomes the quiet NaN of the same sign.

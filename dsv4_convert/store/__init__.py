@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dsv4_convert.store.layout import ArrayLayout, row_chunks
+from dsv4_convert.store.arrays import Compression
+from dsv4_convert.store.layout import ArrayLayout, chunk_digest, row_chunks
 from dsv4_convert.store.manifest import LeafRecord, Manifest
+from dsv4_convert.store.processes import ALONE, Processes
 from dsv4_convert.store.reader import Store, open_store, verify
-from dsv4_convert.store.writer import LeafSpec, WriteSummary, write_checkpoint
+from dsv4_convert.store.staging import staged_bytes
+from dsv4_convert.store.writer import LeafSpec, Note, WriteSummary, write_checkpoint
 
 __all__ = [
+    "ALONE",
     "ArrayLayout",
+    "Compression",
     "LeafRecord",
     "LeafSpec",
     "Manifest",
+    "Note",
+    "Processes",
     "Store",
     "WriteSummary",
+    "chunk_digest",
     "open_store",
     "row_chunks",
+    "staged_bytes",
     "verify",
     "write_checkpoint",
 ]

@@ -1,16 +1,20 @@
 """One array in one folder: created and written chunk by chunk, and read back by rows.
 
 Uncompressed chunks are plain files (see :mod:`.layout`) and are written and read directly. Compressed ones go through
-tensorstore, which is imported only then and for writing the array's metadata.
+tensorstore, which is imported only then and to create an array.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +32,7 @@ _COMPRESSORS: dict[Compression, dict[str, Any] | None] = {
 }
 #: Zarr's name of a dtype: NumPy's type string, and for the ml_dtypes, which have none, their name.
 _ZARR_DTYPES = {dtype.name if dtype.kind == "V" else dtype.str: dtype for dtype in DTYPES.values()}
+_DIRECT_FROM = 1 << 20
 _MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB per call
 
 
@@ -46,20 +51,48 @@ def writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, data: bytes | memoryview, *, size: int | None = None) -> None:
     """Write ``data``, extended by zeros to ``size`` bytes, and wait until it is on the disk.
 
+    Large data in page-aligned memory go past the page cache where the file system allows it: copying them into the
+    cache costs a core more time than decoding and hashing them.
+
     Raises:
         ResourceError: the disk is full, read-only or failing.
     """
+    view = memoryview(data)
+    pages = len(view) - len(view) % mmap.PAGESIZE
     with writing(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor, direct = _open_for(path, direct=pages >= _DIRECT_FROM and _is_page_aligned(view))
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view[:_MAX_WRITE]) :]
+            if direct:
+                _write_all(descriptor, view[:pages])
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+                view = view[pages:]
+            _write_all(descriptor, view)
             if size is not None:
                 os.ftruncate(descriptor, size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _open_for(path: Path, *, direct: bool) -> tuple[int, bool]:
+    """A descriptor of a new file, and whether it is past the page cache."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # this file system has no such thing
+                raise
+    return os.open(path, flags, 0o666), False
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(descriptor, view[:_MAX_WRITE]) :]
+
+
+def _is_page_aligned(view: memoryview) -> bool:
+    return hasattr(os, "O_DIRECT") and np.frombuffer(view, np.uint8).ctypes.data % mmap.PAGESIZE == 0
 
 
 def sync(path: Path) -> None:
@@ -72,21 +105,37 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def create_array(folder: Path, layout: ArrayLayout, compression: Compression) -> None:
+    """Make ``folder``, which must not exist, an array without chunks.
+
+    Raises:
+        ResourceError: the disk is full, read-only or failing.
+    """
+    import tensorstore as ts
+
+    with writing(folder):
+        folder.mkdir()
+    with _tensorstore_writing(folder):
+        ts.open(_spec(folder, layout, compression), create=True).result()
+
+
 class ArrayWriter:
-    """Writes the chunks of one array into ``folder``, which must exist and be empty. Threads may write at once.
+    """Writes chunks of the array in ``folder``, made by :func:`create_array`. Threads and processes may write at once.
 
     Memory: an uncompressed chunk is written from the caller's buffer; only a chunk that is clipped in an axis other
     than the first is copied for padding. A compressed chunk is copied once by tensorstore.
     """
 
     def __init__(self, folder: Path, layout: ArrayLayout, compression: Compression) -> None:
-        import tensorstore as ts
-
         self._folder = folder
         self._layout = layout
         self._compression = compression
-        with _tensorstore_writing(folder):
-            self._array = ts.open(_spec(folder, layout, compression), create=True).result()
+
+    @cached_property
+    def _array(self) -> Any:
+        import tensorstore as ts
+
+        return ts.open(_spec(self._folder, self._layout, self._compression)).result()
 
     def write_chunk(self, index: Index, chunk: Array) -> None:
         """Write chunk ``index`` durably; ``chunk`` is C-contiguous, of the layout's dtype and the clipped shape."""
@@ -99,11 +148,6 @@ class ArrayWriter:
             padded[tuple(map(slice, chunk.shape))] = chunk
             chunk = padded
         write_file(self._folder / chunk_file(index), raw_bytes(chunk), size=self._layout.chunk_nbytes)
-
-    def finish(self) -> None:
-        """Make the array durable once every chunk is written."""
-        sync(self._folder)
-        sync(self._folder.parent)
 
 
 @dataclass(frozen=True, kw_only=True)

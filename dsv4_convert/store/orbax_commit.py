@@ -8,7 +8,7 @@ What of Orbax this relies on (checked against 0.12.8; ``tests/store/test_orbax_c
 
 - public: ``Checkpointer``, ``PyTreeCheckpointHandler`` with ``use_ocdbt``, ``use_zarr3``, ``type_handler_registry`` and
   ``enable_pinned_host_transfer``, ``args.PyTreeSave``, ``type_handlers.TypeHandler`` and
-  ``type_handlers.create_type_handler_registry``;
+  ``type_handlers.create_type_handler_registry``, ``options.MultiprocessingOptions`` and ``multihost.process_index``;
 - ``TypeHandler.serialize`` gets ``ParamInfo`` objects with ``await_path_creation()``, ``name`` and ``path``;
 - the type string ``np.ndarray``, which makes a plain restore use Orbax's own NumPy handler;
 - that handler reads ``<path>/.zarray`` and its chunks, whatever the chunk shape.
@@ -16,6 +16,7 @@ What of Orbax this relies on (checked against 0.12.8; ``tests/store/test_orbax_c
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,11 +69,33 @@ def commit_arrays(folders: Mapping[str, Path], directory: Path) -> None:
     tree = nested({path: _FinishedArray(folder) for path, folder in folders.items()})
     with _only_errors_logged():
         registry = ocp.type_handlers.create_type_handler_registry((_FinishedArray, _MovingHandler()))
-        handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_zarr3=False, type_handler_registry=registry, enable_pinned_host_transfer=False
+        # This process alone, although others may have written some of the arrays.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=ocp.multihost.process_index(),
+            active_processes={ocp.multihost.process_index()},
+            barrier_sync_key_prefix="dsv4",
         )
-        with ocp.Checkpointer(handler) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False,
+            use_zarr3=False,
+            type_handler_registry=registry,
+            enable_pinned_host_transfer=False,
+            multiprocessing_options=alone,
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+    _forget_when_and_where(directory)
+
+
+def _forget_when_and_where(directory: Path) -> None:
+    """Take times and paths out of Orbax's own files, so that the same conversion gives the same bytes anywhere."""
+    file = directory / "_CHECKPOINT_METADATA"
+    metadata = json.loads(file.read_text(encoding="utf-8"))
+    metadata |= {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None}  # both are optional to Orbax
+    file.write_text(json.dumps(metadata), encoding="utf-8")
+    marker = directory / "commit_success.txt"
+    if marker.exists():  # Orbax looks only at whether it is there
+        marker.write_text("Checkpoint commit was successful\n", encoding="utf-8")
 
 
 @contextmanager

@@ -4,13 +4,13 @@
 
     DEST.dsv4-partial/
       lock            held with flock while a process writes; the system releases it when the process ends
-      journal.jsonl   the plan, then one line for every finished leaf
+      journal*.jsonl  the plan, then one line for every finished chunk and note; one file for each writing process
       leaves/PATH/    arrays, finished or not
       commit*         the checkpoint while Orbax builds it (with Orbax's suffix) and until it is published
       replaced        the former destination while it is being overwritten
 
-A kill at any moment leaves one of these states, and :func:`staging_area` and :meth:`Staging.take_back_leaves` lead
-every one of them back to "finished leaves in ``leaves/``". Only a rename makes the destination appear.
+A kill at any moment leaves one of these states, and :func:`staging_area` and :meth:`Staging.prepare` lead every one of
+them back to "the chunks of the journal in ``leaves/``". Only a rename makes the destination appear.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
-from dsv4_convert.store.arrays import sync, writing
+from dsv4_convert.store.arrays import Compression, StoredArray, create_array, sync, write_file, writing
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, ArrayLayout, Index, chunk_file
 
 SUFFIX = ".dsv4-partial"
 
@@ -37,9 +39,10 @@ class Staging:
 
     folder: Path
 
-    @property
-    def journal_file(self) -> Path:
-        return self.folder / "journal.jsonl"
+    @classmethod
+    def beside(cls, destination: Path) -> Self:
+        """The staging folder that belongs to ``destination``, whether it exists or not."""
+        return cls(destination.with_name(destination.name + SUFFIX))
 
     @property
     def leaves(self) -> Path:
@@ -57,7 +60,24 @@ class Staging:
         """Where the array of a leaf is written."""
         return self.leaves / path
 
-    def take_back_leaves(self) -> None:
+    def prepare(self, layouts: Mapping[str, ArrayLayout], *, plan: Mapping[str, Any], compression: Compression) -> None:
+        """Make a folder for every leaf, and journal and folders agree, whatever an interrupted run left.
+
+        Raises:
+            UsageError, BadInput: as :meth:`Journal.open`.
+            ResourceError: the disk is full or failing.
+        """
+        journal = Journal.open(self.folder, plan=plan)
+        self._take_back_leaves()
+        chunks: dict[str, dict[Index, str]] = {}
+        for path, layout in layouts.items():
+            kept = self._reconcile(self.leaf(path), layout, compression, journal.chunks.get(path, {}))
+            if kept:
+                chunks[path] = kept
+        journal.chunks = chunks
+        journal.rewrite()
+
+    def _take_back_leaves(self) -> None:
         """Undo an unfinished commit: arrays go back to ``leaves/``, Orbax's own files are removed."""
         self.leaves.mkdir(exist_ok=True)
         for commit in self.folder.glob("commit*"):
@@ -65,6 +85,31 @@ class Staging:
                 if entry.is_dir() and not self.leaf(entry.name).exists():
                     entry.rename(self.leaf(entry.name))
             shutil.rmtree(commit)
+
+    def _reconcile(
+        self, folder: Path, layout: ArrayLayout, compression: Compression, digests: Mapping[Index, str]
+    ) -> dict[Index, str]:
+        """Those of the chunks with these digests that are there; whatever else lies in the leaf's folder is removed."""
+        with writing(folder):
+            if not folder.exists():
+                create_array(folder, layout, compression)
+                return {}
+            try:
+                stored = StoredArray.open(folder)
+                intact = stored.layout == layout and stored.compression == compression
+            except BadInput:
+                intact = False
+            if not intact:
+                shutil.rmtree(folder)
+                create_array(folder, layout, compression)
+                return {}
+            missing = set(stored.missing_chunks())
+            kept = {index: digest for index, digest in digests.items() if chunk_file(index) not in missing}
+            names = {ARRAY_METADATA_FILE, *map(chunk_file, kept)}
+            for entry in folder.iterdir():
+                if entry.name not in names:
+                    entry.unlink()
+            return kept
 
     def clear(self) -> None:
         """Discard everything but the lock."""
@@ -100,6 +145,19 @@ class Staging:
         shutil.rmtree(self.folder)
 
 
+def staged_bytes(destination: Path) -> int:
+    """Bytes of the chunks that an interrupted run has left for ``destination``."""
+    leaves = Staging.beside(destination).leaves
+    return sum(entry.stat().st_size for folder in _folders(leaves) for entry in os.scandir(folder))
+
+
+def _folders(parent: Path) -> list[str]:
+    try:
+        return [entry.path for entry in os.scandir(parent) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+
+
 @contextmanager
 def staging_area(destination: Path) -> Iterator[Staging]:
     """Create or reopen the staging folder of ``destination`` and hold its lock.
@@ -107,7 +165,7 @@ def staging_area(destination: Path) -> Iterator[Staging]:
     Raises:
         ResourceError: another process holds the lock, or the folder cannot be created.
     """
-    staging = Staging(destination.with_name(destination.name + SUFFIX))
+    staging = Staging.beside(destination)
     lock = staging.folder / "lock"
     while True:
         with writing(staging.folder):
@@ -147,61 +205,128 @@ def _is_open_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+@dataclass
 class Journal:
-    """The record of finished leaves: a line is on the disk before its leaf counts as finished.
+    """The record of finished chunks and notes.
 
-    The first line holds the plan. A last line that was cut off by a kill is dropped.
+    A line is written after its chunk is on the disk, so that no power cut leaves a line without its chunk. The lines
+    themselves are not waited for: one that is lost costs the work of a chunk. The first line of every file holds the
+    plan. A last line that was cut off by a kill is dropped.
     """
 
-    def __init__(self, path: Path, *, plan: Mapping[str, Any]) -> None:
-        """Open the journal of this plan, or begin it.
+    folder: Path
+    plan: Mapping[str, Any]
+    #: Number of the process that appends; each has a file of its own.
+    member: int = 0
+    chunks: dict[str, dict[Index, str]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    _stream: FileIO | None = None
+
+    @classmethod
+    def open(cls, folder: Path, *, plan: Mapping[str, Any], member: int = 0) -> Self:
+        """Read what all processes have recorded.
 
         Args:
-            path: the journal's file.
-            plan: JSON that must be the same for the finished leaves to be used again.
+            folder: the staging folder.
+            plan: JSON that must be the same for the finished chunks to be used again.
+            member: number of this process.
 
         Raises:
             UsageError: the journal belongs to another plan.
             BadInput: the journal is damaged.
         """
-        self._path = path
-        self.finished: dict[str, tuple[str, ...]] = {}
-        lines = self._complete_lines()
+        journal = cls(folder, plan, member)
+        for file in journal._files():
+            journal._read(file)
+        return journal
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / (f"journal-{self.member}.jsonl" if self.member else "journal.jsonl")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("journal*.jsonl"))
+
+    def _read(self, file: Path) -> None:
+        data = file.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
         if not lines:
-            self._append(plan, mode="wb")
-            sync(path.parent)
             return
         try:
             found, *entries = map(json.loads, lines)
-            self.finished = {entry["leaf"]: tuple(entry["chunk_digests"]) for entry in entries}
+            for entry in entries:
+                if "note" in entry:
+                    self.notes[entry["note"]] = entry["value"]
+                else:
+                    self.chunks.setdefault(entry["leaf"], {})[tuple(entry["chunk"])] = entry["digest"]
             differing = [
-                f"{key}: {found.get(key)!r} then, {plan.get(key)!r} now"
-                for key in sorted({*found, *plan})
-                if found.get(key) != plan.get(key)
+                f"{key}: {found.get(key)!r} then, {self.plan.get(key)!r} now"
+                for key in sorted({*found, *self.plan})
+                if found.get(key) != self.plan.get(key)
             ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadInput(f"{path}: the journal is damaged ({error}). Start again with restart.") from error
+            raise BadInput(f"{file}: the journal is damaged ({error!r}). Start again with --restart.") from error
         if differing:
             raise UsageError(
-                f"{path.parent}: an unfinished conversion with other settings is here:\n{listed(differing)}\n"
-                "Run with the former settings to finish it, or restart to discard it."
+                f"{file.parent}: an unfinished conversion with other settings is here:\n{listed(differing)}\n"
+                "Run with the former settings and source to finish it, or --restart to discard it."
             )
 
-    def _complete_lines(self) -> Sequence[bytes]:
-        if not self._path.exists():
-            return ()
-        data = self._path.read_bytes()
-        complete = data.rfind(b"\n") + 1
-        if complete < len(data):
-            os.truncate(self._path, complete)
-        return data[:complete].splitlines()
+    def rewrite(self) -> None:
+        """Make one file of all, with what ``chunks`` and ``notes`` say now."""
+        lines = [self.plan]
+        lines += [_chunk_line(path, index, digest) for path, of in self.chunks.items() for index, digest in of.items()]
+        lines += [_note_line(name, value) for name, value in self.notes.items()]
+        whole, new = self.folder / "journal.jsonl", self.folder / "journal.new"
+        write_file(new, b"".join(map(_line, lines)))
+        with writing(whole):
+            new.rename(whole)
+            for file in self._files():
+                if file != whole:
+                    file.unlink()
+        sync(self.folder)
 
-    def append(self, leaf: str, chunk_digests: Sequence[str]) -> None:
-        """Record durably that ``leaf`` is finished. Its array must be on the disk already."""
-        self._append({"leaf": leaf, "chunk_digests": list(chunk_digests)}, mode="ab")
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Chunks and notes can be added in this block."""
+        with writing(self._file):
+            stream = FileIO(self._file, "a")  # unbuffered: what was added survives a kill of the process
+        with stream:
+            self._stream = stream
+            if not stream.tell():
+                self._append(self.plan)
+            yield
 
-    def _append(self, entry: Mapping[str, Any], *, mode: str) -> None:
-        with writing(self._path), open(self._path, mode) as file:
-            file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def add_chunk(self, path: str, index: Index, digest: str) -> None:
+        """Record a chunk. It must be on the disk already."""
+        self.chunks.setdefault(path, {})[index] = digest
+        self._append(_chunk_line(path, index, digest))
+
+    def add_note(self, name: str, value: Any) -> None:
+        """Record a note: JSON."""
+        self.notes[name] = value
+        self._append(_note_line(name, value))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        stream = self._stream
+        assert stream is not None
+        with writing(self._file):
+            end, line = stream.tell(), memoryview(_line(entry))
+            try:
+                while line:
+                    line = line[stream.write(line) :]
+            except OSError:  # half a line, and another thread may add one after it
+                stream.truncate(end)
+                raise
+
+
+def _chunk_line(path: str, index: Index, digest: str) -> dict[str, Any]:
+    return {"leaf": path, "chunk": list(index), "digest": digest}
+
+
+def _note_line(name: str, value: Any) -> dict[str, Any]:
+    return {"note": name, "value": value}
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, UsageError, listed
-from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, sync, write_file, writing
-from dsv4_convert.store.layout import (
-    MANIFEST_FILE,
-    ArrayLayout,
-    Index,
-    chunk_digest,
-    is_file_name,
-    path_problems,
-)
+from dsv4_convert.errors import UsageError, listed
+from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, sync, write_file
+from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
 from dsv4_convert.store.manifest import LeafRecord, Manifest
+from dsv4_convert.store.processes import ALONE, Processes
 from dsv4_convert.store.staging import Journal, Staging, staging_area
 from dsv4_convert.store.threads import work_through
+
+#: Where a task stands in the order of the work: smaller ones first, equal ones in the order of the leaves.
+Rank: TypeAlias = tuple[int, ...]
 
 #: Called after every chunk with (bytes done, bytes in total, path of the leaf), one call at a time, from any thread.
 Progress = Callable[[int, int, str], None]
@@ -43,6 +41,7 @@ class LeafSpec:
         chunk_shape: shape of a chunk, of the same rank; see :func:`~dsv4_convert.store.layout.row_chunks`.
         chunks: gives chunk ``index`` of the grid as a C-contiguous array of ``dtype``, clipped to ``shape``. Called
             from several threads at once; the array may be a buffer that the same thread's next call overwrites.
+        rank: when a chunk is written.
         sources: names of the tensors that it is made of, for the manifest.
         rule: name of how it is made, for the manifest.
     """
@@ -52,6 +51,7 @@ class LeafSpec:
     dtype: np.dtype[Any]
     chunk_shape: tuple[int, ...]
     chunks: Callable[[Index], Array]
+    rank: Callable[[Index], Rank] = lambda _: ()
     sources: tuple[str, ...] = ()
     rule: str = ""
 
@@ -62,20 +62,40 @@ class LeafSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something to find out while the leaves are written, and kept over interruptions as they are.
+
+    Attributes:
+        name: unique among the notes.
+        value: finds it out: JSON. Called from any thread.
+        rank: when.
+    """
+
+    name: str
+    value: Callable[[], Any]
+    rank: Rank = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteSummary:
     """What was written.
 
     Attributes:
         records: the manifest's record of every leaf, in the order of the paths.
+        notes: the value of every note by its name.
         total_bytes: canonical bytes of all leaves.
-        written_bytes: those of them that this run wrote.
-        resumed_leaves: number of leaves that an earlier run had finished.
+        kept_bytes: those of them that an earlier, interrupted run had written.
     """
 
     records: Mapping[str, LeafRecord]
+    notes: Mapping[str, Any]
     total_bytes: int
-    written_bytes: int
-    resumed_leaves: int
+    kept_bytes: int
+
+    @property
+    def written_bytes(self) -> int:
+        """Canonical bytes that this run wrote."""
+        return self.total_bytes - self.kept_bytes
 
 
 def write_checkpoint(
@@ -83,19 +103,22 @@ def write_checkpoint(
     leaves: Sequence[LeafSpec],
     *,
     fingerprint: Mapping[str, Any],
+    notes: Sequence[Note] = (),
     metadata: Callable[[WriteSummary], Mapping[str, Any]] = lambda _: {},
     extra_files: Callable[[WriteSummary], Mapping[str, bytes]] = lambda _: {},
     compression: Compression = "none",
-    workers: int = 2,
+    workers: int = 4,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
+    committed: Callable[[str, Index | None], None] = lambda name, index: None,
     restart: bool = False,
     overwrite: bool = False,
 ) -> WriteSummary:
     """Write ``leaves`` as an Orbax checkpoint at ``destination``, a folder that must not exist.
 
-    Leaves are written in the given order, chunk by chunk, into ``destination + ".dsv4-partial"``; the destination
-    appears by one rename when all is on the disk. After an interruption of any kind the same call goes on after the
-    last finished leaf. Peak memory is what ``leaves[i].chunks`` uses in ``workers`` threads; see
+    Chunks are written in the order of their ranks into ``destination + ".dsv4-partial"``; the destination appears by
+    one rename when all is on the disk. After an interruption of any kind the same call goes on with the chunks that
+    are missing. Peak memory is what ``leaves[i].chunks`` uses in ``workers`` threads; see
     :class:`~dsv4_convert.store.arrays.ArrayWriter` for the cases in which a chunk is copied.
 
     Args:
@@ -103,74 +126,85 @@ def write_checkpoint(
         leaves: what to write.
         fingerprint: JSON that identifies the content besides paths, shapes, dtypes, sources and rules, such as the
             source's revision and the options; an interrupted run is only continued when it is the same.
+        notes: what to find out on the way.
         metadata: JSON for the manifest, asked for when all leaves are written.
         extra_files: contents of further files of the checkpoint's folder by name, asked for at the same time.
         compression: ``"zstd"`` writes less and is several times slower.
-        workers: threads that make, hash and write chunks.
-        progress: see :data:`Progress`; also called once at the start if earlier leaves are kept.
+        workers: threads that make, hash and write chunks. More than there are cores, so that these have work while
+            some threads wait for the disk.
+        processes: those that share the work, each calling this with the same arguments. Every one writes its share of
+            the bytes, and the first one commits. They see the same file system.
+        progress: see :data:`Progress`; of the share of this process. Called with no path at the start, when the bytes
+            that are kept are known.
+        committed: called with (path of the leaf, index) of every chunk, and (name, None) of every note, that is safe
+            on the disk, those of an earlier run included; one call at a time, from any thread.
         restart: discard what an interrupted run left.
         overwrite: replace an existing checkpoint of dsv4 at ``destination``, when the new one is complete.
+
+    Returns:
+        The same in every process, but for the bytes kept.
 
     Raises:
         ValueError: leaves do not form a tree, a layout or an extra file's name is impossible, or ``chunks`` gave an
             array of another shape or dtype.
         UsageError: the destination exists, is not local, or an interrupted run had other settings.
-        ResourceError: the disk is full or failing, or another process writes the same destination.
+        ResourceError: the disk is full or failing, another process writes the same destination, or one of the
+            ``processes`` failed.
         BadInput: the journal of an interrupted run is damaged.
     """
-    target = _local_path(destination)
+    target = local_path(destination)
     if problems := path_problems([leaf.path for leaf in leaves]):
         raise ValueError(f"the leaves do not form a tree:\n{listed(problems)}")
     if not leaves:
         raise ValueError("a checkpoint needs at least one leaf")
     plan = _plan(leaves, fingerprint, compression)
-    _check_destination(target, overwrite=overwrite)
-    with staging_area(target) as staging:
-        _check_destination(target, overwrite=overwrite)  # again: another writer may have published meanwhile
-        if restart:
-            staging.clear()
-        journal = Journal(staging.journal_file, plan=plan)
-        staging.take_back_leaves()
-        finished = _intact_leaves(leaves, staging, journal)
-        todo = [leaf for leaf in leaves if leaf.path not in finished]
-        total = sum(leaf.layout.nbytes for leaf in leaves)
-        remaining = sum(leaf.layout.nbytes for leaf in todo)
-        done = total - remaining
-
-        def report(nbytes: int, path: str) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total, path)
-
-        if finished:
-            report(0, next(iter(finished)))
-        written = _write_leaves(todo, staging, journal, compression, workers=workers, report=report)
-        digests = {**finished, **written}
-        summary = WriteSummary(
-            records={
-                leaf.path: LeafRecord(
-                    layout=leaf.layout, chunk_digests=digests[leaf.path], sources=leaf.sources, rule=leaf.rule
-                )
-                for leaf in sorted(leaves, key=lambda leaf: leaf.path)
-            },
-            total_bytes=total,
-            written_bytes=remaining,
-            resumed_leaves=len(finished),
-        )
-        _commit(staging, summary, metadata(summary), extra_files(summary))
-        staging.publish(target)
+    check_destination(target, overwrite=overwrite)
+    staging = Staging.beside(target)
+    with ExitStack() as held:
+        with processes.step("prepare"):
+            if processes.first:
+                held.enter_context(staging_area(target))
+                check_destination(target, overwrite=overwrite)  # again: another writer may have published meanwhile
+                if restart:
+                    staging.clear()
+                staging.prepare({leaf.path: leaf.layout for leaf in leaves}, plan=plan, compression=compression)
+        with processes.step("look"):
+            journal = Journal.open(staging.folder, plan=plan, member=processes.index)
+        with processes.step("write"):
+            for path, digests in journal.chunks.items():
+                for index in digests:
+                    committed(path, index)
+            for name in journal.notes:
+                committed(name, None)
+            tasks = _in_order(leaves, notes, staging, journal, compression)
+            total = sum(leaf.layout.nbytes for leaf in leaves)
+            kept = total - sum(task.nbytes for task in tasks)
+            mine = _share(tasks, processes)
+            _work(mine, journal, workers=workers, kept=kept, progress=progress, committed=committed)
+        with processes.step("commit"):
+            journal = Journal.open(staging.folder, plan=plan, member=processes.index)
+            summary = WriteSummary(
+                records={leaf.path: _record(leaf, journal) for leaf in sorted(leaves, key=lambda leaf: leaf.path)},
+                notes={note.name: journal.notes[note.name] for note in notes},
+                total_bytes=total,
+                kept_bytes=kept,
+            )
+            if processes.first:
+                _commit(staging, summary, metadata(summary), extra_files(summary))
+                staging.publish(target)
     return summary
 
 
-def _local_path(destination: str | os.PathLike[str]) -> Path:
+def local_path(destination: str | os.PathLike[str]) -> Path:
+    """The destination as an absolute path. Raises :class:`UsageError` for a URL."""
     text = os.fspath(destination)
     if "://" in text:
         raise UsageError(f"{text}: only local folders can be written. Write to a local folder, then copy it there.")
     return Path(os.path.abspath(text))
 
 
-def _check_destination(target: Path, *, overwrite: bool) -> None:
+def check_destination(target: Path, *, overwrite: bool) -> None:
+    """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -186,7 +220,7 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
         for leaf in sorted(leaves, key=lambda leaf: leaf.path)
     ]
     plan = {
-        "journal_version": 1,
+        "journal_version": 2,
         "compression": compression,
         "leaves": hashlib.sha256(json.dumps(outlines).encode()).hexdigest(),
         **{f"fingerprint.{key}": value for key, value in fingerprint.items()},
@@ -194,89 +228,128 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
     return dict(json.loads(json.dumps(plan)))  # tuples become lists, as they will when the journal is read
 
 
-def _intact_leaves(leaves: Sequence[LeafSpec], staging: Staging, journal: Journal) -> dict[str, tuple[str, ...]]:
-    """Chunk digests of the leaves that the journal calls finished and whose files are all there."""
-    intact = {}
-    for leaf in leaves:
-        digests = journal.finished.get(leaf.path)
-        if digests is None:
-            continue
-        try:
-            stored = StoredArray.open(staging.leaf(leaf.path))
-        except BadInput:
-            continue
-        if stored.layout == leaf.layout and not stored.missing_chunks():
-            intact[leaf.path] = digests
-    return intact
-
-
 class _Leaf:
-    """A leaf while it is written: its array, and the digests of the chunks so far."""
+    """A leaf while it is written."""
 
     def __init__(self, spec: LeafSpec, staging: Staging, compression: Compression) -> None:
-        folder = staging.leaf(spec.path)
-        with writing(folder):
-            if folder.exists():  # unfinished, or damaged since
-                shutil.rmtree(folder)
-            folder.mkdir()
         self.spec = spec
-        self.writer = ArrayWriter(folder, spec.layout, compression)
-        self.digests: dict[Index, str] = {}
+        self.writer = ArrayWriter(staging.leaf(spec.path), spec.layout, compression)
 
-    def write(self, index: Index) -> tuple[str, int]:
-        """Make, hash and write one chunk; returns its digest and its canonical bytes."""
-        chunk = self.spec.chunks(index)
-        expected = self.spec.layout.clipped_shape(index)
-        if chunk.shape != expected or chunk.dtype != self.spec.dtype or not chunk.flags.c_contiguous:
-            raise ValueError(
-                f"{self.spec.path}, chunk {index}: got {chunk.dtype} {chunk.shape}"
-                f"{'' if chunk.flags.c_contiguous else ', not C-contiguous'}; expected {self.spec.dtype} {expected}"
-            )
-        digest = chunk_digest(chunk)
-        self.writer.write_chunk(index, chunk)
-        return digest, chunk.nbytes
+
+@dataclass(frozen=True)
+class _ChunkTask:
+    """A chunk to write."""
+
+    leaf: _Leaf
+    index: Index
 
     @property
-    def complete(self) -> bool:
-        return len(self.digests) == self.spec.layout.chunk_count
+    def nbytes(self) -> int:
+        spec = self.leaf.spec
+        return math.prod(spec.layout.clipped_shape(self.index)) * spec.dtype.itemsize
 
-    def finish(self, journal: Journal) -> tuple[str, ...]:
-        """Make the leaf durable, then record it."""
-        self.writer.finish()
-        digests = tuple(self.digests[index] for index in self.spec.layout.chunk_indices())
-        journal.append(self.spec.path, digests)
-        return digests
+    def run(self) -> str:
+        """Make, hash and write the chunk; its digest."""
+        spec, index = self.leaf.spec, self.index
+        chunk = spec.chunks(index)
+        expected = spec.layout.clipped_shape(index)
+        if chunk.shape != expected or chunk.dtype != spec.dtype or not chunk.flags.c_contiguous:
+            raise ValueError(
+                f"{spec.path}, chunk {index}: got {chunk.dtype} {chunk.shape}"
+                f"{'' if chunk.flags.c_contiguous else ', not C-contiguous'}; expected {spec.dtype} {expected}"
+            )
+        digest = chunk_digest(chunk)
+        self.leaf.writer.write_chunk(index, chunk)
+        return digest
+
+    def enter(self, journal: Journal, result: str) -> tuple[str, Index | None]:
+        journal.add_chunk(self.leaf.spec.path, self.index, result)
+        return self.leaf.spec.path, self.index
 
 
-def _write_leaves(
-    todo: Sequence[LeafSpec],
-    staging: Staging,
+@dataclass(frozen=True)
+class _NoteTask:
+    """A note to find out."""
+
+    note: Note
+    #: Nothing is written for it.
+    nbytes: int = 0
+
+    def run(self) -> Any:
+        return self.note.value()
+
+    def enter(self, journal: Journal, result: Any) -> tuple[str, Index | None]:
+        journal.add_note(self.note.name, result)
+        return self.note.name, None
+
+
+_Task: TypeAlias = _ChunkTask | _NoteTask
+
+
+def _in_order(
+    leaves: Sequence[LeafSpec], notes: Sequence[Note], staging: Staging, journal: Journal, compression: Compression
+) -> list[_Task]:
+    """Everything that is not in the journal yet, by rank."""
+    ranked: list[tuple[Rank, _Task]] = [
+        (note.rank, _NoteTask(note)) for note in notes if note.name not in journal.notes
+    ]
+    for spec in leaves:
+        leaf = _Leaf(spec, staging, compression)
+        done = journal.chunks.get(spec.path, {})
+        ranked += [
+            (spec.rank(index), _ChunkTask(leaf, index)) for index in spec.layout.chunk_indices() if index not in done
+        ]
+    return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]
+
+
+def _share(tasks: Sequence[_Task], processes: Processes) -> list[_Task]:
+    """The tasks of this process: a run of neighbours with its part of the bytes, which reads a part of the source."""
+    if processes.count == 1:
+        return list(tasks)
+    total = sum(task.nbytes for task in tasks) or 1
+    mine, before = [], 0
+    for task in tasks:
+        if min(before * processes.count // total, processes.count - 1) == processes.index:
+            mine.append(task)
+        before += task.nbytes
+    return mine
+
+
+def _work(
+    tasks: Sequence[_Task],
     journal: Journal,
-    compression: Compression,
     *,
     workers: int,
-    report: Callable[[int, str], None],
-) -> dict[str, tuple[str, ...]]:
-    """Write leaves in order; chunk digests of each by its path. ``report`` gets the bytes of every chunk written."""
-    written: dict[str, tuple[str, ...]] = {}
+    kept: int,
+    progress: Progress | None,
+    committed: Callable[[str, Index | None], None],
+) -> None:
+    """Do the tasks; each is in the journal as soon as it is on the disk."""
+    total = kept + sum(task.nbytes for task in tasks)
+    done = kept
+    if progress is not None:
+        progress(done, total, "")
 
-    def chunks() -> Iterator[tuple[_Leaf, Index]]:
-        for spec in todo:
-            leaf = _Leaf(spec, staging, compression)
-            if leaf.complete:  # an array without elements has no chunks
-                written[spec.path] = leaf.finish(journal)
-            for index in spec.layout.chunk_indices():
-                yield leaf, index
+    def note(task: _Task, result: Any) -> None:
+        nonlocal done
+        name, index = task.enter(journal, result)
+        committed(name, index)
+        done += task.nbytes
+        if progress is not None and index is not None:
+            progress(done, total, name)
 
-    def note(task: tuple[_Leaf, Index], result: tuple[str, int]) -> None:
-        leaf, index = task
-        leaf.digests[index], nbytes = result
-        if leaf.complete:
-            written[leaf.spec.path] = leaf.finish(journal)
-        report(nbytes, leaf.spec.path)
+    with journal.appending():
+        work_through(iter(tasks), lambda task: task.run(), note, workers=workers)
 
-    work_through(chunks(), lambda task: task[0].write(task[1]), note, workers=workers)
-    return written
+
+def _record(leaf: LeafSpec, journal: Journal) -> LeafRecord:
+    digests = journal.chunks.get(leaf.path, {})
+    return LeafRecord(
+        layout=leaf.layout,
+        chunk_digests=tuple(digests[index] for index in leaf.layout.chunk_indices()),
+        sources=leaf.sources,
+        rule=leaf.rule,
+    )
 
 
 def _commit(
@@ -285,6 +358,9 @@ def _commit(
     """Build the checkpoint in ``staging.commit``, with the manifest as the last file."""
     from dsv4_convert.store.orbax_commit import commit_arrays
 
+    for path in summary.records:
+        sync(staging.leaf(path))
+    sync(staging.leaves)
     commit_arrays({path: staging.leaf(path) for path in summary.records}, staging.commit)
     for name, content in extra_files.items():
         if not is_file_name(name) or name == MANIFEST_FILE or (staging.commit / name).exists():

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -25,9 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.store import LeafSpec, WriteSummary, open_store, staging, verify, write_checkpoint, writer
-from dsv4_convert.store.arrays import ArrayWriter
-from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout
+from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, staging, verify, write_checkpoint, writer
+from dsv4_convert.store.arrays import ArrayWriter, create_array
+from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout, chunk_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BF16 = DTYPES["bfloat16"]
@@ -68,7 +69,7 @@ def test_the_files_are_those_that_orbax_writes(tmp_path: Path, arrays, compressi
         array = arrays[path]
         layout = ArrayLayout(shape=array.shape, dtype=array.dtype, chunk_shape=array.shape)
         folder = tmp_path / "ours" / path
-        folder.mkdir()
+        create_array(folder, layout, compression)
         ArrayWriter(folder, layout, compression).write_chunk((0,) * array.ndim, array)
     assert array_files(tmp_path / "ours") == array_files(tmp_path / "orbax")
 
@@ -128,10 +129,11 @@ def test_summary_manifest_and_progress(tmp_path: Path, arrays, make_leaves) -> N
         progress=lambda *call: calls.append(call),
     )
     nbytes = sum(array.nbytes for array in arrays.values())
-    assert (summary.total_bytes, summary.written_bytes, summary.resumed_leaves) == (nbytes, nbytes, 0)
+    assert (summary.total_bytes, summary.written_bytes, summary.kept_bytes) == (nbytes, nbytes, 0)
     assert [done for done, _, _ in calls] == sorted({done for done, _, _ in calls})
     assert calls[-1][:2] == (nbytes, nbytes)
-    assert {path for _, _, path in calls} == set(arrays) - {"empty"}
+    assert calls[0] == (0, nbytes, "")
+    assert {path for _, _, path in calls[1:]} == set(arrays) - {"empty"}
     store = open_store(tmp_path / "checkpoint")
     assert store.manifest.leaves == summary.records
     assert store.metadata == {"leaves": len(arrays)}
@@ -197,7 +199,7 @@ def test_a_failure_leaves_a_resumable_folder(tmp_path: Path, arrays, make_leaves
     calls: list[tuple[int, int, str]] = []
     summary = write(destination, [noted(leaf) for leaf in leaves], progress=lambda *call: calls.append(call))
     assert calls[0][:2] == (summary.total_bytes - summary.written_bytes, summary.total_bytes)
-    assert summary.resumed_leaves == len(leaves) // 2
+    assert summary.kept_bytes == sum(leaf.layout.nbytes for leaf in leaves[: len(leaves) // 2])
     assert set(made) == {leaf.path for leaf in leaves[len(leaves) // 2 :] if leaf.layout.chunk_count}
     assert summary.written_bytes == sum(leaf.layout.nbytes for leaf in leaves[len(leaves) // 2 :])
     assert summary.records == whole.records
@@ -205,17 +207,115 @@ def test_a_failure_leaves_a_resumable_folder(tmp_path: Path, arrays, make_leaves
     assert verify(open_store(destination)) == []
 
 
-def test_a_finished_leaf_that_lost_a_file_is_written_again(tmp_path: Path, arrays, make_leaves) -> None:
+def test_what_is_lost_or_foreign_in_a_leaf_is_made_good(tmp_path: Path, arrays, make_leaves) -> None:
     leaves = make_leaves(arrays)
     destination = tmp_path / "checkpoint"
     with pytest.raises(RuntimeError):
         write(destination, failing_at(leaves, leaves[-2].path, RuntimeError()), workers=1)
-    damaged = [partial(destination) / "leaves" / leaf.path for leaf in leaves[:3]]
+    damaged = [partial(destination) / "leaves" / leaf.path for leaf in leaves[:4]]
     (damaged[0] / "1.0").unlink()
     os.truncate(damaged[1] / "0.0", 1)
     (damaged[2] / ".zarray").write_text("{}")
-    assert write(destination, leaves).resumed_leaves == len(leaves) - 2 - 3
+    (damaged[3] / "0.0.__lock").write_text("left by tensorstore")
+    (damaged[3] / "5.5").write_text("not in the journal")
+    lost = [math.prod(leaves[0].layout.clipped_shape((1, 0))) * leaves[0].dtype.itemsize]
+    lost += [math.prod(leaves[1].layout.clipped_shape((0, 0))) * leaves[1].dtype.itemsize]
+    lost += [leaf.layout.nbytes for leaf in (leaves[2], *leaves[-2:])]
+    summary = write(destination, leaves)
+    assert summary.written_bytes == sum(lost)
     assert verify(open_store(destination)) == []
+    assert array_files(destination).keys() == array_files_of(leaves)
+
+
+def array_files_of(leaves: list[LeafSpec]) -> set[str]:
+    """Names of the files that a checkpoint of these leaves has."""
+    chunks = {f"{leaf.path}/{chunk_file(index)}" for leaf in leaves for index in leaf.layout.chunk_indices()}
+    return chunks | {f"{leaf.path}/.zarray" for leaf in leaves}
+
+
+def test_an_interrupted_leaf_keeps_its_finished_chunks(tmp_path: Path) -> None:
+    """A kill costs the chunks in flight, not the stack of experts that they belong to."""
+    made: list[int] = []
+
+    def chunks(index: tuple[int, ...]) -> np.ndarray:
+        if len(made) == 5:
+            made.append(-1)
+            raise RuntimeError
+        made.append(index[0])
+        return np.full((1, 4), index[0], np.int32)
+
+    leaf = LeafSpec(path="w", shape=(8, 4), dtype=np.dtype("<i4"), chunk_shape=(1, 4), chunks=chunks)
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "checkpoint", [leaf], workers=1)
+    write(tmp_path / "checkpoint", [leaf], workers=1)
+    assert made == [0, 1, 2, 3, 4, -1, 5, 6, 7]
+    assert verify(open_store(tmp_path / "checkpoint")) == []
+
+
+def test_work_is_done_by_rank_and_notes_are_kept(tmp_path: Path) -> None:
+    log: list[str] = []
+    failing = True
+
+    def leaf(name: str) -> LeafSpec:
+        def chunks(index: tuple[int, ...]) -> np.ndarray:
+            if failing and (name, index) == ("b", (1,)):
+                raise RuntimeError
+            log.append(f"{name}{index[0]}")
+            return np.full(1, 7, np.int32)
+
+        return LeafSpec(
+            path=name,
+            shape=(2,),
+            dtype=np.dtype("<i4"),
+            chunk_shape=(1,),
+            chunks=chunks,
+            rank=lambda index: (index[0],),
+        )
+
+    def note(name: str, rank: int) -> Note:
+        return Note(name=name, value=lambda: (log.append(name), {"found": [name]})[1], rank=(rank,))
+
+    committed: list[tuple[str, Any]] = []
+
+    def run() -> WriteSummary:
+        return write(
+            tmp_path / "checkpoint",
+            [leaf("a"), leaf("b")],
+            notes=[note("early", 0), note("late", 1)],
+            workers=1,
+            committed=lambda *what: committed.append(what),
+        )
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert log == ["early", "a0", "b0", "late", "a1"]
+    assert committed == [("early", None), ("a", (0,)), ("b", (0,)), ("late", None), ("a", (1,))]
+    failing = False
+    committed.clear()
+    summary = run()
+    assert log[5:] == ["b1"]
+    assert summary.notes == {"early": {"found": ["early"]}, "late": {"found": ["late"]}}
+    assert sorted(committed, key=str) == sorted(
+        [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,)), ("early", None), ("late", None)], key=str
+    )
+
+
+def test_the_same_leaves_give_the_same_files(tmp_path: Path, arrays, make_leaves) -> None:
+    """Every byte, Orbax's metadata and the manifest included, however the work was cut up."""
+    leaves = make_leaves(arrays)
+    write(tmp_path / "once", leaves, workers=3)
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "twice", failing_at(leaves, leaves[5].path, RuntimeError()), workers=2)
+    write(tmp_path / "twice", leaves, workers=1)
+    once, twice = (
+        {
+            str(file.relative_to(tmp_path / name)): file.read_bytes()
+            for file in (tmp_path / name).rglob("*")
+            if file.is_file()
+        }
+        for name in ("once", "twice")
+    )
+    assert once == twice
 
 
 _KILLED = """
@@ -322,10 +422,10 @@ def test_a_torn_journal_line_is_dropped_and_a_damaged_one_refused(tmp_path: Path
     with pytest.raises(RuntimeError):
         write(destination, failing_at(leaves, leaves[4].path, RuntimeError()), workers=1)
     assert journal.read_bytes() == whole
-    journal.write_bytes(whole.replace(b"chunk_digests", b"chunk\xffdigests"))
+    journal.write_bytes(whole.replace(b'"digest"', b'"dig\xffst"'))
     with pytest.raises(BadInput, match=r"journal\.jsonl: the journal is damaged"):
         write(destination, leaves)
-    assert write(destination, leaves, restart=True).resumed_leaves == 0
+    assert write(destination, leaves, restart=True).kept_bytes == 0
 
 
 def test_other_settings_do_not_continue_an_interrupted_run(tmp_path: Path, arrays, make_leaves) -> None:
@@ -341,7 +441,7 @@ def test_other_settings_do_not_continue_an_interrupted_run(tmp_path: Path, array
         with pytest.raises(UsageError, match="leaves: "):
             write(destination, changed)
     summary = write_checkpoint(destination, leaves, fingerprint={"revision": "r2"}, restart=True)
-    assert summary.resumed_leaves == 0
+    assert summary.kept_bytes == 0
     assert verify(open_store(destination)) == []
 
 
@@ -385,7 +485,7 @@ def test_when_overwriting_stops_between_the_renames_the_old_checkpoint_comes_bac
     with pytest.raises(UsageError, match="exists already"):
         write(destination, leaves)
     assert open_store(destination).paths == tuple(sorted(leaf.path for leaf in leaves[:2]))
-    assert write(destination, leaves, overwrite=True).resumed_leaves == len(leaves)
+    assert write(destination, leaves, overwrite=True).written_bytes == 0
     assert open_store(destination).paths == tuple(sorted(arrays))
 
 
@@ -503,7 +603,7 @@ def test_a_full_disk_is_a_resource_error_that_can_be_resumed(tmp_path: Path, arr
             write(destination, leaves, compression=compression, workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert write(destination, leaves, compression=compression).resumed_leaves == len(arrays)
+    assert write(destination, leaves, compression=compression).written_bytes == big.nbytes
 
 
 def test_an_error_of_the_source_is_not_called_a_write_error(tmp_path: Path, arrays, make_leaves) -> None:
@@ -579,7 +679,7 @@ def test_a_sigkill_from_outside_is_survived(tmp_path: Path) -> None:
         "    return np.full((1, 4), index[0], np.int32)\n"
         "leaves = [LeafSpec(path=f'l{n}', shape=(s, 4), dtype=np.dtype('<i4'), chunk_shape=(1, 4), chunks=chunks)"
         " for n, s in enumerate((2, 6))]\n"
-        "print(write_checkpoint(sys.argv[1], leaves, fingerprint={}, workers=1).resumed_leaves)\n"
+        "print(write_checkpoint(sys.argv[1], leaves, fingerprint={}, workers=1).kept_bytes)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     destination = tmp_path / "checkpoint"
@@ -592,5 +692,5 @@ def test_a_sigkill_from_outside_is_survived(tmp_path: Path) -> None:
     assert not destination.exists()
     assert partial(destination).exists()
     result = subprocess.run([*command, "whole"], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["0", "1", "2", "3", "4", "5", "1"]
+    assert result.stdout.splitlines() == ["3", "4", "5", "80"]
     assert verify(open_store(destination)) == []

@@ -1,0 +1,158 @@
+"""What is found out about every source tensor while it is converted: its digest, and what rounding did to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.convert.plan import Plan
+from dsv4_convert.convert.sources import Shard, Sources, SourceTensor, targets_of
+from dsv4_convert.convert.storage import Form, Storage
+from dsv4_convert.coverage import Source
+from dsv4_convert.formats.exactness import Rounding, rounding
+from dsv4_convert.names import FP8_TILE, Rule
+from dsv4_convert.store import LeafRecord
+
+#: Pages of the source that are in memory at a time, at most, while it is hashed.
+_PART_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Of one source tensor and its scales."""
+
+    digests: Mapping[str, str]
+    rounding: Rounding
+
+    def to_json(self) -> dict[str, Any]:
+        """As the journal keeps it."""
+        return {"digests": dict(self.digests), "rounding": dataclasses.asdict(self.rounding)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Account:
+        """Inverse of :meth:`to_json`."""
+        return cls(entry["digests"], Rounding(**entry["rounding"]))
+
+
+def account(checkpoint: Checkpoint, source: Source, rule: Rule, storage: Storage) -> Account:
+    """Hash a tensor and its scales; count the values that the conversion rounds."""
+    digests = {name: tensor_digest(checkpoint, name) for name in _names(source)}
+    converted = storage is not Storage.SOURCE and rule.kind.follows_dtype
+    return Account(digests, _rounding(checkpoint, source, storage.dtype) if converted else Rounding())
+
+
+def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
+    """Hex SHA-256 of the stored bytes of one tensor, in bounded memory."""
+    digest = hashlib.sha256()
+    stored = checkpoint.read_bytes(name)
+    for start in range(0, len(stored), _PART_BYTES):
+        digest.update(stored[start : start + _PART_BYTES])
+        checkpoint.release(name)
+    return digest.hexdigest()
+
+
+def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> Rounding:
+    info = checkpoint.tensors[source.weight]
+    stored = checkpoint.read(source.weight)
+    scale = checkpoint.read(source.scale) if source.scale is not None else None
+    if stored.ndim != 2:
+        return rounding(stored, scale, dtype=dtype)
+    total, tile = Rounding(), FP8_TILE[0]
+    step = max(tile, _PART_BYTES // max(1, info.nbytes // info.shape[0]) // tile * tile)
+    tall = scale is not None and scale.shape[0] != stored.shape[0]  # tiles of rows share a scale
+    for start in range(0, stored.shape[0], step):
+        rows = slice(start, start + step)
+        scales = slice(start // tile, -(-(start + step) // tile)) if tall else rows
+        total += rounding(stored[rows], scale[scales] if scale is not None else None, dtype=dtype)
+        for name in _names(source):
+            checkpoint.release(name)
+    return total
+
+
+def _names(source: Source) -> Iterator[str]:
+    yield source.weight
+    if source.scale is not None:
+        yield source.scale
+
+
+def to_account(planned: Plan) -> frozenset[str]:
+    """The weights that need an account of their own.
+
+    Where a chunk of the store is a whole published tensor, byte for byte, its digest is that tensor's, and nothing
+    can round.
+    """
+    if planned.storage is not Storage.SOURCE:
+        return frozenset(planned.sources)
+    return frozenset(
+        source.weight
+        for piece in planned.pieces
+        if piece.leaf.fused or (not piece.leaf.stacked and piece.layout.chunk_count != 1)
+        for source in piece.leaf.sources
+    )
+
+
+def assemble(
+    planned: Plan,
+    accounts: Mapping[str, Account],
+    records: Mapping[str, LeafRecord],
+    shards: Mapping[str, Shard],
+) -> Sources:
+    """The account of all source tensors, once everything is written."""
+    digests = {name: digest for entry in accounts.values() for name, digest in entry.digests.items()}
+    if planned.storage is Storage.SOURCE:
+        for piece in planned.pieces:
+            for index, digest in zip(piece.layout.chunk_indices(), records[piece.path].chunk_digests, strict=True):
+                (name,) = planned.names_of(piece, index)
+                digests.setdefault(name, digest)
+    targets = targets_of((piece.path, piece.sources) for piece in planned.pieces)
+    in_order = sorted(planned.infos.values(), key=lambda info: (info.file.name, info.start))
+    return Sources(
+        shards=shards,
+        tensors={
+            info.name: SourceTensor(
+                shard=info.file.name,
+                dtype=info.dtype,
+                shape=info.shape,
+                sha256=digests.get(info.name),
+                targets=targets.get(info.name, ()),
+                dropped=planned.dropped.get(info.name),
+            )
+            for info in in_order
+        },
+    )
+
+
+def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str, Any]:
+    """What the manifest says of rounding: in all, and the values changed in every leaf that has some."""
+    total = sum((entry.rounding for entry in accounts.values()), Rounding())
+    leaves: dict[str, int] = {}
+    for piece in planned.pieces:
+        changed = sum(
+            accounts[source.weight].rounding.rounded for source in piece.leaf.sources if source.weight in accounts
+        )
+        if changed and piece.form is Form.DECODED:
+            leaves[piece.path] = changed
+    largest = total.largest_relative
+    return {
+        "values": total.values,
+        "rounded": total.rounded,
+        # JSON has no infinity: a value that overflows.
+        "largest_relative": largest if math.isfinite(largest) else "inf",
+        "leaves": leaves,
+    }
+
+
+def describe_rounding(entry: Mapping[str, Any]) -> str:
+    """One sentence for people."""
+    if not entry["rounded"]:
+        return f"exact: none of {entry['values']:,} converted values is rounded"
+    return (
+        f"{entry['rounded']:,} of {entry['values']:,} converted values are rounded, the largest by a relative "
+        f"{entry['largest_relative']:.2g}; --dtype float32 or source keep them exact"
+    )

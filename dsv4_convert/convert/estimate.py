@@ -1,0 +1,201 @@
+"""How long a conversion will take and whether the disk is large enough: from a second's work on the real machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_convert.checkpoint import TensorInfo
+from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
+from dsv4_convert.convert.plan import Plan
+from dsv4_convert.convert.storage import Form, Piece
+from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import Transform
+from dsv4_convert.store import ArrayLayout, chunk_digest, staged_bytes
+from dsv4_convert.store.arrays import ArrayWriter, create_array, writing
+
+Array = np.ndarray[Any, Any]
+
+_PROBE_BYTES = 96 << 20
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Bytes per second.
+
+    Attributes:
+        read: of the source, cold; None where it is not on this machine.
+        make: of output, decoded and hashed, on one core.
+        write: to the destination, until it is on the disk.
+        shared: source and destination are on one device, which does one thing at a time.
+        packed: the part of its bytes that compression leaves of a typical chunk.
+    """
+
+    read: float | None
+    make: float
+    write: float
+    shared: bool
+    packed: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a conversion costs.
+
+    Attributes:
+        seconds: for all of it, without a download.
+        limit: what decides the time: ``disk`` or ``cores``.
+        needed_disk: bytes that the destination will take.
+        free_disk: bytes that are free there, those that an interrupted run has written already included.
+        memory: peak beyond the interpreter with its imports, from above.
+        workers: threads.
+    """
+
+    seconds: float
+    limit: str
+    needed_disk: int
+    free_disk: int
+    memory: int
+    workers: int
+    rates: Rates
+
+
+def estimate(planned: Plan, destination: Path, *, workers: int) -> Estimate:
+    """Measure and calculate; nothing stays behind.
+
+    Raises:
+        BadInput: the source cannot be read.
+        ResourceError: the destination cannot be written, or there is too little space.
+    """
+    beside = _existing(destination)
+    rates = _measure(planned, beside)
+    # The surplus of edge chunks is a hole in the file, but it would be wrong to count on that.
+    needed = int(planned.bytes_on_disk * rates.packed)
+    free = shutil.disk_usage(beside).free + staged_bytes(destination)
+    reading = planned.bytes_read / rates.read if rates.read is not None else 0.0
+    writing = needed / rates.write
+    disk = reading + writing if rates.shared else max(reading, writing)
+    cores = planned.bytes_written / rates.make / min(workers, os.cpu_count() or 1)
+    return Estimate(
+        seconds=max(disk, cores),
+        limit="disk" if disk >= cores else "cores",
+        needed_disk=needed,
+        free_disk=free,
+        memory=planned.memory(workers),
+        workers=workers,
+        rates=rates,
+    )
+
+
+def check_disk(costs: Estimate, destination: Path) -> None:
+    """Refuse what cannot fit. Raises :class:`ResourceError` with the numbers."""
+    if costs.needed_disk > costs.free_disk:
+        raise ResourceError(
+            f"{destination}: the conversion writes {costs.needed_disk:,} bytes, {costs.free_disk:,} are free there. "
+            "Make room, choose another disk or fewer --layers, or --dtype source, which keeps the published size."
+        )
+
+
+def _measure(planned: Plan, beside: Path) -> Rates:
+    """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
+    typical = max(planned.pieces, key=lambda piece: piece.nbytes)
+    make, chunk = _make_rate(planned, typical)
+    write, packed = _write_rate(beside, chunk, planned)
+    sample = max(planned.infos.values(), key=lambda info: info.nbytes)
+    if not sample.file.exists():
+        return Rates(read=None, make=make, write=write, shared=False, packed=packed)
+    shared = sample.file.stat().st_dev == beside.stat().st_dev
+    return Rates(read=_read_rate(sample), make=make, write=write, shared=shared, packed=packed)
+
+
+def _make_rate(planned: Plan, piece: Piece) -> tuple[float, Array]:
+    """Bytes of output per second, and a chunk as it is stored."""
+    source = piece.leaf.sources[0]
+    rng = np.random.default_rng(0)
+    weight = _random(planned.infos[source.weight], rng, rows=piece.rows_per_chunk)
+    scale = None
+    if source.scale is not None:
+        info = planned.infos[source.scale]
+        rows = -(-piece.rows_per_chunk * info.shape[0] // planned.infos[source.weight].shape[0])
+        scale = _random(info, rng, rows=rows)
+
+    def make() -> Array:
+        if piece.form is Form.DECODED:
+            transpose = piece.leaf.rule.transform is not Transform.NONE
+            chunk = decode_weight(weight, scale, dtype=piece.dtype, transpose=transpose)
+        else:
+            chunk = weight.copy()
+        chunk_digest(chunk)
+        return chunk
+
+    make()  # loads the compiled loops
+    start = time.perf_counter()
+    chunk = make()
+    return chunk.nbytes / max(time.perf_counter() - start, 1e-6), chunk
+
+
+def _random(info: TensorInfo, rng: np.random.Generator, *, rows: int) -> Array:
+    """Plausible content of a tensor's first rows: any codes, scales of a few powers of two."""
+    shape = array_shape(info.dtype, info.shape)
+    shape = (min(rows, shape[0]), *shape[-1:]) if len(shape) > 1 else shape
+    dtype = DTYPES[info.dtype].array
+    if dtype == np.dtype(ml_dtypes.float8_e8m0fnu):
+        return rng.integers(118, 124, shape, np.uint8).view(dtype)
+    if dtype.itemsize == 1:
+        return rng.integers(0, 256, shape, np.uint8).view(dtype)
+    return rng.normal(size=shape).astype(dtype)
+
+
+def _write_rate(beside: Path, chunk: Array, planned: Plan) -> tuple[float, float]:
+    """Bytes per second that reach the disk, and the part of the chunk's bytes that they are."""
+    count = max(1, min(64, _PROBE_BYTES // max(1, chunk.nbytes)))
+    layout = ArrayLayout(shape=(count, *chunk.shape), dtype=chunk.dtype, chunk_shape=(1, *chunk.shape))
+    with writing(beside):
+        scratch = Path(tempfile.mkdtemp(prefix=".dsv4-probe-", dir=beside))
+    try:
+        create_array(scratch / "probe", layout, planned.compression)
+        writer = ArrayWriter(scratch / "probe", layout, planned.compression)
+        start = time.perf_counter()
+        for index in layout.chunk_indices():
+            writer.write_chunk(index, chunk[None])
+        seconds = max(time.perf_counter() - start, 1e-6)
+        stored = sum(file.stat().st_size for file in (scratch / "probe").iterdir())
+    finally:
+        shutil.rmtree(scratch)
+    return stored / seconds, stored / layout.nbytes if planned.compression != "none" else 1.0
+
+
+def _read_rate(sample: TensorInfo) -> float:
+    """Bytes per second of a part of the source that is not in the page cache."""
+    length = min(sample.nbytes, _PROBE_BYTES)
+    buffer = bytearray(_BLOCK_BYTES)
+    try:
+        with sample.file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), sample.start, length, os.POSIX_FADV_DONTNEED)
+            stream.seek(sample.start)
+            start, left = time.perf_counter(), length
+            while left > 0 and (count := stream.readinto(memoryview(buffer)[: min(left, _BLOCK_BYTES)])):
+                left -= count
+            return (length - left) / max(time.perf_counter() - start, 1e-6)
+    except OSError as error:
+        raise BadInput(
+            f"{sample.file}: cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from None
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a destination that exists."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,119 @@
+"""``dsv4_sources.json``: what became of every tensor of the source, in a file beside the manifest.
+
+The manifest says of every stored leaf what it is; this file says the same from the other side: of every source tensor
+its shard, dtype, shape and SHA-256, and the leaves that it fills or the reason why it fills none. The manifest holds
+the digest of this file. One line per tensor, in the order of the shards and of the bytes in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4_convert.errors import BadInput
+from dsv4_convert.store import Store
+
+SOURCES_FILE = "dsv4_sources.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensor:
+    """One tensor of the source.
+
+    Attributes:
+        shard: name of the safetensors file.
+        dtype: safetensors spelling.
+        shape: as stored, so two FP4 elements count as one byte.
+        sha256: hex digest of the stored bytes; None for a tensor that was not read.
+        targets: paths of the leaves that it fills; empty for a tensor that was left out.
+        dropped: why it was left out; None for one that fills a leaf.
+    """
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str | None = None
+    targets: tuple[str, ...] = ()
+    dropped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of the source: bytes, and the SHA-256 that the Hub states for it (None for a local folder)."""
+
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The whole file: shards by name and tensors by name, both in the order of the source."""
+
+    shards: Mapping[str, Shard]
+    tensors: Mapping[str, SourceTensor]
+
+    def to_bytes(self) -> bytes:
+        """The file; the same content gives the same bytes."""
+        head = {"schema_version": SCHEMA_VERSION, "shards": {name: vars(shard) for name, shard in self.shards.items()}}
+        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
+        rows = ",\n".join(f"  {json.dumps(name)}: {_compact(_told(tensor))}" for name, tensor in self.tensors.items())
+        lines.append(f'"tensors": {{\n{rows}\n}}')
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Sources:
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            BadInput: not such a file, or of another schema version.
+        """
+        try:
+            document = json.loads(data)
+            if document["schema_version"] != SCHEMA_VERSION:
+                raise BadInput(
+                    f"{where}: schema_version is {document['schema_version']!r}, this version of dsv4 reads "
+                    f"{SCHEMA_VERSION}. Read it with the version of dsv4 that wrote it, or convert again."
+                )
+            return cls(
+                shards={name: Shard(**entry) for name, entry in document["shards"].items()},
+                tensors={name: _heard(entry) for name, entry in document["tensors"].items()},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadInput(f"{where}: not an account of source tensors: {error!r}; convert again") from error
+
+
+def read_sources(store: Store) -> Sources:
+    """The account of a converted checkpoint, compared with its digest.
+
+    Raises:
+        BadInput: the file is absent or damaged.
+    """
+    if SOURCES_FILE not in store.manifest.files:
+        raise BadInput(f"{store.folder}: has no {SOURCES_FILE}: written by an earlier version of dsv4; convert again")
+    return Sources.from_bytes(store.read_file(SOURCES_FILE), where=str(store.folder / SOURCES_FILE))
+
+
+def targets_of(leaves: Iterable[tuple[str, Iterable[str]]]) -> dict[str, tuple[str, ...]]:
+    """From (leaf, its source tensors) to the leaves of every source tensor, in the order of the leaves."""
+    found: dict[str, list[str]] = {}
+    for path, names in leaves:
+        for name in names:
+            found.setdefault(name, []).append(path)
+    return {name: tuple(paths) for name, paths in found.items()}
+
+
+def _told(tensor: SourceTensor) -> dict[str, Any]:
+    """Without what is empty, as most of the lines have a hundred thousand siblings."""
+    return {key: value for key, value in vars(tensor).items() if value not in (None, ())}
+
+
+def _heard(entry: Mapping[str, Any]) -> SourceTensor:
+    lists = {key: tuple(entry.get(key, ())) for key in ("shape", "targets")}
+    return SourceTensor(**{**entry, **lists})
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
