@@ -140,7 +140,7 @@ def _speeds(costs: Estimate) -> str:
 
 def _as_json(planned: Plan, costs: Estimate) -> dict[str, object]:
     return {
-        "schema_version": 2,
+        "schema_version": 1,
         "dialect": planned.dialect.value,
         "storage": planned.storage.value,
         "compression": planned.compression,

@@ -13,12 +13,20 @@ from dsv4_convert.cli.common import Json, byte_progress, reported, size, write_j
 @reported
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="SOURCE", help="Checkpoint folder that it was made of: decode it again, compare bits."),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Hash every stored byte of a converted checkpoint again and compare with its manifest.
 
-    Orbax itself restores flipped bits in silence. Exits 1 if anything differs.
+    Orbax itself restores flipped bits in silence. With --against the source is decoded again, and every stored byte is
+    compared with the result. Exits 1 if anything differs.
+
+    Example: dsv4 verify ./flash-orbax --against ./DeepSeek-V4-Flash
     """
+    from dsv4_convert.convert.against import compare_with_source
     from dsv4_convert.errors import CheckFailed, listed
     from dsv4_convert.store import open_store
     from dsv4_convert.store import verify as verify_store
@@ -26,8 +34,20 @@ def verify(
     store = open_store(checkpoint)
     with byte_progress("verifying") as progress:
         problems = verify_store(store, progress)
-    write_json({"schema_version": 1, "checkpoint": str(checkpoint), "problems": problems}, json)
+    if against is not None:
+        with byte_progress("comparing") as progress:
+            problems += compare_with_source(store, against, progress)
+    write_json(
+        {
+            "schema_version": 1,
+            "checkpoint": str(checkpoint),
+            "against": None if against is None else str(against),
+            "problems": problems,
+        },
+        json,
+    )
     if problems:
         raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
     total = sum(store.leaf(path).nbytes for path in store.paths)
-    typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, every byte as written", err=json == "-")
+    equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
+    typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

@@ -188,6 +188,6 @@ def test_an_interrupt_says_how_to_go_on(hf: Path, tmp_path: Path, monkeypatch: p
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "hf_to_orbax", interrupted)
+    monkeypatch.setattr(convert, "carry_out", interrupted)
     _, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", exit_code=130)
     assert "same command" in err

@@ -1,0 +1,133 @@
+"""Comparing a converted checkpoint with its source, bit by bit: decode everything again and look at what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.config import Config
+from dsv4_convert.convert.account import tensor_digest
+from dsv4_convert.convert.chunks import ChunkMaker
+from dsv4_convert.convert.plan import Plan, plan
+from dsv4_convert.convert.sources import Sources, read_sources
+from dsv4_convert.convert.storage import Piece, Storage
+from dsv4_convert.errors import BadInput
+from dsv4_convert.store import Store, chunk_digest
+from dsv4_convert.store.layout import Index, raw_bytes
+from dsv4_convert.store.threads import work_through
+
+#: Called after every chunk with (bytes compared, bytes in total, path of the leaf).
+Progress = Callable[[int, int, str], None]
+
+
+def compare_with_source(
+    store: Store, source: Path, progress: Progress = lambda done, total, path: None, *, workers: int = 2
+) -> list[str]:
+    """Decode the source again and compare every stored byte with the result; memory holds two chunks per worker.
+
+    Returns:
+        One line for every difference, which names the leaf, the source tensors, and which of the two has changed since
+        the conversion; empty when all is equal.
+
+    Raises:
+        BadInput: the source is not a checkpoint of this model, or the checkpoint was not converted by this version.
+    """
+    metadata = store.metadata
+    if metadata.get("format") != "dsv4":
+        raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+    sources = read_sources(store)
+    with open_checkpoint(source, partial=True) as checkpoint:
+        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        if config != Config.from_json(metadata["config"]):
+            return [f"{checkpoint.root / 'config.json'}: another architecture than the one that was converted"]
+        planned = plan(checkpoint, config, Storage(metadata["storage"]), layers=metadata["layers"])
+        comparison = _Comparison(store, checkpoint, planned, sources)
+        return comparison.run(progress, workers)
+
+
+class _Comparison:
+    """What the comparison of one checkpoint needs."""
+
+    def __init__(self, store: Store, checkpoint: Checkpoint, planned: Plan, sources: Sources) -> None:
+        self.store = store
+        self.checkpoint = checkpoint
+        self.planned = planned
+        self.sources = sources
+        self.maker = ChunkMaker(checkpoint)
+
+    def run(self, progress: Progress, workers: int) -> list[str]:
+        problems = self._differing_leaves()
+        pieces = [piece for piece in self.planned.pieces if self._has(piece)]
+        total = sum(piece.nbytes for piece in pieces)
+        done = 0
+
+        def chunks() -> Iterator[tuple[Piece, Index]]:
+            for piece in pieces:
+                for index in piece.layout.chunk_indices():
+                    yield piece, index
+
+        def note(task: tuple[Piece, Index], result: tuple[str | None, int]) -> None:
+            nonlocal done
+            problem, nbytes = result
+            if problem is not None:
+                problems.append(problem)
+            done += nbytes
+            progress(done, total, task[0].path)
+
+        work_through(chunks(), lambda task: self._compare(*task), note, workers=workers)
+        return problems
+
+    def _differing_leaves(self) -> list[str]:
+        """Leaves that only one of the two has, or has in another form."""
+        wanted = {piece.path: piece for piece in self.planned.pieces}
+        problems = [f"{path}: the source has nothing that fills it" for path in self.store.paths if path not in wanted]
+        for path, piece in wanted.items():
+            if path not in self.store.manifest.leaves:
+                problems.append(f"{path}: missing, although the source has {', '.join(piece.sources[:2])}")
+            elif self.store.leaf(path) != piece.layout:
+                problems.append(f"{path}: stored as {self.store.leaf(path)}, the source gives {piece.layout}")
+        return problems
+
+    def _has(self, piece: Piece) -> bool:
+        return piece.path in self.store.manifest.leaves and self.store.leaf(piece.path) == piece.layout
+
+    def _compare(self, piece: Piece, index: Index) -> tuple[str | None, int]:
+        """What differs in a chunk, if anything does, and its bytes."""
+        try:
+            stored = self.store.open_leaf(piece.path).read_chunk(index)
+        except BadInput as error:
+            return str(error), 0
+        made = self.maker.chunk(piece, index)
+        if _bytes_equal(stored, made):
+            return None, made.nbytes
+        width = made.dtype.itemsize
+        differs = np.frombuffer(raw_bytes(stored), f"V{width}") != np.frombuffer(raw_bytes(made), f"V{width}")
+        first = np.unravel_index(int(differs.argmax()), made.shape)
+        at = [int(inside) + part.start for inside, part in zip(first, piece.layout.chunk_region(index), strict=True)]
+        names = self.planned.names_of(piece, index)
+        return (
+            f"{piece.path}, chunk {index}: {int(differs.sum()):,} of {made.size:,} elements are not what "
+            f"{' and '.join(names)} give, the first at {at}: {self._who(piece, index, stored, names)}"
+        ), made.nbytes
+
+    def _who(self, piece: Piece, index: Index, stored: np.ndarray, names: tuple[str, ...]) -> str:
+        """Which side is not as it was when it was converted."""
+        digests = self.store.manifest.leaves[piece.path].chunk_digests
+        grid = list(piece.layout.chunk_indices())
+        if chunk_digest(stored) != digests[grid.index(index)]:
+            return "the stored bytes have changed since"
+        for name in names:
+            known = self.sources.tensors.get(name)
+            if known is not None and known.sha256 not in (None, tensor_digest(self.checkpoint, name)):
+                return f"{name} in {self.checkpoint.tensors[name].file} is not the tensor that was converted"
+        return "neither side has changed since, so it was converted wrongly; please report this"
+
+
+def _bytes_equal(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two C-contiguous arrays are equal in shape, dtype and every bit, NaNs included."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return bool(np.array_equal(np.frombuffer(raw_bytes(left), np.uint8), np.frombuffer(raw_bytes(right), np.uint8)))
