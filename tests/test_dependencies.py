@@ -35,7 +35,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 CONFINED = {
     "torch": "golden/references/",
     "transformers": "golden/references/",
-    "orbax": "dsv4_convert/store/orbax_commit.py",
+    "orbax": "dsv4_convert/store/orbax_",
     "numba": "dsv4_convert/formats/",
     "huggingface_hub": "dsv4_convert/checkpoint/hub",
     "typer": "dsv4_convert/cli/",

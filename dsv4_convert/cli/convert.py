@@ -23,6 +23,7 @@ from dsv4_convert.cli.progress import conversion_progress, duration
 
 if TYPE_CHECKING:
     from dsv4_convert.convert import Estimate, Plan
+    from dsv4_convert.store import Processes
 
 
 @reported
@@ -53,6 +54,12 @@ def hf_to_orbax(
         int | None, typer.Option(min=1, help="Threads; two more than there are cores, if the memory allows.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Share the work with other processes: where process 0 listens."),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished conversion at DEST.")] = False,
@@ -62,7 +69,8 @@ def hf_to_orbax(
 
     The plan comes first: what is read, written and left out, the memory, the disk and the time; what cannot fit is
     refused before anything is written. DEST is absent, resumable or complete: an interrupted run is continued by the
-    same command.
+    same command. Several machines share the work when each runs the same command with its own --process-id, on a file
+    system that all of them see; process 0 says how it went.
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
@@ -77,14 +85,18 @@ def hf_to_orbax(
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
     packing = parse_choice("--compression", compression, ("none", "zstd"))
     allowed = parse_bytes("--max-memory", max_memory)
+    processes = _join(coordinator, num_processes, process_id)
     origin = fetch(source, revision=revision, layers=chosen)
     with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         planned = convert.plan(checkpoint, config, storage, layers=chosen, compression=packing)
-        costs = convert.estimate(planned, dest, workers=planned.workers(allowed, workers))
-        _print_plan(planned, costs)
-        convert.check_disk(costs, dest)
-        document = _as_json(planned, costs)
+        threads = planned.workers(allowed, workers)
+        document: dict[str, object] = {}
+        if processes.first:
+            costs = convert.estimate(planned, dest, workers=threads)
+            _print_plan(planned, costs)
+            convert.check_disk(costs, dest)
+            document = _as_json(planned, costs)
         if dry_run:
             write_json(document, json)
             return
@@ -95,14 +107,31 @@ def hf_to_orbax(
                 dest,
                 name=origin.repository,
                 revision=origin.revision,
-                workers=costs.workers,
+                workers=threads,
+                processes=processes,
                 restart=restart,
                 overwrite=overwrite,
                 progress=progress,
             )
+    if not processes.first:
+        return
     kept = f", {size(summary.kept_bytes)} of them by an interrupted run" if summary.kept_bytes else ""
     typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
+
+
+def _join(coordinator: str | None, count: int | None, index: int | None) -> Processes:
+    """The processes that share the work. Raises :class:`UsageError` where they are named by halves."""
+    from dsv4_convert.errors import UsageError
+    from dsv4_convert.store.orbax_processes import current_processes, join
+
+    if coordinator is None and count is None and index is None:
+        return current_processes()
+    if coordinator is None or count is None or index is None or index >= count:
+        raise UsageError(
+            "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id, from 0 on"
+        )
+    return join(coordinator, count, index)
 
 
 def _print_plan(planned: Plan, costs: Estimate) -> None:

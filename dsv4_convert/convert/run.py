@@ -18,9 +18,10 @@ from dsv4_convert.convert.shards import ShardUse
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.names import TABLE_VERSION
-from dsv4_convert.store import ALONE, Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
+from dsv4_convert.store import Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.layout import Index
+from dsv4_convert.store.orbax_processes import current_processes
 
 #: Small files of the source that go along; they are copied as they are where they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -94,7 +95,7 @@ def carry_out(
     name: str | None = None,
     revision: str | None = None,
     workers: int = 4,
-    processes: Processes = ALONE,
+    processes: Processes | None = None,
     restart: bool = False,
     overwrite: bool = False,
     progress: Callable[[Advance], None] = lambda _: None,
@@ -108,7 +109,7 @@ def carry_out(
         name: what the manifest calls the source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         workers: threads; see :meth:`Plan.workers`.
-        processes: those that share the work.
+        processes: those that share the work; those of ``jax.distributed`` if None, where it is initialised.
         restart: discard an interrupted run instead of going on with it.
         overwrite: replace a finished conversion at ``destination``.
         progress: called at the start, with what an interrupted run has done, and after every chunk.
@@ -173,7 +174,7 @@ def carry_out(
         extra_files=files,
         compression=planned.compression,
         workers=workers,
-        processes=processes,
+        processes=processes or current_processes(),
         progress=lambda written, total, path: progress(Advance(shards.read, planned.bytes_read, written, total, path)),
         committed=shards.committed,
         restart=restart,

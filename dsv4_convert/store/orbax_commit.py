@@ -1,4 +1,4 @@
-"""Let Orbax turn finished array folders into one of its checkpoints. The only module that touches Orbax.
+"""Let Orbax turn finished array folders into one of its checkpoints.
 
 Orbax writes its own metadata for a tree of stand-in leaves; a type handler of ours moves each finished folder to the
 place that Orbax gives the leaf, so no array passes through memory. The result is an ordinary checkpoint of NumPy
