@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,10 +156,10 @@ def _print_plan(planned: Plan, costs: Estimate) -> None:
     lines += [
         f"disk    {size(costs.needed_disk)} needed{packed}, {size(costs.free_disk)} free",
         f"memory  at most {costs.memory / 2**30:.1f} GiB beside the interpreter, {costs.workers} threads",
-        f"time    about {duration(costs.seconds)}; the {costs.limit} decide{'s' if costs.limit == 'disk' else ''} "
-        f"({_speeds(costs)})",
+        f"time    about {duration(costs.seconds)}, which the {costs.limit} "
+        f"decide{'s' if costs.limit == 'disk' else ''} ({_speeds(costs)})",
     ]
-    typer.echo("\n".join(lines), err=True)
+    typer.echo("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 8) for line in lines), err=True)
 
 
 def _speeds(costs: Estimate) -> str:
