@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType, TracebackType
@@ -34,8 +35,12 @@ class Checkpoint:
         tensors: every tensor that can be read, by name.
         absent: names of tensors whose shard was not downloaded (only with ``partial``).
         shards: the safetensors files, sorted by name.
+        sizes: their bytes, by name.
         revision: commit of the Hub repository that the files were downloaded from; None if that is not known.
+        repository: name of that repository, where the checkpoint was opened by it.
     """
+
+    repository: str | None = None
 
     def __init__(
         self,
@@ -54,7 +59,8 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: info for header in headers for name, info in header.tensors.items()}
         )
-        self._stamps = {header.file: header.stamp for header in headers}
+        self.sizes: Mapping[str, int] = MappingProxyType({header.file.name: header.size for header in headers})
+        self._stamps = {header.file: header.stamp for header in headers if header.stamp is not None}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = Lock()
         self._closed = False
@@ -101,6 +107,11 @@ class Checkpoint:
             start = info.start - info.start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of the shards, by name, as far as somebody states them."""
+        return {}
+
     def file_sha256(self, file: Path) -> str:
         """SHA-256 of one of the checkpoint's files as 64 hex digits, in bounded memory.
 
@@ -112,16 +123,20 @@ class Checkpoint:
         self._check_unchanged(file)
         return digest
 
+    def forget(self, file: Path) -> None:
+        """Unmap one file, so that it can be deleted."""
+        with self._lock:
+            mapped = self._maps.pop(file, None)
+            if mapped is not None:
+                with suppress(BufferError):  # arrays on it live on; the map ends with the last of them
+                    mapped.close()
+
     def close(self) -> None:
         """Unmap the files. An array that is still referenced keeps its own file mapped until it goes away."""
         with self._lock:
             self._closed = True
-            for mapped in self._maps.values():
-                try:
-                    mapped.close()
-                except BufferError:  # arrays on it live on; the map ends with the last of them
-                    continue
-            self._maps.clear()
+        for file in list(self._maps):
+            self.forget(file)
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +159,7 @@ class Checkpoint:
 
         The status is compared every time: reading a map past the end of a file that shrank kills the process.
         """
+        self._arrive(file)
         self._check_unchanged(file)
         with self._lock:
             if self._closed:
@@ -153,6 +169,9 @@ class Checkpoint:
                 with file.open("rb") as stream:
                     mapped = self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             return mapped
+
+    def _arrive(self, file: Path) -> None:
+        """Return when the file is here: at once, in a folder."""
 
     def _check_unchanged(self, file: Path) -> None:
         expected = self._stamps.get(file)
@@ -181,7 +200,7 @@ def open_checkpoint(path: Path | str, *, partial: bool = False) -> Checkpoint:
     if weight_map is not None:
         present = frozenset(found)
         absent = frozenset(name for name, shard in weight_map.items() if shard not in present)
-        _check_index(root, headers, {name: shard for name, shard in weight_map.items() if shard in present})
+        check_headers(root, headers, {name: shard for name, shard in weight_map.items() if shard in present})
     return Checkpoint(root=root, config=config, headers=headers, absent=absent, revision=_revision(root, found))
 
 
@@ -252,7 +271,7 @@ def _check_link(root: Path, file: Path) -> None:
         raise BadInput(f"{file}: a link out of the checkpoint, to {file.resolve()}; put the file itself in its place")
 
 
-def _check_index(root: Path, headers: Sequence[Header], weight_map: Mapping[str, str]) -> None:
+def check_headers(root: Path, headers: Sequence[Header], weight_map: Mapping[str, str]) -> None:
     """Index and headers state the same tensors in the same shards, each exactly once."""
     shard_of: dict[str, str] = {}
     problems = []

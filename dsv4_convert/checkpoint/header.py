@@ -25,7 +25,9 @@ from dsv4_convert.errors import BadInput, listed
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 
-_LENGTH_BYTES = 8
+#: The length before the header, and what of a file says whether it is safetensors at all.
+LENGTH_BYTES = 8
+HEAD_BYTES = 512
 _MAX_NAME = 1000
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _AGAIN = "download the file again"
@@ -57,10 +59,11 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of one file, and the state of the file that it was read from."""
+    """The header of one file of ``size`` bytes, and the state of the file; None for one that is not here yet."""
 
     file: Path
-    stamp: Stamp
+    size: int
+    stamp: Stamp | None
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
@@ -73,17 +76,23 @@ def read_header(file: Path) -> Header:
             file's size. Problems of single tensors are listed together.
     """
     status = stat_regular(file)
-    size = status.st_size
-    head = read_start(file, 512)
-    length = _header_length(file, head, size)
-    text = read_start(file, _LENGTH_BYTES + length)[_LENGTH_BYTES:]
+    length = header_length(file, read_start(file, HEAD_BYTES), status.st_size)
+    text = read_start(file, LENGTH_BYTES + length)[LENGTH_BYTES:]
     if len(text) != length:
         raise BadInput(f"{file}: changed while it was read; wait until whatever writes it has finished")
-    root = parse_object(text, where=f"{file} (header)", parse_int=_natural)
+    return parse_header(file, text, size=status.st_size, stamp=stamp_of(status))
 
+
+def parse_header(file: Path, text: bytes, *, size: int, stamp: Stamp | None) -> Header:
+    """Check the JSON text of a header. The file itself, of ``size`` bytes, need not be there.
+
+    Raises:
+        BadInput: as :func:`read_header`.
+    """
+    root = parse_object(text, where=f"{file} (header)", parse_int=_natural)
     metadata = root.pop(METADATA_KEY, {})
     problems = _metadata_problems(metadata)
-    data_start = _LENGTH_BYTES + length
+    data_start = LENGTH_BYTES + len(text)
     tensors: dict[str, TensorInfo] = {}
     for name, entry in root.items():
         try:
@@ -93,7 +102,7 @@ def read_header(file: Path) -> Header:
     if problems:
         raise BadInput(f"{file}: the header is not valid; {_AGAIN}\n{listed(problems)}")
     _check_layout(file, tensors, data_start, size)
-    return Header(file=file, stamp=stamp_of(status), tensors=tensors, metadata=metadata)
+    return Header(file=file, size=size, stamp=stamp, tensors=tensors, metadata=metadata)
 
 
 def check_name(name: str) -> None:
@@ -130,20 +139,24 @@ def stored_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * stored.bits // 8
 
 
-def _header_length(file: Path, head: bytes, size: int) -> int:
-    """Length of the JSON header in bytes, from the first bytes of the file."""
+def header_length(file: Path, head: bytes, size: int) -> int:
+    """Length of the JSON header in bytes, from the first :data:`HEAD_BYTES` of a file of ``size`` bytes.
+
+    Raises:
+        BadInput: not the start of a safetensors file of that size; says what it seems to be.
+    """
     if size == 0:
         raise BadInput(f"{file}: empty; {_AGAIN}")
-    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    if size >= _LENGTH_BYTES and 2 <= length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES) and head[8:9] == b"{":
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if size >= LENGTH_BYTES and 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES) and head[8:9] == b"{":
         return length
     if (found := foreign_content(head)) is not None:
         raise BadInput(f"{file}: expected a safetensors file, found {found}")
-    if size < _LENGTH_BYTES:
+    if size < LENGTH_BYTES:
         raise BadInput(f"{file}: {size} bytes, too short for a safetensors file; {_AGAIN}")
     if length > MAX_HEADER_BYTES:
         raise BadInput(f"{file}: not a safetensors file: a header of {length:,} bytes, at most 100 MB are allowed")
-    if length > size - _LENGTH_BYTES:
+    if length > size - LENGTH_BYTES:
         raise BadInput(f"{file}: truncated: a header of {length:,} bytes, but the file has {size:,}; {_AGAIN}")
     raise BadInput(f"{file}: not a safetensors file: the header has to begin with '{{', found {head[8:9]!r}")
 

@@ -57,6 +57,7 @@ class DownloadPlan:
         revision: the commit, 40 hex digits.
         folder: where the files are or will be.
         offline: made from the files on disk, because the Hub could not be asked.
+        weight_map: shard of every tensor, from the index; None for a repository without one.
     """
 
     repo_id: str
@@ -64,6 +65,7 @@ class DownloadPlan:
     folder: Path
     files: tuple[PlannedFile, ...]
     offline: bool
+    weight_map: Mapping[str, str] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -180,6 +182,7 @@ def plan_download(
         folder=target.folder,
         files=files if force else tuple(target.seen(file) for file in files),
         offline=offline,
+        weight_map=weight_map,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a source is: a folder as it stands, or a Hub repository, downloaded first."""
+"""Where a source is: a folder as it stands, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv4_convert.checkpoint.folder import Checkpoint, open_checkpoint
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.names import drop_reason, layer_of
 
@@ -39,6 +40,34 @@ def wanted_tensors(layers: Iterable[int] | None) -> Callable[[str], bool] | None
     return want
 
 
+def open_source(
+    source: str, *, revision: str | None = None, layers: Iterable[int] | None = None, discard: bool = False
+) -> Checkpoint:
+    """Open a folder, or a repository by its headers alone; shards of a repository come when they are read.
+
+    Args:
+        source: folder, or ``owner/name``.
+        revision: of the repository.
+        layers: those whose shards are needed; None for all.
+        discard: delete every shard of a repository after its use.
+
+    Raises:
+        UsageError: a revision of a local folder, or its files to be discarded.
+        BadInput: neither a folder nor a repository, or not a checkpoint.
+        ResourceError: the Hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        if discard:
+            raise UsageError(f"{source}: is a local folder, whose files are not deleted; leave --discard-source out")
+        _check_folder_revision(source, revision)
+        return open_checkpoint(path, partial=layers is not None)
+    _check_repository(source)
+    from dsv4_convert.checkpoint.hub_stream import open_repository
+
+    return open_repository(source, revision=revision, want=wanted_tensors(layers), discard=discard)
+
+
 def locate(
     source: str,
     *,
@@ -54,12 +83,20 @@ def locate(
     """
     path = Path(source)
     if path.exists():
-        if revision is not None:
-            raise UsageError(f"{source}: is a local folder, so --revision {revision} means nothing; leave it out")
+        _check_folder_revision(source, revision)
         return Origin(path, None, None)
-    if not _REPOSITORY.fullmatch(source):
-        raise BadInput(f"{source}: no such folder, and not a repository such as deepseek-ai/DeepSeek-V4-Flash")
+    _check_repository(source)
     from dsv4_convert.checkpoint.hub import download
 
     fetched = download(source, revision=revision, want=wanted_tensors(layers), progress=progress)
     return Origin(fetched.path, source, fetched.revision)
+
+
+def _check_folder_revision(source: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"{source}: is a local folder, so --revision {revision} means nothing; leave it out")
+
+
+def _check_repository(source: str) -> None:
+    if not _REPOSITORY.fullmatch(source):
+        raise BadInput(f"{source}: no such folder, and not a repository such as deepseek-ai/DeepSeek-V4-Flash")

@@ -23,6 +23,7 @@ from dsv4_convert.cli.common import (
 from dsv4_convert.cli.progress import conversion_progress, duration
 
 if TYPE_CHECKING:
+    from dsv4_convert.checkpoint import Checkpoint
     from dsv4_convert.convert import Estimate, Plan
     from dsv4_convert.store import Processes
 
@@ -55,6 +56,10 @@ def hf_to_orbax(
         int | None, typer.Option(min=1, help="Threads; two more than there are cores, if the memory allows.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    discard_source: Annotated[
+        bool,
+        typer.Option("--discard-source", help="Of a repository: delete every shard once all of it is converted."),
+    ] = False,
     coordinator: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Share the work with other processes: where process 0 listens."),
@@ -70,32 +75,38 @@ def hf_to_orbax(
 
     The plan comes first: what is read, written and left out, the memory, the disk and the time; what cannot fit is
     refused before anything is written. DEST is absent, resumable or complete: an interrupted run is continued by the
-    same command. Several machines share the work when each runs the same command with its own --process-id, on a file
-    system that all of them see; process 0 says how it went.
+    same command.
+
+    Of a repository only the headers are read for the plan. The shards are then fetched while earlier ones are
+    converted, and their hashes compared with those that the Hub states.
+
+    Several machines share the work when each runs the same command with its own --process-id, on a file system that
+    all of them see; process 0 says how it went.
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
     # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dsv4_convert import convert
-    from dsv4_convert.checkpoint import open_checkpoint
-    from dsv4_convert.cli.download import fetch
+    from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.config import Config
+    from dsv4_convert.errors import UsageError
 
     chosen = parse_layers(layers)
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
     packing = parse_choice("--compression", compression, ("none", "zstd"))
     allowed = parse_bytes("--max-memory", max_memory)
     processes = _join(coordinator, num_processes, process_id)
-    origin = fetch(source, revision=revision, layers=chosen)
-    with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
+    if discard_source and processes.count > 1:
+        raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
+    with open_source(source, revision=revision, layers=chosen, discard=discard_source) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         planned = convert.plan(checkpoint, config, storage, layers=chosen, compression=packing)
         threads = planned.workers(allowed, workers)
         document: dict[str, object] = {}
         if processes.first:
-            costs = convert.estimate(planned, dest, workers=threads)
-            _print_plan(planned, costs)
+            costs = convert.estimate(planned, checkpoint, dest, workers=threads)
+            _print_plan(checkpoint, planned, costs)
             convert.check_disk(costs, dest)
             document = _as_json(planned, costs)
         if dry_run:
@@ -106,8 +117,6 @@ def hf_to_orbax(
                 planned,
                 checkpoint,
                 dest,
-                name=origin.repository,
-                revision=origin.revision,
                 workers=threads,
                 processes=processes,
                 restart=restart,
@@ -135,14 +144,17 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> Proc
     return join(coordinator, count, index)
 
 
-def _print_plan(planned: Plan, costs: Estimate) -> None:
+def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     """The plan in a few lines, on stderr."""
 
     def by_dtype(sizes: Any) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in sorted(sizes.items()))
 
     rates = costs.rates
+    at = f" at {checkpoint.revision}" if checkpoint.revision is not None else ""
     lines = [
+        f"source  {checkpoint.repository or checkpoint.root}{at}, {len(checkpoint.shards)} shards, "
+        f"{planned.dialect} names",
         f"reads   {planned.tensors:,} tensors, {size(planned.bytes_read)} ({by_dtype(planned.read)})",
         f"writes  {len(planned.pieces):,} leaves, {size(planned.bytes_written)} ({by_dtype(planned.written)})",
     ]
@@ -152,12 +164,14 @@ def _print_plan(planned: Plan, costs: Estimate) -> None:
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
     if planned.inexact:
         lines.append(f"rounds  {len(planned.inexact):,} leaves to bfloat16; --dtype float32 keeps them exact")
+    if costs.to_fetch:
+        lines.append(f"fetches {size(costs.to_fetch)}, of which at most {size(costs.source_disk)} on disk at a time")
     packed = f", at {rates.packed:.2f} of their size" if planned.compression != "none" else ""
     lines += [
         f"disk    {size(costs.needed_disk)} needed{packed}, {size(costs.free_disk)} free",
         f"memory  at most {costs.memory / 2**30:.1f} GiB beside the interpreter, {costs.workers} threads",
         f"time    about {duration(costs.seconds)}, which the {costs.limit} "
-        f"decide{'s' if costs.limit == 'disk' else ''} ({_speeds(costs)})",
+        f"decide{'' if costs.limit == 'cores' else 's'} ({_speeds(costs)})",
     ]
     typer.echo("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 8) for line in lines), err=True)
 
@@ -165,7 +179,8 @@ def _print_plan(planned: Plan, costs: Estimate) -> None:
 def _speeds(costs: Estimate) -> str:
     rates = costs.rates
     reading = f"reads {size(rates.read)}/s, " if rates.read is not None else ""
-    return f"{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s"
+    fetching = f"fetches {size(rates.fetch)}/s, " if rates.fetch is not None else ""
+    return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s"
 
 
 def _as_json(planned: Plan, costs: Estimate) -> dict[str, object]:

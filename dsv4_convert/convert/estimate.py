@@ -15,7 +15,8 @@ import numpy as np
 
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
-from dsv4_convert.convert.plan import Plan
+from dsv4_convert.convert.plan import Described, Plan
+from dsv4_convert.convert.shards import Arriving, as_arriving
 from dsv4_convert.convert.storage import Form, Piece
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.formats.weight import decode_weight
@@ -35,6 +36,7 @@ class Rates:
 
     Attributes:
         read: of the source, cold; None where it is not on this machine.
+        fetch: of the source, over the network; None where it is on this machine.
         make: of output, decoded and hashed, on one core.
         write: to the destination, until it is on the disk.
         shared: source and destination are on one device, which does one thing at a time.
@@ -42,6 +44,7 @@ class Rates:
     """
 
     read: float | None
+    fetch: float | None
     make: float
     write: float
     shared: bool
@@ -53,10 +56,13 @@ class Estimate:
     """What a conversion costs.
 
     Attributes:
-        seconds: for all of it, without a download.
-        limit: what decides the time: ``disk`` or ``cores``.
+        seconds: for all of it.
+        limit: what decides the time: ``disk``, ``cores`` or ``network``.
         needed_disk: bytes that the destination will take.
         free_disk: bytes that are free there, those that an interrupted run has written already included.
+        to_fetch: bytes that come over the network.
+        source_disk: bytes that they take on disk, at most, at a time.
+        source_free: bytes that are free there.
         memory: peak beyond the interpreter with its imports, from above.
         workers: threads.
     """
@@ -65,32 +71,44 @@ class Estimate:
     limit: str
     needed_disk: int
     free_disk: int
+    to_fetch: int
+    source_disk: int
+    source_free: int
     memory: int
     workers: int
     rates: Rates
 
 
-def estimate(planned: Plan, destination: Path, *, workers: int) -> Estimate:
+def estimate(planned: Plan, source: Described, destination: Path, *, workers: int) -> Estimate:
     """Measure and calculate; nothing stays behind.
 
     Raises:
         BadInput: the source cannot be read.
-        ResourceError: the destination cannot be written, or there is too little space.
+        ResourceError: the destination cannot be written.
     """
-    beside = _existing(destination)
-    rates = _measure(planned, beside)
+    arriving = as_arriving(source)
+    beside, at = _existing(destination), _existing(source.root)
+    rates = _measure(planned, arriving, beside)
     # The surplus of edge chunks is a hole in the file, but it would be wrong to count on that.
     needed = int(planned.bytes_on_disk * rates.packed)
-    free = shutil.disk_usage(beside).free + staged_bytes(destination)
+    shared = rates.shared and arriving is None
     reading = planned.bytes_read / rates.read if rates.read is not None else 0.0
     writing = needed / rates.write
-    disk = reading + writing if rates.shared else max(reading, writing)
-    cores = planned.bytes_written / rates.make / min(workers, os.cpu_count() or 1)
+    to_fetch = arriving.to_fetch if arriving is not None else 0
+    times = {
+        "disk": reading + writing if shared else max(reading, writing),
+        "cores": planned.bytes_written / rates.make / min(workers, os.cpu_count() or 1),
+        "network": to_fetch / rates.fetch if rates.fetch is not None else 0.0,
+    }
+    limit = max(times, key=lambda name: times[name])
     return Estimate(
-        seconds=max(disk, cores),
-        limit="disk" if disk >= cores else "cores",
+        seconds=times[limit],
+        limit=limit,
         needed_disk=needed,
-        free_disk=free,
+        free_disk=shutil.disk_usage(beside).free + staged_bytes(destination),
+        to_fetch=to_fetch,
+        source_disk=arriving.most_on_disk if arriving is not None else 0,
+        source_free=shutil.disk_usage(at).free,
         memory=planned.memory(workers),
         workers=workers,
         rates=rates,
@@ -99,23 +117,36 @@ def estimate(planned: Plan, destination: Path, *, workers: int) -> Estimate:
 
 def check_disk(costs: Estimate, destination: Path) -> None:
     """Refuse what cannot fit. Raises :class:`ResourceError` with the numbers."""
-    if costs.needed_disk > costs.free_disk:
+    needed = costs.needed_disk + (costs.source_disk if costs.rates.shared else 0)
+    if needed > costs.free_disk:
+        both = f", {costs.source_disk:,} of them for the source," if costs.rates.shared and costs.source_disk else ""
         raise ResourceError(
-            f"{destination}: the conversion writes {costs.needed_disk:,} bytes, {costs.free_disk:,} are free there. "
-            "Make room, choose another disk or fewer --layers, or --dtype source, which keeps the published size."
+            f"{destination}: the conversion needs {needed:,} bytes{both} and {costs.free_disk:,} are free there. "
+            "Make room, choose another disk or fewer --layers, --dtype source, which keeps the published size, or for "
+            "a repository --discard-source."
+        )
+    if costs.source_disk > costs.source_free:
+        raise ResourceError(
+            f"the shards need {costs.source_disk:,} bytes in the Hub's cache, {costs.source_free:,} are free there. "
+            "Set HF_HUB_CACHE to a larger disk, or give --discard-source."
         )
 
 
-def _measure(planned: Plan, beside: Path) -> Rates:
+def _measure(planned: Plan, arriving: Arriving | None, beside: Path) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
     typical = max(planned.pieces, key=lambda piece: piece.nbytes)
     make, chunk = _make_rate(planned, typical)
     write, packed = _write_rate(beside, chunk, planned)
     sample = max(planned.infos.values(), key=lambda info: info.nbytes)
-    if not sample.file.exists():
-        return Rates(read=None, make=make, write=write, shared=False, packed=packed)
-    shared = sample.file.stat().st_dev == beside.stat().st_dev
-    return Rates(read=_read_rate(sample), make=make, write=write, shared=shared, packed=packed)
+    device = _existing(sample.file).stat().st_dev
+    return Rates(
+        read=_read_rate(sample) if arriving is None else None,
+        fetch=arriving.rate() if arriving is not None and arriving.to_fetch else None,
+        make=make,
+        write=write,
+        shared=device == beside.stat().st_dev,
+        packed=packed,
+    )
 
 
 def _make_rate(planned: Plan, piece: Piece) -> tuple[float, Array]:

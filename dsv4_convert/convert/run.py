@@ -14,7 +14,7 @@ from dsv4_convert.config import Config
 from dsv4_convert.convert.account import Account, account, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
-from dsv4_convert.convert.shards import ShardUse
+from dsv4_convert.convert.shards import ShardUse, as_arriving
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.names import TABLE_VERSION
@@ -29,13 +29,17 @@ COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 
 @dataclasses.dataclass(frozen=True)
 class Advance:
-    """How far a conversion is: bytes read and written, of how many, and the leaf that was worked on last."""
+    """How far a conversion is: bytes read and written, of how many, and the leaf that was worked on last.
+
+    ``fetched`` is the bytes that came over the network; None for a source on disk.
+    """
 
     read: int
     to_read: int
     written: int
     to_write: int
     path: str
+    fetched: int | None = None
 
 
 def hf_to_orbax(
@@ -119,16 +123,35 @@ def carry_out(
         UsageError: the destination exists, or an interrupted run had another source or other settings.
         ResourceError: the disk is full, or another process writes the same destination.
     """
+    arriving = as_arriving(checkpoint)
+    if arriving is not None:
+        arriving.fetch_small_files()
     maker = ChunkMaker(checkpoint)
     weights = sorted(to_account(planned))
     shards = ShardUse(planned, weights, checkpoint)
-    described = {name: Shard(size=size, sha256=None) for name, size in _sizes(checkpoint).items()}
+    described = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
-        "name": name or checkpoint.root.resolve().name,
+        "name": name or checkpoint.repository or checkpoint.root.resolve().name,
         "revision": revision or checkpoint.revision,
         "shards": {name: shard.size for name, shard in described.items()},
     }
     companions = _companions(checkpoint)
+
+    now = Advance(0, planned.bytes_read, 0, planned.bytes_written, "", None if arriving is None else 0)
+
+    def advance(written: int, total: int, path: str) -> None:
+        nonlocal now
+        now = dataclasses.replace(now, read=shards.read, written=written, to_write=total, path=path or now.path)
+        progress(now)
+
+    def more_fetched() -> None:
+        nonlocal now
+        if arriving is not None:
+            now = dataclasses.replace(now, fetched=arriving.fetched)
+            progress(now)
+
+    if arriving is not None:
+        arriving.on_bytes = more_fetched
 
     def spec(piece: Piece) -> LeafSpec:
         def chunk(index: Index) -> Array:
@@ -175,8 +198,9 @@ def carry_out(
         compression=planned.compression,
         workers=workers,
         processes=processes or current_processes(),
-        progress=lambda written, total, path: progress(Advance(shards.read, planned.bytes_read, written, total, path)),
+        progress=advance,
         committed=shards.committed,
+        stopping=arriving.stop if arriving is not None else lambda: None,
         restart=restart,
         overwrite=overwrite,
     )
@@ -184,10 +208,6 @@ def carry_out(
 
 def _accounts(summary: WriteSummary) -> dict[str, Account]:
     return {weight: Account.from_json(entry) for weight, entry in summary.notes.items()}
-
-
-def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in checkpoint.shards}
 
 
 def _changed(checkpoint: Checkpoint) -> dict[str, int] | None:

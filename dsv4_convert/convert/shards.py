@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Protocol, runtime_checkable
 
@@ -18,11 +18,38 @@ Index = tuple[int, ...]
 class Arriving(Protocol):
     """A source whose shards arrive while it is read."""
 
+    #: Bytes that have arrived.
+    fetched: int
+    #: Called when some more have.
+    on_bytes: Callable[[], None]
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes that are still to come."""
+
+    @property
+    def most_on_disk(self) -> int:
+        """Bytes that its files will still take, at most, at a time."""
+
+    def rate(self) -> float:
+        """Bytes per second that come, from a short try."""
+
+    def fetch_small_files(self) -> None:
+        """Bring what belongs to it beside the shards."""
+
     def start(self, order: Sequence[str]) -> None:
         """Begin to fetch these shards, by name, in this order."""
 
     def finish(self, shard: str) -> None:
         """Nothing of this shard is needed any more."""
+
+    def stop(self) -> None:
+        """End what readers may be waiting for."""
+
+
+def as_arriving(source: object) -> Arriving | None:
+    """The source, if its shards arrive while it is read."""
+    return source if isinstance(source, Arriving) else None
 
 
 class ShardUse:
@@ -31,9 +58,9 @@ class ShardUse:
     The source is then read from its first byte to its last, and shards can be fetched, and given up, one by one.
     """
 
-    def __init__(self, planned: Plan, notes: Iterator[str] | Sequence[str], source: object) -> None:
+    def __init__(self, planned: Plan, notes: Sequence[str], source: object) -> None:
         self._planned = planned
-        self._source = source if isinstance(source, Arriving) else None
+        self._source = as_arriving(source)
         self._pieces = {piece.path: piece for piece in planned.pieces}
         names = sorted({info.file.name for info in planned.infos.values()})
         self._number = {name: number for number, name in enumerate(names)}

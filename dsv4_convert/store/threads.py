@@ -12,13 +12,18 @@ Result = TypeVar("Result")
 
 
 def work_through(
-    tasks: Iterator[Task], work: Callable[[Task], Result], done: Callable[[Task, Result], None], *, workers: int
+    tasks: Iterator[Task],
+    work: Callable[[Task], Result],
+    done: Callable[[Task, Result], None],
+    *,
+    workers: int,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Call ``work`` on every task, in ``workers`` threads, and then ``done`` with its result.
 
     Each thread takes the next task when it is free, so at most ``workers`` results exist at a time. Taking a task and
-    ``done`` happen in one thread at a time. After a failure or an interrupt no task is begun any more; those begun end
-    first. The failure is raised here.
+    ``done`` happen in one thread at a time. After a failure or an interrupt no task is begun any more; ``stopping`` is
+    called, which may end what the tasks begun are waiting for, and these end first. The failure is raised here.
     """
     lock = threading.Lock()
     stop = threading.Event()
@@ -40,5 +45,7 @@ def work_through(
             wait(threads, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
+            if not all(thread.done() for thread in threads):
+                stopping()
     for thread in threads:
         thread.result()

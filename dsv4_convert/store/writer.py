@@ -111,6 +111,7 @@ def write_checkpoint(
     processes: Processes = ALONE,
     progress: Progress | None = None,
     committed: Callable[[str, Index | None], None] = lambda name, index: None,
+    stopping: Callable[[], None] = lambda: None,
     restart: bool = False,
     overwrite: bool = False,
 ) -> WriteSummary:
@@ -138,6 +139,7 @@ def write_checkpoint(
             that are kept are known.
         committed: called with (path of the leaf, index) of every chunk, and (name, None) of every note, that is safe
             on the disk, those of an earlier run included; one call at a time, from any thread.
+        stopping: called after a failure or an interrupt, to end what ``leaves[i].chunks`` may be waiting for.
         restart: discard what an interrupted run left.
         overwrite: replace an existing checkpoint of dsv4 at ``destination``, when the new one is complete.
 
@@ -180,7 +182,7 @@ def write_checkpoint(
             total = sum(leaf.layout.nbytes for leaf in leaves)
             kept = total - sum(task.nbytes for task in tasks)
             mine = _share(tasks, processes)
-            _work(mine, journal, workers=workers, kept=kept, progress=progress, committed=committed)
+            _work(mine, journal, workers=workers, kept=kept, progress=progress, committed=committed, stopping=stopping)
         with processes.step("commit"):
             journal = Journal.open(staging.folder, plan=plan, member=processes.index)
             summary = WriteSummary(
@@ -323,6 +325,7 @@ def _work(
     kept: int,
     progress: Progress | None,
     committed: Callable[[str, Index | None], None],
+    stopping: Callable[[], None],
 ) -> None:
     """Do the tasks; each is in the journal as soon as it is on the disk."""
     total = kept + sum(task.nbytes for task in tasks)
@@ -339,7 +342,7 @@ def _work(
             progress(done, total, name)
 
     with journal.appending():
-        work_through(iter(tasks), lambda task: task.run(), note, workers=workers)
+        work_through(iter(tasks), lambda task: task.run(), note, workers=workers, stopping=stopping)
 
 
 def _record(leaf: LeafSpec, journal: Journal) -> LeafRecord:

@@ -6,6 +6,7 @@ transfer or refuses a request plays a fault. All requests are recorded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -71,6 +72,10 @@ class LoopbackHub:
     #: Part of a path -> status of the answer, for every request.
     failures: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    #: Whether requests for a range are honoured.
+    ranges: bool = True
+    #: Bytes of content that were sent of each file.
+    sent: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -188,19 +193,23 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
 
         def _content(self, file: HubFile, headers: dict[str, str] | None = None) -> None:
             content = file.content if file.sent is None else file.sent
-            start = 0
-            if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-                start = int(match[1])
-                headers = (headers or {}) | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            self.send_response(206 if start else 200)
+            start, stop, status = 0, len(content), 200
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if asked is not None and hub.ranges:
+                start, stop = int(asked[1]), min(stop, int(asked[2] or stop) + 1)
+                headers = (headers or {}) | {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+                status = 206
+            self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("Content-Length", str(stop - start))
             self.end_headers()
             if self.command == "HEAD":
                 return
             cut = hub.cuts.pop(file.name, None)
-            self.wfile.write(content[start:cut])
+            with contextlib.suppress(ConnectionError):  # a client that has enough leaves
+                self.wfile.write(content[start : stop if cut is None else min(stop, cut)])
+            hub.sent[file.name] = hub.sent.get(file.name, 0) + stop - start
             self.close_connection = self.close_connection or cut is not None
 
         def _send(self, status: int, headers: dict[str, str], body: Any = None) -> None:

@@ -35,6 +35,7 @@ def test_the_plan_fits_80_columns_and_says_everything(hf: Path, tmp_path: Path) 
     lines = err.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "source",
         "reads",
         "writes",
         "drops",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_convert.checkpoint import open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Plan, Storage, check_disk, estimate, hf_to_orbax, plan
 from dsv4_convert.errors import ResourceError
@@ -25,6 +25,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(folder: Path, storage: Storage = Storage.BFLOAT16, **options: object) -> Plan:
     with open_checkpoint(folder) as checkpoint:
         return plan(checkpoint, Config.from_hf(checkpoint.config), storage, **options)
+
+
+def opened(folder: Path) -> Checkpoint:
+    """Of a closed checkpoint an estimate needs the folder only."""
+    with open_checkpoint(folder) as checkpoint:
+        return checkpoint
 
 
 @pytest.mark.parametrize("storage", Storage)
@@ -56,24 +62,26 @@ def test_more_threads_are_allowed_by_more_memory(tiny: Path) -> None:
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = planned(tiny)
+    found, source = planned(tiny), opened(tiny)
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, found.bytes_on_disk - 1))
-    costs = estimate(found, tmp_path / "orbax", workers=2)
-    message = f"writes {found.bytes_on_disk:,} bytes, {found.bytes_on_disk - 1:,} are free.*--dtype source"
+    costs = estimate(found, source, tmp_path / "orbax", workers=2)
+    message = f"needs {found.bytes_on_disk:,} bytes and {found.bytes_on_disk - 1:,} are free.*--dtype source"
     with pytest.raises(ResourceError, match=message):
         check_disk(costs, tmp_path / "orbax")
     # What an interrupted run has written counts as free.
     kept = tmp_path / "orbax.dsv4-partial" / "leaves" / "embed"
     kept.mkdir(parents=True)
     (kept / "0.0").write_bytes(b"x")
-    check_disk(estimate(found, tmp_path / "orbax", workers=2), tmp_path / "orbax")
+    check_disk(estimate(found, source, tmp_path / "orbax", workers=2), tmp_path / "orbax")
 
 
 @pytest.mark.parametrize("storage", Storage)
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_an_estimate_leaves_nothing_behind(tiny: Path, tmp_path: Path, storage: Storage, compression: str) -> None:
-    costs = estimate(planned(tiny, storage, compression=compression), tmp_path / "a" / "b" / "orbax", workers=2)
+    costs = estimate(
+        planned(tiny, storage, compression=compression), opened(tiny), tmp_path / "a" / "b" / "orbax", workers=2
+    )
     assert not list(tmp_path.iterdir())
     assert costs.seconds > 0
     assert costs.limit in ("disk", "cores")
@@ -84,4 +92,4 @@ def test_an_estimate_leaves_nothing_behind(tiny: Path, tmp_path: Path, storage: 
 
 def test_a_destination_that_cannot_be_written_is_refused_by_the_estimate(tiny: Path) -> None:
     with pytest.raises(ResourceError, match="cannot write"):
-        estimate(planned(tiny), Path("/proc/orbax"), workers=2)
+        estimate(planned(tiny), opened(tiny), Path("/proc/orbax"), workers=2)

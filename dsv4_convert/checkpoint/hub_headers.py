@@ -1,0 +1,100 @@
+"""The headers of a repository's shards, read by range requests: what a plan needs, without a weight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported, but not marked as such
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from dsv4_convert.checkpoint.header import HEAD_BYTES, LENGTH_BYTES, Header, header_length, parse_header, read_header
+from dsv4_convert.checkpoint.hub_errors import hub_errors
+from dsv4_convert.checkpoint.hub_plan import DownloadPlan, PlannedFile
+from dsv4_convert.errors import BadInput, ResourceError
+
+#: Fetched at first. The header of V4-Pro's fullest shard has 0.4 MB.
+_FIRST_BYTES = 512 << 10
+_REQUESTS = 8
+
+
+class Ranges:
+    """Reads ranges of the files of one repository at one commit, with the Hub client's own session."""
+
+    def __init__(self, plan: DownloadPlan, token: str | None) -> None:
+        self._plan = plan
+        self._token = token
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start:stop`` of a file; fewer only where it ends before.
+
+        Raises:
+            BadInput, ResourceError: the Hub does not give them.
+        """
+        headers = build_hf_headers(token=self._token, library_name="dsv4")
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        url = hf_hub_url(self._plan.repo_id, name, revision=self._plan.revision)
+        with (
+            hub_errors(self._plan.repo_id, self._plan.revision),
+            http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
+        ):
+            hf_raise_for_status(response)
+            # A server that does not know ranges sends all of the file: leave when there is enough.
+            skip = start if response.status_code == 200 else 0
+            parts, length = [], 0
+            for part in response.iter_raw():
+                parts.append(part)
+                length += len(part)
+                if length >= skip + stop - start:
+                    break
+        return b"".join(parts)[skip : skip + stop - start]
+
+
+def read_headers(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: str | None) -> list[Header]:
+    """The headers of these shards: from the disk where they are there already, else from the Hub.
+
+    Raises:
+        BadInput: a header is damaged, or the Hub refuses it.
+        ResourceError: the Hub cannot be reached.
+    """
+    ranges = Ranges(plan, token)
+
+    def header(shard: PlannedFile) -> Header:
+        file = plan.folder / shard.name
+        if shard.cached and file.is_file():
+            return read_header(file)
+        return _remote_header(ranges, file, shard)
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(header, shards))
+
+
+def _remote_header(ranges: Ranges, file: Path, shard: PlannedFile) -> Header:
+    head = ranges.read(shard.name, 0, min(shard.size, _FIRST_BYTES))
+    end = LENGTH_BYTES + header_length(file, head[:HEAD_BYTES], shard.size)
+    if len(head) < end:
+        head += ranges.read(shard.name, len(head), end)
+    if len(head) < end:
+        raise BadInput(f"{shard.name}: the Hub sent {len(head):,} bytes of a header of {end:,}; try again later")
+    return parse_header(file, head[LENGTH_BYTES:end], size=shard.size, stamp=None)
+
+
+def measured_rate(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: str | None, nbytes: int) -> float:
+    """Bytes per second that the Hub sends of these shards at once, ``nbytes`` of each.
+
+    Raises:
+        ResourceError: nothing came.
+    """
+    ranges = Ranges(plan, token)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(max(1, len(shards))) as pool:
+        count = sum(map(len, pool.map(lambda shard: ranges.read(shard.name, 0, min(shard.size, nbytes)), shards)))
+    if not count:
+        raise ResourceError(f"{plan.repo_id}: the Hub sent nothing; try again later")
+    return count / max(time.perf_counter() - start, 1e-6)
