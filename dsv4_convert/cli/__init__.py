@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli import convert, download, golden, names, parity, verify
+from dsv4_convert.cli import convert, download, export, golden, names, parity, verify
 
 app = typer.Typer(
     name="dsv4",
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 _convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
 _convert.command("hf-to-orbax")(convert.hf_to_orbax)
+_convert.command("orbax-to-hf")(export.orbax_to_hf)
 app.add_typer(_convert, name="convert")
 app.command("download")(download.download)
 app.command("verify")(verify.verify)

@@ -1,0 +1,47 @@
+"""``dsv4 convert orbax-to-hf``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli.common import Json, byte_progress, reported, size, write_json
+
+
+@reported
+def orbax_to_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    dest: Annotated[Path, typer.Argument(help="Folder to create.")],
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Quantise bfloat16 or float32 weights to the form they were published in."),
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
+    json: Json = None,
+) -> None:
+    """Make a Hugging Face folder of a converted checkpoint again.
+
+    From --dtype source the published tensors come back byte for byte, in their shards, each compared with the hash that
+    the conversion recorded. From bfloat16 or float32 comes a folder in full precision that transformers loads; with
+    --requantize the published FP8 and FP4 form, with the values that this changes counted: none, where they came from
+    that form.
+
+    Example: dsv4 convert orbax-to-hf ./flash-orbax ./flash-again
+    """
+    from dsv4_convert.convert.to_hf import orbax_to_hf as export
+
+    with byte_progress("writing") as progress:
+        done = export(checkpoint, dest, requantize=requantize, restart=restart, progress=progress)
+    lines = [f"{dest}: {done.tensors:,} tensors, {size(done.nbytes)}, {len(done.shards)} shards"]
+    if done.identical:
+        lines.append(f"{done.identical:,} tensors have the bytes of the source")
+    if done.quantized:
+        changed = sum(done.changed.values())
+        what = f"{changed:,} values in {len(done.changed)} of them changed" if changed else "no value changed"
+        lines.append(f"{done.quantized:,} weights quantised again, {what}")
+    lines += [f"left out: {count:,} tensors: {reason}" for reason, count in sorted(done.left_out.items())]
+    typer.echo("\n".join(lines), err=json == "-")
+    write_json({"schema_version": 1, "destination": str(dest), **dataclasses.asdict(done)}, json)

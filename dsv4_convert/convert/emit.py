@@ -1,0 +1,220 @@
+"""The tensors of a Hugging Face checkpoint, made again out of a converted one, piece by piece.
+
+The way back of :mod:`.chunks`. Every source tensor is a run of chunks of the store, in the order of its rows (for a
+fused tensor: expert by expert, gate rows before up rows), so it can be written without ever being whole in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_convert.checkpoint import TensorInfo
+from dsv4_convert.checkpoint.dtypes import DTYPES
+from dsv4_convert.checkpoint.header import stored_nbytes
+from dsv4_convert.config import Config
+from dsv4_convert.convert.plan import Plan, plan
+from dsv4_convert.convert.sources import Sources, SourceTensor
+from dsv4_convert.convert.storage import Form, Piece, Storage
+from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import FP8_TILE, Dialect, Transform
+from dsv4_convert.store import Store
+
+Array = np.ndarray[Any, Any]
+_SPELLING = {stored.array: name for name, stored in DTYPES.items() if name in ("BF16", "F32", "I64", "I32")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """One tensor to write. ``chunks`` gives its bytes in order, as C-contiguous arrays."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Array]]
+    #: SHA-256 that the bytes must have; None where they need not be those of the source.
+    sha256: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return stored_nbytes(self.dtype, self.shape)
+
+
+@dataclasses.dataclass
+class Fidelity:
+    """What quantising again did: values that decoding does not give back, by weight; all weights are in it."""
+
+    changed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def count(self, weight: str, values: int) -> None:
+        """``values`` of a weight changed."""
+        self.changed[weight] = values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """The source as the account of its tensors describes it."""
+
+    root: Path
+    tensors: Mapping[str, TensorInfo]
+    absent: frozenset[str] = frozenset()
+
+
+class Emitter:
+    """Makes the tensors of the source, or of a plain copy of it, out of a converted checkpoint."""
+
+    def __init__(self, store: Store, sources: Sources) -> None:
+        self._store = store
+        self._sources = sources
+        metadata = store.metadata
+        self.storage = Storage(metadata["storage"])
+        infos: dict[str, TensorInfo] = {}
+        for name, tensor in sources.tensors.items():
+            # Offsets do not matter here; the size does.
+            nbytes = stored_nbytes(tensor.dtype, tensor.shape)
+            file = store.folder / tensor.shard
+            infos[name] = TensorInfo(name=name, dtype=tensor.dtype, shape=tensor.shape, file=file, start=0, end=nbytes)
+        self._plan: Plan = plan(
+            _Described(store.folder, infos),
+            Config.from_json(metadata["config"]),
+            self.storage,
+            layers=metadata["layers"],
+        )
+        self.fidelity = Fidelity()
+
+    def published(self) -> Iterator[Emitted]:
+        """The tensors of the source, byte for byte, from ``source`` storage; in the order of the source."""
+        runs = self._runs()
+        for name, tensor in self._sources.tensors.items():
+            if name in runs:
+                yield Emitted(name, tensor.dtype, tensor.shape, self._reader(runs[name]), tensor.sha256)
+
+    def plain(self) -> Iterator[Emitted]:
+        """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""
+        for piece in self._plan.pieces:
+            rule = piece.leaf.rule
+            numbers = () if piece.leaf.layer is None else (piece.leaf.layer,)
+            for expert in range(self._plan.config.n_routed_experts) if rule.per_expert else (None,):
+                name = rule.template(Dialect.PUBLISHED).format(*numbers, *(() if expert is None else (expert,)))
+                run = [index for index in piece.layout.chunk_indices() if expert is None or index[0] == expert]
+                spelling = _SPELLING[piece.dtype]
+                yield Emitted(name, spelling, piece.leaf.source_shape, self._reader([(piece, index) for index in run]))
+
+    def quantized(self) -> Iterator[Emitted]:
+        """The tensors of the source in their published form, quantised again from decoded storage."""
+        runs = self._runs()
+        weight_of = {source.scale: source.weight for source, _ in self._plan.sources.values() if source.scale}
+        quantizers: dict[str, _Quantizer] = {}
+        for name, tensor in self._in_pairs(weight_of):
+            weight = weight_of.get(name, name)
+            if weight not in runs:
+                continue
+            source, _ = self._plan.sources[weight]
+            if source.scale is None:
+                rows = self._reader(runs[name], DTYPES[tensor.dtype].array)
+                yield Emitted(name, tensor.dtype, tensor.shape, rows)
+                continue
+            if weight not in quantizers:
+                scale = self._sources.tensors[source.scale]
+                kind = self._sources.tensors[weight].dtype
+                rows = self._whole_tiles(runs[weight])
+                quantizers[weight] = _Quantizer(weight, kind, scale.dtype, rows, self.fidelity)
+            quantizer = quantizers[weight]
+            yield Emitted(name, tensor.dtype, tensor.shape, quantizer.scales if name in weight_of else quantizer.codes)
+
+    def _in_pairs(self, weight_of: Mapping[str, str]) -> Iterator[tuple[str, SourceTensor]]:
+        """The source's tensors, each scale just behind its weight where they share a shard."""
+        tensors = self._sources.tensors
+        scale_of = {weight: scale for scale, weight in weight_of.items()}
+        for name, tensor in tensors.items():
+            partner = weight_of.get(name) or scale_of.get(name)
+            together = partner is not None and tensors[partner].shard == tensor.shard
+            if name in weight_of and together:
+                continue
+            yield name, tensor
+            if partner is not None and together:
+                yield partner, tensors[partner]
+
+    def _runs(self) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:
+        """Of every source tensor the chunks that hold it, in its own order."""
+        found: dict[str, list[tuple[tuple[int, int, int], Piece, tuple[int, ...]]]] = {}
+        for piece in self._plan.pieces:
+            for index in piece.layout.chunk_indices():
+                part = piece.part(index)
+                name = part.source.scale if piece.form is Form.SCALE else part.source.weight
+                assert name is not None
+                key = (part.expert or 0, piece.leaf.rule.half or 0, part.rows.start)
+                found.setdefault(name, []).append((key, piece, index))
+        return {
+            name: [(piece, index) for _, piece, index in sorted(run, key=lambda entry: entry[0])]
+            for name, run in found.items()
+        }
+
+    def _reader(
+        self, run: list[tuple[Piece, tuple[int, ...]]], dtype: np.dtype[Any] | None = None
+    ) -> Callable[[], Iterator[Array]]:
+        """The rows of the chunks; in ``dtype``, where the weight was published in another one than it is stored in."""
+
+        def rows() -> Iterator[Array]:
+            for piece, index in run:
+                chunk = self._rows(piece, index)
+                yield chunk if dtype in (None, chunk.dtype) else cast_plain(chunk, dtype=dtype)
+
+        return rows
+
+    def _rows(self, piece: Piece, index: tuple[int, ...]) -> Array:
+        """A chunk as rows of its source."""
+        chunk = self._store.open_leaf(piece.path).read_chunk(index)
+        if piece.form is not Form.DECODED:
+            return chunk
+        if chunk.ndim > 2:
+            chunk = chunk.reshape(chunk.shape[-2:])
+        return chunk if piece.leaf.rule.transform is Transform.NONE else np.ascontiguousarray(chunk.T)
+
+    def _whole_tiles(self, run: list[tuple[Piece, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
+        """Rows in runs of whole FP8 tiles: chunks as they are, or the whole tensor where they would cut a tile."""
+        if len(run) > 1 and run[0][0].rows_per_chunk % FP8_TILE[0]:
+            return lambda: iter([np.concatenate([self._rows(piece, index) for piece, index in run])])
+        return self._reader(run)
+
+
+@dataclasses.dataclass
+class _Quantizer:
+    """Quantises one weight to its published form: its codes, and then the scales that were found with them."""
+
+    name: str
+    dtype: str
+    scale_dtype: str
+    rows: Callable[[], Iterator[Array]]
+    fidelity: Fidelity
+    _scales: list[Array] | None = None
+
+    def codes(self) -> Iterator[Array]:
+        """The codes, run by run. Counts the values that decoding them would not give back."""
+        self._scales, changed = [], 0
+        for rows in self.rows():
+            if self.dtype == "F8_E4M3":
+                found, scale = quantize_fp8(rows, scale_format="e8m0" if self.scale_dtype == "F8_E8M0" else "float32")
+                found = found.view(ml_dtypes.float8_e4m3fn)
+            else:
+                found, scale = quantize_fp4(rows)
+            changed += int(np.count_nonzero(decode_weight(found, scale, dtype=rows.dtype) != rows))
+            self._scales.append(scale)
+            yield found
+        self.fidelity.count(self.name, changed)
+
+    def scales(self) -> Iterator[Array]:
+        """The scales of all runs; the codes are made first where nobody has asked for them yet."""
+        if self._scales is None:
+            for _ in self.codes():
+                pass
+        assert self._scales is not None
+        found, self._scales = self._scales, None
+        yield from found

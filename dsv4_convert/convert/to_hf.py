@@ -1,0 +1,239 @@
+"""``dsv4 convert orbax-to-hf``: a converted checkpoint becomes a Hugging Face folder again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
+from dsv4_convert.convert.emit import Emitted, Emitter
+from dsv4_convert.convert.run import COMPANIONS
+from dsv4_convert.convert.sources import Sources, read_sources
+from dsv4_convert.convert.storage import Storage
+from dsv4_convert.errors import BadInput, CheckFailed, UsageError
+from dsv4_convert.store import Store, open_store
+from dsv4_convert.store.arrays import Array, write_file
+from dsv4_convert.store.layout import raw_bytes
+from dsv4_convert.store.manifest import Manifest
+from dsv4_convert.store.staging import staging_area
+from dsv4_convert.store.writer import check_destination, local_path
+
+#: Bytes of one shard, where the source's own sharding does not fit.
+_SHARD_BYTES = 5_000_000_000
+_STATE = "export.json"
+
+#: Called with (bytes written, bytes in total, name of the shard).
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What was written.
+
+    Attributes:
+        tensors: number of tensors.
+        nbytes: their bytes.
+        shards: names of the files, in order.
+        left_out: number of tensors of the source that the converted checkpoint does not hold, by reason.
+        identical: tensors whose bytes are those of the source, as far as that was compared.
+        quantized: weights that were quantised again.
+        changed: those of them, with the number of values, that decoding does not give back.
+    """
+
+    tensors: int
+    nbytes: int
+    shards: tuple[str, ...]
+    left_out: Mapping[str, int]
+    identical: int
+    quantized: int
+    changed: Mapping[str, int]
+
+
+def orbax_to_hf(
+    checkpoint: Path,
+    destination: Path,
+    *,
+    requantize: bool = False,
+    restart: bool = False,
+    progress: Progress = lambda done, total, shard: None,
+) -> ExportSummary:
+    """Write a Hugging Face folder; memory holds one chunk of one tensor, or one expert.
+
+    From ``source`` storage the published tensors come back byte for byte, in their shards, and every one is compared
+    with the SHA-256 that the conversion recorded. From bfloat16 or float32 a folder in full precision is written, under
+    the published names; with ``requantize`` the published FP8 and FP4 form.
+
+    Args:
+        checkpoint: what :func:`dsv4_convert.convert.hf_to_orbax` made.
+        destination: folder to create; an interrupted run leaves it absent, and keeps its finished shards.
+        requantize: quantise decoded weights to the form that they were published in.
+        restart: discard an interrupted run.
+        progress: called after every tensor.
+
+    Raises:
+        BadInput: not a converted checkpoint.
+        CheckFailed: a stored tensor is not the one that was converted.
+        UsageError: the destination exists, or there is nothing to quantise again.
+        ResourceError: the disk is full, or another process writes the same destination.
+    """
+    store = open_store(checkpoint)
+    if store.metadata.get("format") != "dsv4":
+        raise BadInput(f"{checkpoint}: not a model that dsv4 converted (its manifest says no such thing)")
+    if store.metadata.get("layout", "dsv4") != "dsv4":
+        raise UsageError(
+            f"{checkpoint}: has the layout of {store.metadata['layout']}, from which there is no way back; convert the "
+            "source again with the default layout"
+        )
+    sources = read_sources(store)
+    emitter = Emitter(store, sources)
+    _check_request(store, sources, emitter.storage, requantize=requantize)
+    target = local_path(destination)
+    check_destination(target, overwrite=False)
+    groups = _shards(emitter, sources, requantize=requantize)
+    total = sum(tensor.nbytes for group in groups.values() for tensor in group)
+    done = 0
+    with staging_area(target) as staging:
+        check_destination(target, overwrite=False)
+        if restart:
+            staging.clear()
+        kept = _begin(staging.folder / _STATE, staging.commit, store, requantize=requantize)
+        for shard, group in groups.items():
+            if shard not in kept or not (staging.commit / shard).is_file():
+                checked = [_Checked(tensor, sources) for tensor in group]
+                write_safetensors(staging.commit / shard, [one.entry() for one in checked], metadata={"format": "pt"})
+                identical = sum(one.identical for one in checked)
+                kept[shard] = _Written(identical, dict(emitter.fidelity.changed))
+                emitter.fidelity.changed.clear()
+                _remember(staging.folder / _STATE, store, kept, requantize=requantize)
+            done += sum(tensor.nbytes for tensor in group)
+            progress(done, total, shard)
+        if set(groups) != {"model.safetensors"}:
+            weight_map = {tensor.name: shard for shard, group in groups.items() for tensor in group}
+            write_index(staging.commit, weight_map, total)
+        for name, content in _companions(store, plain=emitter.storage is not Storage.SOURCE and not requantize):
+            write_file(staging.commit / name, content)
+        staging.leaves.mkdir(exist_ok=True)
+        staging.publish(target)
+    dropped: dict[str, int] = {}
+    for tensor in sources.tensors.values():
+        if tensor.dropped is not None:
+            dropped[tensor.dropped] = dropped.get(tensor.dropped, 0) + 1
+    return ExportSummary(
+        tensors=sum(map(len, groups.values())),
+        nbytes=total,
+        shards=tuple(groups),
+        left_out=dropped,
+        identical=sum(kept[shard].identical for shard in groups),
+        quantized=sum(len(kept[shard].quantized) for shard in groups),
+        changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """Of one shard: tensors that are those of the source, and the values that changed in weights quantised again."""
+
+    identical: int
+    quantized: Mapping[str, int]
+
+
+def _check_request(store: Store, sources: Sources, storage: Storage, *, requantize: bool) -> None:
+    if not requantize:
+        return
+    if storage is Storage.SOURCE:
+        raise UsageError(f"{store.folder}: holds the published bytes already; leave --requantize out")
+    if not any(tensor.dtype == "F8_E4M3" for tensor in sources.tensors.values()):
+        raise UsageError(f"{store.folder}: its source was not quantised, so there is no form to quantise to")
+
+
+def _shards(emitter: Emitter, sources: Sources, *, requantize: bool) -> dict[str, list[Emitted]]:
+    """The tensors by the shard that they go to: the source's own, or new ones for a copy in full precision."""
+    if emitter.storage is Storage.SOURCE or requantize:
+        tensors = emitter.quantized() if requantize else emitter.published()
+        groups: dict[str, list[Emitted]] = {}
+        for tensor in tensors:
+            groups.setdefault(sources.tensors[tensor.name].shard, []).append(tensor)
+        return groups
+    runs: list[list[Emitted]] = [[]]
+    for tensor in emitter.plain():
+        if runs[-1] and sum(one.nbytes for one in runs[-1]) + tensor.nbytes > _SHARD_BYTES:
+            runs.append([])
+        runs[-1].append(tensor)
+    if len(runs) == 1:
+        return {"model.safetensors": runs[0]}
+    return {f"model-{number:05}-of-{len(runs):05}.safetensors": run for number, run in enumerate(runs, 1)}
+
+
+class _Checked:
+    """A tensor whose bytes are hashed while they are written, and compared with those of the source."""
+
+    def __init__(self, tensor: Emitted, sources: Sources) -> None:
+        self._tensor = tensor
+        known = sources.tensors.get(tensor.name)
+        self._known = None if known is None else known.sha256
+        self.identical = False
+
+    def entry(self) -> TensorEntry:
+        return TensorEntry(self._tensor.name, self._tensor.dtype, self._tensor.shape, self._chunks)
+
+    def _chunks(self) -> Iterator[Array]:
+        digest = hashlib.sha256()
+        for chunk in self._tensor.chunks():
+            digest.update(raw_bytes(chunk))
+            yield chunk
+        found, expected = digest.hexdigest(), self._tensor.sha256
+        if expected is not None and found != expected:
+            raise CheckFailed(
+                f"{self._tensor.name}: the stored bytes have sha256 {found}, the tensor that was converted had "
+                f"{expected}. `dsv4 verify` says which chunk is damaged; convert the model again."
+            )
+        self.identical = found == self._known
+
+
+def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict[str, _Written]:
+    """The shards that an interrupted run has finished."""
+    if any(state.parent.glob("journal*.jsonl")):
+        raise UsageError(f"{state.parent}: an unfinished conversion is here; finish it, or --restart to discard it")
+    folder.mkdir(exist_ok=True)
+    if not state.exists():
+        return {}
+    found = json.loads(state.read_bytes())
+    if found["of"] != _identity(store, requantize=requantize):
+        raise UsageError(
+            f"{state.parent}: an unfinished export of another checkpoint, or with other options, is here. "
+            "Finish that one, or --restart to discard it."
+        )
+    return {shard: _Written(**entry) for shard, entry in found["shards"].items()}
+
+
+def _remember(state: Path, store: Store, shards: Mapping[str, _Written], *, requantize: bool) -> None:
+    new = state.with_suffix(".new")
+    entries = {shard: dataclasses.asdict(written) for shard, written in shards.items()}
+    write_file(new, json.dumps({"of": _identity(store, requantize=requantize), "shards": entries}).encode())
+    new.replace(state)
+
+
+def _identity(store: Store, *, requantize: bool) -> dict[str, Any]:
+    manifest: Manifest = store.manifest
+    return {"manifest": hashlib.sha256(manifest.to_bytes()).hexdigest(), "requantize": requantize}
+
+
+def _companions(store: Store, *, plain: bool) -> Iterator[tuple[str, bytes]]:
+    """Config and tokenizer as the source had them; a copy in full precision no longer declares a quantisation."""
+    for name in COMPANIONS:
+        if name not in store.manifest.files:
+            continue
+        content = store.read_file(name)
+        if name == "config.json" and plain:
+            config = json.loads(content)
+            config = {key: value for key, value in config.items() if key not in _QUANTIZED_KEYS}
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = store.metadata["storage"]
+            content = f"{json.dumps(config, indent=2)}\n".encode()
+        yield name, content
+
+
+_QUANTIZED_KEYS: Sequence[str] = ("quantization_config", "expert_dtype")
