@@ -10,40 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-DSV4 = [sys.executable, "-m", "dsv4_convert"]
-
-
-def measured(*arguments: str) -> dict[str, object]:
-    """Run one dsv4 command as a process of its own; seconds, peak resident memory in GiB and the exit code."""
-    start = time.perf_counter()
-    process = os.spawnv(os.P_NOWAIT, sys.executable, [*DSV4, *arguments])
-    _, status, usage = os.wait4(process, 0)
-    return {
-        "command": " ".join(["dsv4", *arguments]),
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
-        "exit_code": os.waitstatus_to_exitcode(status),
-    }
+from benchmarks.measure import dsv4, gigabytes
 
 
 def two_layers(config: Path) -> dict[str, object]:
     """The published config, cut to one CSA layer with hash routing and one HCA layer with learned routing."""
     raw = dict(json.loads(config.read_text(encoding="utf-8")))
     return raw | {"num_hidden_layers": 2, "compress_ratios": [4, 128, 0], "num_hash_layers": 1}
-
-
-def size(folder: Path) -> float:
-    """GB of all files below a folder."""
-    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9, 2)
 
 
 def main() -> None:
@@ -60,14 +39,14 @@ def main() -> None:
     (work / "config.json").write_text(json.dumps(two_layers(options.config)), encoding="utf-8")
     hf, orbax, golden = (str(work / name) for name in ("hf", "orbax", "golden"))
     steps = [
-        measured("golden", "make-checkpoint", hf, "--config", str(work / "config.json")),
-        measured("convert", "hf-to-orbax", hf, orbax, "--dtype", options.dtype),
-        measured("golden", "record", hf, "--out", golden, "--random", str(options.tokens)),
-        measured("parity", orbax, "--golden", golden, "--layer", "0", "--quiet"),
-        measured("parity", orbax, "--golden", golden, "--layer", "1", "--quiet"),
-        measured("parity", orbax, "--golden", golden, "--quiet", "--mode", "cumulative"),
+        dsv4("golden", "make-checkpoint", hf, "--config", str(work / "config.json")),
+        dsv4("convert", "hf-to-orbax", hf, orbax, "--dtype", options.dtype),
+        dsv4("golden", "record", hf, "--out", golden, "--random", str(options.tokens)),
+        dsv4("parity", orbax, "--golden", golden, "--layer", "0", "--quiet"),
+        dsv4("parity", orbax, "--golden", golden, "--layer", "1", "--quiet"),
+        dsv4("parity", orbax, "--golden", golden, "--quiet", "--mode", "cumulative"),
     ]
-    sizes = {name: size(work / name) for name in ("hf", "orbax", "golden")}
+    sizes = {name: gigabytes(work / name) for name in ("hf", "orbax", "golden")}
     table = Table(title=f"two layers at full width, {options.tokens} tokens; GB on disk: {sizes}", box=None)
     for column in ("command", "seconds", "peak_gib", "exit_code"):
         table.add_column(column)

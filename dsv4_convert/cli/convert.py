@@ -107,10 +107,11 @@ def hf_to_orbax(
         if processes.first:
             costs = convert.estimate(planned, checkpoint, dest, workers=threads)
             _print_plan(checkpoint, planned, costs)
-            convert.check_disk(costs, dest)
             document = _as_json(planned, costs)
+            if dry_run:
+                write_json(document, json)
+            convert.check_disk(costs, dest)
         if dry_run:
-            write_json(document, json)
             return
         with conversion_progress() as progress:
             summary = convert.carry_out(

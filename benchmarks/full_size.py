@@ -1,0 +1,74 @@
+"""Full-size V4-Flash and V4-Pro as sparse files: the plan of the whole, and the real conversion of one layer out of it.
+
+Run: python -m benchmarks.full_size [--model DeepSeek-V4-Flash] [--layer 12] [--dtype bfloat16] [--work DIR]
+
+The files have the published tensors, shapes and sizes (tests/data/inventory); the layer to convert and the tensors
+beside the layers have random content, the others read as zeros. Needs 25 GB of disk for Flash in bfloat16, and 40 GB
+for Pro with --dtype source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import dsv4, gigabytes
+from benchmarks.sparse import lay_out, tensors_of
+from dsv4_convert.names import drop_reason, layer_of
+
+DATA = Path("tests/data")
+#: Model -> number of its shards.
+SHARDS = {"DeepSeek-V4-Flash": 46, "DeepSeek-V4-Pro": 64}
+
+
+def main() -> None:
+    """Lay out, plan, convert, verify; print a table and the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHARDS, default="DeepSeek-V4-Flash")
+    parser.add_argument("--layer", type=int, default=12)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--plan-only", action="store_true", help="neither fill nor convert")
+    parser.add_argument("--work", type=Path, default=Path("full-size"), help="folder for everything that is made")
+    options = parser.parse_args()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=False)
+    source, out = work / options.model, work / "orbax"
+    tensors = tensors_of(DATA / "inventory" / f"{options.model}.json")
+
+    def filled(name: str) -> bool:
+        return not options.plan_only and drop_reason(name) is None and layer_of(name) in (None, options.layer)
+
+    config = DATA / "configs" / f"{options.model}.json"
+    lay_out(tensors, config, source, shards=SHARDS[options.model], filled=filled)
+    convert = ("convert", "hf-to-orbax", source, out, "--dtype", options.dtype)
+    # The whole does not fit this disk, which the plan would refuse after it is made: --json has it before.
+    steps = [dsv4(*convert, "--dry-run", "--json", work / "plan.json")]
+    if not options.plan_only:
+        steps.append(dsv4(*convert, "--layers", options.layer))
+        steps.append(dsv4("verify", out, "--against", source))
+    figures = {
+        "model": options.model,
+        "tensors": len(tensors),
+        "apparent_gb": gigabytes(source),
+        "written_gb": gigabytes(out),
+        "steps": steps,
+    }
+    table = Table(
+        title=f"{options.model}: {len(tensors):,} tensors, {gigabytes(source)} GB in {SHARDS[options.model]} files"
+    )
+    for column in ("command", "seconds", "peak_gib", "exit_code"):
+        table.add_column(column)
+    for step in steps:
+        table.add_row(*map(str, step.values()))
+    Console().print(table)
+    print(json.dumps(figures))
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
