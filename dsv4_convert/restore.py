@@ -30,6 +30,11 @@ class Weights:
         metadata = store.metadata
         if metadata.get("format") != "dsv4":
             raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+        if metadata.get("layout", "dsv4") != "dsv4":
+            raise BadInput(
+                f"{store.folder}: has the layout of {metadata['layout']}, for another program; convert the source "
+                "again with the default layout"
+            )
         if metadata.get("names_table") != names.TABLE_VERSION:
             raise BadInput(
                 f"{store.folder}: written with version {metadata.get('names_table')} of the names table, this dsv4 "

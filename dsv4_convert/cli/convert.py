@@ -41,6 +41,13 @@ def hf_to_orbax(
         ),
     ] = "bfloat16",
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="[dsv4|maxtext|maxtext-unscanned]",
+            help="Whose parameter tree: dsv4's own, or that of MaxText with or without scan_layers.",
+        ),
+    ] = "dsv4",
     compression: Annotated[
         str,
         typer.Option(
@@ -94,6 +101,7 @@ def hf_to_orbax(
 
     chosen = parse_layers(layers)
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
+    tree = convert.Layout(parse_choice("--layout", layout, convert.Layout))
     packing = parse_choice("--compression", compression, ("none", "zstd"))
     allowed = parse_bytes("--max-memory", max_memory)
     processes = _join(coordinator, num_processes, process_id)
@@ -101,7 +109,7 @@ def hf_to_orbax(
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
     with open_source(source, revision=revision, layers=chosen, discard=discard_source) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        planned = convert.plan(checkpoint, config, storage, layers=chosen, compression=packing)
+        planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
         threads = planned.workers(allowed, workers)
         document: dict[str, object] = {}
         if processes.first:
@@ -189,6 +197,7 @@ def _as_json(planned: Plan, costs: Estimate) -> dict[str, object]:
         "schema_version": 1,
         "dialect": planned.dialect.value,
         "storage": planned.storage.value,
+        "layout": planned.layout.value,
         "compression": planned.compression,
         "layers": list(planned.layers),
         "tensors": planned.tensors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv4_convert.convert.estimate import Estimate, check_disk, estimate
+from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.run import Advance, carry_out, hf_to_orbax
 from dsv4_convert.convert.storage import Storage
@@ -11,6 +12,7 @@ __all__ = [
     "MAX_MEMORY",
     "Advance",
     "Estimate",
+    "Layout",
     "Plan",
     "Storage",
     "carry_out",

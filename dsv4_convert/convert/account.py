@@ -92,8 +92,9 @@ def to_account(planned: Plan) -> frozenset[str]:
     return frozenset(
         source.weight
         for piece in planned.pieces
-        if piece.leaf.fused or (not piece.leaf.stacked and piece.layout.chunk_count != 1)
-        for source in piece.leaf.sources
+        for leaf in piece.leaves
+        if leaf.fused or (not leaf.stacked and piece.layout.chunk_count != 1)
+        for source in leaf.sources
     )
 
 
@@ -133,9 +134,8 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
     total = sum((entry.rounding for entry in accounts.values()), Rounding())
     leaves: dict[str, int] = {}
     for piece in planned.pieces:
-        changed = sum(
-            accounts[source.weight].rounding.rounded for source in piece.leaf.sources if source.weight in accounts
-        )
+        weights = (source.weight for leaf in piece.leaves for source in leaf.sources)
+        changed = sum(accounts[weight].rounding.rounded for weight in weights if weight in accounts)
         if changed and piece.form is Form.DECODED:
             leaves[piece.path] = changed
     largest = total.largest_relative

@@ -11,6 +11,7 @@ from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert.account import tensor_digest
 from dsv4_convert.convert.chunks import ChunkMaker
+from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, read_sources
 from dsv4_convert.convert.storage import Piece, Storage
@@ -43,7 +44,8 @@ def compare_with_source(
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         if config != Config.from_json(metadata["config"]):
             return [f"{checkpoint.root / 'config.json'}: another architecture than the one that was converted"]
-        planned = plan(checkpoint, config, Storage(metadata["storage"]), layers=metadata["layers"])
+        storage, layout = Storage(metadata["storage"]), Layout(metadata["layout"])
+        planned = plan(checkpoint, config, storage, layers=metadata["layers"], layout=layout)
         comparison = _Comparison(store, checkpoint, planned, sources)
         return comparison.run(progress, workers)
 
@@ -110,7 +112,7 @@ class _Comparison:
         names = self.planned.names_of(piece, index)
         return (
             f"{piece.path}, chunk {index}: {int(differs.sum()):,} of {made.size:,} elements are not what "
-            f"{' and '.join(names)} give, the first at {at}: {self._who(piece, index, stored, names)}"
+            f"{' and '.join(names) or 'ones'} give, the first at {at}: {self._who(piece, index, stored, names)}"
         ), made.nbytes
 
     def _who(self, piece: Piece, index: Index, stored: np.ndarray, names: tuple[str, ...]) -> str:

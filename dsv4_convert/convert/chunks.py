@@ -13,8 +13,9 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_weight
 from dsv4_convert.convert.storage import Form, Part, Piece
 from dsv4_convert.coverage import Source
+from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE, Transform
+from dsv4_convert.names import FP8_TILE, Kind
 
 Array = np.ndarray[Any, Any]
 
@@ -50,8 +51,11 @@ class ChunkMaker:
         Raises:
             BadInput: the source cannot be read.
         """
-        part = piece.part(index)
         out = self._buffers.take(piece.layout.clipped_shape(index), piece.dtype)
+        if piece.form is Form.ONES:
+            out.fill(1)
+            return out
+        part = piece.part(index)
         if piece.form is Form.DECODED:
             self._decode(piece, part, out)
         else:
@@ -61,21 +65,35 @@ class ChunkMaker:
         return out
 
     def _decode(self, piece: Piece, part: Part, out: Array) -> None:
-        transpose = piece.leaf.rule.transform is not Transform.NONE
-        if out.ndim >= 2:
-            out = out.reshape(-1, *out.shape[-2:])[0]  # an expert or a group is a stack of one
+        rule = part.leaf.rule
+        transpose = piece.turned
+        columns = math.prod(part.leaf.source_shape[1:])
+        if len(part.leaf.source_shape) == 2:  # a chunk is one matrix, whatever the axes are that it is shown with
+            out = out.reshape((columns, -1) if transpose else (-1, columns))
+        else:
+            out = out.reshape(-1)
         if part.expert is not None:
             plain = self._expert(piece, part.source.weight, part.expert)
             decode_weight(plain, None, dtype=piece.dtype, transpose=transpose, out=out)
-            return
-        inside = (part.rows.start or 0) % FP8_TILE[0]
-        if not inside:
+        elif rule.kind is Kind.INTEGER and piece.dtype.kind == "f":
+            self._as_floats(part, out)
+        elif inside := part.rows.start % FP8_TILE[0]:
+            # Rows that begin inside a tile, as no quantised tensor of a release has them: decode from its start.
+            whole = slice(part.rows.start - inside, part.rows.stop)
+            block = read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=whole)[inside:]
+            np.copyto(out, block.T if transpose else block)
+        else:
             read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=part.rows, transpose=transpose, out=out)
-            return
-        # A group that begins inside a tile, as no published model has it: decode from the start of the tile.
-        whole = slice(part.rows.start - inside, part.rows.stop)
-        block = read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=whole)[inside:]
-        np.copyto(out, block.T if transpose else block)
+
+    def _as_floats(self, part: Part, out: Array) -> None:
+        """An index table for a model that wants floats. Raises :class:`BadInput` if one of them is not exact."""
+        table = self._checkpoint.read(part.source.weight)[part.rows]
+        np.copyto(out, table, casting="unsafe")
+        if not np.array_equal(out, table):
+            raise BadInput(
+                f"{part.source.weight}: numbers up to {table.max()}, which {out.dtype} does not hold exactly; this is "
+                "not an index table of DeepSeek-V4"
+            )
 
     def _published(self, piece: Piece, part: Part) -> Array:
         name = part.source.scale if piece.form is Form.SCALE else part.source.weight
@@ -84,7 +102,7 @@ class ChunkMaker:
             return self._expert(piece, name, part.expert)
         stored = self._checkpoint.read(name)
         # The rows of a part are those of the weight; scales are never cut.
-        return stored if piece.form is Form.SCALE or piece.leaf.stacked or not stored.shape else stored[part.rows]
+        return stored if piece.form is Form.SCALE or part.leaf.stacked or not stored.shape else stored[part.rows]
 
     def _expert(self, piece: Piece, name: str, expert: int) -> Array:
         """One expert of a fused tensor, or the gate (0) or up (1) half of its rows."""

@@ -23,7 +23,7 @@ from dsv4_convert.convert.sources import Sources, SourceTensor
 from dsv4_convert.convert.storage import Form, Piece, Storage
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE, Dialect, Transform
+from dsv4_convert.names import FP8_TILE, Dialect
 from dsv4_convert.store import Store
 
 Array = np.ndarray[Any, Any]
@@ -176,7 +176,7 @@ class Emitter:
             return chunk
         if chunk.ndim > 2:
             chunk = chunk.reshape(chunk.shape[-2:])
-        return chunk if piece.leaf.rule.transform is Transform.NONE else np.ascontiguousarray(chunk.T)
+        return np.ascontiguousarray(chunk.T) if piece.turned else chunk
 
     def _whole_tiles(self, run: list[tuple[Piece, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
         """Rows in runs of whole FP8 tiles: chunks as they are, or the whole tensor where they would cut a tile."""

@@ -20,7 +20,6 @@ from dsv4_convert.convert.shards import Arriving, as_arriving
 from dsv4_convert.convert.storage import Form, Piece
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import Transform
 from dsv4_convert.store import ArrayLayout, chunk_digest, staged_bytes
 from dsv4_convert.store.arrays import ArrayWriter, create_array, writing
 
@@ -162,8 +161,7 @@ def _make_rate(planned: Plan, piece: Piece) -> tuple[float, Array]:
 
     def make() -> Array:
         if piece.form is Form.DECODED:
-            transpose = piece.leaf.rule.transform is not Transform.NONE
-            chunk = decode_weight(weight, scale, dtype=piece.dtype, transpose=transpose)
+            chunk = decode_weight(weight, scale, dtype=piece.dtype, transpose=piece.turned)
         else:
             chunk = weight.copy()
         chunk_digest(chunk)

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.config import Config
-from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, pieces
+from dsv4_convert.convert.layouts import Layout, lay_out
+from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage
 from dsv4_convert.coverage import Source, Stored, resolve
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.names import Dialect, Rule, check_layers
@@ -58,6 +59,7 @@ class Plan:
 
     config: Config
     storage: Storage
+    layout: Layout
     compression: Compression
     dialect: Dialect
     layers: tuple[int, ...]
@@ -87,10 +89,13 @@ class Plan:
     @cached_property
     def sources(self) -> Mapping[str, tuple[Source, Rule]]:
         """Every weight of the source that is used, by name, with its scales and its rule."""
-        return {source.weight: (source, piece.leaf.rule) for piece in self.pieces for source in piece.leaf.sources}
+        leaves = (leaf for piece in self.pieces for leaf in piece.leaves)
+        return {source.weight: (source, leaf.rule) for leaf in leaves for source in leaf.sources}
 
     def names_of(self, piece: Piece, index: tuple[int, ...]) -> tuple[str, ...]:
         """The tensors that a chunk is made of."""
+        if piece.form is Form.ONES:
+            return ()
         source = piece.part(index).source
         if piece.form is Form.SCALE:
             return (source.scale,) if source.scale is not None else ()
@@ -102,12 +107,16 @@ class Plan:
 
     @cached_property
     def _source_bytes(self) -> Mapping[str, int]:
-        """Of every leaf. Two leaves share a fused tensor of gate and up rows."""
-        return {
-            piece.path: sum(self.infos[name].nbytes for name in piece.sources)
-            // (2 if piece.leaf.fused and piece.leaf.rule.half is not None else 1)
-            for piece in self.pieces
-        }
+        """Of every leaf: of tensors that several leaves share (gate and up rows, mixing weights) its part."""
+        found = {}
+        for piece in self.pieces:
+            nbytes = sum(self.infos[name].nbytes for name in piece.sources)
+            if piece.leaves and piece.leaf.fused and piece.leaf.rule.half is not None:
+                nbytes //= 2
+            elif piece.leaves and piece.row_axis is None and not piece.leaf.rule.per_expert:
+                nbytes = nbytes * piece.rows_per_chunk // max(1, piece.leaf.source_shape[0])
+            found[piece.path] = nbytes
+        return found
 
     def memory(self, workers: int) -> int:
         """Peak memory beyond the interpreter with its imports, estimated from above."""
@@ -145,6 +154,7 @@ def plan(
     storage: Storage,
     *,
     layers: Iterable[int] | None = None,
+    layout: Layout = Layout.DSV4,
     compression: Compression = "none",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Plan:
@@ -152,12 +162,12 @@ def plan(
 
     Raises:
         BadInput: tensors and config do not fit (see :func:`dsv4_convert.coverage.resolve`).
-        UsageError: a layer that does not exist.
+        UsageError: a layer that does not exist, or a layout that does not suit (see :func:`.layouts.lay_out`).
     """
     stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     chosen = check_layers(config, layers)
     resolution = resolve(stored, config, layers=chosen, where=str(checkpoint.root))
-    found = [piece for leaf in resolution.leaves for piece in pieces(leaf, storage, stored, config, chunk_bytes)]
+    found = lay_out(layout, resolution.leaves, storage, stored, config, layers=chosen, chunk_bytes=chunk_bytes)
     names = {name for piece in found for name in piece.sources}
     read: Counter[str] = Counter()
     for name in names:
@@ -169,6 +179,7 @@ def plan(
     return Plan(
         config=config,
         storage=storage,
+        layout=layout,
         compression=compression,
         dialect=resolution.dialect,
         layers=chosen,
@@ -184,7 +195,7 @@ def plan(
 
 def _may_round(piece: Piece, storage: Storage, stored: Mapping[str, Stored]) -> bool:
     """Whether bfloat16 cannot promise to hold the values exactly: float32 weights, or float32 scales."""
-    if storage is not Storage.BFLOAT16 or not piece.leaf.rule.kind.follows_dtype:
+    if storage is not Storage.BFLOAT16 or not piece.leaves or not piece.leaf.rule.kind.follows_dtype:
         return False
     source = piece.leaf.sources[0]
     return stored[source.weight].dtype == "F32" or (source.scale is not None and stored[source.scale].dtype == "F32")

@@ -13,6 +13,7 @@ from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert.account import Account, account, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
+from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, as_arriving
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
@@ -48,6 +49,7 @@ def hf_to_orbax(
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
+    layout: Layout = Layout.DSV4,
     compression: Compression = "none",
     max_memory: int = MAX_MEMORY,
     workers: int | None = None,
@@ -64,6 +66,7 @@ def hf_to_orbax(
         destination: folder to create.
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.
+        layout: whose parameter tree is written.
         compression: see :func:`dsv4_convert.store.write_checkpoint`.
         max_memory: bytes beyond the interpreter with its imports.
         workers: threads, at most; None for what cores and memory allow.
@@ -76,7 +79,7 @@ def hf_to_orbax(
     """
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        planned = plan(checkpoint, config, storage, layers=layers, compression=compression)
+        planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(
             planned,
             checkpoint,
@@ -166,7 +169,7 @@ def carry_out(
             chunks=chunk,
             rank=lambda index: shards.rank(piece, index),
             sources=piece.sources,
-            rule=piece.leaf.rule.path,
+            rule=piece.rule_name,
         )
 
     def note(weight: str) -> Note:
@@ -191,6 +194,7 @@ def carry_out(
             "changed": _changed(checkpoint),
             "config": hashlib.sha256(companions["config.json"]).hexdigest(),
             "storage": planned.storage.value,
+            "layout": planned.layout.value,
             "names_table": TABLE_VERSION,
         },
         metadata=lambda summary: _metadata(planned, origin, _accounts(summary)),
@@ -230,6 +234,7 @@ def _metadata(planned: Plan, origin: Mapping[str, Any], accounts: Mapping[str, A
         "names_table": TABLE_VERSION,
         "dialect": planned.dialect.value,
         "storage": planned.storage.value,
+        "layout": planned.layout.value,
         "layers": list(planned.layers),
         "config": planned.config.to_json(),
         "source": dict(origin),

@@ -78,6 +78,8 @@ class ShardUse:
     def rank(self, piece: Piece, index: Index) -> Rank:
         """Of a chunk: shard and offset of the last byte that it needs."""
         names = self._planned.names_of(piece, index)
+        if not names:
+            return (0,)
         shard, start = self._place(names)
         part = piece.part(index)
         return shard, start, part.expert if part.expert is not None else part.rows.start

@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
-from dsv4_convert.config import Config
 from dsv4_convert.coverage import Leaf, Source, Stored
 from dsv4_convert.names import FP8_TILE, Transform
 from dsv4_convert.store import ArrayLayout
@@ -46,12 +45,15 @@ class Form(StrEnum):
     SCALE = "scale"
     #: The published bytes of a tensor that is not quantised.
     WHOLE = "whole"
+    #: Ones, which no tensor of the source gives.
+    ONES = "ones"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What one chunk is made of: rows of one source tensor, or of one expert of a fused one."""
 
+    leaf: Leaf
     source: Source
     rows: slice
     expert: int | None = None
@@ -59,24 +61,30 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One leaf of the store, made of one parameter of the model.
+    """One leaf of the store. Every chunk of it is made of one source tensor and its scales.
 
     Attributes:
         path: dotted path in the store.
-        leaf: the parameter.
-        form: what of it is stored.
+        leaves: the parameter of the model that it holds, or those of several layers, stacked; none for ones.
+        form: what of them is stored.
         rows_per_chunk: rows of the source (of one expert, of a stack) that go into one chunk.
-        row_axis: the axis of the store's grid along which those runs of rows follow each other.
+        first_row: where they begin, for a leaf that holds some rows only.
+        row_axis: the axis of the store's grid along which runs of rows follow each other; None for a single run.
+        layer_axis: the axis of the stacked layers; None for one layer.
+        turned: decoded matrices are ``[in, out]``, the published ones ``[out, in]``.
     """
 
     path: str
-    leaf: Leaf
+    leaves: tuple[Leaf, ...]
     form: Form
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     rows_per_chunk: int
-    row_axis: int = 0
+    first_row: int = 0
+    row_axis: int | None = None
+    layer_axis: int | None = None
+    turned: bool = False
 
     @cached_property
     def layout(self) -> ArrayLayout:
@@ -84,10 +92,20 @@ class Piece:
         return ArrayLayout(shape=self.shape, dtype=self.dtype, chunk_shape=self.chunk_shape)
 
     @property
+    def leaf(self) -> Leaf:
+        """The parameter, or the first one: all have the same rule."""
+        return self.leaves[0]
+
+    @property
+    def rule_name(self) -> str:
+        """How it is made, for the manifest."""
+        return self.leaf.rule.path if self.leaves else self.form.value
+
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """Names of the tensors that fill this leaf."""
         names = []
-        for source in self.leaf.sources:
+        for source in (source for leaf in self.leaves for source in leaf.sources):
             if self.form is not Form.SCALE:
                 names.append(source.weight)
             if source.scale is not None and self.form is not Form.WEIGHT:
@@ -100,25 +118,21 @@ class Piece:
         return self.layout.nbytes
 
     def part(self, index: tuple[int, ...]) -> Part:
-        """What chunk ``index`` is made of."""
-        leaf = self.leaf
-        if leaf.rule.per_expert:
-            expert = index[0]
-            rows = slice(0, leaf.source_shape[0])
-            return Part(leaf.sources[0], rows, expert) if leaf.fused else Part(leaf.sources[expert], rows)
-        at = index[self.row_axis] if index else 0
-        rows = slice(at * self.rows_per_chunk, (at + 1) * self.rows_per_chunk)
-        return Part(leaf.sources[0], rows)
+        """What chunk ``index`` is made of; not defined for ones."""
+        leaf = self.leaves[0 if self.layer_axis is None else index[self.layer_axis]]
+        at = 0 if self.row_axis is None else index[self.row_axis]
+        start = self.first_row + at * self.rows_per_chunk
+        rows = slice(start, start + self.rows_per_chunk)
+        if not leaf.rule.per_expert:
+            return Part(leaf, leaf.sources[0], rows)
+        return Part(leaf, leaf.sources[0], rows, index[0]) if leaf.fused else Part(leaf, leaf.sources[index[0]], rows)
 
 
-def pieces(
-    leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], config: Config, chunk_bytes: int = CHUNK_BYTES
-) -> list[Piece]:
+def pieces(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_bytes: int = CHUNK_BYTES) -> list[Piece]:
     """The store's leaves for one parameter."""
     first = leaf.sources[0]
     if storage is not Storage.SOURCE:
-        dtype = storage.dtype if leaf.rule.kind.follows_dtype else DTYPES[stored[first.weight].dtype].array
-        return [_decoded(leaf, dtype, config, chunk_bytes)]
+        return [_decoded(leaf, decoded_dtype(leaf, storage, stored), chunk_bytes)]
     if first.scale is None:
         return [_published(leaf, Form.WHOLE, leaf.path, stored[first.weight], chunk_bytes)]
     return [
@@ -127,21 +141,30 @@ def pieces(
     ]
 
 
-def _decoded(leaf: Leaf, dtype: np.dtype[Any], config: Config, limit: int) -> Piece:
+def decoded_dtype(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored]) -> np.dtype[Any]:
+    """Of the numbers of a parameter: the storage's, or the source's where the rule keeps it."""
+    follows = leaf.rule.kind.follows_dtype
+    return storage.dtype if follows else DTYPES[stored[leaf.sources[0].weight].dtype].array
+
+
+def _decoded(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> Piece:
     """One chunk per expert and per output group; other matrices are cut along the rows of their source."""
     shape, rows = leaf.target_shape, leaf.source_shape[0]
-    row_axis = 0
+    piece = Piece(leaf.path, (leaf,), Form.DECODED, dtype, shape, shape, rows, turned=is_turned(leaf))
     if leaf.rule.per_expert:
-        chunk = (1, *shape[1:])
-    elif leaf.rule.transform is Transform.GROUPED:
-        chunk, rows = (1, *shape[1:]), shape[2]
-    elif len(shape) == 2:
-        rows = _rows_per_chunk(leaf.source_shape, dtype, limit)
-        row_axis = 1 if leaf.rule.transform is Transform.TRANSPOSE else 0
-        chunk = (shape[0], rows) if row_axis else (rows, shape[1])
-    else:
-        chunk = shape
-    return Piece(leaf.path, leaf, Form.DECODED, dtype, shape, chunk, rows, row_axis)
+        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]))
+    if leaf.rule.transform is Transform.GROUPED:
+        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]), rows_per_chunk=shape[2], row_axis=0)
+    if len(shape) != 2:
+        return piece
+    rows = _rows_per_chunk(leaf.source_shape, dtype, limit)
+    chunk = (shape[0], rows) if piece.turned else (rows, shape[1])
+    return dataclasses.replace(piece, chunk_shape=chunk, rows_per_chunk=rows, row_axis=1 if piece.turned else 0)
+
+
+def is_turned(leaf: Leaf) -> bool:
+    """Whether the model has the matrix as ``[in, out]``."""
+    return leaf.rule.transform is not Transform.NONE
 
 
 def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) -> Piece:
@@ -149,11 +172,11 @@ def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) ->
     shape, dtype = tensor.shape, DTYPES[tensor.dtype].array
     if leaf.rule.per_expert:
         shape = (shape[0], leaf.source_shape[0], shape[2]) if leaf.fused else (len(leaf.sources), *shape)
-        return Piece(path, leaf, form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
+        return Piece(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
     cut = len(shape) == 2 and form is not Form.SCALE  # scales are small
     rows = _rows_per_chunk(shape, dtype, limit) if cut else (shape or (1,))[0]
     chunk = (rows, *shape[1:]) if shape else ()
-    return Piece(path, leaf, form, dtype, shape, _at_least_one(chunk), rows)
+    return Piece(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
 
 
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> int:

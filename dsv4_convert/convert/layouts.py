@@ -1,0 +1,95 @@
+"""``--layout``: whose parameter tree the store has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+
+import numpy as np
+
+from dsv4_convert.config import Config
+from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, decoded_dtype, is_turned, pieces
+from dsv4_convert.coverage import Leaf, Stored
+from dsv4_convert.errors import UsageError
+from dsv4_convert.maxtext import Target, targets
+from dsv4_convert.names import Transform
+
+
+class Layout(StrEnum):
+    """What ``--layout`` may say."""
+
+    #: The paths of :mod:`dsv4_convert.names`.
+    DSV4 = "dsv4"
+    #: MaxText's tree, its layers stacked for ``scan_layers=True``.
+    MAXTEXT = "maxtext"
+    #: MaxText's tree for ``scan_layers=False``.
+    MAXTEXT_UNSCANNED = "maxtext-unscanned"
+
+
+def lay_out(
+    layout: Layout,
+    leaves: Sequence[Leaf],
+    storage: Storage,
+    stored: Mapping[str, Stored],
+    config: Config,
+    *,
+    layers: Sequence[int],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[Piece]:
+    """The store's leaves for these parameters.
+
+    Raises:
+        UsageError: MaxText's tree of published bytes, of some layers only, or of layers that it cannot scan.
+    """
+    if layout is Layout.DSV4:
+        return [piece for leaf in leaves for piece in pieces(leaf, storage, stored, chunk_bytes)]
+    if storage is Storage.SOURCE:
+        raise UsageError(f"--layout {layout}: MaxText reads numbers, not --dtype source; give bfloat16 or float32")
+    if len(layers) != config.num_hidden_layers:
+        raise UsageError(f"--layout {layout}: MaxText's tree has all layers; leave --layers out")
+    by_path = {leaf.path: leaf for leaf in leaves}
+    found = targets(config, scanned=layout is Layout.MAXTEXT)
+    return list(_maxtext(found, by_path, storage, stored, chunk_bytes))
+
+
+def _maxtext(
+    found: Iterator[Target],
+    by_path: Mapping[str, Leaf],
+    storage: Storage,
+    stored: Mapping[str, Stored],
+    chunk_bytes: int,
+) -> Iterator[Piece]:
+    for target in found:
+        shape = target.shape
+        if not target.paths:
+            yield Piece(target.path, (), Form.ONES, np.dtype(np.float32), shape, shape, 0)
+            continue
+        leaves = tuple(by_path[path] for path in target.paths)
+        leaf = leaves[0]
+        natural = decoded_dtype(leaf, storage, stored)
+        dtype = np.dtype(target.row.dtype) if target.row.dtype else natural
+        if target.scan_axis is None and not target.row.turned and (shape, dtype) == (leaf.target_shape, natural):
+            (piece,) = pieces(leaf, storage, stored, chunk_bytes)
+            yield dataclasses.replace(piece, path=target.path)
+            continue
+        first, last = target.rows or (0, leaf.source_shape[0])
+        grouped = leaf.rule.transform is Transform.GROUPED
+        chunk = list(shape)
+        if target.scan_axis is not None:
+            chunk[target.scan_axis] = 1
+        if leaf.rule.per_expert or grouped:
+            chunk[0] = 1
+        yield Piece(
+            target.path,
+            leaves,
+            Form.DECODED,
+            dtype,
+            shape,
+            tuple(chunk),
+            rows_per_chunk=shape[-1] if grouped else last - first,
+            first_row=first,
+            row_axis=0 if grouped else None,
+            layer_axis=target.scan_axis,
+            turned=target.row.turned or is_turned(leaf),
+        )

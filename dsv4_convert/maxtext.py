@@ -1,0 +1,220 @@
+"""The parameter tree of MaxText's DeepSeek-V4, as a second reading of the names table.
+
+Every row says where a parameter of :mod:`dsv4_convert.names` stands in MaxText, and in which shape. Most matrices have
+the orientation that they have here (``[in, out]``, experts stacked), so a row is a renaming and a reshape; the
+parameters of a hyper-connection are turned and cut into three. Read from MaxText at commit e591f30cb (2026-08-22):
+``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,decoders,normalizations}.py`` for names and shapes,
+``checkpoint_conversion/utils/param_mapping.py`` for what corresponds to what.
+
+Where these contradict each other, the model's own code decides:
+
+* the routing bias is a variable of the collection ``MoEBiasVar``, not of ``params`` as the mapping has it;
+* the hash table is a float32 variable of the collection ``Tid2EidVar``: MaxText differentiates the whole tree, so it
+  wants no integers. Expert numbers are exact in float32.
+
+``mhc_norm.scale`` has no counterpart: the release's normalisation before the mixing has no weight, so it is ones.
+
+Scanned (``scan_layers=True``): the hash-routed layers stand alone, all others alternate HCA and CSA and are stacked
+along axis 1 (``param_scan_axis``) of ``scanned_blocks.layers_0`` and ``layers_1``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.names import RULES, Rule, parameters, sizes
+
+#: The axis along which scanned layers are stacked.
+SCAN_AXIS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter of MaxText.
+
+    Attributes:
+        path: of ours, as in :data:`dsv4_convert.names.RULES`; None for a constant one.
+        target: dotted path in the tree, below the layer for a parameter of a layer.
+        shape: symbols of :func:`dsv4_convert.names.sizes`, of one layer.
+        collection: of Flax.
+        rows: of the published tensor, as symbols of first and last; None for all.
+        turned: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
+        dtype: where it is not that of the storage or of the source.
+        when: the path whose layers have it, for a constant one.
+    """
+
+    path: str | None
+    target: str
+    shape: str
+    collection: str = "params"
+    rows: tuple[str, str] | None = None
+    turned: bool = False
+    dtype: str | None = None
+    when: str | None = None
+
+
+def _hyper_connection(path: str, target: str) -> tuple[Row, ...]:
+    """``fn``, ``base`` and ``scale`` hold pre, post and residual mixing one after the other."""
+    cuts = {"pre": ("0", "N"), "post": ("N", "2N"), "res": ("2N", "M")}
+    places = {"pre": ("0", "1"), "post": ("1", "2"), "res": ("2", "3")}
+    found = [Row(None, f"{target}.mhc_norm.scale", "ND", when=f"{path}_fn")]
+    for part, rows in cuts.items():
+        width = "NN" if part == "res" else "N"
+        found += [
+            Row(f"{path}_fn", f"{target}.{part}_alpha", f"ND {width}", rows=rows, turned=True),
+            Row(f"{path}_base", f"{target}.{part}_beta", "N N" if part == "res" else "N", rows=rows),
+            Row(f"{path}_scale", f"{target}.{part}_alpha_scale", "1", rows=places[part]),
+        ]
+    return tuple(found)
+
+
+def _compressor(ours: str, target: str, width: str, normed: str) -> tuple[Row, ...]:
+    return (
+        Row(f"{ours}.ape", f"{target}.position_bias", f"r {width}"),
+        Row(f"{ours}.wkv", f"{target}.kv_proj.kernel", f"D {width}"),
+        Row(f"{ours}.wgate", f"{target}.gate_proj.kernel", f"D {width}"),
+        Row(f"{ours}.norm", f"{target}.kv_norm.scale", normed),
+    )
+
+
+_ATTENTION, _MOE = "self_attention", "mlp.MoeBlock_0"
+
+#: Parameters beside the layers.
+MODEL: tuple[Row, ...] = (
+    Row("embed", "token_embedder.embedding", "V D"),
+    Row("norm", "decoder.decoder_norm.scale", "D"),
+    Row("head", "decoder.logits_dense.kernel", "D V"),
+    Row("hc_head_fn", "decoder.hc_head.hc_fn", "ND N", turned=True),
+    Row("hc_head_base", "decoder.hc_head.hc_base", "N"),
+    Row("hc_head_scale", "decoder.hc_head.hc_scale", "1"),
+)
+
+#: Parameters of a layer; ``{compressor}`` is that of its kind.
+LAYER: tuple[Row, ...] = (
+    *_hyper_connection("hc_attn", "mhc_attention"),
+    Row("attn_norm", "pre_self_attention_layer_norm.scale", "D"),
+    Row("attn.wq_a", f"{_ATTENTION}.wq_a.kernel", "D R"),
+    Row("attn.q_norm", f"{_ATTENTION}.q_norm.scale", "R"),
+    Row("attn.wq_b", f"{_ATTENTION}.wq_b.kernel", "R H C"),
+    Row("attn.wkv", f"{_ATTENTION}.wkv.kernel", "D 1 C"),
+    Row("attn.kv_norm", f"{_ATTENTION}.kv_norm.scale", "C"),
+    Row("attn.attn_sink", f"{_ATTENTION}.sinks", "H"),
+    *_compressor("attn.compressor", f"{_ATTENTION}.{{compressor}}", "oC", "C"),
+    Row("attn.indexer.wq_b", f"{_ATTENTION}.{{compressor}}.indexer.q_proj.kernel", "R HiCi"),
+    Row("attn.indexer.weights_proj", f"{_ATTENTION}.{{compressor}}.indexer.weights_proj.kernel", "D Hi"),
+    *_compressor("attn.indexer.compressor", f"{_ATTENTION}.{{compressor}}.indexer", "2Ci", "Ci"),
+    Row("attn.wo_a", f"{_ATTENTION}.o_a_proj.kernel", "G HC/G O"),
+    Row("attn.wo_b", f"{_ATTENTION}.o_b_proj.kernel", "GO D"),
+    *_hyper_connection("hc_ffn", "mhc_mlp"),
+    Row("ffn_norm", "post_self_attention_layer_norm.scale", "D"),
+    Row("ffn.gate.weight", f"{_MOE}.gate.kernel", "D E"),
+    Row("ffn.gate.bias", f"{_MOE}.gate.bias", "E", "MoEBiasVar"),
+    Row("ffn.gate.tid2eid", f"{_MOE}.tid2eid", "V K", "Tid2EidVar", dtype="float32"),
+    Row("ffn.experts.w1", f"{_MOE}.wi_0", "E D I"),
+    Row("ffn.experts.w2", f"{_MOE}.wo", "E I D"),
+    Row("ffn.experts.w3", f"{_MOE}.wi_1", "E D I"),
+    Row("ffn.shared_experts.w1", "mlp.shared_experts.wi_0.kernel", "D I"),
+    Row("ffn.shared_experts.w2", "mlp.shared_experts.wo.kernel", "I D"),
+    Row("ffn.shared_experts.w3", "mlp.shared_experts.wi_1.kernel", "D I"),
+)
+
+_COMPRESSOR = {Attention.CSA: "csa_compressor", Attention.HCA: "hca_compressor", Attention.SLIDING: ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One leaf of MaxText's tree.
+
+    Attributes:
+        path: dotted path, from the root of the checkpoint.
+        shape: of the whole leaf.
+        row: what it is.
+        paths: the parameters of ours that fill it: one, or one for each scanned layer; none for ones.
+        rows: first and last row of the published tensor that it holds; None for all.
+        scan_axis: the axis of the layers; None for a leaf of one layer or of none.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    row: Row
+    paths: tuple[str, ...]
+    rows: tuple[int, int] | None
+    scan_axis: int | None = None
+
+
+def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
+    """Every leaf of the tree.
+
+    Raises:
+        UsageError: scanned layers are asked for, but MaxText cannot scan this schedule of layers.
+    """
+    for row in MODEL:
+        yield _target(row, f"params.{row.collection}.{row.target}", config, (None,))
+    groups: list[tuple[str, tuple[int, ...]]] = []
+    prefix = _prefix(config) if scanned else config.num_hidden_layers
+    groups += [(f"layers_{layer}", (layer,)) for layer in range(prefix)]
+    if scanned:
+        last = config.num_hidden_layers
+        groups += [(f"scanned_blocks.layers_{half}", tuple(range(prefix + half, last, 2))) for half in (0, 1)]
+    for name, layers in groups:
+        kind = config.attention[layers[0]]
+        for row in LAYER:
+            rule = _RULE[f"layers.{{}}.{row.path or row.when}"]
+            if rule.when.holds(config, layers[0]):
+                target = row.target.format(compressor=_COMPRESSOR[kind])
+                path = f"params.{row.collection}.decoder.{name}.{target}"
+                yield _target(row, path, config, layers, stacked=(scanned and len(layers) > 1) or "scanned" in name)
+
+
+_RULE: dict[str, Rule] = {rule.path: rule for rule in RULES}
+
+
+def _target(row: Row, path: str, config: Config, layers: tuple[int | None, ...], *, stacked: bool = False) -> Target:
+    known = _sizes(config, layers[0])
+    shape = tuple(known[symbol] for symbol in row.shape.split())
+    if stacked:
+        shape = (*shape[:SCAN_AXIS], len(layers), *shape[SCAN_AXIS:])
+    if row.path is None:
+        paths: tuple[str, ...] = ()
+    elif layers[0] is None:
+        paths = (row.path,)
+    else:
+        paths = tuple(f"layers.{layer}.{row.path}" for layer in layers)
+    rows = None if row.rows is None else (known[row.rows[0]], known[row.rows[1]])
+    return Target(path, shape, row, paths, rows, SCAN_AXIS if stacked else None)
+
+
+def _sizes(config: Config, layer: int | None) -> dict[str, int]:
+    """The symbols of the names table, and a few more."""
+    known = sizes(config, layer)
+    streams = config.hc_mult
+    return known | {
+        "0": 0,
+        "2": 2,
+        "2N": 2 * streams,
+        "NN": streams * streams,
+        "G": config.o_groups,
+        "O": config.o_lora_rank,
+    }
+
+
+def _prefix(config: Config) -> int:
+    """How many layers stand alone before the scanned ones. Raises :class:`UsageError` where MaxText cannot scan."""
+    hashed = sum(config.hash_routed)
+    rest = config.attention[hashed:]
+    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
+    if not rest or len(rest) % 2 or not alternating or not all(config.hash_routed[:hashed]):
+        raise UsageError(
+            "MaxText scans pairs of an HCA and a CSA layer behind the hash-routed ones; this model's layers do not "
+            "alternate like that. Use --layout maxtext-unscanned and scan_layers=False."
+        )
+    return hashed
+
+
+def unused(config: Config, *, scanned: bool) -> list[str]:
+    """Parameters of ours that no leaf takes: none, which a test proves."""
+    taken = {path for target in targets(config, scanned=scanned) for path in target.paths}
+    return [path for path, _, _ in parameters(config) if path not in taken]

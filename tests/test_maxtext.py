@@ -1,0 +1,277 @@
+"""MaxText's tree, against a transcription of MaxText's own sources that knows nothing of our table.
+
+The trees below were written by hand from the module definitions of MaxText at commit e591f30cb
+(``models/deepseek4.py``, ``layers/attention_compressed.py``, ``mhc.py``, ``moe.py``, ``normalizations.py``,
+``embeddings.py``): name and shape of every variable, for the published Flash. The formulas in ``expected_array`` are
+those of its conversion hooks (``checkpoint_conversion/utils/param_mapping.py``), said in NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dsv4_convert import maxtext
+from dsv4_convert.checkpoint import open_checkpoint
+from dsv4_convert.config import Config
+from dsv4_convert.convert import Layout, Storage, hf_to_orbax
+from dsv4_convert.convert.against import compare_with_source
+from dsv4_convert.convert.to_hf import orbax_to_hf
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import parameters
+from dsv4_convert.restore import Weights
+from dsv4_convert.store import open_store, verify
+from golden.synthetic import tiny_config, write_checkpoint
+
+DATA = Path(__file__).parent / "data" / "configs"
+FLASH = Config.from_file(DATA / "DeepSeek-V4-Flash.json")
+
+MODEL = {
+    "params.token_embedder.embedding": (129280, 4096),
+    "params.decoder.decoder_norm.scale": (4096,),
+    "params.decoder.logits_dense.kernel": (4096, 129280),
+    "params.decoder.hc_head.hc_fn": (16384, 4),
+    "params.decoder.hc_head.hc_base": (4,),
+    "params.decoder.hc_head.hc_scale": (1,),
+}
+MHC = {
+    "mhc_norm.scale": (16384,),
+    "pre_alpha": (16384, 4),
+    "post_alpha": (16384, 4),
+    "res_alpha": (16384, 16),
+    "pre_beta": (4,),
+    "post_beta": (4,),
+    "res_beta": (4, 4),
+    "pre_alpha_scale": (1,),
+    "post_alpha_scale": (1,),
+    "res_alpha_scale": (1,),
+}
+LAYER = {
+    **{f"params.mhc_attention.{name}": shape for name, shape in MHC.items()},
+    **{f"params.mhc_mlp.{name}": shape for name, shape in MHC.items()},
+    "params.pre_self_attention_layer_norm.scale": (4096,),
+    "params.post_self_attention_layer_norm.scale": (4096,),
+    "params.self_attention.wq_a.kernel": (4096, 1024),
+    "params.self_attention.q_norm.scale": (1024,),
+    "params.self_attention.wq_b.kernel": (1024, 64, 512),
+    "params.self_attention.wkv.kernel": (4096, 1, 512),
+    "params.self_attention.kv_norm.scale": (512,),
+    "params.self_attention.sinks": (64,),
+    "params.self_attention.o_a_proj.kernel": (8, 4096, 1024),
+    "params.self_attention.o_b_proj.kernel": (8192, 4096),
+    "params.mlp.MoeBlock_0.gate.kernel": (4096, 256),
+    "params.mlp.MoeBlock_0.wi_0": (256, 4096, 2048),
+    "params.mlp.MoeBlock_0.wi_1": (256, 4096, 2048),
+    "params.mlp.MoeBlock_0.wo": (256, 2048, 4096),
+    "params.mlp.shared_experts.wi_0.kernel": (4096, 2048),
+    "params.mlp.shared_experts.wi_1.kernel": (4096, 2048),
+    "params.mlp.shared_experts.wo.kernel": (2048, 4096),
+}
+HASHED = {"Tid2EidVar.mlp.MoeBlock_0.tid2eid": (129280, 6)}
+LEARNED = {"MoEBiasVar.mlp.MoeBlock_0.gate.bias": (256,)}
+HCA = {
+    "params.self_attention.hca_compressor.kv_proj.kernel": (4096, 512),
+    "params.self_attention.hca_compressor.gate_proj.kernel": (4096, 512),
+    "params.self_attention.hca_compressor.position_bias": (128, 512),
+    "params.self_attention.hca_compressor.kv_norm.scale": (512,),
+}
+CSA = {
+    "params.self_attention.csa_compressor.kv_proj.kernel": (4096, 1024),
+    "params.self_attention.csa_compressor.gate_proj.kernel": (4096, 1024),
+    "params.self_attention.csa_compressor.position_bias": (4, 1024),
+    "params.self_attention.csa_compressor.kv_norm.scale": (512,),
+    "params.self_attention.csa_compressor.indexer.q_proj.kernel": (1024, 8192),
+    "params.self_attention.csa_compressor.indexer.kv_proj.kernel": (4096, 256),
+    "params.self_attention.csa_compressor.indexer.gate_proj.kernel": (4096, 256),
+    "params.self_attention.csa_compressor.indexer.position_bias": (4, 256),
+    "params.self_attention.csa_compressor.indexer.kv_norm.scale": (128,),
+    "params.self_attention.csa_compressor.indexer.weights_proj.kernel": (4096, 64),
+}
+#: compress_ratios of MaxText's deepseek4-284b.yml.
+RATIOS = [0, 0, *([4, 128] * 20), 4]
+
+
+def placed(name: str, where: str) -> str:
+    collection, rest = name.split(".", 1)
+    return f"params.{collection}.decoder.{where}.{rest}"
+
+
+def expected_tree(*, scanned: bool) -> dict[str, tuple[int, ...]]:
+    tree = {f"params.{name}": shape for name, shape in MODEL.items()}
+    for layer in range(3 if scanned else 43):
+        variables = LAYER | (HASHED if layer < 3 else LEARNED) | {0: {}, 4: CSA, 128: HCA}[RATIOS[layer]]
+        tree |= {placed(name, f"layers_{layer}"): shape for name, shape in variables.items()}
+    for half, compressor in enumerate((HCA, CSA) if scanned else ()):
+        for name, shape in (LAYER | LEARNED | compressor).items():
+            tree[placed(name, f"scanned_blocks.layers_{half}")] = (*shape[:1], 20, *shape[1:])
+    return tree
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_the_tree_of_flash(scanned: bool) -> None:
+    found = {target.path: target.shape for target in maxtext.targets(FLASH, scanned=scanned)}
+    expected = expected_tree(scanned=scanned)
+    assert found == expected
+
+
+@pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
+@pytest.mark.parametrize("scanned", [True, False])
+def test_every_parameter_is_used_and_every_row_once(model: str, scanned: bool) -> None:
+    config = Config.from_file(DATA / f"{model}.json")
+    rows: dict[str, list[tuple[int, int] | None]] = {}
+    for target in maxtext.targets(config, scanned=scanned):
+        for path in target.paths:
+            rows.setdefault(path, []).append(target.rows)
+    everything = {path: rule.source_shape(config, layer) for path, rule, layer in parameters(config)}
+    assert rows.keys() == everything.keys()
+    for path, runs in rows.items():
+        if runs != [None]:
+            ordered = sorted(run for run in runs if run is not None)
+            assert len(ordered) == len(runs) == 3
+            assert [start for start, _ in ordered] == [0, *(stop for _, stop in ordered[:-1])], path
+            assert ordered[-1][1] == everything[path][0], path
+
+
+def scannable(**changes: object) -> dict[str, object]:
+    """Seven layers as MaxText scans them: three that stand alone, then HCA and CSA in turn."""
+    return tiny_config(num_hidden_layers=7, compress_ratios=[0, 0, 4, 128, 4, 128, 4, 0], num_hash_layers=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("maxtext") / "hf"
+    write_checkpoint(folder, scannable(o_lora_rank=128, hidden_size=64), seed=11)
+    return folder
+
+
+def expected_array(published: Callable[[str], np.ndarray], config: Config, name: str, layer: int) -> np.ndarray:
+    """One variable of one layer, by MaxText's own conversion hooks, from the published tensors ``[out, in]``."""
+    collection, _, rest = name.partition(".")
+    tail = rest.rpartition(".")[2]
+    prefix = f"layers.{layer}."
+    if "mhc_" in rest:
+        half = "hc_attn" if "mhc_attention" in rest else "hc_ffn"
+        streams = config.hc_mult
+        part = {"pre": 0, "post": 1, "res": 2}.get(tail.split("_")[0], 0)
+        rows = slice(*[(0, streams), (streams, 2 * streams), (2 * streams, None)][part])
+        if tail == "scale":
+            return np.ones(streams * config.hidden_size)
+        if tail.endswith("_scale"):
+            return published(f"{prefix}{half}_scale")[part].reshape(1)
+        if tail.endswith("_alpha"):
+            return published(f"{prefix}{half}_fn")[rows].T
+        base = published(f"{prefix}{half}_base")[rows]
+        return base.reshape(streams, streams) if part == 2 else base
+    heads, width = config.num_attention_heads, config.head_dim
+    kernels: dict[str, Callable[[], np.ndarray]] = {
+        "pre_self_attention_layer_norm.scale": lambda: published(prefix + "attn_norm.weight"),
+        "post_self_attention_layer_norm.scale": lambda: published(prefix + "ffn_norm.weight"),
+        "self_attention.wq_a.kernel": lambda: published(prefix + "attn.wq_a.weight").T,
+        "self_attention.q_norm.scale": lambda: published(prefix + "attn.q_norm.weight"),
+        "self_attention.wq_b.kernel": lambda: published(prefix + "attn.wq_b.weight").T.reshape(-1, heads, width),
+        "self_attention.wkv.kernel": lambda: published(prefix + "attn.wkv.weight").T.reshape(-1, 1, width),
+        "self_attention.kv_norm.scale": lambda: published(prefix + "attn.kv_norm.weight"),
+        "self_attention.sinks": lambda: published(prefix + "attn.attn_sink"),
+        "self_attention.o_a_proj.kernel": lambda: (
+            published(prefix + "attn.wo_a.weight").reshape(config.o_groups, config.o_lora_rank, -1).transpose(0, 2, 1)
+        ),
+        "self_attention.o_b_proj.kernel": lambda: published(prefix + "attn.wo_b.weight").T,
+        "mlp.MoeBlock_0.gate.kernel": lambda: published(prefix + "ffn.gate.weight").T,
+        "mlp.MoeBlock_0.gate.bias": lambda: published(prefix + "ffn.gate.bias"),
+        "mlp.MoeBlock_0.tid2eid": lambda: published(prefix + "ffn.gate.tid2eid"),
+        **{
+            f"mlp.shared_experts.{theirs}.kernel": lambda ours=ours: (
+                published(f"{prefix}ffn.shared_experts.{ours}.weight").T
+            )
+            for theirs, ours in (("wi_0", "w1"), ("wi_1", "w3"), ("wo", "w2"))
+        },
+        **{
+            f"mlp.MoeBlock_0.{theirs}": lambda ours=ours: np.stack(
+                [published(f"{prefix}ffn.experts.{e}.{ours}.weight").T for e in range(config.n_routed_experts)]
+            )
+            for theirs, ours in (("wi_0", "w1"), ("wi_1", "w3"), ("wo", "w2"))
+        },
+    }
+    for compressor in ("csa_compressor", "hca_compressor"):
+        for theirs, ours in ((compressor, "attn.compressor"), (f"{compressor}.indexer", "attn.indexer.compressor")):
+            at = f"self_attention.{theirs}"
+            kernels |= {
+                f"{at}.kv_proj.kernel": lambda ours=ours: published(f"{prefix}{ours}.wkv.weight").T,
+                f"{at}.gate_proj.kernel": lambda ours=ours: published(f"{prefix}{ours}.wgate.weight").T,
+                f"{at}.position_bias": lambda ours=ours: published(f"{prefix}{ours}.ape"),
+                f"{at}.kv_norm.scale": lambda ours=ours: published(f"{prefix}{ours}.norm.weight"),
+            }
+        at = f"self_attention.{compressor}.indexer"
+        kernels[f"{at}.q_proj.kernel"] = lambda: published(prefix + "attn.indexer.wq_b.weight").T
+        kernels[f"{at}.weights_proj.kernel"] = lambda: published(prefix + "attn.indexer.weights_proj.weight").T
+    assert collection in ("params", "Tid2EidVar", "MoEBiasVar")
+    return kernels[rest]()
+
+
+@pytest.mark.parametrize("layout", [Layout.MAXTEXT, Layout.MAXTEXT_UNSCANNED])
+def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: Layout) -> None:
+    hf_to_orbax(hf, tmp_path / "orbax", storage=Storage.FLOAT32, layout=layout)
+    tree = ocp.PyTreeCheckpointer().restore(tmp_path / "orbax")
+    assert set(tree) == {"params"}
+    assert set(tree["params"]) == {"params", "Tid2EidVar", "MoEBiasVar"}
+    store = open_store(tmp_path / "orbax")
+    seen = 0
+    with open_checkpoint(hf) as checkpoint:
+        config = Config.from_hf(checkpoint.config)
+
+        def published(name: str) -> np.ndarray:
+            scale = name.removesuffix("weight") + "scale"
+            stored = checkpoint.read(name)
+            if name.endswith("tid2eid"):
+                return stored
+            scales = checkpoint.read(scale) if name.endswith(".weight") and scale in checkpoint.tensors else None
+            return decode_weight(stored, scales, dtype=np.dtype(np.float32))
+
+        for path in store.paths:
+            _, collection, *rest = path.split(".")
+            node = tree
+            for part in path.split("."):
+                node = node[part]
+            if rest[0] == "token_embedder":
+                expected = published("embed.weight")
+            elif rest[1] in ("decoder_norm", "logits_dense", "hc_head"):
+                name = {"scale": "norm.weight", "kernel": "head.weight"}.get(rest[-1], f"hc_head_{rest[-1][3:]}")
+                expected = published(name).T if rest[-1] in ("kernel", "hc_fn") else published(name)
+            elif rest[1] == "scanned_blocks":
+                half, name = int(rest[2][-1]), ".".join([collection, *rest[3:]])
+                expected = np.stack(
+                    [expected_array(published, config, name, layer) for layer in range(3 + half, 7, 2)], axis=1
+                )
+            else:
+                name = ".".join([collection, *rest[2:]])
+                expected = expected_array(published, config, name, int(rest[1].removeprefix("layers_")))
+            found = np.asarray(node)
+            assert found.shape == expected.shape, path
+            assert np.array_equal(found.astype(np.float64), expected.astype(np.float64)), path
+            assert found.dtype.kind == "f" or found.dtype.name == "bfloat16", path
+            seen += 1
+    assert seen == len(list(maxtext.targets(config, scanned=layout is Layout.MAXTEXT)))
+    assert verify(store) == []
+    assert compare_with_source(store, hf) == []
+
+
+def test_what_maxtext_cannot_have_is_refused(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="reads numbers, not --dtype source"):
+        hf_to_orbax(hf, tmp_path / "a", storage=Storage.SOURCE, layout=Layout.MAXTEXT)
+    with pytest.raises(UsageError, match="has all layers"):
+        hf_to_orbax(hf, tmp_path / "a", layers=[1], layout=Layout.MAXTEXT)
+    write_checkpoint(tmp_path / "other", tiny_config(num_hash_layers=1))
+    with pytest.raises(UsageError, match=r"do not alternate like that\. Use --layout maxtext-unscanned"):
+        hf_to_orbax(tmp_path / "other", tmp_path / "a", layout=Layout.MAXTEXT)
+    hf_to_orbax(tmp_path / "other", tmp_path / "b", layout=Layout.MAXTEXT_UNSCANNED)
+    with pytest.raises(BadInput, match="has the layout of maxtext-unscanned"):
+        Weights.open(tmp_path / "b")
+    with pytest.raises(UsageError, match="has the layout of maxtext-unscanned"):
+        orbax_to_hf(tmp_path / "b", tmp_path / "c")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["num_hidden_layers"] == 4
