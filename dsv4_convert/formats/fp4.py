@@ -60,7 +60,8 @@ def decode_fp4(
         return result
     table = e2m1_e8m0_pairs(np.dtype(dtype))
     if transpose:
-        kernels.decode_pair_columns(data, table, read_only(factors), group // 2, result.view(bits))
+        decode = kernels.decode_e2m1_columns if bits == np.uint16 else kernels.decode_pair_columns
+        decode(data, table, read_only(factors), group // 2, result.view(bits))
     else:
         kernels.decode_rows(data, table, read_only(factors), 1, group // 2, result.view(table.dtype))
     return result

@@ -56,7 +56,10 @@ def decode_fp8(
         index: Array = np.arange(factors.size, dtype=np.uint32).reshape(factors.shape)
     else:
         table, index = e4m3_e8m0_table(np.dtype(dtype)), factors
-    decode = kernels.decode_columns if transpose else kernels.decode_rows
+    if factors.dtype == np.float32 or bits != np.uint16:
+        decode = kernels.decode_columns if transpose else kernels.decode_rows
+    else:
+        decode = kernels.decode_e4m3_columns if transpose else kernels.decode_e4m3_rows
     decode(data, read_only(table), read_only(index), block[0], block[1], result.view(bits))
     return result
 

@@ -264,3 +264,29 @@ def test_damaged_compiled_kernels_are_compiled_again(tmp_path: Path) -> None:
     for index in indexes:
         index.write_bytes(b"")  # as a full disk or a crash leaves it
     assert _decode_elsewhere(NUMBA_CACHE_DIR=str(tmp_path)) == "[2.0, 2.0]"
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_transposed_fp4_is_exact_under_each_scale_alone(byte: int) -> None:
+    """Where all scales of a tile are in range the products are made without the table: what torch makes must come."""
+    packed = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (40, 2))  # 640 rows: more than one tile
+    scale = np.full((640, 2), byte, np.uint8)
+    codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], axis=-1).reshape(640, 64).astype(np.int64))
+    values = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    factor = torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e8m0fnu).float()
+    expected = (values * factor).bfloat16().T.contiguous()
+    found = torch.from_numpy(decode_fp4(packed, scale, dtype=ml_dtypes.bfloat16, transpose=True).view(np.int16))
+    numbers = ~expected.isnan()
+    assert torch.equal(found[numbers], expected.view(torch.int16)[numbers])
+    assert found.view(torch.bfloat16)[~numbers].isnan().all()
+
+
+def test_transposed_fp4_with_fast_and_slow_scales_side_by_side() -> None:
+    """Every column of groups has its own: some tiles take the table, their neighbours do not."""
+    rng = np.random.default_rng(3)
+    packed = rng.integers(0, 256, (700, 160), np.uint8)
+    scale = rng.integers(2, 253, (700, 10), np.uint8)
+    scale[300, 4], scale[650, 7], scale[5, 9] = 1, 253, 255
+    turned = decode_fp4(packed, scale, dtype=ml_dtypes.bfloat16, transpose=True)
+    straight = decode_fp4(packed, scale, dtype=ml_dtypes.bfloat16)
+    assert np.array_equal(turned.view(np.uint16), straight.view(np.uint16).T)
