@@ -277,7 +277,7 @@ def layers(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any
 def layers_of(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The config cut to ``count`` layers, CSA and HCA in turn, the first of them with hash routing."""
     ratios = [4 if number % 2 == 0 else 128 for number in range(count)]
-    return dict(config) | {"num_hidden_layers": count, "compress_ratios": [*ratios, 0], "num_hash_layers": 1}
+    return dict(config) | {"num_hidden_layers": count, "compress_ratios": ratios, "num_hash_layers": 1}
 
 
 def gigabytes_read(plan: Path) -> float:

@@ -45,3 +45,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
     yield server
     close_session()
     server.close()
+
+
+@pytest.fixture
+def bucket() -> Iterator[dict[str, object]]:
+    """``gs://`` URLs lead to an empty file system in memory; its files by path."""
+    import fsspec
+
+    from .memory_bucket import MemoryBucket
+
+    for name in MemoryBucket.protocol:
+        fsspec.register_implementation(name, MemoryBucket, clobber=True)
+    MemoryBucket.store.clear()
+    yield MemoryBucket.store
+    MemoryBucket.store.clear()

@@ -32,10 +32,11 @@ ALLOWED: dict[str, frozenset[str]] = {
 }
 
 #: Library -> the files that may import it at all.
-CONFINED = {
+CONFINED: dict[str, str | tuple[str, ...]] = {
     "torch": "golden/references/",
     "transformers": "golden/references/",
     "orbax": "dsv4_convert/store/orbax_",
+    "etils": ("dsv4_convert/store/bucket.py", "dsv4_convert/checkpoint/bucket.py"),
     "numba": "dsv4_convert/formats/",
     "huggingface_hub": "dsv4_convert/checkpoint/hub",
     "typer": "dsv4_convert/cli/",

@@ -112,6 +112,10 @@ class Checkpoint:
         """SHA-256 of the shards, by name, as far as somebody states them."""
         return {}
 
+    def changed(self) -> Mapping[str, float]:
+        """What tells that a shard was written anew, by name: when that was."""
+        return {file.name: file.stat().st_mtime_ns for file in self.shards}
+
     def file_sha256(self, file: Path) -> str:
         """SHA-256 of one of the checkpoint's files as 64 hex digits, in bounded memory.
 
@@ -196,12 +200,17 @@ def open_checkpoint(path: Path | str, *, partial: bool = False) -> Checkpoint:
         weight_map = read_weight_map(root / INDEX_NAME)
     _check_shards(root, found, weight_map, partial=partial)
     headers = _read_headers(root, found)
-    absent = frozenset[str]()
-    if weight_map is not None:
-        present = frozenset(found)
-        absent = frozenset(name for name, shard in weight_map.items() if shard not in present)
-        check_headers(root, headers, {name: shard for name, shard in weight_map.items() if shard in present})
+    absent = absent_tensors(root, headers, weight_map)
     return Checkpoint(root=root, config=config, headers=headers, absent=absent, revision=_revision(root, found))
+
+
+def absent_tensors(root: Path, headers: Sequence[Header], weight_map: Mapping[str, str] | None) -> frozenset[str]:
+    """The tensors of an index whose shards are not among these. Raises :class:`BadInput` where the two disagree."""
+    if weight_map is None:
+        return frozenset()
+    present = {header.file.name for header in headers}
+    _check_index(root, headers, {name: shard for name, shard in weight_map.items() if shard in present})
+    return frozenset(name for name, shard in weight_map.items() if shard not in present)
 
 
 def _check_folder(root: Path) -> None:
@@ -271,7 +280,7 @@ def _check_link(root: Path, file: Path) -> None:
         raise BadInput(f"{file}: a link out of the checkpoint, to {file.resolve()}; put the file itself in its place")
 
 
-def check_headers(root: Path, headers: Sequence[Header], weight_map: Mapping[str, str]) -> None:
+def _check_index(root: Path, headers: Sequence[Header], weight_map: Mapping[str, str]) -> None:
     """Index and headers state the same tensors in the same shards, each exactly once."""
     shard_of: dict[str, str] = {}
     problems = []

@@ -19,8 +19,9 @@ from huggingface_hub import HfApi
 
 from dsv4_convert.checkpoint.files import file_digest
 from dsv4_convert.checkpoint.hub_errors import hub_errors
-from dsv4_convert.checkpoint.hub_plan import DownloadPlan, PlannedFile, plan_download
+from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
+from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.errors import BadInput, ResourceError, listed
 
 __all__ = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported, but not marked as such
@@ -14,13 +13,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported
     http_stream_backoff,
 )
 
-from dsv4_convert.checkpoint.header import HEAD_BYTES, LENGTH_BYTES, Header, header_length, parse_header, read_header
+from dsv4_convert.checkpoint.header import Header, read_header, read_header_by_ranges
 from dsv4_convert.checkpoint.hub_errors import hub_errors
-from dsv4_convert.checkpoint.hub_plan import DownloadPlan, PlannedFile
-from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.checkpoint.hub_plan import DownloadPlan
+from dsv4_convert.checkpoint.planned import PlannedFile
+from dsv4_convert.errors import ResourceError
 
-#: Fetched at first. The header of V4-Pro's fullest shard has 0.4 MB.
-_FIRST_BYTES = 512 << 10
 _REQUESTS = 8
 
 
@@ -69,20 +67,10 @@ def read_headers(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: st
         file = plan.folder / shard.name
         if shard.cached and file.is_file():
             return read_header(file)
-        return _remote_header(ranges, file, shard)
+        return read_header_by_ranges(file, shard.size, lambda start, stop: ranges.read(shard.name, start, stop))
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         return list(pool.map(header, shards))
-
-
-def _remote_header(ranges: Ranges, file: Path, shard: PlannedFile) -> Header:
-    head = ranges.read(shard.name, 0, min(shard.size, _FIRST_BYTES))
-    end = LENGTH_BYTES + header_length(file, head[:HEAD_BYTES], shard.size)
-    if len(head) < end:
-        head += ranges.read(shard.name, len(head), end)
-    if len(head) < end:
-        raise BadInput(f"{shard.name}: the Hub sent {len(head):,} bytes of a header of {end:,}; try again later")
-    return parse_header(file, head[LENGTH_BYTES:end], size=shard.size, stamp=None)
 
 
 def measured_rate(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: str | None, nbytes: int) -> float:

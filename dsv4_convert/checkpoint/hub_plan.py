@@ -16,37 +16,11 @@ from huggingface_hub.hf_api import RepoFile
 from dsv4_convert.checkpoint.hub_errors import check_token, hub_errors
 from dsv4_convert.checkpoint.hub_progress import Meter
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name, read_weight_map
+from dsv4_convert.checkpoint.planned import SMALL_FILES, PlannedFile
 from dsv4_convert.checkpoint.provenance import cached_oid, is_commit, is_oid, recorded
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
 
-#: Fetched where the repository has them; everything else beside the weights (code, pictures) stays there.
-SMALL_FILES = (
-    CONFIG_NAME,
-    INDEX_NAME,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedFile:
-    """One file of a download.
-
-    Attributes:
-        size: bytes.
-        oid: what the content has to hash to: the sha256 of an LFS file (64 hex digits) or the git blob hash (40);
-            None where the Hub was not reachable and the cache does not say.
-        cached: already on disk, so that nothing is transferred.
-    """
-
-    name: str
-    size: int
-    oid: str | None
-    cached: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,16 +46,24 @@ def open_source(
     """Open a folder, or a repository by its headers alone; shards of a repository come when they are read.
 
     Args:
-        source: folder, or ``owner/name``.
+        source: folder, ``owner/name``, or ``gs://bucket/path``.
         revision: of the repository.
         layers: those whose shards are needed; None for all.
-        discard: delete every shard of a repository after its use.
+        discard: delete every shard of a repository after its use. Copies of a bucket's shards are always deleted.
 
     Raises:
         UsageError: a revision of a local folder, or its files to be discarded.
         BadInput: neither a folder nor a repository, or not a checkpoint.
         ResourceError: the Hub cannot be reached.
     """
+    if "://" in source:
+        if revision is not None or not source.startswith("gs://"):
+            raise UsageError(
+                f"{source}: expected gs://bucket/path, a folder or a repository; --revision is for the last"
+            )
+        from dsv4_convert.checkpoint.bucket import open_bucket
+
+        return open_bucket(source, want=wanted_tensors(layers))
     path = Path(source)
     if path.exists():
         if discard:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
 
 @reported
 def hf_to_orbax(
-    source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
-    dest: Annotated[Path, typer.Argument(help="Folder to create.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, repository such as deepseek-ai/DeepSeek-V4-Flash, or gs://bucket/path.")
+    ],
+    dest: Annotated[str, typer.Argument(help="Folder to create, or gs://bucket/path.")],
     dtype: Annotated[
         str,
         typer.Option(
@@ -52,8 +53,8 @@ def hf_to_orbax(
         str,
         typer.Option(
             metavar="[none|zstd]",
-            help="zstd stores about a third of the bytes of FP4 weights in bfloat16, at about a third of the speed; "
-            "--dtype source is smaller and faster than that.",
+            help="zstd stores less than half of the bytes of FP4 weights in bfloat16, at less than a third of the "
+            "speed; --dtype source is smaller and faster than that.",
         ),
     ] = "none",
     max_memory: Annotated[
@@ -177,7 +178,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
         lines.append(f"fetches {size(costs.to_fetch)}, of which at most {size(costs.source_disk)} on disk at a time")
     packed = f", at {rates.packed:.2f} of their size" if planned.compression != "none" else ""
     lines += [
-        f"disk    {size(costs.needed_disk)} needed{packed}, {size(costs.free_disk)} free",
+        f"disk    {size(costs.needed_disk)} needed{packed}"
+        + (f", {size(costs.free_disk)} free" if costs.free_disk is not None else " in the bucket"),
         f"memory  at most {costs.memory / 2**30:.1f} GiB beside the interpreter, {costs.workers} threads",
         f"time    about {duration(costs.seconds)}, which the {costs.limit} "
         f"decide{'' if costs.limit == 'cores' else 's'} ({_speeds(costs)})",

@@ -12,7 +12,7 @@ from dsv4_convert.cli.common import Json, byte_progress, reported, size, write_j
 
 @reported
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")],
     against: Annotated[
         Path | None,
         typer.Option(metavar="SOURCE", help="Checkpoint folder that it was made of: decode it again, compare bits."),
@@ -40,7 +40,7 @@ def verify(
     write_json(
         {
             "schema_version": 1,
-            "checkpoint": str(checkpoint),
+            "checkpoint": checkpoint,
             "against": None if against is None else str(against),
             "problems": problems,
         },

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,8 +18,8 @@ from dsv4_convert.convert.shards import Arriving, as_arriving
 from dsv4_convert.convert.storage import Form, Piece
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.store import ArrayLayout, chunk_digest, staged_bytes
-from dsv4_convert.store.arrays import ArrayWriter, create_array, writing
+from dsv4_convert.store import Place, chunk_digest, place_of
+from dsv4_convert.store.places import nearest
 
 Array = np.ndarray[Any, Any]
 
@@ -58,7 +56,8 @@ class Estimate:
         seconds: for all of it.
         limit: what decides the time: ``disk``, ``cores`` or ``network``.
         needed_disk: bytes that the destination will take.
-        free_disk: bytes that are free there, those that an interrupted run has written already included.
+        free_disk: bytes that are free there, those that an interrupted run has written already included; None for a
+            bucket.
         to_fetch: bytes that come over the network.
         source_disk: bytes that they take on disk, at most, at a time.
         source_free: bytes that are free there.
@@ -69,7 +68,7 @@ class Estimate:
     seconds: float
     limit: str
     needed_disk: int
-    free_disk: int
+    free_disk: int | None
     to_fetch: int
     source_disk: int
     source_free: int
@@ -78,7 +77,7 @@ class Estimate:
     rates: Rates
 
 
-def estimate(planned: Plan, source: Described, destination: Path, *, workers: int) -> Estimate:
+def estimate(planned: Plan, source: Described, destination: str | os.PathLike[str], *, workers: int) -> Estimate:
     """Measure and calculate; nothing stays behind.
 
     Raises:
@@ -86,8 +85,8 @@ def estimate(planned: Plan, source: Described, destination: Path, *, workers: in
         ResourceError: the destination cannot be written.
     """
     arriving = as_arriving(source)
-    beside, at = _existing(destination), _existing(source.root)
-    rates = _measure(planned, arriving, beside)
+    place = place_of(destination)
+    rates = _measure(planned, arriving, place)
     # The surplus of edge chunks is a hole in the file, but it would be wrong to count on that.
     needed = int(planned.bytes_on_disk * rates.packed)
     shared = rates.shared and arriving is None
@@ -104,20 +103,20 @@ def estimate(planned: Plan, source: Described, destination: Path, *, workers: in
         seconds=times[limit],
         limit=limit,
         needed_disk=needed,
-        free_disk=shutil.disk_usage(beside).free + staged_bytes(destination),
+        free_disk=place.free(),
         to_fetch=to_fetch,
         source_disk=arriving.most_on_disk if arriving is not None else 0,
-        source_free=shutil.disk_usage(at).free,
+        source_free=shutil.disk_usage(nearest(source.root)).free,
         memory=planned.memory(workers),
         workers=workers,
         rates=rates,
     )
 
 
-def check_disk(costs: Estimate, destination: Path) -> None:
+def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:
     """Refuse what cannot fit. Raises :class:`ResourceError` with the numbers."""
     needed = costs.needed_disk + (costs.source_disk if costs.rates.shared else 0)
-    if needed > costs.free_disk:
+    if costs.free_disk is not None and needed > costs.free_disk:
         both = f", {costs.source_disk:,} of them for the source," if costs.rates.shared and costs.source_disk else ""
         raise ResourceError(
             f"{destination}: the conversion needs {needed:,} bytes{both} and {costs.free_disk:,} are free there. "
@@ -131,20 +130,20 @@ def check_disk(costs: Estimate, destination: Path) -> None:
         )
 
 
-def _measure(planned: Plan, arriving: Arriving | None, beside: Path) -> Rates:
+def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
     typical = max(planned.pieces, key=lambda piece: piece.nbytes)
     make, chunk = _make_rate(planned, typical)
-    write, packed = _write_rate(beside, chunk, planned)
+    count = max(1, min(64, _PROBE_BYTES // max(1, chunk.nbytes)))
+    seconds, stored = place.probe(chunk, count, planned.compression)
     sample = max(planned.infos.values(), key=lambda info: info.nbytes)
-    device = _existing(sample.file).stat().st_dev
     return Rates(
         read=_read_rate(sample) if arriving is None else None,
         fetch=arriving.rate() if arriving is not None and arriving.to_fetch else None,
         make=make,
-        write=write,
-        shared=device == beside.stat().st_dev,
-        packed=packed,
+        write=stored / seconds,
+        shared=nearest(sample.file).stat().st_dev == place.device(),
+        packed=stored / (count * chunk.nbytes) if planned.compression != "none" else 1.0,
     )
 
 
@@ -185,25 +184,6 @@ def _random(info: TensorInfo, rng: np.random.Generator, *, rows: int) -> Array:
     return rng.normal(size=shape).astype(dtype)
 
 
-def _write_rate(beside: Path, chunk: Array, planned: Plan) -> tuple[float, float]:
-    """Bytes per second that reach the disk, and the part of the chunk's bytes that they are."""
-    count = max(1, min(64, _PROBE_BYTES // max(1, chunk.nbytes)))
-    layout = ArrayLayout(shape=(count, *chunk.shape), dtype=chunk.dtype, chunk_shape=(1, *chunk.shape))
-    with writing(beside):
-        scratch = Path(tempfile.mkdtemp(prefix=".dsv4-probe-", dir=beside))
-    try:
-        create_array(scratch / "probe", layout, planned.compression)
-        writer = ArrayWriter(scratch / "probe", layout, planned.compression)
-        start = time.perf_counter()
-        for index in layout.chunk_indices():
-            writer.write_chunk(index, chunk[None])
-        seconds = max(time.perf_counter() - start, 1e-6)
-        stored = sum(file.stat().st_size for file in (scratch / "probe").iterdir())
-    finally:
-        shutil.rmtree(scratch)
-    return stored / seconds, stored / layout.nbytes if planned.compression != "none" else 1.0
-
-
 def _read_rate(sample: TensorInfo) -> float:
     """Bytes per second of a part of the source that is not in the page cache."""
     length = min(sample.nbytes, _PROBE_BYTES)
@@ -220,11 +200,3 @@ def _read_rate(sample: TensorInfo) -> float:
         raise BadInput(
             f"{sample.file}: cannot be read ({error.strerror}); check its permissions and the disk"
         ) from None
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above a destination that exists."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return folder

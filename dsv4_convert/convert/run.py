@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Advance:
 
 def hf_to_orbax(
     source: Path,
-    destination: Path,
+    destination: str | os.PathLike[str],
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
@@ -63,7 +64,7 @@ def hf_to_orbax(
 
     Args:
         source: folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.names`.
-        destination: folder to create.
+        destination: folder to create, or URL of a bucket.
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.
         layout: whose parameter tree is written.
@@ -97,7 +98,7 @@ def hf_to_orbax(
 def carry_out(
     planned: Plan,
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: str | os.PathLike[str],
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -112,7 +113,8 @@ def carry_out(
     Args:
         planned: what is to be done.
         checkpoint: the source that the plan was made of, open.
-        destination: folder to create; an interrupted run leaves it absent and is continued by the same call.
+        destination: folder to create, or URL of a bucket such as ``gs://bucket/model``; an interrupted run leaves it
+            absent and is continued by the same call.
         name: what the manifest calls the source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         workers: threads; see :meth:`Plan.workers`.
@@ -191,7 +193,8 @@ def carry_out(
         notes=[note(weight) for weight in weights],
         fingerprint={
             "source": origin,
-            "changed": _changed(checkpoint),
+            # A commit says more than times do, where it is known.
+            "changed": None if checkpoint.revision is not None else dict(checkpoint.changed()),
             "config": hashlib.sha256(companions["config.json"]).hexdigest(),
             "storage": planned.storage.value,
             "layout": planned.layout.value,
@@ -212,13 +215,6 @@ def carry_out(
 
 def _accounts(summary: WriteSummary) -> dict[str, Account]:
     return {weight: Account.from_json(entry) for weight, entry in summary.notes.items()}
-
-
-def _changed(checkpoint: Checkpoint) -> dict[str, int] | None:
-    """When the shards of a folder were last changed, in ns; a commit says more, where it is known."""
-    if checkpoint.revision is not None:
-        return None
-    return {file.name: file.stat().st_mtime_ns for file in checkpoint.shards}
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:

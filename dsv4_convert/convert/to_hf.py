@@ -19,8 +19,8 @@ from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array, write_file
 from dsv4_convert.store.layout import raw_bytes
 from dsv4_convert.store.manifest import Manifest
+from dsv4_convert.store.places import Folder
 from dsv4_convert.store.staging import staging_area
-from dsv4_convert.store.writer import check_destination, local_path
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -91,13 +91,14 @@ def orbax_to_hf(
     sources = read_sources(store)
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
-    target = local_path(destination)
-    check_destination(target, overwrite=False)
+    place = Folder(destination.absolute())
+    target = place.target
+    place.check(overwrite=False)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)
     done = 0
     with staging_area(target) as staging:
-        check_destination(target, overwrite=False)
+        place.check(overwrite=False)
         if restart:
             staging.clear()
         kept = _begin(staging.folder / _STATE, staging.commit, store, requantize=requantize)

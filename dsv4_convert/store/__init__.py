@@ -5,9 +5,9 @@ from __future__ import annotations
 from dsv4_convert.store.arrays import Compression
 from dsv4_convert.store.layout import ArrayLayout, chunk_digest, row_chunks
 from dsv4_convert.store.manifest import LeafRecord, Manifest
+from dsv4_convert.store.places import Place, as_path, place_of
 from dsv4_convert.store.processes import ALONE, Processes
 from dsv4_convert.store.reader import Store, open_store, verify
-from dsv4_convert.store.staging import staged_bytes
 from dsv4_convert.store.writer import LeafSpec, Note, WriteSummary, write_checkpoint
 
 __all__ = [
@@ -18,13 +18,15 @@ __all__ = [
     "LeafSpec",
     "Manifest",
     "Note",
+    "Place",
     "Processes",
     "Store",
     "WriteSummary",
+    "as_path",
     "chunk_digest",
     "open_store",
+    "place_of",
     "row_chunks",
-    "staged_bytes",
     "verify",
     "write_checkpoint",
 ]

@@ -11,7 +11,7 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,11 @@ _COMPRESSORS: dict[Compression, dict[str, Any] | None] = {
 _ZARR_DTYPES = {dtype.name if dtype.kind == "V" else dtype.str: dtype for dtype in DTYPES.values()}
 _DIRECT_FROM = 1 << 20
 _MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB per call
+
+
+def is_local(path: object) -> bool:
+    """Whether a path is one of this machine, not of a bucket, whose type is not pathlib's."""
+    return isinstance(path, Path)
 
 
 @contextmanager
@@ -119,6 +124,40 @@ def create_array(folder: Path, layout: ArrayLayout, compression: Compression) ->
         ts.open(_spec(folder, layout, compression), create=True).result()
 
 
+def encoded_metadata(layout: ArrayLayout, compression: Compression) -> bytes:
+    """The metadata of an array as a file, where there is no folder to create it in."""
+    return _in_memory(layout, compression)[1](ARRAY_METADATA_FILE)
+
+
+def encoded_chunk(layout: ArrayLayout, compression: Compression, index: Index, chunk: Array) -> bytes:
+    """A chunk as a file; ``chunk`` as for :meth:`ArrayWriter.write_chunk`."""
+    if compression == "none":
+        return bytes(raw_bytes(_padded(layout, chunk))).ljust(layout.chunk_nbytes, b"\0")
+    array, read, _ = _in_memory(layout, compression)
+    array[layout.chunk_region(index)].write(chunk).result()
+    return read(chunk_file(index))
+
+
+def _in_memory(layout: ArrayLayout, compression: Compression) -> tuple[Any, Callable[[str], bytes], Any]:
+    """An array of tensorstore's that lies in memory, what reads one of its files, and the store of these files."""
+    import tensorstore as ts
+
+    context = ts.Context()
+    spec = {**_spec(Path("array"), layout, compression), "kvstore": {"driver": "memory", "path": "array/"}}
+    array = ts.open(spec, create=True, context=context).result()
+    files = ts.KvStore.open({"driver": "memory", "path": "array/"}, context=context).result()
+    return array, lambda name: bytes(files.read(name).result().value), files
+
+
+def _padded(layout: ArrayLayout, chunk: Array) -> Array:
+    """The chunk, extended by zeros in all axes but the first to the full size."""
+    if chunk.shape[1:] == layout.chunk_shape[1:]:
+        return chunk
+    padded = np.zeros((*chunk.shape[:1], *layout.chunk_shape[1:]), layout.dtype)
+    padded[tuple(map(slice, chunk.shape))] = chunk
+    return padded
+
+
 class ArrayWriter:
     """Writes chunks of the array in ``folder``, made by :func:`create_array`. Threads and processes may write at once.
 
@@ -143,11 +182,8 @@ class ArrayWriter:
             with _tensorstore_writing(self._folder):
                 self._array[self._layout.chunk_region(index)].write(chunk).result()
             return
-        if chunk.shape[1:] != self._layout.chunk_shape[1:]:
-            padded = np.zeros(self._layout.chunk_shape, self._layout.dtype)
-            padded[tuple(map(slice, chunk.shape))] = chunk
-            chunk = padded
-        write_file(self._folder / chunk_file(index), raw_bytes(chunk), size=self._layout.chunk_nbytes)
+        whole = raw_bytes(_padded(self._layout, chunk))
+        write_file(self._folder / chunk_file(index), whole, size=self._layout.chunk_nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +254,11 @@ class StoredArray:
         import tensorstore as ts
 
         try:
-            stored = ts.open(_spec(self.folder, self.layout, self.compression)).result()
+            if is_local(self.folder):
+                stored = ts.open(_spec(self.folder, self.layout, self.compression)).result()
+            else:
+                stored, _, files = _in_memory(self.layout, self.compression)
+                files.write(chunk_file(index), (self.folder / chunk_file(index)).read_bytes()).result()
             chunk = stored[self.layout.chunk_region(index)].read().result()
         except Exception as error:  # tensorstore raises ValueError, OSError and its own kinds alike
             raise BadInput(f"{self.folder / chunk_file(index)}: the chunk cannot be read: {error}") from error
@@ -241,8 +281,8 @@ class StoredArray:
     def _read_bytes(self, index: Index, into: memoryview, *, offset: int) -> None:
         path = self.folder / chunk_file(index)
         try:
-            with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
+            with path.open("rb", buffering=0) if is_local(path) else path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
                 if size != self.layout.chunk_nbytes:
                     raise BadInput(f"{path}: {size:,} bytes, expected {self.layout.chunk_nbytes:,}: damaged copy?")
                 file.seek(offset)

@@ -17,6 +17,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.store.arrays import Array, StoredArray
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, chunk_file, nested
 from dsv4_convert.store.manifest import Manifest
+from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import work_through
 
 #: Called after every chunk with (bytes checked, bytes in total, path of the leaf).
@@ -135,7 +136,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     Raises:
         BadInput: there is none, it is still being written, or its manifest is damaged.
     """
-    folder = Path(path)
+    folder = as_path(path)
     manifest = folder / MANIFEST_FILE
     try:
         return Store(folder, Manifest.from_bytes(manifest.read_bytes(), where=str(manifest)))

@@ -272,13 +272,20 @@ class Journal:
                 "Run with the former settings and source to finish it, or --restart to discard it."
             )
 
-    def rewrite(self) -> None:
-        """Make one file of all, with what ``chunks`` and ``notes`` say now."""
-        lines = [self.plan]
-        lines += [_chunk_line(path, index, digest) for path, of in self.chunks.items() for index, digest in of.items()]
+    def first_line(self) -> bytes:
+        """The line that every file begins with."""
+        return _line(self.plan)
+
+    def whole(self) -> bytes:
+        """One file of all that ``chunks`` and ``notes`` say now."""
+        lines = [_chunk_line(path, index, digest) for path, of in self.chunks.items() for index, digest in of.items()]
         lines += [_note_line(name, value) for name, value in self.notes.items()]
+        return b"".join([self.first_line(), *lines])
+
+    def rewrite(self) -> None:
+        """Make one file of all."""
         whole, new = self.folder / "journal.jsonl", self.folder / "journal.new"
-        write_file(new, b"".join(map(_line, lines)))
+        write_file(new, self.whole())
         with writing(whole):
             new.rename(whole)
             for file in self._files():
@@ -294,7 +301,7 @@ class Journal:
         with stream:
             self._stream = stream
             if not stream.tell():
-                self._append(self.plan)
+                self._append(self.first_line())
             yield
 
     def add_chunk(self, path: str, index: Index, digest: str) -> None:
@@ -307,25 +314,25 @@ class Journal:
         self.notes[name] = value
         self._append(_note_line(name, value))
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        stream = self._stream
+    def _append(self, line: bytes) -> None:
+        stream, left = self._stream, memoryview(line)
         assert stream is not None
         with writing(self._file):
-            end, line = stream.tell(), memoryview(_line(entry))
+            end = stream.tell()
             try:
-                while line:
-                    line = line[stream.write(line) :]
+                while left:
+                    left = left[stream.write(left) :]
             except OSError:  # half a line, and another thread may add one after it
                 stream.truncate(end)
                 raise
 
 
-def _chunk_line(path: str, index: Index, digest: str) -> dict[str, Any]:
-    return {"leaf": path, "chunk": list(index), "digest": digest}
+def _chunk_line(path: str, index: Index, digest: str) -> bytes:
+    return _line({"leaf": path, "chunk": list(index), "digest": digest})
 
 
-def _note_line(name: str, value: Any) -> dict[str, Any]:
-    return {"note": name, "value": value}
+def _note_line(name: str, value: Any) -> bytes:
+    return _line({"note": name, "value": value})
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

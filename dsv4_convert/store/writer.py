@@ -15,12 +15,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsv4_convert.errors import UsageError, listed
-from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, sync, write_file
+from dsv4_convert.errors import listed
+from dsv4_convert.store.arrays import Array, Compression, sync, write_file
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
 from dsv4_convert.store.manifest import LeafRecord, Manifest
+from dsv4_convert.store.places import ChunkWriter, Place, place_of
 from dsv4_convert.store.processes import ALONE, Processes
-from dsv4_convert.store.staging import Journal, Staging, staging_area
+from dsv4_convert.store.staging import Journal
 from dsv4_convert.store.threads import work_through
 
 #: Where a task stands in the order of the work: smaller ones first, equal ones in the order of the leaves.
@@ -123,7 +124,7 @@ def write_checkpoint(
     :class:`~dsv4_convert.store.arrays.ArrayWriter` for the cases in which a chunk is copied.
 
     Args:
-        destination: local path of the checkpoint.
+        destination: of the checkpoint: a local path, or a URL such as ``gs://bucket/model`` (see :mod:`.bucket`).
         leaves: what to write.
         fingerprint: JSON that identifies the content besides paths, shapes, dtypes, sources and rules, such as the
             source's revision and the options; an interrupted run is only continued when it is the same.
@@ -149,42 +150,42 @@ def write_checkpoint(
     Raises:
         ValueError: leaves do not form a tree, a layout or an extra file's name is impossible, or ``chunks`` gave an
             array of another shape or dtype.
-        UsageError: the destination exists, is not local, or an interrupted run had other settings.
+        UsageError: the destination exists, is a URL of nothing known, or an interrupted run had other settings.
         ResourceError: the disk is full or failing, another process writes the same destination, or one of the
             ``processes`` failed.
         BadInput: the journal of an interrupted run is damaged.
     """
-    target = local_path(destination)
+    place = place_of(destination)
     if problems := path_problems([leaf.path for leaf in leaves]):
         raise ValueError(f"the leaves do not form a tree:\n{listed(problems)}")
     if not leaves:
         raise ValueError("a checkpoint needs at least one leaf")
     plan = _plan(leaves, fingerprint, compression)
-    check_destination(target, overwrite=overwrite)
-    staging = Staging.beside(target)
+    layouts = {leaf.path: leaf.layout for leaf in leaves}
+    place.check(overwrite=overwrite)
     with ExitStack() as held:
         with processes.step("prepare"):
             if processes.first:
-                held.enter_context(staging_area(target))
-                check_destination(target, overwrite=overwrite)  # again: another writer may have published meanwhile
+                held.enter_context(place.held())
+                place.check(overwrite=overwrite)  # again: another writer may have published meanwhile
                 if restart:
-                    staging.clear()
-                staging.prepare({leaf.path: leaf.layout for leaf in leaves}, plan=plan, compression=compression)
+                    place.clear()
+                place.prepare(layouts, plan=plan, compression=compression)
         with processes.step("look"):
-            journal = Journal.open(staging.folder, plan=plan, member=processes.index)
+            journal = place.journal(plan, processes.index)
         with processes.step("write"):
             for path, digests in journal.chunks.items():
                 for index in digests:
                     committed(path, index)
             for name in journal.notes:
                 committed(name, None)
-            tasks = _in_order(leaves, notes, staging, journal, compression)
-            total = sum(leaf.layout.nbytes for leaf in leaves)
+            tasks = _in_order(leaves, notes, place, journal, compression)
+            total = sum(layout.nbytes for layout in layouts.values())
             kept = total - sum(task.nbytes for task in tasks)
             mine = _share(tasks, processes)
             _work(mine, journal, workers=workers, kept=kept, progress=progress, committed=committed, stopping=stopping)
         with processes.step("commit"):
-            journal = Journal.open(staging.folder, plan=plan, member=processes.index)
+            journal = place.journal(plan, processes.index)
             summary = WriteSummary(
                 records={leaf.path: _record(leaf, journal) for leaf in sorted(leaves, key=lambda leaf: leaf.path)},
                 notes={note.name: journal.notes[note.name] for note in notes},
@@ -192,27 +193,9 @@ def write_checkpoint(
                 kept_bytes=kept,
             )
             if processes.first:
-                _commit(staging, summary, metadata(summary), extra_files(summary))
-                staging.publish(target)
+                with place.committing(layouts, compression) as folder:
+                    _complete(folder, summary, metadata(summary), extra_files(summary))
     return summary
-
-
-def local_path(destination: str | os.PathLike[str]) -> Path:
-    """The destination as an absolute path. Raises :class:`UsageError` for a URL."""
-    text = os.fspath(destination)
-    if "://" in text:
-        raise UsageError(f"{text}: only local folders can be written. Write to a local folder, then copy it there.")
-    return Path(os.path.abspath(text))
-
-
-def check_destination(target: Path, *, overwrite: bool) -> None:
-    """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise UsageError(f"{target}: exists already. Choose another destination, remove it, or allow overwriting.")
-    if not (target / MANIFEST_FILE).is_file():
-        raise UsageError(f"{target}: not overwritten, because it is not a checkpoint of dsv4 (no {MANIFEST_FILE}).")
 
 
 def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compression: Compression) -> dict[str, Any]:
@@ -230,29 +213,22 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
     return dict(json.loads(json.dumps(plan)))  # tuples become lists, as they will when the journal is read
 
 
-class _Leaf:
-    """A leaf while it is written."""
-
-    def __init__(self, spec: LeafSpec, staging: Staging, compression: Compression) -> None:
-        self.spec = spec
-        self.writer = ArrayWriter(staging.leaf(spec.path), spec.layout, compression)
-
-
 @dataclass(frozen=True)
 class _ChunkTask:
     """A chunk to write."""
 
-    leaf: _Leaf
+    spec: LeafSpec
     index: Index
+    writer: ChunkWriter
 
     @property
     def nbytes(self) -> int:
-        spec = self.leaf.spec
+        spec = self.spec
         return math.prod(spec.layout.clipped_shape(self.index)) * spec.dtype.itemsize
 
     def run(self) -> str:
         """Make, hash and write the chunk; its digest."""
-        spec, index = self.leaf.spec, self.index
+        spec, index = self.spec, self.index
         chunk = spec.chunks(index)
         expected = spec.layout.clipped_shape(index)
         if chunk.shape != expected or chunk.dtype != spec.dtype or not chunk.flags.c_contiguous:
@@ -261,12 +237,12 @@ class _ChunkTask:
                 f"{'' if chunk.flags.c_contiguous else ', not C-contiguous'}; expected {spec.dtype} {expected}"
             )
         digest = chunk_digest(chunk)
-        self.leaf.writer.write_chunk(index, chunk)
+        self.writer.write_chunk(index, chunk)
         return digest
 
     def enter(self, journal: Journal, result: str) -> tuple[str, Index | None]:
-        journal.add_chunk(self.leaf.spec.path, self.index, result)
-        return self.leaf.spec.path, self.index
+        journal.add_chunk(self.spec.path, self.index, result)
+        return self.spec.path, self.index
 
 
 @dataclass(frozen=True)
@@ -289,17 +265,19 @@ _Task: TypeAlias = _ChunkTask | _NoteTask
 
 
 def _in_order(
-    leaves: Sequence[LeafSpec], notes: Sequence[Note], staging: Staging, journal: Journal, compression: Compression
+    leaves: Sequence[LeafSpec], notes: Sequence[Note], place: Place, journal: Journal, compression: Compression
 ) -> list[_Task]:
     """Everything that is not in the journal yet, by rank."""
     ranked: list[tuple[Rank, _Task]] = [
         (note.rank, _NoteTask(note)) for note in notes if note.name not in journal.notes
     ]
     for spec in leaves:
-        leaf = _Leaf(spec, staging, compression)
+        writer = place.writer(spec.path, spec.layout, compression)
         done = journal.chunks.get(spec.path, {})
         ranked += [
-            (spec.rank(index), _ChunkTask(leaf, index)) for index in spec.layout.chunk_indices() if index not in done
+            (spec.rank(index), _ChunkTask(spec, index, writer))
+            for index in spec.layout.chunk_indices()
+            if index not in done
         ]
     return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]
 
@@ -355,25 +333,19 @@ def _record(leaf: LeafSpec, journal: Journal) -> LeafRecord:
     )
 
 
-def _commit(
-    staging: Staging, summary: WriteSummary, metadata: Mapping[str, Any], extra_files: Mapping[str, bytes]
+def _complete(
+    folder: Path, summary: WriteSummary, metadata: Mapping[str, Any], extra_files: Mapping[str, bytes]
 ) -> None:
-    """Build the checkpoint in ``staging.commit``, with the manifest as the last file."""
-    from dsv4_convert.store.orbax_commit import commit_arrays
-
-    for path in summary.records:
-        sync(staging.leaf(path))
-    sync(staging.leaves)
-    commit_arrays({path: staging.leaf(path) for path in summary.records}, staging.commit)
+    """Add to what Orbax has made: the extra files, and the manifest as the last one."""
     for name, content in extra_files.items():
-        if not is_file_name(name) or name == MANIFEST_FILE or (staging.commit / name).exists():
+        if not is_file_name(name) or name == MANIFEST_FILE or (folder / name).exists():
             raise ValueError(f"extra file {name!r}: not a plain name, or the name of a file or leaf of the checkpoint")
-        write_file(staging.commit / name, content)
+        write_file(folder / name, content)
     files = {}
-    for entry in sorted(staging.commit.iterdir()):
+    for entry in sorted(folder.iterdir()):
         if entry.is_file():
             sync(entry)  # Orbax does not wait for the disk
             files[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest()
     manifest = Manifest(leaves=summary.records, files=files, metadata=metadata)
-    write_file(staging.commit / MANIFEST_FILE, manifest.to_bytes())
-    sync(staging.commit)
+    write_file(folder / MANIFEST_FILE, manifest.to_bytes())
+    sync(folder)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_convert.checkpoint import open_checkpoint
+from dsv4_convert.checkpoint.arriving import AHEAD
 from dsv4_convert.checkpoint.hub_progress import Stopped
-from dsv4_convert.checkpoint.hub_stream import AHEAD, HubCheckpoint, open_repository
+from dsv4_convert.checkpoint.hub_stream import HubCheckpoint, open_repository
 from dsv4_convert.errors import BadInput, ResourceError
 
 from .hub_server import LoopbackHub

@@ -18,6 +18,7 @@ from golden.synthetic import tiny_config, write_checkpoint
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 COMMANDS = (
     ["convert", "hf-to-orbax"],
+    ["convert", "orbax-to-hf"],
     ["download"],
     ["verify"],
     ["golden", "record"],

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dsv4_convert.checkpoint.hub_stream import AHEAD, HubCheckpoint, open_repository
+from dsv4_convert.checkpoint.arriving import AHEAD
+from dsv4_convert.checkpoint.hub_stream import HubCheckpoint, open_repository
 from dsv4_convert.cli import app
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan

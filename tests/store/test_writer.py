@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, staging, verify, write_checkpoint, writer
+from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, places, staging, verify, write_checkpoint
 from dsv4_convert.store.arrays import ArrayWriter, create_array
 from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout, chunk_file
 
@@ -496,11 +496,6 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, arrays
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
 
 
-def test_remote_destinations_are_refused(arrays, make_leaves) -> None:
-    with pytest.raises(UsageError, match="only local folders"):
-        write_checkpoint("gs://bucket/checkpoint", make_leaves(arrays), fingerprint={})
-
-
 def test_only_one_writer_at_a_time(tmp_path: Path, arrays, make_leaves) -> None:
     leaves = make_leaves(arrays)
     destination = tmp_path / "checkpoint"
@@ -526,7 +521,7 @@ def test_a_destination_that_appears_before_the_lock_is_held_is_not_replaced(
         destination.mkdir()
         return staging.staging_area(target)
 
-    monkeypatch.setattr(writer, "staging_area", staging_area)
+    monkeypatch.setattr(places, "staging_area", staging_area)
     with pytest.raises(UsageError, match="exists already"):
         write(destination, make_leaves(arrays))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
