@@ -137,6 +137,7 @@ def hf_to_orbax(
         return
     kept = f", {size(summary.kept_bytes)} of them by an interrupted run" if summary.kept_bytes else ""
     typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
+    typer.echo(convert.describe_rounding(planned, summary.notes), err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
 
 

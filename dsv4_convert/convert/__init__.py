@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsv4_convert.convert.account import describe_rounding
 from dsv4_convert.convert.estimate import Estimate, check_disk, estimate
 from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
@@ -17,6 +18,7 @@ __all__ = [
     "Storage",
     "carry_out",
     "check_disk",
+    "describe_rounding",
     "estimate",
     "hf_to_orbax",
     "plan",

@@ -40,6 +40,11 @@ class Account:
         return cls(entry["digests"], Rounding(**entry["rounding"]))
 
 
+def accounts_of(notes: Mapping[str, Any]) -> dict[str, Account]:
+    """The accounts among the notes of a run, by weight."""
+    return {weight: Account.from_json(entry) for weight, entry in notes.items()}
+
+
 def account(checkpoint: Checkpoint, source: Source, rule: Rule, storage: Storage) -> Account:
     """Hash a tensor and its scales; count the values that the conversion rounds."""
     digests = {name: tensor_digest(checkpoint, name) for name in _names(source)}
@@ -148,11 +153,14 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
     }
 
 
-def describe_rounding(entry: Mapping[str, Any]) -> str:
-    """One sentence for people."""
+def describe_rounding(planned: Plan, notes: Mapping[str, Any]) -> str:
+    """What a run has found out about rounding, in one sentence."""
+    if planned.storage is Storage.SOURCE:
+        return "exact: the published bytes"
+    entry = rounding_summary(planned, accounts_of(notes))
     if not entry["rounded"]:
         return f"exact: none of {entry['values']:,} converted values is rounded"
     return (
-        f"{entry['rounded']:,} of {entry['values']:,} converted values are rounded, the largest by a relative "
-        f"{entry['largest_relative']:.2g}; --dtype float32 or source keep them exact"
+        f"rounded: {entry['rounded']:,} of {entry['values']:,} converted values, the largest by "
+        f"{float(entry['largest_relative']):.2g} of itself; --dtype float32 and source keep them exact"
     )

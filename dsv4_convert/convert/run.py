@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.convert.account import Account, account, assemble, rounding_summary, to_account
+from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
@@ -184,7 +184,7 @@ def carry_out(
         return Note(name=weight, value=value, rank=shards.rank_of_note(weight))
 
     def files(summary: WriteSummary) -> dict[str, bytes]:
-        sources = assemble(planned, _accounts(summary), summary.records, described)
+        sources = assemble(planned, accounts_of(summary.notes), summary.records, described)
         return {**companions, SOURCES_FILE: sources.to_bytes()}
 
     return write_checkpoint(
@@ -200,7 +200,7 @@ def carry_out(
             "layout": planned.layout.value,
             "names_table": TABLE_VERSION,
         },
-        metadata=lambda summary: _metadata(planned, origin, _accounts(summary)),
+        metadata=lambda summary: _metadata(planned, origin, accounts_of(summary.notes)),
         extra_files=files,
         compression=planned.compression,
         workers=workers,
@@ -211,10 +211,6 @@ def carry_out(
         restart=restart,
         overwrite=overwrite,
     )
-
-
-def _accounts(summary: WriteSummary) -> dict[str, Account]:
-    return {weight: Account.from_json(entry) for weight, entry in summary.notes.items()}
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:

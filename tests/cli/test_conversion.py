@@ -53,6 +53,17 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(hf: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_it_says_what_was_rounded(hf: Path, tmp_path: Path) -> None:
+    out, _ = convert(hf, tmp_path / "exact")
+    assert "exact: none of 111,872 converted values is rounded" in out
+    write_checkpoint(tmp_path / "base", tiny_config(), form="fp8")
+    out, _ = convert(tmp_path / "base", tmp_path / "rounded")
+    assert "rounded: " in out
+    assert "the largest by 0.0039 of itself; --dtype float32 and source keep them exact" in out
+    out, _ = convert(tmp_path / "base", tmp_path / "kept", "--dtype", "source")
+    assert "exact: the published bytes" in out
+
+
 def test_zstd_is_a_choice(hf: Path, tmp_path: Path) -> None:
     convert(hf, tmp_path / "orbax", "--compression", "zstd")
     assert json.loads((tmp_path / "orbax" / "embed" / ".zarray").read_text())["compressor"]["id"] == "zstd"
