@@ -47,6 +47,7 @@ class Meter:
             "to_read_bytes": now.to_read,
             "written_bytes": now.written,
             "to_write_bytes": now.to_write,
+            "fetched_bytes": now.fetched,
             "read_rate": round(rate_in),
             "write_rate": round(rate_out),
             "eta_seconds": round(left / rate_out) if rate_out else None,
@@ -108,6 +109,9 @@ def _sentence(reading: dict[str, object]) -> str:
     where = ".".join(at[:2]) if at[0] == "layers" else at[0]
     rate_in, rate_out, memory = (size(int(str(reading[key]))) for key in ("read_rate", "write_rate", "memory_bytes"))
     left = duration(float(str(eta))) if eta is not None else "-"
+    fetched = reading["fetched_bytes"]
+    if not where:
+        return f"fetching, {size(int(str(fetched)))} so far" if fetched is not None else "starting"
     return f"{where}  in {rate_in}/s  out {rate_out}/s  left {left}  mem {memory}"
 
 

@@ -133,7 +133,8 @@ def carry_out(
         arriving.fetch_small_files()
     maker = ChunkMaker(checkpoint)
     weights = sorted(to_account(planned))
-    shards = ShardUse(planned, weights, checkpoint)
+    sharing = processes or current_processes()
+    shards = ShardUse(planned, weights, checkpoint, ahead=sharing.count == 1)
     described = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
         "name": name or checkpoint.repository or checkpoint.root.resolve().name,
@@ -204,7 +205,7 @@ def carry_out(
         extra_files=files,
         compression=planned.compression,
         workers=workers,
-        processes=processes or current_processes(),
+        processes=sharing,
         progress=advance,
         committed=shards.committed,
         stopping=arriving.stop if arriving is not None else lambda: None,

@@ -58,7 +58,8 @@ class ShardUse:
     The source is then read from its first byte to its last, and shards can be fetched, and given up, one by one.
     """
 
-    def __init__(self, planned: Plan, notes: Sequence[str], source: object) -> None:
+    def __init__(self, planned: Plan, notes: Sequence[str], source: object, *, ahead: bool = True) -> None:
+        """``ahead`` fetches shards before they are asked for; not so where others do a part of the work."""
         self._planned = planned
         self._source = as_arriving(source)
         self._pieces = {piece.path: piece for piece in planned.pieces}
@@ -70,6 +71,7 @@ class ShardUse:
                 self._left.update(self._shards_of(planned.names_of(piece, index)))
         for note in notes:
             self._left.update(self._shards_of(self._names_of_note(note)))
+        self._ahead = ahead
         self._begun = False
         self._lock = Lock()
         #: Bytes of the source whose chunks are written.
@@ -94,7 +96,7 @@ class ShardUse:
             return
         with self._lock:
             if not self._begun:
-                self._source.start([name for name in self._number if self._left[name] > 0])
+                self._source.start([name for name in self._number if self._ahead and self._left[name] > 0])
                 self._begun = True
 
     def committed(self, name: str, index: Index | None) -> None:

@@ -117,6 +117,9 @@ def test_rates_are_those_of_this_run() -> None:
     assert 10_000_000 < int(str(reading["memory_bytes"])) < 1 << 40
     sentence = progress._sentence(reading)
     assert sentence.startswith("layers.3  in 2 B/s  out 20 B/s  left 10 s  mem ")
+    waiting = meter.reading(Advance(50, 100, 400, 800, "", fetched=1_500_000))
+    assert waiting["fetched_bytes"] == 1_500_000
+    assert progress._sentence(waiting) == "fetching, 1.5 MB so far"
 
 
 def test_lines_of_json_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
