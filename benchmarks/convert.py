@@ -128,15 +128,15 @@ with ocp.StandardCheckpointer() as checkpointer:
 Run = Callable[[Path], list[dict[str, Any]]]
 
 
-def contest(source: Path, work: Path, runs: Mapping[str, Run], repeats: int) -> dict[str, dict[str, float]]:
-    """Every contestant in turn, ``repeats`` times: median seconds, largest peak, GB written."""
+def contest(inputs: Path, work: Path, runs: Mapping[str, Run], repeats: int) -> dict[str, dict[str, float]]:
+    """Every contestant in turn, ``repeats`` times, on cold inputs: median seconds, largest peak, GB written."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     peak = dict.fromkeys(runs, 0.0)
     written = dict.fromkeys(runs, 0.0)
     for _ in range(repeats):
         for name, run in runs.items():
             out = work / "out"
-            make_cold(source)
+            make_cold(inputs)
             steps = run(out)
             assert not any(step["exit_code"] for step in steps), (name, steps)
             seconds[name].append(sum(float(step["seconds"]) for step in steps))
@@ -253,12 +253,12 @@ def today(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any]
 
 def layers(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any]:
     """Time grows with the layers, memory does not."""
-    runs: dict[str, dict[str, float]] = {}
+    sources = {}
     for count in (1, 2, 4):
         shrunk = layers_of(config, count) | {"n_routed_experts": config["n_routed_experts"] // 4}
-        source = checkpoint(work, f"layers{count}", shrunk)
-        name = f"{count} layer{'s' if count > 1 else ''}"
-        runs |= contest(source, work, {name: convert(source)}, repeats)
+        sources[f"{count} layer{'s' if count > 1 else ''}"] = checkpoint(work, f"layers{count}", shrunk)
+    runs = contest(work, work, {name: convert(source) for name, source in sources.items()}, repeats)
+    for source in sources.values():
         shutil.rmtree(source)
     seconds = {count: run["seconds"] for count, run in zip((1, 2, 4), runs.values(), strict=True)}
     per_layer = (seconds[4] - seconds[1]) / 3

@@ -1,5 +1,7 @@
 """Speed of the codecs: GB/s of output on one and on two threads, beside memcpy and torch in the same run.
 
+The account of rounding has no output; its figure is that of the bfloat16 numbers it is about.
+
 Run: python -m benchmarks.decode [--seconds 1] [--json FILE]
 
 The matrices are V4-Flash's experts and dense weights; every thread writes into its own buffer, used before.
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.formats import cast_plain, decode_fp4, decode_fp8
+from dsv4_convert.formats.exactness import rounding
 
 ROWS, COLUMNS = 2048, 4096
 Array = np.ndarray[Any, Any]
@@ -80,6 +83,10 @@ def cases() -> Iterator[tuple[str, np.dtype[Any], Callable[[Array], object]]]:
             yield f"FP8, E8M0 -> {name}", dtype, partial(fp8, scale=blocks)
             yield f"FP8, F32 -> {name}", dtype, partial(fp8, scale=floats)
             yield f"BF16 -> {name}", dtype, plain
+    single = halves.astype(FLOAT32)
+    eights = codes.view(ml_dtypes.float8_e4m3fn)
+    yield "account of rounding: FP8, F32 -> bfloat16", BFLOAT16, lambda _: rounding(eights, floats, dtype=BFLOAT16)
+    yield "account of rounding: F32 -> bfloat16", BFLOAT16, lambda _: rounding(single, None, dtype=BFLOAT16)
     yield from torch_cases(codes, blocks)
 
 

@@ -21,21 +21,23 @@ from numpy.typing import NDArray
 from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, read_only
 from dsv4_convert.formats.fp4 import decode_fp4
-from dsv4_convert.formats.plain import cast_plain
-from dsv4_convert.formats.tables import BFLOAT16, FLOAT32, e2m1_products, e4m3_table, e8m0_values
+from dsv4_convert.formats.fp8 import decode_fp8
+from dsv4_convert.formats.tables import E2M1, E4M3, FLOAT32, e8m0_values, products
 from dsv4_convert.names import FP4_GROUP, FP8_TILE
 
 Array = NDArray[Any]
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_PIECE = 1 << 20
+#: Numbers, and rows of codes, that are looked at in one piece, so that memory does not grow with the weight.
+_PIECE, _HEIGHT = 1 << 18, FP8_TILE[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
     """Of ``values`` numbers, ``rounded`` changed, the largest by ``largest_relative`` of itself.
 
-    1.0 is a number that became zero, infinity one that overflowed. NaN and infinity themselves do not change.
+    1.0 is a number that became zero, infinity one that overflowed. NaN and infinity themselves count among the values
+    and do not change. ``largest_relative`` is as precise as float32.
     """
 
     values: int = 0
@@ -74,50 +76,42 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
     values = shape[0] * shape[1]
     if factors.dtype != np.float32:
         change = _changes_under_e8m0(packed, np.dtype(dtype))
-        present = np.bincount(factors.reshape(-1), minlength=256) > 0
-        if not change[present].any():
+        if not change[_present(factors.reshape(-1))].any():
             return Rounding(values)
-        index = factors
-    elif packed:
-        return _between(decode_fp4(stored, scale, dtype=FLOAT32), decode_fp4(stored, scale, dtype=dtype))
     elif dtype == FLOAT32:
         return Rounding(values)
     else:
-        flat = factors.reshape(-1)
-        exact, found = (e4m3_table(flat, wanted).view(wanted) for wanted in (FLOAT32, BFLOAT16))
-        change = _relative(exact.astype(np.float64), found.astype(np.float64))  # one row of 256 per block
-        index = np.arange(flat.size, dtype=np.uint32).reshape(factors.shape)
-    counts = np.zeros((len(change), 256), np.uint64)
-    kernels.count_codes(codes, read_only(index), block[0], block[1], counts)
+        return _of_products(codes, factors, packed=packed)
+    counts = np.zeros((256, 256), np.uint64)
+    kernels.count_codes(codes, read_only(factors), *block, counts)
     return _weighed(values, counts, change, packed=packed)
+
+
+def _present(scale: Array) -> Array:
+    """Which bytes occur, bool ``[256]``. In pieces, because numpy makes eight bytes of each."""
+    present = np.zeros(256, np.bool_)
+    for start in range(0, scale.size, _PIECE):
+        present |= np.bincount(scale[start : start + _PIECE], minlength=256) > 0
+    return present
 
 
 def _weighed(values: int, counts: Array, change: Array, *, packed: bool) -> Rounding:
     """From how often each byte occurs under each scale, and what its elements change by."""
-    if packed:  # a byte is two codes
-        byte = np.arange(256)
-        pairs = [(counts, change[:, nibble]) for nibble in (byte & 15, byte >> 4)]
-    else:
-        pairs = [(counts, change)]
-    rounded = sum(int(of[by > 0].sum()) for of, by in pairs)
-    largest = max(float(np.max(by, where=of > 0, initial=0.0)) for of, by in pairs)
+    byte = np.arange(256)
+    elements = (byte & 7, byte >> 4 & 7) if packed else (byte & 127,)
+    changes = [np.take(change, element, axis=1) for element in elements]
+    rounded = sum(int(counts[by > 0].sum()) for by in changes)
+    largest = max(float(np.max(by, where=counts > 0, initial=0.0)) for by in changes)
     return Rounding(values, rounded, largest)
 
 
 @functools.cache
 def _changes_under_e8m0(packed: bool, dtype: np.dtype[Any]) -> Array:
-    """Relative change of every code under every scale byte, float64 ``[256, 256]``, or ``[256, 16]`` for FP4."""
-    scale = e8m0_values(np.arange(256, dtype=np.uint8))
+    """Relative change of every code but for its sign under every scale byte, float64 ``[256, 8 or 128]``."""
+    scale, magnitudes = e8m0_values(np.arange(256, dtype=np.uint8))[:, None], E2M1 if packed else E4M3
     # In float64, which has room for all exponents: E8M0 reaches below float32's normal numbers, and its products above.
-    power = np.where(np.isnan(scale), np.nan, np.ldexp(1.0, np.arange(256) - 127))[:, None]
-    if packed:
-        codes = np.arange(16, dtype=np.uint8)[None]
-        one = e2m1_products(codes, np.ones((1, 1), np.float32), FLOAT32).view(np.float32)
-        found = e2m1_products(codes, scale[:, None], dtype).view(dtype)
-    else:
-        one = e4m3_table(np.ones(1, np.float32), FLOAT32).view(np.float32)
-        found = e4m3_table(scale, dtype).view(dtype)
-    return _relative(one.astype(np.float64) * power, found.astype(np.float64))
+    exact = magnitudes.astype(np.float64) * scale.astype(np.float64)
+    return _relative(exact, products(magnitudes, scale, dtype).view(dtype).astype(np.float64))
 
 
 def _relative(exact: Array, found: Array) -> Array:
@@ -127,18 +121,30 @@ def _relative(exact: Array, found: Array) -> Array:
     return np.where((exact == found) | ~np.isfinite(exact), 0.0, change)
 
 
+def _of_products(codes: Array, scale: Array, *, packed: bool) -> Rounding:
+    """Of the float32 products, for as many rows at a time as share their FP8 scales."""
+    values = np.empty((_HEIGHT, codes.shape[1] * (2 if packed else 1)), np.float32)
+    total = Rounding()
+    for start in range(0, codes.shape[0], _HEIGHT):
+        part = codes[start : start + _HEIGHT]
+        out = values[: part.shape[0]]
+        if packed:
+            decode_fp4(part, scale[start : start + _HEIGHT], dtype=FLOAT32, out=out)
+        else:
+            decode_fp8(part, scale[start // _HEIGHT : start // _HEIGHT + 1], dtype=FLOAT32, out=out)
+        total += _counted(out.reshape(-1))
+    return total
+
+
 def _of_floats(stored: Array, dtype: np.dtype[Any]) -> Rounding:
     if stored.dtype != FLOAT32 or dtype == FLOAT32:
         return Rounding(stored.size)
     total = Rounding()
     flat = stored.reshape(-1)
-    for start in range(0, flat.size, _PIECE):
-        piece = flat[start : start + _PIECE]
-        total += _between(piece, cast_plain(piece, dtype=dtype))
+    for start in range(0, flat.size, _PIECE):  # each copied only where it is not aligned
+        total += _counted(np.require(flat[start : start + _PIECE], requirements=["C_CONTIGUOUS", "ALIGNED"]))
     return total
 
 
-def _between(exact: Array, found: Array) -> Rounding:
-    with np.errstate(invalid="ignore"):  # a NaN without a quiet bit
-        change = _relative(exact.astype(np.float64), found.astype(np.float64))
-    return Rounding(exact.size, int(np.count_nonzero(change)), float(change.max(initial=0.0)))
+def _counted(values: Array) -> Rounding:
+    return Rounding(values.size, *kernels.count_rounded(read_only(values.view(np.uint32))))

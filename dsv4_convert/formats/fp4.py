@@ -13,9 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, destination, read_only
-from dsv4_convert.formats.plain import cast_plain
 from dsv4_convert.formats.scales import as_values, block_amax, power_of_two_scale, scale_values
-from dsv4_convert.formats.tables import bits_dtype, e2m1_e8m0_pairs, e2m1_products
+from dsv4_convert.formats.tables import bits_dtype, refuse_flushing
 
 Array = NDArray[Any]
 
@@ -36,8 +35,7 @@ def decode_fp4(
 
     Args:
         packed: ``[R, C / 2]`` uint8 or int8, the low half of a byte first. Not changed, not copied.
-        scale: ``[R, ceil(C / group)]``, E8M0 (float8_e8m0fnu, uint8 or int8) or float32. Float32 scales, which no
-            published checkpoint has with FP4, take a slow way that needs about six times the output's memory.
+        scale: ``[R, ceil(C / group)]``, E8M0 (float8_e8m0fnu, uint8 or int8) or float32.
         dtype: bfloat16 or float32.
         group: consecutive elements of a row that share a scale; even.
         transpose: write ``[C, R]``, the kernel orientation of JAX.
@@ -53,17 +51,9 @@ def decode_fp4(
     rows, columns = data.shape[0], 2 * data.shape[1]
     factors = as_scale(scale, what="FP4", codes=(rows, columns), block=(1, _even(group)))
     result = destination(out, shape=(columns, rows) if transpose else (rows, columns), dtype=np.dtype(dtype))
-    if factors.dtype == np.float32:
-        codes = np.stack([data & 15, data >> 4], axis=-1).reshape(rows, columns)
-        spread = np.repeat(factors, group, axis=1)[:, :columns]
-        cast_plain(e2m1_products(codes, spread, dtype).view(dtype), dtype=dtype, transpose=transpose, out=result)
-        return result
-    table = e2m1_e8m0_pairs(np.dtype(dtype))
-    if transpose:
-        decode = kernels.decode_e2m1_columns if bits == np.uint16 else kernels.decode_pair_columns
-        decode(data, table, read_only(factors), group // 2, result.view(bits))
-    else:
-        kernels.decode_rows(data, table, read_only(factors), 1, group // 2, result.view(table.dtype))
+    refuse_flushing()
+    decode = kernels.decode_e2m1_columns if transpose else kernels.decode_e2m1_rows
+    decode(data, read_only(scale_values(factors)), group // 2, result.view(bits))
     return result
 
 

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, destination, positive, read_only
 from dsv4_convert.formats.scales import as_values, block_amax, float_scale, power_of_two_scale, scale_values
-from dsv4_convert.formats.tables import bits_dtype, e4m3_e8m0_table, e4m3_table
+from dsv4_convert.formats.tables import bits_dtype, refuse_flushing
 
 Array = NDArray[Any]
 
@@ -51,16 +51,9 @@ def decode_fp8(
     rows, columns = data.shape
     factors = as_scale(scale, what="FP8", codes=data.shape, block=positive(block))
     result = destination(out, shape=(columns, rows) if transpose else (rows, columns), dtype=np.dtype(dtype))
-    if factors.dtype == np.float32:  # one table row per block: 256 products for 16,384 codes
-        table = e4m3_table(factors.reshape(-1), dtype)
-        index: Array = np.arange(factors.size, dtype=np.uint32).reshape(factors.shape)
-    else:
-        table, index = e4m3_e8m0_table(np.dtype(dtype)), factors
-    if factors.dtype == np.float32 or bits != np.uint16:
-        decode = kernels.decode_columns if transpose else kernels.decode_rows
-    else:
-        decode = kernels.decode_e4m3_columns if transpose else kernels.decode_e4m3_rows
-    decode(data, read_only(table), read_only(index), block[0], block[1], result.view(bits))
+    refuse_flushing()
+    decode = kernels.decode_e4m3_columns if transpose else kernels.decode_e4m3_rows
+    decode(data, read_only(scale_values(factors)), block[0], block[1], result.view(bits))
     return result
 
 

@@ -1,7 +1,8 @@
-"""The compiled loops: look a code up in a table, straight or transposed; cast; encode.
+"""The compiled loops: decode, straight or transposed; cast; count what is rounded; encode.
 
-Everything here works on plain bytes and bit patterns; the meaning of the tables is in :mod:`.tables`, the checks of
-shapes and dtypes are in the callers. Each kernel runs on one core without the GIL, so threads scale over the cores.
+Everything here works on plain bytes and bit patterns; what a product is stands in :mod:`.tables`, the checks of shapes
+and dtypes are in the callers. Codes become numbers by arithmetic, which a processor does on many at a time, not through
+a table, which it reads one by one. Each kernel runs on one core without the GIL, so threads scale over the cores.
 
 All kernels live in one file on purpose: numba invalidates a cached kernel when the file that defines it changes, and
 does not look at functions that it calls from other files.
@@ -23,18 +24,22 @@ T = TypeVar("T")
 Bits = NDArray[np.unsignedinteger[Any]]
 Floats = NDArray[np.float32]
 
-#: Rows and columns of what a transposing kernel copies at a time to a buffer in the cache. Many rows, because a run of
-#: rows is what is written in one piece.
-TILE_ROWS, TILE = 512, 128
-#: Scale bytes under which every product with an e4m3 or e2m1 code is zero or a normal bfloat16 number, which integer
-#: arithmetic can make.
+#: Rows and columns of the square that a transposing kernel copies to a buffer which stays in the level-1 cache.
+TILE = 128
+#: First and last E8M0 byte under which every product with an e4m3 or e2m1 code is zero or a normal bfloat16 number,
+#: which arithmetic in integers of 16 bits can make: 2^-9 and 448, or 0.5 and 6, stay between 2^-126 and 2^128.
 FAST_E4M3, FAST_E2M1 = (10, 246), (2, 252)
+
+#: Numbers that :func:`count_rounded` counts in 32 bits, before it adds them up in 64.
+COUNTED = 1 << 16
 
 #: What :func:`convert` does with a bit pattern.
 COPY, WIDEN, NARROW = 0, 1, 2
 
 # error_model="numpy": a division by zero gives inf or NaN, as in torch, instead of a Python exception.
 _inline = numba.njit(nogil=True, error_model="numpy")
+# Put into the caller before LLVM sees it. LLVM calls some of these, which costs as much as their 128 elements.
+_pasted = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
 def kernel(function: Callable[P, T]) -> Callable[P, T]:
@@ -66,46 +71,99 @@ def kernel(function: Callable[P, T]) -> Callable[P, T]:
 
 
 # Unsigned loop counters spare numba's check for negative indices, which costs half of the speed of these loops.
+# Integers are cast to 32 or 16 bits at every step: numba makes 64 of them, and fewer of those fit into a register.
 
 
-@_inline
-def _look_up(row: Bits, codes: Bits, out: Bits) -> None:
-    for i in range(np.uint64(codes.size)):
-        out[i] = row[codes[i]]
+@_pasted
+def _product(value: np.float32, scale: np.float32, sign_of_value: np.uint32) -> np.uint32:
+    """The bits of the float32 product of a magnitude, which gets the sign bit given, and a scale."""
+    bits = np.uint32(np.float32(value * abs(scale)).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    bits = np.uint32(0x7FC00000) if bits > np.uint32(0x7F800000) else bits
+    sign = np.uint32(np.float32(scale).view(np.uint32) & np.uint32(0x80000000))
+    return np.uint32(bits | np.uint32(sign ^ sign_of_value))
 
 
-@_inline
-def _e4m3_to_bfloat16(codes: Bits, byte: int, out: Bits) -> None:
-    """Products of e4m3 codes and a scale byte inside :data:`FAST_E4M3`; several at a time, as no table can be read.
+@_pasted
+def _e4m3_times(code: np.uint32, scale: np.float32) -> np.uint32:
+    magnitude = np.uint32(code & np.uint32(0x7F))
+    value = np.uint32(np.uint32(magnitude << np.uint32(20)) + np.uint32(120 << 23)).view(np.float32)
+    value = np.float32(np.int32(magnitude)) * np.float32(2.0**-9) if magnitude < np.uint32(8) else value
+    value = np.float32(np.nan) if magnitude == np.uint32(0x7F) else value
+    return _product(value, scale, np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(24)))
+
+
+@_pasted
+def _e2m1_times(code: np.uint32, scale: np.float32) -> np.uint32:
+    magnitude = np.uint32(code & np.uint32(7))
+    value = np.uint32(np.uint32(magnitude << np.uint32(22)) + np.uint32(126 << 23)).view(np.float32)
+    value = np.float32(np.int32(magnitude)) * np.float32(0.5) if magnitude < np.uint32(2) else value
+    return _product(value, scale, np.uint32(np.uint32(code & np.uint32(8)) << np.uint32(28)))
+
+
+@_pasted
+def _put(bits: np.uint32, out: Bits, i: int) -> None:
+    """A float32 number into ``out``, to nearest even on the 16 bits that go where that has 16."""
+    if out.itemsize == 2:
+        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+        out[i] = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    else:
+        out[i] = bits
+
+
+@_pasted
+def _e4m3_fast(code: np.uint16, byte: int) -> np.uint16:
+    """The product of an e4m3 code and the E8M0 ``byte`` inside :data:`FAST_E4M3` in bfloat16.
 
     A code has the layout of a bfloat16 number: the exponent moves up by the difference of the biases and by the scale.
     Codes below 8 are multiples of 2^-9 without an implicit one, and get the exponent of their highest bit.
     """
     normal_bias, small_bias = np.uint16((byte - 7) << 7), np.uint16((byte - 9) << 7)
-    for i in range(np.uint64(codes.size)):
-        code = np.uint16(codes[i])
-        magnitude = np.uint16(code & 0x7F)
-        small = np.uint16(small_bias + np.uint16(0x80 + (magnitude << 5)))  # 4 to 7
-        small = np.uint16(small_bias + np.uint16(magnitude << 6)) if magnitude < 4 else small
-        small = small_bias if magnitude < 2 else small
-        small = np.uint16(0) if magnitude == 0 else small
-        bits = np.uint16((magnitude << 4) + normal_bias) if magnitude >= 8 else small
-        bits = np.uint16(0x7FC0) if magnitude == 0x7F else bits
-        out[i] = bits | np.uint16((code & 0x80) << 8)
+    magnitude = np.uint16(code & 0x7F)
+    small = np.uint16(small_bias + np.uint16(0x80 + (magnitude << 5)))  # 4 to 7
+    small = np.uint16(small_bias + np.uint16(magnitude << 6)) if magnitude < 4 else small
+    small = small_bias if magnitude < 2 else small
+    small = np.uint16(0) if magnitude == 0 else small
+    bits = np.uint16((magnitude << 4) + normal_bias) if magnitude >= 8 else small
+    bits = np.uint16(0x7FC0) if magnitude == 0x7F else bits
+    return np.uint16(bits | np.uint16((code & 0x80) << 8))
 
 
-@_inline
-def _e2m1_to_bfloat16(bytes_: Bits, shift: int, biases: Bits, out: Bits) -> None:
-    """The codes at bit ``shift`` of packed bytes, each under its own scale inside :data:`FAST_E2M1`.
+@_pasted
+def _e2m1_fast(code: np.uint16, bias: np.uint16) -> np.uint16:
+    """The product of an e2m1 code and an E8M0 byte inside :data:`FAST_E2M1` in bfloat16.
 
-    ``biases`` holds the exponents of the scales, one less, where bfloat16 has its own.
+    ``bias`` is the exponent of the scale, one less, where bfloat16 has its own.
     """
-    for i in range(np.uint64(out.size)):
-        code = np.uint16(bytes_[i] >> shift)
-        magnitude = np.uint16(code & 7)
-        bits = np.uint16(np.uint16(magnitude << 6) + biases[i]) if magnitude > 1 else biases[i]  # 1 is a half
-        bits = np.uint16(0) if magnitude == 0 else bits
-        out[i] = bits | np.uint16((code & 8) << 12)
+    magnitude = np.uint16(code & 7)
+    bits = np.uint16(np.uint16(magnitude << 6) + bias) if magnitude > 1 else bias  # 1 is a half
+    bits = np.uint16(0) if magnitude == 0 else bits
+    return np.uint16(bits | np.uint16((code & 8) << 12))
+
+
+@_pasted
+def _fill_biases(scales: Floats, biases: Bits) -> bool:
+    """What :func:`_e2m1_fast` wants of scales; False if one of them is not for it."""
+    bits = scales.view(np.uint32)
+    fast = True
+    for i in range(np.uint64(scales.size)):
+        exponent = np.uint32(bits[i] >> np.uint32(23))
+        biases[i] = np.uint16((exponent - np.uint32(1)) << np.uint32(7))
+        power = np.uint32(bits[i] & np.uint32(0x7FFFFF)) == 0
+        fast &= power and FAST_E2M1[0] <= exponent and exponent <= FAST_E2M1[1]
+    return fast
+
+
+@_pasted
+def _decode_e4m3(codes: Bits, scale: np.float32, out: Bits) -> None:
+    """Codes under one scale, the faster way that is exact."""
+    pattern = np.float32(scale).view(np.uint32)
+    byte = np.int64(pattern) >> 23
+    if out.itemsize == 2 and pattern & 0x7FFFFF == 0 and FAST_E4M3[0] <= byte <= FAST_E4M3[1]:
+        for i in range(np.uint64(codes.size)):
+            out[i] = _e4m3_fast(np.uint16(codes[i]), byte)
+    else:
+        for i in range(np.uint64(codes.size)):
+            _put(_e4m3_times(np.uint32(codes[i]), scale), out, i)
 
 
 @_inline
@@ -118,20 +176,17 @@ def _fill_tile(source: Bits, r0: int, r1: int, c0: int, c1: int, tile: Bits) -> 
 
 
 @_inline
-def _fill_index(index: Bits, block_rows: int, r0: int, r1: int, column: int, wanted: Bits) -> None:
-    for r in range(r0, r1):
-        wanted[r - r0] = index[r // block_rows, column]
-
-
-@_inline
 def _turn(tile: Bits, turned: Bits) -> None:
     """Transpose bytes ``[R, C]``, seen as words ``[R, C / 8]``: squares of 8x8 in three steps of exchanged halves.
 
-    Then the look-ups that follow read consecutive bytes, which is what makes them fast.
+    The loops that follow then read consecutive bytes, which lets them take many at a time. So does the first loop
+    here, because it writes as it reads, along rows.
     """
+    words = np.uint64(tile.shape[1])
+    turning = np.empty((8, tile.shape[1]), np.uint64)
     for i in range(np.uint64(turned.shape[1])):
-        for j in range(np.uint64(tile.shape[1])):
-            r = 8 * i
+        r = 8 * i
+        for j in range(words):
             a, b, c, d = tile[r, j], tile[r + 1, j], tile[r + 2, j], tile[r + 3, j]
             e, f, g, h = tile[r + 4, j], tile[r + 5, j], tile[r + 6, j], tile[r + 7, j]
             a, e = _exchange(a, e, 32, 0x00000000FFFFFFFF)
@@ -146,9 +201,11 @@ def _turn(tile: Bits, turned: Bits) -> None:
             c, d = _exchange(c, d, 8, 0x00FF00FF00FF00FF)
             e, f = _exchange(e, f, 8, 0x00FF00FF00FF00FF)
             g, h = _exchange(g, h, 8, 0x00FF00FF00FF00FF)
-            r = 8 * j
-            turned[r, i], turned[r + 1, i], turned[r + 2, i], turned[r + 3, i] = a, b, c, d
-            turned[r + 4, i], turned[r + 5, i], turned[r + 6, i], turned[r + 7, i] = e, f, g, h
+            turning[0, j], turning[1, j], turning[2, j], turning[3, j] = a, b, c, d
+            turning[4, j], turning[5, j], turning[6, j], turning[7, j] = e, f, g, h
+        for j in range(words):
+            for k in range(np.uint64(8)):
+                turned[8 * j + k, i] = turning[k, j]
 
 
 @_inline
@@ -159,117 +216,100 @@ def _exchange(x: int, y: int, shift: int, mask: int) -> tuple[int, int]:
     return x ^ (different << shift), y ^ different
 
 
-@_inline
-def _look_up_pairs(table: Bits, wanted: Bits, codes: Bits, low: Bits, high: Bits) -> None:
-    shift = 8 * low.itemsize
-    for i in range(np.uint64(low.size)):
-        pair = table[wanted[i], codes[i]]
-        low[i] = pair
-        high[i] = pair >> shift
-
-
 @kernel
-def decode_rows(codes: Bits, table: Bits, index: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
-    """``out[r, c] = table[index[r // block_rows, c // block_columns], codes[r, c]]``.
+def decode_e4m3_rows(codes: Bits, scale: Floats, block_rows: int, block_columns: int, out: Bits) -> None:
+    """``out[r, c] = codes[r, c] * scale[r // block_rows, c // block_columns]``.
 
-    ``codes`` uint8 ``[R, C]``, ``table`` ``[N, 256]`` of the dtype of ``out`` ``[R, C]``.
+    ``codes`` uint8 ``[R, C]``, ``out`` uint16 or uint32 ``[R, C]``, the bits of bfloat16 or float32.
     """
     rows, columns = codes.shape
     for r in range(rows):
-        wanted = index[r // block_rows]
-        for b in range(wanted.size):
+        factors = scale[r // block_rows]
+        for b in range(factors.size):
             start = b * block_columns
             stop = min(start + block_columns, columns)
-            _look_up(table[wanted[b]], codes[r, start:stop], out[r, start:stop])
+            _decode_e4m3(codes[r, start:stop], factors[b], out[r, start:stop])
 
 
 @kernel
-def decode_e4m3_rows(codes: Bits, table: Bits, index: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
-    """:func:`decode_rows` of FP8 to bfloat16 under E8M0 scales, which ``index`` holds and the table is for."""
-    rows, columns = codes.shape
-    for r in range(rows):
-        wanted = index[r // block_rows]
-        for b in range(wanted.size):
-            start = b * block_columns
-            stop = min(start + block_columns, columns)
-            if FAST_E4M3[0] <= wanted[b] <= FAST_E4M3[1]:
-                _e4m3_to_bfloat16(codes[r, start:stop], wanted[b], out[r, start:stop])
-            else:
-                _look_up(table[wanted[b]], codes[r, start:stop], out[r, start:stop])
-
-
-@kernel
-def decode_e4m3_columns(codes: Bits, table: Bits, index: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
+def decode_e4m3_columns(codes: Bits, scale: Floats, block_rows: int, block_columns: int, out: Bits) -> None:
     """:func:`decode_e4m3_rows` into the transposed ``out`` ``[C, R]``."""
     rows, columns = codes.shape
-    tile, turned = np.empty((TILE_ROWS, TILE), np.uint8), np.empty((TILE, TILE_ROWS), np.uint8)
+    tile, turned = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
     for c0 in range(0, columns, TILE):
         c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE_ROWS):
-            r1 = min(r0 + TILE_ROWS, rows)
+        for r0 in range(0, rows, TILE):
+            r1 = min(r0 + TILE, rows)
             _fill_tile(codes, r0, r1, c0, c1, tile)
             _turn(tile.view(np.uint64), turned.view(np.uint64))
             for c in range(c0, c1):
                 start = r0
                 while start < r1:
-                    stop = min((start // block_rows + 1) * block_rows, r1)
-                    byte, column = (
-                        index[start // block_rows, c // block_columns],
-                        turned[c - c0, start - r0 : stop - r0],
-                    )
-                    if FAST_E4M3[0] <= byte <= FAST_E4M3[1]:
-                        _e4m3_to_bfloat16(column, byte, out[c, start:stop])
-                    else:
-                        _look_up(table[byte], column, out[c, start:stop])
+                    b = start // block_rows
+                    stop = min((b + 1) * block_rows, r1)
+                    column = turned[c - c0, start - r0 : stop - r0]
+                    _decode_e4m3(column, scale[b, c // block_columns], out[c, start:stop])
                     start = stop
 
 
 @kernel
-def decode_columns(codes: Bits, table: Bits, index: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
-    """:func:`decode_rows` into the transposed ``out`` ``[C, R]``."""
-    rows, columns = codes.shape
-    tile, turned = np.empty((TILE_ROWS, TILE), np.uint8), np.empty((TILE, TILE_ROWS), np.uint8)
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE_ROWS):
-            r1 = min(r0 + TILE_ROWS, rows)
-            _fill_tile(codes, r0, r1, c0, c1, tile)
-            _turn(tile.view(np.uint64), turned.view(np.uint64))
-            for c in range(c0, c1):
-                start = r0
-                while start < r1:
-                    stop = min((start // block_rows + 1) * block_rows, r1)
-                    row = table[index[start // block_rows, c // block_columns]]
-                    _look_up(row, turned[c - c0, start - r0 : stop - r0], out[c, start:stop])
-                    start = stop
+def decode_e2m1_rows(packed: Bits, scale: Floats, block_columns: int, out: Bits) -> None:
+    """:func:`decode_e4m3_rows` of two codes per byte: ``packed`` uint8 ``[R, P]``, ``out`` ``[R, 2 P]``.
 
-
-@kernel
-def decode_pair_columns(packed: Bits, table: Bits, index: Bits, block_columns: int, out: Bits) -> None:
-    """Two elements per byte, transposed: ``packed`` uint8 ``[R, P]`` into ``out`` ``[2 P, R]``.
-
-    ``table`` ``[N, 256]`` has words of twice the width of ``out``, the even element in the low half; ``index``
-    ``[R, ceil(P / block_columns)]``.
+    ``scale`` is ``[R, ceil(P / block_columns)]``.
     """
     rows, columns = packed.shape
-    tile, turned = np.empty((TILE_ROWS, TILE), np.uint8), np.empty((TILE, TILE_ROWS), np.uint8)
-    wanted = np.empty(TILE_ROWS, index.dtype)
+    scales, biases = np.empty(columns, np.float32), np.empty(columns, np.uint16)
+    for r in range(rows):
+        for b in range(scale.shape[1]):
+            start = b * block_columns
+            scales[start : min(start + block_columns, columns)] = scale[r, b]
+        row, to = packed[r], out[r]
+        if out.itemsize == 2 and _fill_biases(scales, biases):
+            for i in range(np.uint64(columns)):
+                to[2 * i] = _e2m1_fast(np.uint16(row[i]), biases[i])
+                to[2 * i + 1] = _e2m1_fast(np.uint16(row[i] >> 4), biases[i])
+        else:
+            for i in range(np.uint64(columns)):
+                _put(_e2m1_times(np.uint32(row[i]), scales[i]), to, 2 * i)
+                _put(_e2m1_times(np.uint32(row[i] >> 4), scales[i]), to, 2 * i + 1)
+
+
+@kernel
+def decode_e2m1_columns(packed: Bits, scale: Floats, block_columns: int, out: Bits) -> None:
+    """:func:`decode_e2m1_rows` into the transposed ``out`` ``[2 P, R]``."""
+    rows, columns = packed.shape
+    tile, turned = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
+    scales, biases = np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
+    fast = False
     for c0 in range(0, columns, TILE):
         c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE_ROWS):
-            r1 = min(r0 + TILE_ROWS, rows)
+        for r0 in range(0, rows, TILE):
+            r1 = min(r0 + TILE, rows)
             _fill_tile(packed, r0, r1, c0, c1, tile)
             _turn(tile.view(np.uint64), turned.view(np.uint64))
             for c in range(c0, c1):
                 if c == c0 or c % block_columns == 0:
-                    _fill_index(index, 1, r0, r1, c // block_columns, wanted)
-                column = turned[c - c0, : r1 - r0]
-                _look_up_pairs(table, wanted, column, out[2 * c, r0:r1], out[2 * c + 1, r0:r1])
+                    for r in range(r0, r1):
+                        scales[r - r0] = scale[r, c // block_columns]
+                    fast = out.itemsize == 2 and _fill_biases(scales[: r1 - r0], biases)
+                column, low, high = turned[c - c0], out[2 * c, r0:r1], out[2 * c + 1, r0:r1]
+                if fast:
+                    for i in range(np.uint64(low.size)):
+                        low[i] = _e2m1_fast(np.uint16(column[i]), biases[i])
+                        high[i] = _e2m1_fast(np.uint16(column[i] >> 4), biases[i])
+                else:
+                    for i in range(np.uint64(low.size)):
+                        _put(_e2m1_times(np.uint32(column[i]), scales[i]), low, i)
+                        _put(_e2m1_times(np.uint32(column[i] >> 4), scales[i]), high, i)
 
 
 @kernel
 def count_codes(codes: Bits, index: Bits, block_rows: int, block_columns: int, counts: Bits) -> None:
-    """How often each byte occurs under each scale, added to ``counts`` ``[N, 256]``; else as :func:`decode_rows`."""
+    """How often each byte of ``[R, C]`` occurs under each scale, added to ``counts`` ``[N, 256]``.
+
+    ``index[r // block_rows, c // block_columns]`` is the row of ``counts``.
+    """
     rows, columns = codes.shape
     for r in range(rows):
         wanted = index[r // block_rows]
@@ -281,39 +321,30 @@ def count_codes(codes: Bits, index: Bits, block_rows: int, block_columns: int, c
 
 
 @kernel
-def decode_e2m1_columns(packed: Bits, table: Bits, index: Bits, block_columns: int, out: Bits) -> None:
-    """:func:`decode_pair_columns` to bfloat16 under E8M0 scales, which ``index`` holds and the table is for."""
-    rows, columns = packed.shape
-    tile, turned = np.empty((TILE_ROWS, TILE), np.uint8), np.empty((TILE, TILE_ROWS), np.uint8)
-    wanted, biases = np.empty(TILE_ROWS, index.dtype), np.empty(TILE_ROWS, np.uint16)
-    fast = False
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE_ROWS):
-            r1 = min(r0 + TILE_ROWS, rows)
-            _fill_tile(packed, r0, r1, c0, c1, tile)
-            _turn(tile.view(np.uint64), turned.view(np.uint64))
-            for c in range(c0, c1):
-                if c == c0 or c % block_columns == 0:
-                    _fill_index(index, 1, r0, r1, c // block_columns, wanted)
-                    fast = _fill_biases(wanted[: r1 - r0], biases)
-                column = turned[c - c0, : r1 - r0]
-                low, high = out[2 * c, r0:r1], out[2 * c + 1, r0:r1]
-                if fast:
-                    _e2m1_to_bfloat16(column, 0, biases, low)
-                    _e2m1_to_bfloat16(column, 4, biases, high)
-                else:
-                    _look_up_pairs(table, wanted, column, low, high)
+def count_rounded(bits: Bits) -> tuple[int, float]:
+    """How many float32 numbers ``[n]`` bfloat16 does not hold, and the largest change relative to the number.
 
-
-@_inline
-def _fill_biases(scales: Bits, biases: Bits) -> bool:
-    """For :func:`_e2m1_to_bfloat16`; False if one of the scales is not for it."""
-    lowest, highest = np.uint8(255), np.uint8(0)
-    for i in range(np.uint64(scales.size)):
-        lowest, highest = min(lowest, scales[i]), max(highest, scales[i])
-        biases[i] = np.uint16((np.uint16(scales[i]) - 1) << 7)
-    return bool(FAST_E2M1[0] <= lowest and highest <= FAST_E2M1[1])
+    The change is rounded to float32, and infinity if a number overflows. NaN and infinity themselves do not change.
+    """
+    rounded, largest, finite = np.int64(0), np.int32(0), np.int32(0)
+    for start in range(0, bits.size, COUNTED):
+        piece, count = bits[start : start + COUNTED], np.int32(0)
+        for i in range(np.uint64(piece.size)):
+            magnitude = np.int32(piece[i] & np.uint32(0x7FFFFFFF))
+            magnitude = magnitude if magnitude < np.int32(0x7F800000) else np.int32(0)
+            lost = np.int32(magnitude & np.int32(0xFFFF))
+            # Both in units of the last place: by how much the number moves, and the number itself.
+            step = np.int32(min(lost, np.int32(0x10000 - lost)))
+            number = np.int32(magnitude & np.int32(0x7FFFFF))
+            number = (
+                np.int32(number | np.int32(0x800000)) if magnitude >= np.int32(0x800000) else max(number, np.int32(1))
+            )
+            change = np.float32(np.float32(step) / np.float32(number)).view(np.int32)
+            count = np.int32(count + np.int32(lost != 0))
+            # The bits of non-negative floats are ordered like their values, and the largest integer is found faster.
+            largest, finite = max(largest, change), max(finite, magnitude)
+        rounded += count
+    return int(rounded), np.inf if finite >= 0x7F7F8000 else np.float64(np.int32(largest).view(np.float32))
 
 
 @_inline

@@ -24,7 +24,6 @@ from dsv4_convert.formats import (
     quantize_fp4,
     quantize_fp8,
 )
-from dsv4_convert.formats.tables import e2m1_e8m0_pairs, e4m3_e8m0_table
 
 Array = np.ndarray[Any, Any]
 
@@ -220,16 +219,12 @@ def flushing() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def test_every_row_of_a_table_is_contiguous() -> None:
-    """A row is read at random for every code; rows in pieces cost half of the speed and change no result."""
-    for table in (e4m3_e8m0_table, e2m1_e8m0_pairs):
-        for dtype in (BFLOAT16, FLOAT32):
-            assert table(dtype).flags.c_contiguous
-
-
 def test_a_thread_that_flushes_subnormal_numbers_is_refused(flushing: None) -> None:
-    with pytest.raises(Dsv4Error, match="subnormal"):
-        decode_fp8(BYTES[None], np.ones((1, 2), np.float32), dtype=FLOAT32)
+    for scale in (np.ones((1, 2), np.float32), np.full((1, 2), 127, np.uint8)):
+        with pytest.raises(Dsv4Error, match="subnormal"):
+            decode_fp8(BYTES[None], scale, dtype=FLOAT32)
+        with pytest.raises(Dsv4Error, match="subnormal"):
+            decode_fp4(BYTES[None, :32], scale, dtype=BFLOAT16)
 
 
 def _decode_elsewhere(**environment: str) -> str:
@@ -268,7 +263,7 @@ def test_damaged_compiled_kernels_are_compiled_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("byte", range(256))
 def test_transposed_fp4_is_exact_under_each_scale_alone(byte: int) -> None:
-    """Where all scales of a tile are in range the products are made without the table: what torch makes must come."""
+    """Where all scales of a tile are in range the products are made in integers: what torch makes must come."""
     packed = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (40, 2))  # 640 rows: more than one tile
     scale = np.full((640, 2), byte, np.uint8)
     codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], axis=-1).reshape(640, 64).astype(np.int64))
@@ -282,7 +277,7 @@ def test_transposed_fp4_is_exact_under_each_scale_alone(byte: int) -> None:
 
 
 def test_transposed_fp4_with_fast_and_slow_scales_side_by_side() -> None:
-    """Every column of groups has its own: some tiles take the table, their neighbours do not."""
+    """Every column of groups has its own: some tiles are made in integers, their neighbours are not."""
     rng = np.random.default_rng(3)
     packed = rng.integers(0, 256, (700, 160), np.uint8)
     scale = rng.integers(2, 253, (700, 10), np.uint8)

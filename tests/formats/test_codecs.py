@@ -30,10 +30,13 @@ DTYPES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 #: Every E8M0 byte, the NaN among them.
 BYTES = np.arange(256, dtype=np.uint8)
-#: Float32 scales of every kind: ordinary, no powers of two, subnormal, huge, zero, negative, infinite, NaN.
+#: Float32 scales of every kind: ordinary, no powers of two, subnormal, huge, zero, negative, infinite, NaN; and around
+#: each end of where integers make the products.
 SCALES = np.array(
-    [1.0, 0.3, 2.0**-7, 1e-39, 1.4e-45, 3e38, 0.0, -0.0, -1.7, np.inf, -np.inf, np.nan, 1 / 3, 2.0**-126], np.float32
-)
+    [1.0, 0.3, 2.0**-7, 1e-39, 1.4e-45, 3e38, 0.0, -0.0, -1.7, np.inf, -np.inf, np.nan, 1 / 3, 2.0**-126,
+     -2.0, 2.0**-118, 2.0**-117, 2.0**119, 2.0**120, 2.0**-125, 2.0**125, 2.0**126, 1.5 * 2.0**-117, -(2.0**125)],
+    np.float32,
+)  # fmt: skip
 
 
 def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -85,16 +88,19 @@ def test_fp4_is_torch_s_own_dtype_where_it_has_one() -> None:
 
 
 @DTYPES
-def test_every_code_under_float32_scales_of_every_kind(dtype: np.dtype[Any]) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_every_code_under_float32_scales_of_every_kind(dtype: np.dtype[Any], transpose: bool) -> None:
     codes = np.tile(BYTES, (len(SCALES), 1))
     scale = SCALES[:, None]
     expected8 = (_e4m3(codes) * torch.from_numpy(scale)).to(TORCH[dtype])
-    found8 = decode_fp8(codes, scale, dtype=dtype, block=(1, 256))
-    assert np.array_equal(_bits(found8), _torch_bits(expected8))
+    found8 = decode_fp8(codes, scale, dtype=dtype, block=(1, 256), transpose=transpose)
+    assert np.array_equal(_bits(found8.T if transpose else found8), _torch_bits(expected8))
     low, high = torch.from_numpy(codes & 15).long(), torch.from_numpy(codes >> 4).long()
     values = torch.stack([E2M1[low], E2M1[high]], dim=-1).reshape(len(SCALES), 512)
     expected4 = (values * torch.from_numpy(scale)).to(TORCH[dtype])
-    assert np.array_equal(_bits(decode_fp4(codes, scale, dtype=dtype, group=512)), _torch_bits(expected4))
+    for rows in (slice(None), *(slice(row, row + 1) for row in range(len(SCALES)))):  # together, and each alone
+        found4 = decode_fp4(codes[rows], scale[rows], dtype=dtype, group=512, transpose=transpose)
+        assert np.array_equal(_bits(found4.T if transpose else found4), _torch_bits(expected4[rows]))
 
 
 def _random_scale(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
