@@ -2,20 +2,26 @@
 
 Every row says where a parameter of :mod:`dsv4_convert.names` stands in MaxText, and in which shape. Most matrices have
 the orientation that they have here (``[in, out]``, experts stacked), so a row is a renaming and a reshape; the
-parameters of a hyper-connection are turned and cut into three. Read from MaxText at commit e591f30cb (2026-08-22):
-``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,decoders,normalizations}.py`` for names and shapes,
-``checkpoint_conversion/utils/param_mapping.py`` for what corresponds to what.
+parameters of a hyper-connection are turned and cut into three. Read from MaxText at :data:`COMMIT`:
+``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,nnx_decoders,nnx_scan,normalizations}.py`` for names and
+shapes, ``checkpoint_conversion/utils/param_mapping.py`` for what corresponds to what,
+``utils/model_creation_utils.py`` and ``common/{checkpointing,train_state_nnx}.py`` for where a loader looks.
 
-Where these contradict each other, the model's own code decides:
+All variables stand in one tree below ``params.params``, whatever their type: ``from_pretrained``, which decoding and
+the logit checker call, reads all of them there. Two are no weights (``nnx.Param``) but variables of types of their own:
 
-* the routing bias is a variable of the collection ``MoEBiasVar``, not of ``params`` as the mapping has it;
-* the hash table is a float32 variable of the collection ``Tid2EidVar``: MaxText differentiates the whole tree, so it
-  wants no integers. Expert numbers are exact in float32.
+* the routing bias, ``MoEBiasVar``;
+* the hash table, ``Tid2EidVar``, as float32: MaxText differentiates the whole tree, so it wants no integers. Expert
+  numbers are exact in float32.
+
+A training run looks for these below ``nnx_aux.model``, and only if it loads a full state; so they stand there, too.
+MaxText's own mapping names ``Tid2EidVar`` as a Flax collection beside ``params``, where no loader of this model looks:
+DeepSeek-V4 with a routing bias exists in pure NNX only.
 
 ``mhc_norm.scale`` has no counterpart: the release's normalisation before the mixing has no weight, so it is ones.
 
-Scanned (``scan_layers=True``): the hash-routed layers stand alone, all others alternate HCA and CSA and are stacked
-along axis 1 (``param_scan_axis``) of ``scanned_blocks.layers_0`` and ``layers_1``.
+Scanned (``scan_layers=True``): the hash-routed layers stand alone, all others alternate HCA and CSA and are stacked in
+``scanned_blocks.layers_0`` and ``layers_1``: weights along axis 1 (``param_scan_axis``), all else along axis 0.
 """
 
 from __future__ import annotations
@@ -27,8 +33,14 @@ from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.names import RULES, Rule, parameters, sizes
 
-#: The axis along which scanned layers are stacked.
-SCAN_AXIS = 1
+#: What this table was read from: https://github.com/AI-Hypercomputer/maxtext, 2026-08-22.
+COMMIT = "e591f30cbbf217ed67ef71263ec0538239f9c3b8"
+
+#: The axis along which the weights of scanned layers are stacked, and that of all other variables.
+SCAN_AXIS, OTHER_SCAN_AXIS = 1, 0
+
+#: Where a checkpoint has the weights, and where a full state has the other variables once more.
+WEIGHTS, OTHERS = "params.params", "nnx_aux.model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Row:
         path: of ours, as in :data:`dsv4_convert.names.RULES`; None for a constant one.
         target: dotted path in the tree, below the layer for a parameter of a layer.
         shape: symbols of :func:`dsv4_convert.names.sizes`, of one layer.
-        collection: of Flax.
+        weight: an ``nnx.Param``.
         rows: of the published tensor, as symbols of first and last; None for all.
         turned: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
         dtype: where it is not that of the storage or of the source.
@@ -49,7 +61,7 @@ class Row:
     path: str | None
     target: str
     shape: str
-    collection: str = "params"
+    weight: bool = True
     rows: tuple[str, str] | None = None
     turned: bool = False
     dtype: str | None = None
@@ -111,8 +123,8 @@ LAYER: tuple[Row, ...] = (
     *_hyper_connection("hc_ffn", "mhc_mlp"),
     Row("ffn_norm", "post_self_attention_layer_norm.scale", "D"),
     Row("ffn.gate.weight", f"{_MOE}.gate.kernel", "D E"),
-    Row("ffn.gate.bias", f"{_MOE}.gate.bias", "E", "MoEBiasVar"),
-    Row("ffn.gate.tid2eid", f"{_MOE}.tid2eid", "V K", "Tid2EidVar", dtype="float32"),
+    Row("ffn.gate.bias", f"{_MOE}.gate.bias", "E", weight=False),
+    Row("ffn.gate.tid2eid", f"{_MOE}.tid2eid", "V K", weight=False, dtype="float32"),
     Row("ffn.experts.w1", f"{_MOE}.wi_0", "E D I"),
     Row("ffn.experts.w2", f"{_MOE}.wo", "E I D"),
     Row("ffn.experts.w3", f"{_MOE}.wi_1", "E D I"),
@@ -146,13 +158,13 @@ class Target:
 
 
 def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
-    """Every leaf of the tree.
+    """Every leaf of the tree; a variable that is no weight is there twice, with the same content.
 
     Raises:
         UsageError: scanned layers are asked for, but MaxText cannot scan this schedule of layers.
     """
     for row in MODEL:
-        yield _target(row, f"params.{row.collection}.{row.target}", config, (None,))
+        yield _target(row, f"{WEIGHTS}.{row.target}", config, (None,))
     groups: list[tuple[str, tuple[int, ...]]] = []
     prefix = _prefix(config) if scanned else config.num_hidden_layers
     groups += [(f"layers_{layer}", (layer,)) for layer in range(prefix)]
@@ -165,8 +177,8 @@ def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
             rule = _RULE[f"layers.{{}}.{row.path or row.when}"]
             if rule.when.holds(config, layers[0]):
                 target = row.target.format(compressor=_COMPRESSOR[kind])
-                path = f"params.{row.collection}.decoder.{name}.{target}"
-                yield _target(row, path, config, layers, stacked=(scanned and len(layers) > 1) or "scanned" in name)
+                for root in (WEIGHTS,) if row.weight else (WEIGHTS, OTHERS):
+                    yield _target(row, f"{root}.decoder.{name}.{target}", config, layers, stacked="scanned" in name)
 
 
 _RULE: dict[str, Rule] = {rule.path: rule for rule in RULES}
@@ -175,8 +187,9 @@ _RULE: dict[str, Rule] = {rule.path: rule for rule in RULES}
 def _target(row: Row, path: str, config: Config, layers: tuple[int | None, ...], *, stacked: bool = False) -> Target:
     known = _sizes(config, layers[0])
     shape = tuple(known[symbol] for symbol in row.shape.split())
-    if stacked:
-        shape = (*shape[:SCAN_AXIS], len(layers), *shape[SCAN_AXIS:])
+    axis = (SCAN_AXIS if row.weight else OTHER_SCAN_AXIS) if stacked else None
+    if axis is not None:
+        shape = (*shape[:axis], len(layers), *shape[axis:])
     if row.path is None:
         paths: tuple[str, ...] = ()
     elif layers[0] is None:
@@ -184,7 +197,7 @@ def _target(row: Row, path: str, config: Config, layers: tuple[int | None, ...],
     else:
         paths = tuple(f"layers.{layer}.{row.path}" for layer in layers)
     rows = None if row.rows is None else (known[row.rows[0]], known[row.rows[1]])
-    return Target(path, shape, row, paths, rows, SCAN_AXIS if stacked else None)
+    return Target(path, shape, row, paths, rows, axis)
 
 
 def _sizes(config: Config, layer: int | None) -> dict[str, int]:

@@ -73,8 +73,9 @@ LAYER = {
     "params.mlp.shared_experts.wi_1.kernel": (4096, 2048),
     "params.mlp.shared_experts.wo.kernel": (2048, 4096),
 }
-HASHED = {"Tid2EidVar.mlp.MoeBlock_0.tid2eid": (129280, 6)}
-LEARNED = {"MoEBiasVar.mlp.MoeBlock_0.gate.bias": (256,)}
+#: Variables that are no nnx.Param: they are in a full state's nnx_aux, too, and scanned along axis 0.
+HASHED = {"other.mlp.MoeBlock_0.tid2eid": (129280, 6)}
+LEARNED = {"other.mlp.MoeBlock_0.gate.bias": (256,)}
 HCA = {
     "params.self_attention.hca_compressor.kv_proj.kernel": (4096, 512),
     "params.self_attention.hca_compressor.gate_proj.kernel": (4096, 512),
@@ -97,19 +98,22 @@ CSA = {
 RATIOS = [0, 0, *([4, 128] * 20), 4]
 
 
-def placed(name: str, where: str) -> str:
-    collection, rest = name.split(".", 1)
-    return f"params.{collection}.decoder.{where}.{rest}"
+def placed(name: str, where: str) -> list[str]:
+    kind, rest = name.split(".", 1)
+    roots = ["params.params"] if kind == "params" else ["params.params", "nnx_aux.model"]
+    return [f"{root}.decoder.{where}.{rest}" for root in roots]
 
 
 def expected_tree(*, scanned: bool) -> dict[str, tuple[int, ...]]:
     tree = {f"params.{name}": shape for name, shape in MODEL.items()}
     for layer in range(3 if scanned else 43):
         variables = LAYER | (HASHED if layer < 3 else LEARNED) | {0: {}, 4: CSA, 128: HCA}[RATIOS[layer]]
-        tree |= {placed(name, f"layers_{layer}"): shape for name, shape in variables.items()}
+        for name, shape in variables.items():
+            tree |= dict.fromkeys(placed(name, f"layers_{layer}"), shape)
     for half, compressor in enumerate((HCA, CSA) if scanned else ()):
         for name, shape in (LAYER | LEARNED | compressor).items():
-            tree[placed(name, f"scanned_blocks.layers_{half}")] = (*shape[:1], 20, *shape[1:])
+            stacked = (*shape[:1], 20, *shape[1:]) if name.startswith("params.") else (20, *shape)
+            tree |= dict.fromkeys(placed(name, f"scanned_blocks.layers_{half}"), stacked)
     return tree
 
 
@@ -131,7 +135,9 @@ def test_every_parameter_is_used_and_every_row_once(model: str, scanned: bool) -
     everything = {path: rule.source_shape(config, layer) for path, rule, layer in parameters(config)}
     assert rows.keys() == everything.keys()
     for path, runs in rows.items():
-        if runs != [None]:
+        if path.endswith(("gate.bias", "tid2eid")):
+            assert runs == [None, None]  # among the weights, and among the other variables of a full state
+        elif runs != [None]:
             ordered = sorted(run for run in runs if run is not None)
             assert len(ordered) == len(runs) == 3
             assert [start for start, _ in ordered] == [0, *(stop for _, stop in ordered[:-1])], path
@@ -152,7 +158,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_array(published: Callable[[str], np.ndarray], config: Config, name: str, layer: int) -> np.ndarray:
     """One variable of one layer, by MaxText's own conversion hooks, from the published tensors ``[out, in]``."""
-    collection, _, rest = name.partition(".")
+    rest = name
     tail = rest.rpartition(".")[2]
     prefix = f"layers.{layer}."
     if "mhc_" in rest:
@@ -210,7 +216,6 @@ def expected_array(published: Callable[[str], np.ndarray], config: Config, name:
         at = f"self_attention.{compressor}.indexer"
         kernels[f"{at}.q_proj.kernel"] = lambda: published(prefix + "attn.indexer.wq_b.weight").T
         kernels[f"{at}.weights_proj.kernel"] = lambda: published(prefix + "attn.indexer.weights_proj.weight").T
-    assert collection in ("params", "Tid2EidVar", "MoEBiasVar")
     return kernels[rest]()
 
 
@@ -218,8 +223,8 @@ def expected_array(published: Callable[[str], np.ndarray], config: Config, name:
 def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: Layout) -> None:
     hf_to_orbax(hf, tmp_path / "orbax", storage=Storage.FLOAT32, layout=layout)
     tree = ocp.PyTreeCheckpointer().restore(tmp_path / "orbax")
-    assert set(tree) == {"params"}
-    assert set(tree["params"]) == {"params", "Tid2EidVar", "MoEBiasVar"}
+    assert set(tree) == {"params", "nnx_aux"}
+    assert set(tree["params"]) == {"params"}
     store = open_store(tmp_path / "orbax")
     seen = 0
     with open_checkpoint(hf) as checkpoint:
@@ -234,7 +239,7 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
             return decode_weight(stored, scales, dtype=np.dtype(np.float32))
 
         for path in store.paths:
-            _, collection, *rest = path.split(".")
+            rest = path.split(".")[2:]
             node = tree
             for part in path.split("."):
                 node = node[part]
@@ -244,12 +249,11 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
                 name = {"scale": "norm.weight", "kernel": "head.weight"}.get(rest[-1], f"hc_head_{rest[-1][3:]}")
                 expected = published(name).T if rest[-1] in ("kernel", "hc_fn") else published(name)
             elif rest[1] == "scanned_blocks":
-                half, name = int(rest[2][-1]), ".".join([collection, *rest[3:]])
-                expected = np.stack(
-                    [expected_array(published, config, name, layer) for layer in range(3 + half, 7, 2)], axis=1
-                )
+                half, name = int(rest[2][-1]), ".".join(rest[3:])
+                layers = [expected_array(published, config, name, layer) for layer in range(3 + half, 7, 2)]
+                expected = np.stack(layers, axis=0 if name.endswith("gate.bias") else 1)
             else:
-                name = ".".join([collection, *rest[2:]])
+                name = ".".join(rest[2:])
                 expected = expected_array(published, config, name, int(rest[1].removeprefix("layers_")))
             found = np.asarray(node)
             assert found.shape == expected.shape, path
