@@ -31,7 +31,7 @@ from collections.abc import Iterator
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.names import RULES, Rule, parameters, sizes
+from dsv4_convert.names import RULES, Rule, sizes
 
 #: What this table was read from: https://github.com/AI-Hypercomputer/maxtext, 2026-08-22.
 COMMIT = "e591f30cbbf217ed67ef71263ec0538239f9c3b8"
@@ -225,9 +225,3 @@ def _prefix(config: Config) -> int:
             "alternate like that. Use --layout maxtext-unscanned and scan_layers=False."
         )
     return hashed
-
-
-def unused(config: Config, *, scanned: bool) -> list[str]:
-    """Parameters of ours that no leaf takes: none, which a test proves."""
-    taken = {path for target in targets(config, scanned=scanned) for path in target.paths}
-    return [path for path, _, _ in parameters(config) if path not in taken]
