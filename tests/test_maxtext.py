@@ -126,6 +126,23 @@ def test_the_tree_of_flash(scanned: bool) -> None:
 
 @pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
 @pytest.mark.parametrize("scanned", [True, False])
+def test_the_tree_that_maxtext_itself_makes(model: str, scanned: bool) -> None:
+    """Recorded from MaxText at that commit: name, type and shape of every variable of its abstract NNX model."""
+    recorded = DATA.parent / "maxtext" / f"{model}-{'scanned' if scanned else 'unscanned'}.txt"
+    expected = {}
+    for line in recorded.read_text(encoding="utf-8").splitlines():
+        name, kind, shape = line.split()
+        expected[name] = (kind == "Param", tuple(map(int, shape.split(","))))
+    targets = list(maxtext.targets(Config.from_file(DATA / f"{model}.json"), scanned=scanned))
+    inside = {target.path: (target.row.weight, target.shape) for target in targets}
+    weights = {path.removeprefix("params.params."): what for path, what in inside.items() if path.startswith("params.")}
+    assert weights == expected
+    others = {path.removeprefix("nnx_aux.model."): what for path, what in inside.items() if path.startswith("nnx_aux.")}
+    assert others == {name: what for name, what in expected.items() if not what[0]}
+
+
+@pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
+@pytest.mark.parametrize("scanned", [True, False])
 def test_every_parameter_is_used_and_every_row_once(model: str, scanned: bool) -> None:
     config = Config.from_file(DATA / f"{model}.json")
     rows: dict[str, list[tuple[int, int] | None]] = {}
