@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -124,15 +127,21 @@ def test_the_tree_of_flash(scanned: bool) -> None:
     assert found == expected
 
 
+def recorded(model: str, *, scanned: bool) -> dict[str, tuple[bool, tuple[int, ...]]]:
+    """Name, whether it is a weight, and shape of every variable of MaxText's abstract NNX model at that commit.
+
+    They came from ``model_creation_utils.create_nnx_abstract_model``, random states left out; all are float32. ``tiny``
+    is ``deepseek4-tiny`` with ``override_model_config=True`` and the sizes of the checkpoint of these tests.
+    """
+    path = DATA.parent / "maxtext" / f"{model}-{'scanned' if scanned else 'unscanned'}.txt"
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: (kind == "Param", tuple(map(int, shape.split(",")))) for name, kind, shape in lines}
+
+
 @pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
 @pytest.mark.parametrize("scanned", [True, False])
 def test_the_tree_that_maxtext_itself_makes(model: str, scanned: bool) -> None:
-    """Recorded from MaxText at that commit: name, type and shape of every variable of its abstract NNX model."""
-    recorded = DATA.parent / "maxtext" / f"{model}-{'scanned' if scanned else 'unscanned'}.txt"
-    expected = {}
-    for line in recorded.read_text(encoding="utf-8").splitlines():
-        name, kind, shape = line.split()
-        expected[name] = (kind == "Param", tuple(map(int, shape.split(","))))
+    expected = recorded(model, scanned=scanned)
     targets = list(maxtext.targets(Config.from_file(DATA / f"{model}.json"), scanned=scanned))
     inside = {target.path: (target.row.weight, target.shape) for target in targets}
     weights = {path.removeprefix("params.params."): what for path, what in inside.items() if path.startswith("params.")}
@@ -280,6 +289,61 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
     assert seen == len(list(maxtext.targets(config, scanned=layout is Layout.MAXTEXT)))
     assert verify(store) == []
     assert compare_with_source(store, hf) == []
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_calls_of_maxtexts_loaders_find_every_variable(hf: Path, tmp_path: Path, scanned: bool) -> None:
+    """Neither call complains of what a checkpoint lacks: MaxText goes on with zeros, or with arrays it has deleted."""
+    layout = Layout.MAXTEXT if scanned else Layout.MAXTEXT_UNSCANNED
+    hf_to_orbax(hf, tmp_path / "orbax", storage=Storage.FLOAT32, layout=layout)
+    variables = recorded("tiny", scanned=scanned)
+    weights = {name: jnp.full(shape, jnp.nan) for name, (weight, shape) in variables.items() if weight}
+    others = {name: jnp.full(shape, jnp.nan) for name, (weight, shape) in variables.items() if not weight}
+    # MaxText's defaults, although the store is neither.
+    loader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+
+    # from_pretrained: decoding, the logit checker, post-training
+    wanted = {"params": {"params": nested(weights | others)}}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    loaded = loader.restore(tmp_path / "orbax", item=wanted, transforms={}, restore_args=arguments)
+    decoding = flat(loaded["params"]["params"])
+
+    # load_full_state_path: training; the step stands for what only a training run has
+    wanted = {
+        "params": {"params": nested(weights)},
+        "nnx_aux": {"model": nested(others)},
+        "step": jnp.full((), jnp.nan),
+    }
+    options = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+    loaded = loader.restore(tmp_path / "orbax", args=options)
+    training = flat(loaded["params"]["params"]) | flat(loaded["nnx_aux"]["model"])
+    assert np.isnan(loaded["step"])  # a leaf that the checkpoint lacks stays what it was
+
+    store = open_store(tmp_path / "orbax")
+    assert decoding.keys() == training.keys() == variables.keys()
+    for name, (_, shape) in variables.items():
+        stored = store.read(f"params.params.{name}").astype(np.float32)
+        assert stored.any(), name
+        for found in (decoding[name], training[name]):
+            assert found.shape == shape, name
+            assert np.array_equal(np.asarray(found), stored), name
+
+
+def nested(leaves: dict[str, jax.Array]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def test_what_maxtext_cannot_have_is_refused(hf: Path, tmp_path: Path) -> None:
