@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,31 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
+_GROUPED = names.Transform.GROUPED
+
+
+class Parameters(Protocol):
+    """Where a model's parameters come from, one at a time: a converted checkpoint, or the published shards."""
+
+    @property
+    def config(self) -> Config:
+        """The architecture."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What reports say of the weights; ``source`` and ``storage`` at least."""
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """Raises :class:`UsageError` for layers that are not there."""
+
+    def read(self, path: str, dtype: np.dtype[Any] = ...) -> Array:
+        """One parameter in the model's layout."""
+
+    def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = ...) -> Array:
+        """One matrix of a stack of experts."""
+
+    def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
+        """Some rows of an unquantised parameter."""
 
 
 class Weights:
@@ -101,16 +126,17 @@ class Weights:
         if rule.kind is names.Kind.INTEGER:
             return stored.astype(np.int32)
         scale = self._store.read(f"{path}.scale", expert) if scaled else None
-        if not published or rule.transform is names.Transform.NONE:
-            return decode_weight(stored, scale, dtype=dtype)
-        if rule.transform is names.Transform.TRANSPOSE:
-            return decode_weight(stored, scale, dtype=dtype, transpose=True)
-        flat = decode_weight(stored, scale, dtype=dtype)
-        grouped = flat.reshape(self.config.o_groups, -1, flat.shape[1])
-        return np.ascontiguousarray(grouped.transpose(0, 2, 1))
+        transpose = published and rule.transform is names.Transform.TRANSPOSE
+        decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
+        return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
 
 
-def restore_block(weights: Weights, layer: int, *, with_experts: bool, dtype: np.dtype[Any] = _FLOAT32) -> Block:
+def grouped(matrix: Array, groups: int) -> Array:
+    """The published ``[groups * out, in]`` of a block-diagonal matrix as ``[groups, in, out]``."""
+    return np.ascontiguousarray(matrix.reshape(groups, -1, matrix.shape[1]).transpose(0, 2, 1))
+
+
+def restore_block(weights: Parameters, layer: int, *, with_experts: bool, dtype: np.dtype[Any] = _FLOAT32) -> Block:
     """One layer of the model, filled. Without experts it is a small part of the layer's weights."""
     from flax import nnx
 
@@ -132,7 +158,7 @@ def restore_model(weights: Weights, *, dtype: np.dtype[Any] = _FLOAT32) -> Model
     return _fill(nnx.eval_shape(lambda: Model(weights.config)), weights, "", dtype)
 
 
-def _fill(module: Any, weights: Weights, prefix: str, dtype: np.dtype[Any]) -> Any:
+def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any]) -> Any:
     """Give every variable of an abstract module its value. Raises :class:`BadInput` on a wrong shape."""
     import jax.numpy as jnp
     from flax import nnx

@@ -68,68 +68,83 @@ class Tap:
     values: Values = Values.REAL
     #: For a choice: the tap that holds the scores it was chosen by.
     scores: str | None = None
+    #: Parameters that its operation uses itself, named as in its layer; those that a layer lacks do not count.
+    weights: tuple[str, ...] = ()
 
 
 def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:
+    entries = "compressed entries, rotated to the first position of their block"
     return (
-        Tap(f"{path}.wkv", f"B S {width}", "values to pool", where),
-        Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", where),
-        Tap(f"{path}.pooled", f"B T {entry}", "gated sum of each block", where),
-        Tap(f"{path}.norm", f"B T {entry}", "pooled entries after their norm", where),
-        Tap(
-            f"{path}.entries", f"B T {entry}", "compressed entries, rotated to the first position of their block", where
-        ),
-    )
+        Tap(f"{path}.wkv", f"B S {width}", "values to pool", where, weights=(f"{path}.wkv",)),
+        Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", where,
+            weights=(f"{path}.wgate",)),
+        Tap(f"{path}.pooled", f"B T {entry}", "gated sum of each block", where, weights=(f"{path}.ape",)),
+        Tap(f"{path}.norm", f"B T {entry}", "pooled entries after their norm", where, weights=(f"{path}.norm",)),
+        Tap(f"{path}.entries", f"B T {entry}", entries, where),
+    )  # fmt: skip
 
 
 def _hyper_connection(path: str) -> tuple[Tap, ...]:
+    weights = (f"{path}_fn", f"{path}_base", f"{path}_scale")
     return (
-        Tap(f"{path}.pre", "B S N", "weights that collapse the streams, hc_eps included"),
-        Tap(f"{path}.post", "B S N", "weights that spread the output over the streams"),
-        Tap(f"{path}.comb", "B S N N", "doubly stochastic mixing of the streams, [from, to]"),
+        Tap(f"{path}.pre", "B S N", "weights that collapse the streams, hc_eps included", weights=weights),
+        Tap(f"{path}.post", "B S N", "weights that spread the output over the streams", weights=weights),
+        Tap(f"{path}.comb", "B S N N", "doubly stochastic mixing of the streams, [from, to]", weights=weights),
         Tap(f"{path}.collapsed", "B S D", "the collapsed stream"),
     )
 
 
+def _own(name: str, shape: str, meaning: str, where: Where = Where.LAYER) -> Tap:
+    """A tap whose operation has one parameter, of the same name."""
+    return Tap(name, shape, meaning, where, weights=(name,))
+
+
+def _expert(path: str) -> tuple[str, ...]:
+    return (f"{path}.w1", f"{path}.w2", f"{path}.w3")
+
+
 TAPS: tuple[Tap, ...] = (
-    Tap("embed", "B S D", "token embedding", Where.BEFORE),
+    _own("embed", "B S D", "token embedding", Where.BEFORE),
     Tap("input", "B S N D", "streams entering the layer"),
     *_hyper_connection("hc_attn"),
-    Tap("attn_norm", "B S D", "input of the attention"),
-    Tap("attn.wq_a", "B S R", "low-rank query"),
-    Tap("attn.q_norm", "B S R", "low-rank query after its norm; feeds the indexer too"),
-    Tap("attn.wq_b", "B S H C", "queries"),
+    _own("attn_norm", "B S D", "input of the attention"),
+    _own("attn.wq_a", "B S R", "low-rank query"),
+    _own("attn.q_norm", "B S R", "low-rank query after its norm; feeds the indexer too"),
+    _own("attn.wq_b", "B S H C", "queries"),
     Tap("attn.q", "B S H C", "queries after the weightless norm per head"),
     Tap("attn.q_rope", "B S H C", "rotated queries"),
-    Tap("attn.wkv", "B S C", "the shared key = value"),
-    Tap("attn.kv_norm", "B S C", "key = value after its norm"),
+    _own("attn.wkv", "B S C", "the shared key = value"),
+    _own("attn.kv_norm", "B S C", "key = value after its norm"),
     Tap("attn.kv_rope", "B S C", "rotated key = value"),
     *_compressor("attn.compressor", "W", "C", Where.COMPRESSED),
     *_compressor("attn.indexer.compressor", "2Ci", "Ci", Where.CSA),
-    Tap("attn.indexer.q_rope", "B S Hi Ci", "rotated indexer queries", Where.CSA),
-    Tap("attn.indexer.weights_proj", "B S Hi", "weight of each indexer head, before scaling", Where.CSA),
+    Tap("attn.indexer.q_rope", "B S Hi Ci", "rotated indexer queries", Where.CSA, weights=("attn.indexer.wq_b",)),
+    _own("attn.indexer.weights_proj", "B S Hi", "weight of each indexer head, before scaling", Where.CSA),
     Tap("attn.indexer.scores", "B S T", "index scores, before the causal mask", Where.CSA),
     Tap("attn.indexer.chosen", "B S k", "entries that each query attends to", Where.CSA, Values.CHOICE,
-        "attn.indexer.scores"),
-    Tap("attn.context", "B S H C", "attention output per head, still rotated"),
+        scores="attn.indexer.scores"),
+    Tap("attn.context", "B S H C", "attention output per head, still rotated", weights=("attn.attn_sink",)),
     Tap("attn.context_unrotated", "B S H C", "attention output after the inverse rotation"),
-    Tap("attn.wo_a", "B S G O", "grouped low-rank output"),
-    Tap("attn.wo_b", "B S D", "output of the attention"),
+    _own("attn.wo_a", "B S G O", "grouped low-rank output"),
+    _own("attn.wo_b", "B S D", "output of the attention"),
     Tap("hc_attn.streams", "B S N D", "streams after the attention half"),
     *_hyper_connection("hc_ffn"),
-    Tap("ffn_norm", "B S D", "input of the experts"),
-    Tap("ffn.gate.logits", "B S E", "router logits"),
-    Tap("ffn.gate.scores", "B S E", "scores that experts are chosen by, correction bias included", Where.LEARNED),
-    Tap("ffn.gate.experts", "B S K", "chosen experts", Where.LAYER, Values.CHOICE, "ffn.gate.scores"),
+    _own("ffn_norm", "B S D", "input of the experts"),
+    Tap("ffn.gate.logits", "B S E", "router logits", weights=("ffn.gate.weight",)),
+    Tap("ffn.gate.scores", "B S E", "scores that experts are chosen by, correction bias included", Where.LEARNED,
+        weights=("ffn.gate.bias",)),
+    Tap("ffn.gate.experts", "B S K", "chosen experts", Where.LAYER, Values.CHOICE, scores="ffn.gate.scores",
+        weights=("ffn.gate.tid2eid",)),
     Tap("ffn.gate.weights", "B S K", "routing weights, in the order of ffn.gate.experts"),
-    Tap("ffn.experts", "B S D", "weighted sum of the routed experts"),
-    Tap("ffn.shared_experts", "B S D", "output of the shared expert"),
+    Tap("ffn.experts", "B S D", "weighted sum of the routed experts", weights=_expert("ffn.experts")),
+    Tap("ffn.shared_experts", "B S D", "output of the shared expert", weights=_expert("ffn.shared_experts")),
     Tap("ffn", "B S D", "routed plus shared"),
     Tap("hc_ffn.streams", "B S N D", "streams leaving the layer"),
-    Tap("hc_head.pre", "B S N", "weights of the head's collapse", Where.AFTER),
+    Tap("hc_head.pre", "B S N", "weights of the head's collapse", Where.AFTER,
+        weights=("hc_head_fn", "hc_head_base", "hc_head_scale")),
     Tap("hc_head", "B S D", "collapsed streams", Where.AFTER),
-    Tap("norm", "B S D", "input of the output head", Where.AFTER),
-    Tap("logits", "B S V", "logits", Where.AFTER),
+    _own("norm", "B S D", "input of the output head", Where.AFTER),
+    Tap("logits", "B S V", "logits", Where.AFTER, weights=("head",)),
 )  # fmt: skip
 
 _BY_NAME = {tap.name: tap for tap in TAPS}

@@ -25,6 +25,7 @@ from dsv4_convert.checkpoint.header import TensorInfo, read_header
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
 from golden.manifest import MANIFEST_NAME, Manifest, StoredTap
+from golden.noise import MODES, Mode, is_noise, noise_name
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +52,8 @@ class Golden:
         self.config: Config = manifest.request.config
         self.tokens = manifest.request.token_array
         self.layers = manifest.request.layers
-        self._layer_of = {name: array.layer for name, array in manifest.request.arrays().items()}
+        arrays = manifest.request.arrays()
+        self._layer_of = {name: array.layer for name, array in arrays.items() if not is_noise(name)}
         self.names: tuple[str, ...] = tuple(self._layer_of)
         self._tensors = tensors
 
@@ -74,21 +76,41 @@ class Golden:
         """
         if name not in self._layer_of:
             raise UsageError(f"{self.path}: no tap {name}; the golden has {len(self.names)} others, see its manifest")
-        stored_name = self.manifest.aliases.get(name, name)
-        array = read_array(self._tensors[stored_name])
-        if digest(array) != self.manifest.taps[stored_name].sha256:
+        return self._stored(self.manifest.aliases.get(name, name))
+
+    def noise(self, name: str, dtype: str, mode: Mode) -> Array:
+        """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row (:mod:`golden.noise`).
+
+        Raises:
+            UsageError: the noise of this dtype was not measured, or the tap is none of real numbers.
+            BadInput: the bytes are not those that were recorded.
+        """
+        measured = self.manifest.request.noise
+        if dtype not in measured:
+            raise UsageError(
+                f"{self.path}: carries no noise floor of {dtype}, only of {list(measured)}; record it with "
+                f"`dsv4 golden record --noise {dtype}`"
+            )
+        stored = noise_name(name)
+        if stored not in self.manifest.taps:
+            raise UsageError(f"{self.path}: {name} has no noise: it was not recorded, or is a choice")
+        return self._stored(stored)[measured.index(dtype), MODES.index(mode)]
+
+    def _stored(self, name: str) -> Array:
+        array = read_array(self._tensors[name])
+        if digest(array) != self.manifest.taps[name].sha256:
             raise BadInput(
-                f"{self._tensors[stored_name].file}: {stored_name}: the bytes are not those that were recorded "
+                f"{self._tensors[name].file}: {name}: the bytes are not those that were recorded "
                 f"(SHA-256 differs); {_AGAIN}"
             )
         return array
 
     def verify(self) -> list[str]:
-        """Read every stored tap; the problems found, none if the golden is what was recorded."""
+        """Read every stored array; the problems found, none if the golden is what was recorded."""
         problems = []
         for name in self.manifest.taps:
             try:
-                self.read(name)
+                self._stored(name)
             except BadInput as error:
                 problems.append(str(error))
         return problems

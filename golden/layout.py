@@ -1,4 +1,4 @@
-"""Which taps a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
+"""Which arrays a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
 
 Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this module puts numbers to the letters.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.taps import Tap, Values, Where, full_name, taps_of
+from golden.noise import noise_name, noise_shape
 
 #: Stored dtype of a tap by how it is compared.
 DTYPES: dict[Values, np.dtype[np.generic]] = {
@@ -21,8 +22,8 @@ DTYPES: dict[Values, np.dtype[np.generic]] = {
 }
 
 
-class TapArray(NamedTuple):
-    """What the array of one tap has to be; ``layer`` is None at the model level."""
+class StoredShape(NamedTuple):
+    """What a stored array has to be; ``layer`` is None at the model level."""
 
     layer: int | None
     dtype: np.dtype[np.generic]
@@ -84,12 +85,20 @@ def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, 
                 yield full_name(tap, None), tap, None
 
 
-def tap_arrays(config: Config, layers: Sequence[int], *, batch: int, tokens: int) -> dict[str, TapArray]:
-    """The array of every tap of a golden, by full name, in order of execution."""
-    return {
-        name: TapArray(layer, DTYPES[tap.values], tap_shape(tap, config, layer, batch=batch, tokens=tokens))
-        for name, tap, layer in expected_taps(config, layers)
-    }
+def stored_arrays(
+    config: Config, layers: Sequence[int], noise: Sequence[str], *, batch: int, tokens: int
+) -> dict[str, StoredShape]:
+    """Every array of a golden by its stored name: the taps in order of execution, each followed by its noise.
+
+    ``noise`` are the dtypes whose noise floor is there; choices have none.
+    """
+    arrays = {}
+    for name, tap, layer in expected_taps(config, layers):
+        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens)
+        arrays[name] = StoredShape(layer, DTYPES[tap.values], shape)
+        if noise and tap.values is Values.REAL:
+            arrays[noise_name(name)] = StoredShape(layer, DTYPES[Values.REAL], noise_shape(shape, len(noise)))
+    return arrays
 
 
 def expected_aliases(layers: Sequence[int]) -> dict[str, str]:

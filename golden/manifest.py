@@ -18,14 +18,15 @@ import numpy as np
 from dsv4_convert.checkpoint.strict_json import parse_object
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
-from golden.layout import TapArray, expected_aliases, tap_arrays
+from golden.layout import StoredShape, expected_aliases, stored_arrays
+from golden.noise import RUN_DTYPES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MODEL_FILE = "model.safetensors"
 
 _DIGEST_KEY = "manifest_digest"
-_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers")
+_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers", "noise")
 _KEYS = {"schema_version", *_REQUEST_KEYS, "taps", "aliases", _DIGEST_KEY}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -79,7 +80,8 @@ class StoredTap:
 class Request:
     """Everything that determines a golden. Two equal requests give the same arrays.
 
-    ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text.
+    ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
+    dtypes whose noise floor was measured.
     """
 
     reference: Reference
@@ -88,15 +90,16 @@ class Request:
     tokens: tuple[tuple[int, ...], ...]
     text: tuple[str, ...] | None
     layers: tuple[int, ...]
+    noise: tuple[str, ...]
 
     @property
     def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The tokens as int32 ``[B, S]``."""
         return np.array(self.tokens, np.int32)
 
-    def arrays(self) -> dict[str, TapArray]:
-        """Every tap that this request makes, by full name, in order of execution."""
-        return tap_arrays(self.config, self.layers, batch=len(self.tokens), tokens=len(self.tokens[0]))
+    def arrays(self) -> dict[str, StoredShape]:
+        """Every array that this request makes: taps by full name in order of execution, each followed by its noise."""
+        return stored_arrays(self.config, self.layers, self.noise, batch=len(self.tokens), tokens=len(self.tokens[0]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` is the inverse."""
@@ -107,6 +110,7 @@ class Request:
             "tokens": [list(row) for row in self.tokens],
             "text": None if self.text is None else list(self.text),
             "layers": list(self.layers),
+            "noise": list(self.noise),
         }
 
     @classmethod
@@ -128,6 +132,7 @@ class Request:
             tokens=_tokens(document["tokens"], config.vocab_size),
             text=None if text is None else _strings(text, len(document["tokens"])),
             layers=_layers(document["layers"], config.num_hidden_layers),
+            noise=_noise(document["noise"]),
         )
 
 
@@ -286,4 +291,10 @@ def _layers(value: object, count: int) -> tuple[int, ...]:
     good = isinstance(value, list) and all(type(layer) is int and 0 <= layer < count for layer in value)
     if not good or not isinstance(value, list) or not value or value != sorted(set(value)):
         raise ValueError(f"layers: expected ascending numbers below {count}, found {_shown(value)}")
+    return tuple(value)
+
+
+def _noise(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or value != [dtype for dtype in RUN_DTYPES if dtype in value]:
+        raise ValueError(f"noise: expected some of {list(RUN_DTYPES)} in this order, found {_shown(value)}")
     return tuple(value)

@@ -13,7 +13,7 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution
 from dsv4_convert.errors import ResourceError
-from golden.layout import expected_aliases, tap_arrays
+from golden.layout import expected_aliases, stored_arrays
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.
@@ -36,7 +36,14 @@ class Plan:
 
 
 def plan(
-    checkpoint: Checkpoint, config: Config, resolution: Resolution, *, layers: Sequence[int], batch: int, tokens: int
+    checkpoint: Checkpoint,
+    config: Config,
+    resolution: Resolution,
+    *,
+    layers: Sequence[int],
+    noise: Sequence[str],
+    batch: int,
+    tokens: int,
 ) -> Plan:
     """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens.
 
@@ -45,7 +52,7 @@ def plan(
     names = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     aliases = expected_aliases(layers)
     taps: dict[int | None, int] = defaultdict(int)
-    for name, array in tap_arrays(config, layers, batch=batch, tokens=tokens).items():
+    for name, array in stored_arrays(config, layers, noise, batch=batch, tokens=tokens).items():
         if name not in aliases:
             taps[array.layer] += array.nbytes
     weights: dict[int | None, int] = defaultdict(int)

@@ -17,6 +17,7 @@ from dsv4_convert.names import check_layers
 from dsv4_convert.taps import by_name
 from golden.archive import Golden
 from golden.manifest import Request, Source
+from golden.noise import RUN_DTYPES, is_noise
 from golden.plan import Plan, check_space, plan
 from golden.tokens import check_tokens
 from golden.writer import GoldenWriter, check_destination, golden_writer
@@ -40,12 +41,13 @@ def record(
     tokens: Array,
     text: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
+    noise: Iterable[str] = tuple(RUN_DTYPES),
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
-    """Run transformers' model over ``tokens`` in float32 and keep its activations.
+    """Run transformers' model over ``tokens`` in float32 and keep its activations, and how far rounding moves them.
 
     One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
 
@@ -55,14 +57,15 @@ def record(
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
+        noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
         progress: called before each step.
 
     Raises:
-        UsageError: the destination exists, tokens or layers are impossible, torch or transformers is missing, or
-            transformers is not the release that the recorder is written for.
+        UsageError: the destination exists, tokens, layers or dtypes are impossible, torch or transformers is missing,
+            or transformers is not the release that the recorder is written for.
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         ResourceError: the disk is too small or cannot be written to, or another process records the same.
         Dsv4Error: transformers computes otherwise than the recorder knows.
@@ -73,9 +76,10 @@ def record(
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         wanted = check_layers(config, layers)
         ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=config.max_position_embeddings)
+        measured = _noise_dtypes(noise)
         resolution = _resolve(checkpoint, config, max(wanted))
         batch, length = ids.shape
-        planned = plan(checkpoint, config, resolution, layers=wanted, batch=batch, tokens=length)
+        planned = plan(checkpoint, config, resolution, layers=wanted, noise=measured, batch=batch, tokens=length)
         announce(planned)
         progress("hashing the source")
         request = Request(
@@ -85,10 +89,12 @@ def record(
             tokens=tuple(tuple(int(token) for token in row) for row in ids),
             text=None if text is None else tuple(text),
             layers=wanted,
+            noise=measured,
         )
         with golden_writer(out, request) as writer:
             check_space(out, planned.bytes_written - writer.bytes_written)
-            _run(streamed.StreamedModel(checkpoint, config, resolution, ids), writer, request, progress)
+            model = streamed.StreamedModel(checkpoint, config, resolution, ids, noise=measured)
+            _run(model, writer, request, progress)
             return writer.publish()
 
 
@@ -126,25 +132,32 @@ def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, re
     )
 
 
+def _noise_dtypes(wanted: Iterable[str]) -> tuple[str, ...]:
+    """In the order of the table. Raises :class:`UsageError`."""
+    names = set(wanted)
+    if unknown := names - set(RUN_DTYPES):
+        raise UsageError(f"--noise {','.join(sorted(unknown))}: expected some of {', '.join(RUN_DTYPES)}")
+    return tuple(dtype for dtype in RUN_DTYPES if dtype in names)
+
+
 def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     expected: dict[int | None, dict[str, Any]] = {}
     for full, (layer, dtype, shape) in request.arrays().items():
-        expected.setdefault(layer, {})[by_name(full)[0].name] = (dtype, shape)
+        if not is_noise(full):
+            expected.setdefault(layer, {})[by_name(full)[0].name] = (dtype, shape)
     progress("embedding")
     embedded = model.embed()
-    resumed = writer.last_streams()
-    streams = model.spread(embedded) if resumed is None else resumed
+    state = writer.last_state() or model.spread(embedded)
     for layer in range(writer.finished[-1] + 1 if writer.finished else 0, max(wanted) + 1):
         progress(f"layer {layer} of {config.num_hidden_layers}")
-        streams, taps = model.run_layer(layer, streams, expected.get(layer, {}))
+        state, taken = model.run_layer(layer, state, expected.get(layer, {}))
         if layer in wanted:
-            writer.write(layer, {f"layers.{layer}.{name}": value for name, value in taps.items()})
+            writer.write(layer, taken.arrays(f"layers.{layer}."), state)
     outer = expected[None]
-    after = {name: what for name, what in outer.items() if name != "embed"}
-    taps = {"embed": embedded}
-    if after:
+    arrays = embedded.arrays("")
+    if after := {name: what for name, what in outer.items() if name != "embed"}:
         progress("head")
-        taps |= model.run_head(streams, after)
-    writer.write(None, taps)
+        arrays |= model.run_head(state, after).arrays("")
+    writer.write(None, arrays)

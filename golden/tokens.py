@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,17 +47,44 @@ def encode_text(tokenizer: Path, prompts: Sequence[str]) -> Tokens:
         UsageError: the texts have different numbers of tokens, or the package ``tokenizers`` is missing.
         BadInput: the tokenizer cannot be read.
     """
+    loaded = _load_tokenizer(tokenizer)
+    return _as_tokens([loaded.encode(prompt).ids for prompt in prompts], "the texts")
+
+
+def token_decoder(where: Path | None, *, required: bool) -> Callable[[int], str]:
+    """What makes a token id readable: its text in quotes where a tokenizer is at hand, else the number.
+
+    Args:
+        where: ``tokenizer.json`` or the folder that may hold it; None for numbers.
+        required: whether a missing tokenizer is an error.
+
+    Raises:
+        UsageError: the package ``tokenizers`` is missing, although a tokenizer is required.
+        BadInput: the tokenizer is required and missing, or cannot be read.
+    """
+    file = where / TOKENIZER_NAME if where is not None and where.is_dir() else where
+    if file is None or not (required or file.is_file()):
+        return str
+    try:
+        loaded = _load_tokenizer(file)
+    except UsageError:
+        if required:
+            raise
+        return str
+    return lambda token: f"{token} {loaded.decode([token], skip_special_tokens=False)!r}"
+
+
+def _load_tokenizer(file: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise UsageError("a text needs the package tokenizers: pip install 'dsv4[reference]'") from None
-    if not tokenizer.is_file():
-        raise BadInput(f"{tokenizer}: no such file; fetch it from the model's repository, or give token ids")
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; fetch it from the model's repository, or give token ids")
     try:
-        loaded = Tokenizer.from_file(str(tokenizer))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"{tokenizer}: not a tokenizer file ({error})") from None
-    return _as_tokens([loaded.encode(prompt).ids for prompt in prompts], "the texts")
+        raise BadInput(f"{file}: not a tokenizer file ({error})") from None
 
 
 def random_tokens(vocab_size: int, *, batch: int, length: int, seed: int) -> Tokens:

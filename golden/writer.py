@@ -5,6 +5,7 @@
     OUT.dsv4-partial/           locked while a process writes it
       request.json              what is being recorded; other contents belong to it
       layer-00000.safetensors   finished layers; the digest of every array is in the header's metadata
+      state-00000.safetensors   the streams that leave the last finished layer, in every dtype that runs
 
 A run that was cut off goes on after its last finished layer if it is asked for the same again; otherwise what is there
 is discarded.
@@ -19,18 +20,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
 from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden, read_array
-from golden.layout import STREAMS, expected_aliases
+from golden.layout import expected_aliases
 from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 
 _REQUEST_NAME = "request.json"
-#: safetensors spelling of the dtypes that taps have.
-_SPELLING = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
+#: safetensors spelling of the dtypes that are stored.
+_SPELLING = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.float64): "F64",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
 
 
 class GoldenWriter:
@@ -55,17 +62,17 @@ class GoldenWriter:
         """Bytes of the arrays that are on disk."""
         return sum(self._arrays[name].nbytes for name in self._taps)
 
-    def last_streams(self) -> Array | None:
-        """The streams leaving the last finished layer, float32 ``[B, S, N, D]``; None if no layer is finished."""
+    def last_state(self) -> dict[str, Array] | None:
+        """The streams that leave the last finished layer, by the name they were written under; None if none is."""
         if not self.finished:
             return None
-        layer = self.finished[-1]
-        return read_array(read_header(self._folder / layer_file(layer)).tensors[f"layers.{layer}.{STREAMS}"])
+        tensors = read_header(self._state_file(self.finished[-1])).tensors
+        return {name: read_array(info) for name, info in tensors.items()}
 
-    def write(self, layer: int | None, taps: Mapping[str, Array]) -> None:
-        """Write all taps of one layer, or of the model level (None, last), under their full names.
+    def write(self, layer: int | None, taps: Mapping[str, Array], state: Mapping[str, Array] | None = None) -> None:
+        """Write all arrays of one layer, or of the model level (None, last), under their stored names.
 
-        Layers come in the order of the request.
+        Layers come in the order of the request. ``state`` is what the next layer needs, kept until that is finished.
 
         Raises:
             ValueError: not exactly the taps that the request implies, or one of another dtype or shape.
@@ -83,15 +90,21 @@ class GoldenWriter:
         for name in wanted.keys() & self._aliases.keys():
             if digests.pop(name) != self._taps[self._aliases[name]].sha256:
                 raise ValueError(f"{name} is not the same array as {self._aliases[name]}")
-        file = layer_file(layer)
-        write_safetensors(
-            self._folder / file,
-            [(name, _SPELLING[taps[name].dtype], taps[name].shape, taps[name]) for name in digests],
-            metadata=digests,
-        )
+        if layer is not None:
+            self._write(self._state_file(layer), state or {}, {})
+        self._write(self._folder / layer_file(layer), {name: taps[name] for name in digests}, digests)
         self._taps |= self._stored(layer, digests)
         if layer is not None:
+            for earlier in self.finished[-1:]:
+                self._state_file(earlier).unlink(missing_ok=True)
             self.finished += (layer,)
+
+    def _write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+        entries = [(name, _SPELLING[array.dtype], array.shape, array) for name, array in arrays.items()]
+        write_safetensors(file, entries, metadata=metadata)
+
+    def _state_file(self, layer: int) -> Path:
+        return self._folder / f"state-{layer:05d}.safetensors"
 
     def publish(self) -> Golden:
         """Write the manifest and let the golden appear at its destination."""
@@ -101,6 +114,8 @@ class GoldenWriter:
         try:
             _write_durably(self._folder / MANIFEST_NAME, data)
             (self._folder / _REQUEST_NAME).unlink()
+            for layer in self._request.layers:
+                self._state_file(layer).unlink(missing_ok=True)
             _sync(self._folder)
             self._folder.rename(self._out)
             _sync(self._out.parent)
@@ -119,18 +134,27 @@ class GoldenWriter:
     def _take_up(self) -> None:
         """Keep the finished layers of an earlier run of the same request, up to the first that is not intact."""
         for layer in self._request.layers:
-            file = self._folder / layer_file(layer)
-            try:
-                header = read_header(file)
-                stored = self._stored(layer, header.metadata)
-                if differences(file, stored, header.tensors):
-                    return
-                if any(digest(read_array(header.tensors[name])) != tap.sha256 for name, tap in stored.items()):
-                    return
-            except BadInput:  # absent, or cut off by a crash of the machine
-                return
+            stored = self._intact(layer)
+            if stored is None:
+                break
             self._taps |= stored
             self.finished += (layer,)
+        if self.finished and not self._state_file(self.finished[-1]).exists():  # a layer before the last was damaged
+            self._taps, self.finished = {}, ()
+
+    def _intact(self, layer: int) -> dict[str, StoredTap] | None:
+        """What an earlier run stored of a layer; None unless all of it is there as it was written."""
+        try:
+            file = self._folder / layer_file(layer)
+            header = read_header(file)
+            stored = self._stored(layer, header.metadata)
+            if differences(file, stored, header.tensors):
+                return None
+            if any(digest(read_array(header.tensors[name])) != tap.sha256 for name, tap in stored.items()):
+                return None
+        except BadInput:  # absent, or cut off by a crash of the machine
+            return None
+        return stored
 
 
 def check_destination(out: Path) -> None:

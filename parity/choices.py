@@ -1,7 +1,11 @@
 """Comparing discrete choices: the experts of a token, the compressed entries of a query.
 
-Choices are compared as sets, token by token. A difference between candidates whose scores are closer than twice the
-tolerance of the scores is a *tie*: either side's rounding may decide it. Any other difference is a failure.
+Choices are compared as sets, token by token. A difference is a *tie*, which either side's rounding may decide, when
+
+* the golden's scores of the swapped candidates are closer than the noise of those scores, and
+* our choice is the best by our own scores, where those are known.
+
+Any other difference is a failure: no rounding explains it.
 """
 
 from __future__ import annotations
@@ -11,40 +15,48 @@ from typing import Any
 
 import numpy as np
 
+from parity.floor import Floor
 from parity.metrics import Verdict
-from parity.tolerances import Tolerance
+from parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a choice was made by: the golden's scores ``[B, S, candidates]``, their noise floor, and our own scores.
+
+    ``visible`` ``[B, S]`` is the number of candidates that a token may choose from: the first ones. None: all.
+    ``ours`` is None where only our choice is known.
+    """
+
+    golden: Array
+    floor: Floor
+    ours: Array | None = None
+    visible: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flips:
     """``tokens``: tokens whose set differs, of ``of`` tokens. ``ties``: those of them that are ties.
 
-    ``margin``: the golden's score of what it chose minus its score of what was chosen instead, largest over the
-    failing tokens, or over the ties if nothing fails; 0 without flips. ``worst``: index of that token, ``(b, s)``.
+    ``margin``: the golden's score of what it chose minus its score of what was chosen instead, at the token ``worst``,
+    ``(b, s)``, where it is the largest multiple ``noise`` of the scores' noise floor; over the failing tokens, or over
+    the ties if none fails. All are 0 without flips.
     """
 
     tokens: int
     of: int
     ties: int
     margin: float
+    noise: float
     worst: tuple[int, ...]
 
 
 def compare_choices(
-    found: Array, golden: Array, scores: Array | None, visible: Array | None, tolerance: Tolerance
+    found: Array, golden: Array, scores: Scores | None, limits: Limits
 ) -> tuple[Verdict, Flips | None, str]:
-    """Compare ``[B, S, k]`` indices, -1 for none.
-
-    Args:
-        found: our choice.
-        golden: the golden's.
-        scores: the golden's scores ``[B, S, candidates]`` behind the choice; None where there are none (hash routing),
-            so that any difference is a failure.
-        visible: number of candidates that a token may choose from, ``[B, S]``: the first ones. None: all.
-        tolerance: of the scores.
-    """
+    """Compare ``[B, S, k]`` indices, -1 for none. Without ``scores`` (hash routing) any difference is a failure."""
     if found.shape != golden.shape:
         return Verdict.FAIL, None, f"shape {list(found.shape)}, golden {list(golden.shape)}"
     if not (np.issubdtype(found.dtype, np.integer) and np.issubdtype(golden.dtype, np.integer)):
@@ -54,22 +66,57 @@ def compare_choices(
     ours, theirs = np.sort(found, axis=-1), np.sort(golden, axis=-1)
     flipped = [tuple(int(i) for i in at) for at in np.argwhere((ours != theirs).any(axis=-1))]
     tokens = found.shape[0] * found.shape[1]
-    margins = {at: _margin(ours[at], theirs[at], at, scores, visible) for at in flipped}
-    noise = {at: _noise(ours[at], theirs[at], at, scores, tolerance) for at in flipped}
-    failing = [at for at in flipped if not margins[at] <= noise[at]]
-    worst = max(failing or flipped, key=lambda at: margins[at], default=())
+    judged = {at: _judge(ours[at], theirs[at], at, scores) for at in flipped}
+    failing = [at for at in flipped if not (judged[at].consistent and judged[at].noise <= limits.tie)]
+    worst = max(failing or flipped, key=lambda at: judged[at].noise, default=())
     flips = Flips(
         tokens=len(flipped),
         of=tokens,
         ties=len(flipped) - len(failing),
-        margin=margins[worst] if worst else 0.0,
+        margin=judged[worst].margin if worst else 0.0,
+        noise=judged[worst].noise if worst else 0.0,
         worst=worst,
     )
     if failing:
+        if not any(judged[at].noise > limits.tie for at in failing):
+            return Verdict.FAIL, flips, f"{len(failing)} of {tokens} tokens do not choose the best of their own scores"
         return Verdict.FAIL, flips, f"{len(failing)} of {tokens} tokens choose otherwise, beyond any tie"
     if flipped:
-        return Verdict.TIE, flips, f"{len(flipped)} of {tokens} tokens choose otherwise among equal scores"
+        return Verdict.TIE, flips, f"{len(flipped)} of {tokens} tokens choose otherwise among scores within their noise"
     return Verdict.PASS, flips, ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flip:
+    """One token: how much worse our choice is by the golden's scores, also in noise floors, and whether it is the best
+    by our own scores."""
+
+    margin: float
+    noise: float
+    consistent: bool
+
+
+_INEXCUSABLE = _Flip(float("inf"), float("inf"), False)
+
+
+def _judge(ours: Array, theirs: Array, at: tuple[int, ...], scores: Scores | None) -> _Flip:
+    mine, its = _swapped(ours, theirs)
+    if scores is None or (mine < 0).any() or (its < 0).any() or len(np.unique(ours)) < len(ours):
+        return _INEXCUSABLE
+    visible = scores.golden.shape[-1] if scores.visible is None else int(scores.visible[at])
+    if (mine >= visible).any():
+        return _INEXCUSABLE
+    row = scores.golden[at].astype(np.float64)
+    margin = float(row[its].max() - row[mine].min())
+    floor = max(float(scores.floor.peak[at]), scores.floor.unit * float(np.abs(row[np.concatenate([mine, its])]).max()))
+    noise = 0.0 if margin <= 0 else margin / floor if floor else float("inf")
+    return _Flip(margin, noise, scores.ours is None or _best(ours, scores.ours[at][:visible]))
+
+
+def _best(chosen: Array, row: Array) -> bool:
+    """Whether no candidate that was left out scores higher than one that was chosen."""
+    left_out = np.delete(row, chosen)
+    return not left_out.size or bool(row[chosen].min() >= left_out.max())
 
 
 def _swapped(ours: Array, theirs: Array) -> tuple[Array, Array]:
@@ -80,24 +127,3 @@ def _swapped(ours: Array, theirs: Array) -> tuple[Array, Array]:
             its.remove(candidate)
             mine.remove(candidate)
     return np.array(mine, dtype=np.int64), np.array(its, dtype=np.int64)
-
-
-def _margin(ours: Array, theirs: Array, at: tuple[int, ...], scores: Array | None, visible: Array | None) -> float:
-    """How much worse, by the golden's scores, our choice is; infinite where no score can excuse it."""
-    mine, its = _swapped(ours, theirs)
-    if scores is None or (mine < 0).any() or (its < 0).any():
-        return float("inf")
-    if (mine >= (scores.shape[-1] if visible is None else visible[at])).any():
-        return float("inf")
-    row = scores[at].astype(np.float64)
-    return float(row[its].max() - row[mine].min())
-
-
-def _noise(ours: Array, theirs: Array, at: tuple[int, ...], scores: Array | None, tolerance: Tolerance) -> float:
-    if scores is None:
-        return 0.0
-    mine, its = _swapped(ours, theirs)
-    both = np.concatenate([mine, its])
-    both = both[(both >= 0) & (both < scores.shape[-1])]
-    largest = float(np.abs(scores[at].astype(np.float64)[both]).max(initial=0.0))
-    return 2 * (tolerance.atol + tolerance.rtol * largest)

@@ -15,34 +15,38 @@ from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.experts import mlp
 from dsv4_convert.model.model import embed, head
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.restore import Weights, restore_block
+from dsv4_convert.restore import Parameters, restore_block
 
 Array = np.ndarray[Any, Any]
+_FLOAT32 = np.dtype(np.float32)
+#: Taps by full name, in float32 or int32 whatever the model computes in.
 Taken = dict[str, Array]
 
 
 class Forward:
-    """The model over one batch of prompts of equal length, in float32.
+    """The model over one batch of prompts of equal length, with weights and activations in one dtype.
 
-    Every method returns the taps that it passed, by full name, and what the next one needs. Layers of one kind share
-    one compiled program.
+    Parameters that the release keeps in float32 stay so, whatever the dtype. Every method returns the taps that it
+    passed, by full name, and what the next one needs. Layers of one kind share one compiled program.
     """
 
-    def __init__(self, weights: Weights, tokens: Array) -> None:
+    def __init__(self, weights: Parameters, tokens: Array, dtype: np.dtype[Any] = _FLOAT32) -> None:
         self._weights = weights
+        self._dtype = dtype
+        self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
     def embed(self) -> tuple[Taken, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
         used, where = np.unique(np.asarray(self._tokens), return_inverse=True)
-        rows = self._weights.read_rows("embed", used)
+        rows = self._weights.read_rows("embed", used, self._dtype)
         taps = Taps(_everything)
         streams = embed(
             jnp.asarray(rows),
             jnp.asarray(where.reshape(self._tokens.shape)),
             self._weights.config.hc_mult,
-            jnp.float32,
+            self._dtype,
             taps,
         )
         return _taken(taps.values, ""), streams
@@ -51,21 +55,29 @@ class Forward:
         self, layer: int, entering: jax.Array | Array, forced: Mapping[str, Array] | None = None
     ) -> tuple[Taken, jax.Array]:
         """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
-        graph, state = nnx.split(restore_block(self._weights, layer, with_experts=False))
+        graph, state = self._block(layer)
         replace = {name: jnp.asarray(value) for name, value in (forced or {}).items()}
-        entering = jnp.asarray(entering)
+        entering = jnp.asarray(entering, self._dtype)
         streams, routed, first = _to_experts(graph, state, entering, self._tokens, self._positions, replace)
         output = self._experts(layer, routed)
         leaving, second = _from_experts(graph, state, streams, routed, output, replace)
         return _taken({**first, **second}, f"layers.{layer}."), leaving
 
-    def head(self, streams: jax.Array | Array) -> Taken:
+    def head(self, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None) -> Taken:
         """Head collapse, final norm and logits."""
         paths = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
         fn, base, scale, norm, weight = (jnp.asarray(self._weights.read(path)) for path in paths)
-        taps = Taps(_everything)
-        head(jnp.asarray(streams), fn, base, scale, norm, weight, self._weights.config, taps)
+        taps = Taps(_everything, {name: jnp.asarray(value) for name, value in (forced or {}).items()})
+        head(jnp.asarray(streams, self._dtype), fn, base, scale, norm, weight, self._weights.config, taps)
         return _taken(taps.values, "")
+
+    def _block(self, layer: int) -> tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]:
+        """One layer's weights but for its experts; kept until another layer's are asked for."""
+        if self._resident is None or self._resident[0] != layer:
+            self._resident = None  # give the memory back first
+            block = restore_block(self._weights, layer, with_experts=False, dtype=self._dtype)
+            self._resident = (layer, nnx.split(block))
+        return self._resident[1]
 
     def _experts(self, layer: int, routed: Routed) -> jax.Array:
         """The routed experts' weighted sum; each expert that a token chose is read once."""
@@ -78,15 +90,15 @@ class Forward:
             tokens, slots = np.nonzero(experts == expert)
             # Padded to a power of two, so that few programs serve every number of tokens; and to two rows at least,
             # because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
-            padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), np.float32)
+            padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), flat.dtype)
             padded[: len(tokens)] = flat[tokens]
             matrices = (
-                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert))
+                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert), self._dtype)
                 for part in ("w1", "w2", "w3")
             )
             output = np.asarray(_expert(padded, *matrices, self._weights.config.swiglu_limit))
-            np.add.at(total, tokens, output[: len(tokens)] * shares[tokens, slots, None])
-        return jnp.asarray(total.reshape(x.shape))
+            np.add.at(total, tokens, output[: len(tokens)].astype(np.float32) * shares[tokens, slots, None])
+        return jnp.asarray(total.reshape(x.shape), self._dtype)
 
 
 def _everything(name: str) -> bool:
@@ -127,4 +139,8 @@ _expert = jax.jit(mlp, static_argnums=4)
 
 
 def _taken(values: Mapping[str, jax.Array], prefix: str) -> Taken:
-    return {prefix + name: np.asarray(value) for name, value in values.items()}
+    return {prefix + name: _widened(np.asarray(value)) for name, value in values.items()}
+
+
+def _widened(value: Array) -> Array:
+    return value if value.dtype.kind in "if" else value.astype(np.float32)

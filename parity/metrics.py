@@ -1,4 +1,4 @@
-"""Comparing one tap's real numbers with the golden's: distances, and the verdict under a tolerance.
+"""Comparing one tap's real numbers with the golden's: distances, and the verdict under the limits.
 
 Everything is computed in float64. Nothing passes by accident: another shape, another dtype family, a NaN on either
 side, or an infinity that is not the same infinity on both sides is a failure.
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from parity.tolerances import Tolerance
+from parity.floor import Floor
+from parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 
@@ -22,76 +23,144 @@ class Verdict(StrEnum):
 
     PASS = "pass"
     FAIL = "fail"
-    #: A discrete choice differs between scores that are closer than the tolerance.
+    #: A discrete choice differs between scores that are closer than their noise.
     TIE = "tie"
     #: The tap has no elements, such as the entries of a prompt shorter than a block. Says nothing.
     EMPTY = "empty"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Multiples:
+    """An error in multiples of the noise floor, as :mod:`parity.tolerances` defines them."""
+
+    tap: float
+    row: float
+    element: float
+
+    def exceeded(self, limits: Limits) -> tuple[str, ...]:
+        """The measures that are beyond their limit, the farthest first; a multiple that is no number is beyond."""
+        over = {
+            name: value / limit
+            for name, value, limit in (
+                ("tap", self.tap, limits.tap),
+                ("row", self.row, limits.row),
+                ("element", self.element, limits.element),
+            )
+            if not value <= limit
+        }
+        return tuple(sorted(over, key=lambda name: -over[name]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Distance:
     """How far two arrays of real numbers are apart.
 
-    ``max_abs``: largest absolute difference. ``relative_rms``: rms of the difference over rms of the golden.
-    ``cosine``: of the flattened arrays, nan where one of them is zero. ``max_ulp``: largest difference in units of
-    the last place of float32, over elements at least as large as the golden's rms (near zero the unit shrinks without
-    limit and says nothing). ``outside``: elements beyond the tolerance. ``worst``: index of the element that is
-    farthest beyond it, or nearest to it.
+    ``noise``: the error in multiples of the noise floor; the verdict is made from it alone. ``max_abs``: largest
+    absolute difference. ``relative_rms``: rms of the difference over rms of the golden. ``cosine``: of the flattened
+    arrays, nan where one of them is zero. ``max_ulp``: largest difference in units of the last place of float32, over
+    elements at least as large as the golden's rms (near zero the unit shrinks without limit and says nothing).
+    ``allclose``: the atol = rtol from which ``numpy.allclose`` agrees. ``rows_outside`` of ``rows``: rows with an error
+    beyond a limit. ``worst``: index of the element that is farthest beyond it, or nearest to it; ``found`` and
+    ``golden`` are the two values there.
     """
 
+    noise: Multiples
     max_abs: float
     relative_rms: float
     cosine: float
     max_ulp: float
-    outside: int
+    allclose: float
+    rows_outside: int
+    rows: int
     worst: tuple[int, ...]
+    found: float
+    golden: float
 
 
-def compare(found: Array, golden: Array, tolerance: Tolerance) -> tuple[Verdict, Distance | None, str]:
+def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) -> tuple[Verdict, Distance | None, str]:
     """Verdict, distance and, for a failure, the reason in words.
 
-    The distance is None where none can be computed: other shapes, or no elements.
+    The distance is None where none can be computed: other shapes, or no elements, and then ``floor`` may be None.
     """
     if found.shape != golden.shape:
         return Verdict.FAIL, None, f"shape {list(found.shape)}, golden {list(golden.shape)}"
     if not (np.issubdtype(found.dtype, np.floating) and np.issubdtype(golden.dtype, np.floating)):
         return Verdict.FAIL, None, f"dtype {found.dtype}, golden {golden.dtype}: expected real numbers"
-    if not found.size:
+    if not found.size or floor is None:
         return Verdict.EMPTY, None, ""
     a, b = found.astype(np.float64), golden.astype(np.float64)
-    finite = np.isfinite(a) & np.isfinite(b)
-    same_infinity = np.isinf(a) & (a == b)
-    difference = np.where(finite, np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)), np.inf)
-    difference[same_infinity] = 0
-    # How many tolerances away; exactly 1 still passes.
-    excess = difference / (tolerance.atol + tolerance.rtol * np.where(finite, np.abs(b), 0))
-    outside = int(np.count_nonzero(excess > 1))
-    worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(excess)), a.shape))
-    distance = _distance(a, b, difference, finite, outside, worst)
-    if not outside:
+    difference = _difference(a, b)
+    elements = _multiple(difference, floor.elements(golden))
+    rows = (*golden.shape[:2], -1)
+    row_errors = np.sqrt(np.mean(np.square(difference.reshape(rows)), axis=-1))
+    row_multiples = _multiple(row_errors, floor.rms)
+    noise = Multiples(
+        tap=noise_multiple(row_errors, floor),
+        row=float(row_multiples.max()),
+        element=float(elements.max()),
+    )
+    outside = (row_multiples > limits.row) | (elements.reshape(rows).max(axis=-1) > limits.element)
+    worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(elements)), a.shape))
+    distance = _distance(a, b, difference, noise, outside, worst)
+    over = noise.exceeded(limits)
+    if not over:
         return Verdict.PASS, distance, ""
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
-    return (
-        Verdict.FAIL,
-        distance,
-        f"{outside} of {a.size} elements beyond atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}",
-    )
+    allowed = getattr(limits, over[0])
+    return Verdict.FAIL, distance, f"{_short(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
 
 
-def _distance(a: Array, b: Array, difference: Array, finite: Array, outside: int, worst: tuple[int, ...]) -> Distance:
+def noise_multiple(difference: Array, floor: Floor) -> float:
+    """The measure ``tap`` of a difference ``[B, S, ...]``: its rms over that of the floor."""
+    return float(_multiple(_rms(difference), _rms(floor.rms)))
+
+
+def _difference(a: Array, b: Array) -> Array:
+    """Absolute difference; infinite where either is not finite, unless both are the same infinity."""
+    finite = np.isfinite(a) & np.isfinite(b)
+    difference = np.where(finite, np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)), np.inf)
+    difference[np.isinf(a) & (a == b)] = 0
+    return difference
+
+
+def _multiple(error: Array | float, floor: Array | float) -> Array:
+    """``error / floor``; 0 where there is no error, infinite where there is one and no floor."""
+    error, floor = np.asarray(error, np.float64), np.asarray(floor, np.float64)
+    quotient = np.full(np.broadcast_shapes(error.shape, floor.shape), np.inf)
+    np.divide(error, floor, out=quotient, where=np.broadcast_to(floor > 0, quotient.shape))
+    return np.where(np.broadcast_to(error == 0, quotient.shape), 0.0, quotient)
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _distance(
+    a: Array, b: Array, difference: Array, noise: Multiples, outside: Array, worst: tuple[int, ...]
+) -> Distance:
+    found, golden = float(a[worst]), float(b[worst])
+    finite = np.isfinite(a) & np.isfinite(b)
     if not finite.all():
         a, b = np.where(finite, a, 0), np.where(finite, b, 0)
-    rms = float(np.sqrt(np.mean(np.square(b))))
-    error = float(np.sqrt(np.mean(np.square(difference))))
+    rms, error = _rms(b), _rms(difference)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     large = np.abs(b) >= rms
     ulp = np.spacing(np.abs(b[large]).astype(np.float32)).astype(np.float64)
     return Distance(
+        noise=noise,
         max_abs=float(np.max(difference)),
         relative_rms=error / rms if rms else (0.0 if error == 0 else float("inf")),
         cosine=float(np.dot(a.ravel(), b.ravel())) / norms if norms else float("nan"),
         max_ulp=float(np.max(difference[large] / ulp)) if rms else 0.0,
-        outside=outside,
+        allclose=float(np.max(difference / (1 + np.abs(b)))),
+        rows_outside=int(np.count_nonzero(outside)),
+        rows=outside.size,
         worst=worst,
+        found=found,
+        golden=golden,
     )
+
+
+def _short(multiple: float) -> str:
+    return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}"

@@ -1,79 +1,172 @@
-"""A parity report in a terminal: one table per layer, the verdict last."""
+"""A parity report in a terminal: tables of taps, how the error grows, what the prompt reaches, the verdict last."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from golden.noise import Mode
+from parity.explain import missed, verdict, why
+from parity.logits import TOP, LogitsComparison
 from parity.metrics import Verdict
-from parity.report import Report, TapResult
+from parity.report import Growth, Report, TapResult
 
 _SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
+#: Decodes one token id, or says that it cannot.
+Decode = Callable[[int], str]
 
 
-def render(report: Report, console: Console, *, every_tap: bool = True) -> None:
-    """Print the report; without ``every_tap`` one line per layer, and only the taps that do not simply pass."""
+def render(
+    report: Report, console: Console, *, every_tap: bool = True, explained: bool = False, decode: Decode = str
+) -> None:
+    """Print the report.
+
+    Args:
+        report: what to print.
+        console: where.
+        every_tap: all taps; otherwise one line per layer, and only the taps that do not simply pass.
+        explained: a paragraph on every tap that would be in a table, instead of the table.
+        decode: makes a token id readable.
+    """
     shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
     if not every_tap:
-        console.print(_summary(report))
-    if shown:
-        console.print(Group(*_tables(shown, report)))
-    console.print(Text(report.sentence, style="bold green" if report.passed else "bold red"))
+        for mode in report.modes:
+            console.print(_summary(report, mode))
+    if explained:
+        for tap in shown:
+            console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
+    else:
+        for table in _tables(shown, report):
+            console.print(table)
+    if report.growth:
+        console.print(_growth(report.growth))
+    if report.logits is not None:
+        console.print(_logits(report.logits, decode))
+    for layer in report.unreached:
+        console.print(Text(f"not reached, {missed(layer)}", style="yellow"))
+    console.print(Text(verdict(report), style="bold green" if report.passed else "bold red"))
 
 
-def _summary(report: Report) -> Table:
-    """One line per layer: how many taps, and the one that is farthest off."""
-    table = Table(title=f"{report.mode}, worst tap of each layer", title_justify="left", box=None, pad_edge=False)
-    for column, justify in (("layer", "left"), ("taps", "right"), ("worst tap", "left"), ("rel rms", "right")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("verdict", no_wrap=True)
-    for layer, group in groupby(report.taps, key=lambda tap: tap.layer):
-        taps = list(group)
-        measured = [tap for tap in taps if tap.distance is not None]
-        worst = max(measured, key=lambda tap: tap.distance.relative_rms if tap.distance else 0.0, default=None)
-        verdict = min((tap.verdict for tap in taps), key=_SEVERITY.index)
-        table.add_row(
-            "model" if layer is None else str(layer),
-            str(len(taps)),
-            _short(worst) if worst is not None else "",
-            f"{worst.distance.relative_rms:.1e}" if worst is not None and worst.distance is not None else "",
-            Text(verdict.value, style=_STYLE[verdict]),
-        )
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     return table
 
 
-def _tables(taps: list[TapResult], report: Report) -> Iterator[RenderableType]:
+def _titled(title: str, table: Table) -> Group:
+    """A title may be wider than its table."""
+    return Group(Text(title, style="italic"), table)
+
+
+def _summary(report: Report, mode: Mode) -> Group:
+    """One line per layer: how many taps, and the one that is farthest off."""
+    table = _table(
+        ("layer", "left"),
+        ("taps", "right"),
+        ("worst tap", "left"),
+        ("noise", "right"),
+        ("rel rms", "right"),
+        ("experts", "right"),
+        ("verdict", "left"),
+    )
+    experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.reach}
+    for layer, group in groupby((tap for tap in report.taps if tap.mode is mode), key=lambda tap: tap.layer):
+        taps = list(group)
+        measured = [tap for tap in taps if tap.distance is not None]
+        worst = max(measured, key=lambda tap: tap.distance.noise.row if tap.distance else 0.0, default=None)
+        severe = min((tap.verdict for tap in taps), key=_SEVERITY.index)
+        numbers = ("", "")
+        if worst is not None and worst.distance is not None:
+            numbers = (_multiple(worst.distance.noise.row), f"{worst.distance.relative_rms:.1e}")
+        table.add_row(
+            "model" if layer is None else str(layer),
+            str(len(taps)),
+            worst.short if worst is not None else "",
+            *numbers,
+            experts.get(layer, "") if layer is not None else "",
+            Text(severe.value, style=_STYLE[severe]),
+        )
+    return _titled(f"{report.dtype}, {mode}: worst tap of each layer", table)
+
+
+def _tables(taps: Sequence[TapResult], report: Report) -> Iterator[RenderableType]:
     first = report.first_diverging
-    for layer, group in groupby(taps, key=lambda tap: tap.layer):
+    wrong = {(result.name) for descent in report.descents for result in descent.wrong}
+    for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
         title = "model level" if layer is None else f"layer {layer}"
-        table = Table(title=f"{title}, {report.mode}", title_justify="left", box=None, pad_edge=False, expand=False)
-        table.add_column("tap", no_wrap=True)
-        for column in ("max abs", "rel rms", "1-cos", "ulp"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+        table = _table(
+            ("tap", "left"),
+            *((name, "right") for name in ("noise", "max abs", "rel rms", "1-cos", "ulp")),
+            ("verdict", "left"),
+        )
         for tap in group:
-            verdict = Text(tap.verdict.value, style=_STYLE[tap.verdict])
+            text = Text(tap.verdict.value, style=_STYLE[tap.verdict])
             if tap is first:
-                verdict.append(" < first")
-            table.add_row(_short(tap), *_numbers(tap), verdict)
-        yield table
+                text.append(" < first")
+            if tap.verdict is Verdict.FAIL and tap.name in wrong:
+                text.append(", wrong by itself")
+            table.add_row(tap.short, *_numbers(tap), text)
+        yield _titled(f"{title}, {report.dtype}, {mode}", table)
 
 
-def _short(tap: TapResult) -> str:
-    """The name within its layer."""
-    return tap.name if tap.layer is None else tap.name.split(".", 2)[2]
-
-
-def _numbers(tap: TapResult) -> tuple[str, str, str, str]:
+def _numbers(tap: TapResult) -> tuple[str, ...]:
     if tap.distance is not None:
         d = tap.distance
         ulp = f"{d.max_ulp:.0f}" if d.max_ulp < 1e5 else f"{d.max_ulp:.0e}"
-        return f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", f"{max(0.0, 1 - d.cosine):.0e}", ulp
+        return _multiple(d.noise.row), f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", f"{max(0.0, 1 - d.cosine):.0e}", ulp
     if tap.flips is not None:
-        return f"{tap.flips.tokens}/{tap.flips.of}", "flips", f"{tap.flips.ties}", "ties"
-    return "", "", "", ""
+        return _multiple(tap.flips.noise), f"{tap.flips.tokens}/{tap.flips.of}", "flips", f"{tap.flips.ties}", "ties"
+    return "", "", "", "", ""
+
+
+def _multiple(value: float) -> str:
+    return f"{value:.1f}x" if value < 1000 else f"{value:.0e}x"
+
+
+def _growth(growth: Sequence[Growth]) -> Group:
+    """Error of the streams that leave each layer: what came in, what the layer added."""
+    table = _table(
+        ("layer", "left"),
+        *((name, "right") for name in ("inherited", "added", "noise", "total", "noise")),
+    )
+    for layer in growth:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.inherited:.1e}",
+            f"{layer.added:.1e}",
+            _multiple(layer.added_noise),
+            f"{layer.total:.1e}",
+            _multiple(layer.total_noise),
+        )
+    return _titled("error of the streams that leave each layer, relative rms", table)
+
+
+def _logits(logits: LogitsComparison, decode: Decode) -> Group:
+    table = _table(
+        ("position", "left"),
+        ("token", "left"),
+        ("KL", "right"),
+        ("golden", "left"),
+        ("found", "left"),
+        ("gap", "right"),
+    )
+    for position in logits.worst:
+        table.add_row(
+            "{}, {}".format(*position.at),
+            decode(position.token),
+            f"{position.kl:.1e}",
+            decode(position.golden),
+            decode(position.found),
+            f"{position.gap:.1e}",
+        )
+    title = (
+        f"next token at {logits.positions} positions: same first choice {logits.top1:.2%}, top {TOP} "
+        f"{logits.topk:.2%}, KL mean {logits.kl_mean:.1e}, largest {logits.kl_max:.1e} nats"
+    )
+    return _titled(title, table)

@@ -1,4 +1,4 @@
-"""The outcome of a parity run, as data. Rendering is in :mod:`parity.render`."""
+"""The outcome of a parity run, as data. Words are in :mod:`parity.explain`, tables in :mod:`parity.render`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4_convert.taps import by_name
+from golden.noise import Mode
+from golden.reach import LayerReach
+from parity.blame import WeightDifference
 from parity.choices import Flips
+from parity.logits import LogitsComparison
 from parity.metrics import Distance, Verdict
-from parity.tolerances import Mode, Tolerance
+from parity.tolerances import Limits
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,7 @@ class TapResult:
     """One compared tap. ``distance`` for real numbers, ``flips`` for choices; neither where shapes differ."""
 
     name: str
+    mode: Mode
     verdict: Verdict
     reason: str
     shape: tuple[int, ...]
@@ -32,19 +37,72 @@ class TapResult:
         return by_name(self.name)[1]
 
     @property
+    def short(self) -> str:
+        """The name within its layer."""
+        return by_name(self.name)[0].name
+
+    @property
     def meaning(self) -> str:
         """What the tap is, in words."""
         return by_name(self.name)[0].meaning
 
+    def exceeded(self, limits: Limits) -> tuple[str, ...]:
+        """By which measures it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
+        if self.verdict is not Verdict.FAIL:
+            return ()
+        if self.distance is not None:
+            return self.distance.noise.exceeded(limits)
+        return ("shape",) if self.flips is None else ("choice",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Descent:
+    """A failing layer (None: the model level) run again with every operation fed with the golden's own inputs.
+
+    ``wrong``: the operations whose result differs even so, in order of execution: each of them is a fault of its own.
+    ``weights``: the parameters that these operations use. ``differing``: those of them that differ from the source;
+    None where no source was at hand. ``experts``: experts that all failing tokens of ``ffn.experts`` share with no
+    passing one.
+    """
+
+    layer: int | None
+    wrong: tuple[TapResult, ...]
+    weights: tuple[str, ...]
+    differing: tuple[WeightDifference, ...] | None
+    experts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The error of the streams that leave a layer, as rms relative to the golden's, split into two.
+
+    ``total`` (cumulative) is, element by element, the sum of ``inherited``, which the layer makes of the error that
+    enters it, and ``added``, which it makes on the golden's own input. ``total_noise`` and ``added_noise`` are
+    multiples of the noise floor.
+    """
+
+    layer: int
+    inherited: float
+    added: float
+    total: float
+    added_noise: float
+    total_noise: float
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole run: taps in order of execution, and what was compared with what."""
+    """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what."""
 
-    mode: Mode
-    tolerance: Tolerance
+    modes: tuple[Mode, ...]
+    dtype: str
+    limits: Limits
     layers: tuple[int, ...]
     taps: tuple[TapResult, ...]
+    descents: tuple[Descent, ...]
+    growth: tuple[Growth, ...]
+    reach: tuple[LayerReach, ...]
+    require_reach: bool
+    logits: LogitsComparison | None
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
     platform: Mapping[str, Any]
@@ -55,57 +113,58 @@ class Report:
 
     @property
     def first_diverging(self) -> TapResult | None:
-        """The first failing tap in order of execution."""
+        """The first failing tap in order of execution; isolated ones first, because they have inherited nothing."""
         return next((tap for tap in self.taps if tap.verdict is Verdict.FAIL), None)
 
     @property
-    def passed(self) -> bool:
+    def first_wrong(self) -> TapResult | None:
+        """The first operation that is wrong on the golden's own inputs, if there is one."""
+        return next((tap for descent in self.descents for tap in descent.wrong), None)
+
+    @property
+    def unreached(self) -> tuple[LayerReach, ...]:
+        """The layers of which the golden leaves something unchecked."""
+        return tuple(layer for layer in self.reach if not layer.complete)
+
+    @property
+    def agrees(self) -> bool:
         """Nothing fails, and something was compared."""
         return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
 
     @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        ties = self.count(Verdict.TIE)
-        empty = self.count(Verdict.EMPTY)
-        notes = [f"{ties} with ties" for _ in range(bool(ties))] + [f"{empty} empty" for _ in range(bool(empty))]
-        aside = f" ({', '.join(notes)})" if notes else ""
-        first = self.first_diverging
-        if first is not None:
-            where = "the model level" if first.layer is None else f"layer {first.layer}"
-            return (
-                f"FAIL: {self.count(Verdict.FAIL)} of {len(self.taps)} taps diverge{aside}. The first is {first.name} "
-                f"in {where}, {first.meaning}: {first.reason}."
-            )
-        if not self.passed:
-            return "FAIL: nothing was compared."
-        return (
-            f"PASS: all {len(self.taps)} taps agree{aside}, {self.mode} mode, "
-            f"atol {self.tolerance.atol:.2g}, rtol {self.tolerance.rtol:.2g}."
-        )
+    def passed(self) -> bool:
+        """Everything agrees, and the golden reaches everything if that is required."""
+        return self.agrees and not (self.require_reach and self.unreached)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
-        first = self.first_diverging
-        return {
+        first, wrong = self.first_diverging, self.first_wrong
+        document = {
             "schema_version": SCHEMA_VERSION,
             "verdict": "pass" if self.passed else "fail",
-            "sentence": self.sentence,
+            "sentence": sentence,
             "first_diverging": None if first is None else first.name,
-            "mode": self.mode.value,
-            "tolerance": dataclasses.asdict(self.tolerance),
+            "first_wrong_operation": None if wrong is None else wrong.name,
+            "modes": [mode.value for mode in self.modes],
+            "dtype": self.dtype,
+            "limits": dataclasses.asdict(self.limits),
             "layers": list(self.layers),
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
-            "taps": [_plain(dataclasses.asdict(tap)) for tap in self.taps],
+            "taps": [dataclasses.asdict(tap) for tap in self.taps],
+            "descents": [dataclasses.asdict(descent) for descent in self.descents],
+            "growth": [dataclasses.asdict(layer) for layer in self.growth],
+            "reach": [dataclasses.asdict(layer) for layer in self.reach],
+            "logits": None if self.logits is None else dataclasses.asdict(self.logits),
             "checkpoint": dict(self.checkpoint),
             "golden": dict(self.golden),
             "platform": dict(self.platform),
         }
+        return {key: _plain(value) for key, value in document.items()}
 
 
 def _plain(value: Any) -> Any:
-    """Nested dataclass values as JSON: tuples to lists, non-finite numbers to strings."""
-    if isinstance(value, dict):
+    """Nested values as JSON: tuples to lists, non-finite numbers to strings."""
+    if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]

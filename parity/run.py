@@ -1,4 +1,4 @@
-"""A parity run: the checkpoint's layers against a golden, tap by tap."""
+"""A parity run: the model's layers against a golden, tap by tap."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.names import check_layers
-from dsv4_convert.restore import Weights
-from dsv4_convert.taps import Tap, Values, by_name, full_name, select, taps_of
+from dsv4_convert.published import PublishedWeights
+from dsv4_convert.restore import Parameters, Weights
+from dsv4_convert.taps import full_name, select, taps_of
 from golden.archive import Golden, open_golden
-from parity.choices import compare_choices
+from golden.layout import INPUT, STREAMS
+from golden.noise import MODES, Mode
+from golden.reach import reach
+from parity.comparison import Comparison
+from parity.descent import descend
 from parity.forward import Forward, Taken
-from parity.metrics import Verdict, compare
-from parity.report import Report, TapResult
-from parity.tolerances import Mode, Tolerance, tolerance
+from parity.logits import LogitsComparison, compare_logits
+from parity.metrics import Verdict, noise_multiple
+from parity.report import Descent, Growth, Report, TapResult
+from parity.tolerances import LIMITS, UNIT
 
 Array = np.ndarray[Any, Any]
 
 #: Called with the layer that is about to run (None: the model level).
 Progress = Callable[[int | None], None]
-
-#: Taps that link one layer to the next: what leaves it, and what enters it.
-_STREAMS, _INPUT = "hc_ffn.streams", "input"
 
 
 def run(
@@ -38,7 +42,10 @@ def run(
     *,
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
-    mode: Mode = Mode.ISOLATED,
+    modes: Sequence[Mode] = (Mode.ISOLATED,),
+    dtype: str = "float32",
+    against: Path | None = None,
+    require_reach: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
     """Compare a converted checkpoint with a golden.
@@ -48,124 +55,198 @@ def run(
         golden: recorded golden.
         layers: layers to compare; None for all of them and the model level: embedding, head, logits.
         taps: patterns of the taps to compare; none for all.
-        mode: isolated or cumulative.
+        modes: isolated, cumulative, or both.
+        dtype: of weights and activations, float32 or bfloat16.
+        against: the published checkpoint; the weights of wrong operations are compared with it.
+        require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
         progress: called before each layer.
 
     Raises:
-        UsageError: a layer or tap that neither side has.
+        UsageError: a layer or tap that neither side has, or a dtype whose noise floor the golden does not carry.
         BadInput: a damaged file, or a golden of another architecture.
     """
     weights, recorded = Weights.open(checkpoint), open_golden(golden)
-    config = weights.config
-    _same_architecture(config, recorded.config, golden)
-    chosen = check_layers(config, layers)
-    allowed = tolerance(mode, config)
-    names = _names(config, chosen, model_level=layers is None)
-    comparison = _Comparison(recorded, config, allowed, list(select(names, taps)) if taps else names)
-    last = config.num_hidden_layers - 1
-    with_head = comparison.wants(None, before=False)
-    if mode is Mode.ISOLATED:
-        needed = tuple(layer for layer in chosen if comparison.wants(layer))
-    else:
-        needed = tuple(range((last if with_head else max(chosen)) + 1))
-    weights.check_layers(needed)
-    _check_recorded(recorded, (*chosen, last) if with_head else chosen, golden)
-
-    forward = Forward(weights, recorded.tokens)
-    streams: Any = None
-    if mode is Mode.CUMULATIVE or comparison.wants(None, before=True):
-        progress(None)
-        taken, streams = forward.embed()
-        comparison.add(taken)
-    for layer in needed:
-        progress(layer)
-        entering = recorded.read(f"layers.{layer}.{_INPUT}") if mode is Mode.ISOLATED else streams
-        taken, streams = forward.layer(layer, entering)
-        results = comparison.judge(taken)
-        if forced := comparison.ties(taken, layer):
-            # Follow the golden's choice, so that everything after the tie is compared on equal terms.
-            followed, streams = forward.layer(layer, entering, forced)
-            results = comparison.judge(followed, instead=results)
-        comparison.results += results
-    if with_head:
-        progress(None)
-        if mode is Mode.ISOLATED:
-            streams = recorded.read(f"layers.{last}.{_STREAMS}")
-        comparison.add(forward.head(streams))
-    return Report(
-        mode=mode,
-        tolerance=allowed,
-        layers=chosen,
-        taps=tuple(comparison.results),
-        checkpoint={"path": str(checkpoint), **{key: weights.metadata[key] for key in ("source", "storage")}},
-        golden={
-            "path": str(golden),
-            "reference": dataclasses.asdict(recorded.manifest.request.reference),
-            "source": dataclasses.asdict(recorded.manifest.request.source),
-        },
-        platform=_platform(),
+    _same_architecture(weights.config, recorded.config, golden)
+    source = (
+        None if against is None else PublishedWeights.open(against, layers=tuple(check_layers(weights.config, layers)))
+    )
+    return compare_model(
+        weights,
+        recorded,
+        layers=layers,
+        taps=taps,
+        modes=modes,
+        dtype=dtype,
+        source=source,
+        require_reach=require_reach,
+        progress=progress,
+        name=str(checkpoint),
     )
 
 
-class _Comparison:
-    """Judges taps against the golden as they come, in order of execution."""
+def compare_model(
+    weights: Parameters,
+    golden: Golden,
+    *,
+    layers: Iterable[int] | None = None,
+    taps: Iterable[str] = (),
+    modes: Sequence[Mode] = (Mode.ISOLATED,),
+    dtype: str = "float32",
+    source: PublishedWeights | None = None,
+    require_reach: bool = False,
+    progress: Progress = lambda _: None,
+    name: str = "weights",
+) -> Report:
+    """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
+    if dtype not in UNIT:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}")
+    if not modes:
+        raise UsageError("no mode: expected isolated, cumulative or both")
+    config = golden.config
+    chosen = check_layers(config, layers)
+    _check_recorded(golden, chosen)
+    names = _names(config, chosen, model_level=layers is None)
+    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, source, progress)
+    ordered = [mode for mode in MODES if mode in modes]
+    needed = {mode: running.needed(mode, chosen) for mode in ordered}
+    weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
+    running.forward(needed)
+    return Report(
+        modes=tuple(ordered),
+        dtype=dtype,
+        limits=LIMITS,
+        layers=chosen,
+        taps=tuple(result for mode in ordered for result in running.results[mode]),
+        descents=tuple(running.descents),
+        growth=tuple(running.growth),
+        reach=tuple(reach(golden, layer) for layer in chosen),
+        require_reach=require_reach,
+        logits=running.logits,
+        checkpoint={"path": name, **{key: weights.metadata[key] for key in ("source", "storage")}},
+        golden={
+            "path": str(golden.path),
+            "reference": dataclasses.asdict(golden.manifest.request.reference),
+            "source": dataclasses.asdict(golden.manifest.request.source),
+        },
+        platform=_platform(dtype),
+    )
 
-    def __init__(self, golden: Golden, config: Config, tolerance: Tolerance, wanted: Sequence[str]) -> None:
+
+class _Run:
+    """The state of one run: what was found so far, and the streams that go from layer to layer."""
+
+    def __init__(
+        self,
+        weights: Parameters,
+        golden: Golden,
+        dtype: str,
+        wanted: Sequence[str],
+        source: PublishedWeights | None,
+        progress: Progress,
+    ) -> None:
+        self._weights = weights
         self._golden = golden
-        self._config = config
-        self._tolerance = tolerance
-        self._order = {name: position for position, name in enumerate(wanted)}
-        self.results: list[TapResult] = []
+        self._config = golden.config
+        self._wanted = wanted
+        self._source = source
+        self._progress = progress
+        self._comparison = Comparison(golden, dtype)
+        self._model = Forward(weights, golden.tokens, jnp.dtype(dtype))
+        self._streams: Any = None
+        self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
+        self.descents: list[Descent] = []
+        self.growth: list[Growth] = []
+        self.logits: LogitsComparison | None = None
 
-    def wants(self, layer: int | None, *, before: bool | None = None) -> bool:
-        """Whether any tap of the layer, or of the model level before or after the layers, is to be compared."""
-        at = [tap for tap in taps_of(self._config, layer) if before is None or (tap.name == "embed") is before]
-        return any(full_name(tap, layer) in self._order for tap in at)
+    def needed(self, mode: Mode, chosen: Sequence[int]) -> tuple[int, ...]:
+        """The layers that have to run for what is wanted."""
+        if mode is Mode.ISOLATED:
+            return tuple(layer for layer in chosen if self._wants(layer))
+        last = self._config.num_hidden_layers - 1 if self._wants_head() else max(chosen)
+        return tuple(range(last + 1))
 
-    def add(self, taken: Taken) -> None:
-        """Judge and keep."""
-        self.results += self.judge(taken)
+    def forward(self, needed: Mapping[Mode, Sequence[int]]) -> None:
+        """Run everything, layer by layer."""
+        if Mode.CUMULATIVE in needed or self._wants(None):
+            self._embed(needed)
+        for layer in sorted({layer for layers in needed.values() for layer in layers}):
+            self._progress(layer)
+            self._layer(layer, [mode for mode, layers in needed.items() if layer in layers])
+        if self._wants_head():
+            self._progress(None)
+            self._head(list(needed))
 
-    def judge(self, taken: Taken, instead: Iterable[TapResult] = ()) -> list[TapResult]:
-        """Results of the wanted taps in order of execution; a tie in ``instead`` stays what it is."""
-        ties = {result.name: result for result in instead if result.verdict is Verdict.TIE}
-        # Whatever passed through a compiled program comes back in alphabetical order.
-        ordered = sorted(taken.keys() & self._order.keys(), key=self._order.__getitem__)
-        return [ties[name] if name in ties else self._one(name, taken[name]) for name in ordered]
+    def _wants(self, layer: int | None) -> bool:
+        return any(full_name(tap, layer) in self._wanted for tap in taps_of(self._config, layer))
 
-    def ties(self, taken: Taken, layer: int) -> dict[str, Array]:
-        """The golden's choices where ours is tied with them, by tap name within the layer, whatever is compared."""
-        if layer not in self._golden.layers:
-            return {}
-        choices = [tap for tap in taps_of(self._config, layer) if tap.values is Values.CHOICE]
-        return {
-            tap.name: self._golden.read(full_name(tap, layer))
-            for tap in choices
-            if self._one(full_name(tap, layer), taken[full_name(tap, layer)]).verdict is Verdict.TIE
-        }
+    def _wants_head(self) -> bool:
+        return any(full_name(tap, None) in self._wanted for tap in taps_of(self._config, None) if tap.name != "embed")
 
-    def _one(self, name: str, found: Array) -> TapResult:
-        tap, layer = by_name(name)
-        golden = self._golden.read(name)
-        if tap.values is Values.REAL:
-            verdict, distance, reason = compare(found, golden, self._tolerance)
-            return TapResult(name=name, verdict=verdict, reason=reason, shape=found.shape, distance=distance)
-        scores = self._scores(tap, layer)
-        visible = _visible(self._config, tap, layer, found.shape)
-        verdict, flips, reason = compare_choices(found, golden, scores, visible, self._tolerance)
-        return TapResult(name=name, verdict=verdict, reason=reason, shape=found.shape, flips=flips)
+    def _embed(self, needed: Mapping[Mode, Sequence[int]]) -> None:
+        self._progress(None)
+        taken, self._streams = self._model.embed()
+        for mode in needed:
+            self._judge(taken, mode)
 
-    def _scores(self, tap: Tap, layer: int | None) -> Array | None:
-        scores = next((other for other in taps_of(self._config, layer) if other.name == tap.scores), None)
-        return None if scores is None else self._golden.read(full_name(scores, layer))
+    def _layer(self, layer: int, modes: Sequence[Mode]) -> None:
+        """One layer in every mode that needs it, always with the golden's choices: a flip that is a tie must not change
+        what follows it, and one that is none fails by itself."""
+        choices = self._comparison.choices(layer)
+        leaving: dict[Mode, Array] = {}
+        failed = False
+        for mode in modes:
+            entering = self._golden.read(f"layers.{layer}.{INPUT}") if mode is Mode.ISOLATED else self._streams
+            taken, streams = self._model.layer(layer, entering, choices)
+            failed |= self._judge(taken, mode)
+            leaving[mode] = np.asarray(streams, np.float32)
+            if mode is Mode.CUMULATIVE:
+                self._streams = streams
+        if failed:
+            self._descend(layer)
+        if len(leaving) == len(MODES):
+            self.growth.append(self._grown(layer, leaving))
 
+    def _head(self, modes: Sequence[Mode]) -> None:
+        last = self._config.num_hidden_layers - 1
+        failed = False
+        for mode in modes:
+            isolated = mode is Mode.ISOLATED
+            taken = self._model.head(self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams)
+            failed |= self._judge(taken, mode)
+            self.logits = compare_logits(taken["logits"], self._golden.read("logits"), self._golden.tokens)
+        if failed or any(
+            result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
+        ):
+            self._descend(None)
 
-def _visible(config: Config, tap: Tap, layer: int | None, shape: tuple[int, ...]) -> Array | None:
-    """Number of compressed entries that each query may choose from; None for a choice of experts."""
-    if layer is None or not tap.where.holds(config, layer) or tap.scores != "attn.indexer.scores":
-        return None
-    assert config.attention[layer] is Attention.CSA
-    return np.broadcast_to((np.arange(shape[1]) + 1) // config.csa_ratio, shape[:2])
+    def _judge(self, taken: Taken, mode: Mode) -> bool:
+        """Judge what is wanted; whether anything fails."""
+        results = self._comparison.judge(taken, mode, self._wanted)
+        self.results[mode] += results
+        return any(result.verdict is Verdict.FAIL for result in results)
+
+    def _descend(self, layer: int | None) -> None:
+        self.descents.append(descend(layer, self._model, self._comparison, self._weights, self._source))
+
+    def _grown(self, layer: int, leaving: Mapping[Mode, Array]) -> Growth:
+        """Split the error of the streams that leave a layer."""
+        name = f"layers.{layer}.{STREAMS}"
+        golden = self._golden.read(name).astype(np.float64)
+        floors = {mode: self._comparison.floor(name, mode) for mode in MODES}
+        size = float(np.sqrt(np.mean(np.square(golden)))) or 1.0
+
+        def relative(difference: Array) -> float:
+            return float(np.sqrt(np.mean(np.square(difference)))) / size
+
+        isolated, cumulative = (leaving[mode].astype(np.float64) for mode in MODES)
+        return Growth(
+            layer=layer,
+            inherited=relative(cumulative - isolated),
+            added=relative(isolated - golden),
+            total=relative(cumulative - golden),
+            added_noise=noise_multiple(isolated - golden, floors[Mode.ISOLATED]),
+            total_noise=noise_multiple(cumulative - golden, floors[Mode.CUMULATIVE]),
+        )
 
 
 def _names(config: Config, layers: Iterable[int], *, model_level: bool) -> list[str]:
@@ -175,10 +256,10 @@ def _names(config: Config, layers: Iterable[int], *, model_level: bool) -> list[
     return outer[:1] + inner + outer[1:]
 
 
-def _check_recorded(golden: Golden, layers: Iterable[int], path: Path) -> None:
+def _check_recorded(golden: Golden, layers: Iterable[int]) -> None:
     absent = sorted(set(layers) - set(golden.layers))
     if absent:
-        raise UsageError(f"{path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
+        raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
 
 
 def _same_architecture(ours: Config, theirs: Config, golden: Path) -> None:
@@ -197,7 +278,7 @@ def _same_architecture(ours: Config, theirs: Config, golden: Path) -> None:
         )
 
 
-def _platform() -> Mapping[str, Any]:
+def _platform(dtype: str) -> Mapping[str, Any]:
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("dsv4", "jax", "jaxlib", "flax")}
-    return {"backend": jax.default_backend(), "device": device.device_kind, "dtype": "float32", "versions": versions}
+    return {"backend": jax.default_backend(), "device": device.device_kind, "dtype": dtype, "versions": versions}

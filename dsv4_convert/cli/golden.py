@@ -28,10 +28,16 @@ def record(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="dtypes whose noise floor is measured, for parity in that dtype; each runs every layer twice more."
+        ),
+    ] = "float32,bfloat16",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     json: Json = None,
 ) -> None:
-    """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation.
+    """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
 
     One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4[reference]'.
 
@@ -53,6 +59,7 @@ def record(
             tokens=ids,
             text=None if text is None else [text],
             layers=chosen,
+            noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
             name=origin.repository,
             revision=origin.revision,
             announce=_print_plan,
@@ -75,22 +82,29 @@ def show(
     golden: Annotated[Path, typer.Argument(help="Golden.")],
     json: Json = None,
 ) -> None:
-    """Say what a golden holds: reference, source, tokens, taps."""
+    """Say what a golden holds, and what its prompt does not reach."""
     from golden.archive import open_golden
+    from golden.reach import reach
 
     opened = open_golden(golden)
+    reached = [reach(opened, layer) for layer in opened.layers]
     document = {
         "schema_version": 1,
         "reference": dataclasses.asdict(opened.manifest.request.reference),
         "source": dataclasses.asdict(opened.manifest.request.source),
         "tokens": list(opened.tokens.shape),
         "layers": list(opened.layers),
+        "noise": list(opened.manifest.request.noise),
         "taps": list(opened.names),
+        "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
-        for key in ("reference", "source", "tokens", "layers"):
+        for key in ("reference", "source", "tokens", "layers", "noise"):
             typer.echo(f"{key:<10} {document[key]}")
         typer.echo(f"{'taps':<10} {len(opened.names)}")
+        for layer in reached:
+            missed = "; ".join(layer.missed) or "every operation is reached"
+            typer.echo(f"{'reach':<10} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
     write_json(document, json)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, parse_layers, reported, status, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, parse_choice, parse_layers, reported, status, write_json
 
 
 @reported
@@ -22,10 +22,31 @@ def parity(
     mode: Annotated[
         str,
         typer.Option(
-            metavar="[isolated|cumulative]",
-            help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up.",
+            metavar="[isolated|cumulative|both]",
+            help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up. "
+            "both: and the error of every layer split into what it inherits and what it adds.",
         ),
     ] = "isolated",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="[float32|bfloat16]", help="Weights and activations; judged by the noise floor of that dtype."
+        ),
+    ] = "float32",
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The published checkpoint: the weights of wrong operations are compared with its tensors."),
+    ] = None,
+    require_reach: Annotated[
+        bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say in words why each tap passes or fails, instead of the tables.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="tokenizer.json, or its folder, to show tokens as text; that of --against if not given."),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="One line per layer, and the taps that do not pass.")
     ] = False,
@@ -33,31 +54,38 @@ def parity(
 ) -> None:
     """Run the JAX layers and compare every intermediate activation with a golden.
 
-    Names the first operation that diverges; exits 1 if any does. Only the weights that the prompt reaches are read.
+    Errors are multiples of the noise floor: how far rounding alone moves the reference. A layer that fails runs once
+    more with every operation on the golden's own inputs, so the operation that is wrong is named, and with --against
+    the tensor. Exits 1 if anything diverges. Only the weights that the prompt reaches are read.
 
-    Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12
+    Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12 --against ./DeepSeek-V4-Flash
     """
-    from dsv4_convert.errors import CheckFailed, UsageError
+    from dsv4_convert.errors import CheckFailed
 
     layers = parse_layers(layer)
+    from golden.noise import MODES, Mode
+    from golden.tokens import token_decoder
+    from parity.explain import verdict
     from parity.render import render
     from parity.run import run
-    from parity.tolerances import Mode
 
-    if mode not in list(Mode):
-        raise UsageError(f"--mode {mode}: expected one of {', '.join(Mode)}")
+    chosen = parse_choice("--mode", mode, (*MODES, "both"))
+    decode = token_decoder(tokenizer or against, required=tokenizer is not None)
     with status("parity") as say:
         report = run(
             checkpoint,
             golden,
             layers=layers,
             taps=taps or (),
-            mode=Mode(mode),
+            modes=MODES if chosen == "both" else (Mode(chosen),),
+            dtype=dtype,
+            against=against,
+            require_reach=require_reach,
             progress=lambda at: say("model level" if at is None else f"layer {at}"),
         )
-    write_json(report.to_json(), json)
+    write_json(report.to_json(verdict(report)), json)
     from rich.console import Console
 
-    render(report, Console(stderr=json == "-"), every_tap=not quiet)
+    render(report, Console(stderr=json == "-"), every_tap=not quiet, explained=explain, decode=decode)
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)

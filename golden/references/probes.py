@@ -157,11 +157,12 @@ LAYER_PROBES: dict[str, Probe] = {
     "hc_ffn.streams": Output(""),
 }
 
-#: Taps after the layers, by module path within ``DeepseekV4Model``; the logits are what its caller makes of them.
+#: Taps after the layers, by module path within ``DeepseekV4Model``; ``lm_head`` stands beside that.
 HEAD_PROBES: dict[str, Probe] = {
     "hc_head.pre": FirstArgument("hc_head", Tensor.unsqueeze),
     "hc_head": Output("hc_head"),
     "norm": Output("norm"),
+    "logits": Output("lm_head"),
 }
 
 
@@ -207,7 +208,7 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
         elif value.shape != shape or value.is_floating_point() != (dtype.kind == "f"):
             problems.append(f"{tap}: expected {dtype} {list(shape)}, found {value.dtype} {list(value.shape)}")
         else:
-            taps[tap] = value.numpy().astype(dtype, copy=False)
+            taps[tap] = (value.double() if dtype.kind == "f" else value).numpy().astype(dtype, copy=False)
     if problems:
         raise Dsv4Error(
             "transformers computes DeepSeek-V4 in another way than the recorder knows; install the version that it was "

@@ -1,4 +1,4 @@
-"""transformers' DeepSeek-V4 on a prompt, one layer at a time, in float32.
+"""transformers' DeepSeek-V4 on a prompt, one layer at a time: in float32, and in other dtypes for its noise floor.
 
 Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. What is ours is
 when weights are there. A layer is built without memory, filled from the checkpoint, run and dropped; of the routed
@@ -9,7 +9,9 @@ the whole model's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -29,11 +31,15 @@ from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.names import Kind
 from golden.manifest import Reference
-from golden.references.probes import HEAD_PROBES, LAYER_PROBES, Expected, recording
+from golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise
+from golden.references.precision import CHOICES, TORCH, as_array, as_tensor, change_dtype, choosing, widened
+from golden.references.probes import HEAD_PROBES, LAYER_PROBES, Expected, Probe, recording
 
 Array = np.ndarray[Any, Any]
 
 _EAGER = "eager"
+#: The dtype that goldens are recorded in.
+_GOLDEN = "float32"
 _FLOAT32 = np.dtype(np.float32)
 #: Rows of the output head that are in memory at a time; at V4-Flash's width 128 MiB.
 HEAD_ROWS = 8192
@@ -51,10 +57,33 @@ def describe() -> Reference:
     )
 
 
-class StreamedModel:
-    """The reference for one prompt. Streams go in and out as float32 ``[B, S, N, D]``."""
+#: Streams by the dtype of the run that they belong to: float32 is the golden's own run.
+State = dict[str, Array]
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, resolution: Resolution, tokens: Array) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What a forward in one dtype is given beside streams and weights."""
+
+    mask: Tensor
+    angles: dict[str, tuple[Tensor, Tensor]]
+
+
+class StreamedModel:
+    """The reference for one prompt. Streams go in and out as ``[B, S, N, D]``, one array for every dtype that runs.
+
+    The golden is the run in float32. Every dtype of ``noise`` adds two runs of each layer (:mod:`golden.noise`).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        resolution: Resolution,
+        tokens: Array,
+        *,
+        noise: Sequence[str] = (),
+    ) -> None:
         """Prepare masks and rotary tables; no weight is read.
 
         Args:
@@ -62,6 +91,7 @@ class StreamedModel:
             config: the checkpoint's architecture.
             resolution: which tensors fill which parameters, for all layers that will run.
             tokens: int32 ``[B, S]``.
+            noise: dtypes whose noise floor is measured.
 
         Raises:
             Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
@@ -70,80 +100,140 @@ class StreamedModel:
         self._config = config
         self._leaves = resolution.leaves
         self._ids = torch.from_numpy(tokens.astype(np.int64))
+        self._noise = {dtype: RUN_DTYPES[dtype] for dtype in noise}
         raw = copy.deepcopy(dict(checkpoint.config))
         raw.pop("quantization_config", None)  # weights are decoded here, so nothing is to be quantised there
         self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
         _check_agreement(self._hf, self._rotary, config)
-        like_embeddings = torch.empty(*self._ids.shape, 1)  # only its batch, length and dtype matter
         self._positions = torch.arange(tokens.shape[1]).unsqueeze(0)
-        self._mask = create_sliding_window_causal_mask(
+        self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
+
+    def _prepare(self, dtype: torch.dtype) -> _Given:
+        like_embeddings = torch.empty(*self._ids.shape, 1, dtype=dtype)  # only its batch, length and dtype matter
+        mask = create_sliding_window_causal_mask(
             config=self._hf,
             inputs_embeds=like_embeddings,
             attention_mask=None,
             past_key_values=None,
             position_ids=self._positions,
         )
-        self._angles = {
+        angles = {
             label: self._rotary(like_embeddings, position_ids=self._positions, layer_type=label)
             for label in ("main", "compress")
         }
+        return _Given(mask, angles)
 
     @torch.no_grad()
-    def embed(self) -> Array:
+    def embed(self) -> Taken:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
         (source,) = self._leaf("embed").sources
         used, places = np.unique(self._ids.numpy(), return_inverse=True)
         rows = decode_weight(self._checkpoint.read(source.weight)[used], None, dtype=_FLOAT32)
         self._checkpoint.release(source.weight)
-        return rows[places.reshape(self._ids.shape)]
+        embedded = rows[places.reshape(self._ids.shape)]
+        runs = {dtype: as_array(torch.from_numpy(embedded).to(TORCH[dtype])) for dtype in self._noise.values()}
+        noise = [[row_noise(runs[run], embedded)] * len(MODES) for run in self._noise.values()]
+        return Taken({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
 
-    def spread(self, embedded: Array) -> Array:
+    def spread(self, embedded: Taken) -> State:
         """The streams entering layer 0: the embedding in each of them."""
-        return np.repeat(embedded[:, :, None], self._config.hc_mult, axis=2)
+        streams = torch.from_numpy(np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2))
+        return {dtype: as_array(streams.to(TORCH[dtype])) for dtype in self._given}
 
     @torch.no_grad()
-    def run_layer(self, layer: int, streams: Array, expected: Expected) -> tuple[Array, dict[str, Array]]:
-        """The streams leaving ``layer``, and its expected taps (by name within the layer)."""
+    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, Taken]:
+        """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
         with torch.device("meta"):
             module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
         leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
-        self._use_streamed_experts(
+        experts = self._use_streamed_experts(
             module.mlp.experts, {leaf.rule.path: leaf for leaf in leaves if leaf.rule.per_expert}
         )
         for inner in [name for name, part in module.named_modules() if type(part) is type(self._rotary)]:
             module.set_submodule(inner, self._rotary)
         prefix = f"model.layers.{layer}."
         self._fill(module, (leaf for leaf in leaves if not leaf.rule.per_expert), prefix)
-        with recording(module, LAYER_PROBES, expected) as taps:
-            leaving = module(
-                torch.from_numpy(streams),
+
+        def forward(run: str, streams: Tensor) -> Tensor:
+            given = self._given[run]
+            result: Tensor = module(
+                streams,
                 input_ids=self._ids,
-                position_embeddings=self._angles,
+                position_embeddings=given.angles,
                 position_ids=self._positions,
-                attention_mask=self._mask,
+                attention_mask=given.mask,
                 past_key_values=None,
             )
-        return leaving.numpy(), taps
+            return result
+
+        def convert(run: str) -> None:
+            change_dtype(module, prefix, TORCH[run])
+            for stack in experts:
+                stack.dtype = TORCH[run]
+
+        return self._run(module, LAYER_PROBES, forward, convert, state, expected)
 
     @torch.no_grad()
-    def run_head(self, streams: Array, expected: Expected) -> dict[str, Array]:
+    def run_head(self, state: State, expected: Expected) -> Taken:
         """The taps after the last layer, the logits among them."""
         with torch.device("meta"):
             hc_head = modeling.DeepseekV4HyperHead(self._hf)
             norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
-        root = nn.ModuleDict({"hc_head": hc_head, "norm": norm})
+            head = nn.Identity()
+        root = nn.ModuleDict({"hc_head": hc_head, "norm": norm, "lm_head": head})
         names = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
         self._fill(root, [self._leaf(name) for name in names], "model.")
-        logits = "logits"
-        with recording(root, HEAD_PROBES, {tap: what for tap, what in expected.items() if tap != logits}) as taps:
-            normed = norm(hc_head(torch.from_numpy(streams)))
-        head = self._leaf("head")
-        products = [
-            nn.functional.linear(normed, self._floats(head, head.sources[0], rows=slice(start, start + HEAD_ROWS)))
-            for start in range(0, self._config.vocab_size, HEAD_ROWS)
-        ]
-        return {**taps, logits: torch.cat(products, dim=-1).numpy()}
+        leaf = self._leaf("head")
+
+        def forward(run: str, streams: Tensor) -> Tensor:
+            normed = norm(hc_head(streams))
+            starts = range(0, self._config.vocab_size, HEAD_ROWS)
+            rows = (self._floats(leaf, leaf.sources[0], rows=slice(start, start + HEAD_ROWS)) for start in starts)
+            products = [nn.functional.linear(normed, weight.to(normed.dtype)) for weight in rows]
+            result: Tensor = head(torch.cat(products, dim=-1))
+            return result
+
+        _, taken = self._run(
+            root, HEAD_PROBES, forward, lambda run: change_dtype(root, "model.", TORCH[run]), state, expected
+        )
+        return taken
+
+    def _run(
+        self,
+        module: nn.Module,
+        probes: Mapping[str, Probe],
+        forward: Callable[[str, Tensor], Tensor],
+        convert: Callable[[str], None],
+        state: State,
+        expected: Expected,
+    ) -> tuple[State, Taken]:
+        """The golden's run, then those that measure its noise. ``convert`` changes the module's dtype."""
+        with recording(module, probes, expected) as taps:
+            leaving = {_GOLDEN: forward(_GOLDEN, as_tensor(state[_GOLDEN])).numpy()}
+        choices = {name: taps[name] for name in expected if name in CHOICES}
+        in_float64 = {
+            name: (np.dtype(np.float64) if dtype.kind == "f" else dtype, shape)
+            for name, (dtype, shape) in expected.items()
+        }
+        noise: dict[str, list[Array]] = {name: [] for name, (dtype, _) in expected.items() if dtype.kind == "f"}
+        for run in self._noise.values():
+            convert(run)
+            for mode in MODES:
+                entering = as_tensor(state[_GOLDEN if mode is Mode.ISOLATED else run]).to(TORCH[run])
+                with ExitStack() as stack:
+                    if run == "float64":
+                        stack.enter_context(widened(self._rotary))
+                    stack.enter_context(choosing(module, choices))
+                    found = stack.enter_context(recording(module, probes, in_float64))
+                    streams = forward(run, entering)
+                if mode is Mode.CUMULATIVE:
+                    leaving[run] = as_array(streams)
+                for name, rows in noise.items():
+                    rows.append(row_noise(found[name], taps[name]))
+        shape = (len(self._noise), len(MODES))
+        stacked = {name: np.array(rows).reshape(*shape, *rows[0].shape) for name, rows in noise.items() if rows}
+        return leaving, Taken(taps, stacked)
 
     def _leaf(self, path: str) -> Leaf:
         return next(leaf for leaf in self._leaves if leaf.path == path)
@@ -165,12 +255,15 @@ class StreamedModel:
             raise Dsv4Error(f"transformers' module {prefix} does not take the checkpoint's weights: {error}") from error
         module.eval().requires_grad_(False)
 
-    def _use_streamed_experts(self, experts: nn.Module, leaves: Mapping[str, Leaf]) -> None:
+    def _use_streamed_experts(self, experts: nn.Module, leaves: Mapping[str, Leaf]) -> list[_Streamed]:
         """Replace the fused parameters by objects that decode the expert that the eager forward asks for."""
         w1, w2, w3 = (leaves[f"layers.{{}}.ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
+        stacks = []
         for name, halves in (("gate_up_proj", (w1, w3)), ("down_proj", (w2,))):
             delattr(experts, name)  # a registered parameter cannot be overwritten by another kind of object
-            setattr(experts, name, _Streamed(partial(self._expert, halves)))
+            stacks.append(_Streamed(partial(self._expert, halves)))
+            setattr(experts, name, stacks[-1])
+        return stacks
 
     def _expert(self, leaves: tuple[Leaf, ...], expert: int) -> Tensor:
         """The rows of one expert, those of several leaves one below the other: float32 ``[out, in]``."""
@@ -205,13 +298,14 @@ class StreamedModel:
 
 
 class _Streamed:
-    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for."""
+    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for, in ``dtype``."""
 
     def __init__(self, read: Callable[[int], Tensor]) -> None:
         self._read = read
+        self.dtype = torch.float32
 
     def __getitem__(self, expert: Tensor) -> Tensor:
-        return self._read(int(expert))
+        return self._read(int(expert)).to(self.dtype)
 
 
 #: Fields that transformers' config has under the same name.

@@ -1,0 +1,116 @@
+"""Does parity cry wolf? Random healthy models in float32 and bfloat16, isolated and cumulative: a failure is a bug.
+
+Prints the number of failures, how often choices were tied, and how many noise floors healthy errors amount to, from
+which the limits in ``parity/tolerances.py`` are derived.
+
+Run: python -m benchmarks.false_alarms [--cases 200] [--first 0] [--jobs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from golden.noise import MODES
+from parity.explain import verdict
+from parity.metrics import Verdict
+from parity.run import compare_model
+from parity.tolerances import LIMITS, UNIT
+from tests.parity.healthy import healthy
+
+#: A process compiles anew for every architecture, and never frees what it compiled.
+_CASES_PER_PROCESS = 12
+_QUANTILES = (50, 99, 99.9, 100)
+
+
+def one(case: int) -> list[dict[str, Any]]:
+    """Everything that is counted of one case, a row for each dtype."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = healthy(case, Path(folder))
+        for dtype in UNIT:
+            report = compare_model(made.weights, made.golden, modes=MODES, dtype=dtype)
+            distances = [tap.distance for tap in report.taps if tap.distance is not None]
+            flips = [tap.flips for tap in report.taps if tap.flips is not None]
+            rows.append(
+                {
+                    "case": case,
+                    "dtype": dtype,
+                    "passed": report.passed,
+                    "sentence": verdict(report),
+                    "taps": len(report.taps),
+                    "empty": report.count(Verdict.EMPTY),
+                    "choices": sum(flip.of for flip in flips),
+                    "ties": sum(flip.ties for flip in flips),
+                    "flips": sum(flip.tokens for flip in flips),
+                    "tie": [flip.noise for flip in flips if flip.tokens],
+                    "tap": [distance.noise.tap for distance in distances],
+                    "row": [distance.noise.row for distance in distances],
+                    "element": [distance.noise.element for distance in distances],
+                    "allclose": [max(distance.allclose for distance in distances)],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Run the cases in processes of their own, print the tables and the counts as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    cases = range(options.first, options.first + options.cases)
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=_CASES_PER_PROCESS) as pool:
+        for done, found in enumerate(pool.imap_unordered(one, cases), start=1):
+            rows += found
+            for row in found:
+                if not row["passed"]:
+                    console.print(f"case {row['case']}, {row['dtype']}: {row['sentence']}", style="red")
+            print(f"{done} of {len(cases)}", end="\r", flush=True)
+    failures = sum(not row["passed"] for row in rows)
+    console.print(_counts(rows))
+    console.print(_multiples(rows))
+    print(json.dumps({"cases": len(cases), "runs": len(rows), "false_alarms": failures}))
+
+
+def _counts(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="healthy models, isolated and cumulative", title_justify="left", box=None)
+    for name in ("dtype", "models", "failures", "taps", "empty", "choices", "flips", "of them ties", "allclose at"):
+        table.add_column(name, justify="right")
+    for dtype in UNIT:
+        mine = [row for row in rows if row["dtype"] == dtype]
+        table.add_row(
+            dtype,
+            str(len(mine)),
+            str(sum(not row["passed"] for row in mine)),
+            *(f"{sum(row[key] for row in mine):,}" for key in ("taps", "empty", "choices", "flips", "ties")),
+            f"{max(max(row['allclose']) for row in mine):.1e}",
+        )
+    return table
+
+
+def _multiples(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="healthy errors in multiples of the noise floor", title_justify="left", box=None)
+    for name in ("dtype", "measure", "median", "99%", "99.9%", "largest", "limit"):
+        table.add_column(name, justify="right")
+    for dtype in UNIT:
+        for measure in ("tap", "row", "element", "tie"):
+            values = [value for row in rows if row["dtype"] == dtype for value in row[measure]] or [0.0]
+            quantiles = (f"{value:.2f}" for value in np.percentile(values, _QUANTILES))
+            table.add_row(dtype, measure, *quantiles, f"{getattr(LIMITS, measure):g}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

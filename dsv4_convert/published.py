@@ -1,0 +1,115 @@
+"""Model parameters straight out of a Hugging Face checkpoint, decoded on the way; nothing is converted first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.config import Config
+from dsv4_convert.coverage import Leaf, Stored, resolve
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.names import Kind, Transform, check_layers
+from dsv4_convert.restore import grouped
+
+Array = np.ndarray[Any, Any]
+_FLOAT32 = np.dtype(np.float32)
+
+
+class PublishedWeights:
+    """Reads what :class:`dsv4_convert.restore.Weights` reads, value for value, from the published shards."""
+
+    def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
+        """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
+
+        Raises:
+            BadInput: it does not, or is not a DeepSeek-V4 text model.
+        """
+        self._checkpoint = checkpoint
+        self.config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        self.layers = check_layers(self.config, layers)
+        stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        resolution = resolve(stored, self.config, layers=layers, where=str(checkpoint.root))
+        self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
+
+    @classmethod
+    def open(cls, source: Path, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
+        """Open a folder. Raises :class:`BadInput` if it does not fill ``layers``."""
+        return cls(open_checkpoint(source, partial=layers is not None), layers=layers)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What reports say of the weights."""
+        return {"source": str(self._checkpoint.root), "storage": "published"}
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """Raises :class:`UsageError` for layers that were not opened."""
+        absent = sorted(set(wanted) - set(self.layers))
+        if absent:
+            raise UsageError(f"{self._checkpoint.root}: opened without the layers {absent}")
+
+    def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
+        leaf = self._leaf(path)
+        if leaf.rule.per_expert:
+            return np.stack([self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)])
+        (source,) = leaf.sources
+        if leaf.rule.kind is Kind.INTEGER:
+            return self._checkpoint.read(source.weight).astype(np.int32)
+        dtype = dtype if leaf.rule.kind.follows_dtype else _FLOAT32
+        transpose = leaf.rule.transform is Transform.TRANSPOSE
+        decoded = read_weight(self._checkpoint, source, dtype=dtype, transpose=transpose)
+        self._release(leaf)
+        return grouped(decoded, self.config.o_groups) if leaf.rule.transform is Transform.GROUPED else decoded
+
+    def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Matrix ``expert`` of a stack; reads that expert's bytes only."""
+        leaf = self._leaf(path)
+        if not leaf.fused:
+            decoded = read_weight(self._checkpoint, leaf.sources[expert], dtype=dtype, transpose=True)
+        else:
+            rows = leaf.source_shape[0]
+            start = (leaf.rule.half or 0) * rows
+            stored = self._checkpoint.read(leaf.sources[0].weight)[expert, start : start + rows]
+            decoded = decode_weight(stored, None, dtype=dtype, transpose=True)
+        self._release(leaf)
+        return decoded
+
+    def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Some rows of an unquantised parameter along its first axis."""
+        leaf = self._leaf(path)
+        stored = self._checkpoint.read(leaf.sources[0].weight)[rows]
+        self._release(leaf)
+        return decode_weight(stored, None, dtype=dtype)
+
+    def tensor(self, path: str, expert: int | None = None) -> str:
+        """Name of the tensor that fills a parameter, or one expert of a stack."""
+        leaf = self._leaf(path)
+        return leaf.sources[0 if expert is None or leaf.fused else expert].weight
+
+    def alike(self, path: str) -> list[str]:
+        """Paths of the other parameters of the same layer, or of the model level, that have the same shape."""
+        leaf = self._leaf(path)
+        return [
+            other.path
+            for other in self._leaves.values()
+            if other.layer == leaf.layer and other.source_shape == leaf.source_shape and other is not leaf
+        ]
+
+    def _leaf(self, path: str) -> Leaf:
+        leaf = self._leaves.get(path)
+        if leaf is None:
+            raise BadInput(f"{self._checkpoint.root}: nothing fills {path}")
+        return leaf
+
+    def _release(self, leaf: Leaf) -> None:
+        """Give the mapped pages back to the system."""
+        for source in leaf.sources:
+            for name in (source.weight, source.scale):
+                if name is not None:
+                    self._checkpoint.release(name)

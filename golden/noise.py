@@ -1,0 +1,80 @@
+"""The noise floor of a golden: how far legal rounding moves the reference away from what it recorded.
+
+A golden holds float32 values. Beside them the reference runs again, with the golden's discrete choices:
+
+* in float64, which says how much of the golden itself is rounding: the floor of float32;
+* in bfloat16, as users run it: the floor of bfloat16;
+
+each of them *isolated* (every layer on the golden's own input, rounded to that dtype) and *cumulative* (from the
+tokens, on streams of its own). What is kept of a run is its distance from the golden per token: for every row of a tap,
+which is its first two axes, the rms and the largest absolute value of the difference over the remaining axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Mode(StrEnum):
+    """Where a layer's input comes from."""
+
+    ISOLATED = "isolated"
+    CUMULATIVE = "cumulative"
+
+
+MODES: tuple[Mode, ...] = tuple(Mode)
+
+#: dtype under test -> dtype in which the reference runs to measure its noise.
+RUN_DTYPES: dict[str, str] = {"float32": "float64", "bfloat16": "bfloat16"}
+
+#: The numbers that are kept per row.
+RMS, PEAK = 0, 1
+
+_SUFFIX = ":noise"
+
+
+def noise_name(tap: str) -> str:
+    """The stored name of the noise of a tap."""
+    return tap + _SUFFIX
+
+
+def is_noise(name: str) -> bool:
+    """Whether a stored name is that of a noise."""
+    return name.endswith(_SUFFIX)
+
+
+def noise_shape(shape: Sequence[int], dtypes: int) -> tuple[int, ...]:
+    """``[dtypes, modes, rms and peak, rows of axis 0, rows of axis 1]`` for a tap of this shape."""
+    return (dtypes, len(MODES), 2, *shape[:2])
+
+
+def row_noise(run: Array, golden: Array) -> Array:
+    """``[2, B, S]`` float32: rms and largest absolute value of ``run - golden`` in every row; computed in float64.
+
+    Rows without elements have no noise.
+    """
+    if not golden.size:
+        return np.zeros((2, *golden.shape[:2]), np.float32)
+    difference = np.abs(run.astype(np.float64) - golden).reshape(*golden.shape[:2], -1)
+    rms = np.sqrt(np.mean(np.square(difference), axis=-1))
+    return np.stack([rms, difference.max(axis=-1)]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The taps of one layer, or of the model level, by name within it, and the noise of those of real numbers."""
+
+    taps: Mapping[str, Array]
+    noise: Mapping[str, Array]
+
+    def arrays(self, prefix: str) -> dict[str, Array]:
+        """All arrays by stored name."""
+        taps = {prefix + name: array for name, array in self.taps.items()}
+        return taps | {noise_name(prefix + name): array for name, array in self.noise.items()}

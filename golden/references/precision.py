@@ -1,0 +1,133 @@
+"""Running transformers' modules in another dtype than float32, with the golden's discrete choices.
+
+bfloat16 is what ``from_pretrained(dtype=torch.bfloat16)`` makes of a module: the parts that transformers keeps in
+float32 stay so. float64 is what no user runs: the modules cast to float32 in many places, and those casts are
+redirected while they run. Rotary tables are the exception: their float32 is part of the model's definition, not
+rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+Array = np.ndarray[Any, Any]
+
+TORCH = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+#: Choice -> the module whose ``topk`` makes it. Hash routing chooses by table, the same in every dtype.
+CHOICES = {"attn.indexer.chosen": "self_attn.compressor.indexer", "ffn.gate.experts": "mlp.gate"}
+
+_KEPT = re.compile(
+    "|".join(rf"((^|\.){name}($|\.))" for name in modeling.DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict)
+)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A tensor as an array of the same dtype, bfloat16 included."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
+
+
+def as_tensor(array: Array) -> Tensor:
+    """Inverse of :func:`as_array`."""
+    if array.dtype == _BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def change_dtype(module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+    """Convert the weights of a part of the model in place; ``prefix`` is its path in the whole model."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or name.endswith("inv_freq"):
+            continue
+        kept = dtype == torch.bfloat16 and _KEPT.search(prefix + name) is not None
+        tensor.data = tensor.data.to(torch.float32 if kept else dtype)
+
+
+@contextmanager
+def widened(rotary: nn.Module) -> Iterator[None]:
+    """While active, whatever is asked to become float32 becomes float64, but for what ``rotary`` computes."""
+    mode = _Widen()
+    handles = [
+        rotary.register_forward_pre_hook(lambda *_: mode.pause(True)),
+        rotary.register_forward_hook(lambda *_: mode.pause(False), always_call=True),
+    ]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Widen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._paused = False
+
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def choosing(root: nn.Module, choices: Mapping[str, Array]) -> Iterator[None]:
+    """While active, ``topk`` inside the modules of :data:`CHOICES` gives the indices of ``choices`` ``[B, S, k]``."""
+    with ExitStack() as stack:
+        for tap, indices in choices.items():
+            module = root.get_submodule(CHOICES[tap])
+            mode = _Choose(torch.from_numpy(indices.astype(np.int64)))
+            for handle in (
+                module.register_forward_pre_hook(mode.begin),
+                module.register_forward_hook(mode.end, always_call=True),
+            ):
+                stack.callback(handle.remove)
+        yield
+
+
+class _Choose(TorchFunctionMode):
+    def __init__(self, indices: Tensor) -> None:
+        super().__init__()
+        self._indices = indices
+
+    def begin(self, *_: object) -> None:
+        """A forward pre-hook."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        """A forward hook."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            return torch.return_types.topk((result.values, self._indices.reshape(result.indices.shape)))
+        return result

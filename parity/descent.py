@@ -1,0 +1,87 @@
+"""Naming the operation: a failing layer runs once more, every operation on the golden's own inputs.
+
+What still differs then is wrong by itself, and what agrees only inherited its error. Faults after the first are found
+as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dsv4_convert.config import Config
+from dsv4_convert.names import parameters
+from dsv4_convert.published import PublishedWeights
+from dsv4_convert.restore import Parameters
+from dsv4_convert.taps import by_name
+from golden.layout import INPUT, STREAMS
+from golden.noise import Mode
+from parity.blame import differing_weights
+from parity.comparison import Comparison
+from parity.forward import Forward, Taken
+from parity.metrics import Verdict
+from parity.report import Descent, TapResult
+from parity.tolerances import LIMITS
+
+
+def descend(
+    layer: int | None,
+    forward: Forward,
+    comparison: Comparison,
+    weights: Parameters,
+    source: PublishedWeights | None,
+) -> Descent:
+    """Run a layer, or the model level after the layers (None), operation by operation.
+
+    Args:
+        layer: the layer; the golden recorded it.
+        forward: the model.
+        comparison: with the golden.
+        weights: where the model's weights come from.
+        source: the published checkpoint to compare the weights of wrong operations with, if it is at hand.
+
+    Raises:
+        BadInput: golden or weights are damaged.
+    """
+    golden = comparison.golden
+    given = comparison.everything(layer)
+    if layer is None:
+        last = golden.config.num_hidden_layers - 1
+        embedded, _ = forward.embed()
+        taken = embedded | forward.head(golden.read(f"layers.{last}.{STREAMS}"), given)
+    else:
+        taken, _ = forward.layer(layer, golden.read(f"layers.{layer}.{INPUT}"), given)
+    results = comparison.judge(taken, Mode.ISOLATED, golden.taps(layer), fed=True)
+    wrong = tuple(result for result in results if result.verdict is Verdict.FAIL)
+    paths = _weights(layer, wrong, golden.config)
+    return Descent(
+        layer=layer,
+        wrong=wrong,
+        weights=paths,
+        differing=None if source is None else tuple(differing_weights(weights, source, paths)),
+        experts=_suspects(layer, wrong, taken, comparison),
+    )
+
+
+def _weights(layer: int | None, wrong: Iterable[TapResult], config: Config) -> tuple[str, ...]:
+    """The parameters that the wrong operations use, each once, in order of execution."""
+    exist = {path for path, _, owner in parameters(config, () if layer is None else (layer,)) if owner == layer}
+    prefix = "" if layer is None else f"layers.{layer}."
+    used = (prefix + weight for result in wrong for weight in by_name(result.name)[0].weights)
+    return tuple(dict.fromkeys(path for path in used if path in exist))
+
+
+def _suspects(layer: int | None, wrong: Iterable[TapResult], taken: Taken, comparison: Comparison) -> tuple[int, ...]:
+    """If the routed experts are wrong: the experts that every failing token, and no passing one, was sent to."""
+    name = f"layers.{layer}.ffn.experts"
+    if layer is None or all(result.name != name for result in wrong):
+        return ()
+    golden = comparison.golden.read(name)
+    floor = comparison.floor(name, Mode.ISOLATED)
+    error = np.abs(taken[name].astype(np.float64) - golden)
+    failing = (error > LIMITS.element * floor.elements(golden)).any(axis=-1)
+    chosen = comparison.golden.read(f"layers.{layer}.ffn.gate.experts")
+    suspects = np.setdiff1d(chosen[failing], chosen[~failing])
+    explained = np.isin(chosen[failing], suspects).any(axis=-1).all()
+    return tuple(int(expert) for expert in suspects) if explained else ()

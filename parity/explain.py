@@ -1,0 +1,177 @@
+"""A parity report in words: the verdict, and why a tap passes or fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from golden.noise import Mode
+from golden.reach import LayerReach
+from parity.metrics import Distance, Verdict
+from parity.report import Descent, Report, TapResult
+
+#: Weights, operations or experts that a sentence names before it counts the others.
+_NAMED = 3
+
+
+def verdict(report: Report) -> str:
+    """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why."""
+    first = report.first_diverging
+    if first is not None:
+        parts = [f"FAIL: {_first(first)} {_counts(report)}", *_added(report), *_operation(report, first)]
+        return " ".join(parts)
+    if not report.agrees:
+        return "FAIL: nothing was compared."
+    how = f"{report.dtype}, {' and '.join(report.modes)}"
+    agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {how}{_largest(report)}"
+    if not report.passed:
+        return (
+            f"FAIL: {agreement}, but the golden does not reach everything: {'; '.join(map(missed, report.unreached))}."
+        )
+    return f"PASS: {agreement}."
+
+
+def missed(layer: LayerReach) -> str:
+    """What the golden leaves unchecked in a layer."""
+    experts = [f"{layer.experts} of {layer.of} experts are reached"] if layer.experts < layer.of else []
+    return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
+
+
+def why(result: TapResult, report: Report) -> str:
+    """Why one tap passes or fails, for a reader who does not know the measures."""
+    head = f"{result.name} ({result.meaning}), {result.mode}: {result.verdict}."
+    if result.verdict is Verdict.EMPTY:
+        return f"{head} The prompt makes no element of it, so it says nothing."
+    if result.flips is not None:
+        return f"{head} {_choices(result, report)}"
+    if result.distance is None:
+        return f"{head} It cannot be compared: {result.reason}."
+    return f"{head} {_real(result, result.distance, report)}"
+
+
+def operation(descent: Descent) -> Iterator[str]:
+    """What descending into a layer found: operations, weights, experts."""
+    names = [result.name for result in descent.wrong]
+    if not names:
+        yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
+        return
+    yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
+    if descent.experts:
+        who = (
+            f"expert {descent.experts[0]}" if len(descent.experts) == 1 else f"one of experts {_list(descent.experts)}"
+        )
+        yield f"Exactly the tokens that were sent to {who} are wrong."
+    if not descent.weights:
+        yield "It uses no weights: look at the configuration and the code."
+    elif descent.differing is None:
+        yield f"It uses {_list(descent.weights)}; --against SOURCE compares them with the published checkpoint."
+    elif not descent.differing:
+        yield f"Its weights ({_list(descent.weights)}) are those of the source: look at the configuration and the code."
+    for difference in (descent.differing or ())[:_NAMED]:
+        yield f"{difference.sentence}."
+    if (more := len(descent.differing or ()) - _NAMED) > 0:
+        yield f"{more} more weights differ."
+
+
+def _first(first: TapResult) -> str:
+    where = "at the model level" if first.layer is None else f"in layer {first.layer}"
+    return f"{first.name} is the first tap that diverges, {where} ({first.meaning}): {first.reason}."
+
+
+def _counts(report: Report) -> str:
+    return f"{report.count(Verdict.FAIL)} of {len(report.taps)} taps fail{_aside(report)}."
+
+
+def _aside(report: Report) -> str:
+    """Ties and empty taps, in brackets."""
+    ties, empty = report.count(Verdict.TIE), report.count(Verdict.EMPTY)
+    notes = [text for count, text in ((ties, f"{ties} with ties"), (empty, f"{empty} empty")) if count]
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def _largest(report: Report) -> str:
+    rows = [tap.distance.noise.row for tap in report.taps if tap.distance is not None]
+    return f", errors at most {max(rows):.1f} times the noise floor, {report.limits.row:g} allowed" if rows else ""
+
+
+def _operation(report: Report, first: TapResult) -> Iterator[str]:
+    """What the descent into the layer of the first diverging tap says, or the first that found an operation."""
+    descents = sorted(report.descents, key=lambda descent: (not descent.wrong, descent.layer != first.layer))
+    for descent in descents[:1]:
+        yield from operation(descent)
+
+
+def _added(report: Report) -> Iterator[str]:
+    """Which layers add error, and which only inherit it, where both modes ran."""
+    if len(report.modes) < len(Mode):
+        return
+    failing = {
+        mode: {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL and tap.mode is mode} for mode in Mode
+    }
+    adds = sorted(layer for layer in failing[Mode.ISOLATED] if layer is not None)
+    inherits = sorted(layer for layer in failing[Mode.CUMULATIVE] - failing[Mode.ISOLATED] if layer is not None)
+    if adds:
+        yield f"{_layers(adds)} {_verb('add', adds)} error."
+        if inherits:
+            yield f"{_layers(inherits)} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
+    elif inherits and report.growth:
+        most = max(report.growth, key=lambda layer: layer.added_noise)
+        yield f"No layer adds more than its noise; layer {most.layer} adds most, {_times(most.added_noise)} the floor."
+
+
+def _verb(verb: str, subjects: list[int]) -> str:
+    return verb if len(subjects) > 1 else f"{verb}s"
+
+
+def _layers(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return f"Layer {layers[0]}"
+    consecutive = layers == list(range(layers[0], layers[-1] + 1))
+    return f"Layers {layers[0]}-{layers[-1]}" if consecutive else f"Layers {_list(layers, limit=8)}"
+
+
+def _real(result: TapResult, distance: Distance, report: Report) -> str:
+    noise, limits = distance.noise, report.limits
+    floor = (
+        f"In {report.dtype} the reference itself is moved by rounding; that is the noise floor. This tap's error is "
+        f"{_times(noise.tap)} the floor over the whole tap ({limits.tap:g} allowed), {_times(noise.row)} in its worst "
+        f"row ({limits.row:g}), {_times(noise.element)} at its worst element ({limits.element:g})."
+    )
+    worst = (
+        f"The worst element is {list(distance.worst)}: golden {distance.golden:.7g}, found {distance.found:.7g}; over "
+        f"the tap the error is {distance.relative_rms:.1e} of the values."
+    )
+    if result.verdict is Verdict.PASS:
+        return f"{floor} {worst}"
+    rows = f"{distance.rows_outside} of {distance.rows} rows are beyond a limit; rounding does not explain that."
+    return f"{floor} {worst} {rows}"
+
+
+def _choices(result: TapResult, report: Report) -> str:
+    flips = result.flips
+    assert flips is not None
+    if not flips.tokens:
+        return f"All {flips.of} tokens choose what the golden chose."
+    scores = (
+        f"At token {list(flips.worst)} the golden's scores of the swapped candidates are {flips.margin:.2e} apart, "
+        f"{_times(flips.noise)} the noise of such scores; {report.limits.tie:g} times may be a tie."
+    )
+    if result.verdict is Verdict.TIE:
+        return (
+            f"{flips.tokens} of {flips.of} tokens choose otherwise, all of them between scores that rounding can swap. "
+            f"{scores} What follows was computed with the golden's choice."
+        )
+    if flips.margin == float("inf"):
+        scores = (
+            f"At token {list(flips.worst)} no score can excuse it: chosen by table, not visible, or too many or few."
+        )
+    return f"{result.reason[0].upper()}{result.reason[1:]}; {flips.ties} more are ties. {scores}"
+
+
+def _times(multiple: float) -> str:
+    return f"{multiple:.1f} times" if multiple < 1000 else f"{multiple:.1e} times"
+
+
+def _list(items: Iterable[object], *, limit: int = _NAMED) -> str:
+    names = [str(item) for item in items]
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,214 @@
+"""What a planted fault is, and how it is planted: one small, named change in one layer of a healthy model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import numpy as np
+
+import parity.forward as forward_module
+import parity.run as run_module
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.config import Config
+from dsv4_convert.names import parameters
+from dsv4_convert.published import PublishedWeights
+from golden.archive import Golden
+from golden.recorder import record
+from golden.synthetic import tiny_config, write_checkpoint
+from parity.forward import Forward, Taken
+from parity.report import Report
+from parity.run import compare_model
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+#: Sliding and hash, CSA and hash, HCA and learned, CSA and learned; matrices are square where they can be, so that a
+#: transpose fits, and the Sinkhorn iterations are few enough that one less shows.
+MAIN = tiny_config(
+    hidden_size=64,
+    moe_intermediate_size=64,
+    num_attention_heads=4,
+    q_lora_rank=64,
+    o_lora_rank=16,
+    index_head_dim=16,
+    hc_sinkhorn_iters=3,
+)
+#: More experts than bfloat16 can number.
+MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
+SLIDING, CSA, HCA, LEARNED_CSA = range(4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault. ``tap`` is the operation, by name within ``layer`` (None: the model level), that must be named.
+
+    Exactly one of these says what is wrong: ``arrays`` changes parameters as the model has them, ``tensor`` changes
+    tensors as they are read from the source, ``table`` changes the names table (a context), ``config`` replaces fields
+    of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
+
+    ``also`` are other layers that the fault is in.
+    """
+
+    name: str
+    layer: int | None
+    tap: str
+    arrays: Callable[[Arrays], object] | None = None
+    tensor: Callable[[str, Array], Array] | None = None
+    table: Callable[[], Any] | None = None
+    config: Mapping[str, Any] | None = None
+    code: Mapping[tuple[Any, str], Any] | None = None
+    also: tuple[int, ...] = ()
+    model: str = "main"
+
+    @property
+    def kind(self) -> str:
+        """Where the fault is."""
+        kinds = ("arrays", "tensor", "table", "config", "code")
+        (kind,) = (kind for kind in kinds if getattr(self, kind) is not None)
+        return {"arrays": "weights", "tensor": "decoding", "table": "names table"}.get(kind, kind)
+
+    @property
+    def full_tap(self) -> str:
+        """The full name of the tap that must be named."""
+        return self.tap if self.layer is None else f"layers.{self.layer}.{self.tap}"
+
+
+class Held:
+    """All parameters of a small model in memory, as :class:`dsv4_convert.restore.Parameters`."""
+
+    def __init__(self, config: Config, arrays: Arrays) -> None:
+        self.config = config
+        self.arrays = arrays
+        self.metadata = {"source": "memory", "storage": "float32"}
+
+    @classmethod
+    def read_from(cls, weights: PublishedWeights) -> Held:
+        """Everything that ``weights`` has."""
+        return cls(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """All are there."""
+
+    def read(self, path: str, dtype: Any = np.float32) -> Array:
+        """One parameter."""
+        return self.arrays[path]
+
+    def read_expert(self, path: str, expert: int, dtype: Any = np.float32) -> Array:
+        """One expert of a stack."""
+        return self.arrays[path][expert]
+
+    def read_rows(self, path: str, rows: Array, dtype: Any = np.float32) -> Array:
+        """Some rows."""
+        return self.arrays[path][rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """A healthy model: its published checkpoint, its golden, its parameters."""
+
+    folder: Path
+    golden: Golden
+    held: Held
+
+    def source(self) -> PublishedWeights:
+        """The published checkpoint."""
+        return PublishedWeights.open(self.folder / "hf")
+
+
+def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patient:
+    """Make a healthy model in ``folder`` and record it."""
+    write_checkpoint(folder / "hf", raw, seed=0)
+    ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
+    golden = record(folder / "hf", folder / "golden", tokens=ids, noise=["float32"])
+    return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
+
+
+def examine(patient: Patient, fault: Fault, **options: Any) -> Report:
+    """The isolated parity report of the faulty model; raises AssertionError if the fault changes nothing."""
+    with _planted(patient, fault) as held, patch.object(run_module, "Forward", partial(_FaultyForward, fault)):
+        return compare_model(held, patient.golden, **options)
+
+
+@contextmanager
+def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
+    """The parameters with the fault in them; faults of config and code are planted while their layer runs."""
+    healthy = patient.held
+    arrays = dict(healthy.arrays)
+    if fault.arrays is not None:
+        fault.arrays(arrays)
+    if fault.tensor is not None:
+        source = PublishedWeights.open(patient.folder / "hf")
+        source._checkpoint = _Tampered(source._checkpoint, fault.tensor)  # type: ignore[assignment]
+        arrays = Held.read_from(source).arrays
+    if fault.table is not None:
+        with fault.table():
+            arrays = Held.read_from(patient.source()).arrays
+    if fault.kind not in ("config", "code"):
+        changed = [path for path, array in arrays.items() if not np.array_equal(array, healthy.arrays[path])]
+        assert changed, "the fault changes nothing"
+        assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
+    yield Held(healthy.config, arrays)
+
+
+class _Tampered:
+    """A checkpoint whose tensors are changed as they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, change: Callable[[str, Array], Array]) -> None:
+        self._checkpoint = checkpoint
+        self._change = change
+
+    def read(self, name: str) -> Array:
+        return self._change(name, self._checkpoint.read(name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+
+class _FaultyForward(Forward):
+    """The model, with a fault of config or code in one layer."""
+
+    def __init__(self, fault: Fault, weights: Held, tokens: Array, dtype: Any) -> None:
+        super().__init__(weights, tokens, dtype)
+        self._fault = fault
+        self._held = weights
+
+    def embed(self) -> tuple[Taken, jax.Array]:
+        with self._active(None):
+            return super().embed()
+
+    def layer(self, layer: int, entering: Any, forced: Any = None) -> tuple[Taken, jax.Array]:
+        with self._active(layer):
+            return super().layer(layer, entering, forced)
+
+    def head(self, streams: Any, forced: Any = None) -> Taken:
+        with self._active(None):
+            return super().head(streams, forced)
+
+    def _active(self, layer: int | None) -> Any:
+        fault = self._fault
+        if layer != fault.layer or fault.kind not in ("config", "code"):
+            return nullcontext()
+        stack = ExitStack()
+        if fault.config is not None:
+            stack.enter_context(
+                patch.object(self._held, "config", dataclasses.replace(self._held.config, **fault.config))
+            )
+        for (owner, name), replacement in (fault.code or {}).items():
+            stack.enter_context(patch.object(owner, name, replacement))
+        if fault.code is not None:  # programs that were compiled before do not have the fault
+            for name, statics in (("_to_experts", 0), ("_from_experts", 0), ("_expert", 4)):
+                inner = getattr(forward_module, name).__wrapped__
+                fresh = jax.jit(partial(_again, inner), static_argnums=statics)
+                stack.enter_context(patch.object(forward_module, name, fresh))
+        return stack
+
+
+def _again(inner: Callable[..., Any], *args: Any) -> Any:
+    return inner(*args)
