@@ -189,14 +189,11 @@ class _Run:
             self._judge(taken, mode)
 
     def _layer(self, layer: int, modes: Sequence[Mode]) -> None:
-        """One layer in every mode that needs it, always with the golden's choices: a flip that is a tie must not change
-        what follows it, and one that is none fails by itself."""
-        choices = self._comparison.choices(layer)
+        """One layer in every mode that needs it."""
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
-            entering = self._golden.read(f"layers.{layer}.{INPUT}") if mode is Mode.ISOLATED else self._streams
-            taken, streams = self._model.layer(layer, entering, choices)
+            taken, streams = self._run_layer(layer, mode)
             failed |= self._judge(taken, mode)
             leaving[mode] = np.asarray(streams, np.float32)
             if mode is Mode.CUMULATIVE:
@@ -205,6 +202,23 @@ class _Run:
             self._descend(layer)
         if len(leaving) == len(MODES):
             self.growth.append(self._grown(layer, leaving))
+
+    def _run_layer(self, layer: int, mode: Mode) -> tuple[Taken, Any]:
+        """A layer with the golden's choices, because a tie must not change what follows it.
+
+        In cumulative mode a choice that fails is the model's own instead, so that its consequences show.
+        """
+        choices = self._comparison.choices(layer)
+        if mode is Mode.ISOLATED:
+            return self._model.layer(layer, self._golden.read(f"layers.{layer}.{INPUT}"), choices)
+        taken, streams = self._model.layer(layer, self._streams, choices)
+        names = [f"layers.{layer}.{tap}" for tap in choices]
+        results = self._comparison.judge(taken, mode, names)
+        failing = {result.short for result in results if result.verdict is Verdict.FAIL}
+        if not failing:
+            return taken, streams
+        followed = {tap: choice for tap, choice in choices.items() if tap not in failing}
+        return self._model.layer(layer, self._streams, followed)
 
     def _head(self, modes: Sequence[Mode]) -> None:
         last = self._config.num_hidden_layers - 1

@@ -23,9 +23,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "checkpoint": frozenset({"facts", "formats"}),
     "store": frozenset({"facts"}),
     "restore": frozenset({"facts", "formats", "store", "model"}),
+    # The published shards as the model's parameters, beside restore's converted ones.
+    "published": frozenset({"facts", "formats", "checkpoint", "restore"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
-    "parity": frozenset({"facts", "model", "restore", "golden"}),
+    "parity": frozenset({"facts", "model", "restore", "published", "golden"}),
     "cli": frozenset({"facts", "checkpoint", "store", "convert", "golden", "parity", "package"}),
     # dsv4_convert/__init__.py: the public names, loaded lazily.
     "package": frozenset({"facts", "convert", "model", "restore"}),

@@ -60,7 +60,7 @@ def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) ->
     c = jax.nn.softmax(logits, axis=-1) + eps
     c = c / (jnp.sum(c, axis=-2, keepdims=True) + eps)
 
-    def both(_: Int[Array, ""], c: Array) -> Array:
+    def both(_: Int[Array, ""] | int, c: Array) -> Array:
         c = c / (jnp.sum(c, axis=-1, keepdims=True) + eps)
         return c / (jnp.sum(c, axis=-2, keepdims=True) + eps)
 

@@ -96,7 +96,9 @@ def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
         (["convert", "hf-to-orbax", "{hf}", "{tmp}/x", "--revision", "main"], 2, "is a local folder"),
         (["verify", "{tmp}"], 3, "{tmp}"),
         (["parity", "{orbax}", "--golden", "{tmp}"], 3, "{tmp}"),
-        (["parity", "{orbax}", "--golden", "{golden}", "--mode", "both"], 2, "expected one of isolated, cumulative"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--mode", "all"], 2, "one of isolated, cumulative, both"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--dtype", "float16"], 2, "expected one of float32, bfloat16"),
+        (["parity", "{orbax}", "--golden", "{golden}", "--tokenizer", "{orbax}"], 3, "tokenizer.json: no such file"),
         (["parity", "{orbax}", "--golden", "{golden}", "--layer", "12"], 2, "layers 0 to 3"),
         (
             ["parity", "{orbax}", "--golden", "{golden}", "--taps", "attn.wq_c"],
@@ -131,7 +133,21 @@ def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) 
     dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
     out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--quiet", exit_code=1)
     assert "FAIL" in out
-    assert "The first is embed" in " ".join(out.split())
+    assert "embed is the first tap that diverges" in " ".join(out.split())
+
+
+def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) -> None:
+    dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax")
+    options = ("--mode", "both", "--dtype", "bfloat16", "--require-reach", "--json", tmp_path / "report.json")
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--quiet", *options)
+    words = " ".join(out.split())
+    assert "error of the streams that leave each layer" in words
+    assert "next token at 300 positions" in words
+    assert "PASS: all 328 taps agree" in words
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert (document["dtype"], document["modes"]) == ("bfloat16", ["isolated", "cumulative"])
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--layer", "2", "--taps", "attn.q", "--explain")
+    assert "the reference itself is moved by rounding; that is the noise floor" in " ".join(out.split())
 
 
 def test_verify_finds_a_flipped_bit(hf: Path, tmp_path: Path) -> None:

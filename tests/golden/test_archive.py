@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,9 +20,11 @@ from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from golden.archive import Golden, open_golden
 from golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
+from golden.noise import MODES, noise_name
 from golden.synthetic import random_architecture, tiny_config
 from golden.writer import golden_writer
 
+_RUN = ("float32", "float64", "bfloat16")
 _REFERENCE = Reference(
     name="transformers",
     versions={"torch": "2", "transformers": "5"},
@@ -42,6 +45,7 @@ def _request(config: dict[str, Any] | None = None, layers: tuple[int, ...] = (0,
         tokens=tuple(tuple(map(int, row)) for row in tokens),
         text=None,
         layers=layers,
+        noise=("float32",),
     )
 
 
@@ -72,10 +76,14 @@ def test_every_array_comes_back_and_other_readers_see_the_same(tmp_path: Path) -
     arrays["layers.1.attn.q"][0, 0, 0, :2] = np.nan, -np.inf
     golden = _written(tmp_path / "golden", request, arrays)
     assert golden.manifest.request == request
-    for name, array in arrays.items():
+    for name in golden.names:
         found = golden.read(name)
-        assert found.dtype == array.dtype
-        assert found.tobytes() == array.tobytes(), name
+        assert found.dtype == arrays[name].dtype
+        assert found.tobytes() == arrays[name].tobytes(), name
+        if arrays[name].dtype == np.float32:
+            for index, mode in enumerate(MODES):
+                noise = golden.noise(name, "float32", mode)
+                assert noise.tobytes() == arrays[noise_name(name)][0, index].tobytes()
     for layer in (*request.layers, None):
         for name, array in load_file(golden.path / layer_file(layer)).items():
             assert array.tobytes() == arrays[name].tobytes(), name
@@ -113,7 +121,7 @@ _TAP = "layers.1.attn.wq_a"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m.update(schema_version=2), "schema_version is 2, this version of dsv4 reads 1"),
+        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 2"),
         (lambda m: m.update(schema_version=True), "schema_version is True"),
         (lambda m: m.update(extra=1), "expected the entries"),
         (lambda m: m.pop("layers"), "expected the entries"),
@@ -220,27 +228,35 @@ def test_the_writer_takes_exactly_the_expected_arrays(tmp_path: Path) -> None:
             writer.write(1, other)
 
 
-def test_an_interrupted_run_is_taken_up_at_its_first_damaged_layer(tmp_path: Path) -> None:
+def _state(layer: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Streams that leave a layer, in every dtype that runs."""
+    streams = np.random.default_rng(layer).standard_normal((2, 9, 4, 32))
+    return {dtype: streams.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for dtype in _RUN}
+
+
+def test_an_interrupted_run_is_taken_up_after_its_last_layer(tmp_path: Path) -> None:
     request = _request(layers=(0, 2, 3))
     arrays = _arrays(request)
     with golden_writer(tmp_path / "golden", request) as writer:
         for layer in (0, 2):
-            writer.write(layer, _of(request, arrays, layer))
+            writer.write(layer, _of(request, arrays, layer), _state(layer))
     with golden_writer(tmp_path / "golden", request) as writer:
         assert writer.finished == (0, 2)
-        streams = writer.last_streams()
-        assert streams is not None
-        assert streams.tobytes() == arrays["layers.2.hc_ffn.streams"].tobytes()
+        state = writer.last_state()
+        assert state is not None
+        assert {name: (array.dtype, array.tobytes()) for name, array in state.items()} == {
+            name: (array.dtype, array.tobytes()) for name, array in _state(2).items()
+        }
     file = tmp_path / "golden.dsv4-partial" / layer_file(2)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with golden_writer(tmp_path / "golden", request) as writer:
-        assert writer.finished == (0,)
+        assert writer.finished == (), "the streams that left layer 0 are kept only until layer 2 is finished"
     other = dataclasses.replace(request, text=("a", "b"))
     with golden_writer(tmp_path / "golden", other) as writer:
         assert writer.finished == ()
-        assert writer.last_streams() is None
+        assert writer.last_state() is None
     golden = _written(tmp_path / "golden", request, arrays)
     assert golden.verify() == []
 

@@ -8,36 +8,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from parity.choices import compare_choices
+from parity.choices import Scores, compare_choices
+from parity.floor import Floor, floor_of
 from parity.metrics import Verdict, compare
-from parity.tolerances import Tolerance
+from parity.tolerances import LIMITS
 
-TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5)
 finite = hnp.arrays(
-    np.float32, hnp.array_shapes(max_dims=3, max_side=6), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+    np.float32,
+    hnp.array_shapes(min_dims=3, max_dims=4, max_side=6),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
 )
+
+
+def _floor(array: np.ndarray, rms: float = 1e-6, peak: float = 1e-6) -> Floor:
+    """The same floor in every row, and no rounding of large elements."""
+    rows = np.ones(array.shape[:2])
+    return Floor(rms * rows, peak * rows, 0.0)
 
 
 @given(finite)
 def test_equal_arrays_pass_at_distance_zero(array: np.ndarray) -> None:
-    verdict, distance, _ = compare(array, array, TOLERANCE)
+    verdict, distance, _ = compare(array, array, _floor(array), LIMITS)
     assert verdict is Verdict.PASS
     assert distance is not None
-    assert (distance.max_abs, distance.relative_rms, distance.max_ulp, distance.outside) == (0, 0, 0, 0)
+    assert (distance.max_abs, distance.relative_rms, distance.max_ulp, distance.allclose) == (0, 0, 0, 0)
+    assert (distance.noise.tap, distance.noise.row, distance.noise.element, distance.rows_outside) == (0, 0, 0, 0)
 
 
 @given(finite, st.data())
-def test_agrees_with_numpy_and_counts_every_element_outside(array: np.ndarray, data: st.DataObject) -> None:
-    noise = data.draw(
-        hnp.arrays(np.float32, array.shape, elements=st.floats(-0.0078125, 0.0078125, width=32, allow_subnormal=False))
-    )
-    found = array + noise
-    verdict, distance, _ = compare(found, array, TOLERANCE)
-    close = np.isclose(found.astype(np.float64), array.astype(np.float64), atol=1e-5, rtol=1e-5)
-    assert (verdict is Verdict.PASS) == bool(close.all())
+def test_the_measures_are_what_they_say(array: np.ndarray, data: st.DataObject) -> None:
+    """Against a few lines of NumPy: multiples of the floor, rows beyond a limit, and where numpy.allclose turns."""
+    change = data.draw(hnp.arrays(np.float64, array.shape, elements=st.floats(-3e-5, 3e-5)))
+    found = array + change
+    error = np.abs(found - array.astype(np.float64)).reshape(*array.shape[:2], -1)
+    rows, elements = np.sqrt((error**2).mean(-1)) / 1e-6, error.max(-1) / 1e-6
+    whole = np.sqrt((error**2).mean()) / 1e-6
+    verdict, distance, _ = compare(found, array, _floor(array), LIMITS)
     assert distance is not None
-    assert distance.outside == np.count_nonzero(~close)
-    assert distance.max_abs == np.abs(found.astype(np.float64) - array.astype(np.float64)).max()
+    assert distance.noise.row == pytest.approx(rows.max())
+    assert distance.noise.element == pytest.approx(elements.max())
+    assert distance.noise.tap == pytest.approx(whole)
+    outside = (rows > LIMITS.row) | (elements > LIMITS.element)
+    assert distance.rows_outside == outside.sum()
+    assert (verdict is Verdict.PASS) == (not outside.any() and whole <= LIMITS.tap)
+    turns = distance.allclose
+    assert np.allclose(found, array.astype(np.float64), atol=turns * 1.001, rtol=turns * 1.001)
+    assert turns == 0 or not np.allclose(found, array.astype(np.float64), atol=turns * 0.999, rtol=turns * 0.999)
+
+
+def test_every_measure_can_fail_alone() -> None:
+    """A small error everywhere, a bad row, a bad element: each beyond its own limit and within the others."""
+    golden = np.zeros((1, 1000, 100), np.float32)
+    floor = _floor(golden)
+    everywhere = np.full_like(golden, 15e-6)
+    row, element = golden.copy(), golden.copy()
+    row[0, 3] = np.where(np.arange(100) % 2, 0, 22e-6)
+    element[0, 5, 7] = 30e-6
+    for found, measure in ((everywhere, "tap"), (element, "element")):
+        verdict, distance, reason = compare(found, golden, floor, LIMITS)
+        assert verdict is Verdict.FAIL
+        assert distance is not None
+        assert distance.noise.exceeded(LIMITS) == (measure,)
+        assert f"{getattr(distance.noise, measure):.1f} times the noise floor" in reason
+    _, distance, _ = compare(row, golden, _floor(golden, rms=0.5e-6, peak=2e-6), LIMITS)
+    assert distance is not None
+    assert distance.noise.exceeded(LIMITS) == ("row",)
+    assert distance.worst[1] == 3
 
 
 @pytest.mark.parametrize(
@@ -52,84 +88,133 @@ def test_agrees_with_numpy_and_counts_every_element_outside(array: np.ndarray, d
     ],
 )
 def test_nan_and_unequal_infinity_fail(found: list[float], golden: list[float]) -> None:
-    assert compare(np.array(found, np.float32), np.array(golden, np.float32), TOLERANCE)[0] is Verdict.FAIL
+    ours, theirs = np.array([[found]], np.float32), np.array([[golden]], np.float32)
+    assert compare(ours, theirs, _floor(theirs), LIMITS)[0] is Verdict.FAIL
+    measured = floor_of(theirs, np.full((2, 1, 1), np.nan), 2.0**-24)  # the noise of a NaN is one too
+    assert compare(ours, theirs, measured, LIMITS)[0] is Verdict.FAIL
 
 
 def test_the_same_infinity_passes() -> None:
-    array = np.array([-np.inf, 1], np.float32)
-    assert compare(array, array, TOLERANCE)[0] is Verdict.PASS
+    array = np.array([[[-np.inf, 1]]], np.float32)
+    assert compare(array, array, _floor(array), LIMITS)[0] is Verdict.PASS
 
 
 def test_broadcasts_other_dtypes_and_nothing_at_all_do_not_pass() -> None:
-    ones = np.ones((3, 1), np.float32)
-    assert compare(ones, np.ones((3, 2), np.float32), TOLERANCE)[0] is Verdict.FAIL
-    assert compare(ones, np.ones((3, 1), np.int32), TOLERANCE)[0] is Verdict.FAIL
-    assert compare(ones[:0], ones[:0], TOLERANCE)[0] is Verdict.EMPTY
-    assert compare(ones[:0], ones, TOLERANCE)[0] is Verdict.FAIL
+    ones = np.ones((1, 3, 1), np.float32)
+    floor = _floor(ones)
+    assert compare(ones, np.ones((1, 3, 2), np.float32), floor, LIMITS)[0] is Verdict.FAIL
+    assert compare(ones, np.ones((1, 3, 1), np.int32), floor, LIMITS)[0] is Verdict.FAIL
+    assert compare(ones[:, :0], ones[:, :0], None, LIMITS)[0] is Verdict.EMPTY
+    assert compare(ones[:, :0], ones, floor, LIMITS)[0] is Verdict.FAIL
+
+
+def test_an_error_without_a_floor_is_infinitely_far() -> None:
+    zero = np.zeros((1, 2, 3), np.float32)
+    floor = floor_of(zero, np.zeros((2, 1, 2)), 2.0**-24)
+    assert compare(zero, zero, floor, LIMITS)[0] is Verdict.PASS
+    verdict, distance, _ = compare(zero + 1e-9, zero, floor, LIMITS)
+    assert verdict is Verdict.FAIL
+    assert distance is not None
+    assert distance.noise.row == np.inf
 
 
 def test_distances_by_hand() -> None:
-    golden = np.array([3.0, -4.0, 0.0, 0.0], np.float32)  # rms 2.5
-    found = np.array([3.0, -4.0, 0.5, 0.0], np.float32)
-    _, distance, reason = compare(found, golden, TOLERANCE)
+    golden = np.array([[[3.0, -4.0, 0.0, 0.0]]], np.float32)  # rms 2.5
+    found = np.array([[[3.0, -4.0, 0.5, 0.0]]], np.float32)
+    _, distance, _ = compare(found, golden, _floor(golden), LIMITS)
     assert distance is not None
     assert distance.max_abs == 0.5
     assert distance.relative_rms == pytest.approx(0.25 / 2.5)
     assert distance.cosine == pytest.approx(25 / (5 * np.sqrt(25.25)))
-    assert distance.worst == (2,)
+    assert (distance.worst, distance.found, distance.golden) == ((0, 0, 2), 0.5, 0.0)
     assert distance.max_ulp == 0  # the large elements agree
-    assert "1 of 4 elements" in reason
     nudged = np.nextafter(golden, np.float32(10))
-    assert compare(nudged, golden, TOLERANCE)[1].max_ulp == 1
+    assert compare(nudged, golden, _floor(golden), LIMITS)[1].max_ulp == 1
 
 
-def test_zero_golden_has_no_relative_error_to_speak_of() -> None:
-    zero = np.zeros(3, np.float32)
-    assert compare(zero, zero, TOLERANCE)[1].relative_rms == 0
-    assert compare(zero + 1, zero, TOLERANCE)[1].relative_rms == np.inf
+def test_a_floor_is_smoothed_over_its_rows() -> None:
+    """What was measured, but never less than one rounding, nor than is usual for the magnitude, nor zero by luck."""
+    unit = 2.0**-24
+    golden = np.array([[[1.0, 1.0], [1.0, 1.0], [100.0, 100.0], [0.0, 0.0]]], np.float32)
+    measured = np.array([[[4e-7, 0.0, 4e-5, 0.0]], [[8e-7, 0.0, 8e-5, 0.0]]], np.float32)
+    floor = floor_of(golden, measured, unit)
+    usual = np.sqrt(2 * 4e-7**2 / 4)  # relative: two rows of four have it
+    median = np.median([4e-7, 4e-5])
+    assert floor.rms[0] == pytest.approx([median, median, 4e-5, median], rel=1e-5)
+    assert floor.rms[0, 2] >= 100 * usual
+    exact = floor_of(golden, np.zeros((2, 1, 4)), unit)
+    assert exact.rms[0] == pytest.approx([unit, unit, 100 * unit, 0])
+    outlier = np.array([[[1000.0, 0.001]]], np.float32)
+    elements = floor_of(outlier, np.full((2, 1, 1), 1e-9), unit).elements(outlier)
+    assert elements[0, 0, 0] == pytest.approx(1000 * unit), "rounding one large element is no error"
 
 
 def _choice(rows: list[list[int]]) -> np.ndarray:
     return np.array([rows], np.int32)
 
 
+def _scores(rows: list[list[float]], *, peak: float = 1e-5, ours: object = None, visible: object = None) -> Scores:
+    golden = np.array([rows], np.float32)
+    floor = Floor(np.full(golden.shape[:2], peak), np.full(golden.shape[:2], peak), 0.0)
+    return Scores(
+        golden,
+        floor,
+        None if ours is None else np.array([ours], np.float32),
+        None if visible is None else np.array([visible]),
+    )
+
+
 def test_the_same_set_in_another_order_passes() -> None:
-    scores = np.array([[[3.0, 2.0, 1.0]]], np.float32)
-    assert compare_choices(_choice([[1, 0]]), _choice([[0, 1]]), scores, None, TOLERANCE)[0] is Verdict.PASS
+    assert compare_choices(_choice([[1, 0]]), _choice([[0, 1]]), _scores([[3, 2, 1]]), LIMITS)[0] is Verdict.PASS
 
 
 @pytest.mark.parametrize(
-    ("gap", "expected"), [(0.0, Verdict.TIE), (1e-5, Verdict.TIE), (1e-3, Verdict.FAIL), (0.5, Verdict.FAIL)]
+    ("gap", "expected"),
+    [(0.0, Verdict.TIE), (1e-5, Verdict.TIE), (5e-5, Verdict.TIE), (1e-4, Verdict.FAIL), (0.5, Verdict.FAIL)],
 )
 def test_a_flip_is_a_tie_only_within_the_noise(gap: float, expected: Verdict) -> None:
-    scores = np.array([[[2.0, 1.0 + gap, 1.0]]], np.float32)
-    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, None, TOLERANCE)
+    scores = _scores([[2.0, 1.0 + gap, 1.0]])
+    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, LIMITS)
     assert verdict is expected
     assert flips is not None
     assert flips.margin == pytest.approx(gap, abs=1e-6)
+    assert flips.noise == pytest.approx(gap / 1e-5, abs=0.1)
     assert (flips.tokens, flips.ties) == (1, int(expected is Verdict.TIE))
 
 
+def test_a_flip_against_our_own_scores_is_no_tie() -> None:
+    """The golden's scores are tied, but ours say clearly that the golden's choice is better."""
+    flip = (_choice([[0, 2]]), _choice([[0, 1]]))
+    assert compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, 1.00001]]), LIMITS)[0] is Verdict.TIE
+    verdict, _, reason = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1.00001, 1]]), LIMITS)
+    assert verdict is Verdict.FAIL
+    assert "own scores" in reason
+    nan = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, np.nan]]), LIMITS)
+    assert nan[0] is Verdict.FAIL
+
+
 def test_one_real_flip_among_ties_fails() -> None:
-    scores = np.array([[[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], np.float32)
-    verdict, flips, _ = compare_choices(_choice([[1], [2]]), _choice([[0], [0]]), scores, None, TOLERANCE)
+    scores = _scores([[1, 1, 0], [1, 0, 0]])
+    verdict, flips, _ = compare_choices(_choice([[1], [2]]), _choice([[0], [0]]), scores, LIMITS)
     assert verdict is Verdict.FAIL
     assert flips is not None
     assert (flips.tokens, flips.ties, flips.worst) == (2, 1, (0, 1))
 
 
-def test_no_score_excuses_the_future_another_count_or_a_table() -> None:
-    equal = np.ones((1, 1, 3), np.float32)
-    future = compare_choices(_choice([[2]]), _choice([[0]]), equal, np.array([[2]]), TOLERANCE)
-    fewer = compare_choices(_choice([[-1]]), _choice([[0]]), equal, np.array([[3]]), TOLERANCE)
-    table = compare_choices(_choice([[1]]), _choice([[0]]), None, None, TOLERANCE)
-    twice = compare_choices(_choice([[0, 0]]), _choice([[0, 1]]), None, None, TOLERANCE)
-    assert [result[0] for result in (future, fewer, table, twice)] == [Verdict.FAIL] * 4
-    assert compare_choices(_choice([[2]]), _choice([[0]]), equal, np.array([[3]]), TOLERANCE)[0] is Verdict.TIE
+def test_no_score_excuses_the_future_another_count_a_table_or_a_choice_made_twice() -> None:
+    equal = [[1.0, 1.0, 1.0]]
+    cases = (
+        (_choice([[2]]), _choice([[0]]), _scores(equal, visible=[2])),
+        (_choice([[-1]]), _choice([[0]]), _scores(equal)),
+        (_choice([[1]]), _choice([[0]]), None),
+        (_choice([[0, 0]]), _choice([[0, 1]]), _scores(equal)),
+    )
+    assert [compare_choices(*case, LIMITS)[0] for case in cases] == [Verdict.FAIL] * 4
+    assert compare_choices(_choice([[2]]), _choice([[0]]), _scores(equal, visible=[3]), LIMITS)[0] is Verdict.TIE
 
 
 def test_choices_of_other_shapes_or_dtypes_fail() -> None:
     one = _choice([[0]])
-    assert compare_choices(one, _choice([[0, 1]]), None, None, TOLERANCE)[0] is Verdict.FAIL
-    assert compare_choices(one.astype(np.float32), one, None, None, TOLERANCE)[0] is Verdict.FAIL
-    assert compare_choices(one[:, :0], one[:, :0], None, None, TOLERANCE)[0] is Verdict.EMPTY
+    assert compare_choices(one, _choice([[0, 1]]), None, LIMITS)[0] is Verdict.FAIL
+    assert compare_choices(one.astype(np.float32), one, None, LIMITS)[0] is Verdict.FAIL
+    assert compare_choices(one[:, :0], one[:, :0], None, LIMITS)[0] is Verdict.EMPTY

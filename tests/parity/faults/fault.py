@@ -11,12 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.model.experts import mlp
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
@@ -131,7 +133,11 @@ def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patie
 
 
 def examine(patient: Patient, fault: Fault, **options: Any) -> Report:
-    """The isolated parity report of the faulty model; raises AssertionError if the fault changes nothing."""
+    """The isolated parity report of the faulty model, or what ``options`` of ``compare_model`` ask for.
+
+    Raises:
+        AssertionError: the fault changes nothing.
+    """
     with _planted(patient, fault) as held, patch.object(run_module, "Forward", partial(_FaultyForward, fault)):
         return compare_model(held, patient.golden, **options)
 
@@ -202,13 +208,11 @@ class _FaultyForward(Forward):
             )
         for (owner, name), replacement in (fault.code or {}).items():
             stack.enter_context(patch.object(owner, name, replacement))
-        if fault.code is not None:  # programs that were compiled before do not have the fault
-            for name, statics in (("_to_experts", 0), ("_from_experts", 0), ("_expert", 4)):
-                inner = getattr(forward_module, name).__wrapped__
-                fresh = jax.jit(partial(_again, inner), static_argnums=statics)
-                stack.enter_context(patch.object(forward_module, name, fresh))
+        # Programs that were compiled before do not have the fault, and compiling each fault anew takes seconds.
+        stack.enter_context(jax.disable_jit())
+        stack.enter_context(patch.object(forward_module, "_expert", _uncompiled_expert))
         return stack
 
 
-def _again(inner: Callable[..., Any], *args: Any) -> Any:
-    return inner(*args)
+def _uncompiled_expert(x: Array, w1: Array, w2: Array, w3: Array, limit: float) -> jax.Array:
+    return mlp(jnp.asarray(x), jnp.asarray(w1), jnp.asarray(w2), jnp.asarray(w3), limit)

@@ -1,0 +1,90 @@
+"""Does parity find what people get wrong? Every fault of the catalogue, planted in a small model, one table.
+
+For each: whether isolated parity fails, whether it names the faulty layer and operation (the first tap that diverges,
+and the first operation that is wrong on the golden's own inputs) and leaves every other layer clean, by which measures,
+and how many noise floors the error is. Needs the ``reference`` extra.
+
+Run: python -m benchmarks.faults [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from parity.explain import verdict
+from parity.metrics import Verdict
+from parity.report import Report
+from parity.run import compare_model
+from tests.parity.faults.catalogue import CATALOGUE
+from tests.parity.faults.fault import MAIN, MANY, Fault, examine, patient
+
+
+def named_rightly(fault: Fault, report: Report) -> bool:
+    """Whether layer and operation are named, by the first divergence and by the descent, and nothing else is blamed."""
+    first, wrong = report.first_diverging, report.first_wrong
+    failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
+    return (
+        first is not None
+        and wrong is not None
+        and first.name == wrong.name == fault.full_tap
+        and failing <= {fault.layer, *fault.also}
+        and fault.full_tap in verdict(report)
+    )
+
+
+def _multiple(report: Report) -> str:
+    first = report.first_diverging
+    if first is None or first.distance is None:
+        return "" if first is None or first.flips is None else f"{first.flips.tokens}/{first.flips.of} flips"
+    return f"{first.distance.noise.row:.1e}"
+
+
+def main() -> None:
+    """Plant every fault, print the table and the counts as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of names; all faults if none is given")
+    options = parser.parse_args()
+    chosen = [
+        fault for name, fault in CATALOGUE.items() if not options.names or any(part in name for part in options.names)
+    ]
+    found = rightly = 0
+    kinds: Counter[str] = Counter()
+    table = Table(box=None)
+    for column in ("fault", "in", "operation", "found", "named", "by", "noise floors"):
+        table.add_column(column, overflow="fold")
+    with tempfile.TemporaryDirectory() as folder:
+        patients = {}
+        for name, raw, tokens in (("main", MAIN, 300), ("many", MANY, 60)):
+            (Path(folder) / name).mkdir()
+            patients[name] = patient(Path(folder) / name, raw, tokens=tokens)
+            healthy = compare_model(patients[name].held, patients[name].golden)
+            assert healthy.passed, verdict(healthy)
+        for done, fault in enumerate(chosen, start=1):
+            report = examine(patients[fault.model], fault)
+            right = named_rightly(fault, report)
+            found, rightly = found + (not report.passed), rightly + right
+            kinds[fault.kind] += 1
+            first = report.first_diverging
+            table.add_row(
+                fault.name,
+                fault.kind,
+                fault.full_tap,
+                "no" if report.passed else "yes",
+                "yes" if right else f"no: {first.name if first is not None else 'nothing'}",
+                "" if first is None else ", ".join(first.exceeded(report.limits)),
+                _multiple(report),
+            )
+            print(f"{done} of {len(chosen)}", end="\r", flush=True)
+    Console(width=160).print(table)
+    print(json.dumps({"faults": len(chosen), "kinds": kinds, "found": found, "named_rightly": rightly}))
+
+
+if __name__ == "__main__":
+    main()

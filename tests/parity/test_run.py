@@ -1,0 +1,198 @@
+"""Parity runs over converted checkpoints on disk: what is compared, what is refused, what is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.store import open_store
+from golden.archive import digest, open_golden
+from golden.manifest import Manifest, StoredTap
+from golden.noise import MODES, Mode
+from golden.synthetic import tiny_config, write_checkpoint
+from parity.explain import verdict, why
+from parity.metrics import Verdict
+from parity.run import run
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint in float32, every leaf one plain array on disk."""
+    out = tmp_path_factory.mktemp("plain") / "orbax"
+    hf_to_orbax(tiny, out, storage=Storage.FLOAT32)
+    return out
+
+
+def _planted(plain: Path, where: Path, path: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """A copy of the store with one array changed on disk, as a faulty converter would have left it."""
+    shutil.copytree(plain, where)
+    store = open_store(where)
+    array = store.read(path)
+    changed = np.ascontiguousarray(change(array)).astype(array.dtype)
+    assert changed.shape == array.shape
+    assert not np.array_equal(changed, array), "the fault changes nothing"
+    layout = store.leaf(path)
+    for index in layout.chunk_indices():
+        chunk = np.ascontiguousarray(changed[layout.chunk_region(index)])
+        (where / path / (".".join(map(str, index)) or "0")).write_bytes(chunk.tobytes())
+    return where
+
+
+def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path, golden: Path, tmp_path: Path) -> None:
+    """As a faulty converter would have left it: the whole way from the stored bytes to the sentence."""
+    faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
+    report = run(faulty, golden, layers=[1], against=tiny)
+    assert report.first_diverging is not None
+    assert report.first_diverging.name == "layers.1.attn.wo_a"
+    assert "layers.1.attn.wo_a is not layers.1.attn.wo_a.weight of the source: it is the source's rows" in verdict(
+        report
+    )
+
+
+def test_in_cumulative_mode_the_fault_is_inherited(plain: Path, golden: Path, tmp_path: Path) -> None:
+    faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
+    report = run(faulty, golden, modes=[Mode.CUMULATIVE])
+    assert report.first_diverging is not None
+    assert report.first_diverging.name == "layers.1.attn.wo_a"
+    verdicts = {other.name: other.verdict for other in report.taps}
+    assert verdicts["layers.0.hc_ffn.streams"] is Verdict.PASS
+    assert verdicts["layers.3.hc_ffn.streams"] is Verdict.FAIL
+    assert verdicts["logits"] is Verdict.FAIL
+    assert report.logits is not None
+    assert report.logits.top1 < 0.9
+
+
+def test_a_wrong_choice_has_its_consequences_in_cumulative_mode_only(plain: Path, golden: Path, tmp_path: Path) -> None:
+    """Isolated, the golden's choice is followed, so that nothing but the choice is wrong."""
+    faulty = _planted(plain, tmp_path / "orbax", "layers.0.ffn.gate.tid2eid", lambda a: np.roll(a, 1, 0))
+    report = run(faulty, golden, modes=MODES)
+    failing = {(tap.mode, tap.name) for tap in report.taps if tap.verdict is Verdict.FAIL}
+    assert {name for mode, name in failing if mode is Mode.ISOLATED} == {"layers.0.ffn.gate.experts"}
+    assert (Mode.CUMULATIVE, "layers.0.ffn.experts") in failing
+    assert (Mode.CUMULATIVE, "logits") in failing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_modes_agree_in_every_dtype(plain: Path, golden: Path, dtype: str) -> None:
+    report = run(plain, golden, modes=MODES, dtype=dtype)
+    assert report.passed, verdict(report)
+    assert {tap.mode for tap in report.taps} == set(MODES)
+    assert [layer.layer for layer in report.growth] == [0, 1, 2, 3]
+    assert "PASS: all 328 taps agree" in verdict(report)
+
+
+def test_layers_and_taps_can_be_chosen(plain: Path, golden: Path) -> None:
+    one = run(plain, golden, layers=[2])
+    assert {tap.layer for tap in one.taps} == {2}
+    some = run(plain, golden, taps=["attn.q*", "logits"])
+    assert {tap.name.split(".", 2)[-1] for tap in some.taps} == {"attn.q_norm", "attn.q", "attn.q_rope", "logits"}
+    assert some.passed
+
+
+def test_unknown_layers_and_taps_are_refused(plain: Path, golden: Path) -> None:
+    with pytest.raises(UsageError, match="layers \\[9\\]"):
+        run(plain, golden, layers=[9])
+    with pytest.raises(UsageError, match=r"attn\.wq_c: matches no tap"):
+        run(plain, golden, taps=["attn.wq_c"])
+
+
+def test_a_golden_of_another_architecture_is_refused(plain: Path, golden: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config(sliding_window=17), seed=0)
+    hf_to_orbax(tmp_path / "hf", tmp_path / "orbax")
+    with pytest.raises(BadInput, match="sliding_window: checkpoint 17, golden 16"):
+        run(tmp_path / "orbax", golden)
+
+
+def test_a_partial_conversion_serves_its_layers(tiny: Path, golden: Path, tmp_path: Path) -> None:
+    hf_to_orbax(tiny, tmp_path / "orbax", layers=[1, 2])
+    assert run(tmp_path / "orbax", golden, layers=[2]).passed
+    with pytest.raises(UsageError, match="holds the layers 1-2, not 0, 3"):
+        run(tmp_path / "orbax", golden)
+
+
+def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
+    report = run(plain, golden, modes=MODES)
+    document = json.loads(json.dumps(report.to_json(verdict(report)), allow_nan=False))
+    assert document["schema_version"] == 2
+    assert document["verdict"] == "pass"
+    assert document["first_diverging"] is document["first_wrong_operation"] is None
+    assert set(document["taps"][0]) == {"name", "mode", "verdict", "reason", "shape", "distance", "flips"}
+    assert set(document["taps"][0]["distance"]["noise"]) == {"tap", "row", "element"}
+    assert document["golden"]["reference"]["name"] == "transformers"
+    assert sum(document["counts"].values()) == len(document["taps"])
+    assert [layer["experts"] for layer in document["reach"]] == [6, 6, 6, 6]
+    assert document["logits"]["top1"] == 1
+
+
+def test_every_tap_is_explained(plain: Path, golden: Path, tmp_path: Path) -> None:
+    healthy = run(plain, golden, layers=[3])
+    for tap in healthy.taps:
+        assert tap.name in why(tap, healthy)
+        assert "noise floor" in why(tap, healthy) or "what the golden chose" in why(tap, healthy)
+    faulty = run(_planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, layers=[3])
+    words = {tap.short: why(tap, faulty) for tap in faulty.taps if tap.verdict is Verdict.FAIL}
+    assert "300 of 300 rows are beyond a limit; rounding does not explain that." in words["ffn.gate.scores"]
+    assert "tokens choose otherwise, beyond any tie" in words["ffn.gate.experts"]
+    assert "6 times may be a tie" in words["ffn.gate.experts"]
+
+
+def test_a_dtype_that_the_golden_has_no_noise_of_is_refused(plain: Path, golden: Path) -> None:
+    with pytest.raises(UsageError, match="--dtype float16: expected one of float32, bfloat16"):
+        run(plain, golden, dtype="float16")
+    with pytest.raises(UsageError, match="no mode"):
+        run(plain, golden, modes=())
+
+
+def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int]:
+    """A copy of the golden in which one query of layer 3 has chosen the runner-up, whose score is the same.
+
+    As if the reference broke the tie the other way. Returns the golden, the tap and the query.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(golden, where)
+    name = "layers.3.attn.indexer.chosen"
+    recorded = open_golden(golden)
+    chosen, scores = recorded.read(name).copy(), recorded.read("layers.3.attn.indexer.scores").copy()
+    query = 200
+    left = np.setdiff1d(np.arange((query + 1) // 4), chosen[0, query])
+    out = chosen[0, query][np.argmin(scores[0, query][chosen[0, query]])]
+    runner_up = left[np.argmax(scores[0, query][left])]
+    scores[0, query, runner_up] = scores[0, query, out]
+    chosen[0, query] = np.sort(np.where(chosen[0, query] == out, runner_up, chosen[0, query]))
+    file = where / "layer-00003.safetensors"
+    arrays = {**load_file(file), name: chosen, "layers.3.attn.indexer.scores": scores}
+    save_file(arrays, file)
+    manifest = recorded.manifest
+    entries: dict[str, StoredTap] = {
+        tap: dataclasses.replace(entry, sha256=digest(arrays[tap])) if tap in arrays else entry
+        for tap, entry in manifest.taps.items()
+    }
+    changed = Manifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
+    (where / "manifest.json").write_bytes(changed.to_bytes())
+    return where, name, query
+
+
+def test_a_tie_is_reported_and_followed(plain: Path, golden: Path, tmp_path: Path) -> None:
+    """Our choice differs where the golden's scores are equal: a tie; what comes after it uses the golden's choice."""
+    tied, name, query = _golden_with_equal_scores(golden, tmp_path / "golden")
+    report = run(plain, tied, taps=[name, "layers.3.attn.context"])
+    verdicts = {tap.name: tap for tap in report.taps}
+    assert verdicts[name].verdict is Verdict.TIE
+    assert verdicts[name].flips is not None
+    assert verdicts[name].flips.worst == (0, query)
+    # The golden's context is still that of the old choice, so following the new one has to show in that query alone.
+    context = verdicts["layers.3.attn.context"]
+    assert context.verdict is Verdict.FAIL
+    assert context.distance is not None
+    assert context.distance.worst[:2] == (0, query)
+    assert context.distance.rows_outside == 1
+    assert run(plain, golden, taps=["layers.3.attn.context"]).passed
