@@ -43,7 +43,7 @@ def demo(session: nox.Session) -> None:
     session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
     golden = ROOT / "golden" / "data" / "tiny"
-    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--layer", "all", "--quiet")
+    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet")
 
 
 @nox.session

@@ -87,6 +87,13 @@ class PublishedWeights:
         self._release(leaf)
         return decode_weight(stored, None, dtype=dtype)
 
+    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``, such as some words of the output head."""
+        leaf = self._leaf(path)
+        decoded = read_weight(self._checkpoint, leaf.sources[0], dtype=dtype, rows=slice(start, stop), transpose=True)
+        self._release(leaf)
+        return decoded
+
     def tensor(self, path: str, expert: int | None = None) -> str:
         """Name of the tensor that fills a parameter, or one expert of a stack."""
         leaf = self._leaf(path)

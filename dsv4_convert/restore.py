@@ -46,6 +46,9 @@ class Parameters(Protocol):
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
         """Some rows of an unquantised parameter."""
 
+    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = ...) -> Array:
+        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``."""
+
 
 class Weights:
     """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory."""
@@ -113,6 +116,21 @@ class Weights:
         return np.stack(
             [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
         )
+
+    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``, such as some words of the output head."""
+        if self.metadata["storage"] == "source":
+            return decode_weight(self._store.read(path, slice(start, stop)), None, dtype=dtype, transpose=True)
+        stored = self._store.open_leaf(path)
+        parts = []
+        for index in stored.layout.chunk_indices():
+            rows, columns = stored.layout.chunk_region(index)
+            if rows.start:
+                raise BadInput(f"{self._store.folder}: {path} is stored in chunks of rows; convert the model again")
+            if columns.start < stop and start < columns.stop:
+                inside = slice(max(start - columns.start, 0), stop - columns.start)
+                parts.append(stored.read_chunk(index)[:, inside])
+        return decode_weight(np.concatenate(parts, axis=1), None, dtype=dtype)
 
     def _rule(self, path: str) -> names.Rule:
         (found,) = (item for item in names.explain(path) if item.path == path)

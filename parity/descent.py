@@ -30,7 +30,7 @@ def descend(
     forward: Forward,
     comparison: Comparison,
     weights: Parameters,
-    source: PublishedWeights | None,
+    against: PublishedWeights | None,
 ) -> Descent:
     """Run a layer, or the model level after the layers (None), operation by operation.
 
@@ -39,7 +39,7 @@ def descend(
         forward: the model.
         comparison: with the golden.
         weights: where the model's weights come from.
-        source: the published checkpoint to compare the weights of wrong operations with, if it is at hand.
+        against: the published checkpoint to compare the weights of wrong operations with, if it is at hand.
 
     Raises:
         BadInput: golden or weights are damaged.
@@ -59,7 +59,7 @@ def descend(
         layer=layer,
         wrong=wrong,
         weights=paths,
-        differing=None if source is None else tuple(differing_weights(weights, source, paths)),
+        differing=None if against is None else tuple(differing_weights(weights, against, paths)),
         experts=_suspects(layer, wrong, taken, comparison),
     )
 

@@ -36,6 +36,15 @@ def missed(layer: LayerReach) -> str:
     return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
 
 
+def noise_floor(report: Report) -> str:
+    """What errors are measured by, for a reader who sees it for the first time."""
+    return (
+        f"In {report.dtype} rounding moves the reference itself; how far, token by token, is the noise floor. Errors "
+        "are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its worst "
+        "element."
+    )
+
+
 def why(result: TapResult, report: Report) -> str:
     """Why one tap passes or fails, for a reader who does not know the measures."""
     head = f"{result.name} ({result.meaning}), {result.mode}: {result.verdict}."
@@ -63,7 +72,7 @@ def operation(descent: Descent) -> Iterator[str]:
     if not descent.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif descent.differing is None:
-        yield f"It uses {_list(descent.weights)}; --against SOURCE compares them with the published checkpoint."
+        yield f"It uses {_list(descent.weights)}; with --against SOURCE its weights are compared with the published."
     elif not descent.differing:
         yield f"Its weights ({_list(descent.weights)}) are those of the source: look at the configuration and the code."
     for difference in (descent.differing or ())[:_NAMED]:
@@ -132,9 +141,9 @@ def _layers(layers: list[int]) -> str:
 def _real(result: TapResult, distance: Distance, report: Report) -> str:
     noise, limits = distance.noise, report.limits
     floor = (
-        f"In {report.dtype} the reference itself is moved by rounding; that is the noise floor. This tap's error is "
-        f"{_times(noise.tap)} the floor over the whole tap ({limits.tap:g} allowed), {_times(noise.row)} in its worst "
-        f"row ({limits.row:g}), {_times(noise.element)} at its worst element ({limits.element:g})."
+        f"The error is {_times(noise.tap)} the noise floor over the whole tap ({limits.tap:g} allowed), "
+        f"{_times(noise.row)} in its worst row ({limits.row:g}), {_times(noise.element)} at its worst element "
+        f"({limits.element:g})."
     )
     worst = (
         f"The worst element is {list(distance.worst)}: golden {distance.golden:.7g}, found {distance.found:.7g}; over "

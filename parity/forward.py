@@ -19,6 +19,10 @@ from dsv4_convert.restore import Parameters, restore_block
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
+#: Columns of the output head that are in memory at a time; at V4-Pro's width 235 MB in float32.
+HEAD_WORDS = 8192
+_HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
+_LOGITS = "logits"
 #: Taps by full name, in float32 or int32 whatever the model computes in.
 Taken = dict[str, Array]
 
@@ -64,12 +68,20 @@ class Forward:
         return _taken({**first, **second}, f"layers.{layer}."), leaving
 
     def head(self, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None) -> Taken:
-        """Head collapse, final norm and logits."""
-        paths = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
-        fn, base, scale, norm, weight = (jnp.asarray(self._weights.read(path)) for path in paths)
-        taps = Taps(_everything, {name: jnp.asarray(value) for name, value in (forced or {}).items()})
-        head(jnp.asarray(streams, self._dtype), fn, base, scale, norm, weight, self._weights.config, taps)
-        return _taken(taps.values, "")
+        """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
+        config = self._weights.config
+        fn, base, scale, norm = (jnp.asarray(self._weights.read(path)) for path in _HEAD)
+        given = {name: jnp.asarray(value) for name, value in (forced or {}).items() if name != _LOGITS}
+        entering = jnp.asarray(streams, self._dtype)
+        logits = []
+        for start in range(0, config.vocab_size, HEAD_WORDS):
+            stop = min(start + HEAD_WORDS, config.vocab_size)
+            words = jnp.asarray(self._weights.read_outputs("head", start, stop))
+            # What comes before the matrix is small, so it is computed again for every piece.
+            taps = Taps(_everything, given)
+            head(entering, fn, base, scale, norm, words, config, taps)
+            logits.append(np.asarray(taps.values[_LOGITS]))
+        return {**_taken(taps.values, ""), _LOGITS: np.concatenate(logits, axis=-1)}
 
     def _block(self, layer: int) -> tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]:
         """One layer's weights but for its experts; kept until another layer's are asked for."""

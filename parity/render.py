@@ -10,13 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from golden.noise import Mode
-from parity.explain import missed, verdict, why
+from parity.explain import missed, noise_floor, verdict, why
 from parity.logits import TOP, LogitsComparison
 from parity.metrics import Verdict
 from parity.report import Growth, Report, TapResult
 
 _SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
+#: Taps that are listed of a layer where not all are.
+_FEW = 6
 #: Decodes one token id, or says that it cannot.
 Decode = Callable[[int], str]
 
@@ -38,10 +40,11 @@ def render(
         for mode in report.modes:
             console.print(_summary(report, mode))
     if explained:
+        console.print(noise_floor(report))
         for tap in shown:
             console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
     else:
-        for table in _tables(shown, report):
+        for table in _tables(shown, report, len(shown) if every_tap else _FEW):
             console.print(table)
     if report.growth:
         console.print(_growth(report.growth))
@@ -95,23 +98,27 @@ def _summary(report: Report, mode: Mode) -> Group:
     return _titled(f"{report.dtype}, {mode}: worst tap of each layer", table)
 
 
-def _tables(taps: Sequence[TapResult], report: Report) -> Iterator[RenderableType]:
+def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[RenderableType]:
+    """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
-    wrong = {(result.name) for descent in report.descents for result in descent.wrong}
+    wrong = {result.name for descent in report.descents for result in descent.wrong}
     for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
+        listed = list(group)
         title = "model level" if layer is None else f"layer {layer}"
         table = _table(
             ("tap", "left"),
             *((name, "right") for name in ("noise", "max abs", "rel rms", "1-cos", "ulp")),
             ("verdict", "left"),
         )
-        for tap in group:
+        for tap in listed[:limit]:
             text = Text(tap.verdict.value, style=_STYLE[tap.verdict])
             if tap is first:
                 text.append(" < first")
             if tap.verdict is Verdict.FAIL and tap.name in wrong:
                 text.append(", wrong by itself")
             table.add_row(tap.short, *_numbers(tap), text)
+        if len(listed) > limit:
+            table.add_row(f"and {len(listed) - limit} more that do not pass")
         yield _titled(f"{title}, {report.dtype}, {mode}", table)
 
 

@@ -37,9 +37,10 @@ Progress = Callable[[int | None], None]
 
 
 def run(
-    checkpoint: Path,
+    checkpoint: Path | None,
     golden: Path,
     *,
+    source: Path | None = None,
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
     modes: Sequence[Mode] = (Mode.ISOLATED,),
@@ -48,11 +49,12 @@ def run(
     require_reach: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Compare a converted checkpoint with a golden.
+    """Compare a converted checkpoint, or a published one before it is converted, with a golden.
 
     Args:
-        checkpoint: Orbax checkpoint that dsv4 wrote.
+        checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: recorded golden.
+        source: folder of a published checkpoint, whose weights are decoded as they are needed.
         layers: layers to compare; None for all of them and the model level: embedding, head, logits.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both.
@@ -65,22 +67,28 @@ def run(
         UsageError: a layer or tap that neither side has, or a dtype whose noise floor the golden does not carry.
         BadInput: a damaged file, or a golden of another architecture.
     """
-    weights, recorded = Weights.open(checkpoint), open_golden(golden)
+    recorded = open_golden(golden)
+    wanted = None if layers is None else check_layers(recorded.config, layers)
+    weights: Parameters
+    if checkpoint is not None and source is None:
+        weights, place = Weights.open(checkpoint), checkpoint
+    elif source is not None and checkpoint is None:
+        weights, place = PublishedWeights.open(source, layers=_up_to(wanted, modes)), source
+    else:
+        raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
     _same_architecture(weights.config, recorded.config, golden)
-    source = (
-        None if against is None else PublishedWeights.open(against, layers=tuple(check_layers(weights.config, layers)))
-    )
+    published = None if against is None else PublishedWeights.open(against, layers=wanted)
     return compare_model(
         weights,
         recorded,
-        layers=layers,
+        layers=wanted,
         taps=taps,
         modes=modes,
         dtype=dtype,
-        source=source,
+        against=published,
         require_reach=require_reach,
         progress=progress,
-        name=str(checkpoint),
+        name=str(place),
     )
 
 
@@ -92,7 +100,7 @@ def compare_model(
     taps: Iterable[str] = (),
     modes: Sequence[Mode] = (Mode.ISOLATED,),
     dtype: str = "float32",
-    source: PublishedWeights | None = None,
+    against: PublishedWeights | None = None,
     require_reach: bool = False,
     progress: Progress = lambda _: None,
     name: str = "weights",
@@ -106,7 +114,7 @@ def compare_model(
     chosen = check_layers(config, layers)
     _check_recorded(golden, chosen)
     names = _names(config, chosen, model_level=layers is None)
-    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, source, progress)
+    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress)
     ordered = [mode for mode in MODES if mode in modes]
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
@@ -141,14 +149,14 @@ class _Run:
         golden: Golden,
         dtype: str,
         wanted: Sequence[str],
-        source: PublishedWeights | None,
+        against: PublishedWeights | None,
         progress: Progress,
     ) -> None:
         self._weights = weights
         self._golden = golden
         self._config = golden.config
         self._wanted = wanted
-        self._source = source
+        self._against = against
         self._progress = progress
         self._comparison = Comparison(golden, dtype)
         self._model = Forward(weights, golden.tokens, jnp.dtype(dtype))
@@ -240,7 +248,7 @@ class _Run:
         return any(result.verdict is Verdict.FAIL for result in results)
 
     def _descend(self, layer: int | None) -> None:
-        self.descents.append(descend(layer, self._model, self._comparison, self._weights, self._source))
+        self.descents.append(descend(layer, self._model, self._comparison, self._weights, self._against))
 
     def _grown(self, layer: int, leaving: Mapping[Mode, Array]) -> Growth:
         """Split the error of the streams that leave a layer."""
@@ -268,6 +276,13 @@ def _names(config: Config, layers: Iterable[int], *, model_level: bool) -> list[
     outer = [full_name(tap, None) for tap in taps_of(config, None)] if model_level else []
     inner = [full_name(tap, layer) for layer in layers for tap in taps_of(config, layer)]
     return outer[:1] + inner + outer[1:]
+
+
+def _up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[int, ...] | None:
+    """The layers that run: those that are wanted, and in cumulative mode those before them; None for all."""
+    if layers is None:
+        return None
+    return tuple(range(max(layers) + 1)) if Mode.CUMULATIVE in modes else tuple(layers)
 
 
 def _check_recorded(golden: Golden, layers: Iterable[int]) -> None:

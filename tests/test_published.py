@@ -35,6 +35,10 @@ def test_equal_to_the_converted_checkpoint(tmp_path: Path, form: Form, dtype: np
             assert ours.read_expert(path, 4, dtype).tobytes() == stored.read_expert(path, 4, dtype).tobytes()
     rows = np.array([95, 0, 7])
     assert ours.read_rows("embed", rows, dtype).tobytes() == stored.read_rows("embed", rows, dtype).tobytes()
+    head = ours.read("head", dtype)
+    hf_to_orbax(tmp_path / "hf", tmp_path / "wide", storage=Storage.FLOAT32)
+    for side in (ours, stored, Weights.open(tmp_path / "wide")):
+        assert side.read_outputs("head", 5, 90, dtype).tobytes() == np.ascontiguousarray(head[:, 5:90]).tobytes()
 
 
 def test_some_layers_only(tmp_path: Path) -> None:

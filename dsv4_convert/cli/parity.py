@@ -12,8 +12,12 @@ from dsv4_convert.cli.common import LAYERS_HELP, Json, parse_choice, parse_layer
 
 @reported
 def parity(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
     golden: Annotated[Path, typer.Option(help="Golden to compare with (see dsv4 golden record).")],
+    checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the way, before it is converted."),
+    ] = None,
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
         list[str] | None,
@@ -70,11 +74,12 @@ def parity(
     from parity.run import run
 
     chosen = parse_choice("--mode", mode, (*MODES, "both"))
-    decode = token_decoder(tokenizer or against, required=tokenizer is not None)
+    decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
     with status("parity") as say:
         report = run(
             checkpoint,
             golden,
+            source=source,
             layers=layers,
             taps=taps or (),
             modes=MODES if chosen == "both" else (Mode(chosen),),

@@ -147,7 +147,7 @@ def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) ->
     document = json.loads((tmp_path / "report.json").read_text())
     assert (document["dtype"], document["modes"]) == ("bfloat16", ["isolated", "cumulative"])
     out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--layer", "2", "--taps", "attn.q", "--explain")
-    assert "the reference itself is moved by rounding; that is the noise floor" in " ".join(out.split())
+    assert "In float32 rounding moves the reference itself" in " ".join(out.split())
 
 
 def test_verify_finds_a_flipped_bit(hf: Path, tmp_path: Path) -> None:

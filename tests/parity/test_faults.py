@@ -110,11 +110,11 @@ def test_with_the_source_at_hand_the_part_of_the_tensor_is_named(
     patients: dict[str, Patient], name: str, expected: list[str]
 ) -> None:
     fault = CATALOGUE[name]
-    sentence = verdict(examine(patients["main"], fault, source=patients["main"].source()))
+    sentence = verdict(examine(patients["main"], fault, against=patients["main"].source()))
     for words in expected:
         assert words in sentence
 
 
 def test_without_the_source_it_says_how_to_bring_it(patients: dict[str, Patient]) -> None:
     sentence = verdict(examine(patients["main"], CATALOGUE["router bias dropped"]))
-    assert "It uses layers.3.ffn.gate.bias; --against SOURCE compares" in sentence
+    assert "It uses layers.3.ffn.gate.bias; with --against SOURCE" in sentence

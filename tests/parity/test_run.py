@@ -136,12 +136,44 @@ def test_every_tap_is_explained(plain: Path, golden: Path, tmp_path: Path) -> No
     healthy = run(plain, golden, layers=[3])
     for tap in healthy.taps:
         assert tap.name in why(tap, healthy)
-        assert "noise floor" in why(tap, healthy) or "what the golden chose" in why(tap, healthy)
+        assert "the noise floor over the whole tap (12 allowed)" in why(tap, healthy) or "what the golden chose" in why(
+            tap, healthy
+        )
     faulty = run(_planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, layers=[3])
     words = {tap.short: why(tap, faulty) for tap in faulty.taps if tap.verdict is Verdict.FAIL}
     assert "300 of 300 rows are beyond a limit; rounding does not explain that." in words["ffn.gate.scores"]
     assert "tokens choose otherwise, beyond any tie" in words["ffn.gate.experts"]
     assert "6 times may be a tie" in words["ffn.gate.experts"]
+
+
+@pytest.mark.parametrize("modes", [(Mode.ISOLATED,), MODES])
+def test_from_the_published_shards_it_is_the_same(
+    plain: Path, tiny: Path, golden: Path, modes: tuple[Mode, ...]
+) -> None:
+    """Before it is converted: the same results to the last digit, and only the layers that run have to be there."""
+    converted, published = run(plain, golden, modes=modes), run(None, golden, source=tiny, modes=modes)
+    assert published.taps == converted.taps
+    assert published.growth == converted.growth
+    assert published.logits == converted.logits
+    assert published.checkpoint["storage"] == "published"
+    one = run(None, golden, source=tiny, layers=[2], modes=modes)
+    assert one.passed
+    with pytest.raises(UsageError, match="expected a converted CHECKPOINT, or --source"):
+        run(None, golden)
+    with pytest.raises(UsageError, match="expected a converted CHECKPOINT, or --source"):
+        run(plain, golden, source=tiny)
+
+
+def test_a_head_in_pieces_gives_the_same_logits(plain: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parity import forward
+
+    whole = run(plain, golden, taps=["logits", "hc_head*", "norm"])
+    monkeypatch.setattr(forward, "HEAD_WORDS", 40)  # of 96: two whole pieces and a shorter one
+    pieces = run(plain, golden, taps=["logits", "hc_head*", "norm"])
+    assert pieces.passed
+    assert [tap.name for tap in pieces.taps] == [tap.name for tap in whole.taps]
+    assert pieces.logits is not None
+    assert pieces.logits.top1 == 1
 
 
 def test_a_dtype_that_the_golden_has_no_noise_of_is_refused(plain: Path, golden: Path) -> None:

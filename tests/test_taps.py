@@ -1,0 +1,25 @@
+"""The table of taps against the table of names: every parameter is used by an operation that has a tap."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dsv4_convert.names import RULES
+from dsv4_convert.taps import TAPS
+
+
+def test_every_parameter_is_some_taps() -> None:
+    used = {weight for tap in TAPS for weight in tap.weights}
+    assert used == {rule.path.removeprefix("layers.{}.") for rule in RULES}
+
+
+def test_only_the_hyper_connections_share_theirs() -> None:
+    count = Counter(weight for tap in TAPS for weight in tap.weights)
+    assert {weight.rsplit("_", 1)[0] for weight, taps in count.items() if taps > 1} == {"hc_attn", "hc_ffn"}
+
+
+def test_scores_of_a_choice_are_a_tap_before_it() -> None:
+    names = [tap.name for tap in TAPS]
+    for tap in TAPS:
+        if tap.scores is not None:
+            assert names.index(tap.scores) < names.index(tap.name)
