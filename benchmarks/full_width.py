@@ -44,7 +44,9 @@ def main() -> None:
         dsv4("golden", "record", hf, "--out", golden, "--random", str(options.tokens)),
         dsv4("parity", orbax, "--golden", golden, "--layer", "0", "--quiet"),
         dsv4("parity", orbax, "--golden", golden, "--layer", "1", "--quiet"),
-        dsv4("parity", orbax, "--golden", golden, "--quiet", "--mode", "cumulative"),
+        dsv4("parity", orbax, "--golden", golden, "--quiet", "--mode", "both"),
+        dsv4("parity", orbax, "--golden", golden, "--quiet", "--mode", "both", "--dtype", "bfloat16"),
+        dsv4("parity", "--source", hf, "--golden", golden, "--quiet", "--layer", "0"),
     ]
     sizes = {name: gigabytes(work / name) for name in ("hf", "orbax", "golden")}
     table = Table(title=f"two layers at full width, {options.tokens} tokens; GB on disk: {sizes}", box=None)

@@ -13,7 +13,7 @@ from dsv4_convert import names
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.store import Store, open_store
+from dsv4_convert.store import Store, open_store, verify
 
 if TYPE_CHECKING:
     from dsv4_convert.model import Block, Model
@@ -48,6 +48,9 @@ class Parameters(Protocol):
 
     def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = ...) -> Array:
         """Columns ``start:stop`` of an unquantised kernel ``[in, out]``."""
+
+    def damaged(self, path: str) -> bool:
+        """Whether a parameter is known to be no longer what was written."""
 
 
 class Weights:
@@ -131,6 +134,11 @@ class Weights:
                 inside = slice(max(start - columns.start, 0), stop - columns.start)
                 parts.append(stored.read_chunk(index)[:, inside])
         return decode_weight(np.concatenate(parts, axis=1), None, dtype=dtype)
+
+    def damaged(self, path: str) -> bool:
+        """Whether the stored bytes of a parameter are no longer those whose hashes the manifest has."""
+        leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
+        return bool(verify(self._store, leaves=leaves))
 
     def _rule(self, path: str) -> names.Rule:
         (found,) = (item for item in names.explain(path) if item.path == path)

@@ -59,6 +59,7 @@ def descend(
         layer=layer,
         wrong=wrong,
         weights=paths,
+        damaged=tuple(path for path in paths if weights.damaged(path)),
         differing=None if against is None else tuple(differing_weights(weights, against, paths)),
         experts=_suspects(layer, wrong, taken, comparison),
     )

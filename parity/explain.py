@@ -69,6 +69,8 @@ def operation(descent: Descent) -> Iterator[str]:
             f"expert {descent.experts[0]}" if len(descent.experts) == 1 else f"one of experts {_list(descent.experts)}"
         )
         yield f"Exactly the tokens that were sent to {who} are wrong."
+    if descent.damaged:
+        yield f"The stored bytes of {_list(descent.damaged)} are not those that were converted: see dsv4 verify."
     if not descent.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif descent.differing is None:

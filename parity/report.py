@@ -60,7 +60,8 @@ class Descent:
     """A failing layer (None: the model level) run again with every operation fed with the golden's own inputs.
 
     ``wrong``: the operations whose result differs even so, in order of execution: each of them is a fault of its own.
-    ``weights``: the parameters that these operations use. ``differing``: those of them that differ from the source;
+    ``weights``: the parameters that these operations use. ``damaged``: those of them whose stored bytes are not
+    what was converted. ``differing``: those of them that differ from the source;
     None where no source was at hand. ``experts``: experts that all failing tokens of ``ffn.experts`` share with no
     passing one.
     """
@@ -68,6 +69,7 @@ class Descent:
     layer: int | None
     wrong: tuple[TapResult, ...]
     weights: tuple[str, ...]
+    damaged: tuple[str, ...]
     differing: tuple[WeightDifference, ...] | None
     experts: tuple[int, ...]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,10 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise BadInput(f"{folder}: not a checkpoint written by dsv4: {what}") from error
 
 
-def verify(store: Store, progress: VerifyProgress | None = None, *, workers: int = 2) -> list[str]:
-    """Hash everything that is stored and compare it with the manifest.
+def verify(
+    store: Store, progress: VerifyProgress | None = None, *, leaves: Iterable[str] | None = None, workers: int = 2
+) -> list[str]:
+    """Hash everything that is stored, or only some leaves by their paths, and compare it with the manifest.
 
     Memory: one chunk per worker (two of an edge chunk or a compressed one).
 
@@ -154,16 +156,17 @@ def verify(store: Store, progress: VerifyProgress | None = None, *, workers: int
         One line for every difference: chunks, arrays' metadata, files; empty when all is as it was written.
     """
     problems = []
-    for name in sorted(store.manifest.files):
+    chosen = store.paths if leaves is None else tuple(leaves)
+    for name in sorted(store.manifest.files) if leaves is None else ():
         try:
             store.read_file(name)
         except BadInput as error:
             problems.append(str(error))
-    total = sum(record.layout.nbytes for record in store.manifest.leaves.values())
+    total = sum(store.leaf(path).nbytes for path in chosen)
     checked = 0
 
     def chunks() -> Iterator[_ChunkTask]:
-        for path in store.paths:
+        for path in chosen:
             try:
                 stored = store.open_leaf(path)
             except BadInput as error:

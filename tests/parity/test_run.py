@@ -50,6 +50,7 @@ def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path,
     """As a faulty converter would have left it: the whole way from the stored bytes to the sentence."""
     faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
     report = run(faulty, golden, layers=[1], against=tiny)
+    assert "The stored bytes of layers.1.attn.wo_a are not those that were converted" in verdict(report)
     assert report.first_diverging is not None
     assert report.first_diverging.name == "layers.1.attn.wo_a"
     assert "layers.1.attn.wo_a is not layers.1.attn.wo_a.weight of the source: it is the source's rows" in verdict(
