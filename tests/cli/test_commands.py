@@ -107,7 +107,8 @@ def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
         ),
         (["names", "layers.3.attn.wq_c.weight"], 2, "not a tensor or parameter"),
         (["golden", "make-checkpoint", "{hf}"], 2, "exists already"),
-        (["parity"], 2, "Missing argument"),
+        (["parity"], 2, "Missing option"),
+        (["parity", "--golden", "{golden}"], 2, "expected a converted CHECKPOINT, or --source"),
         (["nonsense"], 2, "No such command"),
     ],
 )

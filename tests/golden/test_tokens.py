@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsv4_convert.errors import BadInput, UsageError
-from golden.tokens import check_tokens, encode_text, parse_tokens, prompt_tokens, random_tokens
+from golden.tokens import check_tokens, encode_text, parse_tokens, prompt_tokens, random_tokens, token_decoder
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,19 @@ def test_text_goes_through_the_checkpoint_s_tokenizer(tmp_path: Path) -> None:
         encode_text(tmp_path / "tokenizer.json", ["the sea", "sea"])
     with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
         encode_text(tmp_path / "x" / "tokenizer.json", ["the sea"])
+
+
+def test_ids_become_text_where_a_tokenizer_is_at_hand(tmp_path: Path) -> None:
+    assert token_decoder(None, required=False)(7) == "7"
+    assert token_decoder(tmp_path, required=False)(7) == "7"
+    with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
+        token_decoder(tmp_path, required=True)
+    Tokenizer(models.WordLevel({"the": 3, "sea": 7}, unk_token="the")).save(str(tmp_path / "tokenizer.json"))
+    for where in (tmp_path, tmp_path / "tokenizer.json"):
+        assert token_decoder(where, required=True)(7) == "7 'sea'"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match="not a tokenizer file"):
+        token_decoder(tmp_path, required=False)
 
 
 def test_random_prompts_repeat(tmp_path: Path) -> None:
