@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
+from golden.references.probes import WithinForward
+
 Array = np.ndarray[Any, Any]
 
 TORCH = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -101,28 +103,15 @@ def choosing(root: nn.Module, choices: Mapping[str, Array]) -> Iterator[None]:
     """While active, ``topk`` inside the modules of :data:`CHOICES` gives the indices of ``choices`` ``[B, S, k]``."""
     with ExitStack() as stack:
         for tap, indices in choices.items():
-            module = root.get_submodule(CHOICES[tap])
             mode = _Choose(torch.from_numpy(indices.astype(np.int64)))
-            for handle in (
-                module.register_forward_pre_hook(mode.begin),
-                module.register_forward_hook(mode.end, always_call=True),
-            ):
-                stack.callback(handle.remove)
+            stack.enter_context(mode.of(root.get_submodule(CHOICES[tap])))
         yield
 
 
-class _Choose(TorchFunctionMode):
+class _Choose(WithinForward):
     def __init__(self, indices: Tensor) -> None:
         super().__init__()
         self._indices = indices
-
-    def begin(self, *_: object) -> None:
-        """A forward pre-hook."""
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self, *_: object) -> None:
-        """A forward hook."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

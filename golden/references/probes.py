@@ -241,12 +241,9 @@ def _attached(module: nn.Module, probe: Probe, keep: Callable[[object], None]) -
 
             handles = [module.register_forward_hook(see_output)]
         case FirstArgument(function=function):
-            watch = _Watch(function, keep)
-            handles = [
-                module.register_forward_pre_hook(watch.begin),
-                # Also when the forward fails: the mode must not outlive it.
-                module.register_forward_hook(watch.end, always_call=True),
-            ]
+            with _Watch(function, keep).of(module):
+                yield
+            return
         case Attention(value=value):
             with _attention_seen(module, value, keep):
                 yield
@@ -263,21 +260,38 @@ def _part(values: object, index: int) -> object:
     return values[index] if isinstance(values, tuple) and index < len(values) else None
 
 
-class _Watch(TorchFunctionMode):
-    """While active, hands over the first argument of every call of one torch function."""
+class WithinForward(TorchFunctionMode):
+    """A mode that is active while one module's forward runs."""
+
+    @contextmanager
+    def of(self, module: nn.Module) -> Iterator[None]:
+        """Attach the mode to ``module`` until the block ends."""
+        handles = [
+            module.register_forward_pre_hook(lambda *_: self._begin()),
+            # Also when the forward fails: the mode must not outlive it.
+            module.register_forward_hook(lambda *_: self._end(), always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # A hook that returns something would replace what the module gets or gives.
+    def _begin(self) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end(self) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _Watch(WithinForward):
+    """Hands over the first argument of every call of one torch function."""
 
     def __init__(self, function: Callable[..., Any], keep: Callable[[object], None]) -> None:
         super().__init__()
         self._function = function
         self._keep = keep
-
-    def begin(self, *_: object) -> None:
-        """A forward pre-hook."""
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self, *_: object) -> None:
-        """A forward hook."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
