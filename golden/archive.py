@@ -78,6 +78,10 @@ class Golden:
             raise UsageError(f"{self.path}: no tap {name}; the golden has {len(self.names)} others, see its manifest")
         return self._stored(self.manifest.aliases.get(name, name))
 
+    def sha256(self, name: str) -> str:
+        """Digest of a recorded tap's bytes, as the manifest has it."""
+        return self.manifest.taps[self.manifest.aliases.get(name, name)].sha256
+
     def noise(self, name: str, dtype: str, mode: Mode) -> Array:
         """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row (:mod:`golden.noise`).
 

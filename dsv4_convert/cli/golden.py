@@ -126,6 +126,28 @@ def verify(
 
 
 @reported
+def diff(
+    first: Annotated[Path, typer.Argument(help="Golden whose noise floor is the measure.")],
+    second: Annotated[Path, typer.Argument(help="Golden of the same architecture and tokens.")],
+    json: Json = None,
+) -> None:
+    """Compare two goldens tap by tap, such as those of two versions of a reference; exits 1 beyond the noise floor.
+
+    Example: dsv4 golden diff ./golden-5.23 ./golden-5.24
+    """
+    from dsv4_convert.errors import CheckFailed
+    from golden.archive import open_golden
+    from parity.diff import diff as compare
+
+    found = compare(open_golden(first), open_golden(second))
+    for line in found.lines():
+        typer.echo(line, err=json == "-")
+    write_json(found.to_json(), json)
+    if not found.agrees:
+        raise CheckFailed(f"{first} and {second} differ beyond the noise floor")
+
+
+@reported
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: Annotated[

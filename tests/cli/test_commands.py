@@ -24,6 +24,7 @@ COMMANDS = (
     ["golden", "record"],
     ["golden", "show"],
     ["golden", "verify"],
+    ["golden", "diff"],
     ["golden", "make-checkpoint"],
     ["parity"],
     ["names"],
@@ -149,6 +150,18 @@ def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) ->
     assert (document["dtype"], document["modes"]) == ("bfloat16", ["isolated", "cumulative"])
     out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--layer", "2", "--taps", "attn.q", "--explain")
     assert "In float32 rounding moves the reference itself" in " ".join(out.split())
+
+
+def test_goldens_are_compared(hf: Path, tmp_path: Path) -> None:
+    out, _ = dsv4("golden", "diff", GOLDEN, GOLDEN, "--json", tmp_path / "diff.json")
+    assert "164 taps are equal, 0 differ within the noise floor, 0 beyond it" in out
+    assert json.loads((tmp_path / "diff.json").read_text())["beyond_noise"] == []
+    write_checkpoint(tmp_path / "hf", tiny_config(), seed=1)
+    dsv4("golden", "record", tmp_path / "hf", "--out", tmp_path / "other", "--random", "300", "--seed", "6")
+    out, err = dsv4("golden", "diff", GOLDEN, tmp_path / "other", exit_code=1)
+    assert "source.files" in out
+    assert "embed: " in out
+    assert "differ beyond the noise floor" in err
 
 
 def test_verify_finds_a_flipped_bit(hf: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Comparing two goldens: what was recorded differently, and where the second leaves the noise floor of the first.
+
+Of use when a reference, its version or its machine changes: the same checkpoint and prompt, recorded twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.errors import UsageError
+from golden.archive import Golden
+from golden.noise import Mode
+from parity.comparison import Comparison
+from parity.metrics import Verdict
+from parity.report import TapResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoldenDiff:
+    """``recorded``: what the two say differently of themselves. ``only``: taps that one of them has. ``equal``: number
+    of taps whose bytes are equal. ``differing``: the other ones, judged by the noise floor of the first."""
+
+    recorded: tuple[str, ...]
+    only: tuple[str, ...]
+    equal: int
+    differing: tuple[TapResult, ...]
+
+    @property
+    def beyond(self) -> tuple[TapResult, ...]:
+        """The taps that differ beyond the noise floor."""
+        return tuple(result for result in self.differing if result.verdict is Verdict.FAIL)
+
+    def lines(self) -> Iterator[str]:
+        """The findings in words."""
+        yield from self.recorded
+        yield from (f"only in one of them: {name}" for name in self.only)
+        yield from (f"{result.name}: {result.reason}" for result in self.beyond)
+        within = len(self.differing) - len(self.beyond)
+        yield f"{self.equal} taps are equal, {within} differ within the noise floor, {len(self.beyond)} beyond it"
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable, versioned JSON."""
+        return {
+            "schema_version": 1,
+            "recorded": list(self.recorded),
+            "only": list(self.only),
+            "equal": self.equal,
+            "within_noise": len(self.differing) - len(self.beyond),
+            "beyond_noise": [result.name for result in self.beyond],
+        }
+
+    @property
+    def agrees(self) -> bool:
+        """Every tap that both have is equal, or within the noise; and there is one."""
+        return not self.beyond and bool(self.equal + len(self.differing))
+
+
+def diff(first: Golden, second: Golden) -> GoldenDiff:
+    """Compare every tap of ``second`` with that of ``first``; both ran from the tokens, so errors may have added up.
+
+    Raises:
+        UsageError: other tokens or another architecture, so that nothing can be compared; or ``first`` carries no noise
+            floor of float32 and a tap differs.
+        BadInput: an array is not the one that was recorded.
+    """
+    if first.config != second.config or not np.array_equal(first.tokens, second.tokens):
+        what = "architectures" if first.config != second.config else "tokens"
+        raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
+    comparison = Comparison(first, "float32")
+    shared = [name for name in first.names if name in set(second.names)]
+    unequal = [name for name in shared if first.sha256(name) != second.sha256(name)]
+    differing = [
+        result for name in unequal for result in comparison.judge({name: second.read(name)}, Mode.CUMULATIVE, [name])
+    ]
+    return GoldenDiff(
+        recorded=tuple(_recorded(first, second)),
+        only=tuple(sorted({*first.names} ^ {*second.names})),
+        equal=len(shared) - len(differing),
+        differing=tuple(differing),
+    )
+
+
+def _recorded(first: Golden, second: Golden) -> Iterator[str]:
+    """Fields of reference and source that differ."""
+    for part in ("reference", "source"):
+        mine, its = (dataclasses.asdict(getattr(golden.manifest.request, part)) for golden in (first, second))
+        for field, value in mine.items():
+            if value != its[field]:
+                yield f"{part}.{field}: {value}, {its[field]}"
