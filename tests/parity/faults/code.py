@@ -14,19 +14,24 @@ from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
 from dsv4_convert.model import attention, block, compressor, experts, hyper_connection, indexer, router
 from dsv4_convert.model import model as backbone
+from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
+from dsv4_convert.model.norm import rms_norm as _rms_norm
+from dsv4_convert.model.parameters import contract as _contract
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.rope import frequencies
+from dsv4_convert.model.rope import rotate as _rotate
 from parity import forward
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 
 _ROPE = 8  # rotated channels
 _CONFIG = Config.from_hf(MAIN)
-_MAIN_TABLE = attention.frequencies(_CONFIG, Kind.SLIDING)
-_SCALED_TABLE = attention.frequencies(_CONFIG, Kind.CSA)
+_MAIN_TABLE = frequencies(_CONFIG, Kind.SLIDING)
+_SCALED_TABLE = frequencies(_CONFIG, Kind.CSA)
 
-_rotate, _attend, _choose = attention.rotate, attention.attend, indexer.choose
+_attend, _choose = attention.attend, indexer.choose
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix
-_rms_norm, _swiglu, _contract = attention.rms_norm, experts.swiglu, attention.contract
+_swiglu = experts.swiglu
 
 
 def _half_split(x: Any, positions: Any, table: Any, *, inverse: bool = False) -> Any:
@@ -139,9 +144,6 @@ def _blocks(offset: int) -> Callable[[int, int], Any]:
 
 def _all_blocks(tokens: int, ratio: int) -> Any:
     return jnp.ones((tokens, tokens // ratio), bool)
-
-
-_chosen_mask = attention.chosen_mask
 
 
 def _shared_choice(chosen: Any, entries: int) -> Any:
