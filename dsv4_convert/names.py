@@ -413,6 +413,15 @@ def explain(name: str) -> tuple[Explanation, ...]:
     return tuple(found.values())
 
 
+def rule_of(path: str) -> Rule:
+    """The row of a parameter path such as ``layers.3.ffn.experts.w1``. Raises :class:`UsageError` for another name."""
+    key, _ = template(path)
+    for rule in RULES:
+        if key == rule.path:
+            return rule
+    raise UsageError(f"{path}: not a parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
+
+
 def _explanation(rule: Rule, layer: int | None, expert: int | None) -> Explanation:
     def spell(text: str) -> str:
         numbers = [f"{layer}" if layer is not None else "N", f"{expert}" if expert is not None else "E"]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_weight
 from dsv4_convert.config import Config
-from dsv4_convert.coverage import Leaf, Stored, resolve
+from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.names import Kind, Transform, check_layers
@@ -33,8 +34,7 @@ class PublishedWeights:
         self._checkpoint = checkpoint
         self.config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         self.layers = check_layers(self.config, layers)
-        stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-        resolution = resolve(stored, self.config, layers=layers, where=str(checkpoint.root))
+        resolution = resolve(stored_forms(checkpoint.tensors), self.config, layers=layers, where=str(checkpoint.root))
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
 
     @classmethod

@@ -104,7 +104,7 @@ class Weights:
         Raises:
             BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
         """
-        rule = self._rule(path)
+        rule = names.rule_of(path)
         if rule.per_expert:
             stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
             return np.stack(stack)
@@ -112,7 +112,7 @@ class Weights:
 
     def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
-        return self._decoded(path, self._rule(path), expert, dtype)
+        return self._decoded(path, names.rule_of(path), expert, dtype)
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
@@ -139,10 +139,6 @@ class Weights:
         """Whether the stored bytes of a parameter are no longer those whose hashes the manifest has."""
         leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
         return bool(verify(self._store, leaves=leaves))
-
-    def _rule(self, path: str) -> names.Rule:
-        (found,) = (item for item in names.explain(path) if item.path == path)
-        return found.rule
 
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else _FLOAT32

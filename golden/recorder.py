@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, Stored, resolve
+from dsv4_convert.coverage import Resolution, resolve
 from dsv4_convert.errors import UsageError
 from dsv4_convert.names import check_layers
 from dsv4_convert.taps import by_name
@@ -117,8 +118,7 @@ def _reference() -> Any:
 
 def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
     """The tensors of the layers up to ``last`` and of the model level."""
-    stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-    return resolve(stored, config, layers=range(last + 1), where=str(checkpoint.root))
+    return resolve(stored_forms(checkpoint.tensors), config, layers=range(last + 1), where=str(checkpoint.root))
 
 
 def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> Source:

@@ -52,9 +52,9 @@ class Comparison:
         """Every recorded tap of a layer, or of the model level, by tap name within it."""
         return {name: self.golden.read(full) for name, full in self._recorded(layer)}
 
-    def floor(self, name: str, mode: Mode) -> Floor:
-        """The noise floor of a tap that has elements."""
-        return floor_of(self.golden.read(name), self.golden.noise(name, self.dtype, mode), UNIT[self.dtype])
+    def floor(self, name: str, golden: Array, mode: Mode) -> Floor:
+        """The noise floor of a tap, whose recorded values are ``golden`` and have elements."""
+        return floor_of(golden, self.golden.noise(name, self.dtype, mode), UNIT[self.dtype])
 
     def _recorded(self, layer: int | None) -> list[tuple[str, str]]:
         if layer is not None and layer not in self.golden.layers:
@@ -65,7 +65,7 @@ class Comparison:
         tap, layer = by_name(name)
         found, golden = taken[name], self.golden.read(name)
         if tap.values is Values.REAL:
-            floor = self.floor(name, mode) if golden.size else None
+            floor = self.floor(name, golden, mode) if golden.size else None
             verdict, distance, reason = compare(found, golden, floor, LIMITS)
             return TapResult(name=name, mode=mode, verdict=verdict, reason=reason, shape=found.shape, distance=distance)
         scores = self._scores(tap, layer, taken, mode, fed=fed)
@@ -84,7 +84,7 @@ class Comparison:
         ours = golden if fed else taken.get(name)
         return Scores(
             golden=golden,
-            floor=self.floor(name, mode),
+            floor=self.floor(name, golden, mode),
             ours=ours if ours is not None and ours.shape == golden.shape else None,
             visible=_visible(self._config, scores, layer, golden.shape),
         )

@@ -79,7 +79,7 @@ def _suspects(layer: int | None, wrong: Iterable[TapResult], taken: Taken, compa
     if layer is None or all(result.name != name for result in wrong):
         return ()
     golden = comparison.golden.read(name)
-    floor = comparison.floor(name, Mode.ISOLATED)
+    floor = comparison.floor(name, golden, Mode.ISOLATED)
     error = np.abs(taken[name].astype(np.float64) - golden)
     failing = (error > LIMITS.element * floor.elements(golden)).any(axis=-1)
     chosen = comparison.golden.read(f"layers.{layer}.ffn.gate.experts")

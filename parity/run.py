@@ -254,7 +254,7 @@ class _Run:
         """Split the error of the streams that leave a layer."""
         name = f"layers.{layer}.{STREAMS}"
         golden = self._golden.read(name).astype(np.float64)
-        floors = {mode: self._comparison.floor(name, mode) for mode in MODES}
+        floors = {mode: self._comparison.floor(name, golden, mode) for mode in MODES}
         size = float(np.sqrt(np.mean(np.square(golden)))) or 1.0
 
         def relative(difference: Array) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.files import Stamp, foreign_content, read_start, stamp_of, stat_regular
 from dsv4_convert.checkpoint.strict_json import parse_object, shown
+from dsv4_convert.coverage import Stored
 from dsv4_convert.errors import BadInput, listed
 
 #: The limit of the format; a header of V4-Pro's fullest shard has 0.4 MB.
@@ -68,6 +69,11 @@ class Header:
     stamp: Stamp | None
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+
+
+def stored_forms(tensors: Mapping[str, TensorInfo]) -> dict[str, Stored]:
+    """Dtype and shape of every tensor by name: what the proof of coverage asks of a checkpoint."""
+    return {name: Stored(info.dtype, info.shape) for name, info in tensors.items()}
 
 
 def read_header(file: Path) -> Header:

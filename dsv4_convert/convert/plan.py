@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dsv4_convert.checkpoint import TensorInfo
+from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.config import Config
 from dsv4_convert.convert.layouts import Layout, lay_out
 from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage
@@ -164,7 +165,7 @@ def plan(
         BadInput: tensors and config do not fit (see :func:`dsv4_convert.coverage.resolve`).
         UsageError: a layer that does not exist, or a layout that does not suit (see :func:`.layouts.lay_out`).
     """
-    stored = {name: Stored(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    stored = stored_forms(checkpoint.tensors)
     chosen = check_layers(config, layers)
     resolution = resolve(stored, config, layers=chosen, where=str(checkpoint.root))
     found = lay_out(layout, resolution.leaves, storage, stored, config, layers=chosen, chunk_bytes=chunk_bytes)
