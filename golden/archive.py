@@ -1,61 +1,110 @@
-"""A golden on disk: ``manifest.json`` beside one safetensors file per layer and one for the model level.
+"""A golden, in a folder or behind a URL: ``manifest.json`` and a safetensors file per layer and for the model level.
 
 ::
 
     GOLDEN/
-      manifest.json               reference, source, config, tokens, and a digest for every tap (golden.manifest)
+      manifest.json               reference, source, config, tokens, and a digest for every array (golden.manifest)
       layer-00012.safetensors     the taps of layer 12 under their full names
       model.safetensors           embedding, head, logits
+
+A compact golden holds sketches and some rows in place of most taps (:mod:`golden.compact`).
 
 Nothing read from here is trusted: each array's bytes are compared with the manifest's digest when they are read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections import defaultdict
+import math
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
-from dsv4_convert.checkpoint.header import TensorInfo, read_header
+from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.taps import by_name
+from golden.compact import Compact, exact_name, sketch_name
+from golden.files import AGAIN, Files, LocalFiles, RemoteFiles
+from golden.layout import exact_rows, expected_taps, tap_shape
 from golden.manifest import MANIFEST_NAME, Manifest, StoredTap
-from golden.noise import MODES, Mode, is_noise, noise_name
+from golden.noise import MODES, Mode, noise_name
 
 Array = np.ndarray[Any, Any]
 
 #: Added to the name of a golden while it is being recorded.
 PARTIAL_SUFFIX = ".dsv4-partial"
-_AGAIN = "take the golden again from where it was recorded, or record it again"
+
+
+class Form(StrEnum):
+    """In which form something of a tap is kept."""
+
+    WHOLE = "whole"
+    #: Some rows, exactly.
+    ROWS = "rows"
+    #: Of every row its rms and a random projection.
+    SKETCH = "sketch"
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A form in which a golden keeps a tap: the whole of it, some of its rows, or a sketch of all rows.
+
+    ``values`` is what the golden has; :meth:`of` brings another array of the tap's shape into the same form. ``rows``
+    are those of axis 1 that are there, None for all.
+    """
+
+    values: Array
+    rows: tuple[int, ...] | None = None
+    sketched: Compact | None = None
+
+    @property
+    def form(self) -> Form:
+        """Which of them it is."""
+        return Form.SKETCH if self.sketched is not None else Form.WHOLE if self.rows is None else Form.ROWS
+
+    def of(self, whole: Array) -> Array:
+        """The same part of ``whole`` ``[B, S, ...]``."""
+        if self.sketched is not None:
+            return self.sketched.sketch(whole)
+        return whole if self.rows is None else whole[:, self.rows]
 
 
 class Golden:
     """An open golden. Made by :func:`open_golden`.
 
     Attributes:
-        path: its folder.
+        path: its folder or URL.
         manifest: everything that ``manifest.json`` says.
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
         layers: the recorded layers, ascending.
         names: full names of all recorded taps, in order of execution.
+        compact: what is kept of a tap; None if all of every tap is.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, path: Path | str, files: Files, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self.config: Config = manifest.request.config
         self.tokens = manifest.request.token_array
         self.layers = manifest.request.layers
-        arrays = manifest.request.arrays()
-        self._layer_of = {name: array.layer for name, array in arrays.items() if not is_noise(name)}
+        self.compact = manifest.request.compact
+        self._layer_of = {name: layer for name, _, layer in expected_taps(self.config, self.layers)}
         self.names: tuple[str, ...] = tuple(self._layer_of)
-        self._tensors = tensors
+        self._files = files
+        self._tensors: dict[str, Mapping[str, TensorInfo]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays."""
+        entries = self.manifest.taps.values()
+        return sum(math.prod(entry.shape) * np.dtype(entry.dtype).itemsize for entry in entries)
 
     def taps(self, layer: int | None) -> tuple[str, ...]:
         """Full names of the taps of one layer, or of the model level (None), in order of execution.
@@ -67,20 +116,45 @@ class Golden:
             raise UsageError(f"{self.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
         return tuple(name for name in self.names if self._layer_of[name] == layer)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tap, whatever is kept of it. Raises :class:`UsageError`: no such tap was recorded."""
+        self._check(name)
+        tap, layer = by_name(name)
+        batch, tokens = self.tokens.shape
+        return tap_shape(tap, self.config, layer, batch=batch, tokens=tokens)
+
+    def whole(self, name: str) -> bool:
+        """Whether all of a tap is there. Raises :class:`UsageError`: no such tap was recorded."""
+        self._check(name)
+        return self._entry(name) is not None
+
     def read(self, name: str) -> Array:
         """One tap by its full name: float32, or int32 for a choice. NaN and infinity come as they were recorded.
 
         Raises:
-            UsageError: no such tap was recorded.
+            UsageError: no such tap was recorded, or the golden is compact and does not hold all of it.
             BadInput: the bytes are not those that were recorded.
+            ResourceError: the golden is remote and cannot be reached.
         """
-        if name not in self._layer_of:
-            raise UsageError(f"{self.path}: no tap {name}; the golden has {len(self.names)} others, see its manifest")
-        return self._stored(self.manifest.aliases.get(name, name))
+        if not self.whole(name):
+            raise UsageError(f"{self.path}: a compact golden, which holds a sketch of {name} and not all of it")
+        return self._stored(name)
 
-    def sha256(self, name: str) -> str:
-        """Digest of a recorded tap's bytes, as the manifest has it."""
-        return self.manifest.taps[self.manifest.aliases.get(name, name)].sha256
+    def views(self, name: str) -> tuple[View, ...]:
+        """Everything that is kept of a tap: all of it, or a sketch and some rows. Raises as :meth:`read`."""
+        if self.whole(name):
+            return (View(self._stored(name)),)
+        assert self.compact is not None
+        views = [View(self._stored(sketch_name(name)), sketched=self.compact)]
+        tap, layer = by_name(name)
+        if rows := exact_rows(tap, self.config, layer, self.compact):
+            views.append(View(self._stored(exact_name(name)), rows=rows))
+        return tuple(views)
+
+    def sha256(self, name: str) -> tuple[str, ...]:
+        """Digests of the bytes that are kept of a tap, as the manifest has them."""
+        entries = (self._entry(spell(name)) for spell in (str, sketch_name, exact_name))
+        return tuple(entry.sha256 for entry in entries if entry is not None)
 
     def noise(self, name: str, dtype: str, mode: Mode) -> Array:
         """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row (:mod:`golden.noise`).
@@ -88,6 +162,7 @@ class Golden:
         Raises:
             UsageError: the noise of this dtype was not measured, or the tap is none of real numbers.
             BadInput: the bytes are not those that were recorded.
+            ResourceError: the golden is remote and cannot be reached.
         """
         measured = self.manifest.request.noise
         if dtype not in measured:
@@ -100,14 +175,17 @@ class Golden:
             raise UsageError(f"{self.path}: {name} has no noise: it was not recorded, or is a choice")
         return self._stored(stored)[measured.index(dtype), MODES.index(mode)]
 
-    def _stored(self, name: str) -> Array:
-        array = read_array(self._tensors[name])
-        if digest(array) != self.manifest.taps[name].sha256:
-            raise BadInput(
-                f"{self._tensors[name].file}: {name}: the bytes are not those that were recorded "
-                f"(SHA-256 differs); {_AGAIN}"
-            )
-        return array
+    def everything(self, layer: int | None) -> dict[str, Array]:
+        """All taps of one layer, or of the model level (None), by full name, each followed by its noise as stored.
+
+        Raises as :meth:`read`.
+        """
+        arrays = {}
+        for name in self.taps(layer):
+            arrays[name] = self.read(name)
+            if noise_name(name) in self.manifest.taps:
+                arrays[noise_name(name)] = self._stored(noise_name(name))
+        return arrays
 
     def verify(self) -> list[str]:
         """Read every stored array; the problems found, none if the golden is what was recorded."""
@@ -119,58 +197,84 @@ class Golden:
                 problems.append(str(error))
         return problems
 
+    def check_files(self) -> None:
+        """Compare the headers of all files with the manifest. Without this each is checked when it is first needed.
+
+        Raises:
+            BadInput: a file is absent or damaged, or holds other arrays than the manifest says; all problems together.
+        """
+        problems: list[str] = []
+        for file in dict.fromkeys(tap.file for tap in self.manifest.taps.values()):
+            try:
+                self._tensors[file], found = self._header(file)
+                problems += found
+            except BadInput as error:
+                problems.append(str(error))
+        self._refuse(problems)
+
+    def _check(self, name: str) -> None:
+        if name not in self._layer_of:
+            raise UsageError(f"{self.path}: no tap {name}; the golden has {len(self.names)} others, see its manifest")
+
+    def _entry(self, stored: str) -> StoredTap | None:
+        """The manifest's entry of an array, under its own name or that of the array that it is the same as."""
+        return self.manifest.taps.get(self.manifest.aliases.get(stored, stored))
+
+    def _stored(self, stored: str) -> Array:
+        name = self.manifest.aliases.get(stored, stored)
+        entry = self.manifest.taps[name]
+        array = self._files.array(entry.file, self._infos(entry.file)[name])
+        if digest(array) != entry.sha256:
+            raise BadInput(
+                f"{self.path}/{entry.file}: {name}: the bytes are not those that were recorded "
+                f"(SHA-256 differs); {AGAIN}"
+            )
+        return array
+
+    def _infos(self, file: str) -> Mapping[str, TensorInfo]:
+        if file not in self._tensors:
+            infos, problems = self._header(file)
+            self._refuse(problems)
+            self._tensors[file] = infos
+        return self._tensors[file]
+
+    def _header(self, file: str) -> tuple[Mapping[str, TensorInfo], list[str]]:
+        """The tensors of a file, and where they are not what the manifest says of it."""
+        tensors = self._files.header(file).tensors
+        wanted = {name: tap for name, tap in self.manifest.taps.items() if tap.file == file}
+        return tensors, differences(f"{self.path}/{file}", wanted, tensors)
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise BadInput(f"{self.path}: {len(problems)} problem(s); {AGAIN}:\n{listed(problems)}")
+
 
 def open_golden(path: Path | str) -> Golden:
-    """Open a golden: manifest and headers are read and checked, no array is.
+    """Open a golden: its manifest is read and checked, no array is.
+
+    Of a folder the headers of all files are checked as well. ``path`` may be a URL that fsspec knows (``gs://``,
+    ``https://``, ``hf://``): then header and arrays of a layer are fetched, and checked, when they are first needed.
 
     Raises:
         BadInput: not a golden, unfinished, damaged, of another schema version, or files that differ from the manifest.
+        ResourceError: a URL that cannot be reached.
+        UsageError: a URL of a kind that is not supported, or whose package is not installed.
     """
-    root = Path(path)
-    file = root / MANIFEST_NAME
-    if not file.is_file():
-        partial = root.with_name(root.name + PARTIAL_SUFFIX)
-        if partial.is_dir():
+    remote = isinstance(path, str) and "://" in path
+    where = path.rstrip("/") if isinstance(path, str) and remote else Path(path)
+    files: Files = RemoteFiles(str(where)) if remote else LocalFiles(Path(where))
+    data = files.content(MANIFEST_NAME)
+    if data is None:
+        partial = None if remote else Path(where).with_name(Path(where).name + PARTIAL_SUFFIX)
+        if partial is not None and partial.is_dir():
             raise BadInput(
-                f"{root}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
+                f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
-        raise BadInput(f"{root}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    manifest = Manifest.from_bytes(data, where=str(file))
-    names_of: dict[str, list[str]] = defaultdict(list)
-    for name, tap in manifest.taps.items():
-        names_of[tap.file].append(name)
-    tensors: dict[str, TensorInfo] = {}
-    problems: list[str] = []
-    for file_name, names in names_of.items():
-        try:
-            found = read_header(root / file_name).tensors
-        except BadInput as error:
-            problems.append(str(error))
-            continue
-        problems += differences(root / file_name, {name: manifest.taps[name] for name in names}, found)
-        tensors |= found
-    if problems:
-        raise BadInput(f"{root}: {len(problems)} problem(s); {_AGAIN}:\n{listed(problems)}")
-    return Golden(root, manifest, tensors)
-
-
-def read_array(info: TensorInfo) -> Array:
-    """The array of one tensor, copied into memory.
-
-    Raises:
-        BadInput: the file cannot be read, or is shorter than it was when its header was read.
-    """
-    try:
-        raw = np.fromfile(info.file, np.uint8, count=info.nbytes, offset=info.start)
-    except OSError as error:
-        raise BadInput(f"{info.file}: cannot be read ({error.strerror}); check its permissions and the disk") from None
-    if len(raw) != info.nbytes:
-        raise BadInput(f"{info.file}: {info.name}: {info.nbytes} bytes expected, found {len(raw)}; {_AGAIN}")
-    return raw.view(DTYPES[info.dtype].array).reshape(info.shape)
+        raise BadInput(f"{where}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
+    golden = Golden(where, files, Manifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
+    if not remote:
+        golden.check_files()
+    return golden
 
 
 def digest(array: Array) -> str:
@@ -178,7 +282,7 @@ def digest(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def differences(file: Path, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:
+def differences(file: Path | str, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:
     """Where a file's header is not what the manifest says of it."""
     problems = [f"{file}: {name}: not in the manifest" for name in found.keys() - wanted.keys()]
     for name, tap in wanted.items():

@@ -6,13 +6,14 @@ Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.taps import Tap, Values, Where, full_name, taps_of
+from golden.compact import Compact, exact_name, sketch_name
 from golden.noise import noise_name, noise_shape
 
 #: Stored dtype of a tap by how it is compared.
@@ -86,21 +87,55 @@ def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, 
 
 
 def stored_arrays(
-    config: Config, layers: Sequence[int], noise: Sequence[str], *, batch: int, tokens: int
+    config: Config,
+    layers: Sequence[int],
+    noise: Sequence[str],
+    compact: Compact | None = None,
+    *,
+    batch: int,
+    tokens: int,
 ) -> dict[str, StoredShape]:
     """Every array of a golden by its stored name: the taps in order of execution, each followed by its noise.
 
-    ``noise`` are the dtypes whose noise floor is there; choices have none.
+    ``noise`` are the dtypes whose noise floor is there; choices have none. With ``compact`` a tap may be a sketch and
+    some rows (:mod:`golden.compact`) instead of itself.
     """
     arrays = {}
     for name, tap, layer in expected_taps(config, layers):
         shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens)
-        arrays[name] = StoredShape(layer, DTYPES[tap.values], shape)
+        dtype = DTYPES[tap.values]
+        if compact is None or kept_whole(tap, shape, compact):
+            arrays[name] = StoredShape(layer, dtype, shape)
+        else:
+            arrays[sketch_name(name)] = StoredShape(layer, dtype, (*shape[:2], 1 + compact.numbers))
+            if rows := exact_rows(tap, config, layer, compact):
+                arrays[exact_name(name)] = StoredShape(layer, dtype, (shape[0], len(rows), *shape[2:]))
         if noise and tap.values is Values.REAL:
-            arrays[noise_name(name)] = StoredShape(layer, DTYPES[Values.REAL], noise_shape(shape, len(noise)))
+            arrays[noise_name(name)] = StoredShape(layer, dtype, noise_shape(shape, len(noise)))
     return arrays
 
 
-def expected_aliases(layers: Sequence[int]) -> dict[str, str]:
-    """Taps that are the same array as another one, and so are stored once: a layer's input is the streams before it."""
-    return {f"layers.{layer}.{INPUT}": f"layers.{layer - 1}.{STREAMS}" for layer in layers if layer - 1 in set(layers)}
+def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
+    """Whether a compact golden keeps a tap of this shape as it is."""
+    return tap.values is Values.CHOICE or compact.whole(shape)
+
+
+def exact_rows(tap: Tap, config: Config, layer: int | None, compact: Compact) -> tuple[int, ...]:
+    """The rows of axis 1 that a compact golden keeps exactly of a tap that it does not keep whole."""
+    of_entries = layer is not None and tap.shape.split()[1] == "T"
+    return compact.rows(block=config.ratio(config.attention[layer]) if of_entries and layer is not None else 1)
+
+
+def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
+    """Arrays that are the same as another one, and so are stored once: a layer's input is the streams before it.
+
+    ``arrays`` are the stored names of all arrays.
+    """
+    there = set(arrays)
+    aliases = {}
+    for layer in layers:
+        for spell in (str, sketch_name, exact_name):
+            mine, its = spell(f"layers.{layer}.{INPUT}"), spell(f"layers.{layer - 1}.{STREAMS}")
+            if mine in there and its in there:
+                aliases[mine] = its
+    return aliases

@@ -18,15 +18,19 @@ import numpy as np
 from dsv4_convert.checkpoint.strict_json import parse_object
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
-from golden.layout import StoredShape, expected_aliases, stored_arrays
-from golden.noise import RUN_DTYPES
+from dsv4_convert.taps import by_name
+from golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
+from golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
+from golden.noise import RUN_DTYPES, is_noise
 
-SCHEMA_VERSION = 2
+Array = np.ndarray[Any, Any]
+
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MODEL_FILE = "model.safetensors"
 
 _DIGEST_KEY = "manifest_digest"
-_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers", "noise")
+_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers", "noise", "compact")
 _KEYS = {"schema_version", *_REQUEST_KEYS, "taps", "aliases", _DIGEST_KEY}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -81,7 +85,7 @@ class Request:
     """Everything that determines a golden. Two equal requests give the same arrays.
 
     ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
-    dtypes whose noise floor was measured.
+    dtypes whose noise floor was measured. ``compact`` says what is kept of a tap; None: all of it.
     """
 
     reference: Reference
@@ -91,6 +95,7 @@ class Request:
     text: tuple[str, ...] | None
     layers: tuple[int, ...]
     noise: tuple[str, ...]
+    compact: Compact | None = None
 
     @property
     def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -99,7 +104,21 @@ class Request:
 
     def arrays(self) -> dict[str, StoredShape]:
         """Every array that this request makes: taps by full name in order of execution, each followed by its noise."""
-        return stored_arrays(self.config, self.layers, self.noise, batch=len(self.tokens), tokens=len(self.tokens[0]))
+        batch, tokens = len(self.tokens), len(self.tokens[0])
+        return stored_arrays(self.config, self.layers, self.noise, self.compact, batch=batch, tokens=tokens)
+
+    def keep(self, taken: Mapping[str, Array]) -> dict[str, Array]:
+        """What is stored of taps and noises, by stored name. ``taken`` has them whole, by full name."""
+        kept = {}
+        for name, array in taken.items():
+            tap, layer = (None, None) if is_noise(name) else by_name(name)
+            if tap is None or self.compact is None or kept_whole(tap, array.shape, self.compact):
+                kept[name] = array
+                continue
+            kept[sketch_name(name)] = self.compact.sketch(array)
+            if rows := exact_rows(tap, self.config, layer, self.compact):
+                kept[exact_name(name)] = np.ascontiguousarray(array[:, rows])
+        return kept
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` is the inverse."""
@@ -111,6 +130,7 @@ class Request:
             "text": None if self.text is None else list(self.text),
             "layers": list(self.layers),
             "noise": list(self.noise),
+            "compact": None if self.compact is None else self.compact.to_json(),
         }
 
     @classmethod
@@ -124,15 +144,17 @@ class Request:
             config = Config.from_json(document["config"])
         except (Dsv4Error, TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"config: {error}") from None
-        text = document["text"]
+        text, compact = document["text"], document["compact"]
+        tokens = _tokens(document["tokens"], config.vocab_size)
         return cls(
             reference=Reference(**_record(document, "reference", Reference, mappings=("versions",))),
             source=Source(**_record(document, "source", Source, mappings=("files",), optional=("revision",))),
             config=config,
-            tokens=_tokens(document["tokens"], config.vocab_size),
+            tokens=tokens,
             text=None if text is None else _strings(text, len(document["tokens"])),
             layers=_layers(document["layers"], config.num_hidden_layers),
             noise=_noise(document["noise"]),
+            compact=None if compact is None else _compact_form(compact, len(tokens[0])),
         )
 
 
@@ -203,8 +225,8 @@ def stored_tap(entry: object) -> StoredTap:
 
 
 def _tap_problems(request: Request, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
-    wanted_aliases = expected_aliases(request.layers)
     wanted = request.arrays()
+    wanted_aliases = expected_aliases(request.layers, wanted)
     problems = []
     if aliases != wanted_aliases:
         differing = {name for name in {*aliases, *wanted_aliases} if aliases.get(name) != wanted_aliases.get(name)}
@@ -298,3 +320,16 @@ def _noise(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or value != [dtype for dtype in RUN_DTYPES if dtype in value]:
         raise ValueError(f"noise: expected some of {list(RUN_DTYPES)} in this order, found {_shown(value)}")
     return tuple(value)
+
+
+def _compact_form(value: object, tokens: int) -> Compact:
+    fields = {field.name for field in dataclasses.fields(Compact)}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise ValueError(f"compact: expected the fields {sorted(fields)}, found {_shown(value)}")
+    positions, numbers, seed = value["positions"], value["numbers"], value["seed"]
+    good = isinstance(positions, list) and all(type(at) is int and 0 <= at < tokens for at in positions)
+    if not good or not isinstance(positions, list) or positions != sorted(set(positions)):
+        raise ValueError(f"compact.positions: expected ascending numbers below {tokens}, found {_shown(positions)}")
+    if type(numbers) is not int or not 1 <= numbers <= MAX_NUMBERS or type(seed) is not int or seed < 0:
+        raise ValueError(f"compact: expected 1 to {MAX_NUMBERS} numbers and a seed of 0 or more, found {_shown(value)}")
+    return Compact(positions=tuple(positions), numbers=numbers, seed=seed)

@@ -13,7 +13,8 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution
 from dsv4_convert.errors import ResourceError
-from golden.layout import expected_aliases, stored_arrays
+from golden.compact import Compact
+from golden.layout import StoredShape, expected_aliases, stored_arrays
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.
@@ -27,11 +28,13 @@ class Plan:
     Attributes:
         bytes_read: all tensors of the layers that run; experts that no token reaches are hashed but not decoded.
         bytes_written: all arrays of the golden.
+        bytes_whole: what they would be if all of every tap was kept; the same unless the golden is compact.
         memory: about the most memory that is in use at a time, the mapped pages of the source not counted.
     """
 
     bytes_read: int
     bytes_written: int
+    bytes_whole: int
     memory: int
 
 
@@ -42,6 +45,7 @@ def plan(
     *,
     layers: Sequence[int],
     noise: Sequence[str],
+    compact: Compact | None,
     batch: int,
     tokens: int,
 ) -> Plan:
@@ -50,11 +54,9 @@ def plan(
     ``resolution`` covers every layer that runs.
     """
     names = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
-    aliases = expected_aliases(layers)
     taps: dict[int | None, int] = defaultdict(int)
-    for name, array in stored_arrays(config, layers, noise, batch=batch, tokens=tokens).items():
-        if name not in aliases:
-            taps[array.layer] += array.nbytes
+    for array in _stored(config, layers, noise, None, batch=batch, tokens=tokens):
+        taps[array.layer] += array.nbytes
     weights: dict[int | None, int] = defaultdict(int)
     for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
         weights[leaf.layer] += math.prod(leaf.source_shape) * _FLOAT32_BYTES
@@ -67,9 +69,21 @@ def plan(
     )
     return Plan(
         bytes_read=sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
-        bytes_written=sum(taps.values()),
+        bytes_written=sum(
+            array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens)
+        ),
+        bytes_whole=sum(taps.values()),
         memory=_BASE_BYTES + max(working, 2 * wide * taps[None]),
     )
+
+
+def _stored(
+    config: Config, layers: Sequence[int], noise: Sequence[str], compact: Compact | None, *, batch: int, tokens: int
+) -> list[StoredShape]:
+    """Every array that is written."""
+    arrays = stored_arrays(config, layers, noise, compact, batch=batch, tokens=tokens)
+    aliases = expected_aliases(layers, arrays)
+    return [array for name, array in arrays.items() if name not in aliases]
 
 
 def check_space(out: Path, needed: int) -> None:

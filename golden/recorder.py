@@ -15,10 +15,11 @@ from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, resolve
 from dsv4_convert.errors import UsageError
 from dsv4_convert.names import check_layers
-from dsv4_convert.taps import by_name
 from golden.archive import Golden
+from golden.compact import Compact
+from golden.layout import DTYPES, expected_taps, tap_shape
 from golden.manifest import Request, Source
-from golden.noise import RUN_DTYPES, is_noise
+from golden.noise import RUN_DTYPES
 from golden.plan import Plan, check_space, plan
 from golden.tokens import check_tokens
 from golden.writer import GoldenWriter, check_destination, golden_writer
@@ -43,6 +44,7 @@ def record(
     text: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
     noise: Iterable[str] = tuple(RUN_DTYPES),
+    compact: Compact | None = None,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
@@ -59,6 +61,7 @@ def record(
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
         noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more.
+        compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
@@ -80,7 +83,16 @@ def record(
         measured = _noise_dtypes(noise)
         resolution = _resolve(checkpoint, config, max(wanted))
         batch, length = ids.shape
-        planned = plan(checkpoint, config, resolution, layers=wanted, noise=measured, batch=batch, tokens=length)
+        planned = plan(
+            checkpoint,
+            config,
+            resolution,
+            layers=wanted,
+            noise=measured,
+            compact=compact,
+            batch=batch,
+            tokens=length,
+        )
         announce(planned)
         progress("hashing the source")
         request = Request(
@@ -91,6 +103,7 @@ def record(
             text=None if text is None else tuple(text),
             layers=wanted,
             noise=measured,
+            compact=compact,
         )
         with golden_writer(out, request) as writer:
             check_space(out, planned.bytes_written - writer.bytes_written)
@@ -143,10 +156,11 @@ def _noise_dtypes(wanted: Iterable[str]) -> tuple[str, ...]:
 def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
+    batch, tokens = request.token_array.shape
     expected: dict[int | None, dict[str, Any]] = {}
-    for full, (layer, dtype, shape) in request.arrays().items():
-        if not is_noise(full):
-            expected.setdefault(layer, {})[by_name(full)[0].name] = (dtype, shape)
+    for _, tap, layer in expected_taps(config, wanted):
+        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens)
+        expected.setdefault(layer, {})[tap.name] = (DTYPES[tap.values], shape)
     progress("embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)
@@ -154,10 +168,10 @@ def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress:
         progress(f"layer {layer} of {config.num_hidden_layers}")
         state, taken = model.run_layer(layer, state, expected.get(layer, {}))
         if layer in wanted:
-            writer.write(layer, taken.arrays(f"layers.{layer}."), state)
+            writer.write(layer, request.keep(taken.arrays(f"layers.{layer}.")), state)
     outer = expected[None]
     arrays = embedded.arrays("")
     if after := {name: what for name, what in outer.items() if name != "embed"}:
         progress("head")
         arrays |= model.run_head(state, after).arrays("")
-    writer.write(None, arrays)
+    writer.write(None, request.keep(arrays))

@@ -26,7 +26,8 @@ import numpy as np
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
-from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden, read_array
+from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden
+from golden.files import read_array
 from golden.layout import expected_aliases
 from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 
@@ -52,7 +53,7 @@ class GoldenWriter:
         self._out = out
         self._request = request
         self._arrays = request.arrays()
-        self._aliases = expected_aliases(request.layers)
+        self._aliases = expected_aliases(request.layers, self._arrays)
         self._taps: dict[str, StoredTap] = {}
         self.finished: tuple[int, ...] = ()
         self._take_up()

@@ -26,11 +26,12 @@ Array = np.ndarray[Any, Any]
 class Scores:
     """What a choice was made by: the golden's scores ``[B, S, candidates]``, their noise floor, and our own scores.
 
+    A compact golden does not hold all scores; then ``golden`` is None, and our own decide how close the candidates are.
     ``visible`` ``[B, S]`` is the number of candidates that a token may choose from: the first ones. None: all.
     ``ours`` is None where only our choice is known.
     """
 
-    golden: Array
+    golden: Array | None
     floor: Floor
     ours: Array | None = None
     visible: Array | None = None
@@ -40,7 +41,8 @@ class Scores:
 class Flips:
     """``tokens``: tokens whose set differs, of ``of`` tokens. ``ties``: those of them that are ties.
 
-    ``margin``: the golden's score of what it chose minus its score of what was chosen instead, at the token ``worst``,
+    ``margin``: the golden's score of what it chose minus its score of what was chosen instead (of a compact golden: our
+    score of what we chose minus that of what it chose), at the token ``worst``,
     ``(b, s)``, where it is the largest multiple ``noise`` of the scores' noise floor; over the failing tokens, or over
     the ties if none fails. All are 0 without flips.
     """
@@ -103,11 +105,16 @@ def _judge(ours: Array, theirs: Array, at: tuple[int, ...], scores: Scores | Non
     mine, its = _swapped(ours, theirs)
     if scores is None or (mine < 0).any() or (its < 0).any() or len(np.unique(ours)) < len(ours):
         return _INEXCUSABLE
-    visible = scores.golden.shape[-1] if scores.visible is None else int(scores.visible[at])
+    known = scores.ours if scores.golden is None else scores.golden
+    if known is None:
+        return _INEXCUSABLE
+    visible = known.shape[-1] if scores.visible is None else int(scores.visible[at])
     if (mine >= visible).any():
         return _INEXCUSABLE
-    row = scores.golden[at].astype(np.float64)
-    margin = float(row[its].max() - row[mine].min())
+    row = known[at].astype(np.float64)
+    # By the golden's scores ours is the worse choice, by our own the golden's is: as far apart as both sides' errors.
+    better, worse = (its, mine) if scores.golden is not None else (mine, its)
+    margin = float(row[better].max() - row[worse].min())
     floor = max(float(scores.floor.peak[at]), scores.floor.unit * float(np.abs(row[np.concatenate([mine, its])]).max()))
     noise = 0.0 if margin <= 0 else margin / floor if floor else float("inf")
     return _Flip(margin, noise, scores.ours is None or _best(ours, scores.ours[at][:visible]))

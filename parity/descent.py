@@ -1,7 +1,8 @@
 """Naming the operation: a failing layer runs once more, every operation on the golden's own inputs.
 
 What still differs then is wrong by itself, and what agrees only inherited its error. Faults after the first are found
-as well.
+as well. A compact golden does not hold these inputs; there the first tap that diverges is blamed, since all before it
+agrees.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from parity.comparison import Comparison
 from parity.forward import Forward, Taken
 from parity.metrics import Verdict
 from parity.report import Descent, TapResult
-from parity.tolerances import LIMITS
 
 
 def descend(
@@ -54,9 +54,35 @@ def descend(
         taken, _ = forward.layer(layer, golden.read(f"layers.{layer}.{INPUT}"), given)
     results = comparison.judge(taken, Mode.ISOLATED, golden.taps(layer), fed=True)
     wrong = tuple(result for result in results if result.verdict is Verdict.FAIL)
-    paths = _weights(layer, wrong, golden.config)
+    return _descent(layer, wrong, taken, comparison, weights, against, fed=True)
+
+
+def blame_first(
+    first: TapResult, taken: Taken, comparison: Comparison, weights: Parameters, against: PublishedWeights | None
+) -> Descent:
+    """What :func:`descend` says, of the operation of the first failing tap alone; ``taken`` are the taps of its layer.
+
+    Raises:
+        BadInput: golden or weights are damaged.
+    """
+    return _descent(first.layer, (first,), taken, comparison, weights, against, fed=False)
+
+
+def _descent(
+    layer: int | None,
+    wrong: tuple[TapResult, ...],
+    taken: Taken,
+    comparison: Comparison,
+    weights: Parameters,
+    against: PublishedWeights | None,
+    *,
+    fed: bool,
+) -> Descent:
+    """What the wrong operations have to do with weights and experts."""
+    paths = _weights(layer, wrong, comparison.golden.config)
     return Descent(
         layer=layer,
+        fed=fed,
         wrong=wrong,
         weights=paths,
         damaged=tuple(path for path in paths if weights.damaged(path)),
@@ -76,12 +102,10 @@ def _weights(layer: int | None, wrong: Iterable[TapResult], config: Config) -> t
 def _suspects(layer: int | None, wrong: Iterable[TapResult], taken: Taken, comparison: Comparison) -> tuple[int, ...]:
     """If the routed experts are wrong: the experts that every failing token, and no passing one, was sent to."""
     name = f"layers.{layer}.ffn.experts"
-    if layer is None or all(result.name != name for result in wrong):
+    result = next((result for result in wrong if result.name == name), None)
+    if layer is None or result is None:
         return ()
-    golden = comparison.golden.read(name)
-    floor = comparison.floor(name, golden, Mode.ISOLATED)
-    error = np.abs(taken[name].astype(np.float64) - golden)
-    failing = (error > LIMITS.element * floor.elements(golden)).any(axis=-1)
+    failing = comparison.rows_beyond(name, taken[name], result.mode)
     chosen = comparison.golden.read(f"layers.{layer}.ffn.gate.experts")
     suspects = np.setdiff1d(chosen[failing], chosen[~failing])
     explained = np.isin(chosen[failing], suspects).any(axis=-1).all()

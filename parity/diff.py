@@ -13,7 +13,6 @@ import numpy as np
 
 from dsv4_convert.errors import UsageError
 from golden.archive import Golden
-from golden.noise import Mode
 from parity.comparison import Comparison
 from parity.metrics import Verdict
 from parity.report import TapResult
@@ -70,18 +69,26 @@ def diff(first: Golden, second: Golden) -> GoldenDiff:
     if first.config != second.config or not np.array_equal(first.tokens, second.tokens):
         what = "architectures" if first.config != second.config else "tokens"
         raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
+    if first.compact is not None and second.compact is not None and first.compact != second.compact:
+        raise UsageError(f"{first.path} and {second.path}: compact goldens of other positions, numbers or seed")
+    if first.compact is None and second.compact is not None:
+        raise UsageError(f"{second.path}: a compact golden; give it first, and {first.path} second")
     comparison = Comparison(first, "float32")
     shared = [name for name in first.names if name in set(second.names)]
     unequal = [name for name in shared if first.sha256(name) != second.sha256(name)]
-    differing = [
-        result for name in unequal for result in comparison.judge({name: second.read(name)}, Mode.CUMULATIVE, [name])
-    ]
+    judged = (comparison.judge_golden(second, name) for name in unequal)
+    # Whole and compact have different bytes even where they say the same.
+    differing = [result for result in judged if not _equal(result)]
     return GoldenDiff(
         recorded=tuple(_recorded(first, second)),
         only=tuple(sorted({*first.names} ^ {*second.names})),
         equal=len(shared) - len(differing),
         differing=tuple(differing),
     )
+
+
+def _equal(result: TapResult) -> bool:
+    return result.distance is not None and result.distance.max_abs == 0
 
 
 def _recorded(first: Golden, second: Golden) -> Iterator[str]:

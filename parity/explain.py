@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from golden.archive import Form
 from golden.noise import Mode
 from golden.reach import LayerReach
 from parity.metrics import Distance, Verdict
@@ -11,6 +12,12 @@ from parity.report import Descent, Report, TapResult
 
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
+#: What an index points at, by the form in which the golden keeps the tap.
+_PART = {
+    Form.WHOLE: "element",
+    Form.ROWS: "element of the rows that are kept exactly",
+    Form.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
+}
 
 
 def verdict(report: Report) -> str:
@@ -63,7 +70,10 @@ def operation(descent: Descent) -> Iterator[str]:
     if not names:
         yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
         return
-    yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
+    if descent.fed:
+        yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
+    else:
+        yield "All that is computed before it agrees, so the operation itself is wrong."
     if descent.experts:
         who = (
             f"expert {descent.experts[0]}" if len(descent.experts) == 1 else f"one of experts {_list(descent.experts)}"
@@ -148,8 +158,8 @@ def _real(result: TapResult, distance: Distance, report: Report) -> str:
         f"({limits.element:g})."
     )
     worst = (
-        f"The worst element is {list(distance.worst)}: golden {distance.golden:.7g}, found {distance.found:.7g}; over "
-        f"the tap the error is {distance.relative_rms:.1e} of the values."
+        f"The worst {_PART[result.form]} is {list(distance.worst)}: golden {distance.golden:.7g}, found "
+        f"{distance.found:.7g}; over the tap the error is {distance.relative_rms:.1e} of the values."
     )
     if result.verdict is Verdict.PASS:
         return f"{floor} {worst}"

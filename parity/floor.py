@@ -11,6 +11,7 @@ then, and an exact zero says nothing. So a row's floor is the largest of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,21 @@ class Floor:
         rows = self.peak.reshape(*self.peak.shape, *(1,) * (golden.ndim - 2))
         return np.maximum(rows, self.unit * magnitude(golden))
 
+    def at(self, rows: Sequence[int] | None) -> Floor:
+        """The floor of some rows of axis 1; of all for None."""
+        return self if rows is None else Floor(self.rms[:, rows], self.peak[:, rows], self.unit)
 
-def floor_of(golden: Array, noise: Array, unit: float) -> Floor:
-    """The floor of a tap ``[B, S, ...]`` from its measured noise ``[2, B, S]``; the tap has elements."""
-    sizes = np.sqrt(np.mean(np.square(magnitude(golden).reshape(*golden.shape[:2], -1)), axis=-1))
+
+def floor_of(sizes: Array, noise: Array, unit: float) -> Floor:
+    """The floor of a tap with elements, from its measured noise ``[2, B, S]`` and the rms of its rows ``[B, S]``."""
     measured = noise.astype(np.float64)
     return Floor(_smooth(measured[RMS], sizes, unit), _smooth(measured[PEAK], sizes, unit), unit)
+
+
+def row_sizes(golden: Array) -> Array:
+    """The rms of every row of ``[B, S, ...]``, float64 ``[B, S]``; elements that are not finite count as 0."""
+    sizes: Array = np.sqrt(np.mean(np.square(magnitude(golden).reshape(*golden.shape[:2], -1)), axis=-1))
+    return sizes
 
 
 def magnitude(values: Array) -> Array:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from typing import Any
 
 import numpy as np
+
+from golden.archive import Form, View
 
 Array = np.ndarray[Any, Any]
 
@@ -43,19 +46,25 @@ class LogitsComparison:
     worst: tuple[Position, ...]
 
 
-def compare_logits(found: Array, golden: Array, tokens: Array) -> LogitsComparison:
-    """Compare ``[B, S, V]`` logits of the prompt ``tokens`` ``[B, S]``; computed in float64, row by row."""
+def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsComparison | None:
+    """Compare the logits ``[B, S, V]`` of the prompt ``tokens`` ``[B, S]`` with what a golden keeps of its own.
+
+    Of a compact golden that is some positions; None where it keeps none. Computed in float64, row by row.
+    """
+    if golden.form is Form.SKETCH:
+        return None
+    rows = range(tokens.shape[1]) if golden.rows is None else golden.rows
     positions = []
     overlap = 0
-    k = min(TOP, golden.shape[-1])
-    for at in np.ndindex(*tokens.shape):
-        ours, its = found[at].astype(np.float64), golden[at].astype(np.float64)
+    k = min(TOP, found.shape[-1])
+    for batch, (row, at) in product(range(len(tokens)), enumerate(rows)):
+        ours, its = found[batch, at].astype(np.float64), golden.values[batch, row].astype(np.float64)
         p, q = _log_softmax(its), _log_softmax(ours)
         best, mine = int(its.argmax()), int(ours.argmax())
         positions.append(
             Position(
-                at=(at[0], at[1]),
-                token=int(tokens[at]),
+                at=(batch, at),
+                token=int(tokens[batch, at]),
                 # Rounding leaves tiny negative sums; a NaN stays one.
                 kl=float(np.maximum(np.sum(np.exp(p) * (p - q)), 0.0)),
                 golden=best,

@@ -39,16 +39,21 @@ class Multiples:
 
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
         """The measures that are beyond their limit, the farthest first; a multiple that is no number is beyond."""
-        over = {
-            name: value / limit
-            for name, value, limit in (
-                ("tap", self.tap, limits.tap),
-                ("row", self.row, limits.row),
-                ("element", self.element, limits.element),
-            )
-            if not value <= limit
+        shares = self._shares(limits)
+        over = [name for name, share in shares.items() if not share <= 1]
+        return tuple(sorted(over, key=lambda name: -shares[name]))
+
+    def largest_share(self, limits: Limits) -> float:
+        """Of what is allowed, by the measure that comes closest to its limit or is farthest beyond it."""
+        shares = self._shares(limits).values()
+        return float("inf") if any(share != share for share in shares) else max(shares)
+
+    def _shares(self, limits: Limits) -> dict[str, float]:
+        return {
+            "tap": self.tap / limits.tap,
+            "row": self.row / limits.row,
+            "element": self.element / limits.element,
         }
-        return tuple(sorted(over, key=lambda name: -over[name]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +87,8 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
 
     The distance is None where none can be computed: other shapes, or no elements, and then ``floor`` may be None.
     """
-    if found.shape != golden.shape:
-        return Verdict.FAIL, None, f"shape {list(found.shape)}, golden {list(golden.shape)}"
-    if not (np.issubdtype(found.dtype, np.floating) and np.issubdtype(golden.dtype, np.floating)):
-        return Verdict.FAIL, None, f"dtype {found.dtype}, golden {golden.dtype}: expected real numbers"
+    if reason := mismatch(found, golden.shape, golden.dtype):
+        return Verdict.FAIL, None, reason
     if not found.size or floor is None:
         return Verdict.EMPTY, None, ""
     a, b = found.astype(np.float64), golden.astype(np.float64)
@@ -109,6 +112,24 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
     allowed = getattr(limits, over[0])
     return Verdict.FAIL, distance, f"{_short(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
+
+
+def mismatch(found: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    """Why ``found`` cannot be compared with a golden's real numbers of this shape and dtype; empty if it can."""
+    if found.shape != shape:
+        return f"shape {list(found.shape)}, golden {list(shape)}"
+    if not (np.issubdtype(found.dtype, np.floating) and np.issubdtype(dtype, np.floating)):
+        return f"dtype {found.dtype}, golden {dtype}: expected real numbers"
+    return ""
+
+
+def rows_beyond(found: Array, golden: Array, floor: Floor, limits: Limits) -> Array:
+    """The rows ``[B, S]`` of two comparable arrays with elements whose error is beyond a limit."""
+    difference = _difference(found.astype(np.float64), golden.astype(np.float64)).reshape(*golden.shape[:2], -1)
+    rows = _multiple(np.sqrt(np.mean(np.square(difference), axis=-1)), floor.rms)
+    elements = _multiple(difference, floor.elements(golden).reshape(difference.shape)).max(axis=-1)
+    beyond: Array = (rows > limits.row) | (elements > limits.element)
+    return beyond
 
 
 def noise_multiple(difference: Array, floor: Floor) -> float:

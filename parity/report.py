@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4_convert.taps import by_name
+from golden.archive import Form
 from golden.noise import Mode
 from golden.reach import LayerReach
 from parity.blame import WeightDifference
@@ -21,7 +22,11 @@ SCHEMA_VERSION = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TapResult:
-    """One compared tap. ``distance`` for real numbers, ``flips`` for choices; neither where shapes differ."""
+    """One compared tap. ``distance`` for real numbers, ``flips`` for choices; neither where shapes differ.
+
+    ``form``: what of the tap the numbers are about. Of a compact golden it is the form that came out worst; the worst
+    "element" of a sketch is a number of the sketch, the first one the rms of the row.
+    """
 
     name: str
     mode: Mode
@@ -30,6 +35,7 @@ class TapResult:
     shape: tuple[int, ...]
     distance: Distance | None = None
     flips: Flips | None = None
+    form: Form = Form.WHOLE
 
     @property
     def layer(self) -> int | None:
@@ -59,6 +65,8 @@ class TapResult:
 class Descent:
     """A failing layer (None: the model level) run again with every operation fed with the golden's own inputs.
 
+    ``fed``: whether it was. A compact golden does not hold these inputs, and then only the operation of the first
+    failing tap is here, from the run itself.
     ``wrong``: the operations whose result differs even so, in order of execution: each of them is a fault of its own.
     ``weights``: the parameters that these operations use. ``damaged``: those of them whose stored bytes are not
     what was converted. ``differing``: those of them that differ from the source;
@@ -67,6 +75,7 @@ class Descent:
     """
 
     layer: int | None
+    fed: bool
     wrong: tuple[TapResult, ...]
     weights: tuple[str, ...]
     damaged: tuple[str, ...]

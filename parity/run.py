@@ -23,7 +23,7 @@ from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode
 from golden.reach import reach
 from parity.comparison import Comparison
-from parity.descent import descend
+from parity.descent import blame_first, descend
 from parity.forward import Forward, Taken
 from parity.logits import LogitsComparison, compare_logits
 from parity.metrics import Verdict, noise_multiple
@@ -38,12 +38,12 @@ Progress = Callable[[int | None], None]
 
 def run(
     checkpoint: Path | None,
-    golden: Path,
+    golden: Path | str,
     *,
     source: Path | None = None,
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
-    modes: Sequence[Mode] = (Mode.ISOLATED,),
+    modes: Sequence[Mode] | None = None,
     dtype: str = "float32",
     against: Path | None = None,
     require_reach: bool = False,
@@ -53,19 +53,22 @@ def run(
 
     Args:
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
-        golden: recorded golden.
+        golden: folder or URL of a recorded golden.
         source: folder of a published checkpoint, whose weights are decoded as they are needed.
         layers: layers to compare; None for all of them and the model level: embedding, head, logits.
         taps: patterns of the taps to compare; none for all.
-        modes: isolated, cumulative, or both.
+        modes: isolated, cumulative, or both; None for isolated, or cumulative where the golden is compact and holds no
+            inputs of layers.
         dtype: of weights and activations, float32 or bfloat16.
         against: the published checkpoint; the weights of wrong operations are compared with it.
         require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
         progress: called before each layer.
 
     Raises:
-        UsageError: a layer or tap that neither side has, or a dtype whose noise floor the golden does not carry.
+        UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, or a
+            mode that a compact golden does not allow.
         BadInput: a damaged file, or a golden of another architecture.
+        ResourceError: the golden is remote and cannot be reached.
     """
     recorded = open_golden(golden)
     wanted = None if layers is None else check_layers(recorded.config, layers)
@@ -73,10 +76,11 @@ def run(
     if checkpoint is not None and source is None:
         weights, place = Weights.open(checkpoint), checkpoint
     elif source is not None and checkpoint is None:
-        weights, place = PublishedWeights.open(source, layers=_up_to(wanted, modes)), source
+        up_to = _up_to(wanted, _modes(recorded, modes))
+        weights, place = PublishedWeights.open(source, layers=up_to), source
     else:
         raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
-    _same_architecture(weights.config, recorded.config, golden)
+    _same_architecture(weights.config, recorded.config, recorded.path)
     published = None if against is None else PublishedWeights.open(against, layers=wanted)
     return compare_model(
         weights,
@@ -98,7 +102,7 @@ def compare_model(
     *,
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
-    modes: Sequence[Mode] = (Mode.ISOLATED,),
+    modes: Sequence[Mode] | None = None,
     dtype: str = "float32",
     against: PublishedWeights | None = None,
     require_reach: bool = False,
@@ -108,19 +112,17 @@ def compare_model(
     """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
     if dtype not in UNIT:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}")
-    if not modes:
-        raise UsageError("no mode: expected isolated, cumulative or both")
+    ordered = _modes(golden, modes)
     config = golden.config
     chosen = check_layers(config, layers)
     _check_recorded(golden, chosen)
     names = _names(config, chosen, model_level=layers is None)
     running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress)
-    ordered = [mode for mode in MODES if mode in modes]
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
     running.forward(needed)
     return Report(
-        modes=tuple(ordered),
+        modes=ordered,
         dtype=dtype,
         limits=LIMITS,
         layers=chosen,
@@ -207,7 +209,7 @@ class _Run:
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
         if failed:
-            self._descend(layer)
+            self._descend(layer, taken)
         if len(leaving) == len(MODES):
             self.growth.append(self._grown(layer, leaving))
 
@@ -235,11 +237,11 @@ class _Run:
             isolated = mode is Mode.ISOLATED
             taken = self._model.head(self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams)
             failed |= self._judge(taken, mode)
-            self.logits = compare_logits(taken["logits"], self._golden.read("logits"), self._golden.tokens)
+            self.logits = compare_logits(taken["logits"], self._golden.views("logits")[-1], self._golden.tokens)
         if failed or any(
             result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
         ):
-            self._descend(None)
+            self._descend(None, taken)
 
     def _judge(self, taken: Taken, mode: Mode) -> bool:
         """Judge what is wanted; whether anything fails."""
@@ -247,14 +249,22 @@ class _Run:
         self.results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 
-    def _descend(self, layer: int | None) -> None:
-        self.descents.append(descend(layer, self._model, self._comparison, self._weights, self._against))
+    def _descend(self, layer: int | None, taken: Taken) -> None:
+        """Look for the operation that is wrong. ``taken``: the taps of the layer's last run."""
+        sides = (self._comparison, self._weights, self._against)
+        if self._golden.compact is None:
+            self.descents.append(descend(layer, self._model, *sides))
+        elif not self.descents:
+            results = self.results[Mode.CUMULATIVE]
+            first = next(result for result in results if result.verdict is Verdict.FAIL)
+            self.descents.append(blame_first(first, taken, *sides))
 
     def _grown(self, layer: int, leaving: Mapping[Mode, Array]) -> Growth:
         """Split the error of the streams that leave a layer."""
         name = f"layers.{layer}.{STREAMS}"
-        golden = self._golden.read(name).astype(np.float64)
-        floors = {mode: self._comparison.floor(name, golden, mode) for mode in MODES}
+        views = self._golden.views(name)
+        golden = views[0].values.astype(np.float64)
+        floors = {mode: self._comparison.floor(name, views, mode) for mode in MODES}
         size = float(np.sqrt(np.mean(np.square(golden)))) or 1.0
 
         def relative(difference: Array) -> float:
@@ -278,6 +288,19 @@ def _names(config: Config, layers: Iterable[int], *, model_level: bool) -> list[
     return outer[:1] + inner + outer[1:]
 
 
+def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:
+    """The modes to run, isolated first. Raises :class:`UsageError`."""
+    if modes is None:
+        return (Mode.ISOLATED if golden.compact is None else Mode.CUMULATIVE,)
+    if not modes:
+        raise UsageError("no mode: expected isolated, cumulative or both")
+    if golden.compact is not None and Mode.ISOLATED in modes:
+        raise UsageError(
+            f"{golden.path}: a compact golden, which does not hold the inputs of layers; compare with --mode cumulative"
+        )
+    return tuple(mode for mode in MODES if mode in modes)
+
+
 def _up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[int, ...] | None:
     """The layers that run: those that are wanted, and in cumulative mode those before them; None for all."""
     if layers is None:
@@ -291,7 +314,7 @@ def _check_recorded(golden: Golden, layers: Iterable[int]) -> None:
         raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
 
 
-def _same_architecture(ours: Config, theirs: Config, golden: Path) -> None:
+def _same_architecture(ours: Config, theirs: Config, golden: Path | str) -> None:
     """Raises :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
     storage = {"expert_dtype", "weight_block_size", "num_mtp_stages"}
     pairs = [

@@ -39,6 +39,7 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "transformers": "golden/references/",
     "orbax": "dsv4_convert/store/orbax_",
     "etils": ("dsv4_convert/store/bucket.py", "dsv4_convert/checkpoint/bucket.py"),
+    "fsspec": "golden/files.py",
     "numba": "dsv4_convert/formats/",
     "huggingface_hub": "dsv4_convert/checkpoint/hub",
     "typer": "dsv4_convert/cli/",

@@ -29,6 +29,7 @@ _golden = typer.Typer(no_args_is_help=True, help="Record and look at goldens: wh
 _golden.command("record")(golden.record)
 _golden.command("show")(golden.show)
 _golden.command("verify")(golden.verify)
+_golden.command("compact")(golden.compact)
 _golden.command("diff")(golden.diff)
 _golden.command("make-checkpoint")(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from golden.plan import Plan
 
 
+Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
+_EXACT_HELP = "Of a compact golden: tokens that are kept exactly, such as 0,128,-1 (-1 is the last)."
+
+
 @reported
 def record(
     source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
@@ -34,6 +38,11 @@ def record(
             help="dtypes whose noise floor is measured, for parity in that dtype; each runs every layer twice more."
         ),
     ] = "float32,bfloat16",
+    compact: Annotated[
+        bool,
+        typer.Option("--compact", help="Keep sketches and a few tokens instead of all: at most 1% of the size."),
+    ] = False,
+    exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     json: Json = None,
 ) -> None:
@@ -44,6 +53,7 @@ def record(
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
     from dsv4_convert.config import Config
+    from golden.compact import Compact
     from golden.recorder import record as record_golden
     from golden.tokens import prompt_tokens
 
@@ -60,6 +70,7 @@ def record(
             text=None if text is None else [text],
             layers=chosen,
             noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
+            compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             name=origin.repository,
             revision=origin.revision,
             announce=_print_plan,
@@ -74,12 +85,50 @@ def record(
 def _print_plan(planned: Plan) -> None:
     """The plan in a few lines, on stderr."""
     typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
-    typer.echo(f"writes  {size(planned.bytes_written)}, with about {size(planned.memory)} of memory", err=True)
+    share = planned.bytes_written / planned.bytes_whole
+    of = f" ({share:.2%} of the whole)" if share < 1 else ""
+    typer.echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
+
+
+def _positions(text: str) -> list[int]:
+    """``"0,17,-1"`` to numbers; nothing to none. Raises :class:`UsageError`."""
+    from dsv4_convert.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"--exact {text}: expected positions of tokens such as 0,17,-1, or nothing") from None
+
+
+@reported
+def compact(
+    golden: Golden,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
+    json: Json = None,
+) -> None:
+    """Make a compact golden of a whole one: small enough for a repository, at most 1% of the size at full width.
+
+    It keeps every choice, of every token of every tap a norm and a random projection, and the tokens of --exact whole.
+    parity compares it from the tokens (--mode cumulative), with the same limits, and names the first operation that
+    diverges.
+
+    Example: dsv4 golden compact ./flash-golden --out ./flash-golden-small --exact 0,128,-1
+    """
+    from golden.archive import open_golden
+    from golden.compact import Compact
+    from golden.shrink import shrink
+
+    opened = open_golden(golden)
+    made = shrink(opened, out, Compact.of(_positions(exact), opened.tokens.shape[1]))
+    before, after = opened.nbytes, made.nbytes
+    typer.echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
+    write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
 
 
 @reported
 def show(
-    golden: Annotated[Path, typer.Argument(help="Golden.")],
+    golden: Golden,
     json: Json = None,
 ) -> None:
     """Say what a golden holds, and what its prompt does not reach."""
@@ -95,11 +144,13 @@ def show(
         "tokens": list(opened.tokens.shape),
         "layers": list(opened.layers),
         "noise": list(opened.manifest.request.noise),
+        "compact": None if opened.compact is None else opened.compact.to_json(),
+        "bytes": opened.nbytes,
         "taps": list(opened.names),
         "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
-        for key in ("reference", "source", "tokens", "layers", "noise"):
+        for key in ("reference", "source", "tokens", "layers", "noise", "compact", "bytes"):
             typer.echo(f"{key:<10} {document[key]}")
         typer.echo(f"{'taps':<10} {len(opened.names)}")
         for layer in reached:
@@ -110,7 +161,7 @@ def show(
 
 @reported
 def verify(
-    golden: Annotated[Path, typer.Argument(help="Golden.")],
+    golden: Golden,
     json: Json = None,
 ) -> None:
     """Hash every array of a golden again and compare with its manifest; exits 1 if anything differs."""
@@ -127,8 +178,8 @@ def verify(
 
 @reported
 def diff(
-    first: Annotated[Path, typer.Argument(help="Golden whose noise floor is the measure.")],
-    second: Annotated[Path, typer.Argument(help="Golden of the same architecture and tokens.")],
+    first: Annotated[str, typer.Argument(help="Golden whose noise floor is the measure: a folder or a URL.")],
+    second: Annotated[str, typer.Argument(help="Golden of the same architecture and tokens.")],
     json: Json = None,
 ) -> None:
     """Compare two goldens tap by tap, such as those of two versions of a reference; exits 1 beyond the noise floor.

@@ -12,7 +12,9 @@ from dsv4_convert.cli.common import LAYERS_HELP, Json, parse_choice, parse_layer
 
 @reported
 def parity(
-    golden: Annotated[Path, typer.Option(help="Golden to compare with (see dsv4 golden record).")],
+    golden: Annotated[
+        str, typer.Option(help="Golden to compare with (see dsv4 golden record): a folder, or a URL such as gs://….")
+    ],
     checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
     source: Annotated[
         Path | None,
@@ -24,13 +26,14 @@ def parity(
         typer.Option(help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated."),
     ] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="[isolated|cumulative|both]",
             help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up. "
-            "both: and the error of every layer split into what it inherits and what it adds.",
+            "both: and the error of every layer split into what it inherits and what it adds. Isolated, if not given, "
+            "and cumulative with a compact golden.",
         ),
-    ] = "isolated",
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -73,7 +76,7 @@ def parity(
     from parity.render import render
     from parity.run import run
 
-    chosen = parse_choice("--mode", mode, (*MODES, "both"))
+    chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
     decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
     with status("parity") as say:
         report = run(
@@ -82,7 +85,7 @@ def parity(
             source=source,
             layers=layers,
             taps=taps or (),
-            modes=MODES if chosen == "both" else (Mode(chosen),),
+            modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
             dtype=dtype,
             against=against,
             require_reach=require_reach,

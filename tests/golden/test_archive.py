@@ -121,7 +121,7 @@ _TAP = "layers.1.attn.wq_a"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 2"),
+        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 3"),
         (lambda m: m.update(schema_version=True), "schema_version is True"),
         (lambda m: m.update(extra=1), "expected the entries"),
         (lambda m: m.pop("layers"), "expected the entries"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from parity.choices import Scores, compare_choices
-from parity.floor import Floor, floor_of
+from parity.floor import Floor, floor_of, row_sizes
 from parity.metrics import Verdict, compare
 from parity.tolerances import LIMITS
 
@@ -90,7 +90,7 @@ def test_every_measure_can_fail_alone() -> None:
 def test_nan_and_unequal_infinity_fail(found: list[float], golden: list[float]) -> None:
     ours, theirs = np.array([[found]], np.float32), np.array([[golden]], np.float32)
     assert compare(ours, theirs, _floor(theirs), LIMITS)[0] is Verdict.FAIL
-    measured = floor_of(theirs, np.full((2, 1, 1), np.nan), 2.0**-24)  # the noise of a NaN is one too
+    measured = floor_of(row_sizes(theirs), np.full((2, 1, 1), np.nan), 2.0**-24)  # the noise of a NaN is one too
     assert compare(ours, theirs, measured, LIMITS)[0] is Verdict.FAIL
 
 
@@ -110,7 +110,7 @@ def test_broadcasts_other_dtypes_and_nothing_at_all_do_not_pass() -> None:
 
 def test_an_error_without_a_floor_is_infinitely_far() -> None:
     zero = np.zeros((1, 2, 3), np.float32)
-    floor = floor_of(zero, np.zeros((2, 1, 2)), 2.0**-24)
+    floor = floor_of(row_sizes(zero), np.zeros((2, 1, 2)), 2.0**-24)
     assert compare(zero, zero, floor, LIMITS)[0] is Verdict.PASS
     verdict, distance, _ = compare(zero + 1e-9, zero, floor, LIMITS)
     assert verdict is Verdict.FAIL
@@ -137,15 +137,15 @@ def test_a_floor_is_smoothed_over_its_rows() -> None:
     unit = 2.0**-24
     golden = np.array([[[1.0, 1.0], [1.0, 1.0], [100.0, 100.0], [0.0, 0.0]]], np.float32)
     measured = np.array([[[4e-7, 0.0, 4e-5, 0.0]], [[8e-7, 0.0, 8e-5, 0.0]]], np.float32)
-    floor = floor_of(golden, measured, unit)
+    floor = floor_of(row_sizes(golden), measured, unit)
     usual = np.sqrt(2 * 4e-7**2 / 4)  # relative: two rows of four have it
     median = np.median([4e-7, 4e-5])
     assert floor.rms[0] == pytest.approx([median, median, 4e-5, median], rel=1e-5)
     assert floor.rms[0, 2] >= 100 * usual
-    exact = floor_of(golden, np.zeros((2, 1, 4)), unit)
+    exact = floor_of(row_sizes(golden), np.zeros((2, 1, 4)), unit)
     assert exact.rms[0] == pytest.approx([unit, unit, 100 * unit, 0])
     outlier = np.array([[[1000.0, 0.001]]], np.float32)
-    elements = floor_of(outlier, np.full((2, 1, 1), 1e-9), unit).elements(outlier)
+    elements = floor_of(row_sizes(outlier), np.full((2, 1, 1), 1e-9), unit).elements(outlier)
     assert elements[0, 0, 0] == pytest.approx(1000 * unit), "rounding one large element is no error"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from golden.archive import View
 from parity.logits import TOP, compare_logits
 
 
@@ -15,7 +16,7 @@ def test_against_torch() -> None:
     golden = random.standard_normal((2, 7, 50)).astype(np.float32)
     found = golden + 0.3 * random.standard_normal(golden.shape).astype(np.float32)
     tokens = random.integers(0, 50, (2, 7))
-    result = compare_logits(found, golden, tokens)
+    result = compare_logits(found, View(golden), tokens)
     ours, theirs = (functional.log_softmax(torch.from_numpy(a).double(), dim=-1) for a in (found, golden))
     kl = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     assert result.kl_mean == pytest.approx(float(kl.mean()))
@@ -32,10 +33,10 @@ def test_against_torch() -> None:
 
 def test_equal_logits_and_nan() -> None:
     golden = np.random.default_rng(1).standard_normal((1, 3, 4)).astype(np.float32)
-    same = compare_logits(golden, golden, np.zeros((1, 3), np.int32))
+    same = compare_logits(golden, View(golden), np.zeros((1, 3), np.int32))
     assert (same.kl_mean, same.top1, same.topk) == (0, 1, 1)
     broken = golden.copy()
     broken[0, 1, 0] = np.nan
-    result = compare_logits(broken, golden, np.zeros((1, 3), np.int32))
+    result = compare_logits(broken, View(golden), np.zeros((1, 3), np.int32))
     assert np.isnan(result.kl_mean)
     assert result.worst[0].at == (0, 1), "a NaN is the worst of all"

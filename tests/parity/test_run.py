@@ -125,7 +125,7 @@ def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
     assert document["schema_version"] == 2
     assert document["verdict"] == "pass"
     assert document["first_diverging"] is document["first_wrong_operation"] is None
-    assert set(document["taps"][0]) == {"name", "mode", "verdict", "reason", "shape", "distance", "flips"}
+    assert set(document["taps"][0]) == {"name", "mode", "verdict", "reason", "shape", "form", "distance", "flips"}
     assert set(document["taps"][0]["distance"]["noise"]) == {"tap", "row", "element"}
     assert document["golden"]["reference"]["name"] == "transformers"
     assert sum(document["counts"].values()) == len(document["taps"])

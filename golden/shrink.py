@@ -1,0 +1,32 @@
+"""Making a compact golden of a whole one, without the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from dsv4_convert.errors import UsageError
+from golden.archive import Golden
+from golden.compact import Compact
+from golden.writer import check_destination, golden_writer
+
+
+def shrink(golden: Golden, out: Path, compact: Compact) -> Golden:
+    """Write the compact golden that ``golden record`` would have made with ``compact``: the same in every byte.
+
+    Layer by layer, taking up what an interrupted call of the same finished.
+
+    Raises:
+        UsageError: the destination exists, or ``golden`` is compact already.
+        BadInput: an array of ``golden`` is not what was recorded.
+        ResourceError: the disk is full or cannot be written to, or another process writes the same.
+    """
+    if golden.compact is not None:
+        raise UsageError(f"{golden.path}: compact already; make the other one from a whole golden")
+    check_destination(out)
+    request = dataclasses.replace(golden.manifest.request, compact=compact)
+    with golden_writer(out, request) as writer:
+        for layer in (*request.layers, None):
+            if layer not in writer.finished:
+                writer.write(layer, request.keep(golden.everything(layer)))
+        return writer.publish()

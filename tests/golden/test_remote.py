@@ -1,0 +1,179 @@
+"""Goldens behind a URL: the same arrays, only the parts that are read, and words for what a server may do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+import golden as golden_package
+from dsv4_convert.convert import hf_to_orbax
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from golden import files
+from golden.archive import open_golden
+from golden.noise import Mode
+from golden.synthetic import tiny_config, write_checkpoint
+from parity.run import run
+from tests.memory_bucket import MemoryBucket
+
+COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder by ranges on the loopback interface, and counts the bytes that it sends of each file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sent: dict[str, int] = {}
+        self.ranges = True
+        #: Requests that are answered with 503 before one is served.
+        self.failing = 0
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/golden"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.do_GET(send=False)
+
+    def do_GET(self, *, send: bool = True) -> None:
+        name = self.path.removeprefix("/golden/")
+        file = self.server.root / name
+        if self.server.failing:
+            self.server.failing -= 1
+            return self.send_error(503)
+        if not file.is_file():
+            return self.send_error(404)
+        content = file.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "") if self.server.ranges else None
+        part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
+        self.send_response(206 if wanted else 200)
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if wanted:
+            self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if send:
+            self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
+            self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(files, "_WAITS", (0, 0))
+    shutil.copytree(COMMITTED, tmp_path / "served")
+    running = Server(tmp_path / "served")
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """``gs://`` in memory, with the committed golden in it."""
+    before = fsspec.get_filesystem_class("gs") if "gs" in fsspec.registry else None
+    fsspec.register_implementation("gs", MemoryBucket, clobber=True)
+    MemoryBucket.store.clear()
+    system = MemoryBucket()
+    for file in COMMITTED.iterdir():
+        system.pipe(f"gs://bucket/goldens/tiny/{file.name}", file.read_bytes())
+    yield "gs://bucket/goldens/tiny"
+    MemoryBucket.store.clear()
+    if before is not None:
+        fsspec.register_implementation("gs", before, clobber=True)
+
+
+def test_every_array_is_the_same_from_a_server_and_a_bucket(server: Server, bucket: str) -> None:
+    local = open_golden(COMMITTED)
+    for url in (server.url, bucket + "/"):
+        remote = open_golden(url)
+        assert remote.manifest == local.manifest
+        for name in local.names:
+            np.testing.assert_array_equal(remote.read(name), local.read(name))
+        assert remote.verify() == []
+
+
+def test_only_what_is_read_is_fetched(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 4096)
+    opened = open_golden(server.url)
+    assert set(server.sent) == {"manifest.json"}
+    opened.noise("layers.2.attn.wq_a", "float32", Mode.ISOLATED)
+    array = opened.read("layers.2.attn.wq_a")
+    assert set(server.sent) == {"manifest.json", "layer-00002.safetensors"}
+    size = (COMMITTED / "layer-00002.safetensors").stat().st_size
+    header = 1 << 19  # the first request for a header, whatever its size
+    assert array.nbytes <= server.sent["layer-00002.safetensors"] <= header + 4 * array.nbytes < size
+
+
+def test_parity_with_a_golden_behind_a_url(server: Server, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config(), seed=0)
+    hf_to_orbax(tmp_path / "hf", tmp_path / "orbax")
+    report = run(tmp_path / "orbax", server.url, layers=[1])
+    assert report.passed
+    assert report.golden["path"] == server.url
+    assert report.taps == run(tmp_path / "orbax", COMMITTED, layers=[1]).taps
+    assert "layer-00003.safetensors" not in server.sent
+
+
+def test_a_hiccup_is_survived_and_an_outage_is_said(server: Server) -> None:
+    server.failing = 2
+    opened = open_golden(server.url)
+    server.failing = 1
+    opened.read("embed")
+    server.failing = 1000
+    with pytest.raises(ResourceError, match=r"layer-00000\.safetensors: cannot be read .*503.*run the same command"):
+        opened.read("layers.0.attn.q")
+
+
+def test_damage_on_the_way_is_noticed(server: Server) -> None:
+    file = server.root / "layer-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    (problem,) = open_golden(server.url).verify()
+    assert f"{server.url}/layer-00001.safetensors: layers.1." in problem
+    file.write_bytes(bytes(content[:-100]))
+    with pytest.raises(BadInput, match=re.escape(f"{server.url}/layer-00001.safetensors")):
+        open_golden(server.url).read("layers.1.attn.q")
+    file.unlink()
+    with pytest.raises(BadInput, match=re.escape(f"{server.url}/layer-00001.safetensors: missing")):
+        open_golden(server.url).read("layers.1.attn.q")
+
+
+def test_what_is_no_golden(server: Server) -> None:
+    (server.root / "manifest.json").unlink()
+    with pytest.raises(BadInput, match=re.escape(f"{server.url}: no manifest.json")):
+        open_golden(server.url)
+    with pytest.raises(UsageError, match=r"nope://x: .*expected a folder, or a URL"):
+        open_golden("nope://x")
+
+
+def test_a_server_without_ranges_is_refused_with_the_way_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 4096)  # a file of one block is fetched whole
+    server.ranges = False
+    opened = open_golden(server.url)
+    with pytest.raises(ResourceError, match="read by ranges: download the folder"):
+        opened.read("layers.0.attn.q")
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_WAITS", (0, 0))
+    with pytest.raises(ResourceError, match=r"http://127\.0\.0\.1:9/golden/manifest\.json: cannot be read"):
+        open_golden("http://127.0.0.1:9/golden")
