@@ -1,5 +1,7 @@
 """Does parity cry wolf? Random healthy models in float32 and bfloat16, isolated and cumulative: a failure is a bug.
 
+Each is compared with its golden, and with the compact golden that keeps its last token exactly.
+
 Prints the number of failures, how often choices were tied, and how many noise floors healthy errors amount to, from
 which the limits in ``parity/tolerances.py`` are derived.
 
@@ -12,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from golden.compact import Compact
 from golden.noise import MODES
+from golden.shrink import shrink
 from parity.explain import verdict
 from parity.metrics import Verdict
 from parity.run import compare_model
@@ -32,18 +37,20 @@ _QUANTILES = (50, 99, 99.9, 100)
 
 
 def one(case: int) -> list[dict[str, Any]]:
-    """Everything that is counted of one case, a row for each dtype."""
+    """Everything that is counted of one case, a row for each dtype and golden."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         made = healthy(case, Path(folder))
-        for dtype in UNIT:
-            report = compare_model(made.weights, made.golden, modes=MODES, dtype=dtype)
+        compact = shrink(made.golden, Path(folder) / "compact", Compact.of([-1], made.length))
+        for dtype, golden in product(UNIT, (made.golden, compact)):
+            modes = MODES if golden.compact is None else None
+            report = compare_model(made.weights, golden, modes=modes, dtype=dtype)
             distances = [tap.distance for tap in report.taps if tap.distance is not None]
             flips = [tap.flips for tap in report.taps if tap.flips is not None]
             rows.append(
                 {
                     "case": case,
-                    "dtype": dtype,
+                    "what": dtype if golden.compact is None else f"{dtype}, compact",
                     "passed": report.passed,
                     "sentence": verdict(report),
                     "taps": len(report.taps),
@@ -76,7 +83,7 @@ def main() -> None:
             rows += found
             for row in found:
                 if not row["passed"]:
-                    console.print(f"case {row['case']}, {row['dtype']}: {row['sentence']}", style="red")
+                    console.print(f"case {row['case']}, {row['what']}: {row['sentence']}", style="red")
             print(f"{done} of {len(cases)}", end="\r", flush=True)
     failures = sum(not row["passed"] for row in rows)
     console.print(_counts(rows))
@@ -86,12 +93,12 @@ def main() -> None:
 
 def _counts(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="healthy models, isolated and cumulative", title_justify="left", box=None)
-    for name in ("dtype", "models", "failures", "taps", "empty", "choices", "flips", "of them ties", "allclose at"):
+    for name in ("golden", "models", "failures", "taps", "empty", "choices", "flips", "of them ties", "allclose at"):
         table.add_column(name, justify="right")
-    for dtype in UNIT:
-        mine = [row for row in rows if row["dtype"] == dtype]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        mine = [row for row in rows if row["what"] == what]
         table.add_row(
-            dtype,
+            what,
             str(len(mine)),
             str(sum(not row["passed"] for row in mine)),
             *(f"{sum(row[key] for row in mine):,}" for key in ("taps", "empty", "choices", "flips", "ties")),
@@ -102,13 +109,13 @@ def _counts(rows: list[dict[str, Any]]) -> Table:
 
 def _multiples(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="healthy errors in multiples of the noise floor", title_justify="left", box=None)
-    for name in ("dtype", "measure", "median", "99%", "99.9%", "largest", "limit"):
+    for name in ("golden", "measure", "median", "99%", "99.9%", "largest", "limit"):
         table.add_column(name, justify="right")
-    for dtype in UNIT:
+    for what in dict.fromkeys(row["what"] for row in rows):
         for measure in ("tap", "row", "element", "tie"):
-            values = [value for row in rows if row["dtype"] == dtype for value in row[measure]] or [0.0]
+            values = [value for row in rows if row["what"] == what for value in row[measure]] or [0.0]
             quantiles = (f"{value:.2f}" for value in np.percentile(values, _QUANTILES))
-            table.add_row(dtype, measure, *quantiles, f"{getattr(LIMITS, measure):g}")
+            table.add_row(what, measure, *quantiles, f"{getattr(LIMITS, measure):g}")
     return table
 
 

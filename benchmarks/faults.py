@@ -2,9 +2,10 @@
 
 For each: whether isolated parity fails, whether it names the faulty layer and operation (the first tap that diverges,
 and the first operation that is wrong on the golden's own inputs) and leaves every other layer clean, by which measures,
-and how many noise floors the error is. Needs the ``reference`` extra.
+and how many noise floors the error is. With ``--compact`` the golden is a compact one that keeps one token exactly, and
+the model runs from the tokens. Needs the ``reference`` extra.
 
-Run: python -m benchmarks.faults [NAME ...]
+Run: python -m benchmarks.faults [--compact] [NAME ...]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from golden.noise import Mode
 from parity.explain import verdict
 from parity.metrics import Verdict
 from parity.report import Report
@@ -29,12 +31,13 @@ from tests.parity.faults.fault import MAIN, MANY, Fault, examine, patient
 def named_rightly(fault: Fault, report: Report) -> bool:
     """Whether layer and operation are named, by the first divergence and by the descent, and nothing else is blamed."""
     first, wrong = report.first_diverging, report.first_wrong
+    isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
     failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
     return (
         first is not None
         and wrong is not None
         and first.name == wrong.name == fault.full_tap
-        and failing <= {fault.layer, *fault.also}
+        and (failing <= {fault.layer, *fault.also} or not isolated)
         and fault.full_tap in verdict(report)
     )
 
@@ -50,6 +53,7 @@ def main() -> None:
     """Plant every fault, print the table and the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names; all faults if none is given")
+    parser.add_argument("--compact", action="store_true", help="compare with a compact golden, from the tokens")
     options = parser.parse_args()
     chosen = [
         fault for name, fault in CATALOGUE.items() if not options.names or any(part in name for part in options.names)
@@ -64,6 +68,8 @@ def main() -> None:
         for name, raw, tokens in (("main", MAIN, 300), ("many", MANY, 60)):
             (Path(folder) / name).mkdir()
             patients[name] = patient(Path(folder) / name, raw, tokens=tokens)
+            if options.compact:
+                patients[name] = patients[name].compacted()
             healthy = compare_model(patients[name].held, patients[name].golden)
             assert healthy.passed, verdict(healthy)
         for done, fault in enumerate(chosen, start=1):

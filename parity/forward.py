@@ -95,7 +95,9 @@ class Forward:
         """The routed experts' weighted sum; each expert that a token chose is read once."""
         x = np.asarray(routed.x)
         flat = x.reshape(-1, x.shape[-1])
-        experts = np.asarray(routed.routing.experts).reshape(len(flat), -1)
+        # An expert that does not exist is the nearest that does, as XLA's gather has it; the choice itself is reported.
+        last = self._weights.config.n_routed_experts - 1
+        experts = np.clip(np.asarray(routed.routing.experts), 0, last).reshape(len(flat), -1)
         shares = np.asarray(routed.routing.weights).reshape(len(flat), -1)
         total = np.zeros(flat.shape, np.float32)
         for expert in np.unique(experts):

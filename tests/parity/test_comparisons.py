@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -191,6 +193,23 @@ def test_a_flip_against_our_own_scores_is_no_tie() -> None:
     assert "own scores" in reason
     nan = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, np.nan]]), LIMITS)
     assert nan[0] is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"), [(0.0, Verdict.TIE), (5e-5, Verdict.TIE), (1e-4, Verdict.FAIL), (0.5, Verdict.FAIL)]
+)
+def test_without_the_golden_s_scores_our_own_say_how_close_it_was(gap: float, expected: Verdict) -> None:
+    """As with a compact golden: we chose 2 where the golden chose 1, and our scores of the two are ``gap`` apart."""
+    known = _scores([[0, 0, 0]], ours=[[2.0, 1.0, 1.0 + gap]])
+    scores = dataclasses.replace(known, golden=None)
+    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, LIMITS)
+    assert verdict is expected
+    assert flips is not None
+    assert flips.margin == pytest.approx(gap, abs=1e-6)
+    nothing = dataclasses.replace(scores, ours=None)
+    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), nothing, LIMITS)[0] is Verdict.FAIL
+    worse = dataclasses.replace(known, golden=None, ours=np.array([[[2.0, 1.0 + 1e-5, 1.0]]], np.float32))
+    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), worse, LIMITS)[0] is Verdict.FAIL, "not our best"
 
 
 def test_one_real_flip_among_ties_fails() -> None:

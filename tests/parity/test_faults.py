@@ -52,6 +52,31 @@ def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> No
     assert fault.full_tap in sentence.split("golden's own inputs")[1]
 
 
+@pytest.fixture(scope="module")
+def compact(patients: dict[str, Patient]) -> dict[str, Patient]:
+    """The same models with compact goldens, which keep one token exactly."""
+    return {name: healthy.compacted() for name, healthy in patients.items()}
+
+
+@pytest.mark.parametrize("name", [*list(CATALOGUE)[::6], "hash table rounded through bfloat16"])
+def test_a_compact_golden_names_it_as_well(compact: dict[str, Patient], name: str) -> None:
+    """From the tokens, by sketches and one exact token. The benchmark does it with every fault."""
+    fault = CATALOGUE[name]
+    report = examine(compact[fault.model], fault, layers=None if fault.layer is None else range(fault.layer + 1))
+    assert report.modes == (Mode.CUMULATIVE,)
+    assert report.first_diverging is not None
+    assert report.first_wrong is not None
+    assert report.first_diverging.name == report.first_wrong.name == fault.full_tap
+    assert "All that is computed before it agrees, so the operation itself is wrong." in verdict(report)
+
+
+def test_a_compact_golden_leads_to_the_expert_and_the_tensor(compact: dict[str, Patient]) -> None:
+    patient = compact["main"]
+    report = examine(patient, CATALOGUE["one expert missing its scale"], against=patient.source())
+    assert "layers.2.ffn.experts.w1, expert 3 is not" in verdict(report)
+    assert "Exactly the tokens that were sent to expert 3 are wrong." in verdict(report)
+
+
 def test_two_faults_in_one_layer_are_both_found(patients: dict[str, Patient]) -> None:
     """The second lies behind the first, where everything is wrong already; the descent finds it all the same."""
 

@@ -8,19 +8,29 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_convert import restore_model
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.model import Taps
+from dsv4_convert.names import parameters
+from dsv4_convert.restore import Weights
 from dsv4_convert.store import open_store
+from dsv4_convert.taps import Values, by_name
 from golden.archive import digest, open_golden
 from golden.manifest import Manifest, StoredTap
 from golden.noise import MODES, Mode
 from golden.synthetic import tiny_config, write_checkpoint
+from parity.comparison import Comparison
 from parity.explain import verdict, why
 from parity.metrics import Verdict
-from parity.run import run
+from parity.run import compare_model, run
+
+from .faults.fault import Held
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +173,36 @@ def test_from_the_published_shards_it_is_the_same(
         run(None, golden)
     with pytest.raises(UsageError, match="expected a converted CHECKPOINT, or --source"):
         run(plain, golden, source=tiny)
+
+
+def test_streamed_it_is_the_same_as_with_everything_in_memory(plain: Path, golden: Path) -> None:
+    """To the last digit: layer by layer and expert by expert from the disk, or all weights at hand."""
+    weights = Weights.open(plain)
+    held = Held(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
+    streamed, resident = run(plain, golden, modes=MODES), compare_model(held, open_golden(golden), modes=MODES)
+    assert streamed.taps == resident.taps
+    assert streamed.growth == resident.growth
+    assert streamed.logits == resident.logits
+
+
+def test_the_whole_model_as_one_program_agrees_as_well(plain: Path, golden: Path) -> None:
+    """Compiled in one piece with stacked experts, which sums in another order: every tap within the noise."""
+    recorded = open_golden(golden)
+    comparison = Comparison(recorded, "float32")
+    model = restore_model(Weights.open(plain))
+    choices = [name for name in recorded.names if by_name(name)[0].values is Values.CHOICE]
+    forced = {name: jnp.asarray(recorded.read(name)) for name in choices}
+
+    @jax.jit
+    def taken(tokens: jax.Array) -> dict[str, jax.Array]:
+        taps = Taps(lambda _: True, forced)
+        model(tokens, taps=taps)
+        return taps.values
+
+    arrays = {name: np.asarray(array) for name, array in taken(jnp.asarray(recorded.tokens)).items()}
+    results = comparison.judge(arrays, Mode.CUMULATIVE, recorded.names)
+    assert [result.name for result in results] == list(recorded.names)
+    assert {result.verdict for result in results} == {Verdict.PASS}
 
 
 def test_a_head_in_pieces_gives_the_same_logits(plain: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:

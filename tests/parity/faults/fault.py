@@ -22,7 +22,9 @@ from dsv4_convert.model.experts import mlp
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
+from golden.compact import Compact
 from golden.recorder import record
+from golden.shrink import shrink
 from golden.synthetic import tiny_config, write_checkpoint
 from parity.forward import Forward, Taken
 from parity.report import Report
@@ -130,6 +132,11 @@ class Patient:
     def source(self) -> PublishedWeights:
         """The published checkpoint."""
         return PublishedWeights.open(self.folder / "hf")
+
+    def compacted(self) -> Patient:
+        """The same with a compact golden, which keeps the last token exactly."""
+        form = Compact.of([-1], self.golden.tokens.shape[1])
+        return dataclasses.replace(self, golden=shrink(self.golden, self.folder / "compact", form))
 
 
 def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patient:
