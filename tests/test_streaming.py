@@ -1,0 +1,82 @@
+"""The whole way of a model through processes that may hold a quarter of it: record, convert, verify, compare.
+
+The limit is on the memory that a process allocates (RLIMIT_DATA: heap and anonymous mappings). The model is made so
+large that a quarter of it is what the interpreters with their libraries, and one layer at work, take.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from golden.synthetic import tiny_config, write_checkpoint
+
+CONFIG = tiny_config(
+    hidden_size=1024,
+    moe_intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    head_dim=64,
+    q_lora_rank=128,
+    o_lora_rank=64,
+    vocab_size=4096,
+    n_routed_experts=112,
+    compress_ratios=[0, 4, 128, 4, 4, 128, 0],
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("streaming")
+    write_checkpoint(folder / "hf", CONFIG, seed=0, form="bf16")
+    yield folder
+    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
+
+
+def _limited(work: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on ``command`` with a quarter of the published model as memory."""
+    size = sum(file.stat().st_size for file in (work / "hf").iterdir())
+    assert size > 4.2e9
+    limit = size // 4
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    return subprocess.run([sys.executable, *command], preexec_fn=limited, capture_output=True, text=True, check=False)
+
+
+def test_end_to_end_in_a_quarter_of_the_memory(work: Path) -> None:
+    hf, orbax, golden, report = (str(work / name) for name in ("hf", "orbax", "golden", "report.json"))
+    for command in (
+        ["golden", "record", hf, "--out", golden, "--random", "40", "--noise", "float32"],
+        ["convert", "hf-to-orbax", hf, orbax],
+        ["verify", orbax, "--against", hf],
+        ["parity", orbax, "--golden", golden, "--mode", "both", "--quiet", "--json", report],
+    ):
+        done = _limited(work, "-m", "dsv4_convert", *command)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    outcome = json.loads(Path(report).read_text(encoding="utf-8"))
+    assert outcome["verdict"] == "pass"
+    assert outcome["layers"] == [0, 1, 2, 3, 4, 5]
+    assert outcome["logits"]["positions"] == 40
+
+
+def test_the_limit_bites(work: Path) -> None:
+    """The same checkpoint loaded whole does not fit."""
+    code = (
+        "import sys, pathlib, dsv4_convert\n"
+        "from dsv4_convert.published import PublishedWeights\n"
+        "from dsv4_convert.names import parameters\n"
+        "weights = PublishedWeights.open(pathlib.Path(sys.argv[1]))\n"
+        "held = [weights.read(path) for path, _, _ in parameters(weights.config)]\n"
+    )
+    done = _limited(work, "-c", code, str(work / "hf"))
+    assert done.returncode != 0
+    assert "MemoryError" in done.stderr
