@@ -33,8 +33,8 @@ Array = np.ndarray[Any, Any]
 #: ``benchmarks/false_alarms.py`` looks for would rise with fewer.
 NUMBERS = 16
 MAX_NUMBERS = 1024
-#: Rows that are projected at a time, in elements: 32 MiB in float64.
-_ELEMENTS_AT_ONCE = 4 << 20
+#: Elements that are projected at a time: 8 MiB in float64.
+_ELEMENTS_AT_ONCE = 1 << 20
 
 _SKETCH, _EXACT = ":sketch", ":exact"
 

@@ -166,27 +166,45 @@ HEAD_PROBES: dict[str, Probe] = {
 }
 
 
+#: Taps that are put into order when both are there.
+_ORDERED = ("ffn.gate.experts", "ffn.gate.weights")
+
+
 @contextmanager
-def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) -> Iterator[dict[str, Array]]:
+def recording(
+    root: nn.Module,
+    probes: Mapping[str, Probe],
+    expected: Expected,
+    reduce: Callable[[str, Tensor], Array] | None = None,
+) -> Iterator[dict[str, Array]]:
     """Record the expected taps of one forward of ``root``; the dictionary is filled, in order, when the block ends.
+
+    With ``reduce`` every tap of real numbers is what that makes of it, at once, so that no tap is kept in memory.
 
     Raises:
         Dsv4Error: a tap did not turn up, turned up twice, or has another shape or dtype.
     """
     seen: dict[str, Tensor] = {}
+    reduced: dict[str, Array] = {}
     problems: list[str] = []
 
     def keep(tap: str, layout: Layout, value: object) -> None:
-        if tap in seen:
+        if tap in seen or tap in reduced:
             problems.append(f"{tap}: computed more than once")
         if not isinstance(value, Tensor):
             problems.append(f"{tap}: expected a tensor, found {type(value).__name__}")
             return
+        shape = expected[tap][1]
         try:
-            # A copy, so that nothing that the reference does later in place can reach it.
-            seen[tap] = layout(value, expected[tap][1]).clone(memory_format=torch.contiguous_format)
+            arranged = layout(value, shape)
         except (RuntimeError, IndexError, TypeError):  # how torch refuses a rearrangement
             seen[tap] = value  # for the comparison of shapes below
+            return
+        if reduce is not None and tap not in _ORDERED and arranged.is_floating_point() and arranged.shape == shape:
+            reduced[tap] = reduce(tap, arranged)
+        else:
+            # A copy, so that nothing that the reference does later in place can reach it.
+            seen[tap] = arranged.clone(memory_format=torch.contiguous_format)
 
     taps: dict[str, Array] = {}
     with ExitStack() as stack:
@@ -200,6 +218,9 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
         yield taps
     _order_experts(seen)
     for tap, (dtype, shape) in expected.items():
+        if tap in reduced:
+            taps[tap] = reduced[tap]
+            continue
         value = seen.get(tap)
         if value is None and 0 in shape:  # the reference skips what would be empty: no block is complete
             value = torch.empty(shape)
@@ -207,6 +228,8 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
             problems.append(f"{tap}: not computed")
         elif value.shape != shape or value.is_floating_point() != (dtype.kind == "f"):
             problems.append(f"{tap}: expected {dtype} {list(shape)}, found {value.dtype} {list(value.shape)}")
+        elif reduce is not None and dtype.kind == "f":
+            taps[tap] = reduce(tap, value)
         else:
             taps[tap] = (value.double() if dtype.kind == "f" else value).numpy().astype(dtype, copy=False)
     if problems:
@@ -218,10 +241,10 @@ def recording(root: nn.Module, probes: Mapping[str, Probe], expected: Expected) 
 
 def _order_experts(seen: dict[str, Tensor]) -> None:
     """Chosen experts ascending per token, and their weights in the same order."""
-    experts, weights = seen.get("ffn.gate.experts"), seen.get("ffn.gate.weights")
+    experts, weights = (seen.get(tap) for tap in _ORDERED)
     if experts is not None and weights is not None and experts.shape == weights.shape:
-        seen["ffn.gate.experts"], order = experts.sort(dim=-1, stable=True)
-        seen["ffn.gate.weights"] = weights.gather(-1, order)
+        ordered, order = experts.sort(dim=-1, stable=True)
+        seen |= zip(_ORDERED, (ordered, weights.gather(-1, order)), strict=True)
 
 
 @contextmanager

@@ -212,10 +212,10 @@ class StreamedModel:
         with recording(module, probes, expected) as taps:
             leaving = {_GOLDEN: forward(_GOLDEN, as_tensor(state[_GOLDEN])).numpy()}
         choices = {name: taps[name] for name in expected if name in CHOICES}
-        in_float64 = {
-            name: (np.dtype(np.float64) if dtype.kind == "f" else dtype, shape)
-            for name, (dtype, shape) in expected.items()
-        }
+
+        def distance(name: str, value: Tensor) -> Array:
+            return row_noise(as_array(value if value.is_contiguous() else value.contiguous()), taps[name])
+
         noise: dict[str, list[Array]] = {name: [] for name, (dtype, _) in expected.items() if dtype.kind == "f"}
         for run in self._noise.values():
             convert(run)
@@ -225,12 +225,12 @@ class StreamedModel:
                     if run == "float64":
                         stack.enter_context(widened(self._rotary))
                     stack.enter_context(choosing(module, choices))
-                    found = stack.enter_context(recording(module, probes, in_float64))
+                    found = stack.enter_context(recording(module, probes, expected, distance))
                     streams = forward(run, entering)
                 if mode is Mode.CUMULATIVE:
                     leaving[run] = as_array(streams)
                 for name, rows in noise.items():
-                    rows.append(row_noise(found[name], taps[name]))
+                    rows.append(found[name])
         shape = (len(self._noise), len(MODES))
         stacked = {name: np.array(rows).reshape(*shape, *rows[0].shape) for name, rows in noise.items() if rows}
         return leaving, Taken(taps, stacked)
