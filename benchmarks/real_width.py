@@ -29,11 +29,11 @@ def three_layers(config: Path) -> dict[str, object]:
     return raw | {"num_hidden_layers": 3, "compress_ratios": [4, 4, 128, 0], "num_hash_layers": 1}
 
 
-def steps(work: Path, tokens: int) -> Iterator[dict[str, object]]:
+def steps(work: Path, tokens: int, noise: str) -> Iterator[dict[str, object]]:
     """Run every step; a layer's conversion is deleted before the next, so that one at a time is on the disk."""
     hf, golden, compact = work / "hf", work / "golden", work / "compact"
     yield dsv4("golden", "make-checkpoint", hf, "--config", work / "config.json")
-    yield dsv4("golden", "record", hf, "--out", golden, "--random", tokens)
+    yield dsv4("golden", "record", hf, "--out", golden, "--random", tokens, "--noise", noise)
     yield dsv4("golden", "compact", golden, "--out", compact)
     for layer in range(len(KINDS)):
         orbax = work / f"orbax-{layer}"
@@ -51,13 +51,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("real-width"), help="folder for everything that is made")
     parser.add_argument("--config", type=Path, default=Path("tests/data/configs/DeepSeek-V4-Flash.json"))
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--noise", default="float32,bfloat16", help="dtypes whose noise floor is recorded")
     parser.add_argument("--keep", action="store_true", help="leave the folder in place")
     options = parser.parse_args()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=False)
     (work / "config.json").write_text(json.dumps(three_layers(options.config)), encoding="utf-8")
     done = []
-    for step in steps(work, options.tokens):
+    for step in steps(work, options.tokens, options.noise):
         print(json.dumps(step), flush=True)
         done.append(step)
     sizes = {name: gigabytes(work / name) for name in ("hf", "golden", "compact")}

@@ -1,14 +1,15 @@
 """Attention of one layer: a sliding window, and beside it the compressed past (paper section 2.3).
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
-``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group.
+``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a run,
+``BR`` runs of all prompts, ``X`` keys.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
         kv = taps("kv_norm", rms_norm(taps("wkv", linear(x, self.wkv[...])), self.kv_norm[...], eps))
         kv = taps("kv_rope", rotate(kv, positions, table))
 
-        seen = jnp.broadcast_to(window_mask(tokens, config.sliding_window), (batch, tokens, tokens))
+        entries, chosen = kv[:, :0], jnp.zeros((batch, tokens, 0), bool)
         if self.compressor is not None:
             entries = self.compressor(x, positions, table, taps.within("compressor."))
             visible = block_mask(tokens, self.compressor.ratio)
@@ -68,10 +69,12 @@ class Attention(nnx.Module):
             if self.indexer is not None:
                 index = self.indexer(x, q_low_rank, positions, visible, table, taps.within("indexer."))
                 chosen = chosen_mask(index, entries.shape[1])
-            kv = jnp.concatenate([kv, entries], axis=1)
-            seen = jnp.concatenate([seen, chosen], axis=2)
 
-        context = taps("context", attend(q, kv, seen, self.attn_sink[...]))
+        # In runs of queries, each with the keys that its window reaches, so that the cost does not grow as S squared.
+        queries = in_runs(q, config.sliding_window)
+        keys, seen = with_window(kv, entries, in_runs(chosen, config.sliding_window), config.sliding_window)
+        context = attend(queries, keys, seen, self.attn_sink[...])
+        context = taps("context", context.reshape(batch, -1, *context.shape[2:])[:, :tokens])
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
@@ -87,9 +90,36 @@ def _compressor(config: Config, kind: Kind) -> Compressor | None:
     return Compressor(config.hidden_size, width, config.ratio(kind), projected, eps=config.rms_norm_eps)
 
 
-def window_mask(tokens: int, window: int) -> Bool[Array, "S S"]:
-    """[query, key]: the ``window`` tokens up to and including the query."""
-    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
+def in_runs(x: Shaped[Array, "B S *rest"], window: int) -> Shaped[Array, "BR Q *rest"]:
+    """The tokens of each prompt in runs of equal length ``Q <= window``, one after the other; padded with zeros."""
+    batch, tokens, *rest = x.shape
+    runs = -(-tokens // window)
+    length = -(-tokens // runs)
+    padded = jnp.pad(x, ((0, 0), (0, runs * length - tokens), *((0, 0) for _ in rest)))
+    return padded.reshape(batch * runs, length, *rest)
+
+
+def with_window(
+    kv: Float[Array, "B S C"], entries: Float[Array, "B T C"], chosen: Bool[Array, "BR Q T"], window: int
+) -> tuple[Float[Array, "BR X C"], Bool[Array, "BR Q X"]]:
+    """For every run of queries (:func:`in_runs`) the keys that one of them may see, and which of them each does.
+
+    These are the run's own tokens and the ``window - 1`` before it, then all compressed entries.
+    """
+    (batch, tokens, width), length = kv.shape, chosen.shape[1]
+    runs = chosen.shape[0] // batch
+    before = min(window - 1, (runs - 1) * length)
+    at = length * jnp.arange(runs)[:, None] + jnp.arange(before + length)
+    keys = jnp.pad(kv, ((0, 0), (before, runs * length - tokens), (0, 0)))[:, at]
+    keys = jnp.concatenate([keys, jnp.broadcast_to(entries[:, None], (batch, runs, *entries.shape[1:]))], axis=2)
+    distance = jnp.arange(length)[:, None] + before - jnp.arange(before + length)
+    inside = window_mask(distance, window) & (at >= before)[:, None]  # the first run has padding before it
+    inside = jnp.broadcast_to(inside, (batch, *inside.shape)).reshape(batch * runs, length, -1)
+    return keys.reshape(batch * runs, -1, width), jnp.concatenate([inside, chosen], axis=2)
+
+
+def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
+    """Which keys a query sees, by the number of tokens that it is after them: itself and the ``window - 1`` before."""
     return (distance >= 0) & (distance < window)
 
 
@@ -105,13 +135,14 @@ def attend(
 
     Scores, softmax and the sum over values in float32; the probabilities are rounded to the dtype of ``kv``.
     """
-    scores = contract("bshc,bxc->bhsx", q, kv) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    sinks = sink.astype(jnp.float32)[None, :, None, None]
+    # Heads stay behind the queries: with one key for all heads this is one large matmul, and nothing is transposed.
+    scores = contract("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
+    sinks = sink.astype(jnp.float32)[:, None]
     peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - peak)
     shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    return contract("bhsx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
+    return contract("bshx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_convert.model.experts import grouped, tiled
+from dsv4_convert.model.experts import grouped, packed
 
 LIMIT = 0.7  # low, so that both clamps bite
 
@@ -38,10 +38,10 @@ def _loop(x: np.ndarray, pick: np.ndarray, shares: np.ndarray, *stacks: np.ndarr
     return total.numpy()
 
 
-@pytest.mark.parametrize("way", [grouped, tiled])
+@pytest.mark.parametrize("way", [grouped, packed])
 @pytest.mark.parametrize(
     ("tokens", "experts", "chosen", "crowded"),
-    [(1, 4, 1, False), (5, 9, 3, False), (70, 3, 2, True), (200, 16, 4, True)],
+    [(1, 4, 1, False), (5, 9, 3, False), (70, 3, 2, True), (200, 16, 4, True), (8, 30, 1, True), (2, 30, 1, True)],
 )
 def test_equal_to_a_plain_loop(way, tokens: int, experts: int, chosen: int, crowded: bool) -> None:
     case = _case(tokens, experts, chosen, seed=tokens, crowded=crowded)
@@ -53,16 +53,16 @@ def test_equal_to_a_plain_loop(way, tokens: int, experts: int, chosen: int, crow
 @given(st.integers(1, 80), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**16))
 def test_both_ways_agree(tokens: int, experts: int, chosen: int, seed: int) -> None:
     case = [jnp.asarray(array) for array in _case(tokens, experts, min(chosen, experts), seed)]
-    np.testing.assert_allclose(tiled(*case, limit=LIMIT), grouped(*case, limit=LIMIT), atol=3e-6)
+    np.testing.assert_allclose(packed(*case, limit=LIMIT), grouped(*case, limit=LIMIT), atol=3e-6)
 
 
 def test_an_expert_that_nobody_chose_is_not_computed() -> None:
     """Its weights may be anything."""
     case = _case(6, 5, 2, seed=3)
     case[1] = np.where(case[1] == 4, (case[1].min(axis=1, keepdims=True) + 1) % 4, case[1]).astype(np.int32)
-    expected = tiled(*map(jnp.asarray, case), limit=LIMIT)
+    expected = packed(*map(jnp.asarray, case), limit=LIMIT)
     for stack in case[3:]:
         stack[4] = np.nan
-    found = tiled(*map(jnp.asarray, case), limit=LIMIT)
+    found = packed(*map(jnp.asarray, case), limit=LIMIT)
     assert np.isfinite(expected).all()
     assert np.array_equal(found, expected)

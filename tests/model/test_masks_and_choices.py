@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dsv4_convert.model.attention import attend, block_mask, window_mask
+from dsv4_convert.model.attention import attend, block_mask, in_runs, window_mask, with_window
 from dsv4_convert.model.compressor import _with_previous
 from dsv4_convert.model.indexer import choose, chosen_mask
 
 
 def test_window_mask_is_the_last_tokens_including_the_query() -> None:
+    distance = jnp.arange(4)[:, None] - jnp.arange(4)
     assert np.array_equal(
-        window_mask(4, 2).astype(int),
+        window_mask(distance, 2).astype(int),
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]],
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(1, 2))
+def test_runs_see_what_the_whole_prompt_sees(tokens: int, window: int, entries: int, batch: int) -> None:
+    """Every query's visible keys, whatever the run it is in: those of the window by their token, then the entries."""
+    kv = jnp.arange(batch * tokens, dtype=jnp.float32).reshape(batch, tokens, 1)
+    compressed = -1 - jnp.arange(batch * entries, dtype=jnp.float32).reshape(batch, entries, 1)
+    chosen = jnp.asarray(np.random.default_rng(tokens).random((batch, tokens, entries)) < 0.5)
+    keys, seen = with_window(kv, compressed, in_runs(chosen, window), window)
+    runs, length, _ = seen.shape
+    assert length <= window
+    for b in range(batch):
+        for s in range(tokens):
+            run, query = b * (runs // batch) + s // length, s % length
+            visible = np.asarray(keys)[run, np.asarray(seen)[run, query], 0].tolist()
+            own = [float(kv[b, t, 0]) for t in range(max(0, s - window + 1), s + 1)]
+            assert visible == own + [float(compressed[b, t, 0]) for t in range(entries) if chosen[b, s, t]]
 
 
 def test_a_block_is_visible_from_its_own_last_token_on() -> None:

@@ -114,7 +114,7 @@ def _is_output(x: Any, inverse: bool) -> bool:
 
 
 def _scaled_scores(factor: float) -> Callable[..., Any]:
-    return lambda q, kv, seen, sink: _attend(q * factor, kv, seen, sink)
+    return lambda q, *others: _attend(q * factor, *others)
 
 
 def _sink_with_value(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
@@ -129,10 +129,6 @@ def _sink_with_value(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
 
 def _coarse_shares(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
     return _attend(q.astype(jnp.bfloat16).astype(q.dtype), kv, seen, sink)
-
-
-def _window(change: Callable[[Any, int], Any]) -> Callable[[int, int], Any]:
-    return lambda tokens, window: change(jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :], window)
 
 
 def _blocks(offset: int) -> Callable[[int, int], Any]:
@@ -437,11 +433,11 @@ CODE: tuple[Fault, ...] = (
     _code("sink attends to the first key", CSA, _CONTEXT, attention, "attend", _sink_with_value),
     _code("queries rounded to bfloat16 for the scores", HCA, _CONTEXT, attention, "attend", _coarse_shares),
     _code("a query sees the next token", SLIDING, _CONTEXT, attention, "window_mask",
-          _window(lambda distance, window: (distance >= -1) & (distance < window))),
+          lambda distance, window: (distance >= -1) & (distance < window)),
     _code("a query does not see itself", CSA, _CONTEXT, attention, "window_mask",
-          _window(lambda distance, window: (distance >= 1) & (distance < window))),
+          lambda distance, window: (distance >= 1) & (distance < window)),
     _code("no window: all tokens before", HCA, _CONTEXT, attention, "window_mask",
-          _window(lambda distance, window: distance >= 0)),
+          lambda distance, window: distance >= 0),
     _code("causal threshold of entries one token early", HCA, _CONTEXT, attention, "block_mask", _blocks(1)),
     _code("causal threshold of entries one token late", HCA, _CONTEXT, attention, "block_mask", _blocks(-1)),
     _code("causal threshold of CSA entries one token early", CSA, _CHOSEN, attention, "block_mask", _blocks(1)),
