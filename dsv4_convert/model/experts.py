@@ -173,7 +173,7 @@ def packed(
 
     amounts = _amounts(tokens * chosen, stack)
     large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0)) for amount in amounts), strict=True)
-    costs = jnp.array([stack * (amount + _READ) if amount else 0 for amount in amounts])
+    costs = jnp.array([stack * (amount + _pieces(amount, stack) * _READ) for amount in amounts])
     for counts, tile in ((large, _LARGE), (small, _SMALL)):
         costs += jnp.sum(jnp.stack(counts), axis=1) * (tile + _READ + _COPY)
     best = jnp.argmin(costs)
@@ -206,13 +206,13 @@ def _tiles(left: Int[Array, " E"]) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
 
 
 def _pieces(rows: int, stack: int) -> int:
-    """In how many pieces to take ``rows`` rows of each of ``stack`` experts.
+    """In how many pieces to take ``rows`` rows of each of ``stack`` experts; none of 0 rows.
 
     From 56 rows and 32 matrices on, XLA on CPU packs every matrix anew before it multiplies, which only many rows are
     worth (``benchmarks/xla_limits.py``).
     """
     if stack < 32 or not 48 < rows <= 144:
-        return 1
+        return min(rows, 1)
     return next(count for count in range(2, rows + 1) if rows % count == 0 and rows // count <= 48)
 
 
