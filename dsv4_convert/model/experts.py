@@ -191,12 +191,12 @@ def packed(
 def _amounts(rows: int, stack: int) -> tuple[int, ...]:
     """How many rows of every expert may be taken at once, for ``rows`` in all; 0 is one of them.
 
-    With an even routing nearly no expert has more than two standard deviations above the mean. Fewer, or more, may be
-    better with an uneven one.
+    With an even routing nearly no expert has more than two standard deviations above the mean. Fewer are better with an
+    uneven one.
     """
     mean = rows / stack
     most = mean + 2 * math.sqrt(mean)
-    return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.5, 0.75, 1, 2)}))
+    return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.75, 1)}))
 
 
 def _tiles(left: Int[Array, " E"]) -> tuple[Int[Array, " E"], Int[Array, " E"]]:

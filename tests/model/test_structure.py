@@ -100,5 +100,6 @@ def test_no_token_sees_its_future(model) -> None:
     changed = ids.copy()
     changed[:, 100:] = (changed[:, 100:] + 1) % config.vocab_size
     other, _ = run(jnp.asarray(changed), record=False)
-    assert np.array_equal(whole[:, :100], other[:, :100])
-    assert not np.allclose(whole[:, 100:], other[:, 100:])
+    # Not bit-equal: how rows are packed for the experts depends on the routing of all tokens, and with it the rounding.
+    np.testing.assert_allclose(whole[:, :100], other[:, :100], rtol=0, atol=1e-6)
+    assert np.abs(np.asarray(whole)[:, 100:] - np.asarray(other)[:, 100:]).max(axis=-1).min() > 1e-2
