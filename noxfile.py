@@ -65,7 +65,7 @@ def golden(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest."""
     _install(session, *TEST, reference=True)
-    session.run("pytest", *(session.posargs or ("-n", "2")))
+    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "loadgroup")))
 
 
 @nox.session

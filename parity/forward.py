@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_convert.model.block import Block, Routed
-from dsv4_convert.model.experts import mlp
+from dsv4_convert.model.mlp import mlp
 from dsv4_convert.model.model import embed, head
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.restore import Parameters, restore_block

@@ -17,6 +17,9 @@ import pytest
 
 from golden.synthetic import tiny_config, write_checkpoint
 
+#: One worker makes the model, not each.
+pytestmark = pytest.mark.xdist_group("streaming")
+
 CONFIG = tiny_config(
     hidden_size=1024,
     moe_intermediate_size=1024,
@@ -43,9 +46,11 @@ _LIMITED = (
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("streaming")
-    write_checkpoint(folder / "hf", CONFIG, seed=0, form="bf16")
-    yield folder
-    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
+    try:
+        write_checkpoint(folder / "hf", CONFIG, seed=0, form="bf16")
+        yield folder
+    finally:
+        shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
 def _limited(work: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -5,43 +5,14 @@ Shape letters: ``M`` tokens, ``D`` width, ``I`` inner width, ``E`` experts, ``K`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
-from dsv4_convert.model.parameters import linear, parameter
-
-#: Rows that the CPU path takes at a time where it goes from expert to expert.
-_LARGE, _SMALL = 128, 16
-#: What reading an expert's matrices for a product, and copying them before, cost there: as the number of rows whose
-#: product takes as long.
-_READ, _COPY = 24, 28
-
-
-def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
-    """``silu(min(gate, limit)) * clip(up, -limit, limit)`` in float32: the gate has no lower limit."""
-    dtype = gate.dtype
-    gate = jnp.minimum(gate.astype(jnp.float32), limit)
-    up = jnp.clip(up.astype(jnp.float32), -limit, limit)
-    return (jax.nn.silu(gate) * up).astype(dtype)
-
-
-def mlp(
-    x: Float[Array, "*batch D"],
-    w1: Float[Array, "D I"],
-    w2: Float[Array, "I D"],
-    w3: Float[Array, "D I"],
-    limit: float,
-) -> Float[Array, "*batch D"]:
-    """One expert: ``swiglu(x w1, x w3) w2``."""
-    return linear(swiglu(linear(x, w1), linear(x, w3), limit), w2)
+from dsv4_convert.model.mlp import mlp
+from dsv4_convert.model.parameters import parameter
+from dsv4_convert.model.routed import grouped, packed
 
 
 class SharedExpert(nnx.Module):
@@ -85,138 +56,3 @@ class Experts(nnx.Module):
             cpu=lambda *args: packed(*args, limit=self.limit),
             default=lambda *args: grouped(*args, limit=self.limit),
         )
-
-
-def grouped(
-    x: Float[Array, "M D"],
-    experts: Int[Array, "M K"],
-    weights: Float[Array, "M K"],
-    w1: Float[Array, "E D I"],
-    w2: Float[Array, "E I D"],
-    w3: Float[Array, "E D I"],
-    *,
-    limit: float,
-) -> Float[Array, "M D"]:
-    """Rows sorted by expert, then one ragged matmul per matrix over all experts."""
-    order, sizes = _by_expert(experts, w1.shape[0])
-    tokens = order // experts.shape[1]
-    rows = x[tokens]
-
-    def matmul(rows: Array, stack: Array) -> Array:
-        product = lax.ragged_dot(
-            rows,
-            stack.astype(rows.dtype),
-            sizes,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        return product.astype(rows.dtype)
-
-    outputs = matmul(swiglu(matmul(rows, w1), matmul(rows, w3), limit), w2)
-    weighted = outputs.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
-    return jnp.zeros(x.shape, jnp.float32).at[tokens].add(weighted).astype(x.dtype)
-
-
-def packed(
-    x: Float[Array, "M D"],
-    experts: Int[Array, "M K"],
-    weights: Float[Array, "M K"],
-    w1: Float[Array, "E D I"],
-    w2: Float[Array, "E I D"],
-    w3: Float[Array, "E D I"],
-    *,
-    limit: float,
-) -> Float[Array, "M D"]:
-    """The same sum as :func:`grouped`: first an equal number of rows of every expert, then the rest tile by tile.
-
-    XLA on CPU copies a matrix out of a stack before it multiplies with it, which takes as long as a product of some
-    rows (``benchmarks/xla_limits.py``). One batched product over the whole stack copies nothing, but takes equally many
-    rows of every expert. How many is decided by the routing as it is: all where experts have about as many tokens each,
-    none where most experts have none, as in decoding. The rest goes through a loop over the tiles that exist, in which
-    an expert that has no rows left is not read. All shapes are fixed; only what runs depends on the routing.
-    """
-    tokens, chosen = experts.shape
-    stack = w1.shape[0]
-    order, sizes = _by_expert(experts, stack)
-    first_row = jnp.cumulative_sum(sizes, include_initial=True)
-    flat_weights = weights.reshape(-1)
-
-    def add(total: Array, row: Array, end: Array, run: Callable[[Array], Array]) -> Array:
-        """Add what ``run`` makes of the tokens of some rows; those from ``end`` on are cut off."""
-        pick = order[jnp.minimum(row, tokens * chosen - 1)]
-        output = run(x[pick // chosen]).astype(jnp.float32) * flat_weights[pick][..., None]
-        return total.at[jnp.where(row < end, pick // chosen, tokens)].add(output)
-
-    def at_once(amount: int) -> Callable[[Array], Array]:
-        row = first_row[:-1, None] + jnp.arange(amount)
-        every = jax.vmap(partial(mlp, limit=limit))
-
-        def run(rows: Array) -> Array:
-            pieces = jnp.split(rows, _pieces(amount, stack), axis=1)
-            return jnp.concatenate([every(piece, w1, w2, w3) for piece in pieces], axis=1)
-
-        return lambda total: add(total, row, first_row[1:, None], run)
-
-    def tile_by_tile(total: Array, next_row: Array, count: Array, tile: int) -> Array:
-        """``count`` tiles of each expert, from its ``next_row`` on."""
-        first_tile = jnp.cumulative_sum(count, include_initial=True)
-
-        def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            index, total = state
-            expert = jnp.searchsorted(first_tile, index, side="right") - 1
-            row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
-            run = partial(mlp, w1=w1[expert], w2=w2[expert], w3=w3[expert], limit=limit)
-            return index + 1, add(total, row, first_row[expert + 1], run)
-
-        start = jnp.zeros((), first_tile.dtype)
-        return lax.while_loop(lambda state: state[0] < first_tile[stack], body, (start, total))[1]
-
-    amounts = _amounts(tokens * chosen, stack)
-    large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0)) for amount in amounts), strict=True)
-    costs = jnp.array([stack * (amount + _pieces(amount, stack) * _READ) for amount in amounts])
-    for counts, tile in ((large, _LARGE), (small, _SMALL)):
-        costs += jnp.sum(jnp.stack(counts), axis=1) * (tile + _READ + _COPY)
-    best = jnp.argmin(costs)
-
-    total = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32)
-    total = lax.switch(best, [at_once(amount) if amount else lambda total: total for amount in amounts], total)
-    next_row = first_row[:-1] + jnp.array(amounts)[best]
-    for counts, tile in ((large, _LARGE), (small, _SMALL)):
-        count = jnp.stack(counts)[best]
-        total = tile_by_tile(total, next_row, count, tile)
-        next_row += count * tile
-    return total[:tokens].astype(x.dtype)
-
-
-def _amounts(rows: int, stack: int) -> tuple[int, ...]:
-    """How many rows of every expert may be taken at once, for ``rows`` in all; 0 is one of them.
-
-    With an even routing nearly no expert has more than two standard deviations above the mean. Fewer are better with an
-    uneven one.
-    """
-    mean = rows / stack
-    most = mean + 2 * math.sqrt(mean)
-    return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.75, 1)}))
-
-
-def _tiles(left: Int[Array, " E"]) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
-    """Large and small tiles that hold so many rows of each expert; what two small tiles hold is not worth a large."""
-    large = jnp.maximum(left + _LARGE - 2 * _SMALL - 1, 0) // _LARGE
-    return large, -(-jnp.maximum(left - large * _LARGE, 0) // _SMALL)
-
-
-def _pieces(rows: int, stack: int) -> int:
-    """In how many pieces to take ``rows`` rows of each of ``stack`` experts; none of 0 rows.
-
-    From 56 rows and 32 matrices on, XLA on CPU packs every matrix anew before it multiplies, which only many rows are
-    worth (``benchmarks/xla_limits.py``).
-    """
-    if stack < 32 or not 48 < rows <= 144:
-        return min(rows, 1)
-    return next(count for count in range(2, rows + 1) if rows % count == 0 and rows // count <= 48)
-
-
-def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"], Int[Array, " E"]]:
-    """Order of the M*K choices by expert (stable), and how many each expert has."""
-    flat = experts.reshape(-1)
-    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=stack)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
-from dsv4_convert.model import attention, block, compressor, experts, hyper_connection, indexer, router
+from dsv4_convert.model import attention, block, compressor, hyper_connection, indexer, mlp, router
 from dsv4_convert.model import model as backbone
 from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
 from dsv4_convert.model.norm import rms_norm as _rms_norm
@@ -31,7 +31,7 @@ _SCALED_TABLE = frequencies(_CONFIG, Kind.CSA)
 
 _attend, _choose = attention.attend, indexer.choose
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix
-_swiglu = experts.swiglu
+_swiglu = mlp.swiglu
 
 
 def _half_split(x: Any, positions: Any, table: Any, *, inverse: bool = False) -> Any:
@@ -497,10 +497,10 @@ CODE: tuple[Fault, ...] = (
           _gate(biased_weights=True)),
     _code("routing weights not normalised", HCA, "ffn.gate.weights", router.Router, "__call__",
           _gate(normalised=False)),
-    _code("gate clamped on the wrong side too", CSA, "ffn.experts", experts, "swiglu", _gate_clamped_below),
-    _code("up clamped on one side only", HCA, "ffn.experts", experts, "swiglu", _up_clamped_above_only),
-    _code("gate clamped after silu", SLIDING, "ffn.experts", experts, "swiglu", _clamped_after),
-    _code("gelu instead of silu", LEARNED_CSA, "ffn.experts", experts, "swiglu", _gelu),
+    _code("gate clamped on the wrong side too", CSA, "ffn.experts", mlp, "swiglu", _gate_clamped_below),
+    _code("up clamped on one side only", HCA, "ffn.experts", mlp, "swiglu", _up_clamped_above_only),
+    _code("gate clamped after silu", SLIDING, "ffn.experts", mlp, "swiglu", _clamped_after),
+    _code("gelu instead of silu", LEARNED_CSA, "ffn.experts", mlp, "swiglu", _gelu),
     _code("shared expert forgotten", SLIDING, "ffn", block.Block, "combine", _without_shared),
     _code("experts not weighted", CSA, "ffn.experts", forward.Forward, "_experts", _unweighted),
     _code("weights and experts in different order", HCA, "ffn.experts", forward.Forward, "_experts",

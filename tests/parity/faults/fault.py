@@ -18,7 +18,7 @@ import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.model.experts import mlp
+from dsv4_convert.model.mlp import mlp
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
