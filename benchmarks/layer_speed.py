@@ -92,7 +92,8 @@ class Ours:
 
         @jax.jit
         def run(state: Any, streams: jax.Array, ids: jax.Array) -> jax.Array:
-            return nnx.merge(self._graph, state)(streams, ids, positions, Taps())
+            leaving, _ = nnx.merge(self._graph, state)(streams, ids, positions, Taps())
+            return leaving
 
         entering, ids = jnp.asarray(streams), jnp.asarray(tokens, jnp.int32)
         return lambda: np.asarray(run(self._state, entering, ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from dsv4_convert import names
 from dsv4_convert.config import Config
-from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Store, open_store, verify
 
@@ -170,14 +171,40 @@ def restore_block(weights: Parameters, layer: int, *, with_experts: bool, dtype:
     return _fill(block, weights, f"layers.{layer}.", dtype)
 
 
-def restore_model(weights: Weights, *, dtype: np.dtype[Any] = _FLOAT32) -> Model:
-    """The whole model, filled; needs memory for all of it."""
+def restore_model(weights: Parameters, *, dtype: np.dtype[Any] = _FLOAT32) -> Model:
+    """The whole model, filled.
+
+    Raises:
+        ResourceError: the memory of this machine is too small for it (where the model runs on the CPU).
+        UsageError: layers are missing.
+    """
     from flax import nnx
 
     from dsv4_convert.model import Model
 
     weights.check_layers(tuple(range(weights.config.num_hidden_layers)))
+    _check_memory(weights.config, dtype)
     return _fill(nnx.eval_shape(lambda: Model(weights.config)), weights, "", dtype)
+
+
+def _check_memory(config: Config, dtype: np.dtype[Any]) -> None:
+    import jax
+
+    file = Path("/proc/meminfo")
+    if jax.default_backend() != "cpu" or not file.exists():
+        return
+    available = next(
+        1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("MemAvailable")
+    )
+    needed = sum(
+        math.prod(rule.target_shape(config, layer)) * (dtype if rule.kind.follows_dtype else _FLOAT32).itemsize
+        for _, rule, layer in names.parameters(config)
+    )
+    if needed > available:
+        raise ResourceError(
+            f"the whole model takes {needed:,} bytes in {dtype}, {available:,} are available; parity, which holds one "
+            "layer at a time, runs on this machine"
+        )
 
 
 def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any]) -> Any:

@@ -25,12 +25,12 @@ from golden.noise import RUN_DTYPES, is_noise
 
 Array = np.ndarray[Any, Any]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 MODEL_FILE = "model.safetensors"
 
 _DIGEST_KEY = "manifest_digest"
-_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "layers", "noise", "compact")
+_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "first_position", "layers", "noise", "compact")
 _KEYS = {"schema_version", *_REQUEST_KEYS, "taps", "aliases", _DIGEST_KEY}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -85,7 +85,8 @@ class Request:
     """Everything that determines a golden. Two equal requests give the same arrays.
 
     ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
-    dtypes whose noise floor was measured. ``compact`` says what is kept of a tap; None: all of it.
+    dtypes whose noise floor was measured. ``compact`` says what is kept of a tap; None: all of it. ``first_position``
+    is that of the first token in the rotary tables.
     """
 
     reference: Reference
@@ -96,6 +97,7 @@ class Request:
     layers: tuple[int, ...]
     noise: tuple[str, ...]
     compact: Compact | None = None
+    first_position: int = 0
 
     @property
     def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -128,6 +130,7 @@ class Request:
             "config": self.config.to_json(),
             "tokens": [list(row) for row in self.tokens],
             "text": None if self.text is None else list(self.text),
+            "first_position": self.first_position,
             "layers": list(self.layers),
             "noise": list(self.noise),
             "compact": None if self.compact is None else self.compact.to_json(),
@@ -152,6 +155,7 @@ class Request:
             config=config,
             tokens=tokens,
             text=None if text is None else _strings(text, len(document["tokens"])),
+            first_position=_position(document["first_position"], config.max_position_embeddings - len(tokens[0])),
             layers=_layers(document["layers"], config.num_hidden_layers),
             noise=_noise(document["noise"]),
             compact=None if compact is None else _compact_form(compact, len(tokens[0])),
@@ -307,6 +311,12 @@ def _strings(value: object, count: int) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) != count or not all(isinstance(item, str) for item in value):
         raise ValueError(f"text: expected one string per prompt, found {_shown(value)}")
     return tuple(value)
+
+
+def _position(value: object, last: int) -> int:
+    if type(value) is not int or not 0 <= value <= last:
+        raise ValueError(f"first_position: expected a number from 0 to {last}, found {_shown(value)}")
+    return value
 
 
 def _layers(value: object, count: int) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ def record(
     layers: Iterable[int] | None = None,
     noise: Iterable[str] = tuple(RUN_DTYPES),
     compact: Compact | None = None,
+    first_position: int = 0,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
@@ -61,6 +62,7 @@ def record(
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
         noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more.
+        first_position: of the first token in the rotary tables; checks far positions without the tokens before.
         compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
@@ -79,7 +81,10 @@ def record(
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         wanted = check_layers(config, layers)
-        ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=config.max_position_embeddings)
+        if first_position < 0:
+            raise UsageError(f"first position {first_position}: expected 0 or more")
+        room = config.max_position_embeddings - first_position
+        ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=room)
         measured = _noise_dtypes(noise)
         resolution = _resolve(checkpoint, config, max(wanted))
         batch, length = ids.shape
@@ -104,10 +109,13 @@ def record(
             layers=wanted,
             noise=measured,
             compact=compact,
+            first_position=first_position,
         )
         with golden_writer(out, request) as writer:
             check_space(out, planned.bytes_written - writer.bytes_written)
-            model = streamed.StreamedModel(checkpoint, config, resolution, ids, noise=measured)
+            model = streamed.StreamedModel(
+                checkpoint, config, resolution, ids, noise=measured, first_position=first_position
+            )
             _run(model, writer, request, progress)
             return writer.publish()
 

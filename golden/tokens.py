@@ -26,18 +26,32 @@ def parse_tokens(argument: str) -> Tokens:
         UsageError: not token ids, or prompts of different length.
         BadInput: the file cannot be read.
     """
+    return _as_tokens(*_ids(argument))
+
+
+def parse_prompts(argument: str) -> list[list[int]]:
+    """The same for prompts that may have different numbers of tokens."""
+    value, where = _ids(argument)
+    rows = list(value) if isinstance(value, list | np.ndarray) else []
+    if rows and not any(isinstance(row, list | np.ndarray) for row in rows):
+        rows = [rows]
+    return [_as_tokens(list(row) if isinstance(row, np.ndarray) else row, where)[0].tolist() for row in rows]
+
+
+def _ids(argument: str) -> tuple[object, str]:
+    """What a command line gives, not looked at yet, and where it came from."""
     if argument.strip() and set(argument) <= _INLINE:
-        return _from_text(argument, "token ids")
+        return _from_text(argument, "token ids"), "token ids"
     path = Path(argument)
     try:
         if path.suffix == ".npy":
-            return _as_tokens(np.load(path, allow_pickle=False), str(path))
+            return np.load(path, allow_pickle=False), str(path)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{argument}: neither token ids like 1,2,3 nor a file") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as token ids ({error})") from None
-    return _from_text(text, str(path))
+    return _from_text(text, str(path)), str(path)
 
 
 def encode_text(tokenizer: Path, prompts: Sequence[str]) -> Tokens:
@@ -47,8 +61,24 @@ def encode_text(tokenizer: Path, prompts: Sequence[str]) -> Tokens:
         UsageError: the texts have different numbers of tokens, or the package ``tokenizers`` is missing.
         BadInput: the tokenizer cannot be read.
     """
+    return _as_tokens(encode_prompts(tokenizer, prompts), "the texts")
+
+
+def encode_prompts(tokenizer: Path, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, which may have different numbers of them.
+
+    Raises:
+        UsageError: the package ``tokenizers`` is missing.
+        BadInput: the tokenizer cannot be read.
+    """
     loaded = _load_tokenizer(tokenizer)
-    return _as_tokens([loaded.encode(prompt).ids for prompt in prompts], "the texts")
+    return [loaded.encode(prompt).ids for prompt in prompts]
+
+
+def text_decoder(tokenizer: Path) -> Callable[[Sequence[int]], str]:
+    """What makes a text of token ids, special tokens left out. Raises like :func:`encode_prompts`."""
+    loaded = _load_tokenizer(tokenizer)
+    return lambda tokens: str(loaded.decode(list(tokens)))
 
 
 def token_decoder(where: Path | None, *, required: bool) -> Callable[[int], str]:
@@ -100,25 +130,26 @@ def check_tokens(tokens: np.ndarray[Any, Any], *, vocab_size: int, max_length: i
     """
     array = _as_tokens(tokens, "tokens")
     if array.shape[1] > max_length:
-        raise UsageError(f"tokens: a prompt of {array.shape[1]} tokens, but max_position_embeddings is {max_length}")
+        raise UsageError(
+            f"tokens: a prompt of {array.shape[1]} tokens, but max_position_embeddings leaves {max_length}"
+        )
     wrong = array[(array < 0) | (array >= vocab_size)]
     if wrong.size:
         raise UsageError(f"tokens: {wrong.size} ids outside the vocabulary of {vocab_size}, such as {int(wrong[0])}")
     return array
 
 
-def _from_text(text: str, where: str) -> Tokens:
+def _from_text(text: str, where: str) -> object:
     if "[" in text:
         try:
-            return _as_tokens(json.loads(text), where)
+            return json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: not JSON ({error})") from None
     try:
         lines = [line for line in text.splitlines() if line.strip()]
-        rows = [[int(item) for item in row.replace(",", " ").split()] for line in lines for row in line.split(";")]
+        return [[int(item) for item in row.replace(",", " ").split()] for line in lines for row in line.split(";")]
     except ValueError as error:
         raise UsageError(f"{where}: not token ids like 1,2,3 ({error})") from None
-    return _as_tokens(rows, where)
 
 
 def _as_tokens(value: object, where: str) -> Tokens:

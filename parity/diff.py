@@ -66,8 +66,9 @@ def diff(first: Golden, second: Golden) -> GoldenDiff:
             floor of float32 and a tap differs.
         BadInput: an array is not the one that was recorded.
     """
-    if first.config != second.config or not np.array_equal(first.tokens, second.tokens):
-        what = "architectures" if first.config != second.config else "tokens"
+    places = [golden.manifest.request.first_position for golden in (first, second)]
+    if first.config != second.config or not np.array_equal(first.tokens, second.tokens) or places[0] != places[1]:
+        what = "architectures" if first.config != second.config else "tokens" if places[0] == places[1] else "positions"
         raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
     if first.compact is not None and second.compact is not None and first.compact != second.compact:
         raise UsageError(f"{first.path} and {second.path}: compact goldens of other positions, numbers or seed")

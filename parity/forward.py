@@ -34,12 +34,15 @@ class Forward:
     passed, by full name, and what the next one needs. Layers of one kind share one compiled program.
     """
 
-    def __init__(self, weights: Parameters, tokens: Array, dtype: np.dtype[Any] = _FLOAT32) -> None:
+    def __init__(
+        self, weights: Parameters, tokens: Array, dtype: np.dtype[Any] = _FLOAT32, first_position: int = 0
+    ) -> None:
         self._weights = weights
         self._dtype = dtype
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
-        self._positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        self._positions = jnp.broadcast_to(positions, tokens.shape)
 
     def embed(self) -> tuple[Taken, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
@@ -131,7 +134,7 @@ def _to_experts(
     """The attention half, and the expert half up to the routing."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, forced)
-    streams = block.attend(taps("input", streams), positions, taps)
+    streams, _ = block.attend(taps("input", streams), positions, taps)
     return streams, block.route(streams, token_ids, taps), taps.values
 
 

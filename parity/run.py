@@ -161,7 +161,7 @@ class _Run:
         self._against = against
         self._progress = progress
         self._comparison = Comparison(golden, dtype)
-        self._model = Forward(weights, golden.tokens, jnp.dtype(dtype))
+        self._model = Forward(weights, golden.tokens, jnp.dtype(dtype), golden.manifest.request.first_position)
         self._streams: Any = None
         self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self.descents: list[Descent] = []

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli import convert, download, export, golden, names, parity, verify
+from dsv4_convert.cli import convert, download, export, generate, golden, names, parity, verify
 
 app = typer.Typer(
     name="dsv4",
@@ -34,6 +34,7 @@ _golden.command("diff")(golden.diff)
 _golden.command("make-checkpoint")(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")
 app.command("parity")(parity.parity)
+app.command("generate")(generate.generate)
 app.command("names")(names.names)
 
 

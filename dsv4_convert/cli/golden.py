@@ -31,6 +31,9 @@ def record(
         str | None, typer.Option(metavar="[BATCHx]LENGTH", help="Random prompts, such as 300 or 3x129.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
+    first_position: Annotated[
+        int, typer.Option(help="Rotary position of the first token: far positions, without the tokens before.")
+    ] = 0,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
     noise: Annotated[
         str,
@@ -69,6 +72,7 @@ def record(
             tokens=ids,
             text=None if text is None else [text],
             layers=chosen,
+            first_position=first_position,
             noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
             compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             name=origin.repository,
@@ -142,6 +146,7 @@ def show(
         "reference": dataclasses.asdict(opened.manifest.request.reference),
         "source": dataclasses.asdict(opened.manifest.request.source),
         "tokens": list(opened.tokens.shape),
+        "first_position": opened.manifest.request.first_position,
         "layers": list(opened.layers),
         "noise": list(opened.manifest.request.noise),
         "compact": None if opened.compact is None else opened.compact.to_json(),
@@ -150,12 +155,12 @@ def show(
         "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
-        for key in ("reference", "source", "tokens", "layers", "noise", "compact", "bytes"):
-            typer.echo(f"{key:<10} {document[key]}")
-        typer.echo(f"{'taps':<10} {len(opened.names)}")
+        for key in ("reference", "source", "tokens", "first_position", "layers", "noise", "compact", "bytes"):
+            typer.echo(f"{key:<14} {document[key]}")
+        typer.echo(f"{'taps':<14} {len(opened.names)}")
         for layer in reached:
             missed = "; ".join(layer.missed) or "every operation is reached"
-            typer.echo(f"{'reach':<10} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+            typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
     write_json(document, json)
 
 

@@ -2,23 +2,26 @@
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
 ``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a run,
-``BR`` runs of all prompts, ``X`` keys.
+``X`` keys, ``P`` tokens before.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
+from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
-from dsv4_convert.model.indexer import Indexer, chosen_mask
+from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm, unit_rms
 from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
+from dsv4_convert.model.runs import by_runs
 
 
 class Attention(nnx.Module):
@@ -47,8 +50,17 @@ class Attention(nnx.Module):
         self.compressor = _compressor(config, kind)
         self.indexer = Indexer(config) if kind is Kind.CSA else None
 
-    def __call__(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S D"]:
-        """Attention over one prompt. ``positions`` are those of the rotary table; order is that of the tokens."""
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        taps: Taps,
+        past: Past[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+        """Attention over whole prompts, or over their next tokens with a ``past``, whose new state comes with it.
+
+        ``positions`` are those of the rotary tables; what a token sees goes by the order of tokens.
+        """
         config = self.config
         batch, tokens, _ = x.shape
         eps = config.rms_norm_eps
@@ -61,24 +73,28 @@ class Attention(nnx.Module):
         kv = taps("kv_norm", rms_norm(taps("wkv", linear(x, self.wkv[...])), self.kv_norm[...], eps))
         kv = taps("kv_rope", rotate(kv, positions, table))
 
-        entries, chosen = kv[:, :0], jnp.zeros((batch, tokens, 0), bool)
+        before = jnp.zeros(batch, jnp.int32) if past is None else past.before
+        entries, compressed, indexed, choice = kv[:, :0], None, None, None
+        complete = jnp.zeros((batch, tokens), jnp.int32)
         if self.compressor is not None:
-            entries = self.compressor(x, positions, table, taps.within("compressor."))
-            visible = block_mask(tokens, self.compressor.ratio)
-            chosen = jnp.broadcast_to(visible, (batch, *visible.shape))
-            if self.indexer is not None:
-                index = self.indexer(x, q_low_rank, positions, visible, table, taps.within("indexer."))
-                chosen = chosen_mask(index, entries.shape[1])
+            at = None if past is None else past.of(past.cache.compressor)
+            entries, compressed = self.compressor(x, positions, table, taps.within("compressor."), at)
+            complete = complete_blocks(before[:, None] + jnp.arange(tokens), self.compressor.ratio)
+        if self.indexer is not None:
+            at = None if past is None else past.of(past.cache.indexer)
+            choice, indexed = self.indexer(x, q_low_rank, positions, complete, table, taps.within("indexer."), at)
 
-        # In runs of queries, each with the keys that its window reaches, so that the cost does not grow as S squared.
-        queries = in_runs(q, config.sliding_window)
-        keys, seen = with_window(kv, entries, in_runs(chosen, config.sliding_window), config.sliding_window)
-        context = attend(queries, keys, seen, self.attn_sink[...])
-        context = taps("context", context.reshape(batch, -1, *context.shape[2:])[:, :tokens])
+        earlier = None if past is None else past.cache.window
+        sink, window = self.attn_sink[...], config.sliding_window
+        context = taps("context", _context(q, kv, earlier, before, entries, complete, choice, sink, window))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
-        return taps("wo_b", linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+        output = taps("wo_b", linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+        if past is None:
+            return output, None
+        kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.count, window - 1)
+        return output, LayerCache(kept, compressed, indexed)
 
 
 def _compressor(config: Config, kind: Kind) -> Compressor | None:
@@ -90,32 +106,46 @@ def _compressor(config: Config, kind: Kind) -> Compressor | None:
     return Compressor(config.hidden_size, width, config.ratio(kind), projected, eps=config.rms_norm_eps)
 
 
-def in_runs(x: Shaped[Array, "B S *rest"], window: int) -> Shaped[Array, "BR Q *rest"]:
-    """The tokens of each prompt in runs of equal length ``Q <= window``, one after the other; padded with zeros."""
-    batch, tokens, *rest = x.shape
-    runs = -(-tokens // window)
-    length = -(-tokens // runs)
-    padded = jnp.pad(x, ((0, 0), (0, runs * length - tokens), *((0, 0) for _ in rest)))
-    return padded.reshape(batch * runs, length, *rest)
+def _context(
+    q: Float[Array, "B S H C"],
+    kv: Float[Array, "B S C"],
+    earlier: Float[Array, "B P C"] | None,
+    before: Int[Array, " B"],
+    entries: Float[Array, "B T C"],
+    complete: Int[Array, "B S"],
+    choice: Int[Array, "B S k"] | None,
+    sink: Float[Array, " H"],
+    window: int,
+) -> Float[Array, "B S H C"]:
+    """What every query sees: of the tokens those in its window, then entries.
 
+    In runs of queries, each with the keys that its window reaches: cost does not grow as S squared for the window, and
+    memory does not for the entries.
 
-def with_window(
-    kv: Float[Array, "B S C"], entries: Float[Array, "B T C"], chosen: Bool[Array, "BR Q T"], window: int
-) -> tuple[Float[Array, "BR X C"], Bool[Array, "BR Q X"]]:
-    """For every run of queries (:func:`in_runs`) the keys that one of them may see, and which of them each does.
-
-    These are the run's own tokens and the ``window - 1`` before it, then all compressed entries.
+    Args:
+        q, kv: queries, and keys that are also values, of the tokens of this call.
+        earlier: keys of the ``window - 1`` tokens before, of which there were ``before`` in all; None if none were.
+        entries, complete: compressed entries, and how many of them each query may see.
+        choice: the entries that it does see (:func:`~dsv4_convert.model.indexer.choose`); None for all of those.
+        sink, window: of the layer.
     """
-    (batch, tokens, width), length = kv.shape, chosen.shape[1]
-    runs = chosen.shape[0] // batch
-    before = min(window - 1, (runs - 1) * length)
-    at = length * jnp.arange(runs)[:, None] + jnp.arange(before + length)
-    keys = jnp.pad(kv, ((0, 0), (before, runs * length - tokens), (0, 0)))[:, at]
-    keys = jnp.concatenate([keys, jnp.broadcast_to(entries[:, None], (batch, runs, *entries.shape[1:]))], axis=2)
-    distance = jnp.arange(length)[:, None] + before - jnp.arange(before + length)
-    inside = window_mask(distance, window) & (at >= before)[:, None]  # the first run has padding before it
-    inside = jnp.broadcast_to(inside, (batch, *inside.shape)).reshape(batch * runs, length, -1)
-    return keys.reshape(batch * runs, -1, width), jnp.concatenate([inside, chosen], axis=2)
+    reach = min(window, q.shape[1]) - 1 if earlier is None else window - 1
+    if earlier is None:
+        earlier = jnp.zeros((len(kv), reach, kv.shape[2]), kv.dtype)
+    keys = jnp.pad(jnp.concatenate([earlier, kv], axis=1), ((0, 0), (0, window), (0, 0)))  # the last run may be padded
+
+    def run(
+        first: Int[Array, ""], q: Float[Array, "B Q H C"], complete: Int[Array, "B Q"], *choice: Int[Array, "B Q k"]
+    ) -> Float[Array, "B Q H C"]:
+        queries = q.shape[1]
+        near = lax.dynamic_slice_in_dim(keys, first, reach + queries, axis=1)
+        token = jnp.arange(reach + queries) - reach  # of each key, from the run's first query on
+        inside = window_mask(jnp.arange(queries)[:, None] - token, window)
+        seen = [inside & (first + token >= -before[:, None])[:, None]]
+        seen += [chosen_mask(chosen, entries.shape[1]) for chosen in choice] or [entry_mask(complete, entries.shape[1])]
+        return attend(q, jnp.concatenate([near, entries], axis=1), jnp.concatenate(seen, axis=2), sink)
+
+    return by_runs(run, window, q, complete, *(() if choice is None else (choice,)))
 
 
 def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
@@ -123,9 +153,9 @@ def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
     return (distance >= 0) & (distance < window)
 
 
-def block_mask(tokens: int, ratio: int) -> Bool[Array, "S T"]:
-    """[query, entry]: entries of blocks that are complete at the query, the query's own token included."""
-    return jnp.arange(tokens // ratio)[None, :] < (jnp.arange(tokens)[:, None] + 1) // ratio
+def complete_blocks(token: Int[Array, "B S"], ratio: int) -> Int[Array, "B S"]:
+    """How many blocks are complete at a token, itself included, by its index in its prompt."""
+    return (token + 1) // ratio
 
 
 def attend(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
 from dsv4_convert.model.attention import Attention
+from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.experts import Experts, SharedExpert
 from dsv4_convert.model.hyper_connection import Mix, mix, spread
 from dsv4_convert.model.norm import rms_norm
@@ -65,20 +66,25 @@ class Block(nnx.Module):
         token_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         taps: Taps,
-    ) -> Float[Array, "B S N D"]:
-        """Streams in, streams out."""
-        streams = self.attend(taps("input", streams), positions, taps)
+        past: Past[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S N D"], LayerCache | None]:
+        """Streams in, streams out; with a ``past`` the layer's new state too."""
+        streams, cache = self.attend(taps("input", streams), positions, taps, past)
         routed = self.route(streams, token_ids, taps)
         assert self.ffn.experts is not None
         flat = routed.x.reshape(-1, routed.x.shape[-1])
         experts, weights = (part.reshape(flat.shape[0], -1) for part in routed.routing)
         output = self.ffn.experts(flat, experts, weights).reshape(routed.x.shape)
-        return self.combine(streams, routed, output, taps)
+        return self.combine(streams, routed, output, taps), cache
 
     def attend(
-        self, streams: Float[Array, "B S N D"], positions: Int[Array, "B S"], taps: Taps
-    ) -> Float[Array, "B S N D"]:
-        """The attention half."""
+        self,
+        streams: Float[Array, "B S N D"],
+        positions: Int[Array, "B S"],
+        taps: Taps,
+        past: Past[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S N D"], LayerCache | None]:
+        """The attention half; with a ``past`` the layer's new state too."""
         mixing = mix(
             streams,
             self.hc_attn_fn[...],
@@ -88,8 +94,8 @@ class Block(nnx.Module):
             taps.within("hc_attn."),
         )
         x = taps("attn_norm", rms_norm(mixing.collapsed, self.attn_norm[...], self.config.rms_norm_eps))
-        output = self.attn(x, positions, taps.within("attn."))
-        return taps("hc_attn.streams", spread(output, streams, mixing))
+        output, cache = self.attn(x, positions, taps.within("attn."), past)
+        return taps("hc_attn.streams", spread(output, streams, mixing)), cache
 
     def route(self, streams: Float[Array, "B S N D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routed:
         """The expert half up to the experts' input and the routing."""

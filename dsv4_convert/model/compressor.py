@@ -1,7 +1,7 @@
 """The compressor: every r tokens become one entry (paper sections 2.3.1 and 2.3.2).
 
-Shape letters: ``B`` batch, ``S`` tokens, ``T`` = S // r complete blocks, ``r`` tokens per block, ``D`` model width,
-``C`` width of an entry, ``W`` width of the projections: C, or 2C where neighbouring blocks overlap.
+Shape letters: ``B`` batch, ``S`` tokens, ``T`` blocks, ``r`` tokens per block, ``D`` model width, ``C`` width of an
+entry, ``W`` width of the projections: C, or 2C where neighbouring blocks overlap, ``P`` rows of the tokens before.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from dsv4_convert.model.cache import Compressed, Past, latest
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
@@ -42,27 +43,87 @@ class Compressor(nnx.Module):
         self.norm = parameter(entry)
 
     def __call__(
-        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], table: np.ndarray, taps: Taps
-    ) -> Float[Array, "B T C"]:
-        """The entries of all complete blocks; a rest of fewer than r tokens makes none."""
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        table: np.ndarray,
+        taps: Taps,
+        past: Past[Compressed] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Compressed | None]:
+        """The entries of all complete blocks; a rest of fewer than r tokens makes none.
+
+        With a ``past`` they are as many as there is room for, those of complete blocks first, and the new state comes
+        with them. The taps have the blocks that may have become complete: ceil(S / r), from the first that was not.
+        """
         values = taps("wkv", linear(x, self.wkv[...]))
         gates = taps("wgate", linear(x, self.wgate[...]))
-        blocks = x.shape[1] // self.ratio
-        pooled = taps("pooled", self._pool(self._blocked(values, blocks), self._blocked(gates, blocks)))
-        normed = taps("norm", rms_norm(pooled, self.norm[...], self.eps))
-        starts = positions[:, : blocks * self.ratio : self.ratio]
-        return taps("entries", rotate(normed, starts, table))
+        if past is not None:
+            return self._continued(values, gates, positions, table, taps, past)
+        whole = x.shape[1] // self.ratio * self.ratio
+        pooled = self._pool(self._blocked(values[:, :whole]), self._blocked(gates[:, :whole]))
+        return self._entries(pooled, positions[:, : whole : self.ratio], table, taps), None
 
-    def _blocked(self, rows: Float[Array, "B S W"], blocks: int) -> Float[Array, "B T r W"]:
-        return rows[:, : blocks * self.ratio].reshape(rows.shape[0], blocks, self.ratio, rows.shape[2])
+    def _continued(
+        self,
+        values: Float[Array, "B S W"],
+        gates: Float[Array, "B S W"],
+        positions: Int[Array, "B S"],
+        table: np.ndarray,
+        taps: Taps,
+        past: Past[Compressed],
+    ) -> tuple[Float[Array, "B T C"], Compressed]:
+        """Kept rows and new ones, from the block of the first new token on; where they overlap, from the one before."""
+        state, before, count = past.cache, past.before, past.count
+        kept = state.values.shape[1]
+        blocks = -(-values.shape[1] // self.ratio)
+        lead = int(self.overlap)
+        values = jnp.concatenate([state.values, values], axis=1)
+        gates = jnp.concatenate([state.gates, gates], axis=1)
+        first = kept - before % self.ratio - lead * self.ratio
+        values, gates = (self._blocked(_rows(part, first, (lead + blocks) * self.ratio)) for part in (values, gates))
+        pooled = self._pool(values, gates, before >= self.ratio if lead else None)
 
-    def _pool(self, values: Float[Array, "B T r W"], gates: Float[Array, "B T r W"]) -> Float[Array, "B T C"]:
+        block = before[:, None] // self.ratio + jnp.arange(blocks)
+        fresh = self._entries(pooled, positions[:, :1] - before[:, None] + block * self.ratio, table, taps)
+        complete = (block + 1) * self.ratio <= (before + count)[:, None]
+        slot = jnp.where(complete, block, state.entries.shape[1])  # behind the last one, where nothing is kept
+        entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
+        return entries, Compressed(latest(values, count, kept), latest(gates, count, kept), entries)
+
+    def _blocked(self, rows: Float[Array, "B X W"]) -> Float[Array, "B blocks r W"]:
+        return rows.reshape(rows.shape[0], -1, self.ratio, rows.shape[2])
+
+    def _pool(
+        self,
+        values: Float[Array, "B blocks r W"],
+        gates: Float[Array, "B blocks r W"],
+        has_lead: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B T C"]:
+        """Gated sum of every block. With ``has_lead`` the first block only serves the second one, where it is true."""
         gates = gates.astype(jnp.float32) + self.ape[...]
+        if has_lead is not None:
+            exists = has_lead[:, None] | (jnp.arange(gates.shape[1]) > 0)
+            gates = jnp.where(exists[..., None, None], gates, -jnp.inf)
         if self.overlap:
             values = _with_previous(values, 0.0)
             gates = _with_previous(gates, -jnp.inf)
+        if has_lead is not None:
+            values, gates = values[:, 1:], gates[:, 1:]
         shares = jax.nn.softmax(gates, axis=2)
         return jnp.sum(values.astype(jnp.float32) * shares, axis=2).astype(values.dtype)
+
+    def _entries(
+        self, pooled: Float[Array, "B T C"], starts: Int[Array, "B T"], table: np.ndarray, taps: Taps
+    ) -> Float[Array, "B T C"]:
+        """From the sums to the entries; ``starts`` are the positions of the blocks' first tokens."""
+        normed = taps("norm", rms_norm(taps("pooled", pooled), self.norm[...], self.eps))
+        return taps("entries", rotate(normed, starts, table))
+
+
+def _rows(rows: Float[Array, "B X W"], first: Int[Array, " B"], count: int) -> Float[Array, "B Y W"]:
+    """``count`` rows of each prompt from its ``first`` on; zeros behind the last."""
+    padded = jnp.pad(rows, ((0, 0), (0, count), (0, 0)))
+    return jax.vmap(lambda part, start: jax.lax.dynamic_slice_in_dim(part, start, count))(padded, first)
 
 
 def _with_previous(rows: Float[Array, "B T r W"], nothing: float) -> Float[Array, "B T rows C"]:

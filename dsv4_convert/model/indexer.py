@@ -13,10 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Config
+from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
+from dsv4_convert.model.runs import by_runs
 
 
 class Indexer(nnx.Module):
@@ -27,6 +29,7 @@ class Indexer(nnx.Module):
 
     def __init__(self, config: Config) -> None:
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.longest_run = config.sliding_window
         self.wq_b = parameter(config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = parameter(config.hidden_size, self.heads)
         self.compressor = Compressor(
@@ -38,17 +41,36 @@ class Indexer(nnx.Module):
         x: Float[Array, "B S D"],
         q_low_rank: Float[Array, "B S R"],
         positions: Int[Array, "B S"],
-        visible: Bool[Array, "S T"],
+        complete: Int[Array, "B S"],
         table: np.ndarray,
         taps: Taps,
-    ) -> Int[Array, "B S k"]:
-        """The chosen entries of each query, ascending, padded with -1 (none) where fewer are visible than chosen."""
-        keys = self.compressor(x, positions, table, taps.within("compressor."))
+        past: Past[Compressed] | None = None,
+    ) -> tuple[Int[Array, "B S k"], Compressed | None]:
+        """The chosen entries of each query, ascending, padded with -1 (none) where fewer are there than chosen.
+
+        ``complete`` is the number of entries that each query may choose from. In runs of queries: the scores of all of
+        them are in memory at once only where they are recorded.
+        """
+        keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
         q = linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
         q = taps("q_rope", rotate(q, positions, table))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
-        scores = taps("scores", self._scores(q, keys, weights))
-        return taps("chosen", choose(scores, visible, self.topk))
+
+        def score(first: Array, q: Array, weights: Array) -> Array:
+            return jax.lax.optimization_barrier(self._scores(q, keys, weights))  # type: ignore[no-untyped-call]
+
+        def pick(first: Array, scores: Array, complete: Array) -> Array:
+            return choose(scores, entry_mask(complete, keys.shape[1]), self.topk)
+
+        def both(first: Array, q: Array, weights: Array, complete: Array) -> Array:
+            return pick(first, score(first, q, weights), complete)
+
+        if taps.uses("scores"):
+            scores = taps("scores", by_runs(score, self.longest_run, q, weights))
+            chosen = by_runs(pick, self.longest_run, scores, complete)
+        else:
+            chosen = by_runs(both, self.longest_run, q, weights, complete)
+        return taps("chosen", chosen), compressed
 
     def _scores(
         self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
@@ -58,7 +80,7 @@ class Indexer(nnx.Module):
         return jnp.sum(affinity * share[..., None], axis=2)
 
 
-def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "S T"], topk: int) -> Int[Array, "B S k"]:
+def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: int) -> Int[Array, "B S k"]:
     """The k = min(topk, T) best visible entries per query, ascending, -1 (none) last."""
     entries = scores.shape[-1]
     k = min(topk, entries)
@@ -66,6 +88,11 @@ def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "S T"], topk: int
     # Invisible entries sort behind all others, under a number that no entry has.
     chosen = jnp.sort(jnp.where(jnp.isneginf(best), entries, chosen), axis=-1)
     return jnp.where(chosen == entries, -1, chosen).astype(jnp.int32)
+
+
+def entry_mask(complete: Int[Array, "B S"], entries: int) -> Bool[Array, "B S T"]:
+    """Per query, which of the ``entries`` are of complete blocks."""
+    return jnp.arange(entries) < complete[..., None]
 
 
 def chosen_mask(chosen: Int[Array, "B S k"], entries: int) -> Bool[Array, "B S T"]:

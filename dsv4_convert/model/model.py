@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block
+from dsv4_convert.model.cache import Cache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.parameters import linear, parameter
@@ -56,7 +57,48 @@ class Model(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
         for layer, block in enumerate(self.layers):
-            streams = block(streams, token_ids, positions, taps.within(f"layers.{layer}."))
+            streams, _ = block(streams, token_ids, positions, taps.within(f"layers.{layer}."))
+        return self._head(streams, taps)
+
+    def extend(
+        self,
+        token_ids: Int[Array, "B S"],
+        cache: Cache,
+        *,
+        count: Int[Array, " B"] | None = None,
+        last_only: bool = False,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "B Y V"], Cache]:
+        """Logits of the next tokens of prompts whose tokens before are in the cache, and the cache with these too.
+
+        One call of a whole prompt on an empty cache, calls of its parts and one call per token give the same. Shapes
+        do not depend on how many tokens the cache has seen, so steps of one length are one compiled program. The dtype
+        of activations is the cache's.
+
+        Args:
+            token_ids: the next ``S`` tokens of each prompt.
+            cache: what was seen before (:meth:`Cache.empty`); the room in it is the caller's to watch.
+            count: how many of the ``S`` are tokens, the rest being padding whose logits mean nothing; None for all.
+                A prompt may get none.
+            last_only: only the logits of each prompt's last token, ``Y = 1``.
+            taps: what is recorded.
+        """
+        taps = taps or Taps()
+        batch, tokens = token_ids.shape
+        count = jnp.full(batch, tokens, jnp.int32) if count is None else count
+        positions = (cache.first + cache.tokens)[:, None] + jnp.arange(tokens)
+        streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.layers[0].window.dtype, taps)
+        layers = []
+        for layer, (block, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            past = Past(state, cache.tokens, count)
+            streams, after = block(streams, token_ids, positions, taps.within(f"layers.{layer}."), past)
+            assert after is not None
+            layers.append(after)
+        if last_only:
+            streams = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)
+        return self._head(streams, taps), Cache(tuple(layers), cache.tokens + count, cache.first)
+
+    def _head(self, streams: Float[Array, "B S N D"], taps: Taps) -> Float[Array, "B S V"]:
         return head(
             streams,
             self.hc_head_fn[...],

@@ -33,6 +33,11 @@ class Taps:
         inner.values = self.values
         return inner
 
+    def uses(self, name: str) -> bool:
+        """Whether ``name`` is recorded or replaced. If not, the model need not have its value in one piece."""
+        full = self._prefix + name
+        return full in self._forced or (self._wanted is not None and self._wanted(full))
+
     def __call__(self, name: str, value: Array) -> Array:
         """Record ``value`` under ``name`` if it is wanted; return what the model goes on with."""
         full = self._prefix + name

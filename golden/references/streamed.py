@@ -83,6 +83,7 @@ class StreamedModel:
         tokens: Array,
         *,
         noise: Sequence[str] = (),
+        first_position: int = 0,
     ) -> None:
         """Prepare masks and rotary tables; no weight is read.
 
@@ -92,6 +93,8 @@ class StreamedModel:
             resolution: which tensors fill which parameters, for all layers that will run.
             tokens: int32 ``[B, S]``.
             noise: dtypes whose noise floor is measured.
+            first_position: of the first token in the rotary tables. Everything else counts tokens from 0, so that the
+                prompt stands there without any token before it.
 
         Raises:
             Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
@@ -106,6 +109,7 @@ class StreamedModel:
         self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
         _check_agreement(self._hf, self._rotary, config)
+        self._rotary.register_forward_pre_hook(partial(_moved, first_position), with_kwargs=True)
         self._positions = torch.arange(tokens.shape[1]).unsqueeze(0)
         self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
 
@@ -295,6 +299,13 @@ class StreamedModel:
             if name is not None:
                 self._checkpoint.release(name)
         return out
+
+
+def _moved(
+    first: int, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a rotary table is asked for, ``first`` positions further on."""
+    return args, kwargs | {"position_ids": kwargs["position_ids"] + first}
 
 
 class _Streamed:

@@ -107,5 +107,5 @@ def test_ids_are_inside_the_vocabulary_and_the_context() -> None:
         check_tokens(np.array([0, 5]), vocab_size=5, max_length=9)
     with pytest.raises(UsageError, match="outside the vocabulary"):
         check_tokens(np.array([-1]), vocab_size=5, max_length=9)
-    with pytest.raises(UsageError, match="max_position_embeddings is 1"):
+    with pytest.raises(UsageError, match="max_position_embeddings leaves 1"):
         check_tokens(np.array([0, 1]), vocab_size=5, max_length=1)

@@ -7,9 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_convert.model.attention import attend, block_mask, in_runs, window_mask, with_window
+from dsv4_convert.model.attention import attend, complete_blocks, window_mask
 from dsv4_convert.model.compressor import _with_previous
-from dsv4_convert.model.indexer import choose, chosen_mask
+from dsv4_convert.model.indexer import choose, chosen_mask, entry_mask
+from dsv4_convert.model.runs import by_runs
 
 
 def test_window_mask_is_the_last_tokens_including_the_query() -> None:
@@ -20,32 +21,26 @@ def test_window_mask_is_the_last_tokens_including_the_query() -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(1, 2))
-def test_runs_see_what_the_whole_prompt_sees(tokens: int, window: int, entries: int, batch: int) -> None:
-    """Every query's visible keys, whatever the run it is in: those of the window by their token, then the entries."""
-    kv = jnp.arange(batch * tokens, dtype=jnp.float32).reshape(batch, tokens, 1)
-    compressed = -1 - jnp.arange(batch * entries, dtype=jnp.float32).reshape(batch, entries, 1)
-    chosen = jnp.asarray(np.random.default_rng(tokens).random((batch, tokens, entries)) < 0.5)
-    keys, seen = with_window(kv, compressed, in_runs(chosen, window), window)
-    runs, length, _ = seen.shape
-    assert length <= window
-    for b in range(batch):
-        for s in range(tokens):
-            run, query = b * (runs // batch) + s // length, s % length
-            visible = np.asarray(keys)[run, np.asarray(seen)[run, query], 0].tolist()
-            own = [float(kv[b, t, 0]) for t in range(max(0, s - window + 1), s + 1)]
-            assert visible == own + [float(compressed[b, t, 0]) for t in range(entries) if chosen[b, s, t]]
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 2))
+def test_runs_are_the_rows_one_after_the_other(tokens: int, longest: int, batch: int) -> None:
+    rows = jnp.arange(batch * tokens * 3).reshape(batch, tokens, 3)
+    lengths = []
+
+    def run(first, part, other):
+        lengths.append(part.shape[1])
+        return part + other[..., None], first + jnp.arange(part.shape[1]) + jnp.zeros((batch, 1), int)
+
+    found, index = by_runs(run, longest, rows, rows[..., 0])
+    assert np.array_equal(found, rows + rows[..., :1])
+    assert np.array_equal(index, np.broadcast_to(np.arange(tokens), (batch, tokens)))
+    assert max(lengths) <= longest
 
 
 def test_a_block_is_visible_from_its_own_last_token_on() -> None:
     # 11 tokens, blocks of 4: entries 0 and 1 are complete at tokens 3 and 7; the third block never is.
-    visible = np.asarray(block_mask(11, 4)).astype(int)
-    assert visible.tolist() == [[0, 0]] * 3 + [[1, 0]] * 4 + [[1, 1]] * 4
-
-
-def test_a_prompt_shorter_than_a_block_has_no_entries() -> None:
-    assert block_mask(3, 4).shape == (3, 0)
+    visible = np.asarray(entry_mask(complete_blocks(jnp.arange(11)[None], 4), 2)).astype(int)
+    assert visible.tolist() == [[[0, 0]] * 3 + [[1, 0]] * 4 + [[1, 1]] * 4]
 
 
 def test_choose_takes_the_best_visible_ascending_with_none_last() -> None:

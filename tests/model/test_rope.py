@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,3 +67,26 @@ def test_inverse_undoes() -> None:
     back = rotate(rotate(x, positions, table), positions, table, inverse=True)
     np.testing.assert_allclose(back, x, atol=1e-6)
     assert not np.allclose(rotate(x, positions, table), x, atol=1e-2)
+
+
+@pytest.mark.parametrize("yarn", [True, False], ids=["yarn", "plain"])
+@pytest.mark.parametrize("kind", [Attention.SLIDING, Attention.CSA])
+def test_far_positions_turn_by_the_last_bit(kind: Attention, yarn: bool) -> None:
+    """V4-Flash's tables up to its last position: cos and sin are one of the two float32 next to the float64 value.
+
+    The angle is the float32 product, which is the model's definition: at a million it is a sixteenth of a radian apart
+    from its neighbour.
+    """
+    config = Config.from_file(Path(__file__).parent.parent / "data" / "configs" / "DeepSeek-V4-Flash.json")
+    table = frequencies(config if yarn else dataclasses.replace(config, yarn=None), kind)
+    rng = np.random.default_rng(0)
+    edges = [np.arange(middle - 300, middle + 300) for middle in (65_536, 131_072, 524_288, 1_000_000)]
+    last = 1 << 20
+    assert config.max_position_embeddings == last
+    positions = np.concatenate([np.arange(2000), *edges, rng.integers(0, last, 4000), np.arange(last - 2000, last)])
+    one = np.zeros((1, len(positions), 2 * len(table)), np.float32)
+    one[..., 0::2] = 1
+    turned = np.asarray(jax.jit(lambda x, at: rotate(x, at, table))(one, positions[None].astype(np.int32)))[0]
+    angles = (positions[:, None].astype(np.float32) * table).astype(np.float64)
+    for found, exact in ((turned[:, 0::2], np.cos(angles)), (turned[:, 1::2], np.sin(angles))):
+        assert (np.abs(found - exact) < np.spacing(np.abs(exact).astype(np.float32))).all()

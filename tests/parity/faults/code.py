@@ -131,15 +131,13 @@ def _coarse_shares(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
     return _attend(q.astype(jnp.bfloat16).astype(q.dtype), kv, seen, sink)
 
 
-def _blocks(offset: int) -> Callable[[int, int], Any]:
+def _blocks(offset: int) -> Callable[[Any, int], Any]:
     """The causal threshold of compressed entries, moved by some tokens."""
-    return lambda tokens, ratio: (
-        jnp.arange(tokens // ratio)[None, :] < (jnp.arange(tokens)[:, None] + 1 + offset) // ratio
-    )
+    return lambda token, ratio: (token + 1 + offset) // ratio
 
 
-def _all_blocks(tokens: int, ratio: int) -> Any:
-    return jnp.ones((tokens, tokens // ratio), bool)
+def _all_blocks(token: Any, ratio: int) -> Any:
+    return jnp.full_like(token, token.shape[1] // ratio)
 
 
 def _shared_choice(chosen: Any, entries: int) -> Any:
@@ -438,11 +436,12 @@ CODE: tuple[Fault, ...] = (
           lambda distance, window: (distance >= 1) & (distance < window)),
     _code("no window: all tokens before", HCA, _CONTEXT, attention, "window_mask",
           lambda distance, window: distance >= 0),
-    _code("causal threshold of entries one token early", HCA, _CONTEXT, attention, "block_mask", _blocks(1)),
-    _code("causal threshold of entries one token late", HCA, _CONTEXT, attention, "block_mask", _blocks(-1)),
-    _code("causal threshold of CSA entries one token early", CSA, _CHOSEN, attention, "block_mask", _blocks(1)),
-    _code("causal threshold of CSA entries one token late", LEARNED_CSA, _CHOSEN, attention, "block_mask", _blocks(-1)),
-    _code("block bias ignored: every query sees every entry", HCA, _CONTEXT, attention, "block_mask", _all_blocks),
+    _code("causal threshold of entries one token early", HCA, _CONTEXT, attention, "complete_blocks", _blocks(1)),
+    _code("causal threshold of entries one token late", HCA, _CONTEXT, attention, "complete_blocks", _blocks(-1)),
+    _code("causal threshold of CSA entries one token early", CSA, _CHOSEN, attention, "complete_blocks", _blocks(1)),
+    _code("causal threshold of CSA entries one token late", LEARNED_CSA, _CHOSEN, attention, "complete_blocks",
+          _blocks(-1)),
+    _code("block bias ignored: every query sees every entry", HCA, _CONTEXT, attention, "complete_blocks", _all_blocks),
     _code("chosen entries shared across queries (transformers 45758)", CSA, _CONTEXT, attention, "chosen_mask",
           _shared_choice),
     _code("choice ignored: all entries seen", LEARNED_CSA, _CONTEXT, attention, "chosen_mask", _everything_chosen),

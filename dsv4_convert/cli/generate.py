@@ -1,0 +1,81 @@
+"""``dsv4 generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli.common import Json, parse_choice, reported, status, write_json
+
+
+@reported
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from, through --tokenizer; repeat it for several at once.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Token ids instead of text: 1,2,3, or several prompts as 1,2;3,4, or a file.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the model's repository, or the folder that holds it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token (greedy), 1 draws by the logits.")
+    ] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    stop: Annotated[list[int] | None, typer.Option(help="Token id that ends a text; may be repeated.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="[float32|bfloat16]", help="Weights, activations and cache.")
+    ] = "float32",
+    json: Json = None,
+) -> None:
+    """Let a converted model go on from a prompt, with all of its weights in memory.
+
+    The prompt is taken in pieces of 128 tokens, then token by token from the cache. Several prompts, of any lengths,
+    run together. The text comes on stdout; where there is no tokenizer, token ids do.
+
+    Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
+    """
+    import jax.numpy as jnp
+
+    from dsv4_convert.errors import UsageError
+    from dsv4_convert.generate import Generator, Sampling
+    from dsv4_convert.restore import Weights, restore_model
+    from golden.tokens import TOKENIZER_NAME, encode_prompts, parse_prompts, text_decoder
+
+    if (prompt is None) == (tokens is None):
+        raise UsageError("a prompt is needed: --prompt TEXT or --tokens IDS")
+    if prompt is not None and tokenizer is None:
+        raise UsageError("--prompt needs --tokenizer: tokenizer.json of the model's repository; or give --tokens")
+    file = tokenizer / TOKENIZER_NAME if tokenizer is not None and tokenizer.is_dir() else tokenizer
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    width = jnp.dtype(parse_choice("--dtype", dtype, ("float32", "bfloat16")))
+    if prompt is not None:
+        assert file is not None
+        given = encode_prompts(file, prompt)
+    else:
+        assert tokens is not None
+        given = parse_prompts(tokens)
+    words = None if file is None else text_decoder(file)
+    with status("generate") as say:
+        say("restoring the model")
+        generator = Generator(restore_model(Weights.open(checkpoint), dtype=width), width)
+        count = [0] * len(given)
+
+        def on_token(row: int, token: int) -> None:
+            count[row] += 1
+            say(f"{max(count)} of {max_new_tokens} tokens")
+
+        found = generator(given, new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_token=on_token)
+    texts = None if words is None else [words(new) for new in found]
+    outcome = {"schema_version": 1, "checkpoint": str(checkpoint), "dtype": dtype, "prompts": given, "tokens": found}
+    write_json(outcome | ({} if texts is None else {"texts": texts}), json)
+    for row, new in enumerate(found):
+        shown = ",".join(map(str, new)) if texts is None else (prompt[row] if prompt else "") + texts[row]
+        typer.echo(shown, err=json == "-")

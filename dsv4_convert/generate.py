@@ -1,0 +1,154 @@
+"""Generation: prompts of any lengths together, token by token from the cache.
+
+Shape letters: ``B`` prompts, ``S`` tokens of a call, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv4_convert.errors import UsageError
+from dsv4_convert.model import Cache, Model
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+#: Tokens of a prompt that one call takes; the last call of a prompt is padded to as many.
+_CHUNK = 128
+#: Called with the prompt's index and its new token.
+OnToken = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the logits.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the first choice (greedy).
+        top_k: only so many of the likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that together have this probability; at least one.
+        seed: of the draws; the same seed, prompts and weights give the same tokens on one machine.
+
+    Raises:
+        UsageError: a value that means nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature {self.temperature}: expected 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k}: expected 0 (all tokens) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p {self.top_p}: expected a share of probability above 0, 1 at most")
+
+
+class Generator:
+    """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
+
+    def __init__(self, model: Model, dtype: Any = jnp.float32) -> None:
+        """``dtype`` is that of activations and cache."""
+        self._config = model.config
+        self._dtype = dtype
+        self._graph, self._state = nnx.split(model)
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Collection[int] = (),
+        on_token: OnToken = lambda prompt, token: None,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt: ``new_tokens`` of them, or fewer where one of ``stop`` ends it.
+
+        Raises:
+            UsageError: no prompt, an empty one, ids outside of the vocabulary, or more tokens than the model's limit.
+        """
+        sampling = sampling or Sampling()
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self._check(prompts, lengths, new_tokens)
+        key = jax.random.key(sampling.seed)
+        cache = Cache.empty(self._config, len(prompts), int(lengths.max()) + new_tokens, dtype=self._dtype)
+        chunk = min(_CHUNK, -(-int(lengths.max()) // 8) * 8)
+        last = jnp.zeros((len(prompts), self._config.vocab_size), jnp.float32)
+        for start in range(0, int(lengths.max()), chunk):
+            tokens = np.zeros((len(prompts), chunk), np.int32)
+            count = np.clip(lengths - start, 0, chunk).astype(np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : count[row]] = prompt[start : start + count[row]]
+            logits, cache = self._step(tokens, cache, count)
+            last = jnp.where((count > 0)[:, None], logits, last)  # a shorter prompt has ended before
+
+        found: list[list[int]] = [[] for _ in prompts]
+        running = np.full(len(prompts), new_tokens > 0)
+        while running.any():
+            key, draw = jax.random.split(key)
+            chosen = np.asarray(_drawn(last, draw, sampling.temperature, sampling.top_k, sampling.top_p))
+            for row in map(int, np.flatnonzero(running)):
+                found[row].append(int(chosen[row]))
+                on_token(row, found[row][-1])
+                running[row] = found[row][-1] not in stop and len(found[row]) < new_tokens
+            if running.any():
+                last, cache = self._step(chosen[:, None], cache, running.astype(np.int32))
+        return found
+
+    def _check(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], new_tokens: int) -> None:
+        config = self._config
+        if not len(prompts) or not lengths.all():
+            raise UsageError("a prompt without tokens: at least one token is needed to go on from")
+        if new_tokens < 0:
+            raise UsageError(f"{new_tokens} new tokens: expected none or more")
+        wrong = [token for prompt in prompts for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
+            raise UsageError(f"{len(wrong)} ids outside the vocabulary of {config.vocab_size}, such as {wrong[0]}")
+        most = int(lengths.max()) + new_tokens
+        if most > config.max_position_embeddings:
+            raise UsageError(
+                f"{lengths.max()} tokens and {new_tokens} new ones are {most}, but max_position_embeddings is "
+                f"{config.max_position_embeddings}"
+            )
+
+    def _step(self, tokens: Any, cache: Cache, count: Any) -> tuple[jax.Array, Cache]:
+        """Logits of each prompt's last token."""
+        logits, cache = _extend(self._graph, self._state, jnp.asarray(tokens), cache, jnp.asarray(count))
+        return logits, cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _extend(
+    graph: nnx.GraphDef[Model],
+    state: nnx.State[Any, Any],
+    tokens: Int[Array, "B S"],
+    cache: Cache,
+    count: Int[Array, " B"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    logits, cache = nnx.merge(graph, state).extend(tokens, cache, count=count, last_only=True)
+    return logits[:, 0], cache
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _drawn(
+    logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int, top_p: float
+) -> Int[Array, " B"]:
+    """One token for each row of logits."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    ordered, tokens = jax.lax.top_k(logits / temperature, min(top_k or logits.shape[1], logits.shape[1]))
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    drawn = jax.random.categorical(key, jnp.where(before < top_p, ordered, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,124 @@
+"""What a layer keeps of the tokens before, so that a prompt can go on from where it stopped.
+
+Every buffer has a fixed shape: one compiled program serves every step. The last rows of a projection are kept newest
+last and shifted, not written in a ring: a few hundred kB per layer move with every step, and order is age.
+
+Shape letters: ``B`` batch, ``P`` rows kept, ``S`` tokens of a call, ``C`` width of a key or an entry, ``W`` width of a
+compressor's projections, ``T`` entries that there is room for, ``r`` tokens per block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from dsv4_convert.config import Attention, Config
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """State of one compressor: the projections of the last tokens, and all entries.
+
+    A block that ends in the next token begins r - 1 tokens before it; where blocks overlap, the one before it counts
+    too. So ``P`` is r - 1, or 2r - 1 with overlap.
+    """
+
+    values: Float[Array, "B P W"]
+    gates: Float[Array, "B P W"]
+    entries: Float[Array, "B T C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """State of one layer: the keys of the last ``sliding_window - 1`` tokens, and of its compressors."""
+
+    window: Float[Array, "B P C"]
+    compressor: Compressed | None
+    indexer: Compressed | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """State of the model for a batch of prompts, which may be of different lengths.
+
+    Attributes:
+        layers: one for each layer.
+        tokens: how many tokens of each prompt were seen.
+        first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
+    """
+
+    layers: tuple[LayerCache, ...]
+    tokens: Int[Array, " B"]
+    first: Int[Array, " B"]
+
+    @classmethod
+    def empty(
+        cls, config: Config, batch: int, capacity: int, *, dtype: DTypeLike = jnp.float32, first: ArrayLike = 0
+    ) -> Cache:
+        """Room for ``capacity`` tokens of each of ``batch`` prompts. What goes beyond is not kept, without a word."""
+        return cls(
+            tuple(empty_layer(config, kind, batch, capacity, dtype) for kind in config.attention),
+            jnp.zeros(batch, jnp.int32),
+            jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def empty_layer(config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike) -> LayerCache:
+    """Nothing yet, with room for ``capacity`` tokens."""
+
+    def compressed(width: int) -> Compressed:
+        ratio = config.ratio(kind)
+        overlap = 2 if kind is Attention.CSA else 1
+        rows = (batch, overlap * ratio - 1, overlap * width)
+        # Not one array twice: a caller who donates the cache may give every buffer away once.
+        return Compressed(
+            jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros((batch, capacity // ratio, width), dtype)
+        )
+
+    return LayerCache(
+        jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype),
+        None if kind is Attention.SLIDING else compressed(config.head_dim),
+        compressed(config.index_head_dim) if kind is Attention.CSA else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Past(Generic[_T]):
+    """What a call goes on from: a cache, the tokens ``before`` it, and how many of its own ``count``; both ``[B]``.
+
+    A prompt's tokens from ``count`` on are padding: they are computed, nothing sees them, and they are not kept.
+    """
+
+    cache: _T
+    before: Array
+    count: Array
+
+    def of(self, part: _U | None) -> Past[_U]:
+        """The same for a part of the cache that is there."""
+        assert part is not None
+        return Past(part, self.before, self.count)
+
+
+def latest(rows: Shaped[Array, "B X *rest"], count: Int[Array, " B"], keep: int) -> Shaped[Array, "B P *rest"]:
+    """The ``keep`` rows to keep of ``keep`` old ones followed by new ones, of which ``count`` are no padding."""
+
+    def one(rows: Any, count: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(rows, count, keep)
+
+    return jax.vmap(one)(rows, count)

@@ -1,0 +1,165 @@
+"""A prompt in parts gives what it gives in one piece: taps, logits and, in the end, the state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.model import Cache, Model, Taps
+from dsv4_convert.taps import by_name
+from golden.synthetic import tiny_config
+
+TOKENS = 150
+CAPACITY = 160
+
+
+class Small:
+    """The small model with random weights, its functions compiled once, and two prompts."""
+
+    def __init__(self) -> None:
+        self.config = Config.from_hf(tiny_config())
+        self._graph, state = nnx.split(nnx.eval_shape(lambda: Model(self.config)))
+        rng = np.random.default_rng(0)
+        filled = {
+            key: variable.replace(
+                jnp.asarray(rng.integers(0, self.config.n_routed_experts, variable.shape), jnp.int32)
+                if variable.dtype == jnp.int32
+                else jnp.asarray(rng.normal(size=variable.shape) / max(1, variable.shape[0]) ** 0.5, jnp.float32)
+            )
+            for key, variable in nnx.to_flat_state(state)
+        }
+        self._weights = nnx.from_flat_state(filled)
+        self.tokens = rng.integers(0, self.config.vocab_size, (2, TOKENS)).astype(np.int32)
+        self.extend = jax.jit(self._extend, static_argnames=("record", "last_only"))
+        self.at = jax.jit(lambda tokens, positions: self._model()(tokens, positions=positions))
+        self.whole = jax.jit(self._whole)
+
+    def _model(self) -> Model:
+        return nnx.merge(self._graph, self._weights)
+
+    def _extend(self, tokens, cache, count=None, *, record: bool = False, last_only: bool = False):
+        taps = Taps((lambda _: True) if record else None)
+        logits, cache = self._model().extend(tokens, cache, count=count, last_only=last_only, taps=taps)
+        return logits, cache, taps.values
+
+    def _whole(self, tokens):
+        taps = Taps(lambda _: True)
+        return self._model()(tokens, taps=taps), taps.values
+
+    def empty(self, batch: int = 2) -> Cache:
+        return Cache.empty(self.config, batch, CAPACITY)
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+    model = Small()
+    assert {Attention.SLIDING, Attention.CSA, Attention.HCA} == set(model.config.attention)
+    assert model.config.sliding_window < TOKENS
+    assert max(model.config.csa_ratio, model.config.hca_ratio) < TOKENS
+    return model
+
+
+def _check(
+    small: Small, found: dict[str, np.ndarray], whole: dict[str, np.ndarray], row: int, start: int, stop: int
+) -> None:
+    """The taps of tokens ``start:stop`` of one prompt; of entries those that became complete among them."""
+    for name, value in found.items():
+        tap, layer = by_name(name)
+        axes, expected, value = tap.shape.split(), np.asarray(whole[name])[row], np.asarray(value)[row]
+        first, last = start, stop
+        if axes[1] == "T":
+            ratio = small.config.ratio(small.config.attention[layer])
+            first, last = start // ratio, stop // ratio
+        expected, value = expected[first:last], value[: last - first]
+        if axes[2:] == ["T"]:  # index scores: only those of complete blocks mean something
+            entries = np.arange(expected.shape[1])
+            seen = entries < (np.arange(start, stop)[:, None] + 1) // small.config.csa_ratio
+            expected, value = np.where(seen, expected, 0), np.where(seen, value[:, : len(entries)], 0)
+        if axes[2:] == ["k"]:
+            width = min(expected.shape[1], value.shape[1])
+            assert (value[:, width:] == -1).all()
+            expected, value = expected[:, :width], value[:, :width]
+        np.testing.assert_allclose(value, expected, atol=1e-5, rtol=1e-5, err_msg=f"{name} {start}:{stop}")
+
+
+@pytest.mark.parametrize(
+    "lengths", [[TOKENS], [15, 1, 1, 16, 117], [149, 1]], ids=["whole", "at the window", "one left"]
+)
+def test_parts_give_what_the_whole_prompt_gives(small: Small, lengths: list[int]) -> None:
+    logits, whole = small.whole(small.tokens)
+    cache, start = small.empty(), 0
+    for length in lengths:
+        stop = start + length
+        part, cache, taps = small.extend(small.tokens[:, start:stop], cache, record=True)
+        np.testing.assert_allclose(part, logits[:, start:stop], atol=1e-5, rtol=1e-5)
+        for row in range(2):
+            _check(small, taps, whole, row, start, stop)
+        start = stop
+    assert cache.tokens.tolist() == [TOKENS, TOKENS]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
+def test_any_split_with_padding_in_any_row(small: Small, counts: list[tuple[int, int]]) -> None:
+    """Each step gives either prompt its own number of tokens, and fills up with others that nothing may see."""
+    logits, whole = small.whole(small.tokens)
+    rng = np.random.default_rng(len(counts))
+    cache, start = small.empty(), np.zeros(2, int)
+    for count in map(np.array, counts):
+        fed = rng.integers(0, small.config.vocab_size, (2, 9)).astype(np.int32)
+        count = np.minimum(count, TOKENS - start)
+        for row in range(2):
+            fed[row, : count[row]] = small.tokens[row, start[row] : start[row] + count[row]]
+        part, cache, taps = small.extend(fed, cache, count.astype(np.int32), record=True)
+        for row, (first, last) in enumerate(zip(start, start + count, strict=True)):
+            np.testing.assert_allclose(part[row, : count[row]], logits[row, first:last], atol=1e-5, rtol=1e-5)
+            _check(small, taps, whole, row, first, last)
+        start += count
+    assert np.array_equal(cache.tokens, start)
+
+
+def test_decoding_compiles_once_and_token_by_token_is_the_whole_prompt(small: Small) -> None:
+    logits, _ = small.whole(small.tokens)
+    step = jax.jit(lambda tokens, cache: small.extend(tokens, cache)[:2], donate_argnums=1)
+    cache = small.empty()
+    for token in range(TOKENS):
+        part, cache = step(small.tokens[:, token : token + 1], cache)
+        np.testing.assert_allclose(part[:, 0], logits[:, token], atol=1e-5, rtol=1e-5)
+    assert step._cache_size() == 1
+
+
+def test_the_state_is_that_of_the_whole_prompt_however_it_came(small: Small) -> None:
+    _, at_once, _ = small.extend(small.tokens, small.empty())
+    cache = small.empty()
+    for start in range(0, TOKENS, 15):
+        _, cache, _ = small.extend(small.tokens[:, start : start + 15], cache)
+    for path, one in jax.tree_util.tree_leaves_with_path(at_once):
+        other = dict(jax.tree_util.tree_leaves_with_path(cache))[path]
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5, err_msg=str(path))
+
+
+def test_positions_begin_where_the_cache_says(small: Small) -> None:
+    """A prompt at an offset is the whole model with those positions, which are given and not counted."""
+    first = np.array([65_536, 1_000_001], np.int32)
+    positions = first[:, None] + np.arange(40, dtype=np.int32)
+    expected = small.at(small.tokens[:, :40], positions)
+    cache = Cache.empty(small.config, 2, CAPACITY, first=first)
+    one, cache, _ = small.extend(small.tokens[:, :25], cache)
+    other, cache, _ = small.extend(small.tokens[:, 25:40], cache)
+    np.testing.assert_allclose(np.concatenate([one, other], axis=1), expected, atol=1e-5, rtol=1e-5)
+    plain, _ = small.whole(small.tokens)
+    assert np.abs(np.asarray(expected) - plain[:, :40]).max() > 1e-4  # far angles are rounded, so positions show
+
+
+def test_last_only_is_the_last_token_of_each_prompt(small: Small) -> None:
+    count = np.array([4, 9], np.int32)
+    every, _, _ = small.extend(small.tokens[:, :9], small.empty(), count)
+    last, _, _ = small.extend(small.tokens[:, :9], small.empty(), count, last_only=True)
+    assert last.shape == (2, 1, small.config.vocab_size)
+    np.testing.assert_allclose(last[:, 0], np.stack([every[0, 3], every[1, 8]]), atol=1e-6)

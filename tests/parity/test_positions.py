@@ -1,0 +1,61 @@
+"""Far positions: goldens of prompts that stand there without the tokens before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv4_convert.errors import UsageError
+from dsv4_convert.published import PublishedWeights
+from golden.archive import Golden
+from golden.noise import MODES
+from golden.recorder import record
+from golden.synthetic import tiny_config, write_checkpoint
+from parity.diff import diff
+from parity.metrics import Verdict
+from parity.run import compare_model
+
+TOKENS = np.random.default_rng(3).integers(0, 97, (1, 40)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("far") / "hf"
+    write_checkpoint(folder, tiny_config(max_position_embeddings=1 << 20), seed=0)
+    return folder
+
+
+def _recorded(source: Path, out: Path, first_position: int) -> Golden:
+    return record(source, out, tokens=TOKENS, noise=["float32"], first_position=first_position)
+
+
+@pytest.mark.parametrize("first", [65_521, 1_000_003, (1 << 20) - 40], ids=["65k", "1M", "last"])
+def test_far_positions_agree_and_near_ones_would_not(source: Path, tmp_path: Path, first: int) -> None:
+    """Around the end of the original context, around a million, and up to the last position that there is."""
+    golden = _recorded(source, tmp_path / "golden", first)
+    weights = PublishedWeights.open(source)
+    report = compare_model(weights, golden, modes=MODES)
+    assert report.passed, [result for result in report.taps if result.verdict is Verdict.FAIL]
+
+    request = dataclasses.replace(golden.manifest.request, first_position=first - 16)
+    golden.manifest = dataclasses.replace(golden.manifest, request=request)
+    report = compare_model(weights, golden, modes=MODES[:1], layers=[1])
+    failed = [result.name for result in report.taps if result.verdict is Verdict.FAIL]
+    assert failed[0] == "layers.1.attn.q_rope"
+
+
+def test_positions_beyond_the_models_limit_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a prompt of 40 tokens, but max_position_embeddings leaves 39"):
+        _recorded(source, tmp_path / "golden", (1 << 20) - 39)
+    with pytest.raises(UsageError, match="expected 0 or more"):
+        _recorded(source, tmp_path / "golden", -1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_goldens_of_other_positions_are_not_compared(source: Path, tmp_path: Path) -> None:
+    one, other = (_recorded(source, tmp_path / str(first), first) for first in (0, 50))
+    with pytest.raises(UsageError, match="recorded from other positions"):
+        diff(one, other)
