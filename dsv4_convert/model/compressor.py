@@ -77,18 +77,17 @@ class Compressor(nnx.Module):
         kept = state.values.shape[1]
         blocks = -(-values.shape[1] // self.ratio)
         lead = int(self.overlap)
-        values = jnp.concatenate([state.values, values], axis=1)
-        gates = jnp.concatenate([state.gates, gates], axis=1)
+        rows = [jnp.concatenate([old, new], axis=1) for old, new in ((state.values, values), (state.gates, gates))]
         first = kept - before % self.ratio - lead * self.ratio
-        values, gates = (self._blocked(_rows(part, first, (lead + blocks) * self.ratio)) for part in (values, gates))
-        pooled = self._pool(values, gates, before >= self.ratio if lead else None)
+        blocked = [self._blocked(_rows(part, first, (lead + blocks) * self.ratio)) for part in rows]
+        pooled = self._pool(blocked[0], blocked[1], before >= self.ratio if lead else None)
 
         block = before[:, None] // self.ratio + jnp.arange(blocks)
         fresh = self._entries(pooled, positions[:, :1] - before[:, None] + block * self.ratio, table, taps)
         complete = (block + 1) * self.ratio <= (before + count)[:, None]
         slot = jnp.where(complete, block, state.entries.shape[1])  # behind the last one, where nothing is kept
         entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
-        return entries, Compressed(latest(values, count, kept), latest(gates, count, kept), entries)
+        return entries, Compressed(latest(rows[0], count, kept), latest(rows[1], count, kept), entries)
 
     def _blocked(self, rows: Float[Array, "B X W"]) -> Float[Array, "B blocks r W"]:
         return rows.reshape(rows.shape[0], -1, self.ratio, rows.shape[2])
