@@ -39,8 +39,8 @@ def temporaries(config: Config, kind: Attention, tokens: int) -> int:
     def attend(state: Any, streams: jax.Array, positions: jax.Array) -> jax.Array:
         return nnx.merge(graph, state).attend(streams, positions, Taps())[0]
 
-    streams = jax.ShapeDtypeStruct((1, tokens, config.hc_mult, config.hidden_size), jnp.float32)
-    positions = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    streams = jax.eval_shape(lambda: jnp.zeros((1, tokens, config.hc_mult, config.hidden_size)))
+    positions = jax.eval_shape(lambda: jnp.zeros((1, tokens), jnp.int32))
     analysis = jax.jit(attend).lower(state, streams, positions).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)

@@ -7,7 +7,8 @@ A full name is ``layers.12.attn.wq_a`` or, for the model level, ``embed``.
 Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
 rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``
 heads and head width of the indexer, ``k`` chosen entries, ``G`` output groups, ``O`` output rank per group,
-``E`` experts, ``K`` experts per token, ``V`` vocabulary.
+``E`` experts, ``K`` experts per token, ``V`` vocabulary. Of the state that a prompt leaves behind: ``w`` keys that the
+next token's window reaches, ``p`` tokens of the block that is not complete, ``r`` tokens of the last complete block.
 """
 
 from __future__ import annotations
@@ -147,12 +148,46 @@ TAPS: tuple[Tap, ...] = (
     Tap("logits", "B S V", "logits", Where.AFTER, weights=("head",)),
 )  # fmt: skip
 
-_BY_NAME = {tap.name: tap for tap in TAPS}
+
+def _pending(path: str, width: str, where: Where) -> tuple[Tap, ...]:
+    return (
+        Tap(f"{path}.values", f"B p {width}", "values of the block that is not complete", where),
+        Tap(f"{path}.gates", f"B p {width}", "its gate logits, before the position bias (ape)", where),
+    )
+
+
+def _overlap(path: str, entry: str) -> tuple[Tap, ...]:
+    return (
+        Tap(f"{path}.overlap_values", f"B r {entry}", "what the last complete block has for the next one", Where.CSA),
+        Tap(f"{path}.overlap_gates", f"B r {entry}", "its gate logits, position bias included", Where.CSA),
+    )
+
+
+#: What a layer keeps of the tokens before, for the tokens that come one at a time. The entries are taps already.
+STATE: tuple[Tap, ...] = (
+    Tap("cache.window", "B w C", "rotated key = value of the last tokens"),
+    *_pending("cache.compressor", "W", Where.COMPRESSED),
+    *_overlap("cache.compressor", "C"),
+    *_pending("cache.indexer", "2Ci", Where.CSA),
+    *_overlap("cache.indexer", "Ci"),
+)
+
+_BY_NAME = {tap.name: tap for tap in (*TAPS, *STATE)}
 
 
 def taps_of(config: Config, layer: int | None) -> tuple[Tap, ...]:
     """The taps of one layer, or of the model level (None), in order of execution."""
     return tuple(tap for tap in TAPS if tap.where.holds(config, layer))
+
+
+def state_of(config: Config, layer: int) -> tuple[Tap, ...]:
+    """The taps of the state that a layer keeps between calls."""
+    return tuple(tap for tap in STATE if tap.where.holds(config, layer))
+
+
+def is_state(name: str) -> bool:
+    """Whether a tap, by its name within its layer, is one of :data:`STATE`."""
+    return name.startswith("cache.")
 
 
 def full_name(tap: Tap, layer: int | None) -> str:

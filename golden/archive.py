@@ -86,6 +86,7 @@ class Golden:
         layers: the recorded layers, ascending.
         names: full names of all recorded taps, in order of execution.
         compact: what is kept of a tap; None if all of every tap is.
+        decode: how many of the last tokens were given one by one.
     """
 
     def __init__(self, path: Path | str, files: Files, manifest: Manifest) -> None:
@@ -95,7 +96,8 @@ class Golden:
         self.tokens = manifest.request.token_array
         self.layers = manifest.request.layers
         self.compact = manifest.request.compact
-        self._layer_of = {name: layer for name, _, layer in expected_taps(self.config, self.layers)}
+        self.decode = manifest.request.decode
+        self._layer_of = {name: layer for name, _, layer in expected_taps(self.config, self.layers, decode=self.decode)}
         self.names: tuple[str, ...] = tuple(self._layer_of)
         self._files = files
         self._tensors: dict[str, Mapping[str, TensorInfo]] = {}
@@ -121,7 +123,7 @@ class Golden:
         self._check(name)
         tap, layer = by_name(name)
         batch, tokens = self.tokens.shape
-        return tap_shape(tap, self.config, layer, batch=batch, tokens=tokens)
+        return tap_shape(tap, self.config, layer, batch=batch, tokens=tokens, decode=self.decode)
 
     def whole(self, name: str) -> bool:
         """Whether all of a tap is there. Raises :class:`UsageError`: no such tap was recorded."""

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
-from dsv4_convert.taps import Tap, Values, Where, full_name, taps_of
+from dsv4_convert.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
 from golden.compact import Compact, exact_name, sketch_name
 from golden.noise import noise_name, noise_shape
+
+Array = np.ndarray[Any, Any]
 
 #: Stored dtype of a tap by how it is compared.
 DTYPES: dict[Values, np.dtype[np.generic]] = {
@@ -40,8 +42,19 @@ INPUT = "input"
 STREAMS = "hc_ffn.streams"
 
 
-def tap_shape(tap: Tap, config: Config, layer: int | None, *, batch: int, tokens: int) -> tuple[int, ...]:
-    """The numbers behind ``tap.shape`` for ``batch`` prompts of ``tokens`` tokens; model-level taps have no layer."""
+def calls(tokens: int, decode: int) -> list[tuple[int, int]]:
+    """The tokens ``start:stop`` of each call: all but the last ``decode`` at once, then these one by one."""
+    prefill = tokens - decode
+    return [(0, prefill), *((token, token + 1) for token in range(prefill, tokens))]
+
+
+def tap_shape(
+    tap: Tap, config: Config, layer: int | None, *, batch: int, tokens: int, decode: int = 0
+) -> tuple[int, ...]:
+    """The numbers behind ``tap.shape`` for ``batch`` prompts of ``tokens`` tokens; model-level taps have no layer.
+
+    Of the state they are those after the tokens that are not decoded one by one.
+    """
     kind = config.attention[layer] if layer is not None else Attention.SLIDING
     ratio = config.ratio(kind)
     entries = tokens // ratio if ratio else 0  # a block that is not complete makes no entry
@@ -64,21 +77,55 @@ def tap_shape(tap: Tap, config: Config, layer: int | None, *, batch: int, tokens
         "E": config.n_routed_experts,
         "K": config.num_experts_per_tok,
         "V": config.vocab_size,
+        "w": min(config.sliding_window - 1, tokens - decode),
+        "p": (tokens - decode) % ratio if ratio else 0,
+        "r": ratio if tokens - decode >= ratio else 0,
     }
     return tuple(sizes[letter] for letter in tap.shape.split())
 
 
-def expected_taps(config: Config, layers: Sequence[int]) -> Iterator[tuple[str, Tap, int | None]]:
+def rows_of(tap: Tap, config: Config, layer: int | None, start: int, stop: int) -> range:
+    """The rows (of axis 1) of a tap, none of the state, that tokens ``start:stop`` make."""
+    if tap.shape.split()[1] == "S" or layer is None:
+        return range(start, stop)
+    ratio = config.ratio(config.attention[layer])
+    return range(start // ratio, stop // ratio)
+
+
+def part_shape(tap: Tap, config: Config, layer: int | None, *, batch: int, start: int, stop: int) -> tuple[int, ...]:
+    """What a call on tokens ``start:stop`` makes of a tap: its rows, over the entries that there are by then."""
+    shape = tap_shape(tap, config, layer, batch=batch, tokens=stop)
+    return (shape[0], len(rows_of(tap, config, layer, start, stop)), *shape[2:])
+
+
+def part_of(whole: Array, rows: range, shape: Sequence[int]) -> Array:
+    """The part of a tap that one call makes: some rows, and of the other axes as much as there is by then."""
+    return whole[:, rows.start : rows.stop, *(slice(size) for size in shape[2:])]
+
+
+def joined(parts: Sequence[Array], shape: Sequence[int]) -> Array:
+    """The parts of a tap, one after the other. An entry that was not there yet has score 0, and is not chosen (-1)."""
+
+    def padded(part: Array) -> Array:
+        missing = [size - have for size, have in zip(shape[2:], part.shape[2:], strict=True)]
+        nothing = 0 if part.dtype.kind == "f" else -1
+        return np.pad(part, [(0, 0), (0, 0), *((0, count) for count in missing)], constant_values=nothing)
+
+    return np.concatenate([padded(part) for part in parts], axis=1)
+
+
+def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> Iterator[tuple[str, Tap, int | None]]:
     """Every tap of a golden of these layers, in order of execution: full name, tap, layer.
 
-    The head can run only when the last layer did, so its taps are there exactly when that layer is among ``layers``.
+    With tokens to ``decode`` one by one, each layer's state before the first of them comes after its taps. The head can
+    run only when the last layer did, so its taps are there exactly when that layer is among ``layers``.
     """
     model = taps_of(config, None)
     for tap in model:
         if tap.where is Where.BEFORE:
             yield full_name(tap, None), tap, None
     for layer in layers:
-        for tap in taps_of(config, layer):
+        for tap in (*taps_of(config, layer), *(state_of(config, layer) if decode else ())):
             yield full_name(tap, layer), tap, layer
     if config.num_hidden_layers - 1 in layers:
         for tap in model:
@@ -94,6 +141,7 @@ def stored_arrays(
     *,
     batch: int,
     tokens: int,
+    decode: int = 0,
 ) -> dict[str, StoredShape]:
     """Every array of a golden by its stored name: the taps in order of execution, each followed by its noise.
 
@@ -101,8 +149,8 @@ def stored_arrays(
     some rows (:mod:`golden.compact`) instead of itself.
     """
     arrays = {}
-    for name, tap, layer in expected_taps(config, layers):
-        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens)
+    for name, tap, layer in expected_taps(config, layers, decode=decode):
+        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens, decode=decode)
         dtype = DTYPES[tap.values]
         if compact is None or kept_whole(tap, shape, compact):
             arrays[name] = StoredShape(layer, dtype, shape)
@@ -121,7 +169,9 @@ def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
 
 
 def exact_rows(tap: Tap, config: Config, layer: int | None, compact: Compact) -> tuple[int, ...]:
-    """The rows of axis 1 that a compact golden keeps exactly of a tap that it does not keep whole."""
+    """The rows of axis 1 that a compact golden keeps exactly of a tap not kept whole; of the state none."""
+    if is_state(tap.name):
+        return ()
     of_entries = layer is not None and tap.shape.split()[1] == "T"
     return compact.rows(block=config.ratio(config.attention[layer]) if of_entries and layer is not None else 1)
 

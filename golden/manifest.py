@@ -30,7 +30,18 @@ MANIFEST_NAME = "manifest.json"
 MODEL_FILE = "model.safetensors"
 
 _DIGEST_KEY = "manifest_digest"
-_REQUEST_KEYS = ("reference", "source", "config", "tokens", "text", "first_position", "layers", "noise", "compact")
+_REQUEST_KEYS = (
+    "reference",
+    "source",
+    "config",
+    "tokens",
+    "text",
+    "first_position",
+    "decode",
+    "layers",
+    "noise",
+    "compact",
+)
 _KEYS = {"schema_version", *_REQUEST_KEYS, "taps", "aliases", _DIGEST_KEY}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -86,7 +97,7 @@ class Request:
 
     ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
     dtypes whose noise floor was measured. ``compact`` says what is kept of a tap; None: all of it. ``first_position``
-    is that of the first token in the rotary tables.
+    is that of the first token in the rotary tables. The last ``decode`` tokens were given one by one, from the cache.
     """
 
     reference: Reference
@@ -98,6 +109,7 @@ class Request:
     noise: tuple[str, ...]
     compact: Compact | None = None
     first_position: int = 0
+    decode: int = 0
 
     @property
     def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -107,7 +119,9 @@ class Request:
     def arrays(self) -> dict[str, StoredShape]:
         """Every array that this request makes: taps by full name in order of execution, each followed by its noise."""
         batch, tokens = len(self.tokens), len(self.tokens[0])
-        return stored_arrays(self.config, self.layers, self.noise, self.compact, batch=batch, tokens=tokens)
+        return stored_arrays(
+            self.config, self.layers, self.noise, self.compact, batch=batch, tokens=tokens, decode=self.decode
+        )
 
     def keep(self, taken: Mapping[str, Array]) -> dict[str, Array]:
         """What is stored of taps and noises, by stored name. ``taken`` has them whole, by full name."""
@@ -131,6 +145,7 @@ class Request:
             "tokens": [list(row) for row in self.tokens],
             "text": None if self.text is None else list(self.text),
             "first_position": self.first_position,
+            "decode": self.decode,
             "layers": list(self.layers),
             "noise": list(self.noise),
             "compact": None if self.compact is None else self.compact.to_json(),
@@ -155,7 +170,8 @@ class Request:
             config=config,
             tokens=tokens,
             text=None if text is None else _strings(text, len(document["tokens"])),
-            first_position=_position(document["first_position"], config.max_position_embeddings - len(tokens[0])),
+            first_position=_count(document, "first_position", config.max_position_embeddings - len(tokens[0])),
+            decode=_count(document, "decode", len(tokens[0]) - 1),
             layers=_layers(document["layers"], config.num_hidden_layers),
             noise=_noise(document["noise"]),
             compact=None if compact is None else _compact_form(compact, len(tokens[0])),
@@ -313,9 +329,10 @@ def _strings(value: object, count: int) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _position(value: object, last: int) -> int:
-    if type(value) is not int or not 0 <= value <= last:
-        raise ValueError(f"first_position: expected a number from 0 to {last}, found {_shown(value)}")
+def _count(document: Mapping[str, Any], key: str, most: int) -> int:
+    value = document[key]
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{key}: expected a number from 0 to {most}, found {_shown(value)}")
     return value
 
 

@@ -48,14 +48,15 @@ def plan(
     compact: Compact | None,
     batch: int,
     tokens: int,
+    decode: int = 0,
 ) -> Plan:
-    """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens.
+    """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens, the last ``decode`` one by one.
 
     ``resolution`` covers every layer that runs.
     """
     names = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     taps: dict[int | None, int] = defaultdict(int)
-    for array in _stored(config, layers, noise, None, batch=batch, tokens=tokens):
+    for array in _stored(config, layers, noise, None, batch=batch, tokens=tokens, decode=decode):
         taps[array.layer] += array.nbytes
     weights: dict[int | None, int] = defaultdict(int)
     for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
@@ -70,7 +71,7 @@ def plan(
     return Plan(
         bytes_read=sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
         bytes_written=sum(
-            array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens)
+            array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)
         ),
         bytes_whole=sum(taps.values()),
         memory=_BASE_BYTES + max(working, 2 * wide * taps[None]),
@@ -78,10 +79,17 @@ def plan(
 
 
 def _stored(
-    config: Config, layers: Sequence[int], noise: Sequence[str], compact: Compact | None, *, batch: int, tokens: int
+    config: Config,
+    layers: Sequence[int],
+    noise: Sequence[str],
+    compact: Compact | None,
+    *,
+    batch: int,
+    tokens: int,
+    decode: int,
 ) -> list[StoredShape]:
     """Every array that is written."""
-    arrays = stored_arrays(config, layers, noise, compact, batch=batch, tokens=tokens)
+    arrays = stored_arrays(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)
     aliases = expected_aliases(layers, arrays)
     return [array for name, array in arrays.items() if name not in aliases]
 

@@ -46,6 +46,7 @@ def record(
     noise: Iterable[str] = tuple(RUN_DTYPES),
     compact: Compact | None = None,
     first_position: int = 0,
+    decode: int = 0,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
@@ -63,6 +64,7 @@ def record(
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
         noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more.
         first_position: of the first token in the rotary tables; checks far positions without the tokens before.
+        decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
         compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
@@ -85,6 +87,8 @@ def record(
             raise UsageError(f"first position {first_position}: expected 0 or more")
         room = config.max_position_embeddings - first_position
         ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=room)
+        if not 0 <= decode < ids.shape[1]:
+            raise UsageError(f"--decode {decode}: the prompt has {ids.shape[1]} tokens, so 0 to {ids.shape[1] - 1}")
         measured = _noise_dtypes(noise)
         resolution = _resolve(checkpoint, config, max(wanted))
         batch, length = ids.shape
@@ -97,6 +101,7 @@ def record(
             compact=compact,
             batch=batch,
             tokens=length,
+            decode=decode,
         )
         announce(planned)
         progress("hashing the source")
@@ -110,11 +115,12 @@ def record(
             noise=measured,
             compact=compact,
             first_position=first_position,
+            decode=decode,
         )
         with golden_writer(out, request) as writer:
             check_space(out, planned.bytes_written - writer.bytes_written)
             model = streamed.StreamedModel(
-                checkpoint, config, resolution, ids, noise=measured, first_position=first_position
+                checkpoint, config, resolution, ids, noise=measured, first_position=first_position, decode=decode
             )
             _run(model, writer, request, progress)
             return writer.publish()
@@ -166,8 +172,8 @@ def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress:
     config, wanted = request.config, request.layers
     batch, tokens = request.token_array.shape
     expected: dict[int | None, dict[str, Any]] = {}
-    for _, tap, layer in expected_taps(config, wanted):
-        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens)
+    for _, tap, layer in expected_taps(config, wanted, decode=request.decode):
+        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens, decode=request.decode)
         expected.setdefault(layer, {})[tap.name] = (DTYPES[tap.values], shape)
     progress("embedding")
     embedded = model.embed()

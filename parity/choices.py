@@ -11,6 +11,7 @@ Any other difference is a failure: no rounding explains it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ class Scores:
     floor: Floor
     ours: Array | None = None
     visible: Array | None = None
+
+    def at(self, rows: Sequence[int]) -> Scores:
+        """Those of some tokens."""
+        picked = (None if part is None else part[:, rows] for part in (self.golden, self.ours, self.visible))
+        golden, ours, visible = picked
+        return Scores(golden, self.floor.at(rows), ours, visible)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

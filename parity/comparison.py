@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
-from dsv4_convert.taps import Tap, Values, by_name, full_name, taps_of
+from dsv4_convert.taps import Tap, Values, by_name, full_name, is_state, taps_of
 from golden.archive import Golden, View
-from golden.layout import DTYPES
+from golden.layout import DTYPES, calls, rows_of
 from golden.noise import Mode
 from parity.choices import Scores, compare_choices
 from parity.floor import Floor, floor_of, row_sizes
@@ -24,12 +25,24 @@ from parity.tolerances import LIMITS, UNIT
 Array = np.ndarray[Any, Any]
 
 
-class Comparison:
-    """Compares what a model in ``dtype`` gives with a golden and its noise floor of that dtype."""
+class Phase(StrEnum):
+    """The tokens of a golden that are compared, where some were given one by one."""
 
-    def __init__(self, golden: Golden, dtype: str) -> None:
+    PREFILL = "prefill"
+    #: And the state that the first of them starts from.
+    DECODE = "decode"
+
+
+class Comparison:
+    """Compares what a model in ``dtype`` gives with a golden and its noise floor of that dtype.
+
+    ``phase``: the tokens that are compared, None for all.
+    """
+
+    def __init__(self, golden: Golden, dtype: str, phase: Phase | None = None) -> None:
         self.golden = golden
         self.dtype = dtype
+        self._phase = phase
         self._config = golden.config
 
     def judge(self, taken: Taken, mode: Mode, names: Iterable[str], *, fed: bool = False) -> list[TapResult]:
@@ -41,7 +54,10 @@ class Comparison:
             UsageError: the golden does not carry the tap, or no noise floor of the dtype.
             BadInput: its bytes are not those that were recorded.
         """
-        return [self._one(name, taken, mode, fed=fed) for name in names if name in taken]
+        there = (name for name in names if name in taken)
+        if self._phase is Phase.PREFILL:
+            there = (name for name in there if not is_state(by_name(name)[0].name))
+        return [self._one(name, taken, mode, fed=fed) for name in there]
 
     def choices(self, layer: int) -> dict[str, Array]:
         """The golden's discrete choices in a layer by tap name within it; none if the layer was not recorded."""
@@ -85,6 +101,10 @@ class Comparison:
         parts = [view.values for view in other.views(name)]
         return self._real(name, parts, self.golden.views(name), Mode.CUMULATIVE)
 
+    def within_phase(self, name: str, part: Array, view: View) -> tuple[Array, View]:
+        """Of what the golden keeps of a tap, and the same part of ours, the rows that are compared."""
+        return _within(part, view, self._rows(name))
+
     def _recorded(self, layer: int | None) -> list[tuple[str, str]]:
         if layer is not None and layer not in self.golden.layers:
             return []
@@ -99,7 +119,13 @@ class Comparison:
             views = self.golden.views(name)
             return self._real(name, [view.of(found) for view in views], views, mode)
         scores = self._scores(tap, layer, taken, mode, fed=fed)
-        verdict, flips, reason = compare_choices(found, self.golden.read(name), scores, LIMITS)
+        rows = self._rows(name)
+        golden = self.golden.read(name)
+        if rows is not None and found.shape == golden.shape:
+            found, golden, scores = found[:, rows], golden[:, rows], None if scores is None else scores.at(rows)
+        verdict, flips, reason = compare_choices(found, golden, scores, LIMITS)
+        if flips is not None and flips.worst and rows is not None:
+            flips = dataclasses.replace(flips, worst=(flips.worst[0], rows[flips.worst[1]]))
         return TapResult(name=name, mode=mode, verdict=verdict, reason=reason, shape=found.shape, flips=flips)
 
     def _real(self, name: str, parts: Sequence[Array], views: Sequence[View], mode: Mode) -> TapResult:
@@ -108,6 +134,7 @@ class Comparison:
         floor = self.floor(name, views, mode) if math.prod(shape) else None
         results = []
         for part, view in zip(parts, views, strict=True):
+            part, view = self.within_phase(name, part, view)
             at = None if floor is None else floor.at(view.rows)
             verdict, distance, reason = compare(part, view.values, at, LIMITS)
             if distance is not None and view.rows is not None:
@@ -125,6 +152,16 @@ class Comparison:
                 )
             )
         return max(results, key=_share)
+
+    def _rows(self, name: str) -> list[int] | None:
+        """The rows of a tap that are compared; None for all."""
+        tap, layer = by_name(name)
+        if self._phase is None or is_state(tap.name):
+            return None
+        tokens = self.golden.tokens.shape[1]
+        first, last = calls(tokens, self.golden.decode)[0]
+        start, stop = (first, last) if self._phase is Phase.PREFILL else (last, tokens)
+        return list(rows_of(tap, self._config, layer, start, stop))
 
     def _scores(self, tap: Tap, layer: int | None, taken: Taken, mode: Mode, *, fed: bool) -> Scores | None:
         """What a choice was made by; None where it was made by table, or there is nothing to choose from."""
@@ -144,6 +181,17 @@ class Comparison:
             ours=ours if ours is not None and ours.shape == shape else None,
             visible=_visible(self._config, scores, layer, shape),
         )
+
+
+def _within(part: Array, view: View, rows: Sequence[int] | None) -> tuple[Array, View]:
+    """Those of ``rows`` that are there."""
+    if rows is None:
+        return part, view
+    kept = range(view.values.shape[1]) if view.rows is None else view.rows
+    wanted = set(rows)
+    places = [place for place, row in enumerate(kept) if row in wanted]
+    inside = dataclasses.replace(view, values=view.values[:, places], rows=tuple(kept[place] for place in places))
+    return part[:, places], inside
 
 
 def _share(result: TapResult) -> float:

@@ -28,13 +28,22 @@ def verdict(report: Report) -> str:
         return " ".join(parts)
     if not report.agrees:
         return "FAIL: nothing was compared."
-    how = f"{report.dtype}, {' and '.join(report.modes)}"
+    how = f"{report.dtype}, {' and '.join(report.modes)}{_steps(report)}"
     agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {how}{_largest(report)}"
     if not report.passed:
         return (
             f"FAIL: {agreement}, but the golden does not reach everything: {'; '.join(map(missed, report.unreached))}."
         )
     return f"PASS: {agreement}."
+
+
+def _steps(report: Report) -> str:
+    """Which tokens were compared, where some came one by one."""
+    if not report.decode:
+        return ""
+    one_by_one = f"the last {report.decode} tokens one by one" if report.decode > 1 else "the last token by itself"
+    only = {None: "", "prefill": "of which only those before were compared", "decode": "which alone were compared"}
+    return f", {one_by_one}{', ' if report.phase else ''}{only[report.phase]}"
 
 
 def missed(layer: LayerReach) -> str:

@@ -12,10 +12,14 @@ import numpy as np
 from flax import nnx
 
 from dsv4_convert.model.block import Block, Routed
+from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.mlp import mlp
 from dsv4_convert.model.model import embed, head
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.restore import Parameters, restore_block
+from dsv4_convert.taps import by_name, is_state
+from golden.layout import calls, rows_of
+from parity.state import state_after
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -35,14 +39,23 @@ class Forward:
     """
 
     def __init__(
-        self, weights: Parameters, tokens: Array, dtype: np.dtype[Any] = _FLOAT32, first_position: int = 0
+        self,
+        weights: Parameters,
+        tokens: Array,
+        dtype: np.dtype[Any] = _FLOAT32,
+        *,
+        first_position: int = 0,
+        decode: int = 0,
     ) -> None:
+        """``first_position`` is that of the first token in the rotary tables; the last ``decode`` tokens come one by
+        one, from the layer's cache."""
         self._weights = weights
         self._dtype = dtype
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         self._positions = jnp.broadcast_to(positions, tokens.shape)
+        self._calls = calls(tokens.shape[1], decode)
 
     def embed(self) -> tuple[Taken, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
@@ -63,12 +76,45 @@ class Forward:
     ) -> tuple[Taken, jax.Array]:
         """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
         graph, state = self._block(layer)
-        replace = {name: jnp.asarray(value) for name, value in (forced or {}).items()}
         entering = jnp.asarray(entering, self._dtype)
-        streams, routed, first = _to_experts(graph, state, entering, self._tokens, self._positions, replace)
-        output = self._experts(layer, routed)
-        leaving, second = _from_experts(graph, state, streams, routed, output, replace)
-        return _taken({**first, **second}, f"layers.{layer}."), leaving
+        config, kind = self._weights.config, self._weights.config.attention[layer]
+        batch, tokens = self._tokens.shape
+        cache = empty_layer(config, kind, batch, tokens, self._dtype) if len(self._calls) > 1 else None
+        # The state follows from taps that can be replaced themselves.
+        given = {name: value for name, value in (forced or {}).items() if not is_state(name)}
+        parts: dict[str, list[Array]] = {}
+        leaving, held = [], {}
+        for start, stop in self._calls:
+            now = slice(start, stop)
+            replace = {name: jnp.asarray(self._part(value, name, layer, now)) for name, value in given.items()}
+            past = None if cache is None else (cache, jnp.full(batch, start), jnp.full(batch, stop - start))
+            streams, routed, first, cache = _to_experts(
+                graph, state, entering[:, now], self._tokens[:, now], self._positions[:, now], replace, past
+            )
+            left, second = _from_experts(graph, state, streams, routed, self._experts(layer, routed), replace)
+            leaving.append(left)
+            for name, value in _taken({**first, **second}, "").items():
+                parts.setdefault(name, []).append(self._made(value, name, layer, now))
+            if start == 0 and cache is not None:
+                held = state_after(nnx.merge(graph, state).attn, cache, stop)
+        taken = {name: np.concatenate(values, axis=1) for name, values in parts.items()} | held
+        return {f"layers.{layer}.{name}": value for name, value in taken.items()}, jnp.concatenate(leaving, axis=1)
+
+    def _part(self, whole: Array, name: str, layer: int, now: slice) -> Array:
+        """What a call takes of a tap that is replaced; new entries are filled up to as many as it may make."""
+        tap, _ = by_name(f"layers.{layer}.{name}")
+        rows = rows_of(tap, self._weights.config, layer, now.start, now.stop)
+        part = whole[:, rows.start : rows.stop]
+        if len(self._calls) == 1 or tap.shape.split()[1] == "S":
+            return part
+        ratio = self._weights.config.ratio(self._weights.config.attention[layer])
+        missing = -(-(now.stop - now.start) // ratio) - len(rows)
+        return np.pad(part, [(0, 0), (0, missing), *((0, 0) for _ in part.shape[2:])])
+
+    def _made(self, value: Array, name: str, layer: int, now: slice) -> Array:
+        """The rows of a tap that a call made: of entries those of complete blocks."""
+        tap, _ = by_name(f"layers.{layer}.{name}")
+        return value[:, : len(rows_of(tap, self._weights.config, layer, now.start, now.stop))]
 
     def head(self, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None) -> Taken:
         """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
@@ -130,12 +176,13 @@ def _to_experts(
     token_ids: jax.Array,
     positions: jax.Array,
     forced: dict[str, jax.Array],
-) -> tuple[jax.Array, Routed, dict[str, jax.Array]]:
+    past: tuple[LayerCache, jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, Routed, dict[str, jax.Array], LayerCache | None]:
     """The attention half, and the expert half up to the routing."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, forced)
-    streams, _ = block.attend(taps("input", streams), positions, taps)
-    return streams, block.route(streams, token_ids, taps), taps.values
+    streams, cache = block.attend(taps("input", streams), positions, taps, None if past is None else Past(*past))
+    return streams, block.route(streams, token_ids, taps), taps.values, cache
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.archive import Form, View
+from golden.archive import View
 
 Array = np.ndarray[Any, Any]
 
@@ -51,9 +51,9 @@ def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsCompariso
 
     Of a compact golden that is some positions; None where it keeps none. Computed in float64, row by row.
     """
-    if golden.form is Form.SKETCH:
-        return None
     rows = range(tokens.shape[1]) if golden.rows is None else golden.rows
+    if golden.sketched is not None or not rows:
+        return None
     positions = []
     overlap = 0
     k = min(TOP, found.shape[-1])

@@ -102,9 +102,14 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what."""
+    """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what.
+
+    ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
+    """
 
     modes: tuple[Mode, ...]
+    decode: int
+    phase: str | None
     dtype: str
     limits: Limits
     layers: tuple[int, ...]
@@ -157,6 +162,8 @@ class Report:
             "first_diverging": None if first is None else first.name,
             "first_wrong_operation": None if wrong is None else wrong.name,
             "modes": [mode.value for mode in self.modes],
+            "decode": self.decode,
+            "phase": self.phase,
             "dtype": self.dtype,
             "limits": dataclasses.asdict(self.limits),
             "layers": list(self.layers),

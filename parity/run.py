@@ -17,12 +17,12 @@ from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.names import check_layers
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import Parameters, Weights
-from dsv4_convert.taps import full_name, select, taps_of
+from dsv4_convert.taps import full_name, select, state_of, taps_of
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode
 from golden.reach import reach
-from parity.comparison import Comparison
+from parity.comparison import Comparison, Phase
 from parity.descent import blame_first, descend
 from parity.forward import Forward, Taken
 from parity.logits import LogitsComparison, compare_logits
@@ -44,6 +44,7 @@ def run(
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
     modes: Sequence[Mode] | None = None,
+    phase: Phase | None = None,
     dtype: str = "float32",
     against: Path | None = None,
     require_reach: bool = False,
@@ -59,6 +60,7 @@ def run(
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative where the golden is compact and holds no
             inputs of layers.
+        phase: of a golden whose last tokens came one by one, the tokens to compare; None for all.
         dtype: of weights and activations, float32 or bfloat16.
         against: the published checkpoint; the weights of wrong operations are compared with it.
         require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
@@ -88,6 +90,7 @@ def run(
         layers=wanted,
         taps=taps,
         modes=modes,
+        phase=phase,
         dtype=dtype,
         against=published,
         require_reach=require_reach,
@@ -103,6 +106,7 @@ def compare_model(
     layers: Iterable[int] | None = None,
     taps: Iterable[str] = (),
     modes: Sequence[Mode] | None = None,
+    phase: Phase | None = None,
     dtype: str = "float32",
     against: PublishedWeights | None = None,
     require_reach: bool = False,
@@ -112,17 +116,21 @@ def compare_model(
     """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
     if dtype not in UNIT:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}")
+    if phase is Phase.DECODE and not golden.decode:
+        raise UsageError(f"{golden.path}: all tokens at once; record one with `dsv4 golden record --decode N`")
     ordered = _modes(golden, modes)
     config = golden.config
     chosen = check_layers(config, layers)
     _check_recorded(golden, chosen)
-    names = _names(config, chosen, model_level=layers is None)
-    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress)
+    names = _names(config, chosen, model_level=layers is None, state=golden.decode > 0)
+    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress, phase)
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
     running.forward(needed)
     return Report(
         modes=ordered,
+        decode=golden.decode,
+        phase=None if phase is None else phase.value,
         dtype=dtype,
         limits=LIMITS,
         layers=chosen,
@@ -153,6 +161,7 @@ class _Run:
         wanted: Sequence[str],
         against: PublishedWeights | None,
         progress: Progress,
+        phase: Phase | None,
     ) -> None:
         self._weights = weights
         self._golden = golden
@@ -160,8 +169,14 @@ class _Run:
         self._wanted = wanted
         self._against = against
         self._progress = progress
-        self._comparison = Comparison(golden, dtype)
-        self._model = Forward(weights, golden.tokens, jnp.dtype(dtype), golden.manifest.request.first_position)
+        self._comparison = Comparison(golden, dtype, phase)
+        self._model = Forward(
+            weights,
+            golden.tokens,
+            jnp.dtype(dtype),
+            first_position=golden.manifest.request.first_position,
+            decode=golden.decode,
+        )
         self._streams: Any = None
         self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self.descents: list[Descent] = []
@@ -187,7 +202,8 @@ class _Run:
             self._head(list(needed))
 
     def _wants(self, layer: int | None) -> bool:
-        return any(full_name(tap, layer) in self._wanted for tap in taps_of(self._config, layer))
+        every = (*taps_of(self._config, layer), *(() if layer is None else state_of(self._config, layer)))
+        return any(full_name(tap, layer) in self._wanted for tap in every)
 
     def _wants_head(self) -> bool:
         return any(full_name(tap, None) in self._wanted for tap in taps_of(self._config, None) if tap.name != "embed")
@@ -237,7 +253,9 @@ class _Run:
             isolated = mode is Mode.ISOLATED
             taken = self._model.head(self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams)
             failed |= self._judge(taken, mode)
-            self.logits = compare_logits(taken["logits"], self._golden.views("logits")[-1], self._golden.tokens)
+            view = self._golden.views("logits")[-1]
+            _, view = self._comparison.within_phase("logits", view.of(taken["logits"]), view)
+            self.logits = compare_logits(taken["logits"], view, self._golden.tokens)
         if failed or any(
             result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
         ):
@@ -281,10 +299,14 @@ class _Run:
         )
 
 
-def _names(config: Config, layers: Iterable[int], *, model_level: bool) -> list[str]:
-    """Full names of every tap of the chosen layers, in order of execution."""
+def _names(config: Config, layers: Iterable[int], *, model_level: bool, state: bool) -> list[str]:
+    """Full names of every tap of the chosen layers, in order of execution; ``state``: of what they keep too."""
     outer = [full_name(tap, None) for tap in taps_of(config, None)] if model_level else []
-    inner = [full_name(tap, layer) for layer in layers for tap in taps_of(config, layer)]
+    inner = [
+        full_name(tap, layer)
+        for layer in layers
+        for tap in (*taps_of(config, layer), *(state_of(config, layer) if state else ()))
+    ]
     return outer[:1] + inner + outer[1:]
 
 

@@ -34,6 +34,9 @@ def record(
     first_position: Annotated[
         int, typer.Option(help="Rotary position of the first token: far positions, without the tokens before.")
     ] = 0,
+    decode: Annotated[
+        int, typer.Option(help="Give the last N tokens of the prompt one by one, from the reference's cache.")
+    ] = 0,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
     noise: Annotated[
         str,
@@ -73,6 +76,7 @@ def record(
             text=None if text is None else [text],
             layers=chosen,
             first_position=first_position,
+            decode=decode,
             noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
             compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             name=origin.repository,
@@ -147,6 +151,7 @@ def show(
         "source": dataclasses.asdict(opened.manifest.request.source),
         "tokens": list(opened.tokens.shape),
         "first_position": opened.manifest.request.first_position,
+        "decode": opened.decode,
         "layers": list(opened.layers),
         "noise": list(opened.manifest.request.noise),
         "compact": None if opened.compact is None else opened.compact.to_json(),
@@ -155,7 +160,7 @@ def show(
         "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
-        for key in ("reference", "source", "tokens", "first_position", "layers", "noise", "compact", "bytes"):
+        for key in ("reference", "source", "tokens", "first_position", "decode", "layers", "noise", "compact", "bytes"):
             typer.echo(f"{key:<14} {document[key]}")
         typer.echo(f"{'taps':<14} {len(opened.names)}")
         for layer in reached:

@@ -34,6 +34,14 @@ def parity(
             "and cumulative with a compact golden.",
         ),
     ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[prefill|decode]",
+            help="Of a golden whose last tokens came one by one (golden record --decode): compare only the tokens "
+            "before, or only these and the state that they start from. Both, if not given.",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -72,6 +80,7 @@ def parity(
     layers = parse_layers(layer)
     from golden.noise import MODES, Mode
     from golden.tokens import token_decoder
+    from parity.comparison import Phase
     from parity.explain import verdict
     from parity.render import render
     from parity.run import run
@@ -86,6 +95,7 @@ def parity(
             layers=layers,
             taps=taps or (),
             modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
+            phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
             dtype=dtype,
             against=against,
             require_reach=require_reach,

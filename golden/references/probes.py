@@ -39,9 +39,19 @@ def _heads_first(value: Tensor, shape: Shape) -> Tensor:
     return value.transpose(1, 2)
 
 
-def _one_head(value: Tensor, shape: Shape) -> Tensor:
-    """``[B, 1, S or more, C] -> [B, S, C]``: in the joint key, compressed entries come after the S window entries."""
-    return value[:, 0, : shape[1]]
+def _window_keys(value: Tensor, shape: Shape, *, before: int = 0) -> Tensor:
+    """``[B, 1, X, C] -> [B, S, C]``: in the joint key, kept ones come before the S new ones, entries after them."""
+    return value[:, 0, before : before + shape[1]]
+
+
+def _newest(value: Tensor, shape: Shape) -> Tensor:
+    """``[B, X, C] -> [B, T, C]``: entries of earlier calls come before the T new ones."""
+    return value[:, value.shape[1] - shape[1] :]
+
+
+def _newest_of_one_head(value: Tensor, shape: Shape) -> Tensor:
+    """``[B, 1, X, C] -> [B, T, C]``."""
+    return _newest(value[:, 0], shape)
 
 
 def _split_channels(value: Tensor, shape: Shape) -> Tensor:
@@ -133,9 +143,9 @@ LAYER_PROBES: dict[str, Probe] = {
     "attn.q_rope": Attention(_ATTN, "query", _heads_first),
     "attn.wkv": Output(f"{_ATTN}.kv_proj"),
     "attn.kv_norm": Output(f"{_ATTN}.kv_norm"),
-    "attn.kv_rope": Attention(_ATTN, "key", _one_head),
-    **_compressor("attn.compressor", _COMPRESSOR, Output(_COMPRESSOR, 0, _one_head)),
-    **_compressor("attn.indexer.compressor", _INDEXER, Input(f"{_INDEXER}.scorer", 1)),
+    "attn.kv_rope": Attention(_ATTN, "key", _window_keys),
+    **_compressor("attn.compressor", _COMPRESSOR, Output(_COMPRESSOR, 0, _newest_of_one_head)),
+    **_compressor("attn.indexer.compressor", _INDEXER, Input(f"{_INDEXER}.scorer", 1, _newest)),
     "attn.indexer.q_rope": Input(f"{_INDEXER}.scorer", 0),
     "attn.indexer.weights_proj": Output(f"{_INDEXER}.scorer.weights_proj"),
     "attn.indexer.scores": Output(f"{_INDEXER}.scorer"),
@@ -156,6 +166,13 @@ LAYER_PROBES: dict[str, Probe] = {
     "ffn": Output("mlp"),
     "hc_ffn.streams": Output(""),
 }
+
+
+def layer_probes(before: int) -> Mapping[str, Probe]:
+    """:data:`LAYER_PROBES` of a call that continues a prompt, with ``before`` keys kept of the tokens before."""
+    key = Attention(_ATTN, "key", partial(_window_keys, before=before))
+    return LAYER_PROBES if not before else LAYER_PROBES | {"attn.kv_rope": key}
+
 
 #: Taps after the layers, by module path within ``DeepseekV4Model``; ``lm_head`` stands beside that.
 HEAD_PROBES: dict[str, Probe] = {

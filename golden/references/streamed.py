@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DeepseekV4Config
+from transformers import DeepseekV4Config, DynamicCache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
@@ -30,10 +30,13 @@ from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.names import Kind
+from dsv4_convert.taps import by_name, is_state
+from golden.layout import calls, joined, part_of, part_shape, rows_of
 from golden.manifest import Reference
 from golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise
 from golden.references.precision import CHOICES, TORCH, as_array, as_tensor, change_dtype, choosing, widened
-from golden.references.probes import HEAD_PROBES, LAYER_PROBES, Expected, Probe, recording
+from golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
+from golden.references.state import state_after
 
 Array = np.ndarray[Any, Any]
 
@@ -63,10 +66,26 @@ State = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What a forward in one dtype is given beside streams and weights."""
+    """What one call of a layer in one dtype is given beside streams, weights and cache."""
 
+    ids: Tensor
+    positions: Tensor
     mask: Tensor
     angles: dict[str, tuple[Tensor, Tensor]]
+
+
+#: One call of a part of the model: the dtype of the run, streams, number of the call, cache.
+_Forward = Callable[[str, Tensor, int, DynamicCache | None], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A layer (None: the head): its module, a call of it, and what changes its dtype to that of a run."""
+
+    module: nn.Module
+    layer: int | None
+    forward: _Forward
+    convert: Callable[[str], None]
 
 
 class StreamedModel:
@@ -84,6 +103,7 @@ class StreamedModel:
         *,
         noise: Sequence[str] = (),
         first_position: int = 0,
+        decode: int = 0,
     ) -> None:
         """Prepare masks and rotary tables; no weight is read.
 
@@ -95,6 +115,7 @@ class StreamedModel:
             noise: dtypes whose noise floor is measured.
             first_position: of the first token in the rotary tables. Everything else counts tokens from 0, so that the
                 prompt stands there without any token before it.
+            decode: how many of the last tokens come one by one, from the reference's own cache.
 
         Raises:
             Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
@@ -110,23 +131,36 @@ class StreamedModel:
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
         _check_agreement(self._hf, self._rotary, config)
         self._rotary.register_forward_pre_hook(partial(_moved, first_position), with_kwargs=True)
-        self._positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+        self._calls = calls(tokens.shape[1], decode)
         self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
 
-    def _prepare(self, dtype: torch.dtype) -> _Given:
-        like_embeddings = torch.empty(*self._ids.shape, 1, dtype=dtype)  # only its batch, length and dtype matter
-        mask = create_sliding_window_causal_mask(
-            config=self._hf,
-            inputs_embeds=like_embeddings,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=self._positions,
-        )
-        angles = {
-            label: self._rotary(like_embeddings, position_ids=self._positions, layer_type=label)
-            for label in ("main", "compress")
-        }
-        return _Given(mask, angles)
+    def _cache(self) -> DynamicCache | None:
+        """An empty cache of the reference, where tokens come one by one."""
+        return DynamicCache(config=self._hf) if len(self._calls) > 1 else None
+
+    def _prepare(self, dtype: torch.dtype) -> list[_Given]:
+        """What every call is given, as the reference's own model makes it."""
+        seen, given = self._cache(), []
+        for start, stop in self._calls:
+            ids, positions = self._ids[:, start:stop], torch.arange(start, stop).unsqueeze(0)
+            like_embeddings = torch.empty(*ids.shape, 1, dtype=dtype)  # only its batch, length and dtype matter
+            mask = create_sliding_window_causal_mask(
+                config=self._hf,
+                inputs_embeds=like_embeddings,
+                attention_mask=None,
+                past_key_values=seen,
+                position_ids=positions,
+            )
+            angles = {
+                label: self._rotary(like_embeddings, position_ids=positions, layer_type=label)
+                for label in ("main", "compress")
+            }
+            given.append(_Given(ids, positions, mask, angles))
+            if seen is not None:  # a mask depends on how many tokens were seen, not on what they were
+                keys = torch.zeros(ids.shape[0], 1, ids.shape[1], 1)
+                for layer in range(self._config.num_hidden_layers):
+                    seen.update(keys, keys, layer)
+        return given
 
     @torch.no_grad()
     def embed(self) -> Taken:
@@ -159,15 +193,15 @@ class StreamedModel:
         prefix = f"model.layers.{layer}."
         self._fill(module, (leaf for leaf in leaves if not leaf.rule.per_expert), prefix)
 
-        def forward(run: str, streams: Tensor) -> Tensor:
-            given = self._given[run]
+        def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
+            given = self._given[run][call]
             result: Tensor = module(
                 streams,
-                input_ids=self._ids,
+                input_ids=given.ids,
                 position_embeddings=given.angles,
-                position_ids=self._positions,
+                position_ids=given.positions,
                 attention_mask=given.mask,
-                past_key_values=None,
+                past_key_values=cache,
             )
             return result
 
@@ -176,7 +210,7 @@ class StreamedModel:
             for stack in experts:
                 stack.dtype = TORCH[run]
 
-        return self._run(module, LAYER_PROBES, forward, convert, state, expected)
+        return self._run(_Part(module, layer, forward, convert), state, expected)
 
     @torch.no_grad()
     def run_head(self, state: State, expected: Expected) -> Taken:
@@ -190,7 +224,7 @@ class StreamedModel:
         self._fill(root, [self._leaf(name) for name in names], "model.")
         leaf = self._leaf("head")
 
-        def forward(run: str, streams: Tensor) -> Tensor:
+        def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
             normed = norm(hc_head(streams))
             starts = range(0, self._config.vocab_size, HEAD_ROWS)
             rows = (self._floats(leaf, leaf.sources[0], rows=slice(start, start + HEAD_ROWS)) for start in starts)
@@ -198,39 +232,23 @@ class StreamedModel:
             result: Tensor = head(torch.cat(products, dim=-1))
             return result
 
-        _, taken = self._run(
-            root, HEAD_PROBES, forward, lambda run: change_dtype(root, "model.", TORCH[run]), state, expected
-        )
+        convert = partial(_converted, root)
+        _, taken = self._run(_Part(root, None, forward, convert), state, expected)
         return taken
 
-    def _run(
-        self,
-        module: nn.Module,
-        probes: Mapping[str, Probe],
-        forward: Callable[[str, Tensor], Tensor],
-        convert: Callable[[str], None],
-        state: State,
-        expected: Expected,
-    ) -> tuple[State, Taken]:
-        """The golden's run, then those that measure its noise. ``convert`` changes the module's dtype."""
-        with recording(module, probes, expected) as taps:
-            leaving = {_GOLDEN: forward(_GOLDEN, as_tensor(state[_GOLDEN])).numpy()}
-        choices = {name: taps[name] for name in expected if name in CHOICES}
-
-        def distance(name: str, value: Tensor) -> Array:
-            return row_noise(as_array(value if value.is_contiguous() else value.contiguous()), taps[name])
-
+    def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, Taken]:
+        """The golden's run, then those that measure its noise."""
+        streams, taps = self._pass(part, _GOLDEN, as_tensor(state[_GOLDEN]), expected)
+        leaving = {_GOLDEN: streams.numpy()}
         noise: dict[str, list[Array]] = {name: [] for name, (dtype, _) in expected.items() if dtype.kind == "f"}
         for run in self._noise.values():
-            convert(run)
+            part.convert(run)
             for mode in MODES:
                 entering = as_tensor(state[_GOLDEN if mode is Mode.ISOLATED else run]).to(TORCH[run])
                 with ExitStack() as stack:
                     if run == "float64":
                         stack.enter_context(widened(self._rotary))
-                    stack.enter_context(choosing(module, choices))
-                    found = stack.enter_context(recording(module, probes, expected, distance))
-                    streams = forward(run, entering)
+                    streams, found = self._pass(part, run, entering, expected, golden=taps)
                 if mode is Mode.CUMULATIVE:
                     leaving[run] = as_array(streams)
                 for name, rows in noise.items():
@@ -238,6 +256,54 @@ class StreamedModel:
         shape = (len(self._noise), len(MODES))
         stacked = {name: np.array(rows).reshape(*shape, *rows[0].shape) for name, rows in noise.items() if rows}
         return leaving, Taken(taps, stacked)
+
+    def _pass(
+        self, part: _Part, run: str, entering: Tensor, expected: Expected, golden: Mapping[str, Array] | None = None
+    ) -> tuple[Tensor, dict[str, Array]]:
+        """One run over all tokens, call by call: the streams that leave, and the taps.
+
+        With ``golden``, its taps, the run makes the golden's choices and gives, of every tap of real numbers, the row
+        noise. The head keeps nothing between calls, so it has one.
+        """
+        cache = self._cache() if part.layer is not None else None
+        every = self._calls if part.layer is not None else [(0, self._ids.shape[1])]
+        streams: list[Tensor] = []
+        found: dict[str, list[Array]] = {name: [] for name in expected if not is_state(name)}
+        held: dict[str, Array] = {}
+        for call, (start, stop) in enumerate(every):
+            places = {name: self._place(name, part.layer, start, stop) for name in found}
+            inside = {name: (expected[name][0], shape) for name, (_, shape) in places.items()}
+
+            before = min(start, self._config.sliding_window - 1)
+            probes = HEAD_PROBES if part.layer is None else layer_probes(before)
+            with ExitStack() as stack:
+                reduce = None
+                if golden is not None:
+                    choices = {name: part_of(golden[name], *places[name]) for name in found if name in CHOICES}
+                    stack.enter_context(choosing(part.module, choices))
+                    reduce = partial(_distance, golden, places)
+                taps = stack.enter_context(recording(part.module, probes, inside, reduce))
+                streams.append(part.forward(run, entering[:, start:stop], call, cache))
+            for name, value in taps.items():
+                found[name].append(value)
+            if call == 0 and cache is not None:
+                assert part.layer is not None
+                held = state_after(cache, part.layer, expected)
+        for name, value in held.items():
+            held[name] = value if golden is None else row_noise(value, golden[name])
+        whole = {
+            name: _joined_noise(parts) if golden is not None and expected[name][0].kind == "f"
+            else joined(parts, expected[name][1])
+            for name, parts in found.items()
+        }  # fmt: skip
+        return torch.cat(streams, dim=1), whole | held
+
+    def _place(self, name: str, layer: int | None, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
+        """The rows of a tap that a call makes, and the shape of what it makes."""
+        tap, _ = by_name(name if layer is None else f"layers.{layer}.{name}")
+        batch = self._ids.shape[0]
+        shape = part_shape(tap, self._config, layer, batch=batch, start=start, stop=stop)
+        return rows_of(tap, self._config, layer, start, stop), shape
 
     def _leaf(self, path: str) -> Leaf:
         return next(leaf for leaf in self._leaves if leaf.path == path)
@@ -299,6 +365,24 @@ class StreamedModel:
             if name is not None:
                 self._checkpoint.release(name)
         return out
+
+
+def _converted(root: nn.Module, run: str) -> None:
+    change_dtype(root, "model.", TORCH[run])
+
+
+def _distance(
+    golden: Mapping[str, Array], places: Mapping[str, tuple[range, tuple[int, ...]]], name: str, value: Tensor
+) -> Array:
+    """Row noise of what a call gives, which stands at its place in the golden's tap."""
+    return row_noise(
+        as_array(value if value.is_contiguous() else value.contiguous()), part_of(golden[name], *places[name])
+    )
+
+
+def _joined_noise(parts: Sequence[Array]) -> Array:
+    """The row noise of a tap, ``[2, B, S]``, of those of its parts."""
+    return np.concatenate(parts, axis=2)
 
 
 def _moved(

@@ -18,7 +18,7 @@ from parity.diff import diff
 from parity.metrics import Verdict
 from parity.run import compare_model
 
-TOKENS = np.random.default_rng(3).integers(0, 97, (1, 40)).astype(np.int32)
+TOKENS = np.random.default_rng(3).integers(0, 96, (1, 40)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,39 @@
+"""What our cache holds of one layer, as the taps of :data:`dsv4_convert.taps.STATE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_convert.model.attention import Attention
+from dsv4_convert.model.cache import Compressed, LayerCache
+from dsv4_convert.model.compressor import Compressor
+
+Array = np.ndarray[Any, Any]
+
+
+def state_after(attention: Attention, cache: LayerCache, tokens: int) -> dict[str, Array]:
+    """The taps of the state after ``tokens`` tokens of every prompt, by name within the layer."""
+    found = {"cache.window": cache.window[:, max(cache.window.shape[1] - tokens, 0) :]}
+    if attention.compressor is not None and cache.compressor is not None:
+        found |= _compressed("cache.compressor", attention.compressor, cache.compressor, tokens)
+    if attention.indexer is not None and cache.indexer is not None:
+        found |= _compressed("cache.indexer", attention.indexer.compressor, cache.indexer, tokens)
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def _compressed(path: str, compressor: Compressor, cache: Compressed, tokens: int) -> dict[str, Any]:
+    """Rows of the block that is not complete, and what the one before it has for it."""
+    end, ratio = cache.values.shape[1], compressor.ratio
+    pending = end - tokens % ratio
+    found = {f"{path}.values": cache.values[:, pending:], f"{path}.gates": cache.gates[:, pending:]}
+    if compressor.overlap:
+        width = cache.entries.shape[2]
+        rows = slice(pending - ratio if tokens >= ratio else pending, pending)
+        found[f"{path}.overlap_values"] = cache.values[:, rows, :width]
+        found[f"{path}.overlap_gates"] = (
+            cache.gates[:, rows].astype(jnp.float32) + compressor.ape[...][: rows.stop - rows.start]
+        )[..., :width]
+    return found

@@ -1,0 +1,177 @@
+"""Parity of decoding: the last tokens one by one, on the reference's cache and on ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import DeepseekV4ForCausalLM, DynamicCache
+from typer.testing import CliRunner
+
+from dsv4_convert.cli import app
+from dsv4_convert.errors import UsageError
+from dsv4_convert.model import attention, compressor
+from dsv4_convert.published import PublishedWeights
+from dsv4_convert.taps import full_name, state_of
+from golden.archive import Golden, open_golden
+from golden.compact import Compact
+from golden.noise import MODES
+from golden.recorder import record
+from golden.shrink import shrink
+from golden.synthetic import tiny_config, write_checkpoint
+from parity.comparison import Phase
+from parity.metrics import Verdict
+from parity.report import Report
+from parity.run import compare_model
+
+TOKENS, DECODE = 140, 21
+IDS = np.random.default_rng(4).integers(0, 96, (2, TOKENS)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoding") / "hf"
+    write_checkpoint(folder, tiny_config(), seed=0, form="bf16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """119 tokens at once, then 21: a block of HCA becomes complete among them, and those of CSA five times."""
+    return record(source, tmp_path_factory.mktemp("golden") / "golden", tokens=IDS, decode=DECODE)
+
+
+def _failing(report: Report) -> list[str]:
+    return [result.name for result in report.taps if result.verdict is Verdict.FAIL]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_step_agrees(source: Path, golden: Golden, dtype: str) -> None:
+    report = compare_model(PublishedWeights.open(source), golden, modes=MODES, dtype=dtype)
+    assert not _failing(report)
+    assert report.decode == DECODE
+    compared = {result.name for result in report.taps}
+    config = golden.config
+    state = {full_name(tap, layer) for layer in range(config.num_hidden_layers) for tap in state_of(config, layer)}
+    assert state
+    assert state <= compared
+
+
+def test_the_recording_is_the_whole_model_on_its_cache(source: Path, golden: Golden) -> None:
+    """Streams of every layer bit by bit, logits closely, as the reference's own model and cache give them."""
+    model = DeepseekV4ForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").float()
+    model.set_experts_implementation("eager")
+    streams: dict[int, list[Any]] = {layer: [] for layer in range(golden.config.num_hidden_layers)}
+    for layer, module in enumerate(model.model.layers):
+        module.register_forward_hook(lambda _, __, output, at=layer: streams[at].append(output.numpy().copy()))
+    cache = DynamicCache(config=model.config)
+    ids = torch.from_numpy(IDS.astype(np.int64))
+    first = TOKENS - DECODE
+    with torch.no_grad():
+        parts_of_ids = (ids[:, :first], *ids[:, first:].split(1, dim=1))
+        logits = [model(part, past_key_values=cache, use_cache=True).logits.numpy() for part in parts_of_ids]
+    for layer, parts in streams.items():
+        recorded = golden.read(f"layers.{layer}.hc_ffn.streams")
+        assert np.array_equal(np.concatenate(parts, axis=1), recorded)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), golden.read("logits"), atol=2e-6)
+
+
+def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
+    """What the reference's cache held is what its taps say of the tokens that it holds."""
+    first, config = TOKENS - DECODE, golden.config
+    for layer in range(1, 4):
+        ratio = config.ratio(config.attention[layer])
+        rows = slice(first - first % ratio, first)
+        pairs = {
+            "cache.window": golden.read(f"layers.{layer}.attn.kv_rope")[:, first - config.sliding_window + 1 : first],
+            "cache.compressor.values": golden.read(f"layers.{layer}.attn.compressor.wkv")[:, rows],
+            "cache.compressor.gates": golden.read(f"layers.{layer}.attn.compressor.wgate")[:, rows],
+        }
+        for name, expected in pairs.items():
+            assert expected.size
+            assert np.array_equal(golden.read(f"layers.{layer}.{name}"), expected), name
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    """Programs that were traced before a change of the code do not have it, nor may later ones."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("fresh_programs")
+@pytest.mark.parametrize(
+    ("change", "layer", "tap"),
+    [
+        ((attention, "latest", lambda rows, count, keep: rows[:, :keep]), 0, "cache.window"),
+        ((compressor, "latest", lambda rows, count, keep: jnp.roll(rows[:, -keep:], 1, axis=1)), 2,
+         "cache.compressor.values"),
+        ((compressor.Compressor, "_pool", "lead"), 1, "attn.compressor.pooled"),
+        ((attention, "complete_blocks", "late"), 2, "attn.context"),
+    ],
+    ids=["window never moves", "rows in another order", "overlap forgotten", "entries one step late"],
+)  # fmt: skip
+def test_a_fault_of_the_cache_shows_in_decoding_only(
+    source: Path, golden: Golden, monkeypatch: pytest.MonkeyPatch, change: tuple[Any, str, Any], layer: int, tap: str
+) -> None:
+    where, name, how = change
+    original = getattr(where, name)
+    faults: dict[Any, Callable[..., Any]] = {
+        # Whatever a prompt's first call did right: in the later ones the block before is taken for missing.
+        "lead": lambda self, values, gates, lead=None: original(
+            self, values, gates, None if lead is None else lead & (values.shape[1] > 3)
+        ),
+        "late": lambda token, ratio: original(token, ratio) if token.shape[1] > 1 else token // ratio,
+    }
+    monkeypatch.setattr(where, name, faults.get(how, how) if isinstance(how, str) else how)
+    weights = PublishedWeights.open(source)
+    report = compare_model(weights, golden, layers=[layer], modes=MODES[:1], phase=Phase.PREFILL)
+    assert not _failing(report)
+    report = compare_model(weights, golden, layers=[layer], modes=MODES[:1], phase=Phase.DECODE)
+    assert f"layers.{layer}.{tap}" in _failing(report)
+
+
+def test_a_compact_golden_of_decoding(source: Path, golden: Golden, tmp_path: Path) -> None:
+    made = shrink(golden, tmp_path / "compact", Compact.of([-1, 3], TOKENS))
+    again = record(source, tmp_path / "again", tokens=IDS, decode=DECODE, compact=Compact.of([-1, 3], TOKENS))
+    assert made.manifest == again.manifest
+    for phase in (None, *Phase):
+        report = compare_model(PublishedWeights.open(source), made, phase=phase)
+        assert not _failing(report)
+        assert report.count(Verdict.PASS) > 100
+
+
+def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Path) -> None:
+    plain = record(source, tmp_path / "golden", tokens=IDS[:, :9], noise=["float32"])
+    with pytest.raises(UsageError, match="golden record --decode"):
+        compare_model(PublishedWeights.open(source), plain, phase=Phase.DECODE)
+    for decode in (-1, 9):
+        with pytest.raises(UsageError, match="so 0 to 8"):
+            record(source, tmp_path / "none", tokens=IDS[:, :9], decode=decode)
+
+
+@pytest.mark.parametrize(("tokens", "decode"), [(2, 1), (9, 8), (18, 3), (131, 4)])
+def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens: int, decode: int) -> None:
+    """No block complete before, none at all, and one that becomes complete in the last step."""
+    short = record(source, tmp_path / "golden", tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
+    report = compare_model(PublishedWeights.open(source), open_golden(short.path), modes=MODES)
+    assert not _failing(report)
+
+
+def test_the_commands(source: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    out = str(tmp_path / "golden")
+    done = run(app, ["golden", "record", str(source), "--out", out, "--random", "20", "--decode", "6"])
+    assert done.exit_code == 0, done.output
+    assert "decode         6" in run(app, ["golden", "show", out]).output
+    done = run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "decode", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "the last 6 tokens one by one" in " ".join(done.output.split())
+    assert run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "later"]).exit_code == 2
