@@ -62,12 +62,9 @@ def plan(
     for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
         weights[leaf.layer] += math.prod(leaf.source_shape) * _FLOAT32_BYTES
     ran = [layer for layer in weights if layer is not None]
-    # In float64 weights and attention take twice the memory; its taps and differences stand beside the golden's.
+    # In float64 weights and attention take twice the memory, and so does what is compared with the golden's taps.
     wide = 2 if "float32" in noise else 1
-    working = max(
-        wide * (weights[layer] + batch * _attention(config, layer, tokens)) + (2 * wide - 1) * taps[layer]
-        for layer in ran
-    )
+    working = max(wide * (weights[layer] + batch * _attention(config, layer, tokens) + taps[layer]) for layer in ran)
     return Plan(
         bytes_read=sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
         bytes_written=sum(
