@@ -49,8 +49,11 @@ def plan(
     batch: int,
     tokens: int,
     decode: int = 0,
+    passes: int = 1,
 ) -> Plan:
     """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens, the last ``decode`` one by one.
+
+    The weights are read ``passes`` times.
 
     ``resolution`` covers every layer that runs.
     """
@@ -66,7 +69,7 @@ def plan(
     wide = 2 if "float32" in noise else 1
     working = max(wide * (weights[layer] + batch * _attention(config, layer, tokens) + taps[layer]) for layer in ran)
     return Plan(
-        bytes_read=sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
+        bytes_read=passes * sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
         bytes_written=sum(
             array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)
         ),

@@ -47,6 +47,7 @@ def record(
     compact: Compact | None = None,
     first_position: int = 0,
     decode: int = 0,
+    greedy: bool = False,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
@@ -66,6 +67,8 @@ def record(
         first_position: of the first token in the rotary tables; checks far positions without the tokens before.
         decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
         compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
+        greedy: the ``decode`` tokens come after the prompt, and are those that the reference likes best; every one of
+            them takes a pass through the whole model first.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
@@ -87,10 +90,12 @@ def record(
             raise UsageError(f"first position {first_position}: expected 0 or more")
         room = config.max_position_embeddings - first_position
         ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=room)
+        if greedy and decode > 0:  # places for the tokens that are to come
+            ids = check_tokens(np.pad(ids, ((0, 0), (0, decode))), vocab_size=config.vocab_size, max_length=room)
         if not 0 <= decode < ids.shape[1]:
             raise UsageError(f"--decode {decode}: the prompt has {ids.shape[1]} tokens, so 0 to {ids.shape[1] - 1}")
         measured = _noise_dtypes(noise)
-        resolution = _resolve(checkpoint, config, max(wanted))
+        resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if greedy else max(wanted))
         batch, length = ids.shape
         planned = plan(
             checkpoint,
@@ -102,8 +107,14 @@ def record(
             batch=batch,
             tokens=length,
             decode=decode,
+            passes=decode + 1 if greedy else 1,
         )
         announce(planned)
+        model = streamed.StreamedModel(
+            checkpoint, config, resolution, ids, noise=measured, first_position=first_position, decode=decode
+        )
+        if greedy:
+            ids = model.choose_tokens(progress)
         progress("hashing the source")
         request = Request(
             reference=streamed.describe(),
@@ -119,9 +130,6 @@ def record(
         )
         with golden_writer(out, request) as writer:
             check_space(out, planned.bytes_written - writer.bytes_written)
-            model = streamed.StreamedModel(
-                checkpoint, config, resolution, ids, noise=measured, first_position=first_position, decode=decode
-            )
             _run(model, writer, request, progress)
             return writer.publish()
 

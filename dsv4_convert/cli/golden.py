@@ -37,6 +37,12 @@ def record(
     decode: Annotated[
         int, typer.Option(help="Give the last N tokens of the prompt one by one, from the reference's cache.")
     ] = 0,
+    greedy: Annotated[
+        bool,
+        typer.Option(
+            "--greedy", help="With --decode: N tokens after the prompt, chosen by the reference, one pass each."
+        ),
+    ] = False,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
     noise: Annotated[
         str,
@@ -77,6 +83,7 @@ def record(
             layers=chosen,
             first_position=first_position,
             decode=decode,
+            greedy=greedy,
             noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
             compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             name=origin.repository,

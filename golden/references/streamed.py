@@ -165,14 +165,35 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self) -> Taken:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
-        (source,) = self._leaf("embed").sources
-        used, places = np.unique(self._ids.numpy(), return_inverse=True)
-        rows = decode_weight(self._checkpoint.read(source.weight)[used], None, dtype=_FLOAT32)
-        self._checkpoint.release(source.weight)
-        embedded = rows[places.reshape(self._ids.shape)]
+        embedded = self._embedded(self._ids)
         runs = {dtype: as_array(torch.from_numpy(embedded).to(TORCH[dtype])) for dtype in self._noise.values()}
         noise = [[row_noise(runs[run], embedded)] * len(MODES) for run in self._noise.values()]
         return Taken({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
+
+    def _embedded(self, ids: Tensor) -> Array:
+        (source,) = self._leaf("embed").sources
+        used, places = np.unique(ids.numpy(), return_inverse=True)
+        rows = decode_weight(self._checkpoint.read(source.weight)[used], None, dtype=_FLOAT32)
+        self._checkpoint.release(source.weight)
+        embedded: Array = rows[places.reshape(ids.shape)]
+        return embedded
+
+    @torch.no_grad()
+    def choose_tokens(self, progress: Callable[[str], None] = lambda _: None) -> Array:
+        """Replace the tokens that come one by one by those that the reference likes best: all tokens ``[B, S]``.
+
+        Every token takes one pass through all layers, whose weights are read again.
+        """
+        cache = self._cache()
+        for call, (start, stop) in enumerate(self._calls[:-1]):
+            progress(f"token {call + 1} of {len(self._calls) - 1}")
+            embedded = torch.from_numpy(self._embedded(self._ids[:, start:stop]))
+            streams = embedded[:, :, None].expand(-1, -1, self._config.hc_mult, -1).contiguous()
+            for layer in range(self._config.num_hidden_layers):
+                streams = self._layer(layer).forward(_GOLDEN, streams, call, cache)
+            logits = self._head().forward(_GOLDEN, streams[:, -1:], call, None)
+            self._ids[:, stop] = logits[:, -1].argmax(dim=-1)  # what the next call is given is a view of it
+        return self._ids.numpy()
 
     def spread(self, embedded: Taken) -> State:
         """The streams entering layer 0: the embedding in each of them."""
@@ -182,6 +203,10 @@ class StreamedModel:
     @torch.no_grad()
     def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, Taken]:
         """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
+        return self._run(self._layer(layer), state, expected)
+
+    def _layer(self, layer: int) -> _Part:
+        """The reference's module of a layer with its weights, in the golden's dtype."""
         with torch.device("meta"):
             module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
         leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
@@ -210,11 +235,16 @@ class StreamedModel:
             for stack in experts:
                 stack.dtype = TORCH[run]
 
-        return self._run(_Part(module, layer, forward, convert), state, expected)
+        return _Part(module, layer, forward, convert)
 
     @torch.no_grad()
     def run_head(self, state: State, expected: Expected) -> Taken:
         """The taps after the last layer, the logits among them."""
+        _, taken = self._run(self._head(), state, expected)
+        return taken
+
+    def _head(self) -> _Part:
+        """The reference's modules behind the last layer."""
         with torch.device("meta"):
             hc_head = modeling.DeepseekV4HyperHead(self._hf)
             norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
@@ -232,9 +262,7 @@ class StreamedModel:
             result: Tensor = head(torch.cat(products, dim=-1))
             return result
 
-        convert = partial(_converted, root)
-        _, taken = self._run(_Part(root, None, forward, convert), state, expected)
-        return taken
+        return _Part(root, None, forward, partial(_converted, root))
 
     def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, Taken]:
         """The golden's run, then those that measure its noise."""

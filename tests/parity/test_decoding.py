@@ -165,6 +165,16 @@ def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens:
     assert not _failing(report)
 
 
+def test_greedy_tokens_are_those_of_the_whole_model(source: Path, tmp_path: Path) -> None:
+    chosen = record(source, tmp_path / "golden", tokens=IDS[:, :30], decode=5, greedy=True, layers=[1], noise=[])
+    model = DeepseekV4ForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").float()
+    ids = torch.from_numpy(IDS[:, :30].astype(np.int64))
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert np.array_equal(chosen.tokens, model.generate(ids, max_new_tokens=5, **options).numpy())
+    assert chosen.decode == 5
+    assert chosen.layers == (1,)
+
+
 def test_the_commands(source: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     out = str(tmp_path / "golden")
