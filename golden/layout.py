@@ -106,6 +106,9 @@ def part_of(whole: Array, rows: range, shape: Sequence[int]) -> Array:
 def joined(parts: Sequence[Array], shape: Sequence[int]) -> Array:
     """The parts of a tap, one after the other. An entry that was not there yet has score 0, and is not chosen (-1)."""
 
+    if len(parts) == 1:  # all of it; not copied, since a tap may be large
+        return parts[0]
+
     def padded(part: Array) -> Array:
         missing = [size - have for size, have in zip(shape[2:], part.shape[2:], strict=True)]
         nothing = 0 if part.dtype.kind == "f" else -1

@@ -18,7 +18,7 @@ from dsv4_convert.model.model import embed, head
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.restore import Parameters, restore_block
 from dsv4_convert.taps import by_name, is_state
-from golden.layout import calls, rows_of
+from golden.layout import calls, joined, rows_of
 from parity.state import state_after
 
 Array = np.ndarray[Any, Any]
@@ -97,7 +97,7 @@ class Forward:
                 parts.setdefault(name, []).append(self._made(value, name, layer, now))
             if start == 0 and cache is not None:
                 held = state_after(nnx.merge(graph, state).attn, cache, stop)
-        taken = {name: np.concatenate(values, axis=1) for name, values in parts.items()} | held
+        taken = {name: joined(values, values[0].shape) for name, values in parts.items()} | held
         return {f"layers.{layer}.{name}": value for name, value in taken.items()}, jnp.concatenate(leaving, axis=1)
 
     def _part(self, whole: Array, name: str, layer: int, now: slice) -> Array:

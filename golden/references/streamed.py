@@ -301,7 +301,6 @@ class StreamedModel:
         for call, (start, stop) in enumerate(every):
             places = {name: self._place(name, part.layer, start, stop) for name in found}
             inside = {name: (expected[name][0], shape) for name, (_, shape) in places.items()}
-
             before = min(start, self._config.sliding_window - 1)
             probes = HEAD_PROBES if part.layer is None else layer_probes(before)
             with ExitStack() as stack:
