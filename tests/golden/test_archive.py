@@ -121,7 +121,7 @@ _TAP = "layers.1.attn.wq_a"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 3"),
+        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 4"),
         (lambda m: m.update(schema_version=True), "schema_version is True"),
         (lambda m: m.update(extra=1), "expected the entries"),
         (lambda m: m.pop("layers"), "expected the entries"),
@@ -143,6 +143,11 @@ _TAP = "layers.1.attn.wq_a"
         (lambda m: m["tokens"][0].__setitem__(0, 96), "ids below 96"),
         (lambda m: m["tokens"][0].__setitem__(0, True), "ids below 96"),
         (lambda m: m["tokens"].pop(), "expected"),
+        (lambda m: m.update(first_position=-1), "first_position: expected a number from 0 to 10"),
+        (lambda m: m.update(first_position=1024), "first_position: expected a number from 0 to 10"),
+        (lambda m: m.update(decode=True), "decode: expected a number from 0 to"),
+        (lambda m: m.update(decode=len(m["tokens"][0])), "decode: expected a number from 0 to"),
+        (lambda m: m.update(decode=1), "cache.window: missing"),
         (lambda m: m.update(text=["one"]), "one string per prompt"),
         (lambda m: m["config"].pop("hc_eps"), "config: .*hc_eps"),
         (lambda m: m["config"].update(q_lora_rank=8), f"{_TAP}: expected"),

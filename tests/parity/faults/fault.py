@@ -195,8 +195,8 @@ class _Tampered:
 class _FaultyForward(Forward):
     """The model, with a fault of config or code in one layer."""
 
-    def __init__(self, fault: Fault, weights: Held, tokens: Array, dtype: Any) -> None:
-        super().__init__(weights, tokens, dtype)
+    def __init__(self, fault: Fault, weights: Held, tokens: Array, dtype: Any, **options: Any) -> None:
+        super().__init__(weights, tokens, dtype, **options)
         self._fault = fault
         self._held = weights
 
