@@ -20,6 +20,10 @@ from dsv4_convert.generate import Generator, Sampling, _drawn
 from dsv4_convert.restore import Weights, restore_model
 from golden.synthetic import tiny_config, write_checkpoint
 
+#: The same for every test, so that the generator's two programs serve them all.
+NEW = 24
+PROMPTS = [np.random.default_rng(length).integers(2, 96, length).tolist() for length in (1, 13, 140)]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -46,30 +50,19 @@ def _reference(folder: Path, prompt: list[int], new_tokens: int) -> list[int]:
 
 def test_greedy_tokens_are_those_of_transformers(folders: tuple[Path, Path], generator: Generator) -> None:
     """Prompts of three lengths at once, each past the window in the end, against one prompt at a time."""
-    vocab = tiny_config()["vocab_size"]
-    rng = np.random.default_rng(1)
-    prompts = [rng.integers(0, vocab, length).tolist() for length in (1, 13, 140)]
-    found = generator(prompts, new_tokens=40)
-    for prompt, new in zip(prompts, found, strict=True):
-        assert new == _reference(folders[0], prompt, 40)
+    found = generator(PROMPTS, new_tokens=NEW)
+    for prompt, new in zip(PROMPTS, found, strict=True):
+        assert new == _reference(folders[0], prompt, NEW)
     assert len({tuple(new) for new in found}) == 3
 
 
-def test_prompts_together_are_prompts_alone(generator: Generator) -> None:
-    prompts = [[5], [9, 4, 7, 1, 2, 2, 8, 3, 1], list(range(1, 90)) * 2]
-    together = generator(prompts, new_tokens=12)
-    assert together == [generator([prompt], new_tokens=12)[0] for prompt in prompts]
-
-
 def test_a_stop_token_ends_its_prompt_only(generator: Generator) -> None:
-    prompts = [[5, 6, 7], [9, 4, 7, 1]]
-    free = generator(prompts, new_tokens=12)
-    stop = next(token for token in free[0] if token not in free[1])
+    free = generator(PROMPTS, new_tokens=NEW)
+    stop = next(token for token in free[0] if token not in free[1] + free[2])
     seen: list[tuple[int, int]] = []
-    found = generator(prompts, new_tokens=12, stop=[stop], on_token=lambda *new: seen.append(new))
-    assert found == [free[0][: free[0].index(stop) + 1], free[1]]
+    found = generator(PROMPTS, new_tokens=NEW, stop=[stop], on_token=lambda *new: seen.append(new))
+    assert found == [free[0][: free[0].index(stop) + 1], *free[1:]]
     assert [token for row, token in seen if row == 0] == found[0]
-    assert generator(prompts, new_tokens=0) == [[], []]
 
 
 def test_sampling_is_seeded_and_follows_the_distribution() -> None:
@@ -90,7 +83,7 @@ def test_sampling_is_seeded_and_follows_the_distribution() -> None:
 
 def test_the_same_seed_gives_the_same_text(generator: Generator) -> None:
     one, same, other = (
-        generator([[1, 2, 3]], new_tokens=20, sampling=Sampling(temperature=1, seed=seed)) for seed in (0, 0, 1)
+        generator(PROMPTS, new_tokens=NEW, sampling=Sampling(temperature=1, seed=seed)) for seed in (0, 0, 1)
     )
     assert one == same
     assert one != other
@@ -134,15 +127,16 @@ def test_the_command(folders: tuple[Path, Path], generator: Generator, tmp_path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    expected = generator([[3, 4], [5]], new_tokens=6)
+    expected = generator(PROMPTS, new_tokens=NEW)
+    ids = ";".join(",".join(map(str, prompt)) for prompt in PROMPTS)
+    texts = [part for prompt in PROMPTS for part in ("--prompt", " ".join(f"w{token}" for token in prompt))]
     run = CliRunner().invoke
-    done = run(app, ["generate", str(folders[1]), "--tokens", "3,4;5", "-n", "6"])
+    done = run(app, ["generate", str(folders[1]), "--tokens", ids, "-n", str(NEW)])
     assert done.exit_code == 0, done.output
     assert done.stdout.split() == [",".join(map(str, row)) for row in expected]
     done = run(
         app,
-        ["generate", str(folders[1]), "--prompt", "w3 w4", "--prompt", "w5", "--tokenizer", str(tmp_path), "-n", "6",
-         "--json", "-"],
+        ["generate", str(folders[1]), *texts, "--tokenizer", str(tmp_path), "-n", str(NEW), "--json", "-"],
     )  # fmt: skip
     outcome = json.loads(done.stdout)
     assert outcome["tokens"] == expected

@@ -30,7 +30,7 @@ from parity.metrics import Verdict
 from parity.report import Report
 from parity.run import compare_model
 
-TOKENS, DECODE = 140, 21
+TOKENS, DECODE = 131, 6
 IDS = np.random.default_rng(4).integers(0, 96, (2, TOKENS)).astype(np.int32)
 
 
@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def golden(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    """119 tokens at once, then 21: a block of HCA becomes complete among them, and those of CSA five times."""
+    """125 tokens at once, then 6: a block of HCA and one of CSA become complete among them."""
     return record(source, tmp_path_factory.mktemp("golden") / "golden", tokens=IDS, decode=DECODE)
 
 
@@ -140,9 +140,7 @@ def test_a_fault_of_the_cache_shows_in_decoding_only(
 
 def test_a_compact_golden_of_decoding(source: Path, golden: Golden, tmp_path: Path) -> None:
     made = shrink(golden, tmp_path / "compact", Compact.of([-1, 3], TOKENS))
-    again = record(source, tmp_path / "again", tokens=IDS, decode=DECODE, compact=Compact.of([-1, 3], TOKENS))
-    assert made.manifest == again.manifest
-    for phase in (None, *Phase):
+    for phase in Phase:
         report = compare_model(PublishedWeights.open(source), made, phase=phase)
         assert not _failing(report)
         assert report.count(Verdict.PASS) > 100
@@ -157,31 +155,33 @@ def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Pat
             record(source, tmp_path / "none", tokens=IDS[:, :9], decode=decode)
 
 
-@pytest.mark.parametrize(("tokens", "decode"), [(2, 1), (9, 8), (18, 3), (131, 4)])
+@pytest.mark.parametrize(("tokens", "decode"), [(2, 1), (9, 4)])
 def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens: int, decode: int) -> None:
-    """No block complete before, none at all, and one that becomes complete in the last step."""
+    """No block is complete at all; and one is, in the middle of the steps."""
     short = record(source, tmp_path / "golden", tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
     report = compare_model(PublishedWeights.open(source), open_golden(short.path), modes=MODES)
     assert not _failing(report)
 
 
 def test_greedy_tokens_are_those_of_the_whole_model(source: Path, tmp_path: Path) -> None:
-    chosen = record(source, tmp_path / "golden", tokens=IDS[:, :30], decode=5, greedy=True, layers=[1], noise=[])
+    chosen = record(source, tmp_path / "golden", tokens=IDS[:, :9], decode=3, greedy=True, layers=[1], noise=[])
     model = DeepseekV4ForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").float()
-    ids = torch.from_numpy(IDS[:, :30].astype(np.int64))
+    ids = torch.from_numpy(IDS[:, :9].astype(np.int64))
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert np.array_equal(chosen.tokens, model.generate(ids, max_new_tokens=5, **options).numpy())
-    assert chosen.decode == 5
+    assert np.array_equal(chosen.tokens, model.generate(ids, max_new_tokens=3, **options).numpy())
+    assert chosen.decode == 3
     assert chosen.layers == (1,)
 
 
 def test_the_commands(source: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     out = str(tmp_path / "golden")
-    done = run(app, ["golden", "record", str(source), "--out", out, "--random", "20", "--decode", "6"])
+    done = run(
+        app, ["golden", "record", str(source), "--out", out, "--random", "9", "--decode", "4", "--noise", "float32"]
+    )
     assert done.exit_code == 0, done.output
-    assert "decode         6" in run(app, ["golden", "show", out]).output
+    assert "decode         4" in run(app, ["golden", "show", out]).output
     done = run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "decode", "--quiet"])
     assert done.exit_code == 0, done.output
-    assert "the last 6 tokens one by one" in " ".join(done.output.split())
+    assert "the last 4 tokens one by one" in " ".join(done.output.split())
     assert run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "later"]).exit_code == 2

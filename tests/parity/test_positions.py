@@ -32,9 +32,9 @@ def _recorded(source: Path, out: Path, first_position: int) -> Golden:
     return record(source, out, tokens=TOKENS, noise=["float32"], first_position=first_position)
 
 
-@pytest.mark.parametrize("first", [65_521, 1_000_003, (1 << 20) - 40], ids=["65k", "1M", "last"])
+@pytest.mark.parametrize("first", [65_521, (1 << 20) - 40], ids=["65k", "last"])
 def test_far_positions_agree_and_near_ones_would_not(source: Path, tmp_path: Path, first: int) -> None:
-    """Around the end of the original context, around a million, and up to the last position that there is."""
+    """Around the end of the original context, and up to the last position that there is."""
     golden = _recorded(source, tmp_path / "golden", first)
     weights = PublishedWeights.open(source)
     report = compare_model(weights, golden, modes=MODES)

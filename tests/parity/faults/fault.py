@@ -225,6 +225,8 @@ class _FaultyForward(Forward):
             stack.enter_context(patch.object(owner, name, replacement))
         # Programs that were compiled before do not have the fault, and compiling each fault anew takes seconds.
         stack.enter_context(jax.disable_jit())
+        # And runs side by side, since a loop that is not compiled takes every run's operations one by one.
+        stack.enter_context(patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)))
         stack.enter_context(patch.object(forward_module, "_expert", _uncompiled_expert))
         return stack
 
