@@ -65,7 +65,14 @@ def golden(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest."""
     _install(session, *TEST, reference=True)
-    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "loadgroup")))
+    session.run("pytest", *(session.posargs or ("-n", "2")))
+
+
+@nox.session
+def large(session: nox.Session) -> None:
+    """A model of 4 GB from recording to parity in a quarter of that memory; takes two minutes and 13 GB of disk."""
+    _install(session, *TEST, reference=True)
+    session.run("pytest", "-m", "large", *session.posargs)
 
 
 @nox.session

@@ -17,8 +17,7 @@ import pytest
 
 from golden.synthetic import tiny_config, write_checkpoint
 
-#: One worker makes the model, not each.
-pytestmark = pytest.mark.xdist_group("streaming")
+pytestmark = pytest.mark.large
 
 CONFIG = tiny_config(
     hidden_size=1024,
