@@ -92,7 +92,7 @@ def token_decoder(where: Path | None, *, required: bool) -> Callable[[int], str]
         UsageError: the package ``tokenizers`` is missing, although a tokenizer is required.
         BadInput: the tokenizer is required and missing, or cannot be read.
     """
-    file = where / TOKENIZER_NAME if where is not None and where.is_dir() else where
+    file = None if where is None else tokenizer_file(where)
     if file is None or not (required or file.is_file()):
         return str
     try:
@@ -102,6 +102,11 @@ def token_decoder(where: Path | None, *, required: bool) -> Callable[[int], str]
             raise
         return str
     return lambda token: f"{token} {loaded.decode([token], skip_special_tokens=False)!r}"
+
+
+def tokenizer_file(where: Path) -> Path:
+    """``tokenizer.json``, given itself or the folder that should hold it."""
+    return where / TOKENIZER_NAME if where.is_dir() else where
 
 
 def _load_tokenizer(file: Path) -> Any:

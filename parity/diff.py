@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from dsv4_convert.errors import UsageError
 from golden.archive import Golden
 from parity.comparison import Comparison
@@ -58,6 +56,15 @@ class GoldenDiff:
         return not self.beyond and bool(self.equal + len(self.differing))
 
 
+#: What two goldens have to share, by field of their requests, in words.
+_SAME = {
+    "config": "architectures",
+    "tokens": "tokens",
+    "first_position": "positions",
+    "decode": "numbers of tokens one by one",
+}
+
+
 def diff(first: Golden, second: Golden) -> GoldenDiff:
     """Compare every tap of ``second`` with that of ``first``; both ran from the tokens, so errors may have added up.
 
@@ -66,10 +73,10 @@ def diff(first: Golden, second: Golden) -> GoldenDiff:
             floor of float32 and a tap differs.
         BadInput: an array is not the one that was recorded.
     """
-    places = [golden.manifest.request.first_position for golden in (first, second)]
-    if first.config != second.config or not np.array_equal(first.tokens, second.tokens) or places[0] != places[1]:
-        what = "architectures" if first.config != second.config else "tokens" if places[0] == places[1] else "positions"
-        raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
+    one, other = first.manifest.request, second.manifest.request
+    for field, what in _SAME.items():
+        if getattr(one, field) != getattr(other, field):
+            raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
     if first.compact is not None and second.compact is not None and first.compact != second.compact:
         raise UsageError(f"{first.path} and {second.path}: compact goldens of other positions, numbers or seed")
     if first.compact is None and second.compact is not None:

@@ -17,7 +17,7 @@ from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.names import check_layers
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import Parameters, Weights
-from dsv4_convert.taps import full_name, select, state_of, taps_of
+from dsv4_convert.taps import full_name, select, taps_of
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode
@@ -122,7 +122,7 @@ def compare_model(
     config = golden.config
     chosen = check_layers(config, layers)
     _check_recorded(golden, chosen)
-    names = _names(config, chosen, model_level=layers is None, state=golden.decode > 0)
+    names = _names(golden, chosen, model_level=layers is None)
     running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress, phase)
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
@@ -202,8 +202,7 @@ class _Run:
             self._head(list(needed))
 
     def _wants(self, layer: int | None) -> bool:
-        every = (*taps_of(self._config, layer), *(() if layer is None else state_of(self._config, layer)))
-        return any(full_name(tap, layer) in self._wanted for tap in every)
+        return any(name in self._wanted for name in self._golden.taps(layer))
 
     def _wants_head(self) -> bool:
         return any(full_name(tap, None) in self._wanted for tap in taps_of(self._config, None) if tap.name != "embed")
@@ -299,15 +298,10 @@ class _Run:
         )
 
 
-def _names(config: Config, layers: Iterable[int], *, model_level: bool, state: bool) -> list[str]:
-    """Full names of every tap of the chosen layers, in order of execution; ``state``: of what they keep too."""
-    outer = [full_name(tap, None) for tap in taps_of(config, None)] if model_level else []
-    inner = [
-        full_name(tap, layer)
-        for layer in layers
-        for tap in (*taps_of(config, layer), *(state_of(config, layer) if state else ()))
-    ]
-    return outer[:1] + inner + outer[1:]
+def _names(golden: Golden, layers: Iterable[int], *, model_level: bool) -> list[str]:
+    """Full names of every tap of the chosen layers, in order of execution."""
+    outer = golden.taps(None) if model_level else ()
+    return [*outer[:1], *(name for layer in layers for name in golden.taps(layer)), *outer[1:]]
 
 
 def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:

@@ -47,13 +47,13 @@ def generate(
     from dsv4_convert.errors import UsageError
     from dsv4_convert.generate import Generator, Sampling
     from dsv4_convert.restore import Weights, restore_model
-    from golden.tokens import TOKENIZER_NAME, encode_prompts, parse_prompts, text_decoder
+    from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
 
     if (prompt is None) == (tokens is None):
         raise UsageError("a prompt is needed: --prompt TEXT or --tokens IDS")
     if prompt is not None and tokenizer is None:
         raise UsageError("--prompt needs --tokenizer: tokenizer.json of the model's repository; or give --tokens")
-    file = tokenizer / TOKENIZER_NAME if tokenizer is not None and tokenizer.is_dir() else tokenizer
+    file = None if tokenizer is None else tokenizer_file(tokenizer)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     width = jnp.dtype(parse_choice("--dtype", dtype, ("float32", "bfloat16")))
     if prompt is not None:

@@ -95,5 +95,5 @@ def _project(streams: Float[Array, "B S N D"], fn: Float[Array, "M ND"], eps: fl
 
 
 def _collapse(streams: Float[Array, "B S N D"], pre: Float[Array, "B S N"]) -> Float[Array, "B S D"]:
-    # As a contraction: XLA on CPU takes two hundred times as long for the same sum over a short middle axis.
+    # As a contraction: XLA on CPU is slow in the same sum over a short middle axis (benchmarks/xla_limits.py).
     return contract("bsn,bsnd->bsd", pre, streams.astype(jnp.float32)).astype(streams.dtype)

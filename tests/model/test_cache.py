@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +14,8 @@ from dsv4_convert.model import Cache, Model, Taps
 from dsv4_convert.taps import by_name
 from golden.synthetic import tiny_config
 
+from .weights import random_model
+
 TOKENS = 150
 CAPACITY = 160
 
@@ -24,17 +25,8 @@ class Small:
 
     def __init__(self) -> None:
         self.config = Config.from_hf(tiny_config(num_hidden_layers=3, compress_ratios=[0, 4, 128, 0]))
-        self._graph, state = nnx.split(nnx.eval_shape(lambda: Model(self.config)))
+        self._graph, self._weights = random_model(self.config)
         rng = np.random.default_rng(0)
-        filled = {
-            key: variable.replace(
-                jnp.asarray(rng.integers(0, self.config.n_routed_experts, variable.shape), jnp.int32)
-                if variable.dtype == jnp.int32
-                else jnp.asarray(rng.normal(size=variable.shape) / max(1, variable.shape[0]) ** 0.5, jnp.float32)
-            )
-            for key, variable in nnx.to_flat_state(state)
-        }
-        self._weights = nnx.from_flat_state(filled)
         self.tokens = rng.integers(0, self.config.vocab_size, (2, TOKENS)).astype(np.int32)
         # Every call records, so that one program serves all tests of a length.
         self.extend = jax.jit(self._extend, static_argnames="last_only")

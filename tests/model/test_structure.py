@@ -15,6 +15,8 @@ from dsv4_convert.model import Model, Taps
 from dsv4_convert.names import parameters
 from dsv4_convert.taps import full_name, taps_of
 
+from .weights import random_model
+
 
 def _configs() -> list[Config]:
     from golden.synthetic import random_architecture, tiny_config
@@ -35,17 +37,7 @@ def model() -> tuple[Config, Callable[..., jax.Array]]:
     from golden.synthetic import tiny_config
 
     config = Config.from_hf(tiny_config())
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config)))
-    rng = np.random.default_rng(0)
-    filled = {
-        key: variable.replace(
-            jnp.asarray(rng.integers(0, config.n_routed_experts, variable.shape), jnp.int32)
-            if variable.dtype == jnp.int32
-            else jnp.asarray(rng.normal(size=variable.shape) / max(1, variable.shape[0]) ** 0.5, jnp.float32)
-        )
-        for key, variable in nnx.to_flat_state(state)
-    }
-    weights = nnx.from_flat_state(filled)
+    graph, weights = random_model(config)
 
     def run(tokens: jax.Array, *, record: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         taps = Taps((lambda _: True) if record else None)

@@ -59,3 +59,13 @@ def test_goldens_of_other_positions_are_not_compared(source: Path, tmp_path: Pat
     one, other = (_recorded(source, tmp_path / str(first), first) for first in (0, 50))
     with pytest.raises(UsageError, match="recorded from other positions"):
         diff(one, other)
+
+
+def test_goldens_of_other_steps_are_not_compared(source: Path, tmp_path: Path) -> None:
+    """Index scores of entries that came later are not there in one of them."""
+    one, other = (
+        record(source, tmp_path / str(decode), tokens=TOKENS[:, :9], noise=["float32"], decode=decode)
+        for decode in (0, 2)
+    )
+    with pytest.raises(UsageError, match="recorded from other numbers of tokens one by one"):
+        diff(one, other)
