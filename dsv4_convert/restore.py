@@ -17,7 +17,7 @@ from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Store, open_store, verify
 
 if TYPE_CHECKING:
-    from dsv4_convert.model import Block, Model
+    from dsv4_convert.model import Block, Model, Numerics
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -159,15 +159,22 @@ def grouped(matrix: Array, groups: int) -> Array:
     return np.ascontiguousarray(matrix.reshape(groups, -1, matrix.shape[1]).transpose(0, 2, 1))
 
 
-def restore_block(weights: Parameters, layer: int, *, with_experts: bool, dtype: np.dtype[Any] = _FLOAT32) -> Block:
+def restore_block(
+    weights: Parameters,
+    layer: int,
+    *,
+    with_experts: bool,
+    dtype: np.dtype[Any] = _FLOAT32,
+    numerics: Numerics | None = None,
+) -> Block:
     """One layer of the model, filled. Without experts it is a small part of the layer's weights."""
     from flax import nnx
 
-    from dsv4_convert.model import Block
+    from dsv4_convert.model import PLAIN, Block
 
-    config = weights.config
+    config, numerics = weights.config, numerics or PLAIN
     kind, hashed = config.attention[layer], config.hash_routed[layer]
-    block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts))
+    block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
     return _fill(block, weights, f"layers.{layer}.", dtype)
 
 

@@ -87,6 +87,7 @@ class Golden:
         names: full names of all recorded taps, in order of execution.
         compact: what is kept of a tap; None if all of every tap is.
         decode: how many of the last tokens were given one by one.
+        numerics: ``plain``, or ``release`` where activations were quantised on the way.
     """
 
     def __init__(self, path: Path | str, files: Files, manifest: Manifest) -> None:
@@ -97,6 +98,7 @@ class Golden:
         self.layers = manifest.request.layers
         self.compact = manifest.request.compact
         self.decode = manifest.request.decode
+        self.numerics = manifest.request.reference.numerics
         self._layer_of = {name: layer for name, _, layer in expected_taps(self.config, self.layers, decode=self.decode)}
         self.names: tuple[str, ...] = tuple(self._layer_of)
         self._files = files

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,14 @@ from dsv4_convert.names import check_layers
 from golden.archive import Golden
 from golden.compact import Compact
 from golden.layout import DTYPES, expected_taps, tap_shape
-from golden.manifest import Request, Source
+from golden.manifest import Reference, Request, Source
 from golden.noise import RUN_DTYPES
 from golden.plan import Plan, check_space, plan
 from golden.tokens import check_tokens
 from golden.writer import GoldenWriter, check_destination, golden_writer
 
 if TYPE_CHECKING:
+    from golden.references.release.streamed import ReleasedModel
     from golden.references.streamed import StreamedModel
 
 Array = np.ndarray[Any, Any]
@@ -43,17 +46,21 @@ def record(
     tokens: Array,
     text: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
-    noise: Iterable[str] = tuple(RUN_DTYPES),
+    noise: Iterable[str] | None = None,
     compact: Compact | None = None,
     first_position: int = 0,
     decode: int = 0,
     greedy: bool = False,
+    release_code: Path | None = None,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[Plan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
-    """Run transformers' model over ``tokens`` in float32 and keep its activations, and how far rounding moves them.
+    """Run a reference over ``tokens`` and keep its activations, and how far rounding moves them.
+
+    The reference is transformers' model in float32, or with ``release_code`` DeepSeek's own inference code in bfloat16,
+    which quantises activations on the way.
 
     One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
 
@@ -63,12 +70,14 @@ def record(
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
-        noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more.
+        noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more. None: all
+            that the reference has.
         first_position: of the first token in the rotary tables; checks far positions without the tokens before.
         decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
         compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
         greedy: the ``decode`` tokens come after the prompt, and are those that the reference likes best; every one of
             them takes a pass through the whole model first.
+        release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
@@ -82,7 +91,9 @@ def record(
         Dsv4Error: transformers computes otherwise than the recorder knows.
     """
     check_destination(out)
-    streamed = _reference()
+    if release_code is not None and (first_position or decode):
+        raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
+    reference = _reference(release_code, first_position=first_position, decode=decode)
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
         wanted = check_layers(config, layers)
@@ -94,7 +105,7 @@ def record(
             ids = check_tokens(np.pad(ids, ((0, 0), (0, decode))), vocab_size=config.vocab_size, max_length=room)
         if not 0 <= decode < ids.shape[1]:
             raise UsageError(f"--decode {decode}: the prompt has {ids.shape[1]} tokens, so 0 to {ids.shape[1] - 1}")
-        measured = _noise_dtypes(noise)
+        measured = _noise_dtypes(reference.noise if noise is None else noise, reference.noise)
         resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if greedy else max(wanted))
         batch, length = ids.shape
         planned = plan(
@@ -110,14 +121,12 @@ def record(
             passes=decode + 1 if greedy else 1,
         )
         announce(planned)
-        model = streamed.StreamedModel(
-            checkpoint, config, resolution, ids, noise=measured, first_position=first_position, decode=decode
-        )
+        model = reference.model(checkpoint, config, resolution, ids, noise=measured)
         if greedy:
             ids = model.choose_tokens(progress)
         progress("hashing the source")
         request = Request(
-            reference=streamed.describe(),
+            reference=reference.described,
             source=_source(checkpoint, resolution, name, revision),
             config=config,
             tokens=tuple(tuple(int(token) for token in row) for row in ids),
@@ -134,13 +143,24 @@ def record(
             return writer.publish()
 
 
-def _reference() -> Any:
-    """The module that runs the reference; it imports torch and transformers."""
-    for package in ("torch", "transformers"):
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise UsageError(f"recording runs transformers' model, and {package} is missing: {_INSTALL}") from None
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """What runs: how the manifest describes it, the dtypes whose noise it measures, and what makes its model."""
+
+    described: Reference
+    noise: tuple[str, ...]
+    model: Callable[..., Any]
+
+
+def _reference(release_code: Path | None, *, first_position: int, decode: int) -> _Reference:
+    """transformers' model, or the release's code; imports torch."""
+    _installed("torch")
+    if release_code is not None:
+        from golden.references.release import code, released
+
+        loaded = code.load(release_code)
+        return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
+    version = _installed("transformers")
     if version.split(".")[:2] != _TRANSFORMERS.split("."):
         raise UsageError(
             f"recording looks into transformers' model as release {_TRANSFORMERS} computes it, found {version}: "
@@ -148,7 +168,15 @@ def _reference() -> Any:
         )
     from golden.references import streamed
 
-    return streamed
+    model = partial(streamed.StreamedModel, first_position=first_position, decode=decode)
+    return _Reference(streamed.describe(), tuple(RUN_DTYPES), model)
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise UsageError(f"recording runs a reference in torch, and {package} is missing: {_INSTALL}") from None
 
 
 def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
@@ -167,15 +195,15 @@ def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, re
     )
 
 
-def _noise_dtypes(wanted: Iterable[str]) -> tuple[str, ...]:
-    """In the order of the table. Raises :class:`UsageError`."""
+def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, ...]:
+    """In the order of ``possible``. Raises :class:`UsageError`."""
     names = set(wanted)
-    if unknown := names - set(RUN_DTYPES):
-        raise UsageError(f"--noise {','.join(sorted(unknown))}: expected some of {', '.join(RUN_DTYPES)}")
-    return tuple(dtype for dtype in RUN_DTYPES if dtype in names)
+    if unknown := names - set(possible):
+        raise UsageError(f"--noise {','.join(sorted(unknown))}: expected some of {', '.join(possible)}")
+    return tuple(dtype for dtype in possible if dtype in names)
 
 
-def _run(model: StreamedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
+def _run(model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     batch, tokens = request.token_array.shape

@@ -20,7 +20,7 @@ from parity.floor import Floor, floor_of, row_sizes
 from parity.forward import Taken
 from parity.metrics import Verdict, compare, mismatch, rows_beyond
 from parity.report import TapResult
-from parity.tolerances import LIMITS, UNIT
+from parity.tolerances import LIMITS, UNIT, release_unit
 
 Array = np.ndarray[Any, Any]
 
@@ -76,7 +76,11 @@ class Comparison:
         first = views[0]
         # The first number of a sketched row is its rms.
         sizes = row_sizes(first.values if first.sketched is None else first.values[..., :1])
-        return floor_of(sizes, self.golden.noise(name, self.dtype, mode), UNIT[self.dtype])
+        noise = self.golden.noise(name, self.dtype, mode)
+        if self.golden.numerics == "plain":
+            return floor_of(sizes, noise, UNIT[self.dtype])
+        least = release_unit(by_name(name)[0].name, mode)
+        return floor_of(sizes, noise, least.row, least.tap)
 
     def rows_beyond(self, name: str, found: Array, mode: Mode) -> Array:
         """The rows ``[B, S]`` of a tap of the golden's shape whose error is beyond a limit."""

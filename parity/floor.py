@@ -26,11 +26,13 @@ class Floor:
     """``rms`` and ``peak``: rms and largest error of the reference in each row, float64 ``[B, S]``.
 
     ``unit`` is the unit roundoff of the dtype: an element's own rounding is never below ``unit * |element|``.
+    ``whole`` is ``rms`` where the tap is judged as a whole, in which single values count for less.
     """
 
     rms: Array
     peak: Array
     unit: float
+    whole: Array
 
     def elements(self, golden: Array) -> Array:
         """Largest error of the reference at every element, float64 in the shape of ``golden``."""
@@ -39,13 +41,19 @@ class Floor:
 
     def at(self, rows: Sequence[int] | None) -> Floor:
         """The floor of some rows of axis 1; of all for None."""
-        return self if rows is None else Floor(self.rms[:, rows], self.peak[:, rows], self.unit)
+        if rows is None:
+            return self
+        return Floor(self.rms[:, rows], self.peak[:, rows], self.unit, self.whole[:, rows])
 
 
-def floor_of(sizes: Array, noise: Array, unit: float) -> Floor:
-    """The floor of a tap with elements, from its measured noise ``[2, B, S]`` and the rms of its rows ``[B, S]``."""
+def floor_of(sizes: Array, noise: Array, unit: float, unit_whole: float | None = None) -> Floor:
+    """The floor of a tap with elements, from its measured noise ``[2, B, S]`` and the rms of its rows ``[B, S]``.
+
+    ``unit_whole`` is the least relative noise of the tap as a whole, where it is less than ``unit``.
+    """
     measured = noise.astype(np.float64)
-    return Floor(_smooth(measured[RMS], sizes, unit), _smooth(measured[PEAK], sizes, unit), unit)
+    rms, peak = (_smooth(measured[part], sizes, unit) for part in (RMS, PEAK))
+    return Floor(rms, peak, unit, rms if unit_whole is None else _smooth(measured[RMS], sizes, unit_whole))
 
 
 def row_sizes(golden: Array) -> Array:

@@ -13,8 +13,9 @@ from flax import nnx
 
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.mlp import mlp
+from dsv4_convert.model.mlp import weighted
 from dsv4_convert.model.model import embed, head
+from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.restore import Parameters, restore_block
 from dsv4_convert.taps import by_name, is_state
@@ -46,11 +47,15 @@ class Forward:
         *,
         first_position: int = 0,
         decode: int = 0,
+        numerics: Numerics = PLAIN,
     ) -> None:
         """``first_position`` is that of the first token in the rotary tables; the last ``decode`` tokens come one by
         one, from the layer's cache."""
         self._weights = weights
         self._dtype = dtype
+        self._numerics = numerics
+        # Quantised matrices with float32 scales do not fit into bfloat16, and a release multiplies with the codes.
+        self._weight_dtype = _FLOAT32 if numerics.quantized else np.dtype(dtype)
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -79,7 +84,7 @@ class Forward:
         entering = jnp.asarray(entering, self._dtype)
         config, kind = self._weights.config, self._weights.config.attention[layer]
         batch, tokens = self._tokens.shape
-        cache = empty_layer(config, kind, batch, tokens, self._dtype) if len(self._calls) > 1 else None
+        cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if len(self._calls) > 1 else None
         # The state follows from taps that can be replaced themselves.
         given = {name: value for name, value in (forced or {}).items() if not is_state(name)}
         parts: dict[str, list[Array]] = {}
@@ -136,7 +141,9 @@ class Forward:
         """One layer's weights but for its experts; kept until another layer's are asked for."""
         if self._resident is None or self._resident[0] != layer:
             self._resident = None  # give the memory back first
-            block = restore_block(self._weights, layer, with_experts=False, dtype=self._dtype)
+            block = restore_block(
+                self._weights, layer, with_experts=False, dtype=self._weight_dtype, numerics=self._numerics
+            )
             self._resident = (layer, nnx.split(block))
         return self._resident[1]
 
@@ -156,12 +163,14 @@ class Forward:
             padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), flat.dtype)
             padded[: len(tokens)] = flat[tokens]
             matrices = (
-                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert), self._dtype)
+                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert), self._weight_dtype)
                 for part in ("w1", "w2", "w3")
             )
-            output = np.asarray(_expert(padded, *matrices, self._weights.config.swiglu_limit))
-            np.add.at(total, tokens, output[: len(tokens)].astype(np.float32) * shares[tokens, slots, None])
-        return jnp.asarray(total.reshape(x.shape), self._dtype)
+            share = np.zeros(len(padded), np.float32)
+            share[: len(tokens)] = shares[tokens, slots]
+            output = np.asarray(_expert(padded, share, *matrices, self._weights.config.swiglu_limit, self._numerics))
+            np.add.at(total, tokens, output[: len(tokens)])
+        return self._numerics.sum_of_experts(jnp.asarray(total), self._dtype).reshape(x.shape)
 
 
 def _everything(name: str) -> bool:
@@ -199,7 +208,7 @@ def _from_experts(
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
 
 
-_expert = jax.jit(mlp, static_argnums=4)
+_expert = jax.jit(weighted, static_argnums=(5, 6))
 
 
 def _taken(values: Mapping[str, jax.Array], prefix: str) -> Taken:

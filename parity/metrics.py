@@ -134,7 +134,7 @@ def rows_beyond(found: Array, golden: Array, floor: Floor, limits: Limits) -> Ar
 
 def noise_multiple(difference: Array, floor: Floor) -> float:
     """The measure ``tap`` of a difference ``[B, S, ...]``: its rms over that of the floor."""
-    return float(_multiple(_rms(difference), _rms(floor.rms)))
+    return float(_multiple(_rms(difference), _rms(floor.whole)))
 
 
 def _difference(a: Array, b: Array) -> Array:

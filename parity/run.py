@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.names import check_layers
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import Parameters, Weights
@@ -45,7 +46,7 @@ def run(
     taps: Iterable[str] = (),
     modes: Sequence[Mode] | None = None,
     phase: Phase | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     against: Path | None = None,
     require_reach: bool = False,
     progress: Progress = lambda _: None,
@@ -61,7 +62,8 @@ def run(
         modes: isolated, cumulative, or both; None for isolated, or cumulative where the golden is compact and holds no
             inputs of layers.
         phase: of a golden whose last tokens came one by one, the tokens to compare; None for all.
-        dtype: of weights and activations, float32 or bfloat16.
+        dtype: of weights and activations, float32 or bfloat16; None for float32, or bfloat16 where the golden is one of
+            the release's own code.
         against: the published checkpoint; the weights of wrong operations are compared with it.
         require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
         progress: called before each layer.
@@ -107,15 +109,19 @@ def compare_model(
     taps: Iterable[str] = (),
     modes: Sequence[Mode] | None = None,
     phase: Phase | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     against: PublishedWeights | None = None,
     require_reach: bool = False,
     progress: Progress = lambda _: None,
     name: str = "weights",
 ) -> Report:
     """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
+    release = golden.numerics == "release"
+    dtype = dtype or ("bfloat16" if release else "float32")
     if dtype not in UNIT:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}")
+    if release and dtype != "bfloat16":
+        raise UsageError(f"--dtype {dtype}: {golden.path} is of the release's own code, which runs in bfloat16")
     if phase is Phase.DECODE and not golden.decode:
         raise UsageError(f"{golden.path}: all tokens at once; record one with `dsv4 golden record --decode N`")
     ordered = _modes(golden, modes)
@@ -170,12 +176,15 @@ class _Run:
         self._against = against
         self._progress = progress
         self._comparison = Comparison(golden, dtype, phase)
+        # Where activations are quantised, one rounding grows to the size of a fault within a layer: isolate operations.
+        self._fed = golden.numerics == "release"
         self._model = Forward(
             weights,
             golden.tokens,
             jnp.dtype(dtype),
             first_position=golden.manifest.request.first_position,
             decode=golden.decode,
+            numerics=Numerics.of_release(golden.config) if self._fed else PLAIN,
         )
         self._streams: Any = None
         self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
@@ -225,7 +234,7 @@ class _Run:
                 self._streams = streams
         if failed:
             self._descend(layer, taken)
-        if len(leaving) == len(MODES):
+        if len(leaving) == len(MODES) and not self._fed:
             self.growth.append(self._grown(layer, leaving))
 
     def _run_layer(self, layer: int, mode: Mode) -> tuple[Taken, Any]:
@@ -235,7 +244,8 @@ class _Run:
         """
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
-            return self._model.layer(layer, self._golden.read(f"layers.{layer}.{INPUT}"), choices)
+            given = self._comparison.everything(layer) if self._fed else choices
+            return self._model.layer(layer, self._golden.read(f"layers.{layer}.{INPUT}"), given)
         taken, streams = self._model.layer(layer, self._streams, choices)
         names = [f"layers.{layer}.{tap}" for tap in choices]
         results = self._comparison.judge(taken, mode, names)
@@ -250,7 +260,9 @@ class _Run:
         failed = False
         for mode in modes:
             isolated = mode is Mode.ISOLATED
-            taken = self._model.head(self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams)
+            given = self._comparison.everything(None) if isolated and self._fed else None
+            streams = self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams
+            taken = self._model.head(streams, given)
             failed |= self._judge(taken, mode)
             view = self._golden.views("logits")[-1]
             _, view = self._comparison.within_phase("logits", view.of(taken["logits"]), view)
@@ -262,7 +274,7 @@ class _Run:
 
     def _judge(self, taken: Taken, mode: Mode) -> bool:
         """Judge what is wanted; whether anything fails."""
-        results = self._comparison.judge(taken, mode, self._wanted)
+        results = self._comparison.judge(taken, mode, self._wanted, fed=self._fed and mode is Mode.ISOLATED)
         self.results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 

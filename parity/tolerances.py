@@ -38,6 +38,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from golden.noise import Mode
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -53,3 +55,30 @@ LIMITS = Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
 
 #: Unit roundoff: the largest relative error of rounding to a dtype. No floor is lower than rounding the result once.
 UNIT: dict[str, float] = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Least:
+    """Least relative noise of a tap as a whole, and of one of its rows."""
+
+    tap: float
+    row: float
+
+
+#: In release numerics operations are compared one by one, on equal inputs, and both sides round at the same places: of
+#: ten thousand values about one is not equal to the last bit. It moves by up to 2^-7 of itself, and what an expert's
+#: inner value does to its row when it becomes another FP8 number is of that size, too. So a row may move by a value or
+#: two, while the tap as a whole hardly moves: rounding once too often everywhere is beyond its limit.
+_RELEASE = Least(tap=2.0**-14, row=2.0**-10)
+#: What ends in FP4 moves by up to half of itself.
+_RELEASE_FP4 = Least(tap=2.0**-10, row=2.0**-5)
+_FP4_TAPS = ("attn.indexer.q_rope", "attn.indexer.compressor.entries")
+#: From the tokens on, roundings multiply: keys become other FP8 numbers, here and there.
+_RELEASE_CUMULATIVE = Least(tap=2.0**-8, row=2.0**-5)
+
+
+def release_unit(tap: str, mode: Mode) -> Least:
+    """What takes the place of :data:`UNIT` for a tap, by its name within its layer, in release numerics."""
+    if mode is Mode.CUMULATIVE:
+        return _RELEASE_CUMULATIVE
+    return _RELEASE_FP4 if tap in _FP4_TAPS else _RELEASE

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, size, status, write_json
+from dsv4_convert.cli.common import (
+    LAYERS_HELP,
+    Json,
+    byte_progress,
+    parse_choice,
+    parse_layers,
+    reported,
+    size,
+    status,
+    write_json,
+)
 from dsv4_convert.cli.download import fetch
 
 if TYPE_CHECKING:
@@ -44,12 +54,23 @@ def record(
         ),
     ] = False,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
-    noise: Annotated[
-        str,
+    reference: Annotated[
+        str, typer.Option(metavar="[transformers|release]", help="Whose model runs; release: see --release-code.")
+    ] = "transformers",
+    release_code: Annotated[
+        Path | None,
         typer.Option(
-            help="dtypes whose noise floor is measured, for parity in that dtype; each runs every layer twice more."
+            metavar="DIR",
+            help="Your copy of a DeepSeek-V4 repository's `inference` folder; its model.py is executed, on the CPU.",
         ),
-    ] = "float32,bfloat16",
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            help="dtypes whose noise floor is measured, for parity in that dtype; each runs every layer twice more. "
+            "If not given float32,bfloat16, and bfloat16 for a release."
+        ),
+    ] = None,
     compact: Annotated[
         bool,
         typer.Option("--compact", help="Keep sketches and a few tokens instead of all: at most 1% of the size."),
@@ -60,15 +81,21 @@ def record(
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
 
+    Or DeepSeek's own inference code, which quantises activations on the way: --reference release --release-code DIR.
+    parity then runs the model with the same numerics.
+
     One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4[reference]'.
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
     from dsv4_convert.config import Config
+    from dsv4_convert.errors import UsageError
     from golden.compact import Compact
     from golden.recorder import record as record_golden
     from golden.tokens import prompt_tokens
 
+    if (parse_choice("--reference", reference, ("transformers", "release")) == "release") != (release_code is not None):
+        raise UsageError("--reference release and --release-code DIR belong together: the folder holds the reference")
     chosen = parse_layers(layers)
     up_to = None if chosen is None else tuple(range(max(chosen) + 1))
     origin = fetch(source, revision=revision, layers=up_to)
@@ -84,7 +111,8 @@ def record(
             first_position=first_position,
             decode=decode,
             greedy=greedy,
-            noise=[dtype.strip() for dtype in noise.split(",") if dtype.strip()],
+            noise=None if noise is None else [dtype.strip() for dtype in noise.split(",") if dtype.strip()],
+            release_code=release_code,
             compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             name=origin.repository,
             revision=origin.revision,

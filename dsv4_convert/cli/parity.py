@@ -43,11 +43,13 @@ def parity(
         ),
     ] = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="[float32|bfloat16]", help="Weights and activations; judged by the noise floor of that dtype."
+            metavar="[float32|bfloat16]",
+            help="Weights and activations; judged by the noise floor of that dtype. float32, if not given, and "
+            "bfloat16 with a golden of the release's own code.",
         ),
-    ] = "float32",
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="The published checkpoint: the weights of wrong operations are compared with its tensors."),

@@ -17,8 +17,9 @@ from dsv4_convert.config import Config
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
-from dsv4_convert.model.norm import rms_norm, unit_rms
-from dsv4_convert.model.parameters import contract, linear, parameter
+from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.parameters import contract, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.model.runs import by_runs
@@ -35,9 +36,10 @@ class Attention(nnx.Module):
     5. Heads in G groups, each through its own low-rank matrix ``wo_a``, then together through ``wo_b``.
     """
 
-    def __init__(self, config: Config, kind: Kind) -> None:
+    def __init__(self, config: Config, kind: Kind, numerics: Numerics) -> None:
         self.config = config
         self.kind = kind
+        self.numerics = numerics
         heads, width = config.num_attention_heads, config.head_dim
         self.wq_a = parameter(config.hidden_size, config.q_lora_rank)
         self.q_norm = parameter(config.q_lora_rank)
@@ -47,8 +49,8 @@ class Attention(nnx.Module):
         self.attn_sink = parameter(heads)
         self.wo_a = parameter(config.o_groups, heads * width // config.o_groups, config.o_lora_rank)
         self.wo_b = parameter(config.o_groups * config.o_lora_rank, config.hidden_size)
-        self.compressor = _compressor(config, kind)
-        self.indexer = Indexer(config) if kind is Kind.CSA else None
+        self.compressor = _compressor(config, kind, numerics)
+        self.indexer = Indexer(config, numerics) if kind is Kind.CSA else None
 
     def __call__(
         self,
@@ -61,17 +63,18 @@ class Attention(nnx.Module):
 
         ``positions`` are those of the rotary tables; what a token sees goes by the order of tokens.
         """
-        config = self.config
+        config, numerics = self.config, self.numerics
         batch, tokens, _ = x.shape
         eps = config.rms_norm_eps
         table = frequencies(config, self.kind)
 
-        q_low_rank = taps("q_norm", rms_norm(taps("wq_a", linear(x, self.wq_a[...])), self.q_norm[...], eps))
-        q = linear(q_low_rank, self.wq_b[...]).reshape(batch, tokens, config.num_attention_heads, config.head_dim)
-        q = taps("q", unit_rms(taps("wq_b", q), eps))
+        q_low_rank = taps("q_norm", rms_norm(taps("wq_a", numerics.linear(x, self.wq_a[...])), self.q_norm[...], eps))
+        q = numerics.linear(q_low_rank, self.wq_b[...])
+        q = taps("wq_b", q.reshape(batch, tokens, config.num_attention_heads, config.head_dim))
+        q = taps("q", numerics.query(q, eps))
         q = taps("q_rope", rotate(q, positions, table))
-        kv = taps("kv_norm", rms_norm(taps("wkv", linear(x, self.wkv[...])), self.kv_norm[...], eps))
-        kv = taps("kv_rope", rotate(kv, positions, table))
+        kv = taps("kv_norm", rms_norm(taps("wkv", numerics.linear(x, self.wkv[...])), self.kv_norm[...], eps))
+        kv = taps("kv_rope", numerics.key(rotate(kv, positions, table), config.qk_rope_head_dim))
 
         before = jnp.zeros(batch, jnp.int32) if past is None else past.before
         entries, compressed, indexed, choice = kv[:, :0], None, None, None
@@ -86,24 +89,26 @@ class Attention(nnx.Module):
 
         earlier = None if past is None else past.cache.window
         sink, window = self.attn_sink[...], config.sliding_window
-        context = taps("context", _context(q, kv, earlier, before, entries, complete, choice, sink, window))
+        context = taps("context", _context(q, kv, earlier, before, entries, complete, choice, sink, window, numerics))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
-        output = taps("wo_b", linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
         if past is None:
             return output, None
         kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.count, window - 1)
         return output, LayerCache(kept, compressed, indexed)
 
 
-def _compressor(config: Config, kind: Kind) -> Compressor | None:
+def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | None:
     """CSA's blocks overlap, so each token projects to two series of values; HCA's do not."""
     width = config.head_dim
     if kind is Kind.SLIDING:
         return None
     projected = 2 * width if kind is Kind.CSA else width
-    return Compressor(config.hidden_size, width, config.ratio(kind), projected, eps=config.rms_norm_eps)
+    eps = config.rms_norm_eps
+    ratio = config.ratio(kind)
+    return Compressor(config.hidden_size, width, ratio, projected, eps=eps, indexed=False, numerics=numerics)
 
 
 def _context(
@@ -116,6 +121,7 @@ def _context(
     choice: Int[Array, "B S k"] | None,
     sink: Float[Array, " H"],
     window: int,
+    numerics: Numerics,
 ) -> Float[Array, "B S H C"]:
     """What every query sees: of the tokens those in its window, then entries.
 
@@ -127,7 +133,7 @@ def _context(
         earlier: keys of the ``window - 1`` tokens before, of which there were ``before`` in all; None if none were.
         entries, complete: compressed entries, and how many of them each query may see.
         choice: the entries that it does see (:func:`~dsv4_convert.model.indexer.choose`); None for all of those.
-        sink, window: of the layer.
+        sink, window, numerics: of the layer.
     """
     reach = min(window, q.shape[1]) - 1 if earlier is None else window - 1
     if earlier is None:
@@ -143,7 +149,8 @@ def _context(
         inside = window_mask(jnp.arange(queries)[:, None] - token, window)
         seen = [inside & (first + token >= -before[:, None])[:, None]]
         seen += [chosen_mask(chosen, entries.shape[1]) for chosen in choice] or [entry_mask(complete, entries.shape[1])]
-        return attend(q, jnp.concatenate([near, entries], axis=1), jnp.concatenate(seen, axis=2), sink)
+        attention = attend_as_released if numerics.release else attend
+        return attention(q, jnp.concatenate([near, entries], axis=1), jnp.concatenate(seen, axis=2), sink)
 
     return by_runs(run, window, q, complete, *(() if choice is None else (choice,)))
 
@@ -165,14 +172,30 @@ def attend(
 
     Scores, softmax and the sum over values in float32; the probabilities are rounded to the dtype of ``kv``.
     """
-    # Heads stay behind the queries: with one key for all heads this is one large matmul, and nothing is transposed.
-    scores = contract("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
-    sinks = sink.astype(jnp.float32)[:, None]
+    scores, sinks = _scores(q, kv, seen), sink.astype(jnp.float32)[:, None]
     peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - peak)
     shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
     return contract("bshx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
+
+
+def attend_as_released(
+    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
+) -> Float[Array, "B S H C"]:
+    """:func:`attend` in the release's order of rounding: before the division by the sum, relative to the best key."""
+    scores, sinks = _scores(q, kv, seen), sink.astype(jnp.float32)[:, None]
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak)
+    return (contract("bshx,bxc->bshc", weights.astype(kv.dtype), kv) / total).astype(q.dtype)
+
+
+def _scores(
+    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"]
+) -> Float[Array, "B S H X"]:
+    # Heads stay behind the queries: with one key for all heads this is one large matmul, and nothing is transposed.
+    scores = contract("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
+    return jnp.where(seen[:, :, None], scores, -jnp.inf)
 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:

@@ -17,6 +17,7 @@ from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.experts import Experts, SharedExpert
 from dsv4_convert.model.hyper_connection import Mix, mix, spread
 from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
@@ -33,10 +34,10 @@ class Routed(NamedTuple):
 class FeedForward(nnx.Module):
     """Router, routed experts and shared expert. ``experts`` is None where the caller computes them itself."""
 
-    def __init__(self, config: Config, *, hashed: bool, with_experts: bool) -> None:
-        self.gate = Router(config, hashed=hashed)
-        self.experts = Experts(config) if with_experts else None
-        self.shared_experts = SharedExpert(config)
+    def __init__(self, config: Config, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
+        self.gate = Router(config, hashed=hashed, numerics=numerics)
+        self.experts = Experts(config, numerics) if with_experts else None
+        self.shared_experts = SharedExpert(config, numerics)
 
 
 class Block(nnx.Module):
@@ -46,19 +47,21 @@ class Block(nnx.Module):
     weights: a caller that streams them calls :meth:`route`, computes them one by one, and calls :meth:`combine`.
     """
 
-    def __init__(self, config: Config, kind: Kind, *, hashed: bool, with_experts: bool = True) -> None:
+    def __init__(
+        self, config: Config, kind: Kind, *, hashed: bool, with_experts: bool = True, numerics: Numerics = PLAIN
+    ) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
         self.hc_attn_fn = parameter(mixes, flat)
         self.hc_attn_base = parameter(mixes)
         self.hc_attn_scale = parameter(3)
         self.attn_norm = parameter(config.hidden_size)
-        self.attn = Attention(config, kind)
+        self.attn = Attention(config, kind, numerics)
         self.hc_ffn_fn = parameter(mixes, flat)
         self.hc_ffn_base = parameter(mixes)
         self.hc_ffn_scale = parameter(3)
         self.ffn_norm = parameter(config.hidden_size)
-        self.ffn = FeedForward(config, hashed=hashed, with_experts=with_experts)
+        self.ffn = FeedForward(config, hashed=hashed, with_experts=with_experts, numerics=numerics)
 
     def __call__(
         self,
@@ -116,4 +119,5 @@ class Block(nnx.Module):
         """The expert half from the routed experts' output on."""
         experts = taps("ffn.experts", experts)
         shared = taps("ffn.shared_experts", self.ffn.shared_experts(routed.x))
-        return taps("hc_ffn.streams", spread(taps("ffn", experts + shared), streams, routed.mixing))
+        output = taps("ffn", (experts + shared).astype(shared.dtype))
+        return taps("hc_ffn.streams", spread(output, streams, routed.mixing))

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.model.numerics import PLAIN, Numerics
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -64,11 +65,18 @@ class Cache:
 
     @classmethod
     def empty(
-        cls, config: Config, batch: int, capacity: int, *, dtype: DTypeLike = jnp.float32, first: ArrayLike = 0
+        cls,
+        config: Config,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        first: ArrayLike = 0,
+        numerics: Numerics = PLAIN,
     ) -> Cache:
         """Room for ``capacity`` tokens of each of ``batch`` prompts. What goes beyond is not kept, without a word."""
         return cls(
-            tuple(empty_layer(config, kind, batch, capacity, dtype) for kind in config.attention),
+            tuple(empty_layer(config, kind, batch, capacity, dtype, numerics) for kind in config.attention),
             jnp.zeros(batch, jnp.int32),
             jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,)),
         )
@@ -79,8 +87,11 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def empty_layer(config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike) -> LayerCache:
+def empty_layer(
+    config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
+) -> LayerCache:
     """Nothing yet, with room for ``capacity`` tokens."""
+    pooled = numerics.wide(jnp.zeros((), dtype)).dtype
 
     def compressed(width: int) -> Compressed:
         ratio = config.ratio(kind)
@@ -88,7 +99,7 @@ def empty_layer(config: Config, kind: Attention, batch: int, capacity: int, dtyp
         rows = (batch, overlap * ratio - 1, overlap * width)
         # Not one array twice: a caller who donates the cache may give every buffer away once.
         return Compressed(
-            jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros((batch, capacity // ratio, width), dtype)
+            jnp.zeros(rows, pooled), jnp.zeros(rows, pooled), jnp.zeros((batch, capacity // ratio, width), dtype)
         )
 
     return LayerCache(

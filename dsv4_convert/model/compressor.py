@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.model.cache import Compressed, Past, latest
 from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
@@ -30,13 +31,18 @@ class Compressor(nnx.Module):
     Source: paper equations 9-12 and 20-23; published inference code, ``Compressor``.
     """
 
-    def __init__(self, width: int, entry: int, ratio: int, entry_width: int, *, eps: float) -> None:
+    def __init__(
+        self, width: int, entry: int, ratio: int, entry_width: int, *, eps: float, indexed: bool, numerics: Numerics
+    ) -> None:
+        """``indexed``: its entries are those of an indexer, not attended to."""
         overlap = 2 if entry_width == 2 * entry else 1
         if entry_width != overlap * entry:
             raise ValueError(f"a compressor of {entry} channels projects to {entry} or {2 * entry}, not {entry_width}")
         self.ratio = ratio
         self.overlap = overlap == 2
         self.eps = eps
+        self.indexed = indexed
+        self.numerics = numerics
         self.ape = parameter(ratio, entry_width)
         self.wkv = parameter(width, entry_width)
         self.wgate = parameter(width, entry_width)
@@ -55,13 +61,14 @@ class Compressor(nnx.Module):
         With a ``past`` they are as many as there is room for, those of complete blocks first, and the new state comes
         with them. The taps have the blocks that may have become complete: ceil(S / r), from the first that was not.
         """
+        dtype, x = x.dtype, self.numerics.wide(x)
         values = taps("wkv", linear(x, self.wkv[...]))
         gates = taps("wgate", linear(x, self.wgate[...]))
         if past is not None:
             return self._continued(values, gates, positions, table, taps, past)
         whole = x.shape[1] // self.ratio * self.ratio
         pooled = self._pool(self._blocked(values[:, :whole]), self._blocked(gates[:, :whole]))
-        return self._entries(pooled, positions[:, : whole : self.ratio], table, taps), None
+        return self._entries(pooled.astype(dtype), positions[:, : whole : self.ratio], table, taps), None
 
     def _continued(
         self,
@@ -83,7 +90,8 @@ class Compressor(nnx.Module):
         pooled = self._pool(blocked[0], blocked[1], before >= self.ratio if lead else None)
 
         block = before[:, None] // self.ratio + jnp.arange(blocks)
-        fresh = self._entries(pooled, positions[:, :1] - before[:, None] + block * self.ratio, table, taps)
+        starts = positions[:, :1] - before[:, None] + block * self.ratio
+        fresh = self._entries(pooled.astype(state.entries.dtype), starts, table, taps)
         complete = (block + 1) * self.ratio <= (before + count)[:, None]
         slot = jnp.where(complete, block, state.entries.shape[1])  # behind the last one, where nothing is kept
         entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
@@ -116,7 +124,9 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "B T C"]:
         """From the sums to the entries; ``starts`` are the positions of the blocks' first tokens."""
         normed = taps("norm", rms_norm(taps("pooled", pooled), self.norm[...], self.eps))
-        return taps("entries", rotate(normed, starts, table))
+        turned = rotate(normed, starts, table)
+        numerics = self.numerics
+        return taps("entries", numerics.indexed(turned) if self.indexed else numerics.key(turned, 2 * len(table)))
 
 
 def _rows(rows: Float[Array, "B X W"], first: Int[Array, " B"], count: int) -> Float[Array, "B Y W"]:

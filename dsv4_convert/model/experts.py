@@ -5,12 +5,15 @@ Shape letters: ``M`` tokens, ``D`` width, ``I`` inner width, ``E`` experts, ``K`
 
 from __future__ import annotations
 
+from functools import partial
+
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.mlp import mlp
+from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import parameter
 from dsv4_convert.model.routed import grouped, packed
 
@@ -18,7 +21,8 @@ from dsv4_convert.model.routed import grouped, packed
 class SharedExpert(nnx.Module):
     """The expert that every token goes to, with the same clamp as the routed ones."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numerics: Numerics) -> None:
+        self.numerics = numerics
         self.limit = config.swiglu_limit
         self.w1 = parameter(config.hidden_size, config.moe_intermediate_size)
         self.w2 = parameter(config.moe_intermediate_size, config.hidden_size)
@@ -26,13 +30,14 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Output of the shared expert."""
-        return mlp(x, self.w1[...], self.w2[...], self.w3[...], self.limit)
+        return mlp(x, self.w1[...], self.w2[...], self.w3[...], self.limit, self.numerics)
 
 
 class Experts(nnx.Module):
     """The routed experts, stacked ``[E, ...]``."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numerics: Numerics) -> None:
+        self.numerics = numerics
         self.limit = config.swiglu_limit
         stack = config.n_routed_experts
         self.w1 = parameter(stack, config.hidden_size, config.moe_intermediate_size)
@@ -53,6 +58,6 @@ class Experts(nnx.Module):
             experts,
             weights,
             *stacks,
-            cpu=lambda *args: packed(*args, limit=self.limit),
-            default=lambda *args: grouped(*args, limit=self.limit),
+            cpu=partial(packed, limit=self.limit, numerics=self.numerics),
+            default=partial(grouped, limit=self.limit, numerics=self.numerics),
         )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.config import Config
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.numerics import Numerics, widened
 from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
@@ -27,13 +28,20 @@ class Indexer(nnx.Module):
     score(t, b) = sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H). Source: paper equations 13-17.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numerics: Numerics) -> None:
+        self.numerics = numerics
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.longest_run = config.sliding_window
         self.wq_b = parameter(config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = parameter(config.hidden_size, self.heads)
         self.compressor = Compressor(
-            config.hidden_size, self.head_dim, config.csa_ratio, 2 * self.head_dim, eps=config.rms_norm_eps
+            config.hidden_size,
+            self.head_dim,
+            config.csa_ratio,
+            2 * self.head_dim,
+            eps=config.rms_norm_eps,
+            indexed=True,
+            numerics=numerics,
         )
 
     def __call__(
@@ -52,8 +60,8 @@ class Indexer(nnx.Module):
         them are in memory at once only where they are recorded.
         """
         keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
-        q = linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
-        q = taps("q_rope", rotate(q, positions, table))
+        q = self.numerics.linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
+        q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 
         def score(first: Array, q: Array, weights: Array) -> Array:
@@ -75,9 +83,21 @@ class Indexer(nnx.Module):
     def _scores(
         self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
     ) -> Float[Array, "B S T"]:
+        if self.numerics.release:
+            return self._rounded_scores(q, keys, weights)
         affinity = jax.nn.relu(contract("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
         share = weights.astype(jnp.float32) * self.heads**-0.5
         return jnp.sum(affinity * share[..., None], axis=2)
+
+    def _rounded_scores(
+        self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
+    ) -> Float[Array, "B S T"]:
+        """The same, every step rounded to the dtype of the activations."""
+        dtype = q.dtype
+        share = (weights.astype(jnp.float32) * (self.head_dim**-0.5 * self.heads**-0.5)).astype(dtype)
+        affinity = widened(jax.nn.relu(contract("bshc,btc->bsht", q, keys).astype(dtype)))
+        product = widened((affinity * widened(share)[..., None]).astype(dtype))
+        return jnp.sum(product, axis=2).astype(dtype)
 
 
 def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: int) -> Int[Array, "B S k"]:

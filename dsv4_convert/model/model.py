@@ -15,6 +15,7 @@ from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import Cache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
 from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
 
@@ -27,13 +28,14 @@ class Model(nnx.Module):
     3. The streams collapse to one, are normalised, and meet the output head.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
         self.config = config
+        self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
         self.embed = parameter(config.vocab_size, width)
         self.layers = nnx.List(
             [
-                Block(config, kind, hashed=hashed)
+                Block(config, kind, hashed=hashed, numerics=numerics)
                 for kind, hashed in zip(config.attention, config.hash_routed, strict=True)
             ]
         )

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.model.mlp import mlp, swiglu
+from dsv4_convert.model.mlp import swiglu, weighted
+from dsv4_convert.model.numerics import PLAIN, Numerics
 
 #: Rows that the CPU path takes at a time where it goes from expert to expert.
 _LARGE, _SMALL = 128, 16
@@ -32,25 +33,32 @@ def grouped(
     w3: Float[Array, "E D I"],
     *,
     limit: float,
+    numerics: Numerics = PLAIN,
 ) -> Float[Array, "M D"]:
     """Rows sorted by expert, then one ragged matmul per matrix over all experts."""
     order, sizes = _by_expert(experts, w1.shape[0])
     tokens = order // experts.shape[1]
-    rows = x[tokens]
+    share = weights.reshape(-1)[order]
 
     def matmul(rows: Array, stack: Array) -> Array:
+        dtype = stack.dtype if numerics.quantized else rows.dtype
         product = lax.ragged_dot(
-            rows,
-            stack.astype(rows.dtype),
+            rows.astype(dtype),
+            stack.astype(dtype),
             sizes,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        return product.astype(rows.dtype)
+        return product.astype(x.dtype)
 
-    outputs = matmul(swiglu(matmul(rows, w1), matmul(rows, w3), limit), w2)
-    weighted = outputs.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
-    return jnp.zeros(x.shape, jnp.float32).at[tokens].add(weighted).astype(x.dtype)
+    rows = numerics.input(x)[tokens]
+    inner = swiglu(numerics.wide(matmul(rows, w1)), numerics.wide(matmul(rows, w3)), limit)
+    if numerics.release:
+        inner *= share[:, None]
+    outputs = matmul(numerics.input(inner.astype(x.dtype)), w2).astype(jnp.float32)
+    if not numerics.release:
+        outputs *= share[:, None]
+    return numerics.sum_of_experts(jnp.zeros(x.shape, jnp.float32).at[tokens].add(outputs), x.dtype)
 
 
 def packed(
@@ -62,6 +70,7 @@ def packed(
     w3: Float[Array, "E D I"],
     *,
     limit: float,
+    numerics: Numerics = PLAIN,
 ) -> Float[Array, "M D"]:
     """The same sum as :func:`grouped`: first an equal number of rows of every expert, then the rest tile by tile.
 
@@ -77,19 +86,19 @@ def packed(
     first_row = jnp.cumulative_sum(sizes, include_initial=True)
     flat_weights = weights.reshape(-1)
 
-    def add(total: Array, row: Array, end: Array, run: Callable[[Array], Array]) -> Array:
+    def add(total: Array, row: Array, end: Array, run: Callable[[Array, Array], Array]) -> Array:
         """Add what ``run`` makes of the tokens of some rows; those from ``end`` on are cut off."""
         pick = order[jnp.minimum(row, tokens * chosen - 1)]
-        output = run(x[pick // chosen]).astype(jnp.float32) * flat_weights[pick][..., None]
+        output = run(x[pick // chosen], flat_weights[pick])
         return total.at[jnp.where(row < end, pick // chosen, tokens)].add(output)
 
     def at_once(amount: int) -> Callable[[Array], Array]:
         row = first_row[:-1, None] + jnp.arange(amount)
-        every = jax.vmap(partial(mlp, limit=limit))
+        every = jax.vmap(partial(weighted, limit=limit, numerics=numerics))
 
-        def run(rows: Array) -> Array:
-            pieces = jnp.split(rows, _pieces(amount, stack), axis=1)
-            return jnp.concatenate([every(piece, w1, w2, w3) for piece in pieces], axis=1)
+        def run(rows: Array, share: Array) -> Array:
+            pieces = (jnp.split(part, _pieces(amount, stack), axis=1) for part in (rows, share))
+            return jnp.concatenate([every(*piece, w1, w2, w3) for piece in zip(*pieces, strict=True)], axis=1)
 
         return lambda total: add(total, row, first_row[1:, None], run)
 
@@ -101,7 +110,8 @@ def packed(
             index, total = state
             expert = jnp.searchsorted(first_tile, index, side="right") - 1
             row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
-            run = partial(mlp, w1=w1[expert], w2=w2[expert], w3=w3[expert], limit=limit)
+            matrices = {"w1": w1[expert], "w2": w2[expert], "w3": w3[expert]}
+            run = partial(weighted, **matrices, limit=limit, numerics=numerics)
             return index + 1, add(total, row, first_row[expert + 1], run)
 
         start = jnp.zeros((), first_tile.dtype)
@@ -121,7 +131,7 @@ def packed(
         count = jnp.stack(counts)[best]
         total = tile_by_tile(total, next_row, count, tile)
         next_row += count * tile
-    return total[:tokens].astype(x.dtype)
+    return numerics.sum_of_experts(total[:tokens], x.dtype)
 
 
 def _amounts(rows: int, stack: int) -> tuple[int, ...]:

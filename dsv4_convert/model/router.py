@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
+from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import Buffer, linear, parameter
 from dsv4_convert.model.recording import Taps
 
@@ -32,7 +33,8 @@ class Router(nnx.Module):
     Source: published inference code, ``Gate``. The 1e-20 in the division is transformers'; it changes no float32.
     """
 
-    def __init__(self, config: Config, *, hashed: bool) -> None:
+    def __init__(self, config: Config, *, hashed: bool, numerics: Numerics) -> None:
+        self.numerics = numerics
         self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
         self.weight = parameter(config.hidden_size, config.n_routed_experts)
         self.bias = None if hashed else Buffer(jnp.zeros((config.n_routed_experts,), jnp.float32))
@@ -40,7 +42,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routing:
         """Route every token. ``token_ids`` matter in hash-routed layers only."""
-        logits = taps("logits", linear(x, self.weight[...]))
+        logits = taps("logits", linear(self.numerics.wide(x), self.weight[...]))
         scores = jnp.sqrt(jax.nn.softplus(logits.astype(jnp.float32)))
         if self.tid2eid is not None:
             chosen = self.tid2eid[...][token_ids]

@@ -25,7 +25,7 @@ finite = hnp.arrays(
 def _floor(array: np.ndarray, rms: float = 1e-6, peak: float = 1e-6) -> Floor:
     """The same floor in every row, and no rounding of large elements."""
     rows = np.ones(array.shape[:2])
-    return Floor(rms * rows, peak * rows, 0.0)
+    return Floor(rms * rows, peak * rows, 0.0, rms * rows)
 
 
 @given(finite)
@@ -157,7 +157,8 @@ def _choice(rows: list[list[int]]) -> np.ndarray:
 
 def _scores(rows: list[list[float]], *, peak: float = 1e-5, ours: object = None, visible: object = None) -> Scores:
     golden = np.array([rows], np.float32)
-    floor = Floor(np.full(golden.shape[:2], peak), np.full(golden.shape[:2], peak), 0.0)
+    peaks = np.full(golden.shape[:2], peak)
+    floor = Floor(peaks, peaks, 0.0, peaks)
     return Scores(
         golden,
         floor,

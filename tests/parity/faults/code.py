@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
-from dsv4_convert.model import attention, block, compressor, hyper_connection, indexer, mlp, router
+from dsv4_convert.model import attention, block, compressor, hyper_connection, indexer, mlp, numerics, router
 from dsv4_convert.model import model as backbone
 from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
 from dsv4_convert.model.norm import rms_norm as _rms_norm
@@ -446,8 +446,8 @@ CODE: tuple[Fault, ...] = (
           _shared_choice),
     _code("choice ignored: all entries seen", LEARNED_CSA, _CONTEXT, attention, "chosen_mask", _everything_chosen),
     _code("compressed entries never seen", CSA, _CONTEXT, attention, "chosen_mask", _nothing_chosen),
-    _code("weightless norm of the queries missing", CSA, "attn.q", attention, "unit_rms", lambda x, eps: x),
-    _code("weightless norm over all heads at once", SLIDING, "attn.q", attention, "unit_rms",
+    _code("weightless norm of the queries missing", CSA, "attn.q", numerics, "unit_rms", lambda x, eps: x),
+    _code("weightless norm over all heads at once", SLIDING, "attn.q", numerics, "unit_rms",
           lambda x, eps: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-1, -2), keepdims=True) + eps)),
     _code("output groups in reverse", HCA, "attn.wo_a", attention, "_grouped_linear", _group_reversed),
     _code("heads dealt out to the groups in turn", CSA, "attn.wo_a", attention, "_grouped_linear",
@@ -506,7 +506,7 @@ CODE: tuple[Fault, ...] = (
           _weights_in_other_order),
     _code("norm statistics in bfloat16", CSA, "attn.q_norm", attention, "rms_norm", _coarse_norm),
     _code("layer norm instead of RMS norm", HCA, "attn.q_norm", attention, "rms_norm", _layer_norm),
-    _code("matmul at an accelerator's default precision", SLIDING, "attn.wq_a", attention, "linear", _coarse_linear),
+    _code("matmul at an accelerator's default precision", SLIDING, "attn.wq_a", numerics, "linear", _coarse_linear),
     _code("router matmul at default precision", LEARNED_CSA, "ffn.gate.logits", router, "linear", _coarse_linear),
     _code("embedding scaled by sqrt(D)", None, "embed", forward, "embed", _scaled_embedding),
     _code("head collapse by the mean", None, "hc_head", hyper_connection, "_collapse", _plain_sum),

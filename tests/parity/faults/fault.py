@@ -18,7 +18,7 @@ import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.model.mlp import mlp
+from dsv4_convert.model.mlp import weighted
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
@@ -231,5 +231,6 @@ class _FaultyForward(Forward):
         return stack
 
 
-def _uncompiled_expert(x: Array, w1: Array, w2: Array, w3: Array, limit: float) -> jax.Array:
-    return mlp(jnp.asarray(x), jnp.asarray(w1), jnp.asarray(w2), jnp.asarray(w3), limit)
+def _uncompiled_expert(*operands: Any) -> jax.Array:
+    arrays, constants = operands[:5], operands[5:]
+    return weighted(*map(jnp.asarray, arrays), *constants)

@@ -1,0 +1,163 @@
+"""Loading the user's copy of the published ``inference/`` folder, unmodified, with kernels that run on a CPU.
+
+The code is executed because the user named its folder; nothing else ever is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
+from golden.references.release import kernels
+
+_MODEL = "model.py"
+#: What the code imports that only runs on a GPU -> what it gets instead.
+_KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
+_HADAMARD = ("hadamard_transform",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """The published model code. ``sha256`` is that of its file."""
+
+    module: ModuleType
+    path: Path
+    sha256: str
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The surroundings that it expects: bfloat16 as the default dtype, and its kernels."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with _modules(), torch.no_grad():
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def begin(self, config: Config, *, batch: int, tokens: int, expert_dtype: str | None, float_scales: bool) -> Any:
+        """Its arguments for this architecture; the module is set up for them.
+
+        Args:
+            config: the architecture.
+            batch, tokens: how much its caches have to hold.
+            expert_dtype: ``fp4`` where routed experts are stored so, else None.
+            float_scales: whether scales are stored in float32.
+
+        Raises:
+            BadInput: the code has no such arguments, so it is of another model.
+        """
+        yarn = config.yarn
+        stages = config.num_mtp_stages
+        values = {
+            "max_batch_size": batch,
+            "max_seq_len": tokens,
+            "dtype": "bf16" if config.weight_block_size is None else "fp8",
+            "expert_dtype": expert_dtype,
+            "scale_dtype": "fp32" if float_scales else "fp8",
+            "vocab_size": config.vocab_size,
+            "dim": config.hidden_size,
+            "moe_inter_dim": config.moe_intermediate_size,
+            "n_layers": config.num_hidden_layers,
+            "n_hash_layers": sum(config.hash_routed),
+            "n_heads": config.num_attention_heads,
+            "n_routed_experts": config.n_routed_experts,
+            "n_activated_experts": config.num_experts_per_tok,
+            "route_scale": config.routed_scaling_factor,
+            "swiglu_limit": config.swiglu_limit,
+            "q_lora_rank": config.q_lora_rank,
+            "head_dim": config.head_dim,
+            "rope_head_dim": config.qk_rope_head_dim,
+            "norm_eps": config.rms_norm_eps,
+            "o_groups": config.o_groups,
+            "o_lora_rank": config.o_lora_rank,
+            "window_size": config.sliding_window,
+            "compress_ratios": tuple(config.ratio(kind) for kind in config.attention) + (0,) * stages,
+            "compress_rope_theta": config.compress_rope_theta,
+            "original_seq_len": 0 if yarn is None else yarn.original_max_position_embeddings,
+            "rope_theta": config.rope_theta,
+            "rope_factor": 1 if yarn is None else yarn.factor,
+            "beta_fast": 32 if yarn is None else yarn.beta_fast,
+            "beta_slow": 1 if yarn is None else yarn.beta_slow,
+            "index_n_heads": config.index_n_heads,
+            "index_head_dim": config.index_head_dim,
+            "index_topk": config.index_topk,
+            "hc_mult": config.hc_mult,
+            "hc_sinkhorn_iters": config.hc_sinkhorn_iters,
+            "hc_eps": config.hc_eps,
+        }
+        known = {field.name for field in dataclasses.fields(self.module.ModelArgs)}
+        if missing := sorted(set(values) - known):
+            raise BadInput(f"{self.path}: ModelArgs has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
+        args = self.module.ModelArgs(**values)
+        # A model without layers sets what the code keeps in global variables, such as the dtype of matrices.
+        self.module.Transformer(dataclasses.replace(args, n_layers=0, n_mtp_layers=0))
+        return args
+
+
+def load(folder: Path) -> Code:
+    """Import ``model.py`` of a folder, or of its ``inference`` folder.
+
+    Raises:
+        UsageError: there is none.
+        BadInput: it cannot be imported, or defines another model.
+    """
+    path = next((place / _MODEL for place in (folder, folder / "inference") if (place / _MODEL).is_file()), None)
+    if path is None:
+        raise UsageError(
+            f"--release-code {folder}: no {_MODEL} there; expected the `inference` folder that every DeepSeek-V4 "
+            "repository has beside its weights"
+        )
+    spec = importlib.util.spec_from_file_location("dsv4_release_code", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _modules({spec.name: module}):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise BadInput(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    parts = ("ModelArgs", "Transformer", "Block", "ParallelHead", "RMSNorm", "apply_rotary_emb", *_KERNELS)
+    if missing := [name for name in parts if not hasattr(module, name)]:
+        raise BadInput(f"{path}: has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
+    return Code(module, path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@contextmanager
+def _modules(besides: Mapping[str, ModuleType] | None = None) -> Iterator[None]:
+    """The two modules of kernels, and more, under the names that the code imports."""
+    stand_ins = dict(besides or {})
+    for name, functions in (("kernel", _KERNELS), ("fast_hadamard_transform", _HADAMARD)):
+        stand_in = ModuleType(name)
+        for function in functions:
+            setattr(stand_in, function, getattr(kernels, function))
+        stand_ins[name] = stand_in
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:  # these names only: what else was imported meanwhile stays
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def complaint(code: Code, what: str) -> Dsv4Error:
+    """The code computes in another way than is known here."""
+    return Dsv4Error(
+        f"{code.path}: computes DeepSeek-V4 in another way than the recorder knows (it was written for the revisions "
+        f"published from April to August 2026): {what}"
+    )

@@ -1,0 +1,178 @@
+"""CPU stand-ins for the GPU kernels that DeepSeek's inference code imports from ``kernel`` and a Hadamard package.
+
+Names, arguments and results are those of the published ``inference/kernel.py``; what is computed, and where it is
+rounded, is that of its current revision (published with V4-Flash-0731): simulated FP8 really rounds to FP8. Sums are
+float32, or float64 within :func:`exact_sums`, which is how much another order of summation may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_FP8_MAX, _FP4_MAX = 448.0, 6.0
+#: Smallest largest value of a group, so that no scale is zero.
+_FP8_LEAST, _FP4_LEAST = 1e-4, 6 * 2.0**-126
+#: Inputs of a quantised matmul that share one scale, weights in FP4 that do, and rows of FP8 weights that do.
+_INPUT_GROUP, _FP4_GROUP, _FP8_ROWS = 128, 32, 128
+#: Keys that the attention kernel takes at a time; all of them with exact sums, since the block is the kernel's choice.
+_KEYS = 64
+
+#: The values of FP4 (e2m1), by code.
+FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+_sum_dtype = torch.float32
+
+
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """While active, sums of products are float64 before they are rounded to the dtype of the result."""
+    global _sum_dtype
+    before, _sum_dtype = _sum_dtype, torch.float64
+    try:
+        yield
+    finally:
+        _sum_dtype = before
+
+
+def power_of_two_scale(largest: Tensor, limit: float) -> Tensor:
+    """The smallest power of two that is not below ``largest / limit``; float32 in and out.
+
+    The quotient is a product with the rounded reciprocal, and the exponent comes from its bits, as in the kernels.
+    """
+    bits = (largest * torch.tensor(1 / limit, dtype=torch.float32)).view(torch.int32)
+    exponent = ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0).int()
+    return (exponent << 23).view(torch.float32)
+
+
+def act_quant(
+    x: Tensor,
+    block_size: int = 128,
+    scale_fmt: str | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """FP8 codes and scales of groups of ``block_size`` channels; or, in place, the values that they stand for."""
+    groups = _groups(x, block_size)
+    largest = groups.abs().amax(dim=-1, keepdim=True).clamp(min=_FP8_LEAST)
+    scale = power_of_two_scale(largest, _FP8_MAX) if scale_fmt is not None else largest * (1 / _FP8_MAX)
+    codes = (groups / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    if inplace:
+        return x.copy_((codes.float() * scale).flatten(-2))
+    return codes.flatten(-2), scale.squeeze(-1).to(scale_dtype)
+
+
+def fp4_act_quant(x: Tensor, block_size: int = 32, inplace: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """FP4 codes, two to a byte, and scales; or, in place, the values that they stand for."""
+    groups = _groups(x, block_size)
+    scale = power_of_two_scale(groups.abs().amax(dim=-1, keepdim=True).clamp(min=_FP4_LEAST), _FP4_MAX)
+    codes = _fp4_codes((groups / scale).clamp(-_FP4_MAX, _FP4_MAX))
+    if inplace:
+        return x.copy_((FP4_VALUES[codes] * scale).flatten(-2))
+    low, high = codes.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return (low | high << 4).view(torch.float4_e2m1fn_x2), scale.squeeze(-1).to(torch.float8_e8m0fnu)
+
+
+def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per 128, FP8 weights with a scale per 128 x 128."""
+    rows, inputs = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]).to(_sum_dtype)
+    scale = b_s.to(_sum_dtype).repeat_interleave(_FP8_ROWS, dim=0)[: len(b)]
+    total = torch.zeros(len(rows), len(b), dtype=_sum_dtype)
+    for block, start in enumerate(range(0, b.shape[1], _INPUT_GROUP)):
+        part = slice(start, start + _INPUT_GROUP)
+        product = rows[:, part].to(_sum_dtype) @ b[:, part].to(_sum_dtype).T
+        total += product * (inputs[:, block, None] * scale[:, block])
+    return total.to(torch.get_default_dtype()).unflatten(0, a.shape[:-1])
+
+
+def fp4_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per 128, FP4 weights, packed, with a scale per 32."""
+    rows, inputs = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]).to(_sum_dtype)
+    packed, scale = b.view(torch.uint8), b_s.to(_sum_dtype)
+    total = torch.zeros(len(rows), len(b), dtype=_sum_dtype)
+    for block, start in enumerate(range(0, 2 * packed.shape[1], _FP4_GROUP)):
+        codes = packed[:, start // 2 : (start + _FP4_GROUP) // 2].int()
+        weights = FP4_VALUES[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)]
+        product = rows[:, start : start + _FP4_GROUP].to(_sum_dtype) @ weights.to(_sum_dtype).T
+        total += product * inputs[:, start // _INPUT_GROUP, None] * scale[:, block]
+    return total.to(torch.get_default_dtype()).unflatten(0, a.shape[:-1])
+
+
+def sparse_attn(q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, softmax_scale: float) -> Tensor:
+    """Attention ``[B, S, H, C]`` over the keys ``[B, X, C]``, also values, whose indices are given; -1 is none.
+
+    Block by block with a running maximum, as the kernel does: the probabilities of a block are rounded to the dtype of
+    the keys before the sum over values, and divided by their sum after it. The sink adds to that sum only.
+    """
+    peak = torch.full((*q.shape[:3], 1), -torch.inf, dtype=_sum_dtype)
+    total, context = torch.zeros_like(peak), torch.zeros(q.shape, dtype=_sum_dtype)
+    queries = q.to(_sum_dtype)
+    batch = torch.arange(len(kv))[:, None, None]
+    step = _KEYS if _sum_dtype is torch.float32 else topk_idxs.shape[2]
+    for start in range(0, topk_idxs.shape[2], step):
+        index = topk_idxs[:, :, start : start + step].long()
+        keys = kv[batch, index.clamp(min=0)].to(_sum_dtype)
+        scores = torch.einsum("bshc,bsxc->bshx", queries, keys) * softmax_scale
+        scores = torch.where((index < 0)[:, :, None], -torch.inf, scores)
+        before, peak = peak, torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
+        # Before the first key there is nothing to rescale.
+        shrink = torch.where(before == -torch.inf, 0.0, torch.exp(before - peak))
+        weights = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - peak))
+        total = total * shrink + weights.sum(dim=-1, keepdim=True)
+        rounded = weights.to(kv.dtype).to(_sum_dtype)
+        context = context * shrink + torch.einsum("bshx,bsxc->bshc", rounded, keys)
+    total += torch.exp(attn_sink.to(_sum_dtype)[:, None] - peak)
+    return (context / total).to(q.dtype)
+
+
+def hc_split_sinkhorn(
+    mixes: Tensor, hc_scale: Tensor, hc_base: Tensor, hc_mult: int = 4, sinkhorn_iters: int = 20, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixing weights of a hyper-connection, float32: pre and post ``[B, S, N]``, comb ``[B, S, N, N]``."""
+    n = hc_mult
+    mixes, scale, base = (part.to(_sum_dtype) for part in (mixes, hc_scale, hc_base))
+    pre = torch.sigmoid(mixes[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * torch.sigmoid(mixes[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    logits = (mixes[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    comb = logits.softmax(dim=-1) + eps
+    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(sinkhorn_iters - 1):
+        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    return pre.float(), post.float(), comb.float()
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Product with the Hadamard matrix in Sylvester's order, times ``scale``; float32 inside, the dtype of ``x`` out.
+
+    Neighbours are added and subtracted first, then pairs of neighbours, and so on.
+    """
+    width = x.shape[-1]
+    if width & (width - 1):
+        raise ValueError(f"a Hadamard matrix of {width} rows: expected a power of two")
+    values, half = x.float(), 1
+    while half < width:
+        upper, lower = values.unflatten(-1, (-1, 2, half)).unbind(-2)
+        values = torch.stack([upper + lower, upper - lower], dim=-2).flatten(-3)
+        half *= 2
+    return (values * scale).to(x.dtype)
+
+
+def _groups(x: Tensor, size: int) -> Tensor:
+    """``[..., groups, size]`` in float32."""
+    if x.shape[-1] % size:
+        raise ValueError(f"{x.shape[-1]} channels in groups of {size}: expected a multiple")
+    return x.float().unflatten(-1, (-1, size))
+
+
+def _fp4_codes(values: Tensor) -> Tensor:
+    """Codes of the nearest FP4 values; halfway between two, of the one with an even code."""
+    levels = FP4_VALUES[:8]
+    middles = (levels[1:] + levels[:-1]) / 2
+    size = values.abs()
+    below, above = torch.bucketize(size, middles), torch.bucketize(size, middles, right=True)
+    even = torch.where(below % 2 == 0, below, above)  # the two differ in the middle between two levels only
+    return even + 8 * torch.signbit(values).int()

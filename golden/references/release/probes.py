@@ -1,0 +1,304 @@
+"""Where each tap is found while DeepSeek's inference code runs.
+
+Nothing in the code is changed: hooks see what modules get and give, and functions and methods are watched from outside.
+A visitor gets the very tensor that the code goes on with, so it may look at it, or put something else into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from golden.references.release.code import Code
+
+Array = np.ndarray[Any, Any]
+#: Called with a tap's name and its tensor, in order of execution.
+Visit: TypeAlias = Callable[[str, Tensor], None]
+Choices: TypeAlias = Mapping[str, Array]
+
+EXPERTS, WEIGHTS, CHOSEN = "ffn.gate.experts", "ffn.gate.weights", "attn.indexer.chosen"
+
+#: Tap -> the module of a ``Block`` that returns it.
+_OUTPUTS = {
+    "attn_norm": "attn_norm",
+    **{f"attn.{part}": f"attn.{part}" for part in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_b")},
+    **{
+        f"{path}.{part}": f"{path}.{part}"
+        for path in ("attn.compressor", "attn.indexer.compressor")
+        for part in ("wkv", "wgate", "norm")
+    },
+    "attn.compressor.entries": "attn.compressor",
+    "attn.indexer.compressor.entries": "attn.indexer.compressor",
+    "attn.indexer.weights_proj": "attn.indexer.weights_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn.shared_experts": "ffn.shared_experts",
+    "ffn": "ffn",
+    "hc_ffn.streams": "",
+}
+
+#: Tap -> the module whose first argument it is.
+_INPUTS = {
+    "input": "",
+    "attn.compressor.pooled": "attn.compressor.norm",
+    "attn.indexer.compressor.pooled": "attn.indexer.compressor.norm",
+    "attn.wo_a": "attn.wo_b",
+}
+
+
+@contextmanager
+def watching_block(code: Code, block: nn.Module, visit: Visit, choices: Choices | None = None) -> Iterator[None]:
+    """Visit every tap of one forward of a ``Block`` on a whole prompt; with ``choices`` these are made instead."""
+    modules = dict(block.named_modules())
+    with ExitStack() as stack:
+        for tap, path in _INPUTS.items():
+            if path in modules:
+                stack.enter_context(_hooked(modules[path], before=partial(_first, partial(visit, tap))))
+        for tap, path in _OUTPUTS.items():
+            if path in modules:
+                stack.enter_context(_hooked(modules[path], after=partial(_given, partial(visit, tap))))
+        stack.enter_context(_mixing(code, block, visit))
+        stack.enter_context(_attention(code, visit))
+        functions = stack.enter_context(_Functions(visit, choices or {}))
+        for path in ("attn.indexer", "ffn.gate"):
+            if path in modules:
+                stack.enter_context(functions.within(modules[path], path))
+        stack.enter_context(_hooked(modules["ffn.gate"], after=partial(_routing, visit)))
+        stack.enter_context(_hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
+        if "attn.indexer" in modules:
+            stack.enter_context(_hooked(modules["attn.indexer"], after=partial(_chosen, visit)))
+        yield
+
+
+@contextmanager
+def watching_head(visit: Visit) -> Iterator[None]:
+    """Visit the weights of the head's collapse; the rest of the head is called step by step."""
+    with _Collapse(visit):
+        yield
+
+
+@contextmanager
+def exact_functions() -> Iterator[None]:
+    """While active, torch's sums and functions compute in float64 and round once, to the dtype that they have now."""
+    with _Exact():
+        yield
+
+
+def _first(visit: Callable[[Tensor], None], arguments: tuple[Any, ...]) -> None:
+    visit(arguments[0])
+
+
+def _given(visit: Callable[[Tensor], None], result: Any) -> None:
+    if result is not None:  # a compressor gives nothing when no block is complete
+        visit(result)
+
+
+def _routing(visit: Visit, result: Any) -> None:
+    weights, experts = result
+    visit(WEIGHTS, weights)
+    visit(EXPERTS, experts)
+
+
+def _chosen(visit: Visit, result: Tensor) -> None:
+    # Entries stand behind the keys of the prompt, which are as many as there are queries.
+    visit(CHOSEN, torch.where(result < 0, -1, result - result.shape[1]))
+
+
+@contextmanager
+def _hooked(
+    module: nn.Module,
+    *,
+    before: Callable[[tuple[Any, ...]], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+) -> Iterator[None]:
+    """Call ``before`` with the arguments, and ``after`` with the result, of every forward of ``module``."""
+
+    # A hook that returned something would replace what the module gets or gives.
+    def see_arguments(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if before is not None:
+            before(arguments)
+
+    def see_result(_: nn.Module, arguments: Any, result: Any) -> None:
+        if after is not None:
+            after(result)
+
+    handles = [module.register_forward_pre_hook(see_arguments), module.register_forward_hook(see_result)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
+    """Both hyper-connections of a block: the first call of each part belongs to attention, the second to experts."""
+    halves = ["hc_attn", "hc_ffn"]
+    hc_pre, hc_post, sinkhorn = block.hc_pre, block.hc_post, code.module.hc_split_sinkhorn
+
+    def watched_sinkhorn(*arguments: Any) -> Any:
+        result = sinkhorn(*arguments)
+        for part, value in zip(("pre", "post", "comb"), result, strict=True):
+            visit(f"{halves[0]}.{part}", value)
+        return result
+
+    def watched_pre(*arguments: Any) -> Any:
+        result = hc_pre(*arguments)
+        visit(f"{halves.pop(0)}.collapsed", result[0])
+        return result
+
+    def watched_post(*arguments: Any) -> Any:
+        result = hc_post(*arguments)
+        if halves:  # that of the experts is what the block returns
+            visit("hc_attn.streams", result)
+        return result
+
+    with (
+        patch.object(block, "hc_pre", watched_pre),
+        patch.object(block, "hc_post", watched_post),
+        patch.object(code.module, "hc_split_sinkhorn", watched_sinkhorn),
+    ):
+        yield
+
+
+@contextmanager
+def _attention(code: Code, visit: Visit) -> Iterator[None]:
+    """What the attention kernel gets and gives, and what is rotated in place: first the queries, last the context."""
+    module = code.module
+    rotate, attend, quantize = module.apply_rotary_emb, module.sparse_attn, module.fp4_act_quant
+    started = False
+
+    def watched_rotate(x: Tensor, freqs: Tensor, inverse: bool = False) -> Any:
+        nonlocal started
+        if not started:
+            visit("attn.q", _whole(x))
+        started = True
+        result = rotate(x, freqs, inverse)
+        if inverse:
+            visit("attn.context_unrotated", _whole(x))
+        return result
+
+    def watched_attend(q: Tensor, kv: Tensor, *others: Any) -> Tensor:
+        visit("attn.q_rope", q)
+        visit("attn.kv_rope", kv[:, : q.shape[1]])
+        result: Tensor = attend(q, kv, *others)
+        visit("attn.context", result)
+        return result
+
+    def watched_quantize(x: Tensor, *others: Any) -> Any:
+        result = quantize(x, *others)
+        if x.ndim == 4:  # the indexer's queries; its entries have no heads
+            visit("attn.indexer.q_rope", x)
+        return result
+
+    with (
+        patch.object(module, "apply_rotary_emb", watched_rotate),
+        patch.object(module, "sparse_attn", watched_attend),
+        patch.object(module, "fp4_act_quant", watched_quantize),
+    ):
+        yield
+
+
+def _whole(rotated: Tensor) -> Tensor:
+    """The vectors whose last channels are ``rotated``: it is a slice of them."""
+    base = rotated._base
+    return rotated if base is None else base
+
+
+class _Functions(TorchFunctionMode):
+    """Taps that are arguments or results of torch's functions, by the module in whose forward they are called."""
+
+    def __init__(self, visit: Visit, choices: Choices) -> None:
+        super().__init__()
+        self._visit = visit
+        self._choices = choices
+        self._inside: list[str] = []
+        self._shared: Tensor | None = None
+
+    @contextmanager
+    def within(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Know, until the block ends, when ``module`` runs."""
+
+        def leave(_: Any) -> None:
+            self._inside.remove(path)
+
+        with _hooked(module, before=lambda _: self._inside.append(path), after=leave):
+            yield
+
+    def expect_shared(self, result: Tensor) -> None:
+        """The shared expert's output, which is added to what the routed experts gave."""
+        self._shared = result
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inside = self._inside[-1] if self._inside else None
+        if inside == "ffn.gate" and func is F.softplus:
+            self._visit("ffn.gate.logits", args[0])
+        if inside == "ffn.gate" and func in (torch.topk, Tensor.topk):
+            self._visit("ffn.gate.scores", args[0])
+        if func is Tensor.add_ and self._shared is not None and args[1] is self._shared:
+            self._visit("ffn.experts", args[0])
+        result = func(*args, **kwargs)
+        if inside == "attn.indexer" and func in (torch.sum, Tensor.sum) and result.dtype != torch.float32:
+            self._visit("attn.indexer.scores", result)
+        if func in (torch.topk, Tensor.topk):
+            return self._chosen(inside, result)
+        return result
+
+    def _chosen(self, inside: str | None, result: Any) -> Any:
+        choice = self._choices.get({"ffn.gate": EXPERTS, "attn.indexer": CHOSEN}.get(inside or "", ""))
+        if choice is None:
+            return result
+        indices = torch.from_numpy(choice.astype(np.int64)).reshape(result.indices.shape)
+        # None is an entry that no query sees, which the code itself makes none of.
+        return torch.return_types.topk((result.values, torch.where(indices < 0, 1 << 30, indices)))
+
+
+class _Collapse(TorchFunctionMode):
+    """The first argument of the one ``unsqueeze`` in the head's collapse."""
+
+    def __init__(self, visit: Visit) -> None:
+        super().__init__()
+        self._visit = visit
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.unsqueeze:
+            self._visit("hc_head.pre", args[0])
+        return func(*args, **(kwargs or {}))
+
+
+#: Functions whose last bits depend on the order of a sum, or on who implements them.
+_INEXACT = frozenset(
+    {
+        F.linear, torch.einsum, torch.matmul, Tensor.matmul, torch.sum, Tensor.sum, torch.mean, Tensor.mean,
+        torch.rsqrt, Tensor.rsqrt, torch.softmax, Tensor.softmax, torch.exp, Tensor.exp, F.softplus, F.silu,
+        torch.sigmoid, Tensor.sigmoid,
+    }
+)  # fmt: skip
+
+
+class _Exact(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        floats = [part.dtype for part in args if isinstance(part, Tensor) and part.is_floating_point()]
+        if func not in _INEXACT or not floats:
+            return func(*args, **kwargs)
+        return func(*map(_widened, args), **kwargs).to(floats[0])
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
