@@ -9,13 +9,15 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
@@ -41,7 +43,7 @@ class Code:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            with _modules(), torch.no_grad():
+            with _modules(), torch.no_grad(), _RootsInFloat32():
                 yield
         finally:
             torch.set_default_dtype(before)
@@ -153,6 +155,18 @@ def _modules(besides: Mapping[str, ModuleType] | None = None) -> Iterator[None]:
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
+
+
+class _RootsInFloat32(TorchFunctionMode):
+    """Reciprocal roots as a GPU computes them: in float32, rounded once. On a CPU, torch takes the last few elements of
+    a bfloat16 tensor, those that do not fill a vector register, in bfloat16 throughout."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.rsqrt, Tensor.rsqrt) and args[0].dtype == torch.bfloat16:
+            return args[0].float().rsqrt().bfloat16()
+        return func(*args, **(kwargs or {}))
 
 
 def complaint(code: Code, what: str) -> Dsv4Error:

@@ -18,7 +18,7 @@ import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.model.mlp import weighted
+from dsv4_convert.model import mlp
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
@@ -223,14 +223,22 @@ class _FaultyForward(Forward):
             )
         for (owner, name), replacement in (fault.code or {}).items():
             stack.enter_context(patch.object(owner, name, replacement))
-        # Programs that were compiled before do not have the fault, and compiling each fault anew takes seconds.
-        stack.enter_context(jax.disable_jit())
-        # And runs side by side, since a loop that is not compiled takes every run's operations one by one.
-        stack.enter_context(patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)))
-        stack.enter_context(patch.object(forward_module, "_expert", _uncompiled_expert))
+        stack.enter_context(uncompiled())
         return stack
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """The model without compiled programs: those from before do not have a fault, and new ones take seconds each."""
+    with (
+        jax.disable_jit(),
+        # Runs side by side, since a loop that is not compiled takes every run's operations one by one.
+        patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)),
+        patch.object(forward_module, "_expert", _uncompiled_expert),
+    ):
+        yield
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
     arrays, constants = operands[:5], operands[5:]
-    return weighted(*map(jnp.asarray, arrays), *constants)
+    return mlp.weighted(*map(jnp.asarray, arrays), *constants)

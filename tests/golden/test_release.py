@@ -1,0 +1,214 @@
+"""Goldens of the release's inference code: a stand-in with the same interface, written for these tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsv4_convert.cli import app
+from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.model import Numerics, attention, indexer, mlp, numerics
+from dsv4_convert.published import PublishedWeights
+from golden.archive import Golden, open_golden
+from golden.noise import MODES, Mode
+from golden.recorder import record
+from golden.references.release import code as release_code
+from golden.synthetic import write_checkpoint
+from parity.metrics import Verdict
+from parity.run import compare_model
+
+from ..model.test_numerics import RELEASE
+from ..parity.faults.fault import uncompiled
+
+CODE = Path(__file__).parent / "release_code"
+#: Window-only, CSA and HCA layers, hash-routed and not. YaRN, the clamp and the choice of entries all matter.
+RAW = RELEASE | {"index_n_heads": 8, "num_attention_heads": 4, "compress_ratios": [0, 4, 128, 4, 0]}
+TOKENS = np.random.default_rng(1).integers(0, RAW["vocab_size"], (1, 140))
+CSA, HCA = 1, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("release")
+
+
+@pytest.fixture(scope="module")
+def golden(folder: Path) -> Golden:
+    write_checkpoint(folder / "fp4", RAW, seed=1)
+    return record(folder / "fp4", folder / "golden", tokens=TOKENS, release_code=CODE)
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path, golden: Golden) -> PublishedWeights:
+    return PublishedWeights.open(folder / "fp4")
+
+
+def test_the_golden_is_what_the_whole_model_computes(folder: Path, golden: Golden) -> None:
+    """Streamed and watched, against the code's own ``Transformer`` with all of its weights, which nobody watches."""
+    code = release_code.load(CODE)
+    assert golden.numerics == "release"
+    assert golden.manifest.request.reference.versions["model.py"] == f"sha256:{code.sha256}"
+    stored = PublishedWeights.open(folder / "fp4")._checkpoint
+    with code.active():
+        args = code.begin(golden.config, batch=1, tokens=140, expert_dtype="fp4", float_scales=False)
+        model = code.module.Transformer(args)
+        for name, parameter in model.named_parameters():
+            array = stored.read(name)
+            raw = torch.from_numpy(np.frombuffer(stored.read_bytes(name), np.uint8).copy())
+            if parameter.dtype.itemsize == 1:
+                parameter.data = raw.view(parameter.dtype).reshape(parameter.shape)
+            elif name.endswith("wo_a.weight"):  # published in FP8, and run in bfloat16
+                scale = stored.read(name.removesuffix("weight") + "scale").astype(np.float32)
+                scale = scale.repeat(128, 0)[: array.shape[0]].repeat(128, 1)[:, : array.shape[1]]
+                parameter.data = torch.from_numpy(array.astype(np.float32) * scale).to(parameter.dtype)
+            else:
+                wide = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+                parameter.data = torch.from_numpy(wide).to(parameter.dtype)
+        for part in model.modules():
+            if isinstance(part, code.module.Linear) and part.scale is not None:
+                part.weight.scale = part.scale
+        # The head evaluates the last token; every entry of the last block is there at token 139.
+        logits = model(torch.from_numpy(TOKENS)).float().numpy()
+    np.testing.assert_array_equal(logits, golden.read("logits")[:, -1])
+
+
+def test_parity_in_both_modes(golden: Golden, weights: PublishedWeights) -> None:
+    """All taps within the floor; operation by operation nearly all values are equal to the last bit."""
+    report = compare_model(weights, golden, modes=MODES)
+    assert report.passed, [result.name for result in report.taps if result.verdict is Verdict.FAIL]
+    assert report.dtype == "bfloat16"
+    isolated = [result for result in report.taps if result.mode is Mode.ISOLATED and result.distance is not None]
+    rounded = [result for result in isolated if _is_rounded(golden.read(result.name))]
+    assert len(rounded) > 60
+    # One rounding of every value would be 1.7e-3.
+    assert max(result.distance.relative_rms for result in rounded if result.distance) < 3e-4
+
+
+def _is_rounded(values: np.ndarray) -> bool:
+    return bool((np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32) == values).all())
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_other_forms_of_weights(folder: Path, form: str) -> None:
+    """FP8 experts with scales that are no powers of two; and unquantised weights, whose inputs are not quantised."""
+    write_checkpoint(folder / form, RAW, seed=2, form=form)  # type: ignore[arg-type]
+    golden = record(folder / form, folder / f"golden-{form}", tokens=TOKENS[:, :30], layers=[0, 1], release_code=CODE)
+    report = compare_model(PublishedWeights.open(folder / form), golden, layers=[0, 1])
+    assert report.passed, [result.name for result in report.taps if result.verdict is Verdict.FAIL]
+
+
+def _not_weighted_before(x: Any, share: Any, w1: Any, w2: Any, w3: Any, limit: float, rule: Numerics) -> Any:
+    return mlp.mlp(x, w1, w2, w3, limit, rule).astype(jnp.float32) * share[..., None]
+
+
+def _scores_in_float32(self: Any, q: Any, keys: Any, weights: Any) -> Any:
+    q, keys, weights = (part.astype(jnp.float32) for part in (q, keys, weights))
+    affinity = jax.nn.relu(jnp.einsum("bshc,btc->bsht", q, keys)) * (self.head_dim * self.heads) ** -0.5
+    return jnp.sum(affinity * weights[..., None], axis=2).astype(jnp.bfloat16)
+
+
+FAULTS: dict[str, tuple[int, str, Any, str, Callable[..., Any]]] = {
+    "inputs of matrices not quantised": (CSA, "attn.wq_a", Numerics, "input", lambda self, x: x),
+    "keys not quantised": (CSA, "attn.kv_rope", Numerics, "key", lambda self, kv, rotated: kv),
+    "rotated channels quantised too": (
+        HCA, "attn.kv_rope", Numerics, "key", lambda self, kv, rotated: numerics.fp8_rounded(kv, 64)),
+    "no Hadamard rotation": (
+        CSA, "attn.indexer.q_rope", Numerics, "indexed", lambda self, x: numerics.fp4_rounded(x, 32)),
+    "no FP4 in the indexer": (CSA, "attn.indexer.q_rope", Numerics, "indexed", lambda self, x: numerics.hadamard(x)),
+    "FP8 in the indexer": (
+        CSA, "attn.indexer.q_rope", Numerics, "indexed",
+        lambda self, x: numerics.fp8_rounded(numerics.hadamard(x), 32)),
+    "compressor in bfloat16": (HCA, "attn.compressor.wkv", Numerics, "wide", lambda self, x: x),
+    "query norm in float32": (CSA, "attn.q", Numerics, "query", lambda self, q, eps: numerics.unit_rms(q, eps)),
+    "indexer scores in float32": (CSA, "attn.indexer.scores", indexer.Indexer, "_rounded_scores", _scores_in_float32),
+    "probabilities divided before they are rounded": (
+        HCA, "attn.context", attention, "attend_as_released", attention.attend),
+    "routing weight after the expert": (HCA, "ffn.experts", mlp, "weighted", _not_weighted_before),
+    "scales that are no powers of two": (CSA, "attn.wq_a", numerics, "_power_of_two", lambda x: x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_step_left_out_is_named(golden: Golden, weights: PublishedWeights, name: str) -> None:
+    layer, tap, owner, attribute, replacement = FAULTS[name]
+    with uncompiled(), patch.object(owner, attribute, replacement):
+        report = compare_model(weights, golden, layers=[layer])
+    assert not report.passed
+    assert f"layers.{layer}.{tap}" in [result.name for result in report.descents[0].wrong]
+
+
+def test_the_command(folder: Path, golden: Golden) -> None:
+    """Recording and comparing by command; the dtype follows from the golden, and no other one is possible."""
+    source, orbax, out = folder / "fp4", folder / "orbax", folder / "golden-command"
+    hf_to_orbax(source, orbax, storage=Storage.SOURCE)
+    run = CliRunner().invoke
+    tokens = ",".join(map(str, TOKENS[0, :20]))
+    asked = ["golden", "record", str(source), "--out", str(out), "--tokens", tokens, "--layers", "0"]
+    done = run(app, [*asked, "--reference", "release", "--release-code", str(CODE)])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(
+        open_golden(out).read("layers.0.attn.wq_a"), golden.read("layers.0.attn.wq_a")[:, :20]
+    )
+    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "bfloat16" in done.output
+    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--dtype", "float32"])
+    assert done.exit_code == 2
+    assert "which runs in bfloat16" in done.stderr
+    assert run(app, [*asked, "--reference", "release"]).exit_code == 2
+    assert run(app, [*asked, "--release-code", str(CODE)]).exit_code == 2
+
+
+@pytest.mark.parametrize("options", [{"decode": 1}, {"first_position": 3}, {"noise": ["float32"]}])
+def test_what_the_code_is_not_recorded_with(folder: Path, golden: Golden, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        record(folder / "fp4", folder / "never", tokens=TOKENS, release_code=CODE, **options)
+    assert not (folder / "never").exists()
+
+
+def test_a_folder_without_the_code(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no model\.py there"):
+        release_code.load(tmp_path)
+    for text, complaint in (
+        ("import not_there", "cannot be imported: ModuleNotFoundError"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError"),
+        ("class ModelArgs: ...", "has no Transformer, Block"),
+    ):
+        (tmp_path / "inference").mkdir(exist_ok=True)
+        (tmp_path / "inference" / "model.py").write_text(text)
+        with pytest.raises(BadInput, match=complaint):
+            release_code.load(tmp_path)
+
+
+def test_code_that_computes_otherwise_is_an_error_not_a_golden(folder: Path, tmp_path: Path, golden: Golden) -> None:
+    text = (CODE / "model.py").read_text()
+    changed = text.replace("self.norm(", "self.norm.forward(", 1)  # a norm that no hook sees
+    assert changed != text
+    (tmp_path / "model.py").write_text(changed)
+    with pytest.raises(Exception, match="not computed"):
+        record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=tmp_path)
+    assert not (tmp_path / "golden").exists()
+
+
+def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: Golden) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(what: str) -> None:
+        if what.startswith("layer 2"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=CODE, progress=stop)
+    again = record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=CODE)
+    assert again.manifest.taps == golden.manifest.taps
