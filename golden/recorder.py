@@ -27,7 +27,7 @@ from golden.tokens import check_tokens
 from golden.writer import GoldenWriter, check_destination, golden_writer
 
 if TYPE_CHECKING:
-    from golden.references.release.streamed import ReleasedModel
+    from golden.references.release.released import ReleasedModel
     from golden.references.streamed import StreamedModel
 
 Array = np.ndarray[Any, Any]

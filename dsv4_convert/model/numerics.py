@@ -115,7 +115,7 @@ def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Said twice, because XLA may leave out a conversion to bfloat16 that is followed by one back.
     """
-    form = jnp.finfo(x.dtype)
+    form = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
     return jax.lax.reduce_precision(x.astype(jnp.float32), form.nexp, form.nmant)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,11 @@ def packed(
 
     def at_once(amount: int) -> Callable[[Array], Array]:
         row = first_row[:-1, None] + jnp.arange(amount)
-        every = jax.vmap(partial(weighted, limit=limit, numerics=numerics))
+
+        def one(rows: Array, share: Array, w1: Array, w2: Array, w3: Array) -> Array:
+            return weighted(rows, share, w1, w2, w3, limit, numerics)
+
+        every = jax.vmap(one)
 
         def run(rows: Array, share: Array) -> Array:
             pieces = (jnp.split(part, _pieces(amount, stack), axis=1) for part in (rows, share))
@@ -110,8 +113,10 @@ def packed(
             index, total = state
             expert = jnp.searchsorted(first_tile, index, side="right") - 1
             row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
-            matrices = {"w1": w1[expert], "w2": w2[expert], "w3": w3[expert]}
-            run = partial(weighted, **matrices, limit=limit, numerics=numerics)
+
+            def run(rows: Array, share: Array) -> Array:
+                return weighted(rows, share, w1[expert], w2[expert], w3[expert], limit, numerics)
+
             return index + 1, add(total, row, first_row[expert + 1], run)
 
         start = jnp.zeros((), first_tile.dtype)

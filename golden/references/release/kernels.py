@@ -72,7 +72,7 @@ def fp4_act_quant(x: Tensor, block_size: int = 32, inplace: bool = False) -> Ten
     codes = _fp4_codes((groups / scale).clamp(-_FP4_MAX, _FP4_MAX))
     if inplace:
         return x.copy_((FP4_VALUES[codes] * scale).flatten(-2))
-    low, high = codes.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    low, high = codes.to(torch.uint8).reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return (low | high << 4).view(torch.float4_e2m1fn_x2), scale.squeeze(-1).to(torch.float8_e8m0fnu)
 
 
@@ -85,7 +85,7 @@ def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.
         part = slice(start, start + _INPUT_GROUP)
         product = rows[:, part].to(_sum_dtype) @ b[:, part].to(_sum_dtype).T
         total += product * (inputs[:, block, None] * scale[:, block])
-    return total.to(torch.get_default_dtype()).unflatten(0, a.shape[:-1])
+    return total.to(torch.get_default_dtype()).reshape(*a.shape[:-1], len(b))
 
 
 def fp4_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,7 +98,7 @@ def fp4_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.
         weights = FP4_VALUES[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)]
         product = rows[:, start : start + _FP4_GROUP].to(_sum_dtype) @ weights.to(_sum_dtype).T
         total += product * inputs[:, start // _INPUT_GROUP, None] * scale[:, block]
-    return total.to(torch.get_default_dtype()).unflatten(0, a.shape[:-1])
+    return total.to(torch.get_default_dtype()).reshape(*a.shape[:-1], len(b))
 
 
 def sparse_attn(q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, softmax_scale: float) -> Tensor:
@@ -136,7 +136,7 @@ def hc_split_sinkhorn(
     mixes, scale, base = (part.to(_sum_dtype) for part in (mixes, hc_scale, hc_base))
     pre = torch.sigmoid(mixes[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(mixes[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = (mixes[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    logits = (mixes[..., 2 * n :] * scale[2] + base[2 * n :]).reshape(*mixes.shape[:-1], n, n)
     comb = logits.softmax(dim=-1) + eps
     comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     for _ in range(sinkhorn_iters - 1):
@@ -155,7 +155,7 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         raise ValueError(f"a Hadamard matrix of {width} rows: expected a power of two")
     values, half = x.float(), 1
     while half < width:
-        upper, lower = values.unflatten(-1, (-1, 2, half)).unbind(-2)
+        upper, lower = values.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
         values = torch.stack([upper + lower, upper - lower], dim=-2).flatten(-3)
         half *= 2
     return (values * scale).to(x.dtype)
@@ -165,7 +165,7 @@ def _groups(x: Tensor, size: int) -> Tensor:
     """``[..., groups, size]`` in float32."""
     if x.shape[-1] % size:
         raise ValueError(f"{x.shape[-1]} channels in groups of {size}: expected a multiple")
-    return x.float().unflatten(-1, (-1, size))
+    return x.float().reshape(*x.shape[:-1], -1, size)
 
 
 def _fp4_codes(values: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ class ReleasedModel:
         def fill(module: nn.Module, _: Any) -> None:
             self._fill(module, prefix)
 
-        def drop(module: nn.Module, *_: Any) -> None:
+        def drop(module: nn.Module, *others: Any) -> None:
             for path, parameter in empty.items():
                 owner, _, key = path.rpartition(".")
                 setattr(module.get_submodule(owner), key, parameter)
@@ -240,7 +240,7 @@ class ReleasedModel:
             if isinstance(getattr(part, "scale", None), nn.Parameter) and not absent:
                 scale = prefix + (f"{path}." if path else "") + "scale"
                 part.scale = nn.Parameter(self._scale(scale), requires_grad=False)
-                part.weight.scale = part.scale  # type: ignore[union-attr]
+                part.weight.scale = part.scale
         if absent:
             raise complaint(self._code, f"it has parameters that the checkpoint has not:\n{listed(absent)}")
 
