@@ -100,8 +100,9 @@ def packed(
         every = jax.vmap(one)
 
         def run(rows: Array, share: Array) -> Array:
-            pieces = (jnp.split(part, _pieces(amount, stack), axis=1) for part in (rows, share))
-            return jnp.concatenate([every(*piece, w1, w2, w3) for piece in zip(*pieces, strict=True)], axis=1)
+            count = _pieces(amount, stack)
+            pieces = zip(jnp.split(rows, count, axis=1), jnp.split(share, count, axis=1), strict=True)
+            return jnp.concatenate([every(*piece, w1, w2, w3) for piece in pieces], axis=1)
 
         return lambda total: add(total, row, first_row[1:, None], run)
 
