@@ -27,6 +27,12 @@ _MODEL = "model.py"
 #: What the code imports that only runs on a GPU -> what it gets instead.
 _KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
 _HADAMARD = ("hadamard_transform",)
+#: SHA-256 of a published ``model.py`` that computes otherwise than today's -> what to know of it.
+_REVISIONS = {
+    "6380e70f3690227155ae17fa40b99c8e6900623d00925fd8a8ccc9588e02e818": (
+        "the first, of 2026-04-24: it does not clamp the shared expert, which later ones, and dsv4, do"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,12 @@ class Code:
     module: ModuleType
     path: Path
     sha256: str
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What identifies it in a manifest."""
+        known = _REVISIONS.get(self.sha256)
+        return {"model.py": f"sha256:{self.sha256}"} | ({"revision": known} if known else {})
 
     @contextmanager
     def active(self) -> Iterator[None]:

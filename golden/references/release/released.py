@@ -57,7 +57,7 @@ def describe(code: Code) -> Reference:
     """What the manifest says of this reference."""
     return Reference(
         name="release",
-        versions={"torch": torch.__version__, "model.py": f"sha256:{code.sha256}"},
+        versions={"torch": torch.__version__, **code.versions},
         numerics="release",
         dtype="bfloat16",
         attention_implementation="CPU stand-in",
