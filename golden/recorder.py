@@ -84,7 +84,7 @@ def record(
     check_destination(out)
     streamed = _reference()
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        config = checkpoint.architecture()
         wanted = check_layers(config, layers)
         if first_position < 0:
             raise UsageError(f"first position {first_position}: expected 0 or more")
