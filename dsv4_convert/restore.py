@@ -39,9 +39,6 @@ class Parameters(Protocol):
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that are not there."""
 
-    def check_stages(self) -> None:
-        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
-
     def read(self, path: str, dtype: np.dtype[Any] = ...) -> Array:
         """One parameter in the model's layout."""
 
@@ -56,6 +53,13 @@ class Parameters(Protocol):
 
     def damaged(self, path: str) -> bool:
         """Whether a parameter is known to be no longer what was written."""
+
+
+class Whole(Parameters, Protocol):
+    """Parameters of a checkpoint, of which it is known whether mtp stages are among them."""
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
 
 
 class Weights:
@@ -187,7 +191,7 @@ def restore_block(weights: Parameters, layer: int, *, with_experts: bool, dtype:
     return _fill(block, weights, f"layers.{layer}.", dtype)
 
 
-def restore_model(weights: Parameters, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False) -> Model:
+def restore_model(weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False) -> Model:
     """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
 
     Raises:

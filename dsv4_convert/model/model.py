@@ -124,9 +124,10 @@ class Model(nnx.Module):
         positions: Int[Array, "B S"],
         *,
         stage: int = 0,
+        only: Int[Array, " B"] | None = None,
         taps: Taps | None = None,
         past: Past[LayerCache] | None = None,
-    ) -> tuple[Float[Array, "B S V"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B Y V"], LayerCache | None]:
         """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
 
         Args:
@@ -134,6 +135,7 @@ class Model(nnx.Module):
             next_ids: the token after each of these.
             positions: of the streams' tokens.
             stage: which one.
+            only: the index of the one token of each prompt whose logits are wanted, ``Y = 1``; None for all.
             taps: what is recorded, below ``mtp.0.``.
             past: what the stage has seen before; its tokens are pairs of streams and the id after them.
         """
@@ -141,6 +143,8 @@ class Model(nnx.Module):
         block = self.mtp[stage]
         embedded = self.embed[...][next_ids].astype(streams.dtype)
         streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)
+        if only is not None:
+            streams = jnp.take_along_axis(streams, only[:, None, None, None], axis=1)
         return head(
             streams,
             block.hc_head_fn[...],

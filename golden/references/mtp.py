@@ -72,10 +72,10 @@ class StageReference:
         """The collapsed input of a half, and how its output is spread and the streams are mixed."""
         n = self._config.hc_mult
         scale, base = self._own[f"{name}_scale"], self._own[f"{name}_base"]
-        first, second, third = self._mixes(h, self._own[f"{name}_fn"]).split([n, n, n * n], dim=-1)
+        first, second, third = self._mixes(h, self._own[f"{name}_fn"]).tensor_split([n, 2 * n], dim=-1)
         pre = torch.sigmoid(first * scale[0] + base[:n]) + self._eps
         post = 2 * torch.sigmoid(second * scale[1] + base[n : 2 * n])
-        comb = (third * scale[2] + base[2 * n :]).unflatten(-1, (n, n)).softmax(-1) + self._eps
+        comb = _cut(third * scale[2] + base[2 * n :], n, n).softmax(-1) + self._eps
         comb = comb / (comb.sum(-2, keepdim=True) + self._eps)
         for _ in range(self._config.hc_sinkhorn_iters - 1):
             comb = comb / (comb.sum(-1, keepdim=True) + self._eps)
@@ -95,7 +95,7 @@ class StageReference:
         heads, width = config.num_attention_heads, config.head_dim
         turns = self._turns(positions)
         low = self._tap("attn.q_norm", self._norm(self._tap("attn.wq_a", x @ own["attn.wq_a"].T), "attn.q_norm"))
-        q = self._tap("attn.wq_b", (low @ own["attn.wq_b"].T).unflatten(-1, (heads, width)))
+        q = self._tap("attn.wq_b", _cut(low @ own["attn.wq_b"].T, heads, width))
         q = self._tap("attn.q_rope", _turned(self._tap("attn.q", self._rms(q)), turns.unsqueeze(2)))
         kv = self._tap("attn.kv_norm", self._norm(self._tap("attn.wkv", x @ own["attn.wkv"].T), "attn.kv_norm"))
         kv = self._tap("attn.kv_rope", _turned(kv, turns))
@@ -110,8 +110,8 @@ class StageReference:
         context = self._tap("attn.context", torch.einsum("bhst,btc->bshc", shares, kv))
         context = self._tap("attn.context_unrotated", _turned(context, turns.conj().unsqueeze(2)))
 
-        groups = context.flatten(2).unflatten(-1, (config.o_groups, -1))
-        matrices = own["attn.wo_a"].unflatten(0, (config.o_groups, -1))
+        groups = _cut(context.flatten(2), config.o_groups, -1)
+        matrices = own["attn.wo_a"].view(config.o_groups, config.o_lora_rank, -1)
         low = self._tap("attn.wo_a", torch.einsum("bsgi,goi->bsgo", groups, matrices))
         return self._tap("attn.wo_b", low.flatten(2) @ own["attn.wo_b"].T)
 
@@ -147,9 +147,14 @@ class StageReference:
         return (silu(gate) * up) @ own[f"{name}.w2"].T
 
 
+def _cut(x: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return x.reshape(*x.shape[:-1], *sizes)
+
+
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
     """The trailing dimensions as interleaved complex numbers, each turned."""
     width = 2 * turns.shape[-1]
     still, last = x[..., :-width], x[..., -width:]
-    pairs = torch.view_as_complex(last.unflatten(-1, (-1, 2)).contiguous()) * turns
+    pairs = torch.view_as_complex(_cut(last, -1, 2).contiguous()) * turns
     return torch.cat([still, torch.view_as_real(pairs).flatten(-2)], dim=-1)
