@@ -19,6 +19,9 @@ _TENSORS: dict[str, str] = {
     r"image_\w+": "vision tokens",
 }
 
+#: Any of them in a name; there are a hundred thousand names to look at.
+_ANY_COMPONENT = re.compile(rf"(?:\A|\.)({'|'.join(_TENSORS)})(?=\.|\Z)")
+
 #: Pattern of a field of ``config.json`` that no DeepSeek-V4 text backbone has.
 _FIELDS = r"text_config|(vision|image|engram)_\w+"
 
@@ -69,8 +72,10 @@ def _of_family(raw: Mapping[str, Any]) -> bool:
 
 def _feature(name: str) -> str | None:
     """What a tensor's name gives away."""
-    hits = (feature for part in name.split(".") for pattern, feature in _TENSORS.items() if re.fullmatch(pattern, part))
-    return next(hits, None)
+    part = _ANY_COMPONENT.search(name)
+    if part is None:
+        return None
+    return next(feature for pattern, feature in _TENSORS.items() if re.fullmatch(pattern, part[1]))
 
 
 def _model(raw: Mapping[str, Any], features: Mapping[str, list[str]]) -> str:

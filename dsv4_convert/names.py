@@ -401,6 +401,8 @@ def layer_of(name: str) -> int | None:
 
 def stage_of(name: str) -> int | None:
     """The stage after the backbone (``mtp.N``, also one of DSpark) that a tensor belongs to; None for every other."""
+    if not name.startswith("mtp."):
+        return None
     key, numbers = template(name)
     return numbers[0] if key.startswith("mtp.{}.") else None
 

@@ -155,31 +155,6 @@ def test_two_programs_serve_every_call_of_a_shape(model: Callable[..., Model]) -
     assert programs() == after
 
 
-def test_forgotten_tokens_leave_no_trace(model: Callable[..., Model]) -> None:
-    """A cache after tokens that were not kept is, as far as a query can see, the one that never saw them."""
-    made = model(None)
-    graph, state = nnx.split(made)
-    extend = jax.jit(lambda ids, cache, count, keep: nnx.merge(graph, state).extend(ids, cache, count=count, keep=keep))
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 96, (2, 150)).astype(np.int32)
-    whole = jax.jit(lambda ids: nnx.merge(graph, state)(ids))(ids)
-    cache = Cache.empty(made.config, 2, 160)
-    start = np.zeros(2, int)
-    while (start < 150).any():
-        keep = np.minimum(rng.integers(0, 4, 2), 150 - start).astype(np.int32)
-        count = np.minimum(keep + rng.integers(0, 3, 2), 5).astype(np.int32)
-        given = rng.integers(0, 96, (2, 5)).astype(np.int32)
-        for row in range(2):
-            given[row, : keep[row]] = ids[row, start[row] : start[row] + keep[row]]
-        logits, cache = extend(given, cache, count, keep)
-        for row in range(2):
-            np.testing.assert_allclose(
-                logits[row, : keep[row]], whole[row, start[row] : start[row] + keep[row]], atol=1e-5, rtol=1e-5
-            )
-        start += keep
-    assert cache.tokens.tolist() == [150, 150]
-
-
 def test_what_is_refused(folders: tuple[Path, Path], model: Callable[..., Model], tmp_path: Path) -> None:
     drafting = Generator(model(0.0), speculative=True)
     with pytest.raises(UsageError, match="leave the temperature at 0"):
