@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.measure import dsv4, gigabytes
 from benchmarks.sparse import lay_out, tensors_of
-from dsv4_convert.names import drop_reason, layer_of
+from dsv4_convert.names import layer_of, stage_of
 
 DATA = Path("tests/data")
 #: Model -> number of its shards.
@@ -41,7 +41,7 @@ def main() -> None:
     tensors = tensors_of(DATA / "inventory" / f"{options.model}.json")
 
     def filled(name: str) -> bool:
-        return not options.plan_only and drop_reason(name) is None and layer_of(name) in (None, options.layer)
+        return not options.plan_only and stage_of(name) is None and layer_of(name) in (None, options.layer)
 
     config = DATA / "configs" / f"{options.model}.json"
     lay_out(tensors, config, source, shards=SHARDS[options.model], filled=filled)

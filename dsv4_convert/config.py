@@ -54,10 +54,6 @@ _IGNORED = frozenset(
         "architectures",
         "attention_dropout",
         "bos_token_id",
-        "dspark_block_size",
-        "dspark_markov_rank",
-        "dspark_noise_token_id",
-        "dspark_target_layer_ids",
         "dtype",
         "eos_token_id",
         "initializer_range",
@@ -70,6 +66,9 @@ _IGNORED = frozenset(
         "use_cache",
     }
 )
+
+#: Fields that describe DSpark's draft stages, which stand below ``mtp.`` but are of another architecture.
+_DSPARK = frozenset({"dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids"})
 
 #: Integer fields that must be present and positive, under the name that they also have here.
 _SIZES = (
@@ -112,7 +111,9 @@ class Config:
     """Every architecture number of one model. Field names are those of the published ``config.json``.
 
     Per-layer facts are tuples of length ``num_hidden_layers``: ``attention`` and ``hash_routed``. The stages after the
-    backbone (``mtp.N``) are counted, not described: they are window-only blocks in every release.
+    backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in every release. Where
+    a layer number is kept, that of a stage is ``num_hidden_layers + stage``, as in the published ``compress_ratios``;
+    :meth:`kind` and :meth:`hashed` know these numbers too.
     """
 
     vocab_size: int
@@ -156,10 +157,27 @@ class Config:
         """Tokens per compressed entry of a layer of this kind; 0 without a compressor."""
         return {Attention.SLIDING: 0, Attention.CSA: self.csa_ratio, Attention.HCA: self.hca_ratio}[kind]
 
+    def kind(self, layer: int) -> Attention:
+        """What a layer, or a stage after the backbone, attends to."""
+        return self.attention[layer] if layer < self.num_hidden_layers else Attention.SLIDING
+
+    def hashed(self, layer: int) -> bool:
+        """Whether a layer, or a stage after the backbone, chooses experts by the token's id."""
+        return layer < self.num_hidden_layers and self.hash_routed[layer]
+
+    @property
+    def stage_layers(self) -> range:
+        """The layer numbers of the stages after the backbone."""
+        return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
+
     @property
     def hc_mixes(self) -> int:
         """Rows of a hyper-connection's ``fn``: N for pre, N for post, N*N for comb."""
         return (2 + self.hc_mult) * self.hc_mult
+
+    def computes_like(self, other: Config) -> bool:
+        """Whether both are the same, except for the stages after the backbone, which a conversion may leave out."""
+        return dataclasses.replace(self, num_mtp_stages=0) == dataclasses.replace(other, num_mtp_stages=0)
 
     @classmethod
     def from_file(cls, path: Path) -> Config:
@@ -231,7 +249,7 @@ class _Reader:
         }
         values |= self._quantization()
         for name in list(self.left):
-            if name in _IGNORED:
+            if name in _IGNORED | _DSPARK:
                 del self.left[name]
         for name, value in self.left.items():
             self._bad(f"{name}: unknown field (value {_short(value)}); it may change the mathematics")
@@ -301,8 +319,7 @@ class _Reader:
         ratios = self.left.pop("compress_ratios", None)
         if ratios is not None:
             kinds = self._kinds("compress_ratios", ratios, _KIND_OF_RATIO, at_least=layers)
-            # Entries past the backbone belong to the mtp stages. The dated releases hold three stages although
-            # num_nextn_predict_layers stays 1, so the schedule is the one to believe.
+            # Entries past the backbone belong to the stages after it; the schedule is the one to believe.
             if kinds is not None:
                 spelled["compress_ratios"] = kinds[:layers]
                 stages = max(nextn, len(kinds) - layers)
@@ -319,6 +336,8 @@ class _Reader:
             self._bad("compress_ratios and layer_types contradict each other")
         if ratios is not None and (rates[Attention.CSA], rates[Attention.HCA]) != (4, 128):
             self._bad("compress_rates and compress_ratios contradict each other: compress_ratios implies 4 and 128")
+        if _DSPARK & self.left.keys():
+            stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts
         return next(iter(spelled.values()), (Attention.SLIDING,) * layers), stages
 
     def _kinds(

@@ -7,12 +7,13 @@ The proof is made from names, dtypes and shapes alone, before any weight is read
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.foreign import refuse_foreign
 from dsv4_convert.names import (
+    DSPARK,
     FP4_GROUP,
     FP8_TILE,
     Dialect,
@@ -24,6 +25,7 @@ from dsv4_convert.names import (
     drop_reason,
     lookup,
     parameters,
+    stage_of,
 )
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
@@ -38,16 +40,6 @@ _ACCEPTED: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
 }
 _SCALE_DTYPES = frozenset({"F8_E8M0", "F32"})
 _PACKED = frozenset({"I8", "U8"})
-
-
-#: Pattern of a component that no DeepSeek-V4 text backbone has -> the feature that it belongs to.
-_FOREIGN: dict[str, str] = {
-    "engram": "V4.1 engram memory",
-    "vision": "vision encoder",
-    "aligner": "vision aligner",
-    "bias_vl": "vision routing bias",
-    r"image_\w+": "vision tokens",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +81,12 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason."""
+    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason.
 
+    ``config`` is the architecture of what is resolved: it counts the stages after the backbone that are part of it.
+    """
+
+    config: Config
     dialect: Dialect
     leaves: tuple[Leaf, ...]
     dropped: Mapping[str, str]
@@ -106,38 +102,34 @@ def resolve(
 ) -> Resolution:
     """Prove that the tensors of a checkpoint and the parameters of the model cover each other exactly.
 
-    With ``layers`` only those and the model-level parameters are asked for; tensors of other layers are neither used
-    nor required, but they still have to be known names.
+    With ``layers`` only those and the model-level parameters are asked for; tensors of other layers, and of the stages
+    after the backbone, are neither used nor required, but they still have to be known names. A checkpoint may have no
+    stages at all, although its config counts them; if it has a tensor of one, it has to have all. Stages of DSpark are
+    left out.
 
     Raises:
         BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
-            without weight; all of them in one message.
+            without weight, all of them in one message; or a model that is not supported
+            (:func:`~dsv4_convert.foreign.refuse_foreign`).
     """
+    refuse_foreign({}, stored, where=where)
     dialect = dialect or detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
-    dropped: dict[str, str] = {}
-    foreign: dict[str, list[str]] = {}
-    for name in stored:
-        reason = drop_reason(name)
-        if reason is not None:
-            dropped[name] = reason
-            continue
+    dropped = _dspark(stored)
+    fitted = config
+    if layers is not None or dropped or all(stage_of(name) is None for name in stored):
+        fitted = dataclasses.replace(config, num_mtp_stages=0)
+    for name in stored.keys() - dropped.keys():
         uses = lookup(name, dialect)
-        if not uses:
-            feature = _foreign_feature(name)
-            if feature is None:
-                problems.append(f"{name}: unknown tensor {_describe(stored[name])}")
-            else:
-                foreign.setdefault(feature, []).append(name)
-            continue
-        problems += _misplaced(name, uses[0], config)
-    for feature, names in foreign.items():
-        problems.append(f"{feature} is not supported: {len(names)} tensor(s) such as {names[0]}")
+        if uses:
+            problems += _misplaced(name, uses[0], config)
+        else:
+            problems.append(f"{name}: unknown tensor {_describe(stored[name])}")
 
     used: set[str] = set()
     leaves = []
-    for path, rule, layer in parameters(config, chosen):
+    for path, rule, layer in parameters(fitted, None if layers is None else chosen):
         leaf = _leaf(path, rule, layer, config, dialect, stored)
         problems += _check_leaf(leaf, config, stored)
         for source in leaf.sources:
@@ -147,7 +139,10 @@ def resolve(
         leaves.append(leaf)
     for name in stored.keys() - used - dropped.keys():
         uses = lookup(name, dialect)
-        if uses and not _misplaced(name, uses[0], config) and (uses[0].layer is None or uses[0].layer in chosen):
+        asked = (
+            uses and (uses[0].layer is None or uses[0].layer in chosen) and (uses[0].stage is None or layers is None)
+        )
+        if asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
     if problems:
@@ -156,13 +151,13 @@ def resolve(
             f"{listed(sorted(problems))}\n"
             "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
         )
-    return Resolution(dialect, tuple(leaves), dropped)
+    return Resolution(fitted, dialect, tuple(leaves), dropped)
 
 
-def _foreign_feature(name: str) -> str | None:
-    """What an unknown name gives away: a part of a model that is not a DeepSeek-V4 text backbone."""
-    hits = (feature for part in name.split(".") for pattern, feature in _FOREIGN.items() if re.fullmatch(pattern, part))
-    return next(hits, None)
+def _dspark(stored: Iterable[str]) -> dict[str, str]:
+    """The tensors of DSpark's stages with the reason why they are left out; none if the stages are not DSpark's."""
+    stages = [name for name in stored if stage_of(name) is not None]
+    return dict.fromkeys(stages, DSPARK) if any(map(drop_reason, stages)) else {}
 
 
 def _describe(stored: Stored) -> str:
@@ -175,8 +170,10 @@ def _misplaced(name: str, use: Use, config: Config) -> list[str]:
         if use.layer >= config.num_hidden_layers:
             return [f"{name}: the config has only {config.num_hidden_layers} layers"]
         if not use.rule.when.holds(config, use.layer):
-            kind = f"{config.attention[use.layer]}, {'hash' if config.hash_routed[use.layer] else 'learned'} routing"
+            kind = f"{config.kind(use.layer)}, {'hash' if config.hashed(use.layer) else 'learned'} routing"
             return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
+    if use.stage is not None and use.stage >= config.num_mtp_stages:
+        return [f"{name}: the config has {config.num_mtp_stages or 'no'} mtp stages"]
     if use.expert is not None and use.expert >= config.n_routed_experts:
         return [f"{name}: the config has only {config.n_routed_experts} experts"]
     return []
@@ -195,16 +192,13 @@ def _leaf(
     if fused and rule.fused is not None:
         sources: tuple[Source, ...] = (Source(rule.fused.format(layer), None),)
     else:
-        numbers = [(layer, expert) for expert in range(config.n_routed_experts)] if rule.per_expert else [(layer,)]
-        scale_template = rule.scale_template(dialect)
-        sources = tuple(
-            _source(rule.template(dialect), scale_template, number if layer is not None else (), stored)
-            for number in numbers
-        )
+        experts = range(config.n_routed_experts) if rule.per_expert else (None,)
+        weight, scale = rule.template(dialect), rule.scale_template(dialect)
+        sources = tuple(_source(weight, scale, rule.numbers(config, layer, expert), stored) for expert in experts)
     return Leaf(path, rule, layer, shape, target, sources, fused)
 
 
-def _source(weight: str, scale: str | None, numbers: tuple[int | None, ...], stored: Mapping[str, Stored]) -> Source:
+def _source(weight: str, scale: str | None, numbers: tuple[int, ...], stored: Mapping[str, Stored]) -> Source:
     scale_name = scale.format(*numbers) if scale is not None else None
     return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
 

@@ -1,4 +1,4 @@
-"""Generation: prompts of any lengths together, token by token from the cache.
+"""Generation: prompts of any lengths together, token by token from the cache, or with tokens that are drafted.
 
 Shape letters: ``B`` prompts, ``S`` tokens of a call, ``V`` vocabulary.
 """
@@ -6,7 +6,7 @@ Shape letters: ``B`` prompts, ``S`` tokens of a call, ``V`` vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
+from dsv4_convert.speculate import PASS, Drafts, Seen, read, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -58,11 +59,23 @@ class Sampling:
 class Generator:
     """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
 
-    def __init__(self, model: Model, dtype: Any = jnp.float32) -> None:
-        """``dtype`` is that of activations and cache."""
-        self._config = model.config
+    def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
+        """``dtype`` is that of activations and cache.
+
+        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.speculate`). The tokens are those
+        without, except where rounding decides between two: a pass has another shape.
+
+        Raises:
+            UsageError: the model has no stage to draft with.
+        """
+        if speculative and not len(model.mtp):
+            raise UsageError("speculative decoding: this model has no mtp stage to draft tokens with")
+        self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
         self._graph, self._state = nnx.split(model)
+        self._speculative = speculative
+        #: What became of the last call's drafts.
+        self.drafts = Drafts(0, 0)
 
     def __call__(
         self,
@@ -76,35 +89,62 @@ class Generator:
         """The tokens that follow each prompt: ``new_tokens`` of them, or fewer where one of ``stop`` ends it.
 
         Raises:
-            UsageError: no prompt, an empty one, ids outside of the vocabulary, or more tokens than the model's limit.
+            UsageError: no prompt, an empty one, ids outside of the vocabulary, more tokens than the model's limit, or
+                drafts where tokens are drawn.
         """
         sampling = sampling or Sampling()
         lengths = np.array([len(prompt) for prompt in prompts])
         self._check(prompts, lengths, new_tokens)
+        if self._speculative and sampling.temperature:
+            raise UsageError("speculative decoding takes the first choice of every token; leave the temperature at 0")
+        texts = _Texts(len(prompts), new_tokens, stop, on_token)
+        if self._speculative:
+            self._speculate(prompts, lengths, texts)
+        else:
+            self._step_by_step(prompts, lengths, texts, sampling)
+        return texts.found
+
+    def _step_by_step(
+        self, prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], texts: _Texts, sampling: Sampling
+    ) -> None:
         key = jax.random.key(sampling.seed)
-        cache = Cache.empty(self._config, len(prompts), int(lengths.max()) + new_tokens, dtype=self._dtype)
-        chunk = min(_CHUNK, -(-int(lengths.max()) // 8) * 8)
+        room = int(lengths.max()) + texts.limit
+        cache = Cache.empty(self._config, len(prompts), room, dtype=self._dtype, numerics=self._numerics)
         last = jnp.zeros((len(prompts), self._config.vocab_size), jnp.float32)
-        for start in range(0, int(lengths.max()), chunk):
-            tokens = np.zeros((len(prompts), chunk), np.int32)
-            count = np.clip(lengths - start, 0, chunk).astype(np.int32)
-            for row, prompt in enumerate(prompts):
-                tokens[row, : count[row]] = prompt[start : start + count[row]]
+        for tokens, _, count in _parts(prompts, lengths):
             logits, cache = self._step(tokens, cache, count)
             last = jnp.where((count > 0)[:, None], logits, last)  # a shorter prompt has ended before
-
-        found: list[list[int]] = [[] for _ in prompts]
-        running = np.full(len(prompts), new_tokens > 0)
-        while running.any():
+        while texts.running.any():
             key, draw = jax.random.split(key)
             chosen = np.asarray(_drawn(last, draw, sampling.temperature, sampling.top_k, sampling.top_p))
-            for row in map(int, np.flatnonzero(running)):
-                found[row].append(int(chosen[row]))
-                on_token(row, found[row][-1])
-                running[row] = found[row][-1] not in stop and len(found[row]) < new_tokens
-            if running.any():
-                last, cache = self._step(chosen[:, None], cache, running.astype(np.int32))
-        return found
+            for row in map(int, np.flatnonzero(texts.running)):
+                texts.add(row, [int(chosen[row])])
+            if texts.running.any():
+                last, cache = self._step(chosen[:, None], cache, texts.running.astype(np.int32))
+
+    def _speculate(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], texts: _Texts) -> None:
+        batch = len(prompts)
+        room = int(lengths.max()) + texts.limit
+        seen = Seen.nothing(self._config, batch, room, self._dtype, self._numerics)
+        # The last token is left to the first pass: of every other one it is known what follows.
+        for tokens, following, count in _parts(prompts, lengths - 1):
+            seen = read(self._graph, self._state, seen, *map(jnp.asarray, (tokens, following, count)))
+        certain = [[prompt[-1]] for prompt in prompts]
+        draft = np.full(batch, -1)  # none yet
+        drafted = accepted = 0
+        while texts.running.any():
+            given = np.zeros((batch, PASS), np.int32)
+            for row, own in enumerate(certain):
+                given[row, : len(own) + 1] = [*own, max(draft[row], 0)]
+            count = np.array([len(own) for own in certain], np.int32) * texts.running
+            has_draft = texts.running & (draft >= 0)
+            seen, *told = verify(self._graph, self._state, seen, *map(jnp.asarray, (given, count, has_draft)))
+            chosen, right, draft = map(np.asarray, told)
+            drafted, accepted = drafted + int(has_draft.sum()), accepted + int(right.sum())
+            for row in map(int, np.flatnonzero(texts.running)):
+                certain[row] = chosen[row, : 1 + right[row]].tolist()
+                texts.add(row, certain[row])
+        self.drafts = Drafts(drafted, accepted)
 
     def _check(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], new_tokens: int) -> None:
         config = self._config
@@ -126,6 +166,41 @@ class Generator:
         """Logits of each prompt's last token."""
         logits, cache = _extend(self._graph, self._state, jnp.asarray(tokens), cache, jnp.asarray(count))
         return logits, cache
+
+
+class _Texts:
+    """The new tokens of every prompt, and which of them go on."""
+
+    def __init__(self, prompts: int, limit: int, stop: Collection[int], on_token: OnToken) -> None:
+        self.limit = limit
+        self.found: list[list[int]] = [[] for _ in range(prompts)]
+        self.running = np.full(prompts, limit > 0)
+        self._stop = stop
+        self._on_token = on_token
+
+    def add(self, row: int, tokens: Sequence[int]) -> None:
+        """The next tokens of a prompt, as far as nothing ends it."""
+        for token in tokens:
+            if self.running[row]:
+                self.found[row].append(token)
+                self._on_token(row, token)
+                self.running[row] = token not in self._stop and len(self.found[row]) < self.limit
+
+
+def _parts(
+    prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any]
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The first ``lengths`` tokens of the prompts in parts of one shape: tokens, those after them, and how many."""
+    longest = int(lengths.max())
+    chunk = min(_CHUNK, -(-longest // 8) * 8)
+    for start in range(0, longest, chunk or 1):
+        tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
+        count = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : count[row]] = prompt[start : start + count[row]]
+            after = prompt[start + 1 : start + 1 + count[row]]
+            following[row, : len(after)] = after
+        yield tokens, following, count
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -13,6 +13,9 @@ Dialects (``Dialect``):
   write; routed experts either one by one or fused as ``experts.gate_up_proj`` (gate rows first).
 
 Parameter paths follow the published names, because that is what people search for.
+
+The stages of multi-token prediction (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the
+layers. transformers drops these tensors, so there is no other spelling than the published one: it serves every dialect.
 """
 
 from __future__ import annotations
@@ -88,18 +91,18 @@ class When(StrEnum):
             case When.ALWAYS:
                 return True
             case When.COMPRESSED:
-                return config.attention[layer] is not Attention.SLIDING
+                return config.kind(layer) is not Attention.SLIDING
             case When.CSA:
-                return config.attention[layer] is Attention.CSA
+                return config.kind(layer) is Attention.CSA
             case When.HASH:
-                return config.hash_routed[layer]
+                return config.hashed(layer)
             case When.LEARNED:
-                return not config.hash_routed[layer]
+                return not config.hashed(layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One row: one parameter, or one per layer, or one stack of experts per layer."""
+    """One row: one parameter, or one per layer or stage, or one stack of experts per layer or stage."""
 
     path: str
     published: str
@@ -121,6 +124,16 @@ class Rule:
         return self.path.startswith("layers.{}.")
 
     @property
+    def per_stage(self) -> bool:
+        """Whether the parameter exists once per stage after the backbone."""
+        return self.path.startswith("mtp.{}.")
+
+    def numbers(self, config: Config, layer: int | None, expert: int | None = None) -> tuple[int, ...]:
+        """What stands for the ``{}`` of its names: layer or stage, and expert, as far as it has them."""
+        first = layer - config.num_hidden_layers if self.per_stage and layer is not None else layer
+        return tuple(number for number in (first, expert) if number is not None)
+
+    @property
     def per_expert(self) -> bool:
         """Whether the checkpoint holds one tensor per expert, stacked to ``[E, ...]`` in the model."""
         return self.kind is Kind.EXPERT
@@ -130,6 +143,8 @@ class Rule:
         match dialect:
             case Dialect.PUBLISHED:
                 return self.published
+            case _ if self.per_stage:
+                return self.published
             case Dialect.TRANSFORMERS:
                 return self.saved or "model." + self.published
             case Dialect.MODULE:
@@ -137,6 +152,8 @@ class Rule:
 
     def scale_template(self, dialect: Dialect) -> str | None:
         """The name of the scale tensor beside a quantised weight; None where the rule or the dialect has none."""
+        if self.per_stage:
+            dialect = Dialect.PUBLISHED
         if self.kind not in (Kind.LINEAR, Kind.EXPERT) or dialect is Dialect.TRANSFORMERS:
             return None
         stem = self.template(dialect).removesuffix(".weight")
@@ -162,7 +179,7 @@ class Rule:
 
 def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
-    kind = config.attention[layer] if layer is not None else Attention.SLIDING
+    kind = config.kind(layer) if layer is not None else Attention.SLIDING
     overlap = 2 if kind is Attention.CSA else 1
     return {
         "V": config.vocab_size,
@@ -272,9 +289,43 @@ RULES: tuple[Rule, ...] = (
          kind=Kind.PLAIN, transform=_T),
 )  # fmt: skip
 
-#: First component of names that are left out on purpose, and why.
+
+def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, *, weight: bool = True) -> Rule:
+    """A row of a stage that layers have not."""
+    published = f"mtp.{{}}.{path}" + (".weight" if weight else "")
+    return Rule(
+        path=f"mtp.{{}}.{path}", published=published, module=published, shape=shape, kind=kind, transform=transform
+    )
+
+
+def _of_stage(rule: Rule) -> Rule:
+    """The same row of a stage's own layer."""
+    path, published = (text.replace("layers.", "mtp.", 1) for text in (rule.path, rule.published))
+    return dataclasses.replace(
+        rule, path=path, published=published, module=published, saved=None, fused=None, half=None
+    )
+
+
+#: The rows of every stage after the backbone: a window-only, score-routed layer, what leads into it, and a head.
+STAGE_RULES: tuple[Rule, ...] = (
+    *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (When.ALWAYS, When.LEARNED)),
+    _stage("e_proj", "D D", Kind.LINEAR, _T),
+    _stage("h_proj", "D D", Kind.LINEAR, _T),
+    _stage("enorm", "D", Kind.NORM),
+    _stage("hnorm", "D", Kind.NORM),
+    _stage("norm", "D", Kind.NORM),
+    _stage("hc_head_fn", "N ND", Kind.FLOAT32, weight=False),
+    _stage("hc_head_base", "N", Kind.FLOAT32, weight=False),
+    _stage("hc_head_scale", "1", Kind.FLOAT32, weight=False),
+)
+
+#: Why DSpark's draft stages, which the dated releases have below ``mtp.``, are left out.
+DSPARK = "draft stage of DSpark, another architecture than mtp, which dsv4 does not convert"
+
+#: Templates below which names are left out on purpose, and why. These only DSpark has; where one of them is there, all
+#: of ``mtp.`` belongs to it.
 DROPS: dict[str, str] = {
-    "mtp": "speculative-decoding stage; the backbone's forward pass does not use it",
+    f"mtp.{{}}.{part}": DSPARK for part in ("main_proj", "main_norm", "markov_head", "confidence_head")
 }
 
 
@@ -302,6 +353,8 @@ class Use:
     is_scale: bool = False
     #: The tensor holds the whole stack of experts.
     fused: bool = False
+    #: The stage after the backbone, for a tensor of one; ``layer`` is then None.
+    stage: int | None = None
 
 
 #: Template of a tensor -> (rule, is a scale, is fused); a fused tensor may serve two rules.
@@ -310,7 +363,7 @@ _Entry = tuple[Rule, bool, bool]
 
 def _index(dialect: Dialect) -> dict[str, list[_Entry]]:
     table: dict[str, list[_Entry]] = {}
-    for rule in RULES:
+    for rule in (*RULES, *STAGE_RULES):
         table.setdefault(rule.template(dialect), []).append((rule, False, False))
         scale = rule.scale_template(dialect)
         if scale is not None:
@@ -330,20 +383,28 @@ def lookup(name: str, dialect: Dialect) -> tuple[Use, ...]:
     for rule, is_scale, fused in _INDEX[dialect].get(key, ()):
         layer = numbers[0] if rule.per_layer else None
         expert = numbers[1] if rule.per_expert and not fused else None
-        uses.append(Use(rule, layer, expert, is_scale, fused))
+        uses.append(Use(rule, layer, expert, is_scale, fused, numbers[0] if rule.per_stage else None))
     return tuple(uses)
 
 
 def drop_reason(name: str) -> str | None:
-    """Why a tensor is left out on purpose; None for every other name."""
-    head, _, rest = name.partition(".")
-    return DROPS.get(head) if rest else None
+    """Why a tensor is left out on purpose, as far as its name alone says so; None for every other name."""
+    key, _ = template(name)
+    return next((reason for prefix, reason in DROPS.items() if key.startswith(f"{prefix}.")), None)
 
 
 def layer_of(name: str) -> int | None:
-    """The backbone layer that a tensor of any dialect belongs to; None for model-level and dropped tensors."""
+    """The backbone layer that a tensor of any dialect belongs to; None for those of the model level and of stages."""
     key, numbers = template(name)
     return numbers[0] if key.startswith(("layers.{}.", "model.layers.{}.")) else None
+
+
+def stage_of(name: str) -> int | None:
+    """The stage after the backbone (``mtp.N``, also one of DSpark) that a tensor belongs to; None for every other."""
+    if not name.startswith("mtp."):
+        return None
+    key, numbers = template(name)
+    return numbers[0] if key.startswith("mtp.{}.") else None
 
 
 def detect_dialect(names: Iterable[str]) -> Dialect:
@@ -360,7 +421,7 @@ def detect_dialect(names: Iterable[str]) -> Dialect:
 
 
 def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
-    """Every parameter of the model (or of the chosen layers and the model level): path, rule, layer."""
+    """Every parameter of the model, or of the chosen layers and the model level without stages: path, rule, layer."""
     chosen = range(config.num_hidden_layers) if layers is None else layers
     for rule in RULES:
         if not rule.per_layer:
@@ -369,6 +430,9 @@ def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[
         for rule in RULES:
             if rule.per_layer and rule.when.holds(config, layer):
                 yield rule.path.format(layer), rule, layer
+    for layer in config.stage_layers if layers is None else ():
+        for rule in STAGE_RULES:
+            yield rule.path.format(*rule.numbers(config, layer)), rule, layer
 
 
 def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -403,9 +467,10 @@ def explain(name: str) -> tuple[Explanation, ...]:
     found: dict[str, Explanation] = {}
     for dialect in Dialect:
         for use in lookup(name, dialect):
-            found.setdefault(use.rule.path, _explanation(use.rule, use.layer, use.expert))
+            number = use.layer if use.stage is None else use.stage
+            found.setdefault(use.rule.path, _explanation(use.rule, number, use.expert))
     key, numbers = template(name)
-    for rule in RULES:
+    for rule in (*RULES, *STAGE_RULES):
         if key == rule.path:
             found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, None))
     if not found:
@@ -416,15 +481,17 @@ def explain(name: str) -> tuple[Explanation, ...]:
 def rule_of(path: str) -> Rule:
     """The row of a parameter path such as ``layers.3.ffn.experts.w1``. Raises :class:`UsageError` for another name."""
     key, _ = template(path)
-    for rule in RULES:
+    for rule in (*RULES, *STAGE_RULES):
         if key == rule.path:
             return rule
     raise UsageError(f"{path}: not a parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
 
 
-def _explanation(rule: Rule, layer: int | None, expert: int | None) -> Explanation:
+def _explanation(rule: Rule, number: int | None, expert: int | None) -> Explanation:
+    """``number`` is that of the layer or stage."""
+
     def spell(text: str) -> str:
-        numbers = [f"{layer}" if layer is not None else "N", f"{expert}" if expert is not None else "E"]
+        numbers = [f"{number}" if number is not None else "N", f"{expert}" if expert is not None else "E"]
         return text.format(*numbers[: text.count("{}")])
 
     spellings = {}
@@ -439,5 +506,7 @@ def _explanation(rule: Rule, layer: int | None, expert: int | None) -> Explanati
 def _close(key: str) -> list[str]:
     import difflib
 
-    every = sorted({text for table in _INDEX.values() for text in table} | {rule.path for rule in RULES})
+    every = sorted(
+        {text for table in _INDEX.values() for text in table} | {rule.path for rule in (*RULES, *STAGE_RULES)}
+    )
     return difflib.get_close_matches(key, every, n=4, cutoff=0.3)

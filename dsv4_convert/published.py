@@ -11,7 +11,6 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_weight
-from dsv4_convert.config import Config
 from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
@@ -32,9 +31,10 @@ class PublishedWeights:
             BadInput: it does not, or is not a DeepSeek-V4 text model.
         """
         self._checkpoint = checkpoint
-        self.config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        self.layers = check_layers(self.config, layers)
-        resolution = resolve(stored_forms(checkpoint.tensors), self.config, layers=layers, where=str(checkpoint.root))
+        config = checkpoint.architecture()
+        self.layers = check_layers(config, layers)
+        resolution = resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
+        self.config = resolution.config
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
 
     @classmethod
@@ -52,6 +52,11 @@ class PublishedWeights:
         absent = sorted(set(wanted) - set(self.layers))
         if absent:
             raise UsageError(f"{self._checkpoint.root}: opened without the layers {absent}")
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if no mtp stage was opened."""
+        if not self.config.num_mtp_stages:
+            raise UsageError(f"{self._checkpoint.root}: no mtp stage, or opened without it")
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""

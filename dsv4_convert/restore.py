@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -54,6 +55,13 @@ class Parameters(Protocol):
         """Whether a parameter is known to be no longer what was written."""
 
 
+class Whole(Parameters, Protocol):
+    """Parameters of a checkpoint, of which it is known whether mtp stages are among them."""
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
+
+
 class Weights:
     """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory."""
 
@@ -98,6 +106,18 @@ class Weights:
         absent = [layer for layer in wanted if layer not in self.layers]
         if absent:
             raise UsageError(f"{self._store.folder}: holds the layers {_ranges(self.layers)}, not {_ranges(absent)}")
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
+        if any(names.stage_of(path) is not None for path in self._store.paths):
+            return
+        if names.DSPARK in self._store.metadata["tensors"]["dropped"]:
+            why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
+        elif self.config.num_mtp_stages:
+            why = "an earlier version of dsv4 left it out; convert the source again"
+        else:
+            why = "its source has none, or was converted with --layers; convert all of a source that has one"
+        raise UsageError(f"{self._store.folder}: no mtp stage to draft tokens with: {why}")
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.
@@ -173,25 +193,34 @@ def restore_block(
     from dsv4_convert.model import PLAIN, Block
 
     config, numerics = weights.config, numerics or PLAIN
-    kind, hashed = config.attention[layer], config.hash_routed[layer]
+    kind, hashed = config.kind(layer), config.hashed(layer)
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
     return _fill(block, weights, f"layers.{layer}.", dtype)
 
 
-def restore_model(weights: Parameters, *, dtype: np.dtype[Any] = _FLOAT32) -> Model:
-    """The whole model, filled.
+def restore_model(
+    weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False, numerics: Numerics | None = None
+) -> Model:
+    """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
+
+    ``numerics``: where it rounds on the way; None for plain.
 
     Raises:
         ResourceError: the memory of this machine is too small for it (where the model runs on the CPU).
-        UsageError: layers are missing.
+        UsageError: layers are missing, or the stages that are asked for.
     """
     from flax import nnx
 
-    from dsv4_convert.model import Model
+    from dsv4_convert.model import PLAIN, Model
 
-    weights.check_layers(tuple(range(weights.config.num_hidden_layers)))
-    _check_memory(weights.config, dtype)
-    return _fill(nnx.eval_shape(lambda: Model(weights.config)), weights, "", dtype)
+    config, numerics = weights.config, numerics or PLAIN
+    weights.check_layers(tuple(range(config.num_hidden_layers)))
+    if drafts:
+        weights.check_stages()
+    else:
+        config = dataclasses.replace(config, num_mtp_stages=0)
+    _check_memory(config, dtype)
+    return _fill(nnx.eval_shape(lambda: Model(config, numerics)), weights, "", dtype)
 
 
 def _check_memory(config: Config, dtype: np.dtype[Any]) -> None:

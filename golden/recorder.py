@@ -95,7 +95,7 @@ def record(
         raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
     reference = _reference(release_code, first_position=first_position, decode=decode)
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        config = checkpoint.architecture()
         wanted = check_layers(config, layers)
         if first_position < 0:
             raise UsageError(f"first position {first_position}: expected 0 or more")

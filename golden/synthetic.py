@@ -25,7 +25,7 @@ import numpy as np
 from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.names import FP4_GROUP, FP8_TILE, RULES, Dialect, Kind, Rule, When, check_layers, parameters
+from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -185,7 +185,7 @@ def write_checkpoint(
         form: ``fp4``: FP8 linears and FP4 experts with E8M0 scales, as released. ``fp8``: all FP8 with float32 scales
             that are no powers of two, as the Base releases. ``bf16``: unquantised.
         layers: write only the shards of these layers and of the model level; the index is then that of the part.
-        mtp: also write the stage after the backbone.
+        mtp: also write the stages after the backbone.
         progress: called after every shard.
     """
     if dest.exists():
@@ -225,42 +225,19 @@ def write_checkpoint(
 def _shards(
     config: Config, layers: tuple[int, ...], form: Form, seed: int, *, mtp: bool
 ) -> Iterator[Iterator[tuple[TensorEntry, int]]]:
-    """As published: the embedding, one shard per layer, the head, the stage after the backbone."""
-    by_layer: dict[int | None, list[tuple[Rule, int | None]]] = {}
-    for path, rule, layer in parameters(config, layers):
-        by_layer.setdefault(-1 if path == "embed" else layer, []).append((rule, layer))
+    """As published: the embedding, one shard per layer, the head, one shard per stage after the backbone."""
+    by_shard: dict[int | str | None, list[tuple[Rule, int | None]]] = {}
+    for path, rule, layer in parameters(config) if mtp else parameters(config, layers):
+        by_shard.setdefault(path if path == "embed" else layer, []).append((rule, layer))
 
     def entries(rows: list[tuple[Rule, int | None]]) -> Iterator[tuple[TensorEntry, int]]:
         for rule, layer in rows:
             for expert in range(config.n_routed_experts) if rule.per_expert else (None,):
-                numbers = [number for number in (layer, expert) if number is not None]
-                name = rule.published.format(*numbers)
+                name = rule.published.format(*rule.numbers(config, layer, expert))
                 yield from _tensors(name, rule.kind, rule.source_shape(config, layer), config, form, seed)
 
-    for key in (-1, *layers, None):
-        yield entries(by_layer[key])
-    if mtp and config.num_mtp_stages:
-        yield _stage(config, form, seed)
-
-
-def _stage(config: Config, form: Form, seed: int) -> Iterator[tuple[TensorEntry, int]]:
-    """``mtp.0``: a window-only block with learned routing, two projections, three norms and a head of its own."""
-    width, streams = config.hidden_size, config.hc_mult
-    for rule in RULES:
-        if rule.per_layer and rule.when in (When.ALWAYS, When.LEARNED):
-            for expert in range(config.n_routed_experts) if rule.per_expert else (None,):
-                numbers = [number for number in (0, expert) if number is not None]
-                name = rule.template(Dialect.PUBLISHED).format(*numbers).replace("layers.", "mtp.", 1)
-                yield from _tensors(name, rule.kind, rule.source_shape(config, 0), config, form, seed)
-    extra: list[tuple[str, Kind, tuple[int, ...]]] = [
-        *((f"mtp.0.{name}.weight", Kind.LINEAR, (width, width)) for name in ("e_proj", "h_proj")),
-        *((f"mtp.0.{name}.weight", Kind.NORM, (width,)) for name in ("enorm", "hnorm", "norm")),
-        ("mtp.0.hc_head_fn", Kind.FLOAT32, (streams, streams * width)),
-        ("mtp.0.hc_head_base", Kind.FLOAT32, (streams,)),
-        ("mtp.0.hc_head_scale", Kind.FLOAT32, (1,)),
-    ]
-    for name, kind, shape in extra:
-        yield from _tensors(name, kind, shape, config, form, seed)
+    for key in ("embed", *layers, None, *(config.stage_layers if mtp else ())):
+        yield entries(by_shard[key])
 
 
 def _tensors(

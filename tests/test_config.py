@@ -40,8 +40,10 @@ def test_the_schedule_of_flash_and_pro() -> None:
     assert pro.attention[:3] == (Attention.HCA, Attention.HCA, Attention.CSA)
     assert [pro.attention.count(kind) for kind in Attention] == [0, 30, 31]
     assert (flash.num_mtp_stages, pro.num_mtp_stages) == (1, 1)
-    # Three stages although num_nextn_predict_layers stays 1: the trailing entries of the schedule tell.
-    assert Config.from_hf(_raw("DeepSeek-V4-Flash-0731")).num_mtp_stages == 3
+    assert list(flash.stage_layers) == [43]
+    assert (flash.kind(43), flash.hashed(43)) == (Attention.SLIDING, False)
+    # The dated releases have DSpark's three drafts there, which are no such stages.
+    assert Config.from_hf(_raw("DeepSeek-V4-Flash-0731")).num_mtp_stages == 0
 
 
 def test_the_declared_storage_of_experts() -> None:

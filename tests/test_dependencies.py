@@ -15,7 +15,7 @@ PACKAGES = ("dsv4_convert", "parity", "golden")
 
 #: Room -> rooms that it may import from, besides itself. Rooms are the packages below dsv4_convert, its plain modules
 #: (``facts``), and the two packages beside it.
-FACTS = frozenset({"config", "coverage", "errors", "maxtext", "names", "taps"})
+FACTS = frozenset({"config", "coverage", "errors", "foreign", "maxtext", "names", "taps"})
 ALLOWED: dict[str, frozenset[str]] = {
     "facts": frozenset(),
     "formats": frozenset({"facts"}),
@@ -26,7 +26,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     # The published shards as the model's parameters, beside restore's converted ones.
     "published": frozenset({"facts", "formats", "checkpoint", "restore"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
-    "generate": frozenset({"facts", "model"}),
+    "generate": frozenset({"facts", "model", "speculate"}),
+    "speculate": frozenset({"facts", "model"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
     "parity": frozenset({"facts", "model", "restore", "published", "golden"}),
     "cli": frozenset({"facts", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "package"}),

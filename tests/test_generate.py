@@ -140,6 +140,7 @@ def test_the_command(folders: tuple[Path, Path], generator: Generator, tmp_path:
     )  # fmt: skip
     outcome = json.loads(done.stdout)
     assert outcome["tokens"] == expected
+    assert "drafts" not in outcome
     assert outcome["texts"][1].split() == [f"w{token}" for token in expected[1]]
     assert run(app, ["generate", str(folders[1])]).exit_code == 2
     assert run(app, ["generate", str(folders[1]), "--prompt", "w1"]).exit_code == 2

@@ -159,6 +159,7 @@ def test_every_parameter_is_used_and_every_row_once(model: str, scanned: bool) -
         for path in target.paths:
             rows.setdefault(path, []).append(target.rows)
     everything = {path: rule.source_shape(config, layer) for path, rule, layer in parameters(config)}
+    everything = {path: shape for path, shape in everything.items() if not path.startswith("mtp.")}
     assert rows.keys() == everything.keys()
     for path, runs in rows.items():
         if path.endswith(("gate.bias", "tid2eid")):
@@ -360,3 +361,12 @@ def test_what_maxtext_cannot_have_is_refused(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has the layout of maxtext-unscanned"):
         orbax_to_hf(tmp_path / "b", tmp_path / "c")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize("layout", [Layout.MAXTEXT, Layout.MAXTEXT_UNSCANNED])
+def test_the_mtp_stage_is_left_out_with_the_reason(hf: Path, tmp_path: Path, layout: Layout) -> None:
+    planned, _ = hf_to_orbax(hf, tmp_path / "orbax", layout=layout)
+    assert set(planned.dropped.values()) == {"mtp stage, for which MaxText's tree has no place"}
+    assert all(name.startswith("mtp.0.") for name in planned.dropped)
+    assert len(planned.dropped) == 75
+    assert compare_with_source(open_store(tmp_path / "orbax"), hf) == []

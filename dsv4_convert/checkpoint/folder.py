@@ -23,7 +23,9 @@ from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name, read_weight_map
 from dsv4_convert.checkpoint.provenance import recorded, snapshot_commit
 from dsv4_convert.checkpoint.strict_json import read_object, shown
+from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.foreign import refuse_foreign
 
 
 class Checkpoint:
@@ -106,6 +108,15 @@ class Checkpoint:
         if mapped is not None and info.nbytes:
             start = info.start - info.start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
+    def architecture(self) -> Config:
+        """``config.json`` interpreted.
+
+        Raises:
+            BadInput: a model that dsv4 does not support, by its config or by the names of its tensors.
+        """
+        refuse_foreign(self.config, {*self.tensors, *self.absent}, where=str(self.root))
+        return Config.from_hf(self.config, where=str(self.root / CONFIG_NAME))
 
     @property
     def digests(self) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4_convert.checkpoint.folder import Checkpoint, open_checkpoint
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.names import drop_reason, layer_of
+from dsv4_convert.names import layer_of, stage_of
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress
@@ -35,7 +35,7 @@ def wanted_tensors(layers: Iterable[int] | None) -> Callable[[str], bool] | None
 
     def want(name: str) -> bool:
         layer = layer_of(name)
-        return drop_reason(name) is None and (layer is None or layer in chosen)
+        return stage_of(name) is None and (layer is None or layer in chosen)
 
     return want
 

@@ -97,7 +97,6 @@ def hf_to_orbax(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
-    from dsv4_convert.config import Config
     from dsv4_convert.errors import UsageError
 
     chosen = parse_layers(layers)
@@ -109,7 +108,7 @@ def hf_to_orbax(
     if discard_source and processes.count > 1:
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
     with open_source(source, revision=revision, layers=chosen, discard=discard_source) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        config = checkpoint.architecture()
         planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
         threads = planned.workers(allowed, workers)
         document: dict[str, object] = {}
@@ -161,6 +160,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     def by_dtype(sizes: Any) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in sorted(sizes.items()))
 
+    from dsv4_convert.names import drop_reason
+
     rates = costs.rates
     at = f" at {checkpoint.revision}" if checkpoint.revision is not None else ""
     lines = [
@@ -173,6 +174,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     for reason in planned.dropped.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
+    if telling := sorted(filter(drop_reason, planned.dropped)):
+        lines.append(f"drafts  DSpark's, as {len(telling):,} tensors tell: {', '.join(telling)}; the backbone converts")
     if planned.inexact:
         lines.append(f"rounds  {len(planned.inexact):,} leaves to bfloat16; --dtype float32 keeps them exact")
     if costs.to_fetch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -31,14 +32,30 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stop: Annotated[list[int] | None, typer.Option(help="Token id that ends a text; may be repeated.")] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="[float32|bfloat16]", help="Weights, activations and cache.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            metavar="[float32|bfloat16]",
+            help="Weights, activations and cache. float32, if not given, and bfloat16 with --numerics release.",
+        ),
+    ] = None,
+    numerics: Annotated[
+        str,
+        typer.Option(
+            metavar="[plain|release]",
+            help="release: quantise activations on the way, where DeepSeek's inference code does.",
+        ),
+    ] = "plain",
+    speculative: Annotated[
+        bool,
+        typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes, greedy only."),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Let a converted model go on from a prompt, with all of its weights in memory.
 
     The prompt is taken in pieces of 128 tokens, then token by token from the cache. Several prompts, of any lengths,
-    run together. The text comes on stdout; where there is no tokenizer, token ids do.
+    run together. The text comes on stdout; where there is no tokenizer, token ids do. With --speculative a pass that
+    confirms the token drafted before it gives two.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
@@ -46,6 +63,7 @@ def generate(
 
     from dsv4_convert.errors import UsageError
     from dsv4_convert.generate import Generator, Sampling
+    from dsv4_convert.model import PLAIN, Numerics
     from dsv4_convert.restore import Weights, restore_model
     from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
 
@@ -55,7 +73,13 @@ def generate(
         raise UsageError("--prompt needs --tokenizer: tokenizer.json of the model's repository; or give --tokens")
     file = None if tokenizer is None else tokenizer_file(tokenizer)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    width = jnp.dtype(parse_choice("--dtype", dtype, ("float32", "bfloat16")))
+    if speculative and temperature:
+        raise UsageError("--speculative takes the likeliest token every time; leave --temperature at 0")
+    released = parse_choice("--numerics", numerics, ("plain", "release")) == "release"
+    dtype = parse_choice("--dtype", dtype or ("bfloat16" if released else "float32"), ("float32", "bfloat16"))
+    if released and dtype != "bfloat16":
+        raise UsageError("--numerics release computes in bfloat16; leave --dtype out")
+    width = jnp.dtype(dtype)
     if prompt is not None:
         assert file is not None
         given = encode_prompts(file, prompt)
@@ -65,7 +89,12 @@ def generate(
     words = None if file is None else text_decoder(file)
     with status("generate") as say:
         say("restoring the model")
-        generator = Generator(restore_model(Weights.open(checkpoint), dtype=width), width)
+        weights = Weights.open(checkpoint)
+        rounding = Numerics.of_release(weights.config) if released else PLAIN
+        # Matrices in float32 hold what FP8 codes with any scale stand for; their inputs are quantised all the same.
+        held = jnp.dtype(jnp.float32) if rounding.quantized else width
+        model = restore_model(weights, dtype=held, drafts=speculative, numerics=rounding)
+        generator = Generator(model, width, speculative=speculative)
         count = [0] * len(given)
 
         def on_token(row: int, token: int) -> None:
@@ -74,7 +103,18 @@ def generate(
 
         found = generator(given, new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_token=on_token)
     texts = None if words is None else [words(new) for new in found]
-    outcome = {"schema_version": 1, "checkpoint": str(checkpoint), "dtype": dtype, "prompts": given, "tokens": found}
+    outcome: dict[str, object] = {
+        "schema_version": 1,
+        "checkpoint": str(checkpoint),
+        "dtype": dtype,
+        "numerics": numerics,
+        "prompts": given,
+        "tokens": found,
+    }
+    drafts = generator.drafts
+    if speculative:
+        typer.echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
+        outcome["drafts"] = dataclasses.asdict(drafts)
     write_json(outcome | ({} if texts is None else {"texts": texts}), json)
     for row, new in enumerate(found):
         shown = ",".join(map(str, new)) if texts is None else (prompt[row] if prompt else "") + texts[row]

@@ -88,7 +88,7 @@ def record(
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
-    from dsv4_convert.config import Config
+    from dsv4_convert.checkpoint import open_checkpoint
     from dsv4_convert.errors import UsageError
     from golden.compact import Compact
     from golden.recorder import record as record_golden
@@ -99,7 +99,8 @@ def record(
     chosen = parse_layers(layers)
     up_to = None if chosen is None else tuple(range(max(chosen) + 1))
     origin = fetch(source, revision=revision, layers=up_to)
-    vocabulary = Config.from_file(origin.path / "config.json").vocab_size
+    with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
+        vocabulary = checkpoint.architecture().vocab_size
     ids = prompt_tokens(origin.path, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
     with status("recording") as say:
         done = record_golden(

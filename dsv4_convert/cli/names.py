@@ -27,7 +27,7 @@ def names(
     from dsv4_convert import names as table
 
     if name is None:
-        write_json([_row(rule) for rule in table.RULES], json)
+        write_json([_row(rule) for rule in (*table.RULES, *table.STAGE_RULES)], json)
         if json != "-":
             _print_table(table)
         return
@@ -50,7 +50,7 @@ def _print_one(item: Explanation) -> None:
     for dialect, names in item.spellings.items():
         typer.echo(f"  {dialect.value:<13} {'  '.join(names)}")
     typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
-    where = f", in {rule.when.value} layers" if rule.per_layer else ""
+    where = f", in {rule.when.value} layers" if rule.per_layer else ", in every mtp stage" if rule.per_stage else ""
     typer.echo(f"  {'kind':<13} {rule.kind.value}{where}")
 
 
@@ -76,16 +76,22 @@ def _print_table(names_table: ModuleType) -> None:
     from rich.table import Table
 
     console = Console()
-    for title, prefix in (("model level", ""), ("in every layer, below layers.N.", "layers.{}.")):
+    model = [rule for rule in names_table.RULES if not rule.per_layer]
+    layer = [rule for rule in names_table.RULES if rule.per_layer]
+    tables = (
+        ("model level", "", model),
+        ("in every layer, below layers.N.", "layers.{}.", layer),
+        ("in every mtp stage, below mtp.N.", "mtp.{}.", names_table.STAGE_RULES),
+    )
+    for title, prefix, rules in tables:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("published tensor", "shape", "kind", "transform", "layers"):
             table.add_column(column, no_wrap=True)
-        for rule in names_table.RULES:
-            if rule.per_layer == bool(prefix):
-                name = rule.published.removeprefix(prefix).replace("{}", "E")
-                where = rule.when.value if rule.per_layer else ""
-                table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
+        for rule in rules:
+            name = rule.published.removeprefix(prefix).replace("{}", "E")
+            where = rule.when.value if rule.per_layer else ""
+            table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
         console.print(table)
     console.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
     for prefix, reason in names_table.DROPS.items():
-        console.print(f"Left out: {prefix}.*, {reason}.")
+        console.print(f"Left out: {prefix.replace('{}', 'N')}.*: {reason}.")

@@ -13,7 +13,7 @@ from dsv4_convert.convert.account import tensor_digest
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import Plan, plan
-from dsv4_convert.convert.sources import Sources, read_sources
+from dsv4_convert.convert.sources import Sources, read_sources, stored_layers
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.errors import BadInput
 from dsv4_convert.store import Store, chunk_digest
@@ -41,11 +41,11 @@ def compare_with_source(
         raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
     sources = read_sources(store)
     with open_checkpoint(source, partial=True) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
-        if config != Config.from_json(metadata["config"]):
+        config = checkpoint.architecture()
+        if not config.computes_like(Config.from_json(metadata["config"])):
             return [f"{checkpoint.root / 'config.json'}: another architecture than the one that was converted"]
         storage, layout = Storage(metadata["storage"]), Layout(metadata["layout"])
-        planned = plan(checkpoint, config, storage, layers=metadata["layers"], layout=layout)
+        planned = plan(checkpoint, config, storage, layers=stored_layers(store), layout=layout)
         comparison = _Comparison(store, checkpoint, planned, sources)
         return comparison.run(progress, workers)
 

@@ -19,7 +19,7 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.config import Config
 from dsv4_convert.convert.plan import Plan, plan
-from dsv4_convert.convert.sources import Sources, SourceTensor
+from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
 from dsv4_convert.convert.storage import Form, Piece, Storage
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
@@ -85,7 +85,7 @@ class Emitter:
             _Described(store.folder, infos),
             Config.from_json(metadata["config"]),
             self.storage,
-            layers=metadata["layers"],
+            layers=stored_layers(store),
         )
         self.fidelity = Fidelity()
 
@@ -100,9 +100,9 @@ class Emitter:
         """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""
         for piece in self._plan.pieces:
             rule = piece.leaf.rule
-            numbers = () if piece.leaf.layer is None else (piece.leaf.layer,)
             for expert in range(self._plan.config.n_routed_experts) if rule.per_expert else (None,):
-                name = rule.template(Dialect.PUBLISHED).format(*numbers, *(() if expert is None else (expert,)))
+                numbers = rule.numbers(self._plan.config, piece.leaf.layer, expert)
+                name = rule.template(Dialect.PUBLISHED).format(*numbers)
                 run = [index for index in piece.layout.chunk_indices() if expert is None or index[0] == expert]
                 spelling = _SPELLING[piece.dtype]
                 yield Emitted(name, spelling, piece.leaf.source_shape, self._reader([(piece, index) for index in run]))

@@ -18,7 +18,7 @@ from dsv4_convert.convert.layouts import Layout, lay_out
 from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage
 from dsv4_convert.coverage import Source, Stored, resolve
 from dsv4_convert.errors import ResourceError
-from dsv4_convert.names import Dialect, Rule, check_layers
+from dsv4_convert.names import Dialect, Rule, check_layers, stage_of
 from dsv4_convert.store import Compression
 
 #: Memory that a conversion may take beyond the interpreter with its imports, where nothing else is said.
@@ -167,7 +167,10 @@ def plan(
     """
     stored = stored_forms(checkpoint.tensors)
     chosen = check_layers(config, layers)
-    resolution = resolve(stored, config, layers=chosen, where=str(checkpoint.root))
+    # The stages belong to the whole model, and MaxText's tree has no place for them.
+    asked = None if layers is None and layout is Layout.DSV4 else chosen
+    resolution = resolve(stored, config, layers=asked, where=str(checkpoint.root))
+    config = resolution.config
     found = lay_out(layout, resolution.leaves, storage, stored, config, layers=chosen, chunk_bytes=chunk_bytes)
     names = {name for piece in found for name in piece.sources}
     read: Counter[str] = Counter()
@@ -189,9 +192,16 @@ def plan(
         read=dict(read),
         written=dict(written),
         tensors=len(names),
-        dropped={**resolution.dropped, **dict.fromkeys(sorted(unused), "belongs to a layer that was not asked for")},
+        dropped={**resolution.dropped, **{name: _unused(name, layout) for name in sorted(unused)}},
         inexact=tuple(piece.path for piece in found if _may_round(piece, storage, stored)),
     )
+
+
+def _unused(name: str, layout: Layout) -> str:
+    """Why a tensor that is known and in its place is left out."""
+    if layout is not Layout.DSV4 and stage_of(name) is not None:
+        return "mtp stage, for which MaxText's tree has no place"
+    return "belongs to a layer that was not asked for"
 
 
 def _may_round(piece: Piece, storage: Storage, stored: Mapping[str, Stored]) -> bool:

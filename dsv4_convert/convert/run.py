@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
-from dsv4_convert.config import Config
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
@@ -79,7 +78,7 @@ def hf_to_orbax(
         ResourceError: the disk is full, or the memory allowed is too small.
     """
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
-        config = Config.from_hf(checkpoint.config, where=str(checkpoint.root / "config.json"))
+        config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(
             planned,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.names import stage_of
 from dsv4_convert.store import Store
 
 SOURCES_FILE = "dsv4_sources.json"
@@ -94,6 +95,15 @@ def read_sources(store: Store) -> Sources:
     if SOURCES_FILE not in store.manifest.files:
         raise BadInput(f"{store.folder}: has no {SOURCES_FILE}: written by an earlier version of dsv4; convert again")
     return Sources.from_bytes(store.read_file(SOURCES_FILE), where=str(store.folder / SOURCES_FILE))
+
+
+def stored_layers(store: Store) -> list[int] | None:
+    """The layers that were asked for when a checkpoint was converted; None, for all and the stages, if it has stages.
+
+    A checkpoint without stages may be one of all layers: its source had none, or it comes from a dsv4 that left them
+    out.
+    """
+    return None if any(stage_of(path) is not None for path in store.paths) else list(store.metadata["layers"])
 
 
 def targets_of(leaves: Iterable[tuple[str, Iterable[str]]]) -> dict[str, tuple[str, ...]]:

@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
         if past is None:
             return output, None
-        kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.count, window - 1)
+        kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
         return output, LayerCache(kept, compressed, indexed)
 
 

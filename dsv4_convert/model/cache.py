@@ -113,17 +113,26 @@ def empty_layer(
 class Past(Generic[_T]):
     """What a call goes on from: a cache, the tokens ``before`` it, and how many of its own ``count``; both ``[B]``.
 
-    A prompt's tokens from ``count`` on are padding: they are computed, nothing sees them, and they are not kept.
+    A prompt's tokens from ``count`` on are padding: they are computed, nothing sees them, and they are not kept. With
+    ``keep`` ``[B]`` only the first so many are: the others see and are seen in this call alone. An entry of a block
+    that they complete stays behind in the cache, where no query sees it before its block is complete; then it is
+    written anew.
     """
 
     cache: _T
     before: Array
     count: Array
+    keep: Array | None = None
+
+    @property
+    def kept(self) -> Array:
+        """How many of the call's tokens the cache remembers."""
+        return self.count if self.keep is None else self.keep
 
     def of(self, part: _U | None) -> Past[_U]:
         """The same for a part of the cache that is there."""
         assert part is not None
-        return Past(part, self.before, self.count)
+        return Past(part, self.before, self.count, self.keep)
 
 
 def latest(rows: Shaped[Array, "B X *rest"], count: Int[Array, " B"], keep: int) -> Shaped[Array, "B P *rest"]:

@@ -95,7 +95,7 @@ class Compressor(nnx.Module):
         complete = (block + 1) * self.ratio <= (before + count)[:, None]
         slot = jnp.where(complete, block, state.entries.shape[1])  # behind the last one, where nothing is kept
         entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
-        return entries, Compressed(latest(rows[0], count, kept), latest(rows[1], count, kept), entries)
+        return entries, Compressed(latest(rows[0], past.kept, kept), latest(rows[1], past.kept, kept), entries)
 
     def _blocked(self, rows: Float[Array, "B X W"]) -> Float[Array, "B blocks r W"]:
         return rows.reshape(rows.shape[0], -1, self.ratio, rows.shape[2])

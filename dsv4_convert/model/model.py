@@ -1,4 +1,4 @@
-"""The whole backbone: tokens in, logits out.
+"""The whole model: tokens in, logits out; and the stages behind it, which draft tokens.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` vocabulary.
 """
@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block
-from dsv4_convert.model.cache import Cache, Past
+from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
+from dsv4_convert.model.mtp import Stage
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import linear, parameter
@@ -21,11 +22,13 @@ from dsv4_convert.model.recording import Taps
 
 
 class Model(nnx.Module):
-    """DeepSeek-V4 without its speculative stages.
+    """DeepSeek-V4.
 
     1. The token's embedding is copied into N streams; it is not scaled.
     2. Every :class:`Block` mixes its attention and its experts into the streams.
     3. The streams collapse to one, are normalised, and meet the output head.
+
+    The stages in ``mtp`` take no part in this; :meth:`draft` runs one of them.
     """
 
     def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
@@ -44,6 +47,7 @@ class Model(nnx.Module):
         self.hc_head_scale = parameter(1)
         self.norm = parameter(width)
         self.head = parameter(width, config.vocab_size)
+        self.mtp = nnx.List([Stage(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
         self,
@@ -60,7 +64,7 @@ class Model(nnx.Module):
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
         for layer, block in enumerate(self.layers):
             streams, _ = block(streams, token_ids, positions, taps.within(f"layers.{layer}."))
-        return self._head(streams, taps)
+        return self.logits(streams, taps)
 
     def extend(
         self,
@@ -68,6 +72,7 @@ class Model(nnx.Module):
         cache: Cache,
         *,
         count: Int[Array, " B"] | None = None,
+        keep: Int[Array, " B"] | None = None,
         last_only: bool = False,
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "B Y V"], Cache]:
@@ -82,25 +87,79 @@ class Model(nnx.Module):
             cache: what was seen before (:meth:`Cache.empty`); the room in it is the caller's to watch.
             count: how many of the ``S`` are tokens, the rest being padding whose logits mean nothing; None for all.
                 A prompt may get none.
+            keep: how many of the ``count`` the cache remembers; the next call goes on behind those. None for all.
             last_only: only the logits of each prompt's last token, ``Y = 1``.
             taps: what is recorded.
         """
         taps = taps or Taps()
-        batch, tokens = token_ids.shape
-        count = jnp.full(batch, tokens, jnp.int32) if count is None else count
-        positions = (cache.first + cache.tokens)[:, None] + jnp.arange(tokens)
+        count = jnp.full(token_ids.shape[0], token_ids.shape[1], jnp.int32) if count is None else count
+        streams, cache = self.advance(token_ids, cache, count=count, keep=keep, taps=taps)
+        if last_only:
+            streams = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)
+        return self.logits(streams, taps), cache
+
+    def advance(
+        self,
+        token_ids: Int[Array, "B S"],
+        cache: Cache,
+        *,
+        count: Int[Array, " B"],
+        keep: Int[Array, " B"] | None = None,
+        taps: Taps,
+    ) -> tuple[Float[Array, "B S N D"], Cache]:
+        """:meth:`extend` without the head: the streams that leave the last layer."""
+        keep = count if keep is None else keep
+        positions = (cache.first + cache.tokens)[:, None] + jnp.arange(token_ids.shape[1])
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.layers[0].window.dtype, taps)
         layers = []
         for layer, (block, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            past = Past(state, cache.tokens, count)
+            past = Past(state, cache.tokens, count, keep)
             streams, after = block(streams, token_ids, positions, taps.within(f"layers.{layer}."), past)
             assert after is not None
             layers.append(after)
-        if last_only:
-            streams = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)
-        return self._head(streams, taps), Cache(tuple(layers), cache.tokens + count, cache.first)
+        return streams, Cache(tuple(layers), cache.tokens + keep, cache.first)
 
-    def _head(self, streams: Float[Array, "B S N D"], taps: Taps) -> Float[Array, "B S V"]:
+    def draft(
+        self,
+        streams: Float[Array, "B S N D"],
+        next_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        *,
+        stage: int = 0,
+        only: Int[Array, " B"] | None = None,
+        taps: Taps | None = None,
+        past: Past[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B Y V"], LayerCache | None]:
+        """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
+
+        Args:
+            streams: those that leave the last layer at each token (for a later stage: the stage before it).
+            next_ids: the token after each of these.
+            positions: of the streams' tokens.
+            stage: which one.
+            only: the index of the one token of each prompt whose logits are wanted, ``Y = 1``; None for all.
+            taps: what is recorded, below ``mtp.0.``.
+            past: what the stage has seen before; its tokens are pairs of streams and the id after them.
+        """
+        taps = (taps or Taps()).within(f"mtp.{stage}.")
+        block = self.mtp[stage]
+        embedded = self.embed[...][next_ids].astype(streams.dtype)
+        streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)
+        if only is not None:
+            streams = jnp.take_along_axis(streams, only[:, None, None, None], axis=1)
+        return head(
+            streams,
+            block.hc_head_fn[...],
+            block.hc_head_base[...],
+            block.hc_head_scale[...],
+            block.norm[...],
+            self.head[...],
+            self.config,
+            taps,
+        ), after
+
+    def logits(self, streams: Float[Array, "B S N D"], taps: Taps) -> Float[Array, "B S V"]:
+        """Logits of the streams that leave the last layer."""
         return head(
             streams,
             self.hc_head_fn[...],

@@ -61,9 +61,9 @@ def test_every_command_has_a_help_that_teaches(command: list[str]) -> None:
 
 def test_convert_says_what_it_will_do_and_what_it_did(hf: Path, tmp_path: Path) -> None:
     out, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", "--dtype", "source")
-    assert "reads   292 tensors" in err
-    assert "drops   75 tensors: speculative-decoding stage" in err
-    assert "172 leaves" in out
+    assert "reads   367 tensors" in err
+    assert "drops" not in err
+    assert "217 leaves" in out
     assert str(tmp_path / "orbax") in out
 
 
@@ -71,7 +71,7 @@ def test_json_alone_on_stdout(hf: Path, tmp_path: Path) -> None:
     out, _ = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", "--json", "-")
     document = json.loads(out)
     assert document["schema_version"] == 1
-    assert document["tensors"] == 292
+    assert document["tensors"] == 367
     assert sum(document["read"].values()) < sum(document["written"].values())
 
 
@@ -181,7 +181,12 @@ def test_names_explains_in_every_spelling() -> None:
     assert "layers.5.attn.kv_norm.weight" in out
     assert "model.layers.5.attn.norm.weight" in out
     out, _ = dsv4("names", "mtp.0.e_proj.weight")
-    assert "left out on purpose" in out
+    assert "published     mtp.0.e_proj.weight" in out
+    assert "in every mtp stage" in out
+    out, _ = dsv4("names", "mtp.0.main_proj.weight")
+    assert "left out on purpose: draft stage of DSpark" in out
+    out, _ = dsv4("names")
+    assert "in every mtp stage, below mtp.N." in out
     out, _ = dsv4("names", "--json", "-")
     assert len(json.loads(out)) > 40
 

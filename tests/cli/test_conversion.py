@@ -31,7 +31,7 @@ def convert(*arguments: object, exit_code: int = 0) -> tuple[str, str]:
 
 
 def test_the_plan_fits_80_columns_and_says_everything(hf: Path, tmp_path: Path) -> None:
-    _, err = convert(hf, tmp_path / "orbax", "--dry-run")
+    _, err = convert(hf, tmp_path / "orbax", "--dry-run", "--layers", "1")
     lines = err.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
@@ -43,6 +43,9 @@ def test_the_plan_fits_80_columns_and_says_everything(hf: Path, tmp_path: Path) 
         "memory",
         "time",
     ]
+    assert "drops   285 tensors: belongs to a layer that was not asked for" in err
+    _, err = convert(hf, tmp_path / "orbax", "--dry-run")
+    assert "drops" not in err
     assert not list(tmp_path.iterdir())
 
 
@@ -55,7 +58,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(hf: Path, tmp_pat
 
 def test_it_says_what_was_rounded(hf: Path, tmp_path: Path) -> None:
     out, _ = convert(hf, tmp_path / "exact")
-    assert "exact: none of 111,872 converted values is rounded" in out
+    assert "exact: none of 137,920 converted values is rounded" in out
     write_checkpoint(tmp_path / "base", tiny_config(), form="fp8")
     out, _ = convert(tmp_path / "base", tmp_path / "rounded")
     assert "rounded: " in out

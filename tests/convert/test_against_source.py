@@ -67,19 +67,15 @@ def test_a_conversion_equals_its_source(tiny: Path, converted: dict[Storage, Pat
 
 @pytest.mark.parametrize("storage", Storage)
 def test_every_source_tensor_is_accounted_for(tiny: Path, converted: dict[Storage, Path], storage: Storage) -> None:
-    """Its bytes' SHA-256 and its targets, or the reason why it has none; every leaf's sources say the same."""
+    """Its bytes' SHA-256 and its targets, and no reason why it has none; every leaf's sources say the same."""
     store = open_store(converted[storage])
     sources = read_sources(store)
     stored = stored_tensors(tiny)
     assert set(sources.tensors) == set(stored)
     for name, tensor in sources.tensors.items():
-        if tensor.dropped is None:
-            assert tensor.sha256 == hashlib.sha256(stored[name]).hexdigest(), name
-            assert tensor.targets, name
-        else:
-            assert name.startswith("mtp."), name
-            assert not tensor.targets
-            assert "speculative" in tensor.dropped
+        assert tensor.dropped is None, name
+        assert tensor.sha256 == hashlib.sha256(stored[name]).hexdigest(), name
+        assert tensor.targets, name
     for path, record in store.manifest.leaves.items():
         assert record.sources, path
         assert {name for name, tensor in sources.tensors.items() if path in tensor.targets} == set(record.sources)
@@ -93,6 +89,7 @@ def test_layers_that_were_not_asked_for_have_a_reason(tiny: Path, tmp_path: Path
     store = open_store(tmp_path / "orbax")
     sources = read_sources(store)
     assert sources.tensors["layers.0.attn.wq_a.weight"].dropped == "belongs to a layer that was not asked for"
+    assert sources.tensors["mtp.0.e_proj.weight"].dropped == "belongs to a layer that was not asked for"
     assert sources.tensors["layers.1.attn.wq_a.weight"].targets == ("layers.1.attn.wq_a",)
     assert store.metadata["tensors"]["dropped"]["belongs to a layer that was not asked for"] > 100
     assert compare_with_source(store, tiny) == []

@@ -20,7 +20,7 @@ from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Advance, Storage, hf_to_orbax, plan
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.names import Dialect, Kind, Rule, Transform, drop_reason, explain, parameters
+from dsv4_convert.names import RULES, Dialect, Kind, Rule, Transform, explain, parameters, stage_of
 from dsv4_convert.restore import Weights
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from golden.synthetic import tiny_config, write_checkpoint
@@ -93,7 +93,8 @@ def test_bit_equal_to_what_transformers_loads(
     state = _load(folders[form], TORCH[storage]).state_dict()
     config = Weights.open(tmp_path / "orbax").config
     compared = 0
-    for path, rule, layer in parameters(config):
+    # transformers knows nothing of mtp stages; test_a_stage_is_what_transformers_loads_as_a_layer compares these.
+    for path, rule, layer in parameters(config, range(config.num_hidden_layers)):
         found, expected = _leaf(tree, path), _expected(state, config, rule, layer)
         assert found.shape == expected.shape, path
         if rule.kind is Kind.INTEGER:
@@ -104,7 +105,7 @@ def test_bit_equal_to_what_transformers_loads(
             if rule.kind.follows_dtype:
                 assert found.dtype == storage.dtype, path
         compared += 1
-    assert compared == len(open_store(tmp_path / "orbax").paths)
+    assert compared == sum(not path.startswith("mtp.") for path in open_store(tmp_path / "orbax").paths)
     assert verify(open_store(tmp_path / "orbax")) == []
 
 
@@ -138,7 +139,8 @@ def test_source_storage_keeps_the_published_bytes(folders: dict[str, Path], tmp_
         stored = store.read(path).tobytes()
         assert stored == b"".join(bytes(published[name]) for name in record.sources), path
         seen.update(record.sources)
-    assert {name for name in published if not name.startswith("mtp.")} == seen
+    assert set(published) == seen
+    assert any(name.startswith("mtp.0.") for name in seen)
 
 
 def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_module_names_give_the_same_parameters(folders: dict[str, Path], tmp_pat
     hf_to_orbax(folders["fp4"], tmp_path / "b", storage=Storage.FLOAT32)
     a, b = open_store(tmp_path / "a"), open_store(tmp_path / "b")
     assert a.metadata["dialect"] == "module"
-    assert a.paths == b.paths
+    assert set(a.paths) == {path for path in b.paths if not path.startswith("mtp.")}
     for path in a.paths:
         assert np.array_equal(a.read(path).astype(np.float32), b.read(path).astype(np.float32)), path
 
@@ -166,7 +168,7 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
     with open_checkpoint(folders["fp4"]) as checkpoint:
         entries = []
         for name, info in checkpoint.tensors.items():
-            if drop_reason(name) is None:
+            if stage_of(name) is None:
                 (item,) = explain(name)
                 weight, *scales = item.spellings[Dialect.MODULE]
                 spelled = scales[0] if name.endswith(".scale") else weight
@@ -178,8 +180,41 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
     a, b = open_store(tmp_path / "a"), open_store(tmp_path / "b")
     assert a.metadata["dialect"] == "module"
     assert {path: leaf.digest for path, leaf in a.manifest.leaves.items()} == {
-        path: leaf.digest for path, leaf in b.manifest.leaves.items()
+        path: leaf.digest for path, leaf in b.manifest.leaves.items() if stage_of(path) is None
     }
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+def test_a_stage_is_what_transformers_loads_as_a_layer(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """Those of ``mtp.0``, which transformers drops, under the names of one more window-only, score-routed layer."""
+    raw = json.loads((folders[form] / "config.json").read_text())
+    last = raw["num_hidden_layers"]
+    ratios = [*raw["compress_ratios"][:last], 0]
+    (tmp_path / "longer").mkdir()
+    (tmp_path / "longer" / "config.json").write_text(
+        json.dumps({**raw, "num_hidden_layers": last + 1, "compress_ratios": ratios, "num_nextn_predict_layers": 0})
+    )
+    with open_checkpoint(folders[form]) as checkpoint:
+        entries = [
+            (name.replace("mtp.0.", f"layers.{last}."), info.dtype, info.shape, checkpoint.read_bytes(name))
+            for name, info in checkpoint.tensors.items()
+        ]
+        write_safetensors(tmp_path / "longer" / "model.safetensors", entries)
+    state = _load(tmp_path / "longer", torch.float32).state_dict()
+    hf_to_orbax(folders[form], tmp_path / "orbax", storage=Storage.FLOAT32)
+    weights = Weights.open(tmp_path / "orbax")
+    layer_rules = {rule.path: rule for rule in RULES}
+    compared = 0
+    for path, stage_rule, layer in parameters(weights.config):
+        rule = layer_rules.get(stage_rule.path.replace("mtp.", "layers."))
+        if stage_rule.per_stage and rule is not None:
+            assert layer == last
+            expected = _expected(state, weights.config, rule, last)
+            assert weights.read(path).tobytes() == expected.astype(np.float32).tobytes(), path
+            compared += 1
+    assert compared == len(layer_rules) - 6 - 10 - 1, (
+        "all but the model level, compressors with indexer, and the hash table"
+    )
 
 
 def test_a_process_without_dsv4_restores_it(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -211,8 +246,7 @@ def test_what_travels_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
     assert metadata["source"]["revision"] == "ab" * 20
     assert metadata["names_table"] == 1
     assert Config.from_json(metadata["config"]) == Config.from_file(folders["fp4"] / "config.json")
-    (reason,) = metadata["tensors"]["dropped"]
-    assert "speculative" in reason
+    assert metadata["tensors"]["dropped"] == {}
     assert metadata["rounding"]["rounded"] == 0
     assert metadata["rounding"]["values"] > 10_000
 

@@ -36,9 +36,9 @@ class Small:
     def _model(self) -> Model:
         return nnx.merge(self._graph, self._weights)
 
-    def _extend(self, tokens, cache, count=None, *, last_only: bool = False):
+    def _extend(self, tokens, cache, count=None, keep=None, *, last_only: bool = False):
         taps = Taps(lambda _: True)
-        logits, cache = self._model().extend(tokens, cache, count=count, last_only=last_only, taps=taps)
+        logits, cache = self._model().extend(tokens, cache, count=count, keep=keep, last_only=last_only, taps=taps)
         return logits, cache, taps.values
 
     def _whole(self, tokens):
@@ -154,3 +154,27 @@ def test_last_only_is_the_last_token_of_each_prompt(small: Small) -> None:
     last, _, _ = small.extend(small.tokens[:, :9], small.empty(), count, last_only=True)
     assert last.shape == (2, 1, small.config.vocab_size)
     np.testing.assert_allclose(last[:, 0], np.stack([every[0, 3], every[1, 8]]), atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 3), st.integers(0, 6)] * 2), min_size=1, max_size=30))
+def test_what_is_not_kept_leaves_no_trace(small: Small, steps: list[tuple[int, int, int, int]]) -> None:
+    """Each step keeps some tokens of either prompt and forgets others, which are not those that come next."""
+    logits, _ = small.whole(small.tokens)
+    rng = np.random.default_rng(len(steps))
+    cache, start = small.empty(), np.full(2, 120)
+    _, cache, _ = small.extend(small.tokens[:, :120], cache)
+    for step in steps:
+        keep = np.minimum(step[::2], TOKENS - start).astype(np.int32)
+        fed = rng.integers(0, small.config.vocab_size, (2, 9)).astype(np.int32)
+        for row in range(2):
+            fed[row, : keep[row]] = small.tokens[row, start[row] : start[row] + keep[row]]
+        part, cache, _ = small.extend(fed, cache, keep + np.array(step[1::2], np.int32), keep)
+        for row, (first, last) in enumerate(zip(start, start + keep, strict=True)):
+            np.testing.assert_allclose(part[row, : keep[row]], logits[row, first:last], atol=1e-5, rtol=1e-5)
+        start += keep
+    rest = np.minimum(TOKENS - start, 9).astype(np.int32)
+    fed = np.stack([np.resize(small.tokens[row, at : at + 9], 9) for row, at in enumerate(np.minimum(start, 149))])
+    part, cache, _ = small.extend(fed, cache, rest)
+    for row, (first, last) in enumerate(zip(start, start + rest, strict=True)):
+        np.testing.assert_allclose(part[row, : rest[row]], logits[row, first:last], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,92 @@
+"""Models of the family that are not supported: recognised by their config and tensor names, before anything is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4_convert.errors import BadInput
+
+_ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
+
+#: Pattern of a component of a tensor's name that no DeepSeek-V4 text backbone has -> the feature that it belongs to.
+_TENSORS: dict[str, str] = {
+    "engram": _ENGRAM,
+    "vision": _VISION,
+    "aligner": "vision aligner",
+    "bias_vl": "vision routing bias",
+    r"image_\w+": "vision tokens",
+}
+
+#: Any of them in a name; there are a hundred thousand names to look at.
+_ANY_COMPONENT = re.compile(rf"(?:\A|\.)({'|'.join(_TENSORS)})(?=\.|\Z)")
+
+#: Pattern of a field of ``config.json`` that no DeepSeek-V4 text backbone has.
+_FIELDS = r"text_config|(vision|image|engram)_\w+"
+
+_FAMILY, _SUPPORTED = "deepseek_v4", "V4-Flash and V4-Pro, their Base variants and their dated releases"
+#: Names of each kind that a message shows.
+_SHOWN = 4
+
+
+def refuse_foreign(raw: Mapping[str, Any], tensors: Iterable[str], *, where: str) -> None:
+    """Refuse V4.1, vision models and whatever else has their parts, in one message.
+
+    Args:
+        raw: ``config.json`` as it is.
+        tensors: every tensor name of the checkpoint.
+        where: its folder, for the message.
+
+    Raises:
+        BadInput: it is such a model. The message says which, and lists the fields and tensors that give it away.
+    """
+    fields = [_told(raw, name) for name in raw if _gives_away(raw, name)]
+    features: dict[str, list[str]] = {}
+    for name in sorted(tensors):
+        feature = _feature(name)
+        if feature is not None:
+            features.setdefault(feature, []).append(name)
+    if not fields and not features:
+        return
+    lines = [f"config.json has {_first(fields)}"] if fields else []
+    lines += [f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}" for feature, names in
+              features.items()]  # fmt: skip
+    listed = "\n".join(f"  - {line}" for line in lines)
+    raise BadInput(
+        f"{where}: {_model(raw, features)}, which dsv4 does not support. What gives it away:\n{listed}\n"
+        f"dsv4 converts {_SUPPORTED}."
+    )
+
+
+def _gives_away(raw: Mapping[str, Any], name: str) -> bool:
+    if name == "model_type":
+        return str(raw[name]).startswith(_FAMILY) and raw[name] != _FAMILY
+    return _of_family(raw) and re.fullmatch(_FIELDS, name) is not None
+
+
+def _of_family(raw: Mapping[str, Any]) -> bool:
+    """Whether the config is that of some DeepSeek-V4; of any other model it is :class:`Config` that says so."""
+    return str(raw.get("model_type", _FAMILY)).startswith(_FAMILY)
+
+
+def _feature(name: str) -> str | None:
+    """What a tensor's name gives away."""
+    part = _ANY_COMPONENT.search(name)
+    if part is None:
+        return None
+    return next(feature for pattern, feature in _TENSORS.items() if re.fullmatch(pattern, part[1]))
+
+
+def _model(raw: Mapping[str, Any], features: Mapping[str, list[str]]) -> str:
+    new = str(raw.get("model_type")).startswith("deepseek_v41") or any(name.startswith("engram_") for name in raw)
+    return "DeepSeek-V4.1" if new or _ENGRAM in features else "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp"
+
+
+def _told(raw: Mapping[str, Any], name: str) -> str:
+    return f"model_type {raw[name]!r}" if name == "model_type" else name
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,252 @@
+"""Every release converts and checks by its config alone; what is not supported is refused in one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_convert.checkpoint import Checkpoint, TensorEntry, TensorInfo, write_index, write_safetensors
+from dsv4_convert.checkpoint.header import stored_nbytes
+from dsv4_convert.config import Config
+from dsv4_convert.convert import Storage, plan
+from golden.synthetic import tiny_config, write_checkpoint
+
+from .cli.test_commands import GOLDEN, dsv4
+
+DATA = Path(__file__).parent / "data"
+#: The fields that the dated releases of Pro have (published notes; the file itself is not among the data).
+DATED_PRO = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [58, 59, 60],
+    "dspark_markov_rank": 512,
+}
+#: Inventory, config, and what the config needs to be that of the release.
+RELEASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash", {}),
+    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash.initial-commit-20260424", {}),
+    ("DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash-Base", {}),
+    ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-0731", {}),
+    ("DeepSeek-V4-Pro", "DeepSeek-V4-Pro", {}),
+    ("DeepSeek-V4-Pro-0813", "DeepSeek-V4-Pro", DATED_PRO),
+)
+
+
+def _raw(config: str) -> dict[str, Any]:
+    return json.loads((DATA / "configs" / f"{config}.json").read_text())
+
+
+@dataclass(frozen=True)
+class Headers:
+    """A release as its headers describe it."""
+
+    tensors: Mapping[str, TensorInfo]
+    root: Path = Path("release")
+    absent: frozenset[str] = field(default_factory=frozenset)
+
+
+def _headers(inventory: str) -> tuple[Headers, dict[str, Any]]:
+    document = json.loads((DATA / "inventory" / f"{inventory}.json").read_text())
+    infos = {}
+    for template, (dtype, shape) in document["tensors"].items():
+        nbytes = stored_nbytes(dtype, tuple(shape))
+        for expert in range(document["n_experts"] if "{e}" in template else 1):
+            name = template.replace("{e}", str(expert))
+            infos[name] = TensorInfo(
+                name=name, dtype=dtype, shape=tuple(shape), file=Path("release/one.safetensors"), start=0, end=nbytes
+            )
+    return Headers(infos), document["summary"]
+
+
+@pytest.mark.parametrize(("inventory", "config", "more"), RELEASES, ids=[f"{i}, {c}" for i, c, _ in RELEASES])
+def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str, more: dict[str, Any]) -> None:
+    """Every byte that its repository states is read, or belongs to DSpark's drafts."""
+    release, summary = _headers(inventory)
+    planned = plan(release, Config.from_hf({**_raw(config), **more}), Storage.SOURCE)
+    dropped = sum(release.tensors[name].nbytes for name in planned.dropped)
+    assert planned.tensors + len(planned.dropped) == summary["tensors"]
+    assert planned.bytes_read + dropped == summary["bytes"]
+    assert planned.bytes_written == planned.bytes_read
+    dated = inventory.endswith(("0731", "0813"))
+    assert all(name.startswith("mtp.") for name in planned.dropped)
+    assert bool(planned.dropped) == dated
+    assert planned.config.num_mtp_stages == (not dated)
+
+
+def _shrunk(config: str) -> dict[str, Any]:
+    """A published config with its first layers and small widths; every other field as it is."""
+    raw = _raw(config)
+    small = {
+        "vocab_size": 96, "hidden_size": 160, "moe_intermediate_size": 160, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 8, "q_lora_rank": 48, "o_groups": 2,
+        "o_lora_rank": 16, "n_routed_experts": 8, "index_n_heads": 8, "index_head_dim": 16, "index_topk": 5,
+        "sliding_window": 16,
+    }  # fmt: skip
+    layers = raw["num_hidden_layers"]
+    small["compress_ratios"] = [*raw["compress_ratios"][:5], *raw["compress_ratios"][layers:]]
+    assert small.keys() <= raw.keys()
+    return {**raw, **small}
+
+
+def _add(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """One more shard, of zeros."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    entries = [
+        TensorEntry(name, dtype, shape, lambda dtype=dtype, shape=shape: bytes(stored_nbytes(dtype, shape)))
+        for name, (dtype, shape) in tensors.items()
+    ]
+    write_safetensors(folder / "model-extra.safetensors", entries)
+    weight_map = {**index["weight_map"], **dict.fromkeys(tensors, "model-extra.safetensors")}
+    write_index(folder, weight_map, index["metadata"]["total_size"])
+
+
+def _dspark() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The drafts' names and dtypes in V4-Flash-0731, with two experts, of a size that does not matter."""
+    tensors = json.loads((DATA / "inventory" / "DeepSeek-V4-Flash-0731.json").read_text())["tensors"]
+    return {
+        name.replace("{e}", str(expert)): (dtype, (2,) * len(shape))
+        for name, (dtype, shape) in tensors.items()
+        if name.startswith("mtp.")
+        for expert in range(2 if "{e}" in name else 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [("DeepSeek-V4-Flash-Base", "fp8"), ("DeepSeek-V4-Flash-0731", "fp4"), ("DeepSeek-V4-Pro", "fp4")],
+)
+def test_from_a_published_config_to_parity(tmp_path: Path, config: str, form: str) -> None:
+    """The config of a release, made small, is all that a checkpoint, its conversion and its golden are made from."""
+    (tmp_path / "config.json").write_text(json.dumps(_shrunk(config)))
+    dsv4("golden", "make-checkpoint", tmp_path / "hf", "--config", tmp_path / "config.json", "--form", form)
+    dated = config.endswith("0731")
+    if dated:
+        _add(tmp_path / "hf", _dspark())
+    made = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert made == {**_shrunk(config), "expert_dtype": made["expert_dtype"]}
+    assert made["expert_dtype"] == _raw(config)["expert_dtype"] == form
+    _, err = dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax", "--dtype", "float32")
+    words = " ".join(err.split())
+    if dated:
+        assert f"drops {len(_dspark())} tensors: draft stage of DSpark" in words
+        assert "drafts DSpark's, as 6 tensors tell: mtp.0.main_norm.weight, mtp.0.main_proj.scale," in words
+        assert "mtp.2.markov_head.markov_w1.weight" in words
+    else:
+        assert "drops" not in words
+        assert "drafts" not in words
+    out, _ = dsv4("verify", tmp_path / "orbax", "--against", tmp_path / "hf")
+    assert "every byte as written" in out
+    dsv4("golden", "record", tmp_path / "hf", "--out", tmp_path / "golden", "--random", "140")
+    for weights in ([tmp_path / "orbax"], ["--source", tmp_path / "hf"]):
+        out, _ = dsv4("parity", *weights, "--golden", tmp_path / "golden", "--mode", "both", "--quiet")
+        assert "PASS: all" in out
+    generate = ("generate", tmp_path / "orbax", "--tokens", "1,2,3", "-n", "2")
+    if dated:
+        _, err = dsv4(*generate, "--speculative", exit_code=2)
+        assert "no mtp stage to draft tokens with: its source has no mtp stage, but DSpark's" in " ".join(err.split())
+
+
+#: Part of what V4.1-Flash and V4-Flash-Vision-Exp have and no supported release has.
+_ENGRAM = {f"layers.{layer}.engram.{part}": ("BF16", (2, 2)) for layer in (1, 14) for part in ("embed.weight", "wkv")}
+_VISION: dict[str, tuple[str, tuple[int, ...]]] = {
+    **{f"vision.blocks.{block}.attn.qkv.weight": ("BF16", (2, 2)) for block in range(7)},
+    "aligner.layers.0.weight": ("BF16", (2, 2)),
+    "image_start": ("BF16", (2,)),
+    "image_end": ("BF16", (2,)),
+    **{f"layers.{layer}.ffn.gate.bias_vl": ("F32", (6,)) for layer in range(4)},
+    **{f"layers.{layer}.ffn.gate.bias": ("F32", (6,)) for layer in range(2)},
+}
+#: Of V4-Flash-Vision-Exp, by several public notes that agree.
+_VISION_FIELDS = {
+    "rms_norm_eps": 1e-20, "num_nextn_predict_layers": 3, "vision_n_layers": 32, "vision_dim": 1024,
+    "vision_n_heads": 16, "vision_inter_dim": 2816, "vision_patch_size": 14, "vision_rope_theta": 10000,
+    "vision_downsample_ratio": 3, "vision_max_n_token": 384, "vision_min_pixels": 147456, "vision_max_wh_ratio": 8,
+}  # fmt: skip
+_NEW = "DeepSeek-V4.1, which dsv4 does not support"
+_SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does not support"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "complaints"),
+    [
+        (
+            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), _ENGRAM | _VISION,
+            [_NEW, "config.json has model_type 'deepseek_v41', image_token_id, text_config, vision_config",
+             "V4.1 engram memory is not supported: 4 tensor(s) such as layers.1.engram.embed.weight",
+             "vision encoder is not supported: 7 tensor(s) such as vision.blocks.0.attn.qkv.weight"],
+        ),
+        (
+            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), {},
+            [_NEW, "config.json has model_type 'deepseek_v41'"],
+        ),
+        (
+            {**tiny_config(), **_VISION_FIELDS}, _VISION,
+            [_SEES, "config.json has vision_n_layers, vision_dim, vision_n_heads, vision_inter_dim and 6 more",
+             "vision tokens is not supported: 2 tensor(s) such as image_end, image_start",
+             "vision routing bias is not supported: 4 tensor(s) such as layers.0.ffn.gate.bias_vl",
+             "vision aligner is not supported: 1 tensor(s) such as aligner.layers.0.weight"],
+        ),
+        (
+            tiny_config(), _VISION,
+            [_SEES, "vision.blocks.2.attn.qkv.weight, vision.blocks.3.attn.qkv.weight and 3 more"],
+        ),
+        (tiny_config(), _ENGRAM, [_NEW, "V4.1 engram memory is not supported: 4 tensor(s)"]),
+        ({**tiny_config(), "vision_n_layers": 32}, {}, [_SEES, "config.json has vision_n_layers"]),
+        ({**tiny_config(), "engram_layer_ids": [1]}, {}, [_NEW, "config.json has engram_layer_ids"]),
+    ],
+    ids=["V4.1", "V4.1 config", "Vision-Exp", "vision tensors", "engram tensors", "vision config", "engram config"],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_in_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    tensors: dict[str, tuple[str, tuple[int, ...]]],
+    complaints: list[str],
+) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    if tensors:
+        _add(tmp_path / "hf", tensors)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    for reading in ("read", "read_bytes", "read_rows"):
+        monkeypatch.setattr(Checkpoint, reading, never)
+    convert = ("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
+    commands = (
+        convert,
+        (*convert, "--dry-run"),
+        (*convert, "--layers", "1"),
+        ("parity", "--source", tmp_path / "hf", "--golden", GOLDEN),
+        ("golden", "record", tmp_path / "hf", "--out", tmp_path / "golden", "--tokens", "1,2,3"),
+    )
+    for command in commands:
+        _, err = dsv4(*command, exit_code=3)
+        words = " ".join(err.split())
+        for complaint in (*complaints, "dsv4 converts V4-Flash and V4-Pro, their Base variants and their dated"):
+            assert complaint in words
+        assert words.count("error:") == 1
+        assert words.startswith(f"error: {tmp_path / 'hf'}: ")
+        assert "problem(s)" not in words
+        assert "unknown" not in words
+        assert not (tmp_path / "orbax").exists()
+
+
+def test_a_model_of_another_family_is_not_called_vision() -> None:
+    """Its model_type says what it is; nested configs are common elsewhere."""
+    from dsv4_convert.foreign import refuse_foreign
+
+    refuse_foreign({"model_type": "llava", "text_config": {}, "vision_config": {}}, ["model.layers.0.x"], where="x")
+
+
+def test_no_supported_release_is_mistaken(tmp_path: Path) -> None:
+    from dsv4_convert.foreign import refuse_foreign
+
+    for inventory, config, more in RELEASES:
+        refuse_foreign({**_raw(config), **more}, _headers(inventory)[0].tensors, where="x")
