@@ -18,7 +18,7 @@ from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm
-from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.numerics import Numerics, once
 from dsv4_convert.model.parameters import contract, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
@@ -187,7 +187,8 @@ def attend_as_released(
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak)
-    return (contract("bshx,bxc->bshc", weights.astype(kv.dtype), kv) / total).astype(q.dtype)
+    rounded = once(weights.astype(kv.dtype))
+    return (contract("bshx,bxc->bshc", rounded, kv) / total).astype(q.dtype)
 
 
 def _scores(

@@ -76,7 +76,9 @@ class Numerics:
 
     def input(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch inner"]:
         """What such a matrix is multiplied with."""
-        return fp8_rounded(x, _INPUT) if self.quantized else x
+        if self.quantized:
+            return fp8_rounded(x, _INPUT)
+        return once(x) if self.release else x
 
     def wide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Input of a compressor or a router."""
@@ -117,6 +119,11 @@ def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     form = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
     return jax.lax.reduce_precision(x.astype(jnp.float32), form.nexp, form.nmant)
+
+
+def once(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x``, whose rounding to its dtype cannot be left out: see :func:`widened`."""
+    return widened(x).astype(x.dtype)
 
 
 def fp8_rounded(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:
