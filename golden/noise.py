@@ -5,6 +5,8 @@ A golden holds float32 values. Beside them the reference runs again, with the go
 * in float64, which says how much of the golden itself is rounding: the floor of float32;
 * in bfloat16, as users run it: the floor of bfloat16;
 
+(a golden of the release's own code is in bfloat16, and has one floor: the same code with its sums in float64)
+
 each of them *isolated* (every layer on the golden's own input, rounded to that dtype) and *cumulative* (from the
 tokens, on streams of its own). What is kept of a run is its distance from the golden per token: for every row of a tap,
 which is its first two axes, the rms and the largest absolute value of the difference over the remaining axes.

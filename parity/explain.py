@@ -28,7 +28,7 @@ def verdict(report: Report) -> str:
         return " ".join(parts)
     if not report.agrees:
         return "FAIL: nothing was compared."
-    how = f"{report.dtype}, {' and '.join(report.modes)}{_steps(report)}"
+    how = f"{report.arithmetic}, {' and '.join(report.modes)}{_steps(report)}"
     agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {how}{_largest(report)}"
     if not report.passed:
         return (
@@ -55,8 +55,8 @@ def missed(layer: LayerReach) -> str:
 def noise_floor(report: Report) -> str:
     """What errors are measured by, for a reader who sees it for the first time."""
     return (
-        f"In {report.dtype} rounding moves the reference itself; how far, token by token, is the noise floor. Errors "
-        "are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its worst "
+        f"In {report.arithmetic} rounding moves the reference itself; how far, token by token, is the noise floor. "
+        "Errors are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its worst "
         "element."
     )
 
@@ -119,7 +119,7 @@ def _aside(report: Report) -> str:
 
 
 def _largest(report: Report) -> str:
-    rows = [tap.distance.noise.row for tap in report.taps if tap.distance is not None]
+    rows = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
     return f", errors at most {max(rows):.1f} times the noise floor, {report.limits.row:g} allowed" if rows else ""
 
 

@@ -37,6 +37,11 @@ class Multiples:
     row: float
     element: float
 
+    @property
+    def largest(self) -> float:
+        """Over the whole tap, or in its worst row."""
+        return max(self.tap, self.row)
+
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
         """The measures that are beyond their limit, the farthest first; a multiple that is no number is beyond."""
         shares = self._shares(limits)

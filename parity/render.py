@@ -82,11 +82,11 @@ def _summary(report: Report, mode: Mode) -> Group:
     for layer, group in groupby((tap for tap in report.taps if tap.mode is mode), key=lambda tap: tap.layer):
         taps = list(group)
         measured = [tap for tap in taps if tap.distance is not None]
-        worst = max(measured, key=lambda tap: tap.distance.noise.row if tap.distance else 0.0, default=None)
+        worst = max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None)
         severe = min((tap.verdict for tap in taps), key=_SEVERITY.index)
         numbers = ("", "")
         if worst is not None and worst.distance is not None:
-            numbers = (_multiple(worst.distance.noise.row), f"{worst.distance.relative_rms:.1e}")
+            numbers = (_multiple(worst.distance.noise.largest), f"{worst.distance.relative_rms:.1e}")
         table.add_row(
             "model" if layer is None else str(layer),
             str(len(taps)),
@@ -95,7 +95,7 @@ def _summary(report: Report, mode: Mode) -> Group:
             experts.get(layer, "") if layer is not None else "",
             Text(severe.value, style=_STYLE[severe]),
         )
-    return _titled(f"{report.dtype}, {mode}: worst tap of each layer", table)
+    return _titled(f"{report.arithmetic}, {mode}: worst tap of each layer", table)
 
 
 def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[RenderableType]:
@@ -119,14 +119,15 @@ def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[R
             table.add_row(tap.short, *_numbers(tap), text)
         if len(listed) > limit:
             table.add_row(f"and {len(listed) - limit} more that do not pass")
-        yield _titled(f"{title}, {report.dtype}, {mode}", table)
+        yield _titled(f"{title}, {report.arithmetic}, {mode}", table)
 
 
 def _numbers(tap: TapResult) -> tuple[str, ...]:
     if tap.distance is not None:
         d = tap.distance
         ulp = f"{d.max_ulp:.0f}" if d.max_ulp < 1e5 else f"{d.max_ulp:.0e}"
-        return _multiple(d.noise.row), f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", f"{max(0.0, 1 - d.cosine):.0e}", ulp
+        cosine = f"{max(0.0, 1 - d.cosine):.0e}"
+        return _multiple(d.noise.largest), f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", cosine, ulp
     if tap.flips is not None:
         return _multiple(tap.flips.noise), f"{tap.flips.tokens}/{tap.flips.of}", "flips", f"{tap.flips.ties}", "ties"
     return "", "", "", "", ""

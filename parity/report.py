@@ -128,6 +128,12 @@ class Report:
         return sum(tap.verdict is verdict for tap in self.taps)
 
     @property
+    def arithmetic(self) -> str:
+        """The dtype, and where activations are quantised on the way."""
+        numerics = self.golden.get("reference", {}).get("numerics", "plain")
+        return self.dtype if numerics == "plain" else f"{self.dtype} in {numerics} numerics"
+
+    @property
     def first_diverging(self) -> TapResult | None:
         """The first failing tap in order of execution; isolated ones first, because they have inherited nothing."""
         return next((tap for tap in self.taps if tap.verdict is Verdict.FAIL), None)
