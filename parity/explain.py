@@ -56,8 +56,8 @@ def noise_floor(report: Report) -> str:
     """What errors are measured by, for a reader who sees it for the first time."""
     return (
         f"In {report.arithmetic} rounding moves the reference itself; how far, token by token, is the noise floor. "
-        "Errors are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its worst "
-        "element."
+        "Errors are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its "
+        "worst element."
     )
 
 

@@ -11,18 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
 #: Smallest largest value of a group, so that no scale is zero.
 _FP8_LEAST, _FP4_LEAST = 1e-4, 6 * 2.0**-126
 #: Inputs of a quantised matmul that share one scale, weights in FP4 that do, and rows of FP8 weights that do.
 _INPUT_GROUP, _FP4_GROUP, _FP8_ROWS = 128, 32, 128
+#: Groups of FP4 weights whose products are in memory at a time.
+_FP4_BLOCKS = 16
 #: Keys that the attention kernel takes at a time; all of them with exact sums, since the block is the kernel's choice.
 _KEYS = 64
 
 #: The values of FP4 (e2m1), by code.
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+#: The two values of a byte, the low half first.
+_FP4_PAIRS = torch.stack([FP4_VALUES.repeat(16), FP4_VALUES.repeat_interleave(16)], dim=1)
 
 _sum_dtype = torch.float32
 
@@ -90,15 +94,18 @@ def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.
 
 def fp4_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per 128, FP4 weights, packed, with a scale per 32."""
-    rows, inputs = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]).to(_sum_dtype)
-    packed, scale = b.view(torch.uint8), b_s.to(_sum_dtype)
-    total = torch.zeros(len(rows), len(b), dtype=_sum_dtype)
-    for block, start in enumerate(range(0, 2 * packed.shape[1], _FP4_GROUP)):
-        codes = packed[:, start // 2 : (start + _FP4_GROUP) // 2].int()
-        weights = FP4_VALUES[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)]
-        product = rows[:, start : start + _FP4_GROUP].to(_sum_dtype) @ weights.to(_sum_dtype).T
-        total += product * inputs[:, start // _INPUT_GROUP, None] * scale[:, block]
-    return total.to(torch.get_default_dtype()).reshape(*a.shape[:-1], len(b))
+    rows, outputs, blocks = a.numel() // a.shape[-1], len(b), b_s.shape[1]
+    pairs = nn.functional.embedding(b.view(torch.uint8).int(), _FP4_PAIRS)
+    weights = pairs.reshape(outputs, blocks, _FP4_GROUP).permute(1, 2, 0)  # [blocks, 32, N]
+    codes = a.to(_sum_dtype).reshape(rows, blocks, _FP4_GROUP).transpose(0, 1)  # [blocks, M, 32]
+    inputs = a_s.to(_sum_dtype).reshape(rows, -1).repeat_interleave(_INPUT_GROUP // _FP4_GROUP, dim=1)[:, :blocks].T
+    scale = b_s.to(_sum_dtype).T
+    total = torch.zeros(rows, outputs, dtype=_sum_dtype)
+    for start in range(0, blocks, _FP4_BLOCKS):
+        part = slice(start, start + _FP4_BLOCKS)
+        products = torch.bmm(codes[part], weights[part].to(_sum_dtype))
+        total += (products * inputs[part, :, None] * scale[part, None]).sum(dim=0)
+    return total.to(torch.get_default_dtype()).reshape(*a.shape[:-1], outputs)
 
 
 def sparse_attn(q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, softmax_scale: float) -> Tensor:

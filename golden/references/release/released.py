@@ -147,9 +147,7 @@ class ReleasedModel:
                 visit("hc_head", collapsed)
                 normed = norm(collapsed)
                 visit("norm", normed)
-                # The code evaluates the last of the positions that it gets.
-                logits = torch.stack([self._logits(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)
-                visit("logits", logits)
+                visit("logits", self._logits(normed))
                 return streams
 
             _, taken = self._run(forward, watching, state, expected, of_visits=True)
@@ -196,13 +194,15 @@ class ReleasedModel:
         return head, norm, [self._floats(name, torch.float32) for name in names]
 
     def _logits(self, normed: Tensor) -> Tensor:
-        """Logits ``[B, V]`` of one position, some rows of the output matrix at a time."""
+        """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
         words, parts = self._config.vocab_size, []
         for start in range(0, words, _HEAD_ROWS):
             rows = slice(start, min(start + _HEAD_ROWS, words))
             head = self._code.module.ParallelHead(rows.stop - rows.start, self._config.hidden_size)
             head.weight = nn.Parameter(self._floats("head.weight", torch.float32, rows=rows), requires_grad=False)
-            parts.append(head.get_logits(normed))
+            # The code evaluates the last of the positions that it gets.
+            positions = range(normed.shape[1])
+            parts.append(torch.stack([head.get_logits(normed[:, at : at + 1]) for at in positions], dim=1))
         return torch.cat(parts, dim=-1)
 
     def _stream(self, expert: nn.Module, prefix: str) -> None:
