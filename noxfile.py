@@ -63,9 +63,14 @@ def golden(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest."""
+    """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest.
+
+    XLA leaves out LLVM's optimisations: most programs run once, and compiling takes longer than running. One test
+    (tests/test_optimised.py) compiles as users do, as demo, large and the benchmarks do.
+    """
     _install(session, *TEST, reference=True)
-    session.run("pytest", *(session.posargs or ("-n", "2")))
+    unoptimised = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=unoptimised)
 
 
 @nox.session

@@ -228,8 +228,7 @@ def test_decoding_rounds_at_the_same_places(golden: Golden, weights: PublishedWe
         model = Forward(weights, golden.tokens[:, :128], jnp.dtype("bfloat16"), decode=decode, numerics=rounding)
         return model.layer(layer, entering)[0]
 
-    with uncompiled():
-        whole, parts = taps(0), taps(5)
+    whole, parts = taps(0), taps(5)
     for name in ("compressor.entries", "indexer.compressor.entries", "kv_rope", "context"):
         if (full := f"layers.{layer}.attn.{name}") in whole:
             assert whole[full].size

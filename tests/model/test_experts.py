@@ -50,7 +50,7 @@ def test_equal_to_a_plain_loop(way, tokens: int, experts: int, chosen: int, crow
 
 
 @settings(max_examples=15)
-@given(st.sampled_from([1, 9, 80]), st.sampled_from([1, 7]), st.sampled_from([1, 4]), st.integers(0, 2**16))
+@given(st.sampled_from([1, 80]), st.sampled_from([1, 7]), st.just(4), st.integers(0, 2**16))
 def test_both_ways_agree(tokens: int, experts: int, chosen: int, seed: int) -> None:
     case = [jnp.asarray(array) for array in _case(tokens, experts, min(chosen, experts), seed)]
     np.testing.assert_allclose(packed(*case, limit=LIMIT), grouped(*case, limit=LIMIT), atol=3e-6)
