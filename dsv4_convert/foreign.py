@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv4_convert.errors import BadInput
+from dsv4_convert.errors import BadInput, listed
 
 _ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
 
@@ -50,11 +50,10 @@ def refuse_foreign(raw: Mapping[str, Any], tensors: Iterable[str], *, where: str
     if not fields and not features:
         return
     lines = [f"config.json has {_first(fields)}"] if fields else []
-    lines += [f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}" for feature, names in
-              features.items()]  # fmt: skip
-    listed = "\n".join(f"  - {line}" for line in lines)
+    for feature, names in features.items():
+        lines.append(f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}")
     raise BadInput(
-        f"{where}: {_model(raw, features)}, which dsv4 does not support. What gives it away:\n{listed}\n"
+        f"{where}: {_model(raw, features)}, which dsv4 does not support. What gives it away:\n{listed(lines)}\n"
         f"dsv4 converts {_SUPPORTED}."
     )
 

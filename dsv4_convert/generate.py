@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model import Cache, Model, Numerics
+from dsv4_convert.model import Cache, Model
 from dsv4_convert.speculate import PASS, Drafts, Seen, read, verify
 
 if TYPE_CHECKING:
@@ -55,11 +54,6 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k}: expected 0 (all tokens) or a positive number")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p}: expected a share of probability above 0, 1 at most")
-
-
-def release_numerics(config: Config) -> Numerics:
-    """Rounding as in DeepSeek's inference code. Raises :class:`UsageError` for widths that its groups do not divide."""
-    return Numerics.of_release(config)
 
 
 class Generator:

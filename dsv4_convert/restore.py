@@ -199,21 +199,24 @@ def restore_block(
 
 
 def restore_model(
-    weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False, numerics: Numerics | None = None
+    weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False, release: bool = False
 ) -> Model:
     """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
 
-    ``numerics``: where it rounds on the way; None for plain.
+    With ``release`` it rounds on the way where DeepSeek's inference code does; ``dtype`` is that of its activations.
 
     Raises:
         ResourceError: the memory of this machine is too small for it (where the model runs on the CPU).
-        UsageError: layers are missing, or the stages that are asked for.
+        UsageError: layers are missing, or the stages that are asked for; or the model's widths are not those of release
+            numerics.
     """
     from flax import nnx
 
-    from dsv4_convert.model import PLAIN, Model
+    from dsv4_convert.model import PLAIN, Model, Numerics
 
-    config, numerics = weights.config, numerics or PLAIN
+    config = weights.config
+    numerics = Numerics.of_release(config) if release else PLAIN
+    dtype = np.dtype(numerics.held(dtype))
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()

@@ -54,8 +54,7 @@ class Forward:
         self._weights = weights
         self._dtype = dtype
         self._numerics = numerics
-        # Quantised matrices with float32 scales do not fit into bfloat16, and a release multiplies with the codes.
-        self._weight_dtype = _FLOAT32 if numerics.quantized else np.dtype(dtype)
+        self._weight_dtype = np.dtype(numerics.held(dtype))
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)

@@ -62,7 +62,7 @@ def generate(
     import jax.numpy as jnp
 
     from dsv4_convert.errors import UsageError
-    from dsv4_convert.generate import Generator, Sampling, release_numerics
+    from dsv4_convert.generate import Generator, Sampling
     from dsv4_convert.restore import Weights, restore_model
     from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
 
@@ -88,11 +88,7 @@ def generate(
     words = None if file is None else text_decoder(file)
     with status("generate") as say:
         say("restoring the model")
-        weights = Weights.open(checkpoint)
-        rounding = release_numerics(weights.config) if released else None
-        # Matrices in float32 hold what FP8 codes with any scale stand for; their inputs are quantised all the same.
-        held = jnp.dtype(jnp.float32) if rounding is not None and rounding.quantized else width
-        model = restore_model(weights, dtype=held, drafts=speculative, numerics=rounding)
+        model = restore_model(Weights.open(checkpoint), dtype=width, drafts=speculative, release=released)
         generator = Generator(model, width, speculative=speculative)
         count = [0] * len(given)
 

@@ -91,7 +91,7 @@ def empty_layer(
     config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
 ) -> LayerCache:
     """Nothing yet, with room for ``capacity`` tokens."""
-    pooled = numerics.wide(jnp.zeros((), dtype)).dtype
+    pooled = jnp.float32 if numerics.release else dtype
 
     def compressed(width: int) -> Compressed:
         ratio = config.ratio(kind)

@@ -70,6 +70,10 @@ class Numerics:
             raise UsageError(f"release numerics quantise in groups, which needs {'; '.join(wrong)}")
         return cls(True, quantized)
 
+    def held(self, dtype: DTypeLike) -> DTypeLike:
+        """The dtype of weights beside activations in ``dtype``: float32 holds what codes with any scale stand for."""
+        return jnp.float32 if self.quantized else dtype
+
     def linear(self, x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
         """Product with a matrix that a release stores in FP8 or FP4."""
         return linear(x, w) if not self.quantized else contract("...i,io->...o", self.input(x), w).astype(x.dtype)
