@@ -240,5 +240,6 @@ def uncompiled() -> Iterator[None]:
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
-    arrays, constants = operands[:5], operands[5:]
-    return mlp.weighted(*map(jnp.asarray, arrays), *constants)
+    x, share, w1, w2, w3, *constants = operands
+    arrays = [jnp.asarray(array) for array in (x, share, w1, w2, w3)]
+    return mlp.weighted(*arrays, *constants)
