@@ -68,7 +68,7 @@ def pairs() -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any
 def seconds(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
-    jax.block_until_ready(run(*arguments))  # type: ignore[no-untyped-call]
+    jax.block_until_ready(run(*arguments))
     return time.perf_counter() - start
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     for what, slow, fast, arguments in pairs():
         programs = [jax.jit(slow), jax.jit(fast)]
         for program in programs:
-            jax.block_until_ready(program(*arguments))  # type: ignore[no-untyped-call]
+            jax.block_until_ready(program(*arguments))
         times = [[seconds(program, arguments) for program in programs] for _ in range(RUNS)]
         medians = [statistics.median(row[side] for row in times) for side in (0, 1)]
         table.add_row(what, *(f"{1e3 * value:.2f}" for value in medians), f"{medians[0] / medians[1]:.1f}")

@@ -208,6 +208,12 @@ def by_name(name: str) -> tuple[Tap, int | None]:
     return tap, layer
 
 
+def shape_of(name: str) -> tuple[str, ...] | None:
+    """The shape letters of a tap by its full name, or as ``layers.3.attn.q``; None for what is no tap."""
+    tap = _BY_NAME.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+    return None if tap is None else tuple(tap.shape.split())
+
+
 def select(names: Iterable[str], patterns: Iterable[str]) -> Iterator[str]:
     """The full names that match any pattern, by shell rules, against the full name or the name within the layer.
 

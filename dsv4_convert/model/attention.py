@@ -2,10 +2,12 @@
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
 ``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a run,
-``X`` keys, ``P`` tokens before.
+``X`` keys, ``K`` tokens of a call, ``P`` tokens before.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
+from dsv4_convert.model.axes import on_shards, place
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
@@ -23,6 +26,19 @@ from dsv4_convert.model.parameters import contract, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.model.runs import by_runs
+
+#: Logical axes of what :func:`_context` takes and gives.
+_CONTEXT_TAKES = (
+    "batch tokens heads -",
+    "batch - -",
+    "batch - -",
+    "batch",
+    "batch - -",
+    "batch tokens",
+    "batch tokens -",
+    "heads",
+)
+_CONTEXT_GIVES = _CONTEXT_TAKES[0]
 
 
 class Attention(nnx.Module):
@@ -41,14 +57,15 @@ class Attention(nnx.Module):
         self.kind = kind
         self.numerics = numerics
         heads, width = config.num_attention_heads, config.head_dim
-        self.wq_a = parameter(config.hidden_size, config.q_lora_rank)
-        self.q_norm = parameter(config.q_lora_rank)
-        self.wq_b = parameter(config.q_lora_rank, heads * width)
-        self.wkv = parameter(config.hidden_size, width)
-        self.kv_norm = parameter(width)
-        self.attn_sink = parameter(heads)
-        self.wo_a = parameter(config.o_groups, heads * width // config.o_groups, config.o_lora_rank)
-        self.wo_b = parameter(config.o_groups * config.o_lora_rank, config.hidden_size)
+        self.wq_a = parameter("width rank", config.hidden_size, config.q_lora_rank)
+        self.q_norm = parameter("rank", config.q_lora_rank)
+        self.wq_b = parameter("rank heads", config.q_lora_rank, heads * width)
+        self.wkv = parameter("width key", config.hidden_size, width)
+        self.kv_norm = parameter("key", width)
+        self.attn_sink = parameter("heads", heads)
+        grouped = heads * width // config.o_groups
+        self.wo_a = parameter("groups group_in group_out", config.o_groups, grouped, config.o_lora_rank)
+        self.wo_b = parameter("groups width", config.o_groups * config.o_lora_rank, config.hidden_size)
         self.compressor = _compressor(config, kind, numerics)
         self.indexer = Indexer(config, numerics) if kind is Kind.CSA else None
 
@@ -89,7 +106,9 @@ class Attention(nnx.Module):
 
         earlier = None if past is None else past.cache.window
         sink, window = self.attn_sink[...], config.sliding_window
-        context = taps("context", _context(q, kv, earlier, before, entries, complete, choice, sink, window, numerics))
+        seen = (q, kv, earlier, before, entries, complete, choice, sink)
+        attended = partial(_context, window=window, numerics=numerics)
+        context = taps("context", on_shards(attended, _CONTEXT_TAKES, _CONTEXT_GIVES, *seen))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
@@ -113,13 +132,14 @@ def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | 
 
 def _context(
     q: Float[Array, "B S H C"],
-    kv: Float[Array, "B S C"],
+    kv: Float[Array, "B K C"],
     earlier: Float[Array, "B P C"] | None,
     before: Int[Array, " B"],
     entries: Float[Array, "B T C"],
     complete: Int[Array, "B S"],
     choice: Int[Array, "B S k"] | None,
     sink: Float[Array, " H"],
+    *,
     window: int,
     numerics: Numerics,
 ) -> Float[Array, "B S H C"]:
@@ -129,13 +149,15 @@ def _context(
     memory does not for the entries.
 
     Args:
-        q, kv: queries, and keys that are also values, of the tokens of this call.
+        q, kv: queries, and keys that are also values, of the tokens of this call. Where the call's tokens are split
+            over devices, the queries are this one's part of them; the keys, one head in all, are whole everywhere.
         earlier: keys of the ``window - 1`` tokens before, of which there were ``before`` in all; None if none were.
         entries, complete: compressed entries, and how many of them each query may see.
         choice: the entries that it does see (:func:`~dsv4_convert.model.indexer.choose`); None for all of those.
         sink, window, numerics: of the layer.
     """
-    reach = min(window, q.shape[1]) - 1 if earlier is None else window - 1
+    reach = min(window, kv.shape[1]) - 1 if earlier is None else window - 1
+    own = place("tokens") * q.shape[1]
     if earlier is None:
         earlier = jnp.zeros((len(kv), reach, kv.shape[2]), kv.dtype)
     keys = jnp.pad(jnp.concatenate([earlier, kv], axis=1), ((0, 0), (0, window), (0, 0)))  # the last run may be padded
@@ -143,7 +165,7 @@ def _context(
     def run(
         first: Int[Array, ""], q: Float[Array, "B Q H C"], complete: Int[Array, "B Q"], *choice: Int[Array, "B Q k"]
     ) -> Float[Array, "B Q H C"]:
-        queries = q.shape[1]
+        queries, first = q.shape[1], own + first
         near = lax.dynamic_slice_in_dim(keys, first, reach + queries, axis=1)
         token = jnp.arange(reach + queries) - reach  # of each key, from the run's first query on
         inside = window_mask(jnp.arange(queries)[:, None] - token, window)

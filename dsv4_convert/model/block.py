@@ -52,15 +52,15 @@ class Block(nnx.Module):
     ) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
-        self.hc_attn_fn = parameter(mixes, flat)
-        self.hc_attn_base = parameter(mixes)
-        self.hc_attn_scale = parameter(3)
-        self.attn_norm = parameter(config.hidden_size)
+        self.hc_attn_fn = parameter("mix streams", mixes, flat)
+        self.hc_attn_base = parameter("mix", mixes)
+        self.hc_attn_scale = parameter("mix", 3)
+        self.attn_norm = parameter("whole_width", config.hidden_size)
         self.attn = Attention(config, kind, numerics)
-        self.hc_ffn_fn = parameter(mixes, flat)
-        self.hc_ffn_base = parameter(mixes)
-        self.hc_ffn_scale = parameter(3)
-        self.ffn_norm = parameter(config.hidden_size)
+        self.hc_ffn_fn = parameter("mix streams", mixes, flat)
+        self.hc_ffn_base = parameter("mix", mixes)
+        self.hc_ffn_scale = parameter("mix", 3)
+        self.ffn_norm = parameter("whole_width", config.hidden_size)
         self.ffn = FeedForward(config, hashed=hashed, with_experts=with_experts, numerics=numerics)
 
     def __call__(
@@ -75,9 +75,7 @@ class Block(nnx.Module):
         streams, cache = self.attend(taps("input", streams), positions, taps, past)
         routed = self.route(streams, token_ids, taps)
         assert self.ffn.experts is not None
-        flat = routed.x.reshape(-1, routed.x.shape[-1])
-        experts, weights = (part.reshape(flat.shape[0], -1) for part in routed.routing)
-        output = self.ffn.experts(flat, experts, weights).reshape(routed.x.shape)
+        output = self.ffn.experts(routed.x, *routed.routing)
         return self.combine(streams, routed, output, taps), cache
 
     def attend(

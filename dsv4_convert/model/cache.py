@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.model.numerics import PLAIN, Numerics
+from dsv4_convert.model.segments import segments
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -54,12 +55,13 @@ class Cache:
     """State of the model for a batch of prompts, which may be of different lengths.
 
     Attributes:
-        layers: one for each layer.
+        layers: the state of each layer; of scanned layers (:class:`~dsv4_convert.model.layers.ScannedLayers`) that of
+            each place of each segment's pattern, stacked.
         tokens: how many tokens of each prompt were seen.
         first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]
     tokens: Int[Array, " B"]
     first: Int[Array, " B"]
 
@@ -73,13 +75,33 @@ class Cache:
         dtype: DTypeLike = jnp.float32,
         first: ArrayLike = 0,
         numerics: Numerics = PLAIN,
+        scanned: bool = False,
     ) -> Cache:
         """Room for ``capacity`` tokens of each of ``batch`` prompts. What goes beyond is not kept, without a word."""
+
+        def empty(kind: Attention) -> LayerCache:
+            return empty_layer(config, kind, batch, capacity, dtype, numerics)
+
+        def stacked(kind: Attention, count: int) -> LayerCache:
+            return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
+
+        layers: tuple[Any, ...] = (
+            tuple(map(empty, config.attention))
+            if not scanned
+            else tuple(
+                tuple(stacked(kind, segment.repeats) for kind, _ in segment.pattern) for segment in segments(config)
+            )
+        )
         return cls(
-            tuple(empty_layer(config, kind, batch, capacity, dtype, numerics) for kind in config.attention),
+            layers,
             jnp.zeros(batch, jnp.int32),
             jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,)),
         )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of keys and entries, and so of activations."""
+        return jax.tree.leaves(self.layers)[0].dtype
 
     @property
     def nbytes(self) -> int:

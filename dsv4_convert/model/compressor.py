@@ -43,10 +43,10 @@ class Compressor(nnx.Module):
         self.eps = eps
         self.indexed = indexed
         self.numerics = numerics
-        self.ape = parameter(ratio, entry_width)
-        self.wkv = parameter(width, entry_width)
-        self.wgate = parameter(width, entry_width)
-        self.norm = parameter(entry)
+        self.ape = parameter("block entry", ratio, entry_width)
+        self.wkv = parameter("width entry", width, entry_width)
+        self.wgate = parameter("width entry", width, entry_width)
+        self.norm = parameter("entry", entry)
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """Routed experts and the shared expert: clamped SwiGLU, computed only for the tokens that were routed to each.
 
-Shape letters: ``M`` tokens, ``D`` width, ``I`` inner width, ``E`` experts, ``K`` experts per token.
+Shape letters: ``B`` batch, ``S`` tokens, ``D`` width, ``K`` experts per token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
+from dsv4_convert.model.axes import gathered, on_shards, place, scattered, summed
 from dsv4_convert.model.mlp import mlp
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import parameter
@@ -24,9 +25,9 @@ class SharedExpert(nnx.Module):
     def __init__(self, config: Config, numerics: Numerics) -> None:
         self.numerics = numerics
         self.limit = config.swiglu_limit
-        self.w1 = parameter(config.hidden_size, config.moe_intermediate_size)
-        self.w2 = parameter(config.moe_intermediate_size, config.hidden_size)
-        self.w3 = parameter(config.hidden_size, config.moe_intermediate_size)
+        self.w1 = parameter("width inner", config.hidden_size, config.moe_intermediate_size)
+        self.w2 = parameter("inner width", config.moe_intermediate_size, config.hidden_size)
+        self.w3 = parameter("width inner", config.hidden_size, config.moe_intermediate_size)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Output of the shared expert."""
@@ -39,25 +40,36 @@ class Experts(nnx.Module):
     def __init__(self, config: Config, numerics: Numerics) -> None:
         self.numerics = numerics
         self.limit = config.swiglu_limit
-        stack = config.n_routed_experts
-        self.w1 = parameter(stack, config.hidden_size, config.moe_intermediate_size)
-        self.w2 = parameter(stack, config.moe_intermediate_size, config.hidden_size)
-        self.w3 = parameter(stack, config.hidden_size, config.moe_intermediate_size)
+        stack, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = parameter("experts width inner", stack, width, inner)
+        self.w2 = parameter("experts inner width", stack, inner, width)
+        self.w3 = parameter("experts width inner", stack, width, inner)
 
     def __call__(
-        self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
-    ) -> Float[Array, "M D"]:
+        self, x: Float[Array, "B S D"], experts: Int[Array, "B S K"], weights: Float[Array, "B S K"]
+    ) -> Float[Array, "B S D"]:
         """Sum of the chosen experts' outputs, each times its weight; accumulated in float32.
+
+        On a mesh every device computes the experts that it holds, for the tokens of all devices that hold the others;
+        no expert's matrices travel but along their width, where ``fsdp`` splits them.
+        """
+        rows, stack = "batch tokens -", ("experts - inner", "experts inner -", "experts - inner")
+        stacks = (self.w1[...], self.w2[...], self.w3[...])
+        total = on_shards(self._sum, (rows, rows, rows, *stack), rows, x, experts, weights, *stacks)
+        return self.numerics.sum_of_experts(total, x.dtype)
+
+    def _sum(self, x: Array, experts: Array, weights: Array, w1: Array, w2: Array, w3: Array) -> Array:
+        """The sum over the experts of all devices for the tokens of this one, float32.
 
         On accelerators one grouped matmul per matrix. XLA's own grouped matmul on CPU computes every expert for every
         row, so there the rows are packed another way.
         """
-        stacks = (self.w1[...], self.w2[...], self.w3[...])
-        return lax.platform_dependent(
-            x,
-            experts,
-            weights,
-            *stacks,
+        x, experts, weights = gathered((x, experts, weights), "experts")
+        experts = experts - place("experts") * w1.shape[0]
+        total = lax.platform_dependent(
+            *(part.reshape(-1, part.shape[-1]) for part in (x, experts, weights)),
+            *(w1, w2, w3),
             cpu=partial(packed, limit=self.limit, numerics=self.numerics),
             default=partial(grouped, limit=self.limit, numerics=self.numerics),
         )
+        return scattered(summed(total.reshape(x.shape), "inner"), "experts")

@@ -6,6 +6,8 @@ heads, ``C`` indexer head width, ``k`` chosen entries.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Config
+from dsv4_convert.model.axes import on_shards, summed
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.numerics import Numerics, widened
@@ -32,8 +35,8 @@ class Indexer(nnx.Module):
         self.numerics = numerics
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.longest_run = config.sliding_window
-        self.wq_b = parameter(config.q_lora_rank, self.heads * self.head_dim)
-        self.weights_proj = parameter(config.hidden_size, self.heads)
+        self.wq_b = parameter("rank index_heads", config.q_lora_rank, self.heads * self.head_dim)
+        self.weights_proj = parameter("width index_heads", config.hidden_size, self.heads)
         self.compressor = Compressor(
             config.hidden_size,
             self.head_dim,
@@ -64,20 +67,32 @@ class Indexer(nnx.Module):
         q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 
-        def score(first: Array, q: Array, weights: Array) -> Array:
-            return jax.lax.optimization_barrier(self._scores(q, keys, weights))  # type: ignore[no-untyped-call]
+        def score(keys: Array, first: Array, q: Array, weights: Array) -> Array:
+            scores = summed(self._scores(q, keys, weights), "index_heads")
+            return jax.lax.optimization_barrier(scores)
 
         def pick(first: Array, scores: Array, complete: Array) -> Array:
-            return choose(scores, entry_mask(complete, keys.shape[1]), self.topk)
+            return choose(scores, entry_mask(complete, scores.shape[2]), self.topk)
 
-        def both(first: Array, q: Array, weights: Array, complete: Array) -> Array:
-            return pick(first, score(first, q, weights), complete)
+        def both(keys: Array, first: Array, q: Array, weights: Array, complete: Array) -> Array:
+            return pick(first, score(keys, first, q, weights), complete)
 
+        def scored(keys: Array, *rows: Array) -> Array:
+            return by_runs(partial(score, keys), self.longest_run, *rows)
+
+        def picked(scores: Array, complete: Array) -> Array:
+            return by_runs(pick, self.longest_run, scores, complete)
+
+        def chosen_at_once(keys: Array, *rows: Array) -> Array:
+            return by_runs(partial(both, keys), self.longest_run, *rows)
+
+        rows = ("batch tokens index_heads -", "batch tokens index_heads", "batch tokens")
         if taps.uses("scores"):
-            scores = taps("scores", by_runs(score, self.longest_run, q, weights))
-            chosen = by_runs(pick, self.longest_run, scores, complete)
+            scores = taps("scores", on_shards(scored, ("batch - -", *rows[:2]), "batch tokens -", keys, q, weights))
+            chosen = on_shards(picked, ("batch tokens -", rows[2]), "batch tokens -", scores, complete)
         else:
-            chosen = by_runs(both, self.longest_run, q, weights, complete)
+            taken = (keys, q, weights, complete)
+            chosen = on_shards(chosen_at_once, ("batch - -", *rows), "batch tokens -", *taken)
         return taps("chosen", chosen), compressed
 
     def _scores(

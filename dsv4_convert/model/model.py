@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
-from dsv4_convert.model.block import Block
+from dsv4_convert.model.axes import exchanged, gathered, on_shards, place, splits, summed
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
+from dsv4_convert.model.layers import ScannedLayers, listed, through
 from dsv4_convert.model.mtp import Stage
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
@@ -31,22 +32,18 @@ class Model(nnx.Module):
     The stages in ``mtp`` take no part in this; :meth:`draft` runs one of them.
     """
 
-    def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
+    def __init__(self, config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
+        """``scanned``: layers of one kind share a program, and have their weights stacked."""
         self.config = config
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
-        self.embed = parameter(config.vocab_size, width)
-        self.layers = nnx.List(
-            [
-                Block(config, kind, hashed=hashed, numerics=numerics)
-                for kind, hashed in zip(config.attention, config.hash_routed, strict=True)
-            ]
-        )
-        self.hc_head_fn = parameter(streams, streams * width)
-        self.hc_head_base = parameter(streams)
-        self.hc_head_scale = parameter(1)
-        self.norm = parameter(width)
-        self.head = parameter(width, config.vocab_size)
+        self.embed = parameter("vocab width", config.vocab_size, width)
+        self.layers = ScannedLayers(config, numerics) if scanned else nnx.List(listed(config, numerics))
+        self.hc_head_fn = parameter("mix streams", streams, streams * width)
+        self.hc_head_base = parameter("mix", streams)
+        self.hc_head_scale = parameter("mix", 1)
+        self.norm = parameter("whole_width", width)
+        self.head = parameter("width vocab", width, config.vocab_size)
         self.mtp = nnx.List([Stage(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
@@ -62,8 +59,7 @@ class Model(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
-        for layer, block in enumerate(self.layers):
-            streams, _ = block(streams, token_ids, positions, taps.within(f"layers.{layer}."))
+        streams, _ = through(self.layers, streams, token_ids, positions, taps)
         return self.logits(streams, taps)
 
     def extend(
@@ -110,14 +106,10 @@ class Model(nnx.Module):
         """:meth:`extend` without the head: the streams that leave the last layer."""
         keep = count if keep is None else keep
         positions = (cache.first + cache.tokens)[:, None] + jnp.arange(token_ids.shape[1])
-        streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.layers[0].window.dtype, taps)
-        layers = []
-        for layer, (block, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            past = Past(state, cache.tokens, count, keep)
-            streams, after = block(streams, token_ids, positions, taps.within(f"layers.{layer}."), past)
-            assert after is not None
-            layers.append(after)
-        return streams, Cache(tuple(layers), cache.tokens + keep, cache.first)
+        streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.dtype, taps)
+        past = Past(cache.layers, cache.tokens, count, keep)
+        streams, layers = through(self.layers, streams, token_ids, positions, taps, past)
+        return streams, Cache(layers, cache.tokens + keep, cache.first)
 
     def draft(
         self,
@@ -176,8 +168,17 @@ def embed(
     table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: DTypeLike, taps: Taps
 ) -> Float[Array, "B S N D"]:
     """The embedding of every token, copied into all streams."""
-    rows = taps("embed", table[token_ids].astype(dtype))
+    rows = on_shards(_look_up, ("vocab width", "batch tokens"), "batch tokens -", table, token_ids)
+    rows = taps("embed", rows.astype(dtype))
     return jnp.broadcast_to(rows[:, :, None], (*rows.shape[:2], streams, rows.shape[2]))
+
+
+def _look_up(table: Float[Array, "V D"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table of which every device has a part: tokens go to the parts, and parts of rows come back."""
+    index = gathered(token_ids, "width") - place("vocab") * table.shape[0]
+    here = (index >= 0) & (index < table.shape[0])
+    rows = summed(jnp.where(here[..., None], table[index], 0), "vocab") if splits("vocab") else table[index]
+    return exchanged(rows, "width", 0, 2)
 
 
 def head(

@@ -33,14 +33,14 @@ class Stage(Block):
         super().__init__(config, Kind.SLIDING, hashed=False, numerics=numerics)
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
-        self.e_proj = parameter(width, width)
-        self.h_proj = parameter(width, width)
-        self.enorm = parameter(width)
-        self.hnorm = parameter(width)
-        self.norm = parameter(width)
-        self.hc_head_fn = parameter(streams, streams * width)
-        self.hc_head_base = parameter(streams)
-        self.hc_head_scale = parameter(1)
+        self.e_proj = parameter("width whole_width", width, width)
+        self.h_proj = parameter("width whole_width", width, width)
+        self.enorm = parameter("whole_width", width)
+        self.hnorm = parameter("whole_width", width)
+        self.norm = parameter("whole_width", width)
+        self.hc_head_fn = parameter("mix streams", streams, streams * width)
+        self.hc_head_base = parameter("mix", streams)
+        self.hc_head_scale = parameter("mix", 1)
 
     def predict(
         self,

@@ -104,7 +104,7 @@ class Numerics:
         kept, turned = jnp.split(kv, [kv.shape[-1] - rotated], axis=-1)
         return jnp.concatenate([fp8_rounded(kept, _KEY), turned], axis=-1)
 
-    def sum_of_experts(self, total: Float[Array, "M D"], dtype: DTypeLike) -> Float[Array, "M D"]:
+    def sum_of_experts(self, total: Float[Array, "*batch D"], dtype: DTypeLike) -> Float[Array, "*batch D"]:
         """The float32 sum as it is added to the shared expert's output."""
         return total if self.release else total.astype(dtype)
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from dsv4_convert.model.axes import named
 
 
 class Buffer(nnx.Variable[jax.Array]):
     """State of the checkpoint that is not trained by gradient: the hash table and the router's correction bias."""
 
 
-def parameter(*shape: int) -> nnx.Param[jax.Array]:
-    """A weight of the checkpoint; zero until it is restored."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32))
+def parameter(axes: str, *shape: int) -> nnx.Param[jax.Array]:
+    """A weight of the checkpoint with its logical axes (:mod:`dsv4_convert.model.axes`); zero until it is restored."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=named(axes))
+
+
+def buffer(axes: str, *shape: int, dtype: DTypeLike = jnp.float32) -> Buffer:
+    """A :class:`Buffer` with its logical axes; zero until it is restored."""
+    return Buffer(jnp.zeros(shape, dtype), axes=named(axes))
 
 
 def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 import jax
 from jax import Array
 
+from dsv4_convert.model.axes import constrain_tap
+
 
 class Taps:
-    """What the model calls at every tap (:mod:`dsv4_convert.taps`).
+    """What the model calls at every tap (:mod:`dsv4_convert.taps`). On a mesh the value is laid out by the tap's axes.
 
     The value passes through an optimisation barrier whether it is recorded or not. So the compiler sees the same
     boundaries in both cases, and the results with and without recording are bit-equal.
@@ -41,7 +43,7 @@ class Taps:
     def __call__(self, name: str, value: Array) -> Array:
         """Record ``value`` under ``name`` if it is wanted; return what the model goes on with."""
         full = self._prefix + name
-        value = jax.lax.optimization_barrier(value)  # type: ignore[no-untyped-call]
+        value = jax.lax.optimization_barrier(constrain_tap(full, value))
         if self._wanted is not None and self._wanted(full):
             self.values[full] = value
         if full not in self._forced:

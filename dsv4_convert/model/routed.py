@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 from dsv4_convert.model.mlp import swiglu, weighted
 from dsv4_convert.model.numerics import PLAIN, Numerics
 
+#: Rows that accelerators take at a time: enough that reading the experts' matrices again costs little beside products.
+_ROWS = 8192
 #: Rows that the CPU path takes at a time where it goes from expert to expert.
 _LARGE, _SMALL = 128, 16
 #: What reading an expert's matrices for a product, and copying them before, cost there: as the number of rows whose
@@ -34,30 +36,56 @@ def grouped(
     limit: float,
     numerics: Numerics = PLAIN,
 ) -> Float[Array, "M D"]:
-    """Rows sorted by expert, then one ragged matmul per matrix over all experts."""
+    """The chosen experts' outputs, each times its weight, summed in float32; experts outside of the stack add nothing.
+
+    Rows sorted by expert, then one ragged matmul per matrix over all experts; a few thousand rows at a time, as many
+    times as there are rows, so that memory has a bound whatever the routing, and no row is left out.
+    """
+    tokens, chosen = experts.shape
     order, sizes = _by_expert(experts, w1.shape[0])
-    tokens = order // experts.shape[1]
-    share = weights.reshape(-1)[order]
+    ends = jnp.cumulative_sum(sizes)
+    x = numerics.input(x)
 
-    def matmul(rows: Array, stack: Array) -> Array:
-        dtype = stack.dtype if numerics.quantized else rows.dtype
-        product = lax.ragged_dot(
-            rows.astype(dtype),
-            stack.astype(dtype),
-            sizes,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        return product.astype(x.dtype)
+    def add(first: Array | int, total: Array, tile: int) -> Array:
+        """Add the outputs of the rows from ``first`` on."""
+        row = first + jnp.arange(tile)
+        pick = order[jnp.minimum(row, tokens * chosen - 1)]
+        share = weights.reshape(-1)[pick][:, None]
+        here = jnp.clip(ends, first, first + tile) - jnp.clip(ends - sizes, first, first + tile)
+        rows = x[pick // chosen]
+        gate, up = (numerics.wide(_ragged(rows, stack, here, numerics)) for stack in (w1, w3))
+        inner = swiglu(gate, up, limit)
+        if numerics.release:
+            inner *= share
+        output = _ragged(numerics.input(inner.astype(x.dtype)), w2, here, numerics).astype(jnp.float32)
+        if not numerics.release:
+            output *= share
+        return total.at[jnp.where(row < ends[-1], pick // chosen, tokens)].add(output, mode="drop")
 
-    rows = numerics.input(x)[tokens]
-    inner = swiglu(numerics.wide(matmul(rows, w1)), numerics.wide(matmul(rows, w3)), limit)
-    if numerics.release:
-        inner *= share[:, None]
-    outputs = matmul(numerics.input(inner.astype(x.dtype)), w2).astype(jnp.float32)
-    if not numerics.release:
-        outputs *= share[:, None]
-    return numerics.sum_of_experts(jnp.zeros(x.shape, jnp.float32).at[tokens].add(outputs), x.dtype)
+    total = jnp.zeros(x.shape, jnp.float32)
+    if tokens * chosen <= _ROWS:
+        return add(0, total, tokens * chosen)
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, total = state
+        return first + _ROWS, add(first, total, _ROWS)
+
+    return lax.while_loop(lambda state: state[0] < ends[-1], body, (jnp.zeros_like(ends[-1]), total))[1]
+
+
+def _ragged(
+    rows: Float[Array, "R inner"], stack: Float[Array, "E inner outer"], sizes: Int[Array, " E"], numerics: Numerics
+) -> Float[Array, "R outer"]:
+    """Rows by expert, each times its expert's matrix."""
+    dtype = stack.dtype if numerics.quantized else rows.dtype
+    product = lax.ragged_dot(
+        rows.astype(dtype),
+        stack.astype(dtype),
+        sizes,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(rows.dtype)
 
 
 def packed(
@@ -137,7 +165,7 @@ def packed(
         count = jnp.stack(counts)[best]
         total = tile_by_tile(total, next_row, count, tile)
         next_row += count * tile
-    return numerics.sum_of_experts(total[:tokens], x.dtype)
+    return total[:tokens]
 
 
 def _amounts(rows: int, stack: int) -> tuple[int, ...]:
@@ -169,6 +197,7 @@ def _pieces(rows: int, stack: int) -> int:
 
 
 def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"], Int[Array, " E"]]:
-    """Order of the M*K choices by expert (stable), and how many each expert has."""
+    """Order of the M*K choices by expert (stable), and how many each has; those of other experts come last."""
     flat = experts.reshape(-1)
+    flat = jnp.where((flat < 0) | (flat >= stack), stack, flat)
     return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=stack)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.parameters import Buffer, linear, parameter
+from dsv4_convert.model.parameters import buffer, linear, parameter
 from dsv4_convert.model.recording import Taps
 
 
@@ -36,9 +36,9 @@ class Router(nnx.Module):
     def __init__(self, config: Config, *, hashed: bool, numerics: Numerics) -> None:
         self.numerics = numerics
         self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
-        self.weight = parameter(config.hidden_size, config.n_routed_experts)
-        self.bias = None if hashed else Buffer(jnp.zeros((config.n_routed_experts,), jnp.float32))
-        self.tid2eid = Buffer(jnp.zeros((config.vocab_size, self.topk), jnp.int32)) if hashed else None
+        self.weight = parameter("width expert_score", config.hidden_size, config.n_routed_experts)
+        self.bias = None if hashed else buffer("expert_score", config.n_routed_experts)
+        self.tid2eid = buffer("token choice", config.vocab_size, self.topk, dtype=jnp.int32) if hashed else None
 
     def __call__(self, x: Float[Array, "B S D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routing:
         """Route every token. ``token_ids`` matter in hash-routed layers only."""

@@ -1,0 +1,111 @@
+"""The layers in order: one program for each, or one for all of a kind.
+
+Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv4_convert.config import Config
+from dsv4_convert.model.block import Block
+from dsv4_convert.model.cache import Past
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.segments import segments
+from dsv4_convert.taps import taps_of
+
+
+def listed(config: Config, numerics: Numerics) -> list[Block]:
+    """One block for each layer of the backbone. A program of the model has every layer's operations in it."""
+    kinds = zip(config.attention, config.hash_routed, strict=True)
+    return [Block(config, kind, hashed=hashed, numerics=numerics) for kind, hashed in kinds]
+
+
+def through(
+    layers: Sequence[Block] | ScannedLayers,
+    streams: Float[Array, "B S N D"],
+    token_ids: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    taps: Taps,
+    past: Past[tuple[Any, ...]] | None = None,
+) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
+    """Streams through all layers; with a ``past`` of every layer's state, the new states too."""
+    if isinstance(layers, ScannedLayers):
+        return layers(streams, token_ids, positions, taps, past)
+    states = []
+    for layer, block in enumerate(layers):
+        own = None if past is None else past.of(past.cache[layer])
+        streams, state = block(streams, token_ids, positions, taps.within(f"layers.{layer}."), own)
+        states.append(state)
+    return streams, tuple(states)
+
+
+class ScannedLayers(nnx.Module):
+    """All layers, as loops over stacked weights: a program does not grow with the number of layers.
+
+    ``segments[i][j]`` has the weights of all layers at place ``j`` of a segment's pattern, stacked ``[layer, ...]``.
+    State is stacked alike. The layers' taps cannot be recorded.
+    """
+
+    def __init__(self, config: Config, numerics: Numerics) -> None:
+        self.config = config
+        self.segments = nnx.List(
+            [
+                nnx.List(
+                    [
+                        _stacked(Block(config, kind, hashed=hashed, numerics=numerics), segment.repeats)
+                        for kind, hashed in segment.pattern
+                    ]
+                )
+                for segment in segments(config)
+            ]
+        )
+
+    def __call__(
+        self,
+        streams: Float[Array, "B S N D"],
+        token_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        taps: Taps,
+        past: Past[tuple[Any, ...]] | None = None,
+    ) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
+        """:func:`through` them. Raises :class:`ValueError` if a tap of a layer is recorded or replaced."""
+        first = taps.within("layers.0.")
+        if any(first.uses(tap.name) for tap in taps_of(self.config, 0)):
+            raise ValueError("taps of scanned layers cannot be recorded: one program serves many of them")
+        states = []
+        for index, segment in enumerate(segments(self.config)):
+            # Named by the first layer of its kind; errors speak of that.
+            own = [Taps(prefix=f"layers.{segment.first + place}.") for place in range(len(segment.pattern))]
+            graphs, weights = zip(*map(nnx.split, self.segments[index]), strict=True)
+
+            def step(streams: Array, of_layer: Any, own: Any = own, graphs: Any = graphs) -> tuple[Array, Any]:
+                weights, states = of_layer
+                left = []
+                for graph, weight, state, taps in zip(graphs, weights, states, own, strict=True):
+                    before = None if past is None else past.of(state)
+                    streams, after = nnx.merge(graph, weight)(streams, token_ids, positions, taps, before)
+                    left.append(after)
+                return streams, tuple(left)
+
+            before = tuple(None for _ in own) if past is None else past.cache[index]
+            streams, left = jax.lax.scan(step, streams, (weights, before))
+            states.append(left)
+        return streams, tuple(states)
+
+
+def _stacked(block: Block, count: int) -> Block:
+    """A block whose parameters have room for ``count`` layers."""
+    graph, state = nnx.split(block)
+    flat = {
+        key: variable.replace(jnp.zeros((count, *variable.shape), variable.dtype), axes=("layer", *variable.axes))
+        for key, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,0 +1,51 @@
+"""The order of layers as runs of a repeated pattern, so that layers of one kind can share a program."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsv4_convert.config import Attention, Config
+
+#: Longest pattern that is looked for.
+_LONGEST = 4
+
+
+class Segment(NamedTuple):
+    """``repeats`` times the layers of a pattern, from layer ``first`` on; each has a kind and may be hash-routed."""
+
+    first: int
+    pattern: tuple[tuple[Attention, bool], ...]
+    repeats: int
+
+    def layers(self, place: int) -> range:
+        """The layers at one place of the pattern."""
+        start, step = self.first + place, len(self.pattern)
+        return range(start, start + step * self.repeats, step)
+
+
+def segments(config: Config) -> tuple[Segment, ...]:
+    """The model's layers in order; as few segments as it takes, from the longest run on at every layer.
+
+    V4-Flash: two window-only layers, one CSA layer, and 20 times an HCA and a CSA layer.
+    """
+    kinds = tuple(zip(config.attention, config.hash_routed, strict=True))
+    found: list[Segment] = []
+    first = 0
+    while first < len(kinds):
+        best = max((_run(kinds, first, length) for length in range(1, _LONGEST + 1)), key=_covered)
+        found.append(best)
+        first += _covered(best)
+    return tuple(found)
+
+
+def _run(kinds: tuple[tuple[Attention, bool], ...], first: int, length: int) -> Segment:
+    """The run of the pattern of ``length`` layers at ``first``; that layer alone if the pattern does not repeat."""
+    pattern = kinds[first : first + length]
+    repeats = 1
+    while kinds[first + repeats * length : first + (repeats + 1) * length] == pattern:
+        repeats += 1
+    return Segment(first, pattern, repeats) if repeats > 1 else Segment(first, kinds[first : first + 1], 1)
+
+
+def _covered(segment: Segment) -> int:
+    return len(segment.pattern) * segment.repeats
