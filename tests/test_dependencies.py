@@ -28,9 +28,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
     "generate": frozenset({"facts", "model", "speculate"}),
     "speculate": frozenset({"facts", "model"}),
+    "aot": frozenset({"facts", "model"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
     "parity": frozenset({"facts", "model", "restore", "published", "golden"}),
-    "cli": frozenset({"facts", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "package"}),
+    "cli": frozenset(
+        {"facts", "aot", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "package"}
+    ),
     # dsv4_convert/__init__.py: the public names, loaded lazily.
     "package": frozenset({"facts", "convert", "model", "restore"}),
 }

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli import convert, download, export, generate, golden, names, parity, verify
+from dsv4_convert.cli import compile, convert, download, export, generate, golden, names, parity, verify
 
 app = typer.Typer(
     name="dsv4",
@@ -35,6 +35,7 @@ _golden.command("make-checkpoint")(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")
 app.command("parity")(parity.parity)
 app.command("generate")(generate.generate)
+app.command("compile")(compile.compile)
 app.command("names")(names.names)
 
 

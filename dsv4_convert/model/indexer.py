@@ -121,7 +121,7 @@ def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: 
     k = min(topk, entries)
     best, chosen = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), k)
     # Invisible entries sort behind all others, under a number that no entry has.
-    chosen = jnp.sort(jnp.where(jnp.isneginf(best), entries, chosen), axis=-1)
+    chosen = jnp.sort(jnp.where(jnp.isneginf(best), entries, chosen), axis=-1, stable=False)
     return jnp.where(chosen == entries, -1, chosen).astype(jnp.int32)
 
 

@@ -29,7 +29,7 @@ def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float
     """``einsum`` of two operands, float32 out: products and sums in float32 whatever the operands are."""
 
     def direct(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, a, b, precision=precision(a, b), preferred_element_type=jnp.float32)
 
     def widened(a: Array, b: Array) -> Array:
         return direct(a.astype(jnp.float32), b.astype(jnp.float32))
@@ -38,6 +38,12 @@ def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float
         return direct(a, b)
     # XLA on CPU has no matmul of bfloat16 into float32. Widening the operands first gives the same products.
     return jax.lax.platform_dependent(a, b, cpu=widened, default=direct)
+
+
+def precision(*operands: Array) -> jax.lax.Precision:
+    """What a product must be asked for to be exact in float32: of bfloat16 numbers it is anyway."""
+    wide = any(operand.dtype == jnp.float32 for operand in operands)
+    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.mlp import swiglu, weighted
 from dsv4_convert.model.numerics import PLAIN, Numerics
+from dsv4_convert.model.parameters import precision
 
 #: Rows that accelerators take at a time: enough that reading the experts' matrices again costs little beside products.
 _ROWS = 8192
@@ -78,14 +79,8 @@ def _ragged(
 ) -> Float[Array, "R outer"]:
     """Rows by expert, each times its expert's matrix."""
     dtype = stack.dtype if numerics.quantized else rows.dtype
-    product = lax.ragged_dot(
-        rows.astype(dtype),
-        stack.astype(dtype),
-        sizes,
-        # Products of bfloat16 numbers are exact in float32 as it is, and the kernel of a TPU refuses to be asked for it.
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
+    operands = (rows.astype(dtype), stack.astype(dtype))
+    product = lax.ragged_dot(*operands, sizes, precision=precision(*operands), preferred_element_type=jnp.float32)
     return product.astype(rows.dtype)
 
 
@@ -201,4 +196,6 @@ def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"
     """Order of the M*K choices by expert (stable), and how many each has; those of other experts come last."""
     flat = experts.reshape(-1)
     flat = jnp.where((flat < 0) | (flat >= stack), stack, flat)
-    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=stack)
+    # Both as keys: nothing is equal then, and a sort that need not be stable is half the program on a TPU.
+    _, order = lax.sort((flat, jnp.arange(len(flat))), num_keys=2, is_stable=False)
+    return order, jnp.bincount(flat, length=stack)

@@ -49,7 +49,7 @@ class Router(nnx.Module):
         else:
             assert self.bias is not None
             _, chosen = jax.lax.top_k(taps("scores", scores + self.bias[...]), self.topk)
-        chosen = taps("experts", jnp.sort(chosen.astype(jnp.int32), axis=-1))
+        chosen = taps("experts", jnp.sort(chosen.astype(jnp.int32), axis=-1, stable=False))
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * self.scaling
         return Routing(chosen, taps("weights", weights))

@@ -1,0 +1,102 @@
+"""What devices say to each other in a compiled program, read from its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+#: Operations that move data between devices.
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^{]*\) -> [^{]*)?\{")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
+_SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All operations of one kind. ``bytes`` is what they give one device, ``times`` how often they run."""
+
+    kind: str
+    times: int
+    bytes: int
+
+
+def collectives(text: str) -> tuple[Collective, ...]:
+    """The collectives of one run of a compiled program, those in loops as often as the loops run.
+
+    A loop that does not count up to a constant counts once.
+    """
+    bodies = dict(_bodies(text))
+    runs = _runs(bodies, _entry(text))
+    times: dict[str, int] = {}
+    moved: dict[str, int] = {}
+    for name, lines in bodies.items():
+        for line in lines:
+            if (found := _COLLECTIVE.search(line)) and runs.get(name):
+                kind = found[2]
+                times[kind] = times.get(kind, 0) + runs[name]
+                moved[kind] = moved.get(kind, 0) + runs[name] * _given(found[1])
+    return tuple(Collective(kind, times[kind], moved[kind]) for kind in COLLECTIVES if kind in times)
+
+
+def _bodies(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and instructions of every computation."""
+    name, lines = None, list[str]()
+    for line in text.splitlines():
+        if name is None:
+            if match := _COMPUTATION.match(line):
+                name, lines = match[1], []
+        elif line.startswith("}"):
+            yield name, lines
+            name = None
+        else:
+            lines.append(line)
+
+
+def _entry(text: str) -> str:
+    match = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs."""
+    runs = dict.fromkeys(bodies, 0)
+
+    def count(name: str, times: int) -> None:
+        runs[name] += times
+        for line in bodies[name]:
+            loop = _LOOP.search(line)
+            trips = _trips(bodies.get(loop[1], [])) if loop else 1
+            for called in _CALLED.finditer(line):
+                for inner in called[1].split(", "):
+                    if inner.lstrip("%") in bodies:
+                        count(inner.lstrip("%"), times * trips)
+
+    if entry in bodies:
+        count(entry, 1)
+    return runs
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that goes on while a counter, from 0 on, is below a constant."""
+    constants = {match[1]: match[2] for line in condition if (match := _CONSTANT.search(line))}
+    ends = [match[1] for line in condition if (match := _BELOW.search(line))]
+    return int(constants.get(ends[0], 1)) if ends else 1
+
+
+def _given(shapes: str) -> int:
+    """Bytes of a result; of an operation that only starts, whose result has its operands too, of the largest part."""
+    sizes = [_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)]
+    return max(sizes, default=0) if shapes.startswith("(") else sum(sizes)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(match[0]) if (match := re.search(r"\d+", dtype)) else 0
+    return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8

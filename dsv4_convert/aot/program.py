@@ -1,0 +1,148 @@
+"""The forward pass of a whole model as a program for a mesh, without weights: only shapes, dtypes and shardings.
+
+Shape letters: ``B`` prompts, ``S`` tokens of each, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.model import Cache, Model
+from dsv4_convert.model.axes import RULES, named, partition
+from dsv4_convert.model.mesh import describe_mesh
+from dsv4_convert.model.segments import segments
+from dsv4_convert.names import rule_of
+
+State = nnx.State[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to run.
+
+    Attributes:
+        tokens: of each prompt; with ``decode`` the room for them in the cache.
+        batch: prompts.
+        decode: one more token of each prompt from the cache, not whole prompts.
+        dtype: of activations and of the weights that follow it.
+    """
+
+    tokens: int
+    batch: int
+    decode: bool = False
+    dtype: np.dtype[Any] = dataclasses.field(default_factory=lambda: np.dtype(jnp.bfloat16))
+
+
+def prompts_of(sizes: Mapping[str, int]) -> int:
+    """One prompt for each part that a mesh of these ``sizes`` splits prompts into."""
+    return math.prod(sizes.get(name, 1) for name in RULES["batch"])
+
+
+def first_layers(config: Config, count: int) -> Config:
+    """The architecture with its first ``count`` layers only, and without mtp stages.
+
+    Raises:
+        UsageError: it has not as many.
+    """
+    if not 1 <= count <= config.num_hidden_layers:
+        raise UsageError(f"{count} layers: the model has {config.num_hidden_layers}")
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=count,
+        num_mtp_stages=0,
+        attention=config.attention[:count],
+        hash_routed=config.hash_routed[:count],
+    )
+
+
+def weights(config: Config, dtype: Any, mesh: Mesh) -> tuple[nnx.GraphDef[Model], State]:
+    """The scanned model, and shape, dtype and sharding of every weight.
+
+    Raises:
+        UsageError: a mesh axis does not divide a weight.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, scanned=True)))
+    placed = {}
+    for key, variable in nnx.to_flat_state(state):
+        path = _path(config, key)
+        held = dtype if rule_of(path).kind.follows_dtype else variable.dtype
+        spec = partition(variable.axes, variable.shape, mesh.shape, what=path)
+        placed[key] = variable.replace(jax.ShapeDtypeStruct(variable.shape, held, sharding=NamedSharding(mesh, spec)))
+    return graph, nnx.from_flat_state(placed)
+
+
+def lowered(config: Config, mesh: Mesh, job: Job) -> jax.stages.Lowered:
+    """The program before it is compiled: logits of all tokens of whole prompts, or of the next ones.
+
+    Raises:
+        UsageError: a mesh axis does not divide what it splits, or more tokens than the model has positions.
+    """
+    _check(config, mesh, job)
+    graph, state = weights(config, job.dtype, mesh)
+    ids = _placed(mesh, "batch tokens", (job.batch, 1 if job.decode else job.tokens), jnp.int32)
+    # The abstract mesh: its devices are not there to be asked anything.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if not job.decode:
+
+            def forward(state: State, ids: jax.Array) -> jax.Array:
+                return nnx.merge(graph, state)(ids, dtype=job.dtype)
+
+            return jax.jit(forward).trace(state, ids).lower(lowering_platforms=("tpu",))
+
+        def step(state: State, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            return nnx.merge(graph, state).extend(ids, cache)
+
+        traced = jax.jit(step, donate_argnums=2).trace(state, ids, cache(config, mesh, job))
+        return traced.lower(lowering_platforms=("tpu",))
+
+
+def cache(config: Config, mesh: Mesh, job: Job) -> Cache:
+    """Shapes, dtypes and shardings of the cache: prompts apart, as they are in the batch."""
+    empty = jax.eval_shape(lambda: Cache.empty(config, job.batch, job.tokens, dtype=job.dtype, scanned=True))
+
+    def placed(axes: str, tree: Any) -> Any:
+        return jax.tree.map(lambda part: _placed(mesh, axes, part.shape, part.dtype), tree)
+
+    return Cache(placed("layer batch", empty.layers), placed("batch", empty.tokens), placed("batch", empty.first))
+
+
+def argument_bytes(config: Config, mesh: Mesh, job: Job) -> int:
+    """Bytes of weights and cache on one device."""
+    _, state = weights(config, job.dtype, mesh)
+    parts = jax.tree.leaves((state, cache(config, mesh, job) if job.decode else None))
+    return sum(math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in parts)
+
+
+def _check(config: Config, mesh: Mesh, job: Job) -> None:
+    if job.tokens > config.max_position_embeddings:
+        raise UsageError(f"{job.tokens} tokens: max_position_embeddings is {config.max_position_embeddings}")
+    if job.decode and mesh.shape.get("sequence", 1) > 1:
+        raise UsageError(
+            f"mesh {describe_mesh(mesh.shape)}: the axis sequence splits the tokens of a prompt, and decoding has one; "
+            "leave it out"
+        )
+
+
+def _placed(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array whose first dimensions have these logical axes; the others are whole."""
+    first = named(axes)
+    spec = partition(first, shape[: len(first)], mesh.shape, what=f"{shape[0]} prompts" if axes == "batch" else "input")
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _path(config: Config, key: tuple[Any, ...]) -> str:
+    """The path of a scanned weight in the first of its layers."""
+    if key[:2] == ("layers", "segments"):
+        key = ("layers", segments(config)[key[2]].layers(key[3])[0], *key[4:])
+    return ".".join(map(str, key))

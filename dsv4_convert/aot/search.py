@@ -1,0 +1,142 @@
+"""Compiling a model for one slice, and looking for the smallest slice that it fits on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+
+from dsv4_convert.aot.hlo import collectives
+from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered, prompts_of, weights
+from dsv4_convert.aot.report import Memory, Report
+from dsv4_convert.aot.topology import Slice
+from dsv4_convert.aot.work import operations
+from dsv4_convert.config import Config
+from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.model.mesh import make_mesh
+from dsv4_convert.names import parameters
+
+#: How the compiler begins where a device's memory is too small for temporaries.
+_FULL = "RESOURCE_EXHAUSTED"
+#: Most parts that the experts are split into before the rest is split along the width.
+_EXPERT_PARTS = 32
+#: Called with what is about to be compiled.
+Progress = Callable[[str], None]
+
+
+def compile_model(
+    config: Config,
+    where: Slice,
+    *,
+    tokens: int,
+    batch: int | None = None,
+    decode: bool = False,
+    mesh: Mapping[str, int] | None = None,
+    layers: int | None = None,
+) -> Report:
+    """Compile the forward pass in bfloat16, for a slice that need not be there.
+
+    Args:
+        config: the model.
+        where: the slice.
+        tokens: of each prompt; with ``decode`` the room for them in the cache.
+        batch: prompts; None for one of each part that the mesh splits prompts into.
+        decode: one more token of each prompt, from the cache.
+        mesh: sizes of the mesh's axes; None for :func:`usual_mesh`.
+        layers: only the first so many.
+
+    Raises:
+        UsageError: a mesh, batch or number of tokens that does not suit the model, or an unknown slice.
+        ResourceError: the compiler for TPUs is not installed.
+    """
+    config = first_layers(config, layers or config.num_hidden_layers)
+    sizes = dict(mesh or usual_mesh(config, where.count))
+    over = make_mesh(sizes, where.devices())
+    job = Job(tokens=tokens, batch=batch or prompts_of(sizes), decode=decode)
+    program = lowered(config, over, job)
+    start = time.perf_counter()
+    memory, refused, text = None, None, ""
+    try:
+        compiled = program.compile()
+        memory, text = _memory(compiled), compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        if _FULL not in str(error):
+            raise
+        refused = str(error).removeprefix(_FULL).strip(": ").splitlines()[0]
+    _, state = weights(config, job.dtype, over)
+    return Report(
+        layers=config.num_hidden_layers,
+        parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in parameters(config)),
+        slice=where,
+        mesh=sizes,
+        batch=job.batch,
+        tokens=tokens,
+        decode=decode,
+        dtype=job.dtype.name,
+        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.to_pure_dict(state))),
+        memory=memory,
+        refused=refused,
+        operations=job.batch * operations(config, tokens=tokens, decode=decode),
+        collectives=collectives(text),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _memory(compiled: jax.stages.Compiled) -> Memory:
+    stats = compiled.memory_analysis()
+    assert stats is not None  # of every program for a TPU
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+def usual_mesh(config: Config, count: int) -> dict[str, int]:
+    """Experts over as many devices as may share them, and the width over the rest.
+
+    Raises:
+        UsageError: the model's numbers and that of the devices have too little in common.
+    """
+    expert = max(
+        part for part in range(1, _EXPERT_PARTS + 1) if not count % part and not config.n_routed_experts % part
+    )
+    fsdp = count // expert
+    if config.hidden_size % fsdp:
+        raise UsageError(f"{count} devices: no mesh suits them by itself; describe one, such as fsdp=8,expert=32")
+    return {"fsdp": fsdp, "expert": expert}
+
+
+def smallest_slice(
+    config: Config,
+    generation: str,
+    *,
+    tokens: int,
+    batch: int | None = None,
+    decode: bool = False,
+    progress: Progress = lambda _: None,
+) -> Report:
+    """The smallest slice of a generation that the model fits on, with its usual mesh.
+
+    Only slices that have room for weights and cache are compiled for.
+
+    Raises:
+        ResourceError: no slice is large enough, or the compiler is not installed.
+        UsageError: an unknown generation.
+    """
+    config = first_layers(config, config.num_hidden_layers)
+    for where in Slice.all(generation):
+        over = make_mesh(usual_mesh(config, where.count), where.devices())
+        job = Job(tokens=tokens, batch=batch or prompts_of(over.shape), decode=decode)
+        if argument_bytes(config, over, job) > where.chip.hbm:
+            continue
+        progress(where.name)
+        report = compile_model(config, where, tokens=tokens, batch=batch, decode=decode)
+        if report.fits:
+            return report
+    raise ResourceError(f"no slice of {generation} up to {where.name} has room for it; take fewer tokens or prompts")

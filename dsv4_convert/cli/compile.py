@@ -1,0 +1,74 @@
+"""``dsv4 compile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli.common import Json, reported, status, write_json
+
+
+@reported
+def compile(
+    config: Annotated[
+        Path, typer.Option(help="config.json of a model, or a folder that has one: published, or converted.")
+    ],
+    topology: Annotated[
+        str | None, typer.Option(help="TPU slice: a name such as v5p-512, or its shape in chips such as v5p:4x8x8.")
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="How the devices are used, such as fsdp=8,expert=32. Axes: data (prompts), fsdp (prompts, and "
+            "matrices along their width), expert (prompts, and the routed experts), tensor (heads, inner widths, "
+            "vocabulary), sequence (tokens of a prompt). One that suits the model, if not given."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt; room in the cache with --decode.")] = 4096,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Prompts. One for each part that the mesh makes, if not given.")
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="One step of decoding from the cache, instead of whole prompts.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first so many layers.")] = None,
+    find_mesh: Annotated[
+        str | None,
+        typer.Option("--find-mesh", metavar="TPU", help="Instead of --topology: find the smallest slice that fits."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Compile the whole model for a TPU slice that is not there, and say whether it fits.
+
+    Real programs from the real compiler (libtpu: pip install 'dsv4[tpu]'), without a TPU and without weights. Prints
+    what one device needs, the work, and what devices send each other. Exits 1 if it does not fit.
+
+    Example: dsv4 compile --config ./DeepSeek-V4-Flash --topology v5p-512 --mesh fsdp=8,expert=32 --tokens 4096
+
+    Example: dsv4 compile --config ./DeepSeek-V4-Pro --find-mesh v6e --decode --tokens 131072
+    """
+    from dsv4_convert.aot import Slice, compile_model, parse_mesh, render, smallest_slice
+    from dsv4_convert.config import Config
+    from dsv4_convert.errors import CheckFailed, UsageError
+
+    if (topology is None) == (find_mesh is None):
+        raise UsageError("a slice is needed: --topology v5p-512, or --find-mesh v5p to look for the smallest")
+    if find_mesh is not None and (mesh is not None or layers is not None):
+        raise UsageError("--find-mesh chooses the mesh, for the whole model; leave --mesh and --layers out")
+    model = Config.from_file(config / "config.json" if config.is_dir() else config)
+    with status("compile") as say:
+        if topology is not None:
+            say(topology)
+            where, sizes = Slice.parse(topology), None if mesh is None else parse_mesh(mesh)
+            report = compile_model(model, where, tokens=tokens, batch=batch, decode=decode, mesh=sizes, layers=layers)
+        else:
+            assert find_mesh is not None
+            report = smallest_slice(model, find_mesh, tokens=tokens, batch=batch, decode=decode, progress=say)
+    write_json(report.to_json(), json)
+    from rich.console import Console
+
+    render(report, Console(stderr=json == "-"))
+    if not report.fits:
+        raise typer.Exit(CheckFailed.exit_code)
