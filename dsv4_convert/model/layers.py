@@ -19,7 +19,7 @@ from dsv4_convert.model.cache import Past
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.segments import segments
-from dsv4_convert.taps import taps_of
+from dsv4_convert.taps import full_name, taps_of
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:
@@ -77,8 +77,8 @@ class ScannedLayers(nnx.Module):
         past: Past[tuple[Any, ...]] | None = None,
     ) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
         """:func:`through` them. Raises :class:`ValueError` if a tap of a layer is recorded or replaced."""
-        first = taps.within("layers.0.")
-        if any(first.uses(tap.name) for tap in taps_of(self.config, 0)):
+        layers = range(self.config.num_hidden_layers)
+        if any(taps.uses(full_name(tap, layer)) for layer in layers for tap in taps_of(self.config, layer)):
             raise ValueError("taps of scanned layers cannot be recorded: one program serves many of them")
         states = []
         for index, segment in enumerate(segments(self.config)):

@@ -196,6 +196,9 @@ def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"
     """Order of the M*K choices by expert (stable), and how many each has; those of other experts come last."""
     flat = experts.reshape(-1)
     flat = jnp.where((flat < 0) | (flat >= stack), stack, flat)
-    # Both as keys: nothing is equal then, and a sort that need not be stable is half the program on a TPU.
-    _, order = lax.sort((flat, jnp.arange(len(flat))), num_keys=2, is_stable=False)
-    return order, jnp.bincount(flat, length=stack)
+    sizes, bits = jnp.bincount(flat, length=stack), (len(flat) - 1).bit_length()
+    if (stack + 1) << bits >= 2**31:
+        return jnp.argsort(flat, stable=True), sizes
+    # As one number, a fourth of the program on a TPU: sorting by two keys, or in a stable way, is long there.
+    keys = lax.sort((flat << bits) | jnp.arange(len(flat), dtype=flat.dtype), is_stable=False)
+    return keys & ((1 << bits) - 1), sizes
