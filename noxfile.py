@@ -81,6 +81,14 @@ def large(session: nox.Session) -> None:
 
 
 @nox.session
+def tpu(session: nox.Session) -> None:
+    """Programs for TPUs that are not there, through the real compiler; takes two minutes and no TPU."""
+    _install(session, *TEST, reference=True)
+    session.install("--constraint", str(CONSTRAINTS), ".[tpu]")
+    session.run("pytest", "-m", "tpu", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting and types; with torch and transformers, whose types the recorder is checked against."""
     _install(session, *LINT, "nox", reference=True)

@@ -12,8 +12,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^{]*\) -> [^{]*)?\{")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|\bbranch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
@@ -72,10 +73,11 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     def count(name: str, times: int) -> None:
         runs[name] += times
         for line in bodies[name]:
-            loop = _LOOP.search(line)
-            trips = _trips(bodies.get(loop[1], [])) if loop else 1
+            loop, known = _LOOP.search(line), _KNOWN.search(line)
+            # Compilers for CPU and GPU write it down; that for TPU leaves it to the condition.
+            trips = int(known[1]) if known else _trips(bodies.get(loop[1], [])) if loop else 1
             for called in _CALLED.finditer(line):
-                for inner in called[1].split(", "):
+                for inner in (called[1] or called[2]).split(", "):
                     if inner.lstrip("%") in bodies:
                         count(inner.lstrip("%"), times * trips)
 

@@ -100,27 +100,34 @@ def lowered(config: Config, mesh: Mesh, job: Job) -> jax.stages.Lowered:
 
             return jax.jit(forward).trace(state, ids).lower(lowering_platforms=("tpu",))
 
-        def step(state: State, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return nnx.merge(graph, state).extend(ids, cache)
+        parts, form = cache(config, mesh, job)
 
-        traced = jax.jit(step, donate_argnums=2).trace(state, ids, cache(config, mesh, job))
-        return traced.lower(lowering_platforms=("tpu",))
+        def step(state: State, ids: jax.Array, parts: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+            logits, after = nnx.merge(graph, state).extend(ids, jax.tree.unflatten(form, parts))
+            return logits, jax.tree.leaves(after)
+
+        return jax.jit(step, donate_argnums=2).trace(state, ids, parts).lower(lowering_platforms=("tpu",))
 
 
-def cache(config: Config, mesh: Mesh, job: Job) -> Cache:
-    """Shapes, dtypes and shardings of the cache: prompts apart, as they are in the batch."""
-    empty = jax.eval_shape(lambda: Cache.empty(config, job.batch, job.tokens, dtype=job.dtype, scanned=True))
+def cache(config: Config, mesh: Mesh, job: Job) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+    """The arrays of the cache, prompts apart as they are in the batch, and the tree that they make."""
+    forms = []
 
-    def placed(axes: str, tree: Any) -> Any:
-        return jax.tree.map(lambda part: _placed(mesh, axes, part.shape, part.dtype), tree)
+    def arrays() -> list[jax.Array]:
+        empty = Cache.empty(config, job.batch, job.tokens, dtype=job.dtype, scanned=True)
+        forms.append(jax.tree.structure(empty))
+        return jax.tree.leaves(empty)
 
-    return Cache(placed("layer batch", empty.layers), placed("batch", empty.tokens), placed("batch", empty.first))
+    shapes = jax.eval_shape(arrays)
+    # Of the layers everything is stacked; how many tokens there are of each prompt is not.
+    axes = ["layer batch" if len(part.shape) > 1 else "batch" for part in shapes]
+    return [_placed(mesh, own, part.shape, part.dtype) for own, part in zip(axes, shapes, strict=True)], forms[0]
 
 
 def argument_bytes(config: Config, mesh: Mesh, job: Job) -> int:
     """Bytes of weights and cache on one device."""
     _, state = weights(config, job.dtype, mesh)
-    parts = jax.tree.leaves((state, cache(config, mesh, job) if job.decode else None))
+    parts = jax.tree.leaves((state, cache(config, mesh, job)[0] if job.decode else None))
     return sum(math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in parts)
 
 

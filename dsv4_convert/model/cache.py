@@ -34,17 +34,20 @@ class Compressed:
     too. So ``P`` is r - 1, or 2r - 1 with overlap.
     """
 
-    values: Float[Array, "B P W"]
-    gates: Float[Array, "B P W"]
-    entries: Float[Array, "B T C"]
+    values: Float[Array, "*layer B P W"]
+    gates: Float[Array, "*layer B P W"]
+    entries: Float[Array, "*layer B T C"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """State of one layer: the keys of the last ``sliding_window - 1`` tokens, and of its compressors."""
+    """State of one layer: the keys of the last ``sliding_window - 1`` tokens, and of its compressors.
 
-    window: Float[Array, "B P C"]
+    Of scanned layers the state of several, stacked.
+    """
+
+    window: Float[Array, "*layer B P C"]
     compressor: Compressed | None
     indexer: Compressed | None
 
