@@ -16,8 +16,8 @@ from typing import Any
 from dsv4_convert.errors import ResourceError, UsageError
 
 _GIB = 2**30
-#: What libtpu would else ask of a machine that has a TPU.
-_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
+#: What libtpu would else ask the network for, as if this were a machine with a TPU; which one does not matter.
+_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,8 +173,8 @@ def embed(
     return jnp.broadcast_to(rows[:, :, None], (*rows.shape[:2], streams, rows.shape[2]))
 
 
-def _look_up(table: Float[Array, "V D"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of a table of which every device has a part: tokens go to the parts, and parts of rows come back."""
+def _look_up(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table of which every device has a part ``P`` of the width: ids go to the parts, their rows come back."""
     index = gathered(token_ids, "width") - place("vocab") * table.shape[0]
     here = (index >= 0) & (index < table.shape[0])
     rows = summed(jnp.where(here[..., None], table[index], 0), "vocab") if splits("vocab") else table[index]
