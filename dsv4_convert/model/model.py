@@ -174,7 +174,7 @@ def embed(
 
 
 def _look_up(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of a table of which every device has a part ``P`` of the width: ids go to the parts, their rows come back."""
+    """Rows of a table of which every device has a part ``P`` of the width: ids go to it, and parts of rows come back."""
     index = gathered(token_ids, "width") - place("vocab") * table.shape[0]
     here = (index >= 0) & (index < table.shape[0])
     rows = summed(jnp.where(here[..., None], table[index], 0), "vocab") if splits("vocab") else table[index]
