@@ -1,0 +1,91 @@
+"""The device mesh that a user describes, as ``fsdp=2,tensor=4``, or that suits a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.model.axes import MESH_AXES, RULES
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of mesh axes: ``"fsdp=2,tensor=4"`` to ``{"fsdp": 2, "tensor": 4}``, in the order given.
+
+    Raises:
+        UsageError: not of that form, an axis that is unknown or named twice, or a size below 1.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or not (size.isascii() and size.isdecimal()) or not int(size):
+            raise UsageError(f"mesh {text!r}: {part.strip()!r} is not AXIS=SIZE; expected such as fsdp=2,tensor=4")
+        if name not in MESH_AXES:
+            raise UsageError(f"mesh {text!r}: no axis {name!r}; expected some of {', '.join(MESH_AXES)}")
+        if name in sizes:
+            raise UsageError(f"mesh {text!r}: the axis {name} occurs twice")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
+    """A mesh over all ``devices``, those of the last axis nearest to each other; its axes are for XLA to use (Auto).
+
+    Args:
+        sizes: as of :func:`parse_mesh`.
+        devices: of ``jax.devices()``, or of a topology that nothing is attached to.
+
+    Raises:
+        UsageError: the sizes do not multiply to the number of devices.
+    """
+    described = describe_mesh(sizes)
+    if (product := math.prod(sizes.values())) != len(devices):
+        raise UsageError(f"mesh {described}: makes {product} devices, and there are {len(devices)}")
+    try:
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), np.asarray(devices).reshape(-1).tolist(), allow_split_physical_axes=True
+        )
+    except (NotImplementedError, ValueError) as error:
+        raise UsageError(f"mesh {described}: cannot be laid over these devices: {error}") from error
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """What :func:`parse_mesh` reads."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def suitable_mesh(config: Config, count: int) -> dict[str, int]:
+    """Sizes of a mesh over ``count`` devices that divides every matrix of a model; any number of devices has one.
+
+    As many devices as can share heads, inner widths and the vocabulary do; as many of the rest as can share the model's
+    width; and what is left has prompts only.
+    """
+    sizes: dict[str, int] = {}
+    left = count
+    for name in ("tensor", "fsdp"):
+        size = max(size for size in range(1, left + 1) if left % size == 0 and _divides(name, size, config))
+        sizes[name] = size
+        left //= size
+    found = {"data": left, "fsdp": sizes["fsdp"], "tensor": sizes["tensor"]}
+    return {name: size for name, size in found.items() if size > 1} or {"data": 1}
+
+
+def _divides(name: str, size: int, config: Config) -> bool:
+    """Whether a mesh axis of this size divides all logical axes of weights that it splits."""
+    lengths = {
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "index_heads": config.index_n_heads,
+        "groups": config.o_groups,
+        "inner": config.moe_intermediate_size,
+        "vocab": config.vocab_size,
+        "experts": config.n_routed_experts,
+    }
+    return all(lengths[axis] % size == 0 for axis, over in RULES.items() if name in over and axis in lengths)
