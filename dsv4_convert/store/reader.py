@@ -15,7 +15,7 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.store.arrays import Array, StoredArray
-from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, chunk_file, nested
+from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, Region, chunk_digest, chunk_file, nested
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import work_through
@@ -82,6 +82,18 @@ class Store:
         if not 0 <= at < rows:
             raise IndexError(f"{path}: index {index} is outside its {rows} rows")
         return self.open_leaf(path).read_rows(at, at + 1)[0, ...]
+
+    def read_region(self, path: str, region: Region) -> Array:
+        """A part of a leaf: one slice for every axis. Reads only the bytes concerned, of compressed chunks these.
+
+        Raises:
+            UsageError, BadInput: as :meth:`read`.
+            ValueError: a slice has a step, or there are not as many as axes.
+        """
+        bounds = [part.indices(size) for part, size in zip(region, self.leaf(path).shape, strict=True)]
+        if any(step != 1 for *_, step in bounds):
+            raise ValueError(f"{path}: slices must have step 1, got {region}")
+        return self.open_leaf(path).read_region(tuple(slice(start, max(start, stop)) for start, stop, _ in bounds))
 
     def read_tree(self, prefix: str = "") -> dict[str, Any]:
         """All leaves below ``prefix`` as a nested dict without it: ``read_tree("layers.0")["attn"]["wq_a"]``.
