@@ -129,7 +129,7 @@ class Forward:
         logits = []
         for start in range(0, config.vocab_size, HEAD_WORDS):
             stop = min(start + HEAD_WORDS, config.vocab_size)
-            words = jnp.asarray(self._weights.read_outputs("head", start, stop))
+            words = jnp.asarray(self._weights.read_region("head", (slice(None), slice(start, stop))))
             # What comes before the matrix is small, so it is computed again for every piece.
             taps = Taps(_everything, given)
             head(entering, fn, base, scale, norm, words, config, taps)

@@ -24,7 +24,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "store": frozenset({"facts"}),
     "restore": frozenset({"facts", "formats", "store", "model"}),
     # The published shards as the model's parameters, beside restore's converted ones.
-    "published": frozenset({"facts", "formats", "checkpoint", "restore"}),
+    "published": frozenset({"facts", "formats", "checkpoint", "store", "restore"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
     "generate": frozenset({"facts", "model", "speculate"}),
     "speculate": frozenset({"facts", "model"}),

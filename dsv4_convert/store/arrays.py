@@ -244,7 +244,8 @@ class StoredArray:
                 (max(part.start, own.start), min(part.stop, own.stop)) for part, own in zip(region, chunk, strict=True)
             ]
             # The ellipsis keeps a scalar an array.
-            target = out[(*_less(both, region), ...)]
+            place: tuple[Any, ...] = (*_less(both, region), ...)
+            target = out[place]
             inside = _less(both, chunk)
             if self.compression == "none":
                 self._read_runs(index, inside, target, whole=out.shape)

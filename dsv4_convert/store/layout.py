@@ -125,6 +125,14 @@ class ArrayLayout:
         return tuple(part.stop - part.start for part in self.chunk_region(index))
 
 
+def bounded(region: Region, shape: Sequence[int]) -> Region:
+    """Slices with starts and stops. Raises :class:`ValueError` for a step, or another number of axes."""
+    bounds = [part.indices(size) for part, size in zip(region, shape, strict=True)]
+    if any(step != 1 for *_, step in bounds):
+        raise ValueError(f"slices must have step 1, got {region}")
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+
+
 def row_chunks(shape: Sequence[int], dtype: np.dtype[Any], *, limit: int = DEFAULT_CHUNK_BYTES) -> tuple[int, ...]:
     """Chunk shape that splits only the first axis, into equal parts of at most ``limit`` bytes (at least one row).
 

@@ -15,7 +15,16 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.store.arrays import Array, StoredArray
-from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, Region, chunk_digest, chunk_file, nested
+from dsv4_convert.store.layout import (
+    MANIFEST_FILE,
+    ArrayLayout,
+    Index,
+    Region,
+    bounded,
+    chunk_digest,
+    chunk_file,
+    nested,
+)
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import work_through
@@ -88,12 +97,9 @@ class Store:
 
         Raises:
             UsageError, BadInput: as :meth:`read`.
-            ValueError: a slice has a step, or there are not as many as axes.
+            ValueError: as :func:`~dsv4_convert.store.layout.bounded`.
         """
-        bounds = [part.indices(size) for part, size in zip(region, self.leaf(path).shape, strict=True)]
-        if any(step != 1 for *_, step in bounds):
-            raise ValueError(f"{path}: slices must have step 1, got {region}")
-        return self.open_leaf(path).read_region(tuple(slice(start, max(start, stop)) for start, stop, _ in bounds))
+        return self.open_leaf(path).read_region(bounded(region, self.leaf(path).shape))
 
     def read_tree(self, prefix: str = "") -> dict[str, Any]:
         """All leaves below ``prefix`` as a nested dict without it: ``read_tree("layers.0")["attn"]["wq_a"]``.
