@@ -371,13 +371,14 @@ class _Variable:
         import jax
 
         sharding = self.sharding(mesh)
-        devices: dict[tuple[slice, ...], list[Any]] = {}
+        holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
         for device, region in sharding.addressable_devices_indices_map(self.shape).items():
-            devices.setdefault(bounded(region or (), self.shape), []).append(device)
+            bounds = tuple((part.start, part.stop) for part in bounded(region or (), self.shape))
+            holders.setdefault(bounds, []).append(device)
         parts = []
-        for region, holders in devices.items():
-            value = self.read_region(weights, region)
-            parts += jax.block_until_ready([jax.device_put(value, device) for device in holders])
+        for bounds, devices in holders.items():
+            value = self.read_region(weights, tuple(slice(*bound) for bound in bounds))
+            parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
         return jax.make_array_from_single_device_arrays(self.shape, sharding, parts, dtype=self.dtype)
 
 
