@@ -367,19 +367,28 @@ class _Variable:
         return out
 
     def on_mesh(self, weights: Parameters, mesh: Mesh) -> jax.Array:
-        """All of it over a mesh; this process reads the parts of its own devices, one after the other."""
-        import jax
+        """All of it over a mesh."""
+        return read_sharded(self.shape, self.dtype, self.sharding(mesh), partial(self.read_region, weights))
 
-        sharding = self.sharding(mesh)
-        holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-        for device, region in sharding.addressable_devices_indices_map(self.shape).items():
-            bounds = tuple((part.start, part.stop) for part in bounded(region or (), self.shape))
-            holders.setdefault(bounds, []).append(device)
-        parts = []
-        for bounds, devices in holders.items():
-            value = self.read_region(weights, tuple(slice(*bound) for bound in bounds))
-            parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
-        return jax.make_array_from_single_device_arrays(self.shape, sharding, parts, dtype=self.dtype)
+
+def read_sharded(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding, read: Callable[[Region], Array]
+) -> jax.Array:
+    """An array over a mesh, of which this process reads the parts of its own devices, one after the other.
+
+    ``read`` gives the numbers of a region, slices with starts and stops. What several devices hold is read once.
+    """
+    import jax
+
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, region in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple((part.start, part.stop) for part in bounded(region or (), shape))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():
+        value = read(tuple(slice(*bound) for bound in bounds))
+        parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 
 def _variables(module: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Any, _Variable]]:

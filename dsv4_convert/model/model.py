@@ -21,6 +21,9 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
 
+#: Logical axes of the output head.
+HEAD_AXES = "width vocab"
+
 
 class Model(nnx.Module):
     """DeepSeek-V4.
@@ -43,7 +46,7 @@ class Model(nnx.Module):
         self.hc_head_base = parameter("mix", streams)
         self.hc_head_scale = parameter("mix", 1)
         self.norm = parameter("whole_width", width)
-        self.head = parameter("width vocab", width, config.vocab_size)
+        self.head = parameter(HEAD_AXES, width, config.vocab_size)
         self.mtp = nnx.List([Stage(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(

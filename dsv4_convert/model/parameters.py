@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,11 +27,16 @@ def buffer(axes: str, *shape: int, dtype: DTypeLike = jnp.float32) -> Buffer:
     return Buffer(jnp.zeros(shape, dtype), axes=named(axes))
 
 
+def precision() -> Any:
+    """Of products of float32 numbers: all of their bits, unless ``jax.default_matmul_precision`` asks for fewer."""
+    return jax.config.jax_default_matmul_precision or jax.lax.Precision.HIGHEST  # type: ignore[attr-defined]
+
+
 def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """``einsum`` of two operands, float32 out: products and sums in float32 whatever the operands are."""
 
     def direct(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, a, b, precision=precision(), preferred_element_type=jnp.float32)
 
     def widened(a: Array, b: Array) -> Array:
         return direct(a.astype(jnp.float32), b.astype(jnp.float32))

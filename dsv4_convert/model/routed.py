@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.mlp import swiglu, weighted
 from dsv4_convert.model.numerics import PLAIN, Numerics
+from dsv4_convert.model.parameters import precision
 
 #: Rows that accelerators take at a time: enough that reading the experts' matrices again costs little beside products.
 _ROWS = 8192
@@ -82,7 +83,7 @@ def _ragged(
         rows.astype(dtype),
         stack.astype(dtype),
         sizes,
-        precision=lax.Precision.HIGHEST,
+        precision=precision(),
         preferred_element_type=jnp.float32,
     )
     return product.astype(rows.dtype)
