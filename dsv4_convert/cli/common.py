@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -123,6 +124,22 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
             "--coordinator auto alone, where JAX knows its neighbours"
         )
     return join(coordinator, count, index)
+
+
+@contextmanager
+def own_stdout(processes: Processes) -> Iterator[None]:
+    """Keep stdout for the result: what connects several processes announces itself there. That goes to stderr."""
+    if processes.count == 1:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dsv4_convert.cli.common import (
     Platform,
     ProcessId,
     join_processes,
+    own_stdout,
     parse_choice,
     parse_layers,
     reported,
@@ -131,7 +132,7 @@ def parity(
     with processes.together():
         check_platform(platform)
         decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
-        with status("parity") as say:
+        with own_stdout(processes), status("parity") as say:
             report = run(
                 checkpoint,
                 golden,
