@@ -22,7 +22,7 @@ from parity.explain import verdict
 from parity.report import Report
 from parity.run import run
 
-LAYERS = (2, 3)
+LAYERS = (0, 3)
 
 
 def found(report: Report) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def same_taps(checkpoint: Path) -> None:
     weights = Weights.open(checkpoint)
     tokens = np.random.default_rng(3).integers(0, weights.config.vocab_size, (3, 23)).astype(np.int32)
     meshes = [Devices(), Devices.all(weights.config, ALONE, parse_mesh("expert=2,fsdp=2,tensor=2"))]
-    models = [forward.Forward(weights, tokens, decode=2, devices=devices) for devices in meshes]
+    models = [forward.Forward(weights, tokens, decode=1, devices=devices) for devices in meshes]
     (embedded, streams), _ = (model.embed() for model in models)
     assert embedded["embed"].shape == (3, 23, weights.config.hidden_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "HEAD_WORDS", 41)
         for one, many in (
-            *((models[0].layer(layer, streams)[0], models[1].layer(layer, streams)[0]) for layer in (1, 2)),
+            *((models[0].layer(layer, streams)[0], models[1].layer(layer, streams)[0]) for layer in (1,)),
             tuple(model.head(streams) for model in models),
         ):
             assert one.keys() == many.keys()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.parameters import contract
 from dsv4_convert.platforms import check_platform, select_platform
