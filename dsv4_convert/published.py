@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_weight
 from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.names import Kind, Transform, check_layers
-from dsv4_convert.restore import grouped
+from dsv4_convert.restore import assembled, grouped
+from dsv4_convert.store.layout import Region, bounded
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -92,12 +94,37 @@ class PublishedWeights:
         self._release(leaf)
         return decode_weight(stored, None, dtype=dtype)
 
-    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
-        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``, such as some words of the output head."""
+    def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """A part of what :meth:`read` gives: one slice of step 1 for every axis; reads the pages concerned."""
         leaf = self._leaf(path)
-        decoded = read_weight(self._checkpoint, leaf.sources[0], dtype=dtype, rows=slice(start, stop), transpose=True)
+        region = bounded(region, leaf.target_shape)
+        weight = leaf.sources[0].weight
+        part = assembled(
+            region, leaf.rule, dtype, partial(self._matrix, leaf), lambda at: self._checkpoint.read(weight)[at]
+        )
         self._release(leaf)
-        return decoded
+        return part
+
+    def _matrix(self, leaf: Leaf, at: int | None) -> StoredMatrix:
+        """A matrix, or entry ``at`` of a stack of experts or groups."""
+        of_rows = leaf.rule.transform is Transform.GROUPED
+        source = leaf.sources[0 if at is None or of_rows or leaf.fused else at]
+        weight = self._checkpoint.read(source.weight)
+        first_row = at * self.config.o_lora_rank if of_rows and at is not None else 0
+        if leaf.fused:
+            weight, first_row = weight[at], (leaf.rule.half or 0) * leaf.source_shape[0]
+        scale = None if source.scale is None else self._checkpoint.read(source.scale)
+
+        def reader(array: Array) -> ReadPart:
+            return lambda rows, columns: np.ascontiguousarray(array[rows, columns])
+
+        return StoredMatrix(
+            read=reader(weight),
+            dtype=weight.dtype,
+            scale=None if scale is None else reader(scale),
+            turned=leaf.rule.transform is not Transform.NONE,
+            first_row=first_row,
+        )
 
     def damaged(self, path: str) -> bool:
         """Never known: the published bytes are what everything else is compared with."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,10 +14,14 @@ import numpy as np
 from dsv4_convert import names
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.store import Store, open_store, verify
+from dsv4_convert.store.layout import Region, bounded
 
 if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh, NamedSharding
+
     from dsv4_convert.model import Block, Model, Numerics
 
 Array = np.ndarray[Any, Any]
@@ -48,8 +52,8 @@ class Parameters(Protocol):
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
         """Some rows of an unquantised parameter."""
 
-    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = ...) -> Array:
-        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``."""
+    def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
+        """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
 
     def damaged(self, path: str) -> bool:
         """Whether a parameter is known to be no longer what was written."""
@@ -141,20 +145,51 @@ class Weights:
             [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
         )
 
-    def read_outputs(self, path: str, start: int, stop: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
-        """Columns ``start:stop`` of an unquantised kernel ``[in, out]``, such as some words of the output head."""
+    def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = _FLOAT32) -> Array:
+        """A part of what :meth:`read` gives: one slice of step 1 for every axis.
+
+        Reads only the bytes concerned (of quantised weights whole tiles). Memory beside the result: a block of 64 MB.
+
+        Raises:
+            BadInput: as :meth:`read`.
+        """
+        rule = names.rule_of(path)
+        region = bounded(region, self._shape(path, rule))
+        return assembled(region, rule, dtype, partial(self._matrix, path, rule), partial(self._store.read_region, path))
+
+    def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
+        """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
+        stage = names.stage_of(path)
+        layer = names.layer_of(path) if stage is None else self.config.num_hidden_layers + stage
+        expected = stored = rule.target_shape(self.config, layer)
+        scaled = f"{path}.scale" in self._store.paths
+        leaf = self._store.leaf(f"{path}.weight" if scaled else path)
         if self.metadata["storage"] == "source":
-            return decode_weight(self._store.read(path, slice(start, stop)), None, dtype=dtype, transpose=True)
-        stored = self._store.open_leaf(path)
-        parts = []
-        for index in stored.layout.chunk_indices():
-            rows, columns = stored.layout.chunk_region(index)
-            if rows.start:
-                raise BadInput(f"{self._store.folder}: {path} is stored in chunks of rows; convert the model again")
-            if columns.start < stop and start < columns.stop:
-                inside = slice(max(start - columns.start, 0), stop - columns.start)
-                parts.append(stored.read_chunk(index)[:, inside])
-        return decode_weight(np.concatenate(parts, axis=1), None, dtype=dtype)
+            *rest, last = rule.source_shape(self.config, layer)
+            packed = 2 if scaled and leaf.dtype.kind in "iu" else 1
+            stored = (*expected[: rule.per_expert], *rest, last // packed)
+        if leaf.shape != stored:
+            raise BadInput(f"{self._store.folder}: {path} is stored as {list(leaf.shape)}, expected {list(stored)}")
+        return expected
+
+    def _matrix(self, path: str, rule: names.Rule, at: int | None) -> StoredMatrix:
+        """A matrix, or entry ``at`` of a stack of experts or groups."""
+        published = self.metadata["storage"] == "source"
+        scaled = published and f"{path}.scale" in self._store.paths
+        of_rows = published and rule.transform is _GROUPED
+        first = () if at is None or of_rows else (slice(at, at + 1),)
+
+        def reader(leaf: str) -> ReadPart:
+            return lambda rows, columns: self._store.read_region(leaf, (*first, rows, columns))[(0,) * len(first)]
+
+        leaf = f"{path}.weight" if scaled else path
+        return StoredMatrix(
+            read=reader(leaf),
+            dtype=self._store.leaf(leaf).dtype,
+            scale=reader(f"{path}.scale") if scaled else None,
+            turned=published and rule.transform is not names.Transform.NONE,
+            first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
+        )
 
     def damaged(self, path: str) -> bool:
         """Whether the stored bytes of a parameter are no longer those whose hashes the manifest has."""
@@ -174,6 +209,42 @@ class Weights:
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
 
 
+def assembled(
+    region: Region,
+    rule: names.Rule,
+    dtype: np.dtype[Any],
+    matrix: Callable[[int | None], StoredMatrix],
+    plain: Callable[[Region], Array],
+) -> Array:
+    """A region of a parameter, with starts and stops.
+
+    Args:
+        region: in the model's layout.
+        rule: of the parameter.
+        dtype: of weights.
+        matrix: gives the parameter as it is stored, or an entry of its first axis if it is a stack of matrices.
+        plain: reads a region of a vector or an integer table.
+    """
+    out = np.empty([part.stop - part.start for part in region], _dtype_of(rule, dtype))
+    if rule.kind is names.Kind.INTEGER:
+        out[...] = plain(region)
+    elif len(region) == 1:
+        out[...] = decode_weight(plain(region), None, dtype=out.dtype)
+    elif len(region) == 2:
+        matrix(None).fill(out, region)
+    else:
+        for to, at in enumerate(range(region[0].start, region[0].stop)):
+            matrix(at).fill(out[to], region[1:])
+    return out
+
+
+def _dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Of a parameter in the model, where weights are ``dtype``."""
+    if rule.kind is names.Kind.INTEGER:
+        return np.dtype(np.int32)
+    return dtype if rule.kind.follows_dtype else _FLOAT32
+
+
 def grouped(matrix: Array, groups: int) -> Array:
     """The published ``[groups * out, in]`` of a block-diagonal matrix as ``[groups, in, out]``."""
     return np.ascontiguousarray(matrix.reshape(groups, -1, matrix.shape[1]).transpose(0, 2, 1))
@@ -186,8 +257,12 @@ def restore_block(
     with_experts: bool,
     dtype: np.dtype[Any] = _FLOAT32,
     numerics: Numerics | None = None,
+    mesh: Mesh | None = None,
 ) -> Block:
-    """One layer of the model, filled. Without experts it is a small part of the layer's weights."""
+    """One layer of the model, filled. Without experts it is a small part of the layer's weights.
+
+    On a ``mesh`` every process reads its parts only; see :func:`restore_model`.
+    """
     from flax import nnx
 
     from dsv4_convert.model import PLAIN, Block
@@ -195,20 +270,32 @@ def restore_block(
     config, numerics = weights.config, numerics or PLAIN
     kind, hashed = config.kind(layer), config.hashed(layer)
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
-    return _fill(block, weights, f"layers.{layer}.", dtype)
+    return _fill(block, weights, f"layers.{layer}.", dtype, mesh)
 
 
 def restore_model(
-    weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False, release: bool = False
+    weights: Whole,
+    *,
+    dtype: np.dtype[Any] = _FLOAT32,
+    drafts: bool = False,
+    release: bool = False,
+    scanned: bool = False,
+    mesh: Mesh | None = None,
 ) -> Model:
     """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
 
     With ``release`` it rounds on the way where DeepSeek's inference code does; ``dtype`` is that of its activations.
+    With ``scanned`` layers of one kind have their weights stacked, and share a program.
+
+    On a ``mesh`` (:mod:`dsv4_convert.model.mesh`), whose devices may belong to several processes, every parameter is
+    one array over all of it, laid out by :mod:`dsv4_convert.model.axes`. A process reads the parts of its own devices
+    and holds, beside these, one part of one parameter.
 
     Raises:
-        ResourceError: the memory of this machine is too small for it (where the model runs on the CPU).
-        UsageError: layers are missing, or the stages that are asked for; or the model's widths are not those of release
-            numerics.
+        ResourceError: the memory of this machine is too small for it (where the model runs on the CPU), or on a mesh
+            for the parts of this process.
+        UsageError: layers are missing, or the stages that are asked for; the model's widths are not those of release
+            numerics; or the mesh does not divide an axis that it splits.
     """
     from flax import nnx
 
@@ -222,44 +309,131 @@ def restore_model(
         weights.check_stages()
     else:
         config = dataclasses.replace(config, num_mtp_stages=0)
-    _check_memory(config, dtype)
-    return _fill(nnx.eval_shape(lambda: Model(config, numerics)), weights, "", dtype)
+    model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
+    _check_memory(model, weights.config, dtype, mesh)
+    return _fill(model, weights, "", dtype, mesh)
 
 
-def _check_memory(config: Config, dtype: np.dtype[Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Variable:
+    """A variable of a model, and where its value comes from.
+
+    ``paths``: the parameter that it is, or those of the layers that it stacks.
+    """
+
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    paths: tuple[str, ...]
+    stacked: bool
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...], variable: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> _Variable:
+        from dsv4_convert.model.segments import segments
+
+        stacked = key[:2] == ("layers", "segments")
+        paths: tuple[str, ...] = (prefix + ".".join(map(str, key)),)
+        if stacked:
+            _, _, segment, place, *rest = key
+            layers = segments(config)[segment].layers(place)
+            paths = tuple(".".join(map(str, ("layers", layer, *rest))) for layer in layers)
+        return cls(variable.axes, variable.shape, _dtype_of(names.rule_of(paths[0]), dtype), paths, stacked)
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """How it lies on a mesh. Raises :class:`UsageError` as :func:`dsv4_convert.model.axes.partition`."""
+        from jax.sharding import NamedSharding
+
+        from dsv4_convert.model.axes import partition
+
+        return NamedSharding(mesh, partition(self.axes, self.shape, mesh.shape, what=self.paths[0]))
+
+    def read(self, weights: Parameters) -> Array:
+        """All of it. Raises :class:`BadInput` on a wrong shape."""
+        read = [weights.read(path, self.dtype) for path in self.paths]
+        expected = self.shape[1:] if self.stacked else self.shape
+        for path, value in zip(self.paths, read, strict=True):
+            if value.shape != expected:
+                raise BadInput(f"{path}: the model has shape {list(expected)}, the checkpoint {list(value.shape)}")
+        return np.stack(read) if self.stacked else read[0]
+
+    def read_region(self, weights: Parameters, region: Region) -> Array:
+        """A part of it, stacked layers one by one."""
+        if not self.stacked:
+            return weights.read_region(self.paths[0], region, self.dtype)
+        layers, *rest = bounded(region, self.shape)
+        out = np.empty([part.stop - part.start for part in (layers, *rest)], self.dtype)
+        for to, path in zip(out, self.paths[layers], strict=True):
+            to[...] = weights.read_region(path, tuple(rest), self.dtype)
+        return out
+
+    def on_mesh(self, weights: Parameters, mesh: Mesh) -> jax.Array:
+        """All of it over a mesh."""
+        return read_sharded(self.shape, self.dtype, self.sharding(mesh), partial(self.read_region, weights))
+
+
+def read_sharded(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding, read: Callable[[Region], Array]
+) -> jax.Array:
+    """An array over a mesh, of which this process reads the parts of its own devices, one after the other.
+
+    ``read`` gives the numbers of a region, slices with starts and stops. What several devices hold is read once.
+    """
+    import jax
+
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, region in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple((part.start, part.stop) for part in bounded(region or (), shape))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():
+        value = read(tuple(slice(*bound) for bound in bounds))
+        parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
+
+
+def _variables(module: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Any, _Variable]]:
+    """Key, abstract variable and origin of everything that a module holds."""
+    from flax import nnx
+
+    for key, variable in nnx.to_flat_state(nnx.state(module)):
+        yield key, variable, _Variable.of(key, variable, prefix, config, dtype)
+
+
+def _check_memory(model: Model, config: Config, dtype: np.dtype[Any], mesh: Mesh | None) -> None:
     import jax
 
     file = Path("/proc/meminfo")
-    if jax.default_backend() != "cpu" or not file.exists():
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "cpu" or not file.exists():
         return
     available = next(
         1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("MemAvailable")
     )
-    needed = sum(
-        math.prod(rule.target_shape(config, layer)) * (dtype if rule.kind.follows_dtype else _FLOAT32).itemsize
-        for _, rule, layer in names.parameters(config)
-    )
+    needed = 0
+    for _, _, variable in _variables(model, "", config, dtype):
+        shape, holders = variable.shape, 1
+        if mesh is not None:
+            sharding = variable.sharding(mesh)
+            shape, holders = sharding.shard_shape(shape), len(sharding.addressable_devices)
+        needed += math.prod(shape) * holders * variable.dtype.itemsize
     if needed > available:
+        what = "the whole model takes" if mesh is None else "the devices of this process take"
         raise ResourceError(
-            f"the whole model takes {needed:,} bytes in {dtype}, {available:,} are available; parity, which holds one "
-            "layer at a time, runs on this machine"
+            f"{what} {needed:,} bytes in {dtype}, {available:,} are available; parity, which holds one layer at a "
+            "time, runs on this machine"
         )
 
 
-def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any]) -> Any:
+def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any], mesh: Mesh | None) -> Any:
     """Give every variable of an abstract module its value. Raises :class:`BadInput` on a wrong shape."""
     import jax.numpy as jnp
     from flax import nnx
 
-    graph, state = nnx.split(module)
     filled = {}
-    for key, variable in nnx.to_flat_state(state):
-        path = prefix + ".".join(map(str, key))
-        value = weights.read(path, dtype)
-        if value.shape != variable.shape:
-            raise BadInput(f"{path}: the model has shape {list(variable.shape)}, the checkpoint {list(value.shape)}")
-        filled[key] = variable.replace(jnp.asarray(value))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    for key, variable, origin in _variables(module, prefix, weights.config, dtype):
+        value = jnp.asarray(origin.read(weights)) if mesh is None else origin.on_mesh(weights, mesh)
+        filled[key] = variable.replace(value)
+    return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
 
 
 def _ranges(layers: Iterable[int]) -> str:

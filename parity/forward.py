@@ -1,4 +1,7 @@
-"""Running the JAX model layer by layer, with one layer's weights in memory and of its routed experts one at a time."""
+"""Running the JAX model layer by layer, with one layer's weights in memory and of its routed experts one at a time.
+
+Several processes share the devices of a mesh, and the experts; see :mod:`parity.devices`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.mlp import weighted
-from dsv4_convert.model.model import embed, head
+from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.restore import Parameters, restore_block
+from dsv4_convert.store.layout import Region
 from dsv4_convert.taps import by_name, is_state
 from golden.layout import calls, joined, rows_of
+from parity.devices import Devices
 from parity.state import state_after
 
 Array = np.ndarray[Any, Any]
@@ -48,10 +54,12 @@ class Forward:
         first_position: int = 0,
         decode: int = 0,
         numerics: Numerics = PLAIN,
+        devices: Devices | None = None,
     ) -> None:
         """``first_position`` is that of the first token in the rotary tables; the last ``decode`` tokens come one by
         one, from the layer's cache."""
         self._weights = weights
+        self._devices = devices or Devices()
         self._dtype = dtype
         self._numerics = numerics
         self._weight_dtype = np.dtype(numerics.held(dtype))
@@ -92,10 +100,18 @@ class Forward:
             now = slice(start, stop)
             replace = {name: jnp.asarray(self._part(value, name, layer, now)) for name, value in given.items()}
             past = None if cache is None else (cache, jnp.full(batch, start), jnp.full(batch, stop - start))
-            streams, routed, first, cache = _to_experts(
-                graph, state, entering[:, now], self._tokens[:, now], self._positions[:, now], replace, past
+            streams, routed, first, cache = self._devices.run(
+                _to_experts,
+                graph,
+                state,
+                entering[:, now],
+                self._tokens[:, now],
+                self._positions[:, now],
+                replace,
+                past,
             )
-            left, second = _from_experts(graph, state, streams, routed, self._experts(layer, routed), replace)
+            output = self._experts(layer, routed)
+            left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
             leaving.append(left)
             for name, value in _taken({**first, **second}, "").items():
                 parts.setdefault(name, []).append(self._made(value, name, layer, now))
@@ -123,31 +139,53 @@ class Forward:
     def head(self, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None) -> Taken:
         """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
         config = self._weights.config
-        fn, base, scale, norm = (jnp.asarray(self._weights.read(path)) for path in _HEAD)
+        with self._devices.step("read the model level"):
+            fixed = tuple(self._devices.put(self._weights.read(path)) for path in _HEAD)
         given = {name: jnp.asarray(value) for name, value in (forced or {}).items() if name != _LOGITS}
         entering = jnp.asarray(streams, self._dtype)
         logits = []
-        for start in range(0, config.vocab_size, HEAD_WORDS):
-            stop = min(start + HEAD_WORDS, config.vocab_size)
-            words = jnp.asarray(self._weights.read_outputs("head", start, stop))
+        step = self._devices.multiple(HEAD_WORDS, "vocab")
+        for start in range(0, config.vocab_size, step):
+            stop = min(start + step, config.vocab_size)
+            with self._devices.step("read the output head"):
+                words = self._devices.read(
+                    HEAD_AXES, (config.hidden_size, stop - start), _FLOAT32, partial(self._words, start), "head"
+                )
             # What comes before the matrix is small, so it is computed again for every piece.
-            taps = Taps(_everything, given)
-            head(entering, fn, base, scale, norm, words, config, taps)
-            logits.append(np.asarray(taps.values[_LOGITS]))
-        return {**_taken(taps.values, ""), _LOGITS: np.concatenate(logits, axis=-1)}
+            values = self._devices.run(_to_logits, config, (*fixed, words), entering, given)
+            logits.append(np.asarray(values[_LOGITS]))
+        return {**_taken(values, ""), _LOGITS: np.concatenate(logits, axis=-1)}
+
+    def _words(self, start: int, region: Region) -> Array:
+        """A part of the output head's columns from ``start`` on."""
+        rows, columns = region
+        return self._weights.read_region("head", (rows, slice(start + (columns.start or 0), start + columns.stop)))
 
     def _block(self, layer: int) -> tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]:
         """One layer's weights but for its experts; kept until another layer's are asked for."""
         if self._resident is None or self._resident[0] != layer:
             self._resident = None  # give the memory back first
-            block = restore_block(
-                self._weights, layer, with_experts=False, dtype=self._weight_dtype, numerics=self._numerics
-            )
+            with self._devices.step(f"read layer {layer}"):
+                block = restore_block(
+                    self._weights,
+                    layer,
+                    with_experts=False,
+                    dtype=self._weight_dtype,
+                    numerics=self._numerics,
+                    mesh=self._devices.mesh,
+                )
             self._resident = (layer, nnx.split(block))
         return self._resident[1]
 
     def _experts(self, layer: int, routed: Routed) -> jax.Array:
-        """The routed experts' weighted sum; each expert that a token chose is read once."""
+        """The routed experts' weighted sum; each expert that a token chose is read once, by one of the processes."""
+        with self._devices.step(f"experts of layer {layer}"):
+            part = self._own_experts(layer, routed)
+        total = jnp.asarray(self._devices.sum(part))
+        return self._numerics.sum_of_experts(total, self._dtype).reshape(routed.x.shape)
+
+    def _own_experts(self, layer: int, routed: Routed) -> Array:
+        """The part of the sum that this process computes, float32 ``[B * S, D]``."""
         x = np.asarray(routed.x)
         flat = x.reshape(-1, x.shape[-1])
         # An expert that does not exist is the nearest that does, as XLA's gather has it; the choice itself is reported.
@@ -155,21 +193,21 @@ class Forward:
         experts = np.clip(np.asarray(routed.routing.experts), 0, last).reshape(len(flat), -1)
         shares = np.asarray(routed.routing.weights).reshape(len(flat), -1)
         total = np.zeros(flat.shape, np.float32)
-        for expert in np.unique(experts):
+        for expert in self._devices.mine(np.unique(experts).tolist()):
             tokens, slots = np.nonzero(experts == expert)
             # Padded to a power of two, so that few programs serve every number of tokens; and to two rows at least,
             # because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
             padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), flat.dtype)
             padded[: len(tokens)] = flat[tokens]
             matrices = (
-                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", int(expert), self._weight_dtype)
+                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", expert, self._weight_dtype)
                 for part in ("w1", "w2", "w3")
             )
             share = np.zeros(len(padded), np.float32)
             share[: len(tokens)] = shares[tokens, slots]
             output = np.asarray(_expert(padded, share, *matrices, self._weights.config.swiglu_limit, self._numerics))
             np.add.at(total, tokens, output[: len(tokens)])
-        return self._numerics.sum_of_experts(jnp.asarray(total), self._dtype).reshape(x.shape)
+        return total
 
 
 def _everything(name: str) -> bool:
@@ -205,6 +243,16 @@ def _from_experts(
     """The expert half from the routed experts' output on."""
     taps = Taps(_everything, forced)
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
+
+
+def _to_logits(
+    config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, forced: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The taps of the model level after the layers, for some words."""
+    taps = Taps(_everything, forced)
+    fn, base, scale, norm, words = weights
+    head(streams, fn, base, scale, norm, words, config, taps)
+    return taps.values
 
 
 _expert = jax.jit(weighted, static_argnums=(5, 6))

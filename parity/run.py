@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ import numpy as np
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.model import PLAIN, Numerics
+from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.names import check_layers
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import Parameters, Weights
+from dsv4_convert.store import ALONE, Processes
 from dsv4_convert.taps import full_name, select, taps_of
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
@@ -25,6 +27,7 @@ from golden.noise import MODES, Mode
 from golden.reach import reach
 from parity.comparison import Comparison, Phase
 from parity.descent import blame_first, descend
+from parity.devices import Devices
 from parity.forward import Forward, Taken
 from parity.logits import LogitsComparison, compare_logits
 from parity.metrics import Verdict, noise_multiple
@@ -32,6 +35,9 @@ from parity.report import Descent, Growth, Report, TapResult
 from parity.tolerances import LIMITS, UNIT
 
 Array = np.ndarray[Any, Any]
+
+#: Of float32 products, as JAX names them.
+Precision: TypeAlias = Literal["highest", "high", "default"]
 
 #: Called with the layer that is about to run (None: the model level).
 Progress = Callable[[int | None], None]
@@ -49,6 +55,9 @@ def run(
     dtype: str | None = None,
     against: Path | None = None,
     require_reach: bool = False,
+    mesh: str | None = None,
+    processes: Processes = ALONE,
+    precision: Precision = "highest",
     progress: Progress = lambda _: None,
 ) -> Report:
     """Compare a converted checkpoint, or a published one before it is converted, with a golden.
@@ -66,14 +75,20 @@ def run(
             the release's own code.
         against: the published checkpoint; the weights of wrong operations are compared with it.
         require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
+        mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
+            it; None for one that divides everything.
+        processes: those of ``jax.distributed`` that call this with the same arguments. They share the experts, too, and
+            all of them get the report.
+        precision: of float32 products. The limits are for ``highest``; accelerators use fewer bits for the others.
         progress: called before each layer.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, or a
             mode that a compact golden does not allow.
         BadInput: a damaged file, or a golden of another architecture.
-        ResourceError: the golden is remote and cannot be reached.
+        ResourceError: the golden is remote and cannot be reached, or another process is gone.
     """
+    sizes = None if mesh is None else parse_mesh(mesh)
     recorded = open_golden(golden)
     wanted = None if layers is None else check_layers(recorded.config, layers)
     weights: Parameters
@@ -96,6 +111,8 @@ def run(
         dtype=dtype,
         against=published,
         require_reach=require_reach,
+        devices=Devices.all(weights.config, processes, sizes),
+        precision=precision,
         progress=progress,
         name=str(place),
     )
@@ -112,6 +129,8 @@ def compare_model(
     dtype: str | None = None,
     against: PublishedWeights | None = None,
     require_reach: bool = False,
+    devices: Devices | None = None,
+    precision: Precision = "highest",
     progress: Progress = lambda _: None,
     name: str = "weights",
 ) -> Report:
@@ -129,10 +148,13 @@ def compare_model(
     chosen = check_layers(config, layers)
     _check_recorded(golden, chosen)
     names = _names(golden, chosen, model_level=layers is None)
-    running = _Run(weights, golden, dtype, list(select(names, taps)) if taps else names, against, progress, phase)
+    devices = devices or Devices()
+    wanted = list(select(names, taps)) if taps else names
+    running = _Run(weights, golden, dtype, wanted, against, progress, phase, devices)
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
-    running.forward(needed)
+    with jax.default_matmul_precision(precision):
+        running.forward(needed)
     return Report(
         modes=ordered,
         decode=golden.decode,
@@ -152,7 +174,7 @@ def compare_model(
             "reference": dataclasses.asdict(golden.manifest.request.reference),
             "source": dataclasses.asdict(golden.manifest.request.source),
         },
-        platform=_platform(dtype),
+        platform=_platform(dtype, precision) | devices.describe(),
     )
 
 
@@ -168,6 +190,7 @@ class _Run:
         against: PublishedWeights | None,
         progress: Progress,
         phase: Phase | None,
+        devices: Devices,
     ) -> None:
         self._weights = weights
         self._golden = golden
@@ -185,6 +208,7 @@ class _Run:
             first_position=golden.manifest.request.first_position,
             decode=golden.decode,
             numerics=Numerics.of_release(golden.config) if self._fed else PLAIN,
+            devices=devices,
         )
         self._streams: Any = None
         self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
@@ -358,7 +382,13 @@ def _same_architecture(ours: Config, theirs: Config, golden: Path | str) -> None
         )
 
 
-def _platform(dtype: str) -> Mapping[str, Any]:
+def _platform(dtype: str, precision: Precision) -> dict[str, Any]:
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("dsv4", "jax", "jaxlib", "flax")}
-    return {"backend": jax.default_backend(), "device": device.device_kind, "dtype": dtype, "versions": versions}
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "dtype": dtype,
+        "precision": precision,
+        "versions": versions,
+    }

@@ -34,6 +34,6 @@ def _compressed(path: str, compressor: Compressor, cache: Compressed, tokens: in
         rows = slice(pending - ratio if tokens >= ratio else pending, pending)
         found[f"{path}.overlap_values"] = cache.values[:, rows, :width]
         found[f"{path}.overlap_gates"] = (
-            cache.gates[:, rows].astype(jnp.float32) + compressor.ape[...][: rows.stop - rows.start]
+            cache.gates[:, rows].astype(jnp.float32) + np.asarray(compressor.ape[...])[: rows.stop - rows.start]
         )[..., :width]
     return found

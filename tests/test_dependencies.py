@@ -24,15 +24,17 @@ ALLOWED: dict[str, frozenset[str]] = {
     "store": frozenset({"facts"}),
     "restore": frozenset({"facts", "formats", "store", "model"}),
     # The published shards as the model's parameters, beside restore's converted ones.
-    "published": frozenset({"facts", "formats", "checkpoint", "restore"}),
+    "published": frozenset({"facts", "formats", "checkpoint", "store", "restore"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
+    "platforms": frozenset({"facts"}),
     "generate": frozenset({"facts", "model", "speculate"}),
     "speculate": frozenset({"facts", "model"}),
     "aot": frozenset({"facts", "model"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
-    "parity": frozenset({"facts", "model", "restore", "published", "golden"}),
+    "parity": frozenset({"facts", "model", "store", "restore", "published", "golden"}),
     "cli": frozenset(
-        {"facts", "aot", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "package"}
+        {"facts", "aot", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "platforms"}
+        | {"package"}
     ),
     # dsv4_convert/__init__.py: the public names, loaded lazily.
     "package": frozenset({"facts", "convert", "model", "restore"}),

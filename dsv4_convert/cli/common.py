@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from dsv4_convert.errors import Dsv4Error, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from dsv4_convert.store import Processes
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,6 +29,21 @@ LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
+]
+
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Share the work with other processes: where process 0 listens. auto, and nothing else, on a TPU slice or "
+        "a cluster that JAX knows.",
+    ),
+]
+NumProcesses = Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")]
+ProcessId = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")]
+
+Platform = Annotated[
+    str | None, typer.Option(metavar="[cpu|gpu|tpu]", help="What computes. What JAX finds first, if not given.")
 ]
 
 
@@ -91,6 +109,37 @@ def write_json(document: Any, target: str | None) -> None:
             stream.write(text)
     except OSError as error:
         raise UsageError(f"--json {target}: cannot be written ({error.strerror})") from None
+
+
+def join_processes(coordinator: str | None, count: int | None, index: int | None) -> Processes:
+    """The processes that share the work. Raises :class:`UsageError` where they are named by halves."""
+    from dsv4_convert.errors import UsageError
+    from dsv4_convert.store.orbax_processes import current_processes, join
+
+    if count is None and index is None and coordinator in (None, "auto"):
+        return current_processes() if coordinator is None else join()
+    if coordinator is None or count is None or index is None or index >= count:
+        raise UsageError(
+            "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id, from 0 on; or "
+            "--coordinator auto alone, where JAX knows its neighbours"
+        )
+    return join(coordinator, count, index)
+
+
+@contextmanager
+def own_stdout(processes: Processes) -> Iterator[None]:
+    """Keep stdout for the result: what connects several processes announces itself there. That goes to stderr."""
+    if processes.count == 1:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

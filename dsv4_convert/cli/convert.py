@@ -11,7 +11,11 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    Coordinator,
     Json,
+    NumProcesses,
+    ProcessId,
+    join_processes,
     parse_bytes,
     parse_choice,
     parse_layers,
@@ -24,7 +28,6 @@ from dsv4_convert.cli.progress import conversion_progress, duration
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint
     from dsv4_convert.convert import Estimate, Plan
-    from dsv4_convert.store import Processes
 
 
 @reported
@@ -68,12 +71,9 @@ def hf_to_orbax(
         bool,
         typer.Option("--discard-source", help="Of a repository: delete every shard once all of it is converted."),
     ] = False,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Share the work with other processes: where process 0 listens."),
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")] = None,
-    process_id: Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")] = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished conversion at DEST.")] = False,
@@ -104,7 +104,7 @@ def hf_to_orbax(
     tree = convert.Layout(parse_choice("--layout", layout, convert.Layout))
     packing = parse_choice("--compression", compression, ("none", "zstd"))
     allowed = parse_bytes("--max-memory", max_memory)
-    processes = _join(coordinator, num_processes, process_id)
+    processes = join_processes(coordinator, num_processes, process_id)
     if discard_source and processes.count > 1:
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
     with open_source(source, revision=revision, layers=chosen, discard=discard_source) as checkpoint:
@@ -138,20 +138,6 @@ def hf_to_orbax(
     typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
     typer.echo(convert.describe_rounding(planned, summary.notes), err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
-
-
-def _join(coordinator: str | None, count: int | None, index: int | None) -> Processes:
-    """The processes that share the work. Raises :class:`UsageError` where they are named by halves."""
-    from dsv4_convert.errors import UsageError
-    from dsv4_convert.store.orbax_processes import current_processes, join
-
-    if coordinator is None and count is None and index is None:
-        return current_processes()
-    if coordinator is None or count is None or index is None or index >= count:
-        raise UsageError(
-            "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id, from 0 on"
-        )
-    return join(coordinator, count, index)
 
 
 def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:

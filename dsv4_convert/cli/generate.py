@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import Json, Platform, parse_choice, reported, status, write_json
 
 
 @reported
@@ -49,6 +49,7 @@ def generate(
         bool,
         typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes, greedy only."),
     ] = False,
+    platform: Platform = None,
     json: Json = None,
 ) -> None:
     """Let a converted model go on from a prompt, with all of its weights in memory.
@@ -59,6 +60,10 @@ def generate(
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
+    from dsv4_convert.platforms import check_platform, select_platform
+
+    select_platform(platform)
+    check_platform(platform)
     import jax.numpy as jnp
 
     from dsv4_convert.errors import UsageError

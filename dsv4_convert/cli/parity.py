@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, parse_choice, parse_layers, reported, status, write_json
+from dsv4_convert.cli.common import (
+    LAYERS_HELP,
+    Coordinator,
+    Json,
+    NumProcesses,
+    Platform,
+    ProcessId,
+    join_processes,
+    own_stdout,
+    parse_choice,
+    parse_layers,
+    reported,
+    status,
+    write_json,
+)
 
 
 @reported
@@ -67,6 +81,26 @@ def parity(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="One line per layer, and the taps that do not pass.")
     ] = False,
+    platform: Platform = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="[highest|high|default]",
+            help="Of float32 products: accelerators use fewer bits for the others than for highest. The limits are "
+            "those of highest, whatever this says.",
+        ),
+    ] = "highest",
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=SIZE,…",
+            help="How all devices share the dense parts of a layer, such as fsdp=2,tensor=4; axes are data, fsdp, "
+            "expert, sequence, tensor. If not given, one that divides everything.",
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     json: Json = None,
 ) -> None:
     """Run the JAX layers and compare every intermediate activation with a golden.
@@ -75,11 +109,17 @@ def parity(
     more with every operation on the golden's own inputs, so the operation that is wrong is named, and with --against
     the tensor. Exits 1 if anything diverges. Only the weights that the prompt reaches are read.
 
+    With several devices the dense parts of a layer run on all of them. Several processes run the same command, each
+    with its own --process-id; each reads and computes its part, process 0 says how it went, and all exit alike.
+
     Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12 --against ./DeepSeek-V4-Flash
     """
     from dsv4_convert.errors import CheckFailed
+    from dsv4_convert.platforms import check_platform, select_platform
 
     layers = parse_layers(layer)
+    bits = parse_choice("--precision", precision, ("highest", "high", "default"))
+    select_platform(platform)
     from golden.noise import MODES, Mode
     from golden.tokens import token_decoder
     from parity.comparison import Phase
@@ -88,24 +128,32 @@ def parity(
     from parity.run import run
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
-    decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
-    with status("parity") as say:
-        report = run(
-            checkpoint,
-            golden,
-            source=source,
-            layers=layers,
-            taps=taps or (),
-            modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
-            phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
-            dtype=dtype,
-            against=against,
-            require_reach=require_reach,
-            progress=lambda at: say("model level" if at is None else f"layer {at}"),
-        )
-    write_json(report.to_json(verdict(report)), json)
-    from rich.console import Console
+    processes = join_processes(coordinator, num_processes, process_id)
+    with processes.together():
+        check_platform(platform)
+        decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
+        with own_stdout(processes), status("parity") as say:
+            report = run(
+                checkpoint,
+                golden,
+                source=source,
+                layers=layers,
+                taps=taps or (),
+                modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
+                phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
+                dtype=dtype,
+                against=against,
+                require_reach=require_reach,
+                mesh=mesh,
+                processes=processes,
+                precision=bits,
+                progress=lambda at: say("model level" if at is None else f"layer {at}"),
+            )
+        with processes.step("report"):
+            if processes.first:
+                write_json(report.to_json(verdict(report)), json)
+                from rich.console import Console
 
-    render(report, Console(stderr=json == "-"), every_tap=not quiet, explained=explain, decode=decode)
+                render(report, Console(stderr=json == "-"), every_tap=not quiet, explained=explain, decode=decode)
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)

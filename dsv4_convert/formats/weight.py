@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats import cast_plain, decode_fp4, decode_fp8
+from dsv4_convert.names import FP4_GROUP, FP8_TILE
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _PACKED_FP4 = (np.dtype(np.int8), np.dtype(np.uint8))
+
+#: Bytes that a part of a matrix is decoded by.
+_BLOCK_BYTES = 64 << 20
+
+#: Reads rows and columns of a stored matrix: slices with a start and a stop.
+ReadPart: TypeAlias = Callable[[slice, slice], np.ndarray[Any, Any]]
 
 
 def decode_weight(
@@ -37,3 +46,53 @@ def decode_weight(
     if stored.dtype in _PACKED_FP4:
         return decode_fp4(stored, scale, dtype=dtype, transpose=transpose, out=out)
     raise BadInput(f"a weight of dtype {stored.dtype} has no scale; expected float8_e4m3fn or packed int8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredMatrix:
+    """A matrix as it is stored, of which parts are decoded.
+
+    Attributes:
+        read: reads rows and columns of it, packed FP4 by its bytes.
+        dtype: as it is stored.
+        scale: reads of its scales, where it has any.
+        turned: it is stored as ``[out, in]`` and wanted as ``[in, out]``.
+        first_row: of the stored rows the first that counts, a whole number of tiles where there are scales.
+    """
+
+    read: ReadPart
+    dtype: np.dtype[Any]
+    scale: ReadPart | None = None
+    turned: bool = False
+    first_row: int = 0
+
+    def fill(self, out: np.ndarray[Any, Any], region: Sequence[slice]) -> None:
+        """Decode a region of the wanted matrix, slices with starts and stops, into ``out``, block by block of rows.
+
+        Reads the tiles concerned only. Memory beside ``out``: a block.
+
+        Raises:
+            BadInput: as :func:`decode_weight`.
+        """
+        rows, columns = reversed(region) if self.turned else region
+        width = (columns.stop - columns.start) * out.dtype.itemsize or 1
+        step = max(FP8_TILE[0], _BLOCK_BYTES // width // FP8_TILE[0] * FP8_TILE[0])
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            to = slice(start - rows.start, stop - rows.start)
+            block = self._decoded(slice(self.first_row + start, self.first_row + stop), columns, out.dtype)
+            out[(slice(None), to) if self.turned else to] = block
+
+    def _decoded(self, rows: slice, columns: slice, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        if self.scale is None:
+            return decode_weight(self.read(rows, columns), None, dtype=dtype, transpose=self.turned)
+        tile, packed = (FP8_TILE, 1) if self.dtype == _FP8 else (FP4_GROUP, 2)
+        tiles = [slice(part.start // n, -(-part.stop // n)) for part, n in zip((rows, columns), tile, strict=True)]
+        down, along = (slice(part.start * n, part.stop * n) for part, n in zip(tiles, tile, strict=True))
+        codes = self.read(down, slice(along.start // packed, along.stop // packed))
+        decoded = decode_weight(codes, self.scale(*tiles), dtype=dtype, transpose=self.turned)
+        wanted = (
+            slice(rows.start - down.start, rows.stop - down.start),
+            slice(columns.start - along.start, columns.stop - along.start),
+        )
+        return decoded[wanted[::-1] if self.turned else wanted]

@@ -21,6 +21,9 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
 
+#: Logical axes of the output head.
+HEAD_AXES = "width vocab"
+
 
 class Model(nnx.Module):
     """DeepSeek-V4.
@@ -43,7 +46,7 @@ class Model(nnx.Module):
         self.hc_head_base = parameter("mix", streams)
         self.hc_head_scale = parameter("mix", 1)
         self.norm = parameter("whole_width", width)
-        self.head = parameter("width vocab", width, config.vocab_size)
+        self.head = parameter(HEAD_AXES, width, config.vocab_size)
         self.mtp = nnx.List([Stage(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
@@ -174,7 +177,7 @@ def embed(
 
 
 def _look_up(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of a table of which every device has a part ``P`` of the width: ids go to it, and parts of rows come back."""
+    """Rows of a table of whose width every device has a part ``P``: ids go to it, and parts of rows come back."""
     index = gathered(token_ids, "width") - place("vocab") * table.shape[0]
     here = (index >= 0) & (index < table.shape[0])
     rows = summed(jnp.where(here[..., None], table[index], 0), "vocab") if splits("vocab") else table[index]

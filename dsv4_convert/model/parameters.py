@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,16 @@ def buffer(axes: str, *shape: int, dtype: DTypeLike = jnp.float32) -> Buffer:
     return Buffer(jnp.zeros(shape, dtype), axes=named(axes))
 
 
+def precision(*operands: Array) -> Any:
+    """What a product must be asked for to keep all bits of a float32; bfloat16 numbers have fewer than it takes anyway.
+
+    ``jax.default_matmul_precision`` may ask for less.
+    """
+    if not any(operand.dtype == jnp.float32 for operand in operands):
+        return jax.lax.Precision.DEFAULT
+    return jax.config.jax_default_matmul_precision or jax.lax.Precision.HIGHEST  # type: ignore[attr-defined]
+
+
 def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """``einsum`` of two operands, float32 out: products and sums in float32 whatever the operands are."""
 
@@ -38,12 +50,6 @@ def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float
         return direct(a, b)
     # XLA on CPU has no matmul of bfloat16 into float32. Widening the operands first gives the same products.
     return jax.lax.platform_dependent(a, b, cpu=widened, default=direct)
-
-
-def precision(*operands: Array) -> jax.lax.Precision:
-    """What a product must be asked for to be exact in float32: of bfloat16 numbers it is anyway."""
-    wide = any(operand.dtype == jnp.float32 for operand in operands)
-    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:

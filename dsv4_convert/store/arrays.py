@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import mmap
+import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError
-from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, chunk_file, raw_bytes
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, Region, chunk_file, raw_bytes
 
 Compression: TypeAlias = Literal["none", "zstd"]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -221,25 +223,50 @@ class StoredArray:
     def read_rows(self, start: int, stop: int) -> Array:
         """Rows ``start:stop`` of the first axis; a scalar is read with ``0, 1`` and comes without that axis.
 
-        Memory: the result, and of a chunk that is split in other axes or compressed, that chunk.
+        Raises:
+            BadInput: as :meth:`read_region`.
+        """
+        shape = self.layout.shape
+        return self.read_region((slice(start, stop), *map(slice, (0,) * (len(shape) - 1), shape[1:]))[: len(shape)])
+
+    def read_region(self, region: Region) -> Array:
+        """A part of the array: one slice with a start and a stop inside it, and no step, for every axis.
+
+        Of uncompressed chunks only the bytes concerned are read. Memory: the result, and a compressed chunk.
 
         Raises:
             BadInput: a chunk is absent, shorter than it should be, or does not decompress.
         """
-        layout = self.layout
-        if not layout.shape:
-            return self.read_chunk(())
-        out = np.empty((stop - start, *layout.shape[1:]), layout.dtype)
-        for index in layout.chunks_of_rows(start, stop):
-            region = layout.chunk_region(index)
-            low, high = max(start, region[0].start), min(stop, region[0].stop)
-            target = out[(slice(low - start, high - start), *region[1:])]
-            inside = slice(low - region[0].start, high - region[0].start)
-            if self.compression == "none" and layout.rows_are_contiguous:
-                self._read_bytes(index, raw_bytes(target), offset=inside.start * (layout.nbytes // layout.shape[0]))
+        out = np.empty([part.stop - part.start for part in region], self.layout.dtype)
+        for index in self.layout.chunks_of_region(region):
+            chunk = self.layout.chunk_region(index)
+            both = [
+                (max(part.start, own.start), min(part.stop, own.stop)) for part, own in zip(region, chunk, strict=True)
+            ]
+            # The ellipsis keeps a scalar an array.
+            place: tuple[Any, ...] = (*_less(both, region), ...)
+            target = out[place]
+            inside = _less(both, chunk)
+            if self.compression == "none":
+                self._read_runs(index, inside, target, whole=out.shape)
             else:
                 target[...] = self.read_chunk(index)[inside]
         return out
+
+    def _read_runs(self, index: Index, inside: Region, target: Array, *, whole: tuple[int, ...]) -> None:
+        """Fill ``target``, a part of an array of the shape ``whole``, with a part of an uncompressed chunk.
+
+        From some axis on a part follows itself both in the file and in memory: that is read at once.
+        """
+        full = self.layout.chunk_shape
+        axis = max((at for at, size in enumerate(target.shape) if not size == full[at] == whole[at]), default=0)
+        strides = [math.prod(full[at + 1 :]) * self.layout.dtype.itemsize for at in range(len(full))]
+        first = sum(part.start * stride for part, stride in zip(inside, strides, strict=True))
+        runs = (
+            (raw_bytes(target[(*at, ...)]), first + sum(map(operator.mul, at, strides)))
+            for at in np.ndindex(target.shape[:axis])
+        )
+        self._read_bytes(index, runs)
 
     def read_chunk(self, index: Index) -> Array:
         """Chunk ``index``, clipped to the array, C-contiguous.
@@ -275,22 +302,24 @@ class StoredArray:
 
     def _read_padded_chunk(self, index: Index) -> Array:
         chunk = np.empty(self.layout.chunk_shape, self.layout.dtype)
-        self._read_bytes(index, raw_bytes(chunk), offset=0)
+        self._read_bytes(index, [(raw_bytes(chunk), 0)])
         return chunk
 
-    def _read_bytes(self, index: Index, into: memoryview, *, offset: int) -> None:
+    def _read_bytes(self, index: Index, runs: Iterable[tuple[memoryview, int]]) -> None:
+        """Fill buffers with the bytes of an uncompressed chunk from some offsets on."""
         path = self.folder / chunk_file(index)
         try:
             with path.open("rb", buffering=0) if is_local(path) else path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 if size != self.layout.chunk_nbytes:
                     raise BadInput(f"{path}: {size:,} bytes, expected {self.layout.chunk_nbytes:,}: damaged copy?")
-                file.seek(offset)
-                while into:
-                    count = file.readinto(into)
-                    if not count:
-                        raise BadInput(f"{path}: the file became shorter while it was read")
-                    into = into[count:]
+                for into, offset in runs:
+                    file.seek(offset)
+                    while into:
+                        count = file.readinto(into)
+                        if not count:
+                            raise BadInput(f"{path}: the file became shorter while it was read")
+                        into = into[count:]
         except OSError as error:
             raise BadInput(f"{path}: the chunk cannot be read: {error.strerror}") from error
 
@@ -309,6 +338,11 @@ def _spec(folder: Path, layout: ArrayLayout, compression: Compression) -> dict[s
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
     }
+
+
+def _less(bounds: Iterable[tuple[int, int]], region: Region) -> Region:
+    """Bounds inside an array as slices of a region of it."""
+    return tuple(slice(low - part.start, high - part.start) for (low, high), part in zip(bounds, region, strict=True))
 
 
 def _parse_metadata(document: Mapping[str, Any]) -> dict[str, Any]:

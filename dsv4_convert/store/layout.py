@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 Index: TypeAlias = tuple[int, ...]
+Region: TypeAlias = tuple[slice, ...]
 T = TypeVar("T")
 
 MANIFEST_FILE = "dsv4_manifest.json"
@@ -97,21 +98,20 @@ class ArrayLayout:
         """Bytes of a full chunk, which is also the size of every uncompressed chunk file."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    @property
-    def rows_are_contiguous(self) -> bool:
-        """Whether chunks split the first axis only, so that a run of rows is a run of bytes in the chunk file."""
-        return all(count == 1 for count in self.grid[1:]) and self.chunk_shape[1:] == self.shape[1:]
-
     def chunk_indices(self) -> Iterator[Index]:
         """Every chunk index in C order of the grid."""
         return itertools.product(*(range(count) for count in self.grid))
 
-    def chunks_of_rows(self, start: int, stop: int) -> Iterator[Index]:
-        """Every chunk that holds a part of rows ``start:stop`` of the first axis."""
-        if start >= stop:
+    def chunks_of_region(self, region: Region) -> Iterator[Index]:
+        """Every chunk that holds a part of a region: one slice with a start and a stop for each axis."""
+        if any(part.start >= part.stop for part in region):
             return iter(())
-        first = range(start // self.chunk_shape[0], -(-stop // self.chunk_shape[0]))
-        return itertools.product(first, *(range(count) for count in self.grid[1:]))
+        return itertools.product(
+            *(
+                range(part.start // size, -(-part.stop // size))
+                for part, size in zip(region, self.chunk_shape, strict=True)
+            )
+        )
 
     def chunk_region(self, index: Index) -> tuple[slice, ...]:
         """The part of the array that chunk ``index`` holds, clipped to the array."""
@@ -123,6 +123,14 @@ class ArrayLayout:
     def clipped_shape(self, index: Index) -> tuple[int, ...]:
         """Shape of chunk ``index`` without padding."""
         return tuple(part.stop - part.start for part in self.chunk_region(index))
+
+
+def bounded(region: Region, shape: Sequence[int]) -> Region:
+    """Slices with starts and stops. Raises :class:`ValueError` for a step, or another number of axes."""
+    bounds = [part.indices(size) for part, size in zip(region, shape, strict=True)]
+    if any(step != 1 for *_, step in bounds):
+        raise ValueError(f"slices must have step 1, got {region}")
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
 
 
 def row_chunks(shape: Sequence[int], dtype: np.dtype[Any], *, limit: int = DEFAULT_CHUNK_BYTES) -> tuple[int, ...]:

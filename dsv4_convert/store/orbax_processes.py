@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.store.processes import ALONE, Processes
 
 
@@ -26,15 +27,27 @@ def current_processes() -> Processes:
     )
 
 
-def join(coordinator: str, count: int, index: int) -> Processes:
+def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Processes:
     """Initialise ``jax.distributed`` and wait for the others.
 
     Args:
-        coordinator: ``HOST:PORT`` of process 0.
+        coordinator: ``HOST:PORT`` of process 0; None, as the others, where JAX finds out by itself, as on a TPU slice.
         count: number of processes.
         index: number of this one, from 0.
+
+    Raises:
+        UsageError: JAX cannot find out.
+        ResourceError: the others are not there in time.
     """
     import jax
 
-    jax.distributed.initialize(coordinator_address=coordinator, num_processes=count, process_id=index)
+    try:
+        jax.distributed.initialize(coordinator_address=coordinator, num_processes=count, process_id=index)
+    except ValueError as error:
+        raise UsageError(
+            f"JAX does not know the processes here ({error}); say where with --coordinator HOST:PORT, "
+            "--num-processes and --process-id"
+        ) from error
+    except RuntimeError as error:
+        raise ResourceError(f"cannot join the other processes: {error}") from error
     return current_processes()

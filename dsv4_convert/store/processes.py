@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from dsv4_convert.errors import ResourceError
+from dsv4_convert.errors import BadInput, CheckFailed, ResourceError, UsageError
 
 #: A process waits this long for the slowest one, in milliseconds. One that died is noticed by JAX's own heartbeat.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
+
+#: What one process says to the others by its name.
+_ERRORS = {kind.__name__: kind for kind in (BadInput, CheckFailed, ResourceError, UsageError)}
 
 
 class KeyValues(Protocol):
@@ -43,22 +46,45 @@ class Processes:
         """Run the block, then wait until every process has run its own. A failure of one is a failure of all.
 
         Raises:
-            ResourceError: another process failed; its message is passed on.
+            Dsv4Error: another process failed. Its message is passed on, and if it is one of ours its class, and so its
+                exit code; any other is a :class:`ResourceError`.
         """
         if self.service is None:
             yield
             return
-        key = f"dsv4/{next(self._steps)}/{name}"
+        step = next(self._steps)
         try:
             yield
         except BaseException as error:
-            self.service.key_value_set(f"{key}/{self.index}", f"{type(error).__name__}: {error}")
+            self._tell_failure(step, error)
             raise
-        self.service.key_value_set(f"{key}/{self.index}", "")
+        self.service.key_value_set(self._key(step, self.index), "")
         for other in range(self.count):
-            failure = self.service.blocking_key_value_get(f"{key}/{other}", _PATIENCE_MS)
+            failure = self.service.blocking_key_value_get(self._key(step, other), _PATIENCE_MS)
             if failure:
-                raise ResourceError(f"process {other} of {self.count} failed in step {name!r}: {failure}")
+                kind, _, message = failure.partition(": ")
+                known = _ERRORS.get(kind)
+                what = f"process {other} of {self.count} failed in step {name!r}"
+                raise ResourceError(f"{what}: {failure}") if known is None else known(f"{what}: {message}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block of steps. A failure between two of them is one of the next, where the others learn of it."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell_failure(next(self._steps), error)
+            raise
+
+    def _tell_failure(self, step: int, error: BaseException) -> None:
+        # If the service is gone, so are the others; the error itself is what counts.
+        if self.service is not None:
+            with suppress(Exception):
+                self.service.key_value_set(self._key(step, self.index), f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def _key(step: int, index: int) -> str:
+        return f"dsv4/{step}/{index}"
 
 
 ALONE = Processes()

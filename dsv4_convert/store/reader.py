@@ -15,7 +15,16 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.store.arrays import Array, StoredArray
-from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, chunk_file, nested
+from dsv4_convert.store.layout import (
+    MANIFEST_FILE,
+    ArrayLayout,
+    Index,
+    Region,
+    bounded,
+    chunk_digest,
+    chunk_file,
+    nested,
+)
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import work_through
@@ -82,6 +91,15 @@ class Store:
         if not 0 <= at < rows:
             raise IndexError(f"{path}: index {index} is outside its {rows} rows")
         return self.open_leaf(path).read_rows(at, at + 1)[0, ...]
+
+    def read_region(self, path: str, region: Region) -> Array:
+        """A part of a leaf: one slice for every axis. Reads only the bytes concerned, of compressed chunks these.
+
+        Raises:
+            UsageError, BadInput: as :meth:`read`.
+            ValueError: as :func:`~dsv4_convert.store.layout.bounded`.
+        """
+        return self.open_leaf(path).read_region(bounded(region, self.leaf(path).shape))
 
     def read_tree(self, prefix: str = "") -> dict[str, Any]:
         """All leaves below ``prefix`` as a nested dict without it: ``read_tree("layers.0")["attn"]["wq_a"]``.

@@ -42,7 +42,7 @@ def test_chunks_cover_every_element_once(sizes: list[tuple[int, int]]) -> None:
     assert len(indices) == layout.chunk_count
     assert indices == sorted(indices)
     if shape:
-        assert list(layout.chunks_of_rows(0, shape[0])) == indices
+        assert list(layout.chunks_of_region(tuple(map(slice, [0] * len(shape), shape)))) == indices
 
 
 @given(st.integers(0, 5000), st.lists(st.integers(1, 40), max_size=2), st.integers(1, 4000))

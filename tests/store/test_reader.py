@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -80,23 +81,32 @@ def test_entries_are_those_of_numpy(grids, path: str) -> None:
             store.read(path, index)
 
 
-def test_a_slice_reads_only_its_bytes(grids, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_is_what_is_asked_for(grids, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every region of every way to cut an array: its numbers, and not a byte more read than it has."""
     from dsv4_convert.store.arrays import StoredArray
 
     read: list[int] = []
     read_bytes = StoredArray._read_bytes
 
-    def noted(self, index, into, *, offset):
-        read.append(len(into))
-        read_bytes(self, index, into, offset=offset)
+    def noted(self, index, runs):
+        runs = list(runs)
+        read.extend(len(into) for into, _ in runs)
+        read_bytes(self, index, runs)
 
     monkeypatch.setattr(StoredArray, "_read_bytes", noted)
-    store, _ = grids
-    store.read("rows", slice(2, 5))
-    assert read == [4 * 6 * 4, 2 * 4 * 6 * 4]
+    store, arrays = grids
+    for path in ("rows", "blocks", "whole", "vector"):
+        array = arrays[path]
+        cuts = [[slice(a, b) for a in (0, 1, size // 2) for b in (size // 2, size - 1, size)] for size in array.shape]
+        for region in itertools.product(*cuts):
+            read.clear()
+            np.testing.assert_array_equal(store.read_region(path, region), array[region], strict=True)
+            assert sum(read) == array[region].nbytes
     read.clear()
-    store.read("blocks", 5)
-    assert len(read) == 4
+    store.read("rows", slice(2, 5))
+    assert read == [4 * 6 * 4, 2 * 4 * 6 * 4], "rows that follow each other are one run"
+    with pytest.raises(ValueError, match="step 1"):
+        store.read_region("vector", (slice(None, None, 2),))
 
 
 def test_everything_comes_back(checkpoint: Path, arrays) -> None:

@@ -116,9 +116,9 @@ class Held:
         """Nothing is stored."""
         return False
 
-    def read_outputs(self, path: str, start: int, stop: int, dtype: Any = np.float32) -> Array:
-        """Some columns."""
-        return self.arrays[path][:, start:stop]
+    def read_region(self, path: str, region: tuple[slice, ...], dtype: Any = np.float32) -> Array:
+        """A part of one."""
+        return self.arrays[path][region]
 
 
 @dataclasses.dataclass(frozen=True)

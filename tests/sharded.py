@@ -1,0 +1,140 @@
+"""What tests/test_sharded_restore.py runs in processes of its own: ``python -m tests.sharded PART FOLDER …``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv4_convert import Storage, Weights, restore_model
+from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.model.axes import partition
+from dsv4_convert.model.mesh import make_mesh, parse_mesh
+from dsv4_convert.model.segments import segments
+from dsv4_convert.store import Store, open_store
+from dsv4_convert.store.arrays import StoredArray
+from dsv4_convert.store.layout import nested
+from dsv4_convert.store.orbax_processes import join
+
+FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+
+
+def leaves(model: Any) -> dict[tuple[Any, ...], Any]:
+    """The variables of a model by their keys."""
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+def every_leaf(folder: Path) -> None:
+    """On 8 devices: every leaf is that of the plain restore, laid out by its axes, from every storage."""
+    sizes = parse_mesh("fsdp=2,expert=2,tensor=2")
+    mesh = make_mesh(sizes, jax.devices())
+    for storage in Storage:
+        weights = Weights.open(folder / storage)
+        for dtype in (FLOAT32, BFLOAT16)[: 1 + (storage is Storage.SOURCE)]:
+            plain = leaves(restore_model(weights, drafts=True, dtype=dtype))
+            listed = leaves(restore_model(weights, drafts=True, dtype=dtype, mesh=mesh))
+            scanned = leaves(restore_model(weights, drafts=True, dtype=dtype, mesh=mesh, scanned=True))
+            here = leaves(restore_model(weights, drafts=True, dtype=dtype, scanned=True))
+            assert listed.keys() == plain.keys()
+            assert scanned.keys() == here.keys() != plain.keys()
+            stacks = 0
+            for key, variable in (*listed.items(), *scanned.items()):
+                found, value = variable.get_value(), plain.get(key)
+                if value is not None:
+                    expected = np.asarray(value.get_value())
+                else:
+                    _, _, segment, place, *rest = key
+                    layers = segments(weights.config)[segment].layers(place)
+                    expected = np.stack([np.asarray(plain["layers", layer, *rest].get_value()) for layer in layers])
+                    assert np.array_equal(np.asarray(here[key].get_value()), expected), key
+                    stacks += len(layers) > 1
+                assert found.dtype == expected.dtype, key
+                assert np.array_equal(np.asarray(found), expected), key
+                spec = partition(variable.axes, expected.shape, sizes, what=str(key))
+                assert found.sharding == NamedSharding(mesh, spec), key
+                if "tid2eid" in key or "norm" in key:
+                    assert found.sharding.is_fully_replicated, key
+                elif "experts" in key:
+                    inner = ("fsdp", "tensor") if key[-1] != "w2" else ("tensor", "fsdp")
+                    assert found.sharding.spec == PartitionSpec(*[None] * (found.ndim - 3), "expert", *inner), key
+                    assert {shard.data.size for shard in found.addressable_shards} == {found.size // 8}, key
+            assert stacks, "no layers are stacked"
+    with pytest.raises(UsageError, match=r"experts\.w1: its axis experts has 6, which the mesh axes expert=4 do not"):
+        restore_model(weights, mesh=make_mesh({"expert": 4, "tensor": 2}, jax.devices()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda self: "MemAvailable:     100 kB\n")
+        with pytest.raises(ResourceError, match=r"the devices of this process take [\d,]+ bytes in float32, 102,400"):
+            restore_model(weights, mesh=mesh)
+
+
+def own_ranges(folder: Path) -> None:
+    """In each of several processes: what is read is what its devices hold, and plain Orbax gives the same arrays."""
+    read = 0
+    read_bytes = StoredArray._read_bytes
+
+    def noted(self: StoredArray, index: Any, runs: Any) -> None:
+        nonlocal read
+        runs = list(runs)
+        read += sum(len(into) for into, _ in runs)
+        read_bytes(self, index, runs)
+
+    mesh = make_mesh(parse_mesh("tensor=2,fsdp=2"), jax.devices())
+    store = open_store(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredArray, "_read_bytes", noted)
+        variables = leaves(restore_model(Weights(store), drafts=True, dtype=BFLOAT16, mesh=mesh))
+    arrays = {".".join(map(str, key)): variable.get_value() for key, variable in variables.items()}
+    assert arrays.keys() == set(store.paths)
+    share = sum(_held(store, path, array) for path, array in arrays.items())
+    total = sum(store.leaf(path).nbytes for path in store.paths)
+    assert read == share, (read, share)
+    experts = [path for path in arrays if ".experts." in path]
+    assert len(experts) == 7 * 3
+    assert sum(_held(store, path, arrays[path]) for path in experts) == sum(store.leaf(e).nbytes for e in experts) / 2
+    assert share < 0.65 * total, (share, total)
+
+    abstract = {
+        path: jax.ShapeDtypeStruct(array.shape, store.leaf(path).dtype, sharding=array.sharding)
+        for path, array in arrays.items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        theirs = dict(_flat(checkpointer.restore(folder, nested(abstract))))
+    for path, array in arrays.items():
+        assert theirs[path].sharding == array.sharding, path
+        for ours, its in zip(array.addressable_shards, theirs[path].addressable_shards, strict=True):
+            assert ours.device == its.device
+            assert np.array_equal(np.asarray(ours.data), np.asarray(its.data).astype(array.dtype)), path
+    print(jax.process_index(), len(arrays), read, total)
+
+
+def _held(store: Store, path: str, array: jax.Array) -> int:
+    """Stored bytes of what this process holds of an array, each number once."""
+    parts = {str(shard.index): shard.data.size for shard in array.addressable_shards}
+    return sum(parts.values()) * store.leaf(path).dtype.itemsize
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
+    for name, value in tree.items():
+        yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=["every_leaf", "own_ranges"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    given = parser.parse_args()
+    if given.coordinator is not None:
+        join(given.coordinator, given.num_processes, given.process_id)
+    globals()[given.part](given.folder)

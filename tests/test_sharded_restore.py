@@ -1,0 +1,36 @@
+"""A converted model straight into a mesh: the numbers of the plain restore, every process reading its ranges only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_convert.convert import Storage, hf_to_orbax
+from golden.synthetic import tiny_config, write_checkpoint
+
+from .processes import end, start, together
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model in every storage. Shards cut the tiles of FP8 and the groups of FP4, and layers repeat."""
+    folder = tmp_path_factory.mktemp("converted")
+    raw: dict[str, Any] = tiny_config(
+        hidden_size=192, moe_intermediate_size=96, num_hidden_layers=6, compress_ratios=[0, 4, 128, 4, 128, 4, 0]
+    )
+    write_checkpoint(folder / "hf", raw, seed=1)
+    for storage in Storage:
+        hf_to_orbax(folder / "hf", folder / storage, storage=storage)
+    return folder
+
+
+def test_every_leaf_on_eight_devices(converted: Path) -> None:
+    ended = end(start(["-m", "tests.sharded", "every_leaf", str(converted)], devices=8))
+    assert ended.code == 0, ended.err
+
+
+def test_two_processes_read_their_own_ranges(converted: Path) -> None:
+    ended = together(["-m", "tests.sharded", "own_ranges", str(converted / "bfloat16")], 2, devices=2)
+    assert [process.code for process in ended] == [0, 0], ended
