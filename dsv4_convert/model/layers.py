@@ -105,7 +105,10 @@ def _stacked(block: Block, count: int) -> Block:
     """A block whose parameters have room for ``count`` layers."""
     graph, state = nnx.split(block)
     flat = {
-        key: variable.replace(jnp.zeros((count, *variable.shape), variable.dtype), axes=("layer", *variable.axes))
+        key: variable.replace(
+            jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), variable.get_value()),
+            axes=("layer", *variable.axes),
+        )
         for key, variable in nnx.to_flat_state(state)
     }
     return nnx.merge(graph, nnx.from_flat_state(flat))
