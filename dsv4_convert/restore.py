@@ -14,6 +14,8 @@ import numpy as np
 from dsv4_convert import names
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.formats import cast_plain
+from dsv4_convert.formats.checks import E8M0
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Store, open_store, verify
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
 _GROUPED = names.Transform.GROUPED
+#: Leaves of a quantised parameter in a store of storage ``source``.
+_PARTS = ("weight", "scale")
 
 
 class Parameters(Protocol):
@@ -161,6 +165,47 @@ class Weights:
         leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
         return bool(verify(self._store, leaves=leaves))
 
+    def check_codes(self) -> None:
+        """Raises :class:`UsageError` unless the weights are stored as they were published."""
+        if self.metadata["storage"] != "source":
+            raise UsageError(
+                f"{self._store.folder}: its weights are expanded to {self.metadata['storage']}; to compute from the "
+                "published codes, convert the source again with --dtype source"
+            )
+
+    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int]] | None:
+        """A quantised parameter as :class:`~dsv4_convert.model.encoded.Encoded` has it: codes, scales, and its block.
+
+        In the model's orientation; float8_e4m3fn or packed uint8, and uint8 or float32. None for a parameter that is
+        not quantised.
+
+        For storage ``source`` alone (:meth:`check_codes`).
+        """
+        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+
+        if f"{path}.scale" not in self._store.paths:
+            return None
+        rule = names.rule_of(path)
+        if rule.per_expert:
+            experts = range(self.config.n_routed_experts)
+            pairs = [_turned(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts]
+            codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
+            return codes, scales, FP4_BLOCK if codes.dtype == np.uint8 else FP8_BLOCK
+        codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
+        if rule.transform is not _GROUPED:
+            return *_turned(codes, scales), FP8_BLOCK
+        outputs = codes.shape[0] // self.config.o_groups
+        block = grouped_block(outputs)
+        # Where groups are narrower than a block, those that are in one each get its scale.
+        scales = scales[np.arange(0, codes.shape[0], block[1]) // FP8_BLOCK[1]]
+        return grouped(codes, self.config.o_groups), grouped(_as_bytes(scales), self.config.o_groups), block
+
+    def encoded_bytes(self, path: str) -> int | None:
+        """Bytes of a quantised parameter's codes and scales; None for one that is not."""
+        leaves = self._store.manifest.leaves
+        parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
+        return sum(part.layout.nbytes for part in parts) if parts else None
+
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else _FLOAT32
         published = self.metadata["storage"] == "source"
@@ -172,6 +217,17 @@ class Weights:
         transpose = published and rule.transform is names.Transform.TRANSPOSE
         decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
+
+
+def _turned(codes: Array, scales: Array) -> tuple[Array, Array]:
+    """The published ``[out, in]`` as ``[in, out]``, packed FP4 and E8M0 as uint8."""
+    parts = (_as_bytes(codes), _as_bytes(scales))
+    first, second = (cast_plain(part, dtype=part.dtype, transpose=True) for part in parts)
+    return first, second
+
+
+def _as_bytes(part: Array) -> Array:
+    return part.view(np.uint8) if part.dtype in (np.int8, E8M0) else part
 
 
 def grouped(matrix: Array, groups: int) -> Array:
@@ -199,16 +255,23 @@ def restore_block(
 
 
 def restore_model(
-    weights: Whole, *, dtype: np.dtype[Any] = _FLOAT32, drafts: bool = False, release: bool = False
+    weights: Whole,
+    *,
+    dtype: np.dtype[Any] = _FLOAT32,
+    drafts: bool = False,
+    release: bool = False,
+    encoded: bool = False,
 ) -> Model:
     """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
 
     With ``release`` it rounds on the way where DeepSeek's inference code does; ``dtype`` is that of its activations.
+    With ``encoded`` quantised matrices stay the codes and scales that were published, of which each use makes numbers
+    in ``dtype``: less memory, and more work where they are used.
 
     Raises:
         ResourceError: the memory of this machine is too small for it (where the model runs on the CPU).
-        UsageError: layers are missing, or the stages that are asked for; or the model's widths are not those of release
-            numerics.
+        UsageError: layers are missing, or the stages that are asked for; the model's widths are not those of release
+            numerics; or ``encoded`` of weights whose storage is not ``source``.
     """
     from flax import nnx
 
@@ -222,11 +285,17 @@ def restore_model(
         weights.check_stages()
     else:
         config = dataclasses.replace(config, num_mtp_stages=0)
-    _check_memory(config, dtype)
-    return _fill(nnx.eval_shape(lambda: Model(config, numerics)), weights, "", dtype)
+    codes = None
+    if encoded:
+        if not isinstance(weights, Weights):
+            raise UsageError("encoded weights come from a converted checkpoint: convert the source with --dtype source")
+        weights.check_codes()
+        codes = weights
+    _check_memory(config, dtype, codes)
+    return _fill(nnx.eval_shape(lambda: Model(config, numerics)), weights, "", dtype, codes)
 
 
-def _check_memory(config: Config, dtype: np.dtype[Any]) -> None:
+def _check_memory(config: Config, dtype: np.dtype[Any], codes: Weights | None) -> None:
     import jax
 
     file = Path("/proc/meminfo")
@@ -235,30 +304,42 @@ def _check_memory(config: Config, dtype: np.dtype[Any]) -> None:
     available = next(
         1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("MemAvailable")
     )
-    needed = sum(
-        math.prod(rule.target_shape(config, layer)) * (dtype if rule.kind.follows_dtype else _FLOAT32).itemsize
-        for _, rule, layer in names.parameters(config)
-    )
+
+    def held(path: str, rule: names.Rule, layer: int | None) -> int:
+        coded = None if codes is None else codes.encoded_bytes(path)
+        if coded is not None:
+            return coded
+        return math.prod(rule.target_shape(config, layer)) * (dtype if rule.kind.follows_dtype else _FLOAT32).itemsize
+
+    needed = sum(held(*parameter) for parameter in names.parameters(config))
     if needed > available:
         raise ResourceError(
-            f"the whole model takes {needed:,} bytes in {dtype}, {available:,} are available; parity, which holds one "
-            "layer at a time, runs on this machine"
+            f"the whole model takes {needed:,} bytes in {dtype if codes is None else 'its published form'}, "
+            f"{available:,} are available; parity, which holds one layer at a time, runs on this machine"
         )
 
 
-def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any]) -> Any:
-    """Give every variable of an abstract module its value. Raises :class:`BadInput` on a wrong shape."""
+def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any], codes: Weights | None = None) -> Any:
+    """Give every variable of an abstract module its value, from ``codes`` those that are quantised.
+
+    Raises:
+        BadInput: a wrong shape.
+    """
+    import jax
     import jax.numpy as jnp
     from flax import nnx
+
+    from dsv4_convert.model.encoded import Encoded
 
     graph, state = nnx.split(module)
     filled = {}
     for key, variable in nnx.to_flat_state(state):
         path = prefix + ".".join(map(str, key))
-        value = weights.read(path, dtype)
+        coded = None if codes is None else codes.read_codes(path)
+        value = weights.read(path, dtype) if coded is None else Encoded(*coded, np.dtype(dtype))
         if value.shape != variable.shape:
             raise BadInput(f"{path}: the model has shape {list(variable.shape)}, the checkpoint {list(value.shape)}")
-        filled[key] = variable.replace(jnp.asarray(value))
+        filled[key] = variable.replace(jax.tree.map(jnp.asarray, value))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

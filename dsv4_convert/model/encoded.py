@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsv4_convert.errors import UsageError
@@ -113,7 +112,10 @@ def decoded(
     inputs = 2 * rows if packed else rows
     blocks = scales.shape[-2:]
     # Whole blocks; only the last ones may be cut off, and those of no release are.
-    short = [(0, 0)] * len(stack) + [(0, blocks[0] * block[0] // (1 + packed) - rows), (0, blocks[1] * block[1] - outputs)]
+    short = [(0, 0)] * len(stack) + [
+        (0, blocks[0] * block[0] // (1 + packed) - rows),
+        (0, blocks[1] * block[1] - outputs),
+    ]
     codes = jnp.pad(codes, short) if any(after for _, after in short) else codes
     values = _e2m1(codes) if packed else codes.astype(jnp.float32)
     values = values.reshape(*stack, blocks[0], block[0], blocks[1], block[1])

@@ -130,7 +130,7 @@ def packed(
         def one(rows: Array, share: Array, w1: Array, w2: Array, w3: Array) -> Array:
             return weighted(rows, share, w1, w2, w3, limit, numerics)
 
-        every = jax.vmap(one)
+        every: Callable[..., Array] = jax.vmap(one)
 
         def run(rows: Array, share: Array) -> Array:
             count = _pieces(amount, stack)
