@@ -15,8 +15,7 @@ from dsv4_convert import names
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.formats import cast_plain
-from dsv4_convert.formats.checks import E8M0
-from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.formats.weight import PACKED_FP4, decode_weight
 from dsv4_convert.store import Store, open_store, verify
 
 if TYPE_CHECKING:
@@ -173,32 +172,31 @@ class Weights:
                 "published codes, convert the source again with --dtype source"
             )
 
-    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int]] | None:
-        """A quantised parameter as :class:`~dsv4_convert.model.encoded.Encoded` has it: codes, scales, and its block.
+    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
+        """Codes, scales, block and packing of a quantised parameter, as
+        :class:`~dsv4_convert.model.encoded.Encoded` has them; None for one that is not quantised.
 
-        In the model's orientation; float8_e4m3fn or packed uint8, and uint8 or float32. None for a parameter that is
-        not quantised.
-
-        For storage ``source`` alone (:meth:`check_codes`).
+        In the model's orientation. For storage ``source`` alone (:meth:`check_codes`).
         """
         from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
 
         if f"{path}.scale" not in self._store.paths:
             return None
         rule = names.rule_of(path)
+        packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
         if rule.per_expert:
             experts = range(self.config.n_routed_experts)
             pairs = [_turned(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts]
             codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
-            return codes, scales, FP4_BLOCK if codes.dtype == np.uint8 else FP8_BLOCK
+            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
         codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
         if rule.transform is not _GROUPED:
-            return *_turned(codes, scales), FP8_BLOCK
-        outputs = codes.shape[0] // self.config.o_groups
-        block = grouped_block(outputs)
+            return *_turned(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
+        groups = self.config.o_groups
+        block = grouped_block(len(codes) // groups)
         # Where groups are narrower than a block, those that are in one each get its scale.
-        scales = scales[np.arange(0, codes.shape[0], block[1]) // FP8_BLOCK[1]]
-        return grouped(codes, self.config.o_groups), grouped(_as_bytes(scales), self.config.o_groups), block
+        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
+        return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
 
     def encoded_bytes(self, path: str) -> int | None:
         """Bytes of a quantised parameter's codes and scales; None for one that is not."""
@@ -220,14 +218,14 @@ class Weights:
 
 
 def _turned(codes: Array, scales: Array) -> tuple[Array, Array]:
-    """The published ``[out, in]`` as ``[in, out]``, packed FP4 and E8M0 as uint8."""
-    parts = (_as_bytes(codes), _as_bytes(scales))
-    first, second = (cast_plain(part, dtype=part.dtype, transpose=True) for part in parts)
-    return first, second
+    """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
+    codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
+    return codes, scales
 
 
 def _as_bytes(part: Array) -> Array:
-    return part.view(np.uint8) if part.dtype in (np.int8, E8M0) else part
+    """Codes and E8M0 scales as what they are stored in; float32 scales as they are."""
+    return part.view(np.uint8) if part.dtype.itemsize == 1 else part
 
 
 def grouped(matrix: Array, groups: int) -> Array:

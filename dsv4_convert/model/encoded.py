@@ -38,40 +38,40 @@ class Encoded:
     to programs as any weight is.
 
     Attributes:
-        codes: FP8 ``[..., I, O]`` float8_e4m3fn, or packed FP4 ``[..., I / 2, O]`` uint8, whose low half is the even
-            input.
+        codes: bytes: FP8 (e4m3) ``[..., I, O]``, or packed FP4 (e2m1) ``[..., I / 2, O]``, whose low half is the even
+            input. Not in a dtype of eight bits, of which XLA on CPU widens a whole stack before it takes one matrix.
         scales: ``[..., ceil(I / block[0]), ceil(O / block[1])]``: E8M0 bytes as uint8, or float32.
         block: inputs and outputs that share a scale.
+        packed: codes are FP4.
         dtype: of decoded numbers.
     """
 
     codes: Any
     scales: Any
     block: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    packed: bool = dataclasses.field(metadata={"static": True})
     dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the numbers."""
         *stack, rows, outputs = self.codes.shape
-        return (*stack, 2 * rows if self.codes.dtype == jnp.uint8 else rows, outputs)
+        return (*stack, 2 * rows if self.packed else rows, outputs)
 
     def __getitem__(self, index: EllipsisType | int | Int[Array, ""]) -> Float[Array, "..."]:
         """Decode all, or one entry of the first axis."""
-        if index is ...:
-            return decoded(self.codes, self.scales, self.block, self.dtype)
-        if len(self.shape) < 3:
+        if index is not ... and len(self.shape) < 3:
             raise IndexError("rows of an encoded matrix cannot be decoded one by one")
-        return decoded(self.codes[index], self.scales[index], self.block, self.dtype)
+        return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
 
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
     """Zeros in the form of :class:`Encoded`, for ``shape`` ``[..., I, O]``."""
     *stack, inputs, outputs = shape
-    codes = jnp.zeros((*stack, inputs // 2, outputs), jnp.uint8) if packed else jnp.zeros(shape, jnp.float8_e4m3fn)
+    codes = jnp.zeros((*stack, inputs // 2 if packed else inputs, outputs), jnp.uint8)
     blocks = (-(-inputs // block[0]), -(-outputs // block[1]))
     scales = jnp.zeros((*stack, *blocks), jnp.float32 if float_scales else jnp.uint8)
-    return Encoded(codes, scales, block, np.dtype(dtype))
+    return Encoded(codes, scales, block, packed, np.dtype(dtype))
 
 
 def grouped_block(outputs: int) -> tuple[int, int]:
@@ -100,14 +100,36 @@ def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -
                 f"{what}: its axis {axis} has {size} in blocks of {block} that share a scale, which the mesh axes "
                 f"{over} do not divide; keep the weights expanded, or make that axis of the mesh smaller"
             )
-    return Encoded(spec, spec, value.block, value.dtype)
+    return dataclasses.replace(value, codes=spec, scales=spec)
+
+
+def after(value: Float[Array, "..."], encoded: Encoded) -> Encoded:
+    """``encoded``, of which numbers are made only when ``value`` is there.
+
+    They depend on nothing that is computed, so a compiler may make those of all layers before the first layer runs.
+    XLA on CPU does, and heeds no barrier: there they are made to depend on what it cannot know to be false.
+    """
+
+    def on_cpu(value: Array, scales: Array) -> Array:
+        return jnp.where(value.reshape(-1)[0] > jnp.inf, jnp.zeros_like(scales), scales)
+
+    def default(value: Array, scales: Array) -> Array:
+        tied: Array = jax.lax.optimization_barrier((value, scales))[1]
+        return tied
+
+    scales = jax.lax.platform_dependent(value, encoded.scales, cpu=on_cpu, default=default)
+    return dataclasses.replace(encoded, scales=scales)
 
 
 def decoded(
-    codes: Shaped[Array, "*stack P O"], scales: Shaped[Array, "*stack R C"], block: tuple[int, int], dtype: Any
+    codes: UInt8[Array, "*stack P O"],
+    scales: Shaped[Array, "*stack R C"],
+    block: tuple[int, int],
+    *,
+    packed: bool,
+    dtype: Any,
 ) -> Float[Array, "*stack I O"]:
     """The numbers that codes and scales stand for (:class:`Encoded`)."""
-    packed = codes.dtype == jnp.uint8
     *stack, rows, outputs = codes.shape
     inputs = 2 * rows if packed else rows
     blocks = scales.shape[-2:]
@@ -117,7 +139,7 @@ def decoded(
         (0, blocks[1] * block[1] - outputs),
     ]
     codes = jnp.pad(codes, short) if any(after for _, after in short) else codes
-    values = _e2m1(codes) if packed else codes.astype(jnp.float32)
+    values = _e2m1(codes) if packed else _e4m3(codes)
     values = values.reshape(*stack, blocks[0], block[0], blocks[1], block[1])
     for factor in [scales] if scales.dtype == jnp.float32 else _powers(scales):
         values = values * factor[..., :, None, :, None]
@@ -138,6 +160,10 @@ def _e2m1(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P 2 O"]:
     normal = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
     value = jnp.where(magnitude < 2, 0.5 * magnitude.astype(jnp.float32), normal)
     return jnp.where(half < 8, value, -value)
+
+
+def _e4m3(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def _powers(scales: UInt8[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], Float[Array, "*stack R C"]]:
