@@ -92,13 +92,13 @@ def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -
     spec = partition(axes, value.shape, sizes, what=what)
     if not isinstance(value, Encoded):
         return spec
-    matrix = zip(axes[-2:], value.shape[-2:], value.block, spec[-2:], strict=True)
-    for axis, size, block, split in matrix:
-        if split and size % (block * math.prod(sizes[name] for name in split)):
-            over = ", ".join(f"{name}={sizes[name]}" for name in split)
+    for axis, size, block, split in zip(axes[-2:], value.shape[-2:], value.block, spec[-2:], strict=True):
+        over = {name: sizes[name] for name in ((split,) if isinstance(split, str) else split or ())}
+        if over and size % (block * math.prod(over.values())):
+            named = ", ".join(f"{name}={count}" for name, count in over.items())
             raise UsageError(
                 f"{what}: its axis {axis} has {size} in blocks of {block} that share a scale, which the mesh axes "
-                f"{over} do not divide; keep the weights expanded, or make that axis of the mesh smaller"
+                f"{named} do not divide; keep the weights expanded, or make that axis of the mesh smaller"
             )
     return dataclasses.replace(value, codes=spec, scales=spec)
 

@@ -105,8 +105,9 @@ class ScannedLayers(nnx.Module):
                 left = []
                 for graph, weight, state, taps in zip(graphs, weights, states, own, strict=True):
                     before = None if past is None else past.of(state)
-                    streams, after = nnx.merge(graph, weight)(streams, token_ids, positions, taps, before)
-                    left.append(after)
+                    block = _when_there(streams, nnx.merge(graph, weight))
+                    streams, new = block(streams, token_ids, positions, taps, before)
+                    left.append(new)
                 return streams, tuple(left)
 
             before = tuple(None for _ in own) if past is None else past.cache[index]
