@@ -14,7 +14,8 @@ import numpy as np
 from dsv4_convert import names
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
+from dsv4_convert.formats import cast_plain
+from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
 _GROUPED = names.Transform.GROUPED
+#: Leaves of a quantised parameter in a store of storage ``source``.
+_PARTS = ("weight", "scale")
 
 
 class Parameters(Protocol):
@@ -196,6 +199,46 @@ class Weights:
         leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
         return bool(verify(self._store, leaves=leaves))
 
+    def check_codes(self) -> None:
+        """Raises :class:`UsageError` unless the weights are stored as they were published."""
+        if self.metadata["storage"] != "source":
+            raise UsageError(
+                f"{self._store.folder}: its weights are expanded to {self.metadata['storage']}; to compute from the "
+                "published codes, convert the source again with --dtype source"
+            )
+
+    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
+        """Codes, scales, block and packing of a quantised parameter, as
+        :class:`~dsv4_convert.model.encoded.Encoded` has them; None for one that is not quantised.
+
+        In the model's orientation. For storage ``source`` alone (:meth:`check_codes`).
+        """
+        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+
+        if f"{path}.scale" not in self._store.paths:
+            return None
+        rule = names.rule_of(path)
+        packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
+        if rule.per_expert:
+            experts = range(self.config.n_routed_experts)
+            pairs = [_turned(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts]
+            codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
+            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
+        codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
+        if rule.transform is not _GROUPED:
+            return *_turned(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
+        groups = self.config.o_groups
+        block = grouped_block(len(codes) // groups)
+        # Where groups are narrower than a block, those that are in one each get its scale.
+        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
+        return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
+
+    def encoded_bytes(self, path: str) -> int | None:
+        """Bytes of a quantised parameter's codes and scales; None for one that is not."""
+        leaves = self._store.manifest.leaves
+        parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
+        return sum(part.layout.nbytes for part in parts) if parts else None
+
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else _FLOAT32
         published = self.metadata["storage"] == "source"
@@ -245,6 +288,17 @@ def _dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if rule.kind.follows_dtype else _FLOAT32
 
 
+def _turned(codes: Array, scales: Array) -> tuple[Array, Array]:
+    """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
+    codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
+    return codes, scales
+
+
+def _as_bytes(part: Array) -> Array:
+    """Codes and E8M0 scales as what they are stored in; float32 scales as they are."""
+    return part.view(np.uint8) if part.dtype.itemsize == 1 else part
+
+
 def grouped(matrix: Array, groups: int) -> Array:
     """The published ``[groups * out, in]`` of a block-diagonal matrix as ``[groups, in, out]``."""
     return np.ascontiguousarray(matrix.reshape(groups, -1, matrix.shape[1]).transpose(0, 2, 1))
@@ -281,6 +335,7 @@ def restore_model(
     release: bool = False,
     scanned: bool = False,
     mesh: Mesh | None = None,
+    encoded: bool = False,
 ) -> Model:
     """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
 
@@ -291,11 +346,15 @@ def restore_model(
     one array over all of it, laid out by :mod:`dsv4_convert.model.axes`. A process reads the parts of its own devices
     and holds, beside these, one part of one parameter.
 
+    With ``encoded`` quantised matrices stay the codes and scales that were published, of which each use makes numbers
+    in ``dtype``: less memory, and more work where they are used.
+
     Raises:
         ResourceError: the memory of this machine is too small for it (where the model runs on the CPU), or on a mesh
             for the parts of this process.
         UsageError: layers are missing, or the stages that are asked for; the model's widths are not those of release
-            numerics; or the mesh does not divide an axis that it splits.
+            numerics; the mesh does not divide an axis that it splits; or ``encoded`` of weights whose storage is not
+            ``source``, or on a mesh or of scanned layers.
     """
     from flax import nnx
 
@@ -310,8 +369,23 @@ def restore_model(
     else:
         config = dataclasses.replace(config, num_mtp_stages=0)
     model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
-    _check_memory(model, weights.config, dtype, mesh)
-    return _fill(model, weights, "", dtype, mesh)
+    codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
+    _check_memory(model, weights.config, dtype, mesh, codes)
+    return _fill(model, weights, "", dtype, mesh, codes)
+
+
+def _codes(weights: Whole, *, apart: bool) -> Weights:
+    """Where encoded matrices come from, ``apart`` for one device and layers one by one.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if not isinstance(weights, Weights):
+        raise UsageError("encoded weights come from a converted checkpoint: convert the source with --dtype source")
+    if not apart:
+        raise UsageError("encoded weights are restored for one device and layers one by one; expand them here")
+    weights.check_codes()
+    return weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +473,7 @@ def _variables(module: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -
         yield key, variable, _Variable.of(key, variable, prefix, config, dtype)
 
 
-def _check_memory(model: Model, config: Config, dtype: np.dtype[Any], mesh: Mesh | None) -> None:
+def _check_memory(model: Model, config: Config, dtype: np.dtype[Any], mesh: Mesh | None, codes: Weights | None) -> None:
     import jax
 
     file = Path("/proc/meminfo")
@@ -411,27 +485,51 @@ def _check_memory(model: Model, config: Config, dtype: np.dtype[Any], mesh: Mesh
     )
     needed = 0
     for _, _, variable in _variables(model, "", config, dtype):
+        coded = None if codes is None else codes.encoded_bytes(variable.paths[0])
         shape, holders = variable.shape, 1
         if mesh is not None:
             sharding = variable.sharding(mesh)
             shape, holders = sharding.shard_shape(shape), len(sharding.addressable_devices)
-        needed += math.prod(shape) * holders * variable.dtype.itemsize
+        needed += math.prod(shape) * holders * variable.dtype.itemsize if coded is None else coded
     if needed > available:
         what = "the whole model takes" if mesh is None else "the devices of this process take"
         raise ResourceError(
-            f"{what} {needed:,} bytes in {dtype}, {available:,} are available; parity, which holds one layer at a "
-            "time, runs on this machine"
+            f"{what} {needed:,} bytes in {dtype if codes is None else 'their published form'}, {available:,} are "
+            "available; parity, which holds one layer at a time, runs on this machine"
         )
 
 
-def _fill(module: Any, weights: Parameters, prefix: str, dtype: np.dtype[Any], mesh: Mesh | None) -> Any:
-    """Give every variable of an abstract module its value. Raises :class:`BadInput` on a wrong shape."""
+def _fill(
+    module: Any,
+    weights: Parameters,
+    prefix: str,
+    dtype: np.dtype[Any],
+    mesh: Mesh | None,
+    codes: Weights | None = None,
+) -> Any:
+    """Give every variable of an abstract module its value, from ``codes`` those that are quantised.
+
+    Raises:
+        BadInput: a wrong shape.
+    """
+    import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from dsv4_convert.model.encoded import Encoded
+
     filled = {}
     for key, variable, origin in _variables(module, prefix, weights.config, dtype):
-        value = jnp.asarray(origin.read(weights)) if mesh is None else origin.on_mesh(weights, mesh)
+        coded = None if codes is None else codes.read_codes(origin.paths[0])
+        if mesh is not None:
+            value = origin.on_mesh(weights, mesh)
+        elif coded is None:
+            value = jnp.asarray(origin.read(weights))
+        else:
+            value = jax.tree.map(jnp.asarray, Encoded(*coded, np.dtype(dtype)))
+            if value.shape != variable.shape:
+                path = origin.paths[0]
+                raise BadInput(f"{path}: the model has shape {list(variable.shape)}, its codes {list(value.shape)}")
         filled[key] = variable.replace(value)
     return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
 

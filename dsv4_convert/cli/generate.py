@@ -45,6 +45,14 @@ def generate(
             help="release: quantise activations on the way, where DeepSeek's inference code does.",
         ),
     ] = "plain",
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="[expanded|source]",
+            help="source: keep FP8 and FP4 matrices as published, a third of bfloat16's memory, and decode each where "
+            "it is used. The same numbers. Needs a checkpoint of --dtype source.",
+        ),
+    ] = "expanded",
     speculative: Annotated[
         bool,
         typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes, greedy only."),
@@ -83,6 +91,7 @@ def generate(
     dtype = parse_choice("--dtype", dtype or ("bfloat16" if released else "float32"), ("float32", "bfloat16"))
     if released and dtype != "bfloat16":
         raise UsageError("--numerics release computes in bfloat16; leave --dtype out")
+    encoded = parse_choice("--weights", weights, ("expanded", "source")) == "source"
     width = jnp.dtype(dtype)
     if prompt is not None:
         assert file is not None
@@ -93,7 +102,8 @@ def generate(
     words = None if file is None else text_decoder(file)
     with status("generate") as say:
         say("restoring the model")
-        model = restore_model(Weights.open(checkpoint), dtype=width, drafts=speculative, release=released)
+        held = Weights.open(checkpoint)
+        model = restore_model(held, dtype=width, drafts=speculative, release=released, encoded=encoded)
         generator = Generator(model, width, speculative=speculative)
         count = [0] * len(given)
 
@@ -108,6 +118,7 @@ def generate(
         "checkpoint": str(checkpoint),
         "dtype": dtype,
         "numerics": numerics,
+        "weights": weights,
         "prompts": given,
         "tokens": found,
     }

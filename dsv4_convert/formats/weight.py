@@ -14,7 +14,8 @@ from dsv4_convert.formats import cast_plain, decode_fp4, decode_fp8
 from dsv4_convert.names import FP4_GROUP, FP8_TILE
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_PACKED_FP4 = (np.dtype(np.int8), np.dtype(np.uint8))
+#: Dtypes in which packed FP4 is stored.
+PACKED_FP4 = (np.dtype(np.int8), np.dtype(np.uint8))
 
 #: Bytes that a part of a matrix is decoded by.
 _BLOCK_BYTES = 64 << 20
@@ -43,7 +44,7 @@ def decode_weight(
         return cast_plain(stored, dtype=dtype, transpose=transpose, out=out)
     if stored.dtype == _FP8:
         return decode_fp8(stored, scale, dtype=dtype, transpose=transpose, out=out)
-    if stored.dtype in _PACKED_FP4:
+    if stored.dtype in PACKED_FP4:
         return decode_fp4(stored, scale, dtype=dtype, transpose=transpose, out=out)
     raise BadInput(f"a weight of dtype {stored.dtype} has no scale; expected float8_e4m3fn or packed int8")
 

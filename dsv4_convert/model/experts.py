@@ -13,10 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.axes import gathered, on_shards, place, scattered, summed
+from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.mlp import mlp
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import parameter
-from dsv4_convert.model.routed import grouped, packed
+from dsv4_convert.model.routed import ACCELERATOR_TILES, grouped, packed
+
+Stack = Array | Encoded
 
 
 class SharedExpert(nnx.Module):
@@ -54,22 +57,22 @@ class Experts(nnx.Module):
         no expert's matrices travel but along their width, where ``fsdp`` splits them.
         """
         rows, stack = "batch tokens -", ("experts - inner", "experts inner -", "experts - inner")
-        stacks = (self.w1[...], self.w2[...], self.w3[...])
+        stacks = (self.w1.get_value(), self.w2.get_value(), self.w3.get_value())
         total = on_shards(self._sum, (rows, rows, rows, *stack), rows, x, experts, weights, *stacks)
         return self.numerics.sum_of_experts(total, x.dtype)
 
-    def _sum(self, x: Array, experts: Array, weights: Array, w1: Array, w2: Array, w3: Array) -> Array:
+    def _sum(self, x: Array, experts: Array, weights: Array, w1: Stack, w2: Stack, w3: Stack) -> Array:
         """The sum over the experts of all devices for the tokens of this one, float32.
 
         On accelerators one grouped matmul per matrix. XLA's own grouped matmul on CPU computes every expert for every
-        row, so there the rows are packed another way.
+        row, so there the rows are packed another way. Encoded stacks go that way everywhere: a grouped matmul would
+        have all of their experts decoded at once.
         """
         x, experts, weights = gathered((x, experts, weights), "experts")
         experts = experts - place("experts") * w1.shape[0]
-        total = lax.platform_dependent(
-            *(part.reshape(-1, part.shape[-1]) for part in (x, experts, weights)),
-            *(w1, w2, w3),
-            cpu=partial(packed, limit=self.limit, numerics=self.numerics),
-            default=partial(grouped, limit=self.limit, numerics=self.numerics),
-        )
+        on_cpu = partial(packed, limit=self.limit, numerics=self.numerics)
+        encoded = partial(packed, limit=self.limit, numerics=self.numerics, tiles=ACCELERATOR_TILES)
+        default = encoded if isinstance(w1, Encoded) else partial(grouped, limit=self.limit, numerics=self.numerics)
+        rows = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
+        total = lax.platform_dependent(*rows, w1, w2, w3, cpu=on_cpu, default=default)
         return scattered(summed(total.reshape(x.shape), "inner"), "experts")

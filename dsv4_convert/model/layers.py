@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import Past
+from dsv4_convert.model.encoded import Encoded, after
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.segments import segments
@@ -42,9 +43,22 @@ def through(
     states = []
     for layer, block in enumerate(layers):
         own = None if past is None else past.of(past.cache[layer])
-        streams, state = block(streams, token_ids, positions, taps.within(f"layers.{layer}."), own)
+        streams, state = _when_there(streams, block)(
+            streams, token_ids, positions, taps.within(f"layers.{layer}."), own
+        )
         states.append(state)
     return streams, tuple(states)
+
+
+def _when_there(streams: Float[Array, "B S N D"], block: Block) -> Block:
+    """The block, whose encoded matrices are not decoded before its input is there; those of experts never are."""
+    graph, state = nnx.split(block)
+    flat = {
+        key: variable.replace(after(streams, variable.get_value()))
+        for key, variable in nnx.to_flat_state(state)
+        if isinstance(variable.get_value(), Encoded) and key[:2] != ("ffn", "experts")
+    }
+    return nnx.merge(graph, nnx.from_flat_state(dict(nnx.to_flat_state(state)) | flat)) if flat else block
 
 
 class ScannedLayers(nnx.Module):
@@ -91,8 +105,9 @@ class ScannedLayers(nnx.Module):
                 left = []
                 for graph, weight, state, taps in zip(graphs, weights, states, own, strict=True):
                     before = None if past is None else past.of(state)
-                    streams, after = nnx.merge(graph, weight)(streams, token_ids, positions, taps, before)
-                    left.append(after)
+                    block = _when_there(streams, nnx.merge(graph, weight))
+                    streams, new = block(streams, token_ids, positions, taps, before)
+                    left.append(new)
                 return streams, tuple(left)
 
             before = tuple(None for _ in own) if past is None else past.cache[index]
@@ -105,7 +120,10 @@ def _stacked(block: Block, count: int) -> Block:
     """A block whose parameters have room for ``count`` layers."""
     graph, state = nnx.split(block)
     flat = {
-        key: variable.replace(jnp.zeros((count, *variable.shape), variable.dtype), axes=("layer", *variable.axes))
+        key: variable.replace(
+            jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), variable.get_value()),
+            axes=("layer", *variable.axes),
+        )
         for key, variable in nnx.to_flat_state(state)
     }
     return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.mlp import swiglu, weighted
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import precision
 
 #: Rows that accelerators take at a time: enough that reading the experts' matrices again costs little beside products.
 _ROWS = 8192
-#: Rows that the CPU path takes at a time where it goes from expert to expert.
-_LARGE, _SMALL = 128, 16
+#: Rows that are taken at a time where the way goes from expert to expert: large and small tiles.
+CPU_TILES, ACCELERATOR_TILES = (128, 16), (256, 32)
 #: What reading an expert's matrices for a product, and copying them before, cost there: as the number of rows whose
 #: product takes as long.
 _READ, _COPY = 24, 28
@@ -88,12 +89,13 @@ def packed(
     x: Float[Array, "M D"],
     experts: Int[Array, "M K"],
     weights: Float[Array, "M K"],
-    w1: Float[Array, "E D I"],
-    w2: Float[Array, "E I D"],
-    w3: Float[Array, "E D I"],
+    w1: Float[Array | Encoded, "E D I"],
+    w2: Float[Array | Encoded, "E I D"],
+    w3: Float[Array | Encoded, "E D I"],
     *,
     limit: float,
     numerics: Numerics = PLAIN,
+    tiles: tuple[int, int] = CPU_TILES,
 ) -> Float[Array, "M D"]:
     """The same sum as :func:`grouped`: first an equal number of rows of every expert, then the rest tile by tile.
 
@@ -102,6 +104,9 @@ def packed(
     rows of every expert. How many is decided by the routing as it is: all where experts have about as many tokens each,
     none where most experts have none, as in decoding. The rest goes through a loop over the tiles that exist, in which
     an expert that has no rows left is not read. All shapes are fixed; only what runs depends on the routing.
+
+    Of encoded stacks none is taken at once, and the loop decodes the one expert that it multiplies with: no more than
+    that is ever in memory as numbers.
     """
     tokens, chosen = experts.shape
     stack = w1.shape[0]
@@ -121,7 +126,7 @@ def packed(
         def one(rows: Array, share: Array, w1: Array, w2: Array, w3: Array) -> Array:
             return weighted(rows, share, w1, w2, w3, limit, numerics)
 
-        every = jax.vmap(one)
+        every: Callable[..., Array] = jax.vmap(one)
 
         def run(rows: Array, share: Array) -> Array:
             count = _pieces(amount, stack)
@@ -147,17 +152,17 @@ def packed(
         start = jnp.zeros((), first_tile.dtype)
         return lax.while_loop(lambda state: state[0] < first_tile[stack], body, (start, total))[1]
 
-    amounts = _amounts(tokens * chosen, stack)
-    large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0)) for amount in amounts), strict=True)
+    amounts = (0,) if isinstance(w1, Encoded) else _amounts(tokens * chosen, stack)
+    large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0), *tiles) for amount in amounts), strict=True)
     costs = jnp.array([stack * (amount + _pieces(amount, stack) * _READ) for amount in amounts])
-    for counts, tile in ((large, _LARGE), (small, _SMALL)):
+    for counts, tile in zip((large, small), tiles, strict=True):
         costs += jnp.sum(jnp.stack(counts), axis=1) * (tile + _READ + _COPY)
     best = jnp.argmin(costs)
 
     total = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32)
     total = lax.switch(best, [at_once(amount) if amount else lambda total: total for amount in amounts], total)
     next_row = first_row[:-1] + jnp.array(amounts)[best]
-    for counts, tile in ((large, _LARGE), (small, _SMALL)):
+    for counts, tile in zip((large, small), tiles, strict=True):
         count = jnp.stack(counts)[best]
         total = tile_by_tile(total, next_row, count, tile)
         next_row += count * tile
@@ -175,10 +180,10 @@ def _amounts(rows: int, stack: int) -> tuple[int, ...]:
     return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.75, 1)}))
 
 
-def _tiles(left: Int[Array, " E"]) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
+def _tiles(left: Int[Array, " E"], large: int, small: int) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
     """Large and small tiles that hold so many rows of each expert; what two small tiles hold is not worth a large."""
-    large = jnp.maximum(left + _LARGE - 2 * _SMALL - 1, 0) // _LARGE
-    return large, -(-jnp.maximum(left - large * _LARGE, 0) // _SMALL)
+    first = jnp.maximum(left + large - 2 * small - 1, 0) // large
+    return first, -(-jnp.maximum(left - first * large, 0) // small)
 
 
 def _pieces(rows: int, stack: int) -> int:
