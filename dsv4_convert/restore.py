@@ -403,14 +403,10 @@ class _Variable:
 
     @classmethod
     def of(cls, key: tuple[Any, ...], variable: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> _Variable:
-        from dsv4_convert.model.segments import segments
+        from dsv4_convert.model.segments import paths_of
 
+        paths = tuple(prefix + path for path in paths_of(config, key))
         stacked = key[:2] == ("layers", "segments")
-        paths: tuple[str, ...] = (prefix + ".".join(map(str, key)),)
-        if stacked:
-            _, _, segment, place, *rest = key
-            layers = segments(config)[segment].layers(place)
-            paths = tuple(".".join(map(str, ("layers", layer, *rest))) for layer in layers)
         return cls(variable.axes, variable.shape, _dtype_of(names.rule_of(paths[0]), dtype), paths, stacked)
 
     def sharding(self, mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.axes import RULES, named, partition
+from dsv4_convert.model.encoded import Encoded, partitions
 from dsv4_convert.model.mesh import describe_mesh
-from dsv4_convert.model.segments import segments
+from dsv4_convert.model.segments import paths_of
+from dsv4_convert.model.source_form import in_source_form
 from dsv4_convert.names import rule_of
 
 State = nnx.State[Any, Any]
@@ -36,12 +39,14 @@ class Job:
         batch: prompts.
         decode: one more token of each prompt from the cache, not whole prompts.
         dtype: of activations and of the weights that follow it.
+        source: whether quantised matrices stay codes and scales.
     """
 
     tokens: int
     batch: int
     decode: bool = False
     dtype: np.dtype[Any] = dataclasses.field(default_factory=lambda: np.dtype(jnp.bfloat16))
+    source: bool = False
 
 
 def prompts_of(sizes: Mapping[str, int]) -> int:
@@ -66,19 +71,26 @@ def first_layers(config: Config, count: int) -> Config:
     )
 
 
-def weights(config: Config, dtype: Any, mesh: Mesh) -> tuple[nnx.GraphDef[Model], State]:
+def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Model], State]:
     """The scanned model, and shape, dtype and sharding of every weight.
 
     Raises:
         UsageError: a mesh axis does not divide a weight.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, scanned=True)))
+
+    def model() -> Model:
+        plain = Model(config, scanned=True)
+        return in_source_form(plain, config, job.dtype) if job.source else plain
+
+    graph, state = nnx.split(nnx.eval_shape(model))
     placed = {}
     for key, variable in nnx.to_flat_state(state):
-        path = _path(config, key)
-        held = dtype if rule_of(path).kind.follows_dtype else variable.dtype
-        spec = partition(variable.axes, variable.shape, mesh.shape, what=path)
-        placed[key] = variable.replace(jax.ShapeDtypeStruct(variable.shape, held, sharding=NamedSharding(mesh, spec)))
+        path = paths_of(config, key)[0]
+        value = variable.get_value()
+        if not isinstance(value, Encoded) and rule_of(path).kind.follows_dtype:
+            value = jax.ShapeDtypeStruct(value.shape, job.dtype)
+        specs = partitions(value, variable.axes, mesh.shape, what=path)
+        placed[key] = variable.replace(jax.tree.map(partial(_on, mesh), value, specs))
     return graph, nnx.from_flat_state(placed)
 
 
@@ -89,7 +101,7 @@ def lowered(config: Config, mesh: Mesh, job: Job) -> jax.stages.Lowered:
         UsageError: a mesh axis does not divide what it splits, or more tokens than the model has positions.
     """
     _check(config, mesh, job)
-    graph, state = weights(config, job.dtype, mesh)
+    graph, state = weights(config, mesh, job)
     ids = _placed(mesh, "batch tokens", (job.batch, 1 if job.decode else job.tokens), jnp.int32)
     # The abstract mesh: its devices are not there to be asked anything.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -126,7 +138,7 @@ def cache(config: Config, mesh: Mesh, job: Job) -> tuple[list[jax.ShapeDtypeStru
 
 def argument_bytes(config: Config, mesh: Mesh, job: Job) -> int:
     """Bytes of weights and cache on one device."""
-    _, state = weights(config, job.dtype, mesh)
+    _, state = weights(config, mesh, job)
     parts = jax.tree.leaves((state, cache(config, mesh, job)[0] if job.decode else None))
     return sum(math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in parts)
 
@@ -145,11 +157,8 @@ def _placed(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype: Any) -> jax.Sh
     """An array whose first dimensions have these logical axes; the others are whole."""
     first = named(axes)
     spec = partition(first, shape[: len(first)], mesh.shape, what=f"{shape[0]} prompts" if axes == "batch" else "input")
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return _on(mesh, jax.ShapeDtypeStruct(shape, dtype), PartitionSpec(*spec))
 
 
-def _path(config: Config, key: tuple[Any, ...]) -> str:
-    """The path of a scanned weight in the first of its layers."""
-    if key[:2] == ("layers", "segments"):
-        key = ("layers", segments(config)[key[2]].layers(key[3])[0], *key[4:])
-    return ".".join(map(str, key))
+def _on(mesh: Mesh, part: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))

@@ -43,7 +43,7 @@ class Report:
         layers, parameters: of the model.
         slice: what it was compiled for.
         mesh: sizes of the mesh's axes.
-        batch, tokens, decode, dtype: what it runs.
+        batch, tokens, decode, dtype, source: what it runs.
         weights: bytes of all weights, over all devices.
         memory: of one device; None where the compiler found it too small for the temporaries alone.
         refused: the compiler's reason for that.
@@ -60,6 +60,7 @@ class Report:
     tokens: int
     decode: bool
     dtype: str
+    source: bool
     weights: int
     memory: Memory | None
     refused: str | None

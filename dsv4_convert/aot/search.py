@@ -34,6 +34,7 @@ def compile_model(
     tokens: int,
     batch: int | None = None,
     decode: bool = False,
+    source: bool = False,
     mesh: Mapping[str, int] | None = None,
     layers: int | None = None,
 ) -> Report:
@@ -45,6 +46,7 @@ def compile_model(
         tokens: of each prompt; with ``decode`` the room for them in the cache.
         batch: prompts; None for one of each part that the mesh splits prompts into.
         decode: one more token of each prompt, from the cache.
+        source: whether quantised matrices stay the codes and scales that were published.
         mesh: sizes of the mesh's axes; None for :func:`usual_mesh`.
         layers: only the first so many.
 
@@ -55,7 +57,7 @@ def compile_model(
     config = first_layers(config, layers or config.num_hidden_layers)
     sizes = dict(mesh or usual_mesh(config, where.count))
     over = make_mesh(sizes, where.devices())
-    job = Job(tokens=tokens, batch=batch or prompts_of(sizes), decode=decode)
+    job = Job(tokens=tokens, batch=batch or prompts_of(sizes), decode=decode, source=source)
     program = lowered(config, over, job)
     start = time.perf_counter()
     memory, refused, text = None, None, ""
@@ -66,7 +68,7 @@ def compile_model(
         if _FULL not in str(error):
             raise
         refused = str(error).removeprefix(_FULL).strip(": ").splitlines()[0]
-    _, state = weights(config, job.dtype, over)
+    _, state = weights(config, over, job)
     return Report(
         layers=config.num_hidden_layers,
         parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in parameters(config)),
@@ -76,6 +78,7 @@ def compile_model(
         tokens=tokens,
         decode=decode,
         dtype=job.dtype.name,
+        source=source,
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.to_pure_dict(state))),
         memory=memory,
         refused=refused,
@@ -119,6 +122,7 @@ def smallest_slice(
     tokens: int,
     batch: int | None = None,
     decode: bool = False,
+    source: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
     """The smallest slice of a generation that the model fits on, with its usual mesh.
@@ -132,11 +136,11 @@ def smallest_slice(
     config = first_layers(config, config.num_hidden_layers)
     for where in Slice.all(generation):
         over = make_mesh(usual_mesh(config, where.count), where.devices())
-        job = Job(tokens=tokens, batch=batch or prompts_of(over.shape), decode=decode)
+        job = Job(tokens=tokens, batch=batch or prompts_of(over.shape), decode=decode, source=source)
         if argument_bytes(config, over, job) > where.chip.hbm:
             continue
         progress(where.name)
-        report = compile_model(config, where, tokens=tokens, batch=batch, decode=decode)
+        report = compile_model(config, where, tokens=tokens, batch=batch, decode=decode, source=source)
         if report.fits:
             return report
     raise ResourceError(f"no slice of {generation} up to {where.name} has room for it; take fewer tokens or prompts")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, reported, status, write_json
+from dsv4_convert.cli.common import Json, parse_choice, reported, status, write_json
 
 
 @reported
@@ -33,6 +33,14 @@ def compile(
     decode: Annotated[
         bool, typer.Option("--decode", help="One step of decoding from the cache, instead of whole prompts.")
     ] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="[bfloat16|source]",
+            help="source: quantised matrices stay the codes and scales that were published, decoded where they are "
+            "used.",
+        ),
+    ] = "bfloat16",
     layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first so many layers.")] = None,
     find_mesh: Annotated[
         str | None,
@@ -57,15 +65,20 @@ def compile(
         raise UsageError("a slice is needed: --topology v5p-512, or --find-mesh v5p to look for the smallest")
     if find_mesh is not None and (mesh is not None or layers is not None):
         raise UsageError("--find-mesh chooses the mesh, for the whole model; leave --mesh and --layers out")
+    source = parse_choice("--weights", weights, ("bfloat16", "source")) == "source"
     model = Config.from_file(config / "config.json" if config.is_dir() else config)
     with status("compile") as say:
         if topology is not None:
             say(topology)
             where, sizes = Slice.parse(topology), None if mesh is None else parse_mesh(mesh)
-            report = compile_model(model, where, tokens=tokens, batch=batch, decode=decode, mesh=sizes, layers=layers)
+            report = compile_model(
+                model, where, tokens=tokens, batch=batch, decode=decode, source=source, mesh=sizes, layers=layers
+            )
         else:
             assert find_mesh is not None
-            report = smallest_slice(model, find_mesh, tokens=tokens, batch=batch, decode=decode, progress=say)
+            report = smallest_slice(
+                model, find_mesh, tokens=tokens, batch=batch, decode=decode, source=source, progress=say
+            )
     write_json(report.to_json(), json)
     from rich.console import Console
 

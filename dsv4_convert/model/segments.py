@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv4_convert.config import Attention, Config
 
@@ -36,6 +36,14 @@ def segments(config: Config) -> tuple[Segment, ...]:
         found.append(best)
         first += _covered(best)
     return tuple(found)
+
+
+def paths_of(config: Config, key: tuple[Any, ...]) -> tuple[str, ...]:
+    """The parameter that a key such as ``("layers", 3, "attn", "wq_a")`` of a model stands for, or those that it stacks."""
+    if key[:2] != ("layers", "segments"):
+        return (".".join(map(str, key)),)
+    segment, place, *rest = key[2:]
+    return tuple(".".join(map(str, ("layers", layer, *rest))) for layer in segments(config)[segment].layers(place))
 
 
 def _run(kinds: tuple[tuple[Attention, bool], ...], first: int, length: int) -> Segment:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, empty, grouped_block
-from dsv4_convert.model.segments import segments
+from dsv4_convert.model.segments import paths_of
 from dsv4_convert.names import Kind, Rule, Transform, rule_of
 
 _Module = TypeVar("_Module", bound=nnx.Module)
@@ -33,7 +33,7 @@ def in_source_form(module: _Module, config: Config, dtype: DTypeLike, *, prefix:
     graph, state = nnx.split(module)
     flat = {}
     for key, variable in nnx.to_flat_state(state):
-        rule = rule_of(_path(key, config, prefix))
+        rule = rule_of(prefix + paths_of(config, key)[0])
         flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -45,11 +45,3 @@ def _zeros(shape: tuple[int, ...], own: Any, rule: Rule, config: Config, dtype: 
     packed = rule.kind is Kind.EXPERT and not float_scales
     block = FP4_BLOCK if packed else grouped_block(shape[-1]) if rule.transform is Transform.GROUPED else FP8_BLOCK
     return empty(shape, packed=packed, float_scales=float_scales, block=block, dtype=dtype)
-
-
-def _path(key: tuple[Any, ...], config: Config, prefix: str) -> str:
-    """The parameter's path; of stacked layers that of the first of them."""
-    if key[:2] == ("layers", "segments"):
-        segment, place, *rest = key[2:]
-        key = ("layers", segments(config)[segment].first + place, *rest)
-    return prefix + ".".join(map(str, key))
