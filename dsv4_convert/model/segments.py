@@ -39,7 +39,7 @@ def segments(config: Config) -> tuple[Segment, ...]:
 
 
 def paths_of(config: Config, key: tuple[Any, ...]) -> tuple[str, ...]:
-    """The parameter that a key such as ``("layers", 3, "attn", "wq_a")`` of a model stands for, or those that it stacks."""
+    """The parameter that a key of a model, ``("layers", 3, "attn", "wq_a")``, stands for, or those that it stacks."""
     if key[:2] != ("layers", "segments"):
         return (".".join(map(str, key)),)
     segment, place, *rest = key[2:]
