@@ -69,6 +69,8 @@ class Indexer(nnx.Module):
 
         def score(keys: Array, first: Array, q: Array, weights: Array) -> Array:
             scores = summed(self._scores(q, keys, weights), "index_heads")
+            # In release numerics the sum over all heads is rounded, not that of a device's own.
+            scores = scores.astype(q.dtype) if self.numerics.release else scores
             return jax.lax.optimization_barrier(scores)
 
         def pick(first: Array, scores: Array, complete: Array) -> Array:
@@ -107,12 +109,12 @@ class Indexer(nnx.Module):
     def _rounded_scores(
         self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
     ) -> Float[Array, "B S T"]:
-        """The same, every step rounded to the dtype of the activations."""
+        """The same, every step but the sum rounded to the dtype of the activations."""
         dtype = q.dtype
         share = (weights.astype(jnp.float32) * (self.head_dim**-0.5 * self.heads**-0.5)).astype(dtype)
         affinity = widened(jax.nn.relu(contract("bshc,btc->bsht", q, keys).astype(dtype)))
         product = widened((affinity * widened(share)[..., None]).astype(dtype))
-        return jnp.sum(product, axis=2).astype(dtype)
+        return jnp.sum(product, axis=2)
 
 
 def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: int) -> Int[Array, "B S k"]:
