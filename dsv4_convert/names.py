@@ -21,6 +21,7 @@ layers. transformers drops these tensors, so there is no other spelling than the
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 
@@ -329,18 +330,16 @@ DROPS: dict[str, str] = {
 }
 
 
+#: A component that is a number, of a name's components between dots.
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+
+
 def template(name: str) -> tuple[str, tuple[int, ...]]:
     """Split a name into its template and its numbers: ``("layers.{}.attn_norm.weight", (12,))``.
 
     Only canonical decimals count as numbers, so ``layers.01.…`` and ``layers.１.…`` stay unknown names.
     """
-    parts = name.split(".")
-    numbers = []
-    for i, part in enumerate(parts):
-        if part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0") and len(part) < 10:
-            numbers.append(int(part))
-            parts[i] = "{}"
-    return ".".join(parts), tuple(numbers)
+    return _NUMBER.sub("{}", name), tuple(map(int, _NUMBER.findall(name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +409,8 @@ def stage_of(name: str) -> int | None:
 def detect_dialect(names: Iterable[str]) -> Dialect:
     """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
     names = list(names)
-    known = {dialect: sum(1 for name in names if lookup(name, dialect)) for dialect in Dialect}
+    keys = [template(name)[0] for name in names]
+    known = {dialect: sum(1 for key in keys if key in _INDEX[dialect]) for dialect in Dialect}
     best = max(Dialect, key=lambda dialect: known[dialect])
     if not known[best]:
         raise BadInput(
