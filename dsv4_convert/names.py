@@ -21,9 +21,9 @@ layers. transformers drops these tensors, so there is no other spelling than the
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import BadInput, UsageError
@@ -330,21 +330,22 @@ DROPS: dict[str, str] = {
 }
 
 
-#: A component that is a number, of a name's components between dots.
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
-
-
 def template(name: str) -> tuple[str, tuple[int, ...]]:
     """Split a name into its template and its numbers: ``("layers.{}.attn_norm.weight", (12,))``.
 
     Only canonical decimals count as numbers, so ``layers.01.…`` and ``layers.１.…`` stay unknown names.
     """
-    return _NUMBER.sub("{}", name), tuple(map(int, _NUMBER.findall(name)))
+    parts = name.split(".")
+    numbers = []
+    for i, part in enumerate(parts):
+        if part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0") and len(part) < 10:
+            numbers.append(int(part))
+            parts[i] = "{}"
+    return ".".join(parts), tuple(numbers)
 
 
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """What one tensor name is for."""
+class Use(NamedTuple):
+    """What one tensor name is for. A tuple, because a release has a hundred thousand of them."""
 
     rule: Rule
     layer: int | None
