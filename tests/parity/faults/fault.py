@@ -241,6 +241,6 @@ def uncompiled() -> Iterator[None]:
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
-    x, share, w1, w2, w3, *constants = operands
-    arrays = [jnp.asarray(array) for array in (x, share, w1, w2, w3)]
-    return mlp.weighted(*arrays, *constants)
+    x, share, w1, w2, w3, limit, rule = operands
+    w1, w2, w3 = (jnp.asarray(matrix) for matrix in (w1, w2, w3))
+    return mlp.weighted(jnp.asarray(x), jnp.asarray(share), w1, w2, w3, limit, rule)
