@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import BadInput, UsageError
@@ -343,9 +344,8 @@ def template(name: str) -> tuple[str, tuple[int, ...]]:
     return ".".join(parts), tuple(numbers)
 
 
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """What one tensor name is for."""
+class Use(NamedTuple):
+    """What one tensor name is for. A tuple, because a release has a hundred thousand of them."""
 
     rule: Rule
     layer: int | None
@@ -410,7 +410,8 @@ def stage_of(name: str) -> int | None:
 def detect_dialect(names: Iterable[str]) -> Dialect:
     """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
     names = list(names)
-    known = {dialect: sum(1 for name in names if lookup(name, dialect)) for dialect in Dialect}
+    keys = [template(name)[0] for name in names]
+    known = {dialect: sum(1 for key in keys if key in _INDEX[dialect]) for dialect in Dialect}
     best = max(Dialect, key=lambda dialect: known[dialect])
     if not known[best]:
         raise BadInput(

@@ -31,6 +31,7 @@ def descend(
     comparison: Comparison,
     weights: Parameters,
     against: PublishedWeights | None,
+    taken: Taken | None = None,
 ) -> Descent:
     """Run a layer, or the model level after the layers (None), operation by operation.
 
@@ -40,18 +41,18 @@ def descend(
         comparison: with the golden.
         weights: where the model's weights come from.
         against: the published checkpoint to compare the weights of wrong operations with, if it is at hand.
+        taken: the layer's taps, if it ran this way already.
 
     Raises:
         BadInput: golden or weights are damaged.
     """
     golden = comparison.golden
-    given = comparison.everything(layer)
     if layer is None:
         last = golden.config.num_hidden_layers - 1
         embedded, _ = forward.embed()
-        taken = embedded | forward.head(golden.read(f"layers.{last}.{STREAMS}"), given)
-    else:
-        taken, _ = forward.layer(layer, golden.read(f"layers.{layer}.{INPUT}"), given)
+        taken = embedded | forward.head(golden.read(f"layers.{last}.{STREAMS}"), comparison.everything(None))
+    elif taken is None:
+        taken, _ = forward.layer(layer, golden.read(f"layers.{layer}.{INPUT}"), comparison.everything(layer))
     results = comparison.judge(taken, Mode.ISOLATED, golden.taps(layer), fed=True)
     wrong = tuple(result for result in results if result.verdict is Verdict.FAIL)
     return _descent(layer, wrong, taken, comparison, weights, against, fed=True)

@@ -257,7 +257,7 @@ class _Run:
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
         if failed:
-            self._descend(layer, taken)
+            self._descend(layer, taken, modes[-1])
         if len(leaving) == len(MODES) and not self._fed:
             self.growth.append(self._grown(layer, leaving))
 
@@ -294,7 +294,7 @@ class _Run:
         if failed or any(
             result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
         ):
-            self._descend(None, taken)
+            self._descend(None, taken, modes[-1])
 
     def _judge(self, taken: Taken, mode: Mode) -> bool:
         """Judge what is wanted; whether anything fails."""
@@ -302,11 +302,12 @@ class _Run:
         self.results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 
-    def _descend(self, layer: int | None, taken: Taken) -> None:
-        """Look for the operation that is wrong. ``taken``: the taps of the layer's last run."""
+    def _descend(self, layer: int | None, taken: Taken, mode: Mode) -> None:
+        """Look for the operation that is wrong. ``taken``: the taps of the layer's last run, which was in ``mode``."""
         sides = (self._comparison, self._weights, self._against)
         if self._golden.compact is None:
-            self.descents.append(descend(layer, self._model, *sides))
+            fed = taken if self._fed and layer is not None and mode is Mode.ISOLATED else None
+            self.descents.append(descend(layer, self._model, *sides, fed))
         elif not self.descents:
             results = self.results[Mode.CUMULATIVE]
             first = next(result for result in results if result.verdict is Verdict.FAIL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -24,14 +25,14 @@ def test_window_mask_is_the_last_tokens_including_the_query() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 2))
 def test_runs_are_the_rows_one_after_the_other(tokens: int, longest: int, batch: int) -> None:
-    rows = jnp.arange(batch * tokens * 3).reshape(batch, tokens, 3)
+    rows = np.arange(batch * tokens * 3).reshape(batch, tokens, 3)
     lengths = []
 
     def run(first, part, other):
         lengths.append(part.shape[1])
         return part + other[..., None], first + jnp.arange(part.shape[1]) + jnp.zeros((batch, 1), int)
 
-    found, index = by_runs(run, longest, rows, rows[..., 0])
+    found, index = jax.jit(lambda *rows: by_runs(run, longest, *rows))(rows, rows[..., 0])
     assert np.array_equal(found, rows + rows[..., :1])
     assert np.array_equal(index, np.broadcast_to(np.arange(tokens), (batch, tokens)))
     assert max(lengths) <= longest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from golden.noise import MODES, Mode
 from golden.recorder import record
 from golden.shrink import shrink
 from golden.synthetic import tiny_config, write_checkpoint
+from parity import forward
 from parity.comparison import Phase
 from parity.metrics import Verdict
 from parity.report import Report
@@ -99,11 +100,10 @@ def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
 
 
 @pytest.fixture
-def fresh_programs() -> Iterator[None]:
-    """Programs that were traced before a change of the code do not have it, nor may later ones."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+def fresh_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that were traced before a change of the code do not have it, nor may later tests have it."""
+    traced = forward._to_experts.__wrapped__
+    monkeypatch.setattr(forward, "_to_experts", jax.jit(lambda *operands: traced(*operands), static_argnums=0))
 
 
 @pytest.mark.usefixtures("fresh_programs")

@@ -19,7 +19,7 @@ import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.model import mlp
-from dsv4_convert.names import parameters
+from dsv4_convert.names import layer_of, parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
 from golden.compact import Compact
@@ -151,7 +151,7 @@ def examine(patient: Patient, fault: Fault, **options: Any) -> Report:
     """The isolated parity report of the faulty model, or what ``options`` of ``compare_model`` ask for.
 
     Raises:
-        AssertionError: the fault changes nothing.
+        AssertionError: the fault changes nothing, or a layer that it is not in.
     """
     with _planted(patient, fault) as held, patch.object(run_module, "Forward", partial(_FaultyForward, fault)):
         return compare_model(held, patient.golden, **options)
@@ -174,6 +174,7 @@ def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
     if fault.kind not in ("config", "code"):
         changed = [path for path, array in arrays.items() if not np.array_equal(array, healthy.arrays[path])]
         assert changed, "the fault changes nothing"
+        assert {layer_of(path) for path in changed} <= {fault.layer, *fault.also}, "other layers are as they were"
         assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
     yield Held(healthy.config, arrays)
 
@@ -240,6 +241,6 @@ def uncompiled() -> Iterator[None]:
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
-    x, share, w1, w2, w3, *constants = operands
-    arrays = [jnp.asarray(array) for array in (x, share, w1, w2, w3)]
-    return mlp.weighted(*arrays, *constants)
+    x, share, w1, w2, w3, limit, rule = operands
+    w1, w2, w3 = (jnp.asarray(matrix) for matrix in (w1, w2, w3))
+    return mlp.weighted(jnp.asarray(x), jnp.asarray(share), w1, w2, w3, limit, rule)
