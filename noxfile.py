@@ -61,25 +61,16 @@ def golden(session: nox.Session) -> None:
     session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300", "--seed", "6")
 
 
-def _run_tests(session: nox.Session) -> None:
-    """XLA leaves out LLVM's optimisations: most programs run once, and compiling takes longer than running. One test
-    (tests/test_optimised.py) compiles as users do, as demo, large and the benchmarks do.
-    """
-    unoptimised = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=unoptimised)
-
-
-def _run_lint(session: nox.Session) -> None:
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
-
-
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest."""
+    """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest.
+
+    XLA leaves out LLVM's optimisations: most programs run once, and compiling takes longer than running. One test
+    (tests/test_optimised.py) compiles as users do, as demo, large and the benchmarks do.
+    """
     _install(session, *TEST, reference=True)
-    _run_tests(session)
+    unoptimised = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=unoptimised)
 
 
 @nox.session
@@ -101,12 +92,6 @@ def tpu(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Style, formatting and types; with torch and transformers, whose types the recorder is checked against."""
     _install(session, *LINT, "nox", reference=True)
-    _run_lint(session)
-
-
-@nox.session(default=False)
-def ci(session: nox.Session) -> None:
-    """``tests``, then ``lint``, in one environment: installing torch once more takes longer than lint itself."""
-    _install(session, *TEST, *LINT, "nox", reference=True)
-    _run_tests(session)
-    _run_lint(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
