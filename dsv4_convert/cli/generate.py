@@ -49,8 +49,8 @@ def generate(
         str,
         typer.Option(
             metavar="[expanded|source]",
-            help="source: keep FP8 and FP4 matrices as published, a third of bfloat16's memory, and decode each where "
-            "it is used. The same numbers. Needs a checkpoint of --dtype source.",
+            help="source: keep FP8 and FP4 matrices as published, for V4-Flash a quarter of bfloat16's memory, and "
+            "decode each at every use, which costs time. The same numbers; needs a checkpoint of --dtype source.",
         ),
     ] = "expanded",
     speculative: Annotated[

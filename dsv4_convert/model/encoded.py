@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
+from dsv4_convert.model.numerics import once
 from dsv4_convert.names import FP4_GROUP, FP8_TILE
 
 #: ``[in, out]`` elements that share a scale.
@@ -144,11 +145,8 @@ def decoded(
     for factor in [scales] if scales.dtype == jnp.float32 else _powers(scales):
         values = values * factor[..., :, None, :, None]
     values = values.reshape(*stack, blocks[0] * block[0], blocks[1] * block[1])[..., :inputs, :outputs]
-    if scales.dtype == jnp.float32 and dtype != jnp.float32:
-        # Rounded here, because XLA may leave out a conversion that is followed by one back.
-        form = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
-        values = jax.lax.reduce_precision(values, form.nexp, form.nmant)
-    return values.astype(dtype)
+    # With a power of two there is nothing to round.
+    return once(values.astype(dtype)) if scales.dtype == jnp.float32 else values.astype(dtype)
 
 
 def _e2m1(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P 2 O"]:

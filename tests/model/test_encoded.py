@@ -67,7 +67,6 @@ def test_every_code_under_every_power_of_two(fp4: bool, dtype: np.dtype[Any]) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_scales_are_multiplied_and_rounded_as_torch_does(dtype: np.dtype[Any]) -> None:
-    """Also where a conversion back to float32 follows, which XLA could drop together with the rounding."""
     scales = np.exp(np.random.default_rng(0).normal(size=(2, 256)) * 9).astype(np.float32)
     codes = torch.from_numpy(EVERY).view(torch.float8_e4m3fn).float()
     product = codes * torch.from_numpy(scales).repeat_interleave(128, dim=0)
