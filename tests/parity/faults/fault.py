@@ -240,6 +240,6 @@ def uncompiled() -> Iterator[None]:
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
-    x, share, w1, w2, w3, *constants = operands
-    arrays = [jnp.asarray(array) for array in (x, share, w1, w2, w3)]
-    return mlp.weighted(*arrays, *constants)
+    *arrays, limit, rule = operands
+    x, share, w1, w2, w3 = map(jnp.asarray, arrays)
+    return mlp.weighted(x, share, w1, w2, w3, limit, rule)
