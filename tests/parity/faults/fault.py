@@ -241,6 +241,6 @@ def uncompiled() -> Iterator[None]:
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:
-    x, share, w1, w2, w3, limit, rule = operands
-    w1, w2, w3 = (jnp.asarray(matrix) for matrix in (w1, w2, w3))
-    return mlp.weighted(jnp.asarray(x), jnp.asarray(share), w1, w2, w3, limit, rule)
+    *arrays, limit, rule = operands
+    x, share, w1, w2, w3 = map(jnp.asarray, arrays)
+    return mlp.weighted(x, share, w1, w2, w3, limit, rule)
