@@ -34,6 +34,7 @@ class Row:
     mesh: str | None = None
     layers: int | None = None
     decode: bool = False
+    source: bool = False
 
     @property
     def arguments(self) -> list[object]:
@@ -41,13 +42,15 @@ class Row:
         given: list[object] = ["--config", CONFIGS / f"DeepSeek-V4-{self.model}.json", "--topology", self.topology]
         given += ["--mesh", self.mesh] if self.mesh else []
         given += ["--layers", self.layers] if self.layers else []
+        given += ["--weights", "source"] if self.source else []
         return [*given, "--decode"] if self.decode else given
 
     @property
     def name(self) -> str:
         """For ``--only``."""
         layers = f" {self.layers} layers" if self.layers else ""
-        return f"{self.model}{layers} {self.topology} {'decode' if self.decode else 'prefill'}"
+        form = " source" if self.source else ""
+        return f"{self.model}{layers}{form} {self.topology} {'decode' if self.decode else 'prefill'}"
 
 
 ROWS = (
@@ -56,6 +59,7 @@ ROWS = (
     *(Row("Pro", name) for name in ("v5p-512", "v4-512", "v5e-256", "v6e-256", "tpu7x-128")),
     *(Row("Flash", name, decode=True) for name in ("v5p-32", "v6e-64")),
     Row("Pro", "v5p-128", decode=True),
+    Row("Flash", "v6e-16", decode=True, source=True),
 )
 
 
