@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from dsv4_convert.aot.hlo import Collective, collectives
 
-ROOT = Path(__file__).parents[2]
+from ..processes import end, start
 
 #: As libtpu's compiler writes it: a loop of 3 in a loop of 20, one without a known end, and an operation that starts.
 PROGRAM = """
@@ -91,6 +87,6 @@ program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P(Non
 text = program.lower(jnp.ones((8, 16))).compile().as_text()
 print(json.dumps([[found.kind, found.times, found.bytes] for found in collectives(text)]))
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [["all-gather", 1, 8 * 16 * 4], ["all-reduce", 5, 5 * 16 * 4]]
+    ended = end(start(["-c", script], devices=8))
+    assert ended.code == 0, ended.err[-3000:]
+    assert json.loads(ended.out) == [["all-gather", 1, 8 * 16 * 4], ["all-reduce", 5, 5 * 16 * 4]]
