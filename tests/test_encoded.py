@@ -164,5 +164,5 @@ def test_the_memory_that_is_asked_for_is_that_of_the_codes(
     with pytest.raises(ResourceError, match="in float32"):
         restore_model(weights)
     available(held * 99 // 100 // 1024)
-    with pytest.raises(ResourceError, match="in its published form"):
+    with pytest.raises(ResourceError, match="in their published form"):
         restore_model(weights, encoded=True)

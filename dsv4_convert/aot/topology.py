@@ -17,7 +17,13 @@ from dsv4_convert.errors import ResourceError, UsageError
 
 _GIB = 2**30
 #: What libtpu would else ask the network for, as if this were a machine with a TPU; which one does not matter.
-_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+#: And it would let one process at a time have the TPU that is not there.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
