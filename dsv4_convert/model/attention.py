@@ -57,8 +57,8 @@ class Attention(nnx.Module):
         self.kind = kind
         self.numerics = numerics
         heads, width = config.num_attention_heads, config.head_dim
-        self.wq_a = parameter("width rank", config.hidden_size, config.q_lora_rank)
-        self.q_norm = parameter("rank", config.q_lora_rank)
+        self.wq_a = parameter("width whole_rank", config.hidden_size, config.q_lora_rank)
+        self.q_norm = parameter("whole_rank", config.q_lora_rank)
         self.wq_b = parameter("rank heads", config.q_lora_rank, heads * width)
         self.wkv = parameter("width key", config.hidden_size, width)
         self.kv_norm = parameter("key", width)

@@ -20,7 +20,7 @@ from dsv4_convert.taps import shape_of
 #: The axes that a mesh may have, and what is split along each.
 MESH_AXES: Mapping[str, str] = {
     "data": "prompts",
-    "fsdp": "prompts, and every matrix along the model's width",
+    "fsdp": "prompts, and every matrix along one of its sides",
     "expert": "prompts, and the routed experts",
     "sequence": "tokens of a prompt",
     "tensor": "heads, inner widths and the vocabulary",
@@ -31,17 +31,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "tokens": ("sequence",),
     "width": ("fsdp",),
+    "rank": ("fsdp",),
+    "group_in": ("fsdp",),
     "experts": ("expert",),
     "heads": ("tensor",),
     "index_heads": ("tensor",),
     "groups": ("tensor",),
     "inner": ("tensor",),
     "vocab": ("tensor",),
-    # Whole: ranks and head widths are contracted over at once, and the rest is small.
+    # Whole: of a matrix one side is enough, and the rest is small.
     "layer": (),
     "whole_width": (),
-    "rank": (),
-    "group_in": (),
+    "whole_rank": (),
     "group_out": (),
     "key": (),
     "entry": (),

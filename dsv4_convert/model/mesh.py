@@ -81,6 +81,8 @@ def _divides(name: str, size: int, config: Config) -> bool:
     """Whether a mesh axis of this size divides all logical axes of weights that it splits."""
     lengths = {
         "width": config.hidden_size,
+        "rank": config.q_lora_rank,
+        "group_in": config.num_attention_heads * config.head_dim // config.o_groups,
         "heads": config.num_attention_heads,
         "index_heads": config.index_n_heads,
         "groups": config.o_groups,

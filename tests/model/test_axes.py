@@ -41,7 +41,7 @@ def test_no_array_has_two_axes_on_one_mesh_axis(scanned: bool) -> None:
     layer = "layers.segments.3.0" if scanned else "layers.3"
     lead = (None,) if scanned else ()
     assert found[f"{layer}.ffn.experts.w2"] == PartitionSpec(*lead, ("expert",), ("tensor",), ("fsdp",))
-    assert found[f"{layer}.attn.wo_a"] == PartitionSpec(*lead, ("tensor",), None, None)
+    assert found[f"{layer}.attn.wo_a"] == PartitionSpec(*lead, ("tensor",), ("fsdp",), None)
     assert found[f"{layer}.attn_norm"] == PartitionSpec(*lead, None)
     for tap in TAPS:
         axes = tuple(LETTERS.get(letter) for letter in tap.shape.split())
