@@ -22,7 +22,7 @@ def compile(
         str | None,
         typer.Option(
             help="How the devices are used, such as fsdp=8,expert=32. Axes: data (prompts), fsdp (prompts, and "
-            "matrices along their width), expert (prompts, and the routed experts), tensor (heads, inner widths, "
+            "matrices along one side), expert (prompts, and the routed experts), tensor (heads, inner widths, "
             "vocabulary), sequence (tokens of a prompt). One that suits the model, if not given."
         ),
     ] = None,
