@@ -16,7 +16,7 @@ from dsv4_convert.aot.topology import Slice
 from dsv4_convert.aot.work import operations
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.model.mesh import make_mesh
+from dsv4_convert.model.mesh import divides, make_mesh
 from dsv4_convert.names import parameters
 
 #: How the compiler begins where a device's memory is too small for temporaries.
@@ -110,7 +110,7 @@ def usual_mesh(config: Config, count: int) -> dict[str, int]:
         part for part in range(1, _EXPERT_PARTS + 1) if not count % part and not config.n_routed_experts % part
     )
     fsdp = count // expert
-    if config.hidden_size % fsdp:
+    if not divides("fsdp", fsdp, config):
         raise UsageError(f"{count} devices: no mesh suits them by itself; describe one, such as fsdp=8,expert=32")
     return {"fsdp": fsdp, "expert": expert}
 

@@ -70,14 +70,14 @@ def suitable_mesh(config: Config, count: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     left = count
     for name in ("tensor", "fsdp"):
-        size = max(size for size in range(1, left + 1) if left % size == 0 and _divides(name, size, config))
+        size = max(size for size in range(1, left + 1) if left % size == 0 and divides(name, size, config))
         sizes[name] = size
         left //= size
     found = {"data": left, "fsdp": sizes["fsdp"], "tensor": sizes["tensor"]}
     return {name: size for name, size in found.items() if size > 1} or {"data": 1}
 
 
-def _divides(name: str, size: int, config: Config) -> bool:
+def divides(name: str, size: int, config: Config) -> bool:
     """Whether a mesh axis of this size divides all logical axes of weights that it splits."""
     lengths = {
         "width": config.hidden_size,
