@@ -5,13 +5,20 @@ Every message names the file or tensor, what was expected, what was found, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class Dsv4Error(Exception):
-    """Base of every error that dsv4 raises on purpose. Exit code 3 unless a subclass says otherwise."""
+    """Base of every error that dsv4 raises on purpose. Exit code 3 unless a subclass says otherwise.
+
+    A message quotes names and values that somebody else wrote, so what does not print is escaped in it, and a line that
+    is longer than anybody reads is cut.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class CheckFailed(Dsv4Error):
@@ -36,9 +43,23 @@ class ResourceError(Dsv4Error):
     exit_code = 4
 
 
+def printable(line: str, *, limit: int = 2000) -> str:
+    """Without control characters, which a terminal would obey, and lone surrogates, which no stream takes."""
+    cut = line if len(line) <= limit else f"{line[:limit]}…"
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+
+
 def listed(problems: Sequence[str], *, limit: int = 20) -> str:
     """One problem per line, the first ``limit`` of them, then how many were left out."""
     shown = [f"  - {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
         shown.append(f"  … and {len(problems) - limit} more")
     return "\n".join(shown)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``; did you mean float32?`` where one of ``words`` comes close to ``word``, else nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

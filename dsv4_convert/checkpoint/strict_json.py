@@ -1,63 +1,23 @@
-"""JSON without the freedoms that let two readers understand one file differently."""
+"""A JSON file of a checkpoint, read strictly."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dsv4_convert.checkpoint.files import foreign_content, read_start, stat_regular
 from dsv4_convert.errors import BadInput
+from dsv4_convert.strict_json import parse_object
 
 #: The largest published index is 14 MB; a config.json has a few KB.
 MAX_JSON_BYTES = 100_000_000
-
-
-def parse_object(text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose root is an object.
-
-    Refused beyond what the standard library refuses: duplicate keys (readers disagree on which one counts),
-    ``NaN`` and ``Infinity`` (not JSON), and anything but UTF-8.
-
-    Raises:
-        BadInput: naming ``where`` and what was found.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise BadInput(
-                f"{where}: the key {shown(twice)} appears twice; expected once, because readers disagree on which one "
-                "counts; download the file again, or report it to whoever wrote it"
-            )
-        return found
-
-    def no_constant(name: str) -> NoReturn:
-        raise BadInput(f"{where}: {name} is not a JSON number; replace it by a finite one")
-
-    try:
-        parsed = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=no_constant, parse_int=parse_int)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 (byte {error.start}); the file is damaged, download it again") from None
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: not JSON ({error}); the file is damaged, download it again") from None
-    except RecursionError:
-        raise BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile") from None
-    except ValueError as error:  # an integer of thousands of digits, or one that parse_int refuses
-        raise BadInput(f"{where}: {error}") from None
-    if not isinstance(parsed, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
-    return parsed
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Parse a JSON file of at most 100 MB whose root is an object.
 
     Raises:
-        BadInput: missing, not a regular file, too large, or refused by :func:`parse_object`.
+        BadInput: missing, not a regular file, too large, or refused by :func:`~dsv4_convert.strict_json.parse_object`.
     """
     size = stat_regular(path).st_size
     if size > MAX_JSON_BYTES:
@@ -67,8 +27,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not is_json and (found := foreign_content(text[:512])) is not None:
         raise BadInput(f"{path}: expected a JSON object, found {found}")
     return parse_object(text, where=str(path))
-
-
-def shown(text: str, *, limit: int = 80) -> str:
-    """A name from a file, safe to print: quoted, escaped, cut after ``limit`` characters."""
-    return ascii(text if len(text) <= limit else f"{text[:limit]}...")

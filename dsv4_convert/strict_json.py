@@ -1,0 +1,83 @@
+"""JSON without the freedoms that let two readers understand one file differently."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from dsv4_convert.errors import BadInput
+
+#: A lone surrogate can come from an escape alone, as bytes that are not UTF-8 are refused.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_object(
+    text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None, infinite: bool = False
+) -> dict[str, Any]:
+    """Parse UTF-8 JSON whose root is an object.
+
+    Refused beyond what the standard library refuses: duplicate keys (readers disagree on which one counts),
+    ``NaN`` and ``Infinity`` (not JSON) and numbers beyond float64 unless ``infinite``, half of a surrogate pair, and
+    anything but UTF-8.
+
+    Raises:
+        BadInput: naming ``where`` and what was found.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise BadInput(
+                f"{where}: the key {shown(twice)} appears twice; expected once, because readers disagree on which one "
+                "counts; download the file again, or report it to whoever wrote it"
+            )
+        return found
+
+    def no_constant(name: str) -> NoReturn:
+        raise BadInput(f"{where}: {name} is not a JSON number; replace it by a finite one")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise BadInput(f"{where}: the number {shown(digits)} is beyond float64; replace it by a smaller one")
+        return number
+
+    try:
+        parsed = json.loads(
+            text.decode(),
+            object_pairs_hook=unique,
+            parse_constant=None if infinite else no_constant,
+            parse_float=None if infinite else finite,
+            parse_int=parse_int,
+        )
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 (byte {error.start}); the file is damaged, download it again") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: not JSON ({error}); the file is damaged, download it again") from None
+    except RecursionError:
+        raise BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile") from None
+    except ValueError as error:  # an integer of thousands of digits, or one that parse_int refuses
+        raise BadInput(f"{where}: {error}") from None
+    if not isinstance(parsed, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
+    if _SURROGATE.search(text) and not _is_unicode(parsed):
+        raise BadInput(f"{where}: not valid Unicode: half of a surrogate pair; the file is damaged, download it again")
+    return parsed
+
+
+def _is_unicode(document: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(text: str, *, limit: int = 80) -> str:
+    """A name from a file, safe to print: quoted, escaped, cut after ``limit`` characters."""
+    return ascii(text if len(text) <= limit else f"{text[:limit]}...")

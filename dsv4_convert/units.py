@@ -1,0 +1,34 @@
+"""Numbers for people: bytes and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``159.6 GB`` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def count(number: float) -> str:
+    """A large number for people: ``284.3 B`` parameters, in the letters that models are named with."""
+    for letter in ("", " K", " M", " B", " T"):
+        if number < 1000 or letter == " T":
+            return f"{number:.0f}" if not letter else f"{number:.{2 if letter == ' T' else 1}f}{letter}"
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers for people, as ``--layers`` takes them too: ``0-3, 7``; ``none`` for none."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found) or "none"
