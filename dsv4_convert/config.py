@@ -9,13 +9,15 @@ the mathematics is never skipped, and all problems are reported at once.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.strict_json import parse_object
 
 _V = TypeVar("_V")
 
@@ -91,6 +93,11 @@ _SIZES = (
     "hc_sinkhorn_iters",
     "max_position_embeddings",
 )
+
+#: Sizes are below this; the largest of V4-Pro is its context, a million.
+_MAX_SIZE = 1 << 31
+#: Of what a number in JSON may be, as an integer has no largest one.
+_MAX_REAL = sys.float_info.max
 
 #: Real fields that must be present and positive.
 _REALS = ("hc_eps", "rms_norm_eps", "routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta")
@@ -183,12 +190,12 @@ class Config:
     def from_file(cls, path: Path) -> Config:
         """Read a ``config.json``. Raises :class:`BadInput` naming the file and every problem in it."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file; a checkpoint needs its config.json beside the shards") from None
-        except (ValueError, OSError) as error:
-            raise BadInput(f"{path}: not a readable JSON file ({error})") from None
-        return cls.from_hf(raw, where=str(path))
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        return cls.from_hf(parse_object(text, where=str(path)), where=str(path))
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
@@ -204,18 +211,61 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Config:
-        """Rebuild what :meth:`to_json` wrote."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(data) != known:
-            raise BadInput(f"stored dsv4 config: fields differ: {sorted(set(data) ^ known)}")
-        values = dict(data)
-        values["attention"] = tuple(Attention(kind) for kind in values["attention"])
-        values["hash_routed"] = tuple(values["hash_routed"])
-        values["yarn"] = Yarn(**values["yarn"]) if values["yarn"] is not None else None
-        block = values["weight_block_size"]
-        values["weight_block_size"] = None if block is None else (int(block[0]), int(block[1]))
-        return cls(**values)
+    def from_json(cls, data: object) -> Config:
+        """Rebuild what :meth:`to_json` wrote.
+
+        Raises:
+            BadInput: anything else.
+        """
+        if not isinstance(data, Mapping):
+            raise BadInput(f"stored dsv4 config: expected an object, found {_short(data)}; the file is damaged")
+        if differing := sorted({*data} ^ {field.name for field in dataclasses.fields(cls)}):
+            raise BadInput(f"stored dsv4 config: missing or unknown fields: {differing}; the file is damaged")
+        try:
+            attention, yarn, block = data["attention"], data["yarn"], data["weight_block_size"]
+            config = cls(
+                **{
+                    **data,
+                    "attention": tuple(map(Attention, attention)),
+                    "hash_routed": tuple(data["hash_routed"]),
+                    "yarn": None if yarn is None else Yarn(**yarn),
+                    "weight_block_size": None if block is None else tuple(block),
+                }
+            )
+            problems = [*_ill_typed(config), *([] if config.yarn is None else _ill_typed(config.yarn))]
+        except (TypeError, ValueError) as error:
+            problems = [str(error)]
+        if problems:
+            raise BadInput(f"stored dsv4 config: not one that dsv4 writes; the file is damaged:\n{listed(problems)}")
+        return config
+
+
+def _ill_typed(stored: Config | Yarn) -> list[str]:
+    """The fields that no config has so."""
+    problems = []
+    for field in dataclasses.fields(stored):
+        value = getattr(stored, field.name)
+        match field.type:
+            case "int":
+                good = type(value) is int and (field.name != "num_mtp_stages") <= value < _MAX_SIZE
+            case "float":
+                good = type(value) is float and 0 < value < math.inf
+            case "tuple[Attention, ...]":
+                good = isinstance(stored, Config) and len(value) == stored.num_hidden_layers
+            case "tuple[bool, ...]":
+                same_length = isinstance(stored, Config) and len(value) == stored.num_hidden_layers
+                good = same_length and all(type(entry) is bool for entry in value)
+            case "Yarn | None":
+                good = True
+            case "str | None":
+                good = value is None or value in ("fp4", "fp8")
+            case "tuple[int, int] | None":
+                good = value is None or (len(value) == 2 and all(type(size) is int and size > 0 for size in value))
+            case _:
+                raise AssertionError(f"{field.name}: {field.type}")
+        if not good:
+            problems.append(f"{field.name}: {_short(value)}")
+    return problems
 
 
 class _Reader:
@@ -239,6 +289,7 @@ class _Reader:
         layers = values["num_hidden_layers"]
         rates = self._compress_rates()
         attention, stages = self._schedule(layers, rates)
+        layers = len(attention)  # none where the schedule is a problem, so a wild number costs nothing
         values |= self._rope(values)
         values |= {
             "attention": attention,
@@ -280,14 +331,17 @@ class _Reader:
 
     def _size(self, name: str, default: int | None = None) -> int:
         value = self.left.pop(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._bad(f"{name}: expected a positive integer, found {_short(value) if value is not None else 'nothing'}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _MAX_SIZE:
+            self._bad(
+                f"{name}: expected a positive integer below 2**31, "
+                f"found {_short(value) if value is not None else 'nothing'}"
+            )
             return 1
         return value
 
     def _real(self, name: str) -> float:
         value = self.left.pop(name, None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_REAL:
             self._bad(f"{name}: expected a positive number, found {_short(value) if value is not None else 'nothing'}")
             return 1.0
         return float(value)
@@ -302,8 +356,10 @@ class _Reader:
             return rates
         for kind in rates:
             value = given[kind.value]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                self._bad(f"compress_rates.{kind.value}: expected a positive integer, found {_short(value)}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _MAX_SIZE:
+                self._bad(
+                    f"compress_rates.{kind.value}: expected a positive integer below 2**31, found {_short(value)}"
+                )
             else:
                 rates[kind] = value
         return rates
@@ -338,7 +394,7 @@ class _Reader:
             self._bad("compress_rates and compress_ratios contradict each other: compress_ratios implies 4 and 128")
         if _DSPARK & self.left.keys():
             stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts
-        return next(iter(spelled.values()), (Attention.SLIDING,) * layers), stages
+        return next(iter(spelled.values()), ()), stages
 
     def _kinds(
         self, name: str, given: Any, table: Mapping[Any, _V], *, exactly: int = 0, at_least: int = 0
@@ -436,8 +492,11 @@ class _Reader:
         numbers: dict[str, float] = {}
         for key in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
             value = left.pop(key, None)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_REAL:
                 self._bad(f"{name}.{key}: expected a positive number, found {_short(value)}")
+                value = 1
+            if key == "original_max_position_embeddings" and not (value == int(value) < _MAX_SIZE):
+                self._bad(f"{name}.{key}: expected a number of tokens, found {_short(value)}")
                 value = 1
             numbers[key] = value
         for key in left:
@@ -487,7 +546,10 @@ class _Reader:
             return
         v = values
         relations = (
-            (v["qk_rope_head_dim"] % 2 == 0, "qk_rope_head_dim must be even (pairs are rotated)"),
+            (
+                v["qk_rope_head_dim"] > 0 and v["qk_rope_head_dim"] % 2 == 0,
+                "qk_rope_head_dim must be even (pairs are rotated)",
+            ),
             (v["qk_rope_head_dim"] <= v["head_dim"], "qk_rope_head_dim must not exceed head_dim"),
             (v["qk_rope_head_dim"] <= v["index_head_dim"], "qk_rope_head_dim must not exceed index_head_dim"),
             (v["num_attention_heads"] % v["o_groups"] == 0, "num_attention_heads must be a multiple of o_groups"),

@@ -113,6 +113,28 @@ def resolve(
             (:func:`~dsv4_convert.foreign.refuse_foreign`).
     """
     refuse_foreign({}, stored, where=where)
+    resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
+    if problems:
+        raise BadInput(
+            f"{where}: {len(problems)} problem(s) between its tensors ({resolution.dialect} names) and its "
+            f"config.json:\n{listed(problems)}\n"
+            "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
+        )
+    return resolution
+
+
+def compare(
+    stored: Mapping[str, Stored],
+    config: Config,
+    *,
+    layers: Iterable[int] | None = None,
+    dialect: Dialect | None = None,
+) -> tuple[Resolution, list[str]]:
+    """What :func:`resolve` proves, with the problems instead of an error: sorted, each ``name: what is wrong``.
+
+    Raises:
+        BadInput: no name is known to any dialect.
+    """
     dialect = dialect or detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
@@ -145,13 +167,7 @@ def resolve(
         if asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
-    if problems:
-        raise BadInput(
-            f"{where}: {len(problems)} problem(s) between its tensors ({dialect} names) and its config.json:\n"
-            f"{listed(sorted(problems))}\n"
-            "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
-        )
-    return Resolution(fitted, dialect, tuple(leaves), dropped)
+    return Resolution(fitted, dialect, tuple(leaves), dropped), sorted(problems)
 
 
 def _dspark(stored: Iterable[str]) -> dict[str, str]:
@@ -237,6 +253,8 @@ def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Ite
             tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
             if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
                 yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"
+            if config.weight_block_size is None:
+                yield f"{source.weight}: quantised, but config.json has no quantization_config to say in which blocks"
         if rule.kind is Kind.EXPERT and scale is not None and config.expert_dtype is not None:
             declared = {"fp4": True, "fp8": False}[config.expert_dtype]
             if declared != packed:

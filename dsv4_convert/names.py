@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.units import ranges
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
 TABLE_VERSION = 1
@@ -444,7 +445,8 @@ def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...
     wrong = [layer for layer in chosen if not 0 <= layer < config.num_hidden_layers]
     if wrong or not chosen:
         raise UsageError(
-            f"layers {wrong or 'none'}: this model has the layers 0 to {config.num_hidden_layers - 1} "
+            f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
+            f"{config.num_hidden_layers - 1} "
             "(mtp stages are not layers)"
         )
     return chosen
@@ -504,10 +506,22 @@ def _explanation(rule: Rule, number: int | None, expert: int | None) -> Explanat
     return Explanation(spell(rule.path), rule, spellings)
 
 
+#: What stands before the name of a parameter within its layer.
+_PREFIXES = ("layers.{}.", "mtp.{}.", "model.layers.{}.")
+
+
 def _close(key: str) -> list[str]:
+    """Names that come close within their layer; of equal ones that with the prefix of ``key``, else of a layer."""
     import difflib
 
-    every = sorted(
-        {text for table in _INDEX.values() for text in table} | {rule.path for rule in (*RULES, *STAGE_RULES)}
-    )
-    return difflib.get_close_matches(key, every, n=4, cutoff=0.3)
+    def split(text: str) -> tuple[str, str]:
+        prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
+        return prefix, text.removeprefix(prefix)
+
+    mine, rest = split(key)
+    every = {text for table in _INDEX.values() for text in table} | {rule.path for rule in (*RULES, *STAGE_RULES)}
+    by_rest: dict[str, str] = {}
+    for text in sorted(every, key=lambda text: (split(text)[0] != mine, (*_PREFIXES, "").index(split(text)[0]), text)):
+        by_rest.setdefault(split(text)[1], text)
+    close = difflib.get_close_matches(rest, list(by_rest), n=4, cutoff=0.3)
+    return [by_rest[found].replace("{}", "N", 1).replace("{}", "E") for found in close]

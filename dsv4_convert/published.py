@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
-from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
@@ -67,7 +67,7 @@ class PublishedWeights:
             return np.stack([self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)])
         (source,) = leaf.sources
         if leaf.rule.kind is Kind.INTEGER:
-            return self._checkpoint.read(source.weight).astype(np.int32)
+            return read_table(self._checkpoint, source.weight, self.config.n_routed_experts).astype(np.int32)
         dtype = dtype if leaf.rule.kind.follows_dtype else _FLOAT32
         transpose = leaf.rule.transform is Transform.TRANSPOSE
         decoded = read_weight(self._checkpoint, source, dtype=dtype, transpose=transpose)

@@ -264,5 +264,5 @@ def test_an_unknown_checkpoint_is_said_to_be_one() -> None:
 
 
 def test_explain_suggests_close_names() -> None:
-    with pytest.raises(UsageError, match=r"layers\.\{\}\.attn\.wq_a"):
+    with pytest.raises(UsageError, match=r"layers\.N\.attn\.wq_a"):
         names.explain("layers.3.attn.wq_c.weight")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4_convert.checkpoint.files import file_digest, stamp_of, stat_regular
+from dsv4_convert.checkpoint.files import file_digest, set_aside, stamp_of, stat_regular
 from dsv4_convert.checkpoint.folder import Checkpoint
 from dsv4_convert.checkpoint.header import Header
 from dsv4_convert.checkpoint.hub_progress import Meter, Stopped
@@ -173,6 +173,7 @@ class ArrivingCheckpoint(Checkpoint):
             path = self._fetch(file, force=True)
             problem = self._problem(file, path)
         if problem is not None:
+            set_aside(path)
             raise BadInput(f"{self.repository}: {problem}, also when it was fetched again")
         self._stamps[self.root / file.name] = stamp_of(stat_regular(path))
 

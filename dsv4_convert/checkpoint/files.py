@@ -14,6 +14,9 @@ from dsv4_convert.errors import BadInput
 
 _CHUNK_BYTES = 8 << 20
 
+#: Added to the name of a file whose content is not what it should be.
+WRONG_SUFFIX = ".wrong"
+
 #: (first bytes, what that file is and what to do about it); the first match wins.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (
@@ -96,6 +99,19 @@ def foreign_content(head: bytes) -> str | None:
     if head and not head.strip(b"\0"):
         return "full of zeros at its start, as a download leaves it that never finished; download the file again"
     return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file whose content is wrong, and what it links to, so that nothing takes it for the right one.
+
+    Nothing is deleted but the link. Returns the new name.
+    """
+    real = path.resolve()
+    aside = real.with_name(f"{real.name}{WRONG_SUFFIX}")
+    real.replace(aside)
+    if path.is_symlink():
+        path.unlink()
+    return aside
 
 
 def file_digest(

@@ -18,9 +18,9 @@ from typing import Any
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.files import Stamp, foreign_content, read_start, stamp_of, stat_regular
-from dsv4_convert.checkpoint.strict_json import parse_object, shown
 from dsv4_convert.coverage import Stored
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.strict_json import parse_object, shown
 
 #: The limit of the format; a header of V4-Pro's fullest shard has 0.4 MB.
 MAX_HEADER_BYTES = 100_000_000
@@ -198,13 +198,7 @@ def _metadata_problems(metadata: Any) -> list[str]:
     for key, value in metadata.items():
         if not isinstance(value, str):
             problems.append(f"{METADATA_KEY}: {shown(key)} has to be a string, found {type(value).__name__}")
-        elif _has_surrogates(key) or _has_surrogates(value):
-            problems.append(f"{METADATA_KEY}: {shown(key)} is not valid Unicode")
     return problems
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _tensor(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from dsv4_convert.checkpoint.files import file_digest
+from dsv4_convert.checkpoint.files import WRONG_SUFFIX, file_digest, set_aside
 from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
 from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.errors import BadInput, ResourceError, listed
+from dsv4_convert.locks import lock
 
 __all__ = [
     "DownloadPlan",
@@ -74,7 +76,8 @@ def download(
 
     Raises:
         BadInput: as :func:`plan_download`, and content that is not what the Hub states.
-        ResourceError: as :func:`plan_download`; too little disk space (before anything is fetched); a failing transfer.
+        ResourceError: as :func:`plan_download`; too little disk space (before anything is fetched); a failing transfer;
+            another process downloads to the same folder.
         UsageError: as :func:`plan_download`.
     """
     plan = plan_download(
@@ -82,7 +85,7 @@ def download(
     )
     _check_disk(plan)
     if not plan.offline:
-        with hub_errors(repo_id, plan.revision):
+        with hub_errors(repo_id, plan.revision, plan.folder), _held(local_dir):
             _fetch(plan, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force, progress=progress)
     unverified = tuple(file.name for file in plan.files if file.oid is None or not verify)
     if verify:
@@ -96,7 +99,9 @@ def download(
 
 
 def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> None:
-    """Compare the size and the hash of every planned file on disk with what the Hub states. Deletes nothing.
+    """Compare the size and the hash of every planned file on disk with what the Hub states.
+
+    Deletes nothing, but renames what differs, so that neither a folder nor the Hub's cache holds it under its name.
 
     Reads all bytes, on up to four cores at about 1.3 GB/s each.
 
@@ -110,12 +115,16 @@ def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> 
         if not path.is_file():
             return f"{path}: missing"
         if (size := path.stat().st_size) != file.size:
+            set_aside(path)
             return f"{path}: expected {file.size:,} bytes, found {size:,}"
         if file.oid is None:
             return None
         algorithm, prefix = ("sha256", b"") if len(file.oid) == 64 else ("sha1", b"blob %d\0" % size)
         found = file_digest(path, algorithm, prefix=prefix, on_bytes=meter.add)
-        return None if found == file.oid else f"{path}: expected {algorithm} {file.oid}, found {found}"
+        if found == file.oid:
+            return None
+        set_aside(path)
+        return f"{path}: expected {algorithm} {file.oid}, found {found}"
 
     with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
         try:
@@ -126,8 +135,29 @@ def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> 
     if problems:
         raise BadInput(
             f"{plan.repo_id} at {plan.revision}: {len(problems)} of {len(plan.files)} files are not what the Hub "
-            f"states; nothing was deleted, download them again with --force:\n{listed(problems)}"
+            f"states; they are kept with {WRONG_SUFFIX} after their names, run the same command to download them "
+            f"again:\n{listed(problems)}"
         )
+
+
+@contextmanager
+def _held(local_dir: Path | str | None) -> Iterator[None]:
+    """Keep others from downloading to the same folder. Those that share the Hub's cache wait for each other there."""
+    if local_dir is None:
+        yield
+        return
+    file = Path(local_dir) / ".cache" / "huggingface" / "dsv4.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not lock(descriptor, file):
+            raise ResourceError(
+                f"{local_dir}: another process is downloading to it and holds {file}. Wait for it, or end it and run "
+                "the same command again."
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_disk(plan: DownloadPlan) -> None:

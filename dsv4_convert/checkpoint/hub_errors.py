@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2  # the HTTP client of huggingface_hub 2, whose connection errors it passes on as they are
 from huggingface_hub import constants, get_token
@@ -30,8 +31,8 @@ _TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth l
 
 
 @contextmanager
-def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
-    """Turn what the client raises inside the block into an error of ours.
+def hub_errors(repo_id: str, revision: str, folder: Path | None = None) -> Iterator[None]:
+    """Turn what the client raises inside the block into an error of ours; ``folder`` is where it writes.
 
     Raises:
         BadInput: the repository, revision or file does not exist, or may not be read.
@@ -43,7 +44,7 @@ def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
     except Exception as error:
         if _quotes_a_header(error):
             raise unusable_token() from None
-        ours = _translated(error, repo_id, revision)
+        ours = _translated(error, repo_id, revision, folder)
         if ours is None:
             raise
         raise ours from error
@@ -72,7 +73,7 @@ def _quotes_a_header(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _translated(error: BaseException, repo_id: str, revision: str) -> Dsv4Error | None:
+def _translated(error: BaseException, repo_id: str, revision: str, folder: Path | None) -> Dsv4Error | None:
     """The error in our words; None for what the client does not raise on purpose."""
     what = f"{repo_id} at {revision}"
     match error:
@@ -93,7 +94,7 @@ def _translated(error: BaseException, repo_id: str, revision: str) -> Dsv4Error 
         case OfflineModeIsEnabled():
             return ResourceError(f"{what}: not in the cache, and the Hub is off limits; unset HF_HUB_OFFLINE once")
         case LocalEntryNotFoundError() | RevisionResolutionError() | ValueError() if error.__cause__ is not None:
-            return _translated(error.__cause__, repo_id, revision)  # what kept the client from asking the Hub
+            return _translated(error.__cause__, repo_id, revision, folder)  # what kept the client from asking the Hub
         case FileMetadataError():
             return ResourceError(f"{what}: {constants.ENDPOINT} does not answer like the Hub; check HF_ENDPOINT")
         case httpx2.HTTPError():
@@ -104,9 +105,15 @@ def _translated(error: BaseException, repo_id: str, revision: str) -> Dsv4Error 
                 "then run the same command again: finished files are kept"
             )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return ResourceError(f"{what}: the disk is full; make room, or choose another folder or HF_HUB_CACHE")
-        case OSError(strerror=str(reason), filename=name) if name is not None:
-            return ResourceError(f"{what}: {name}: {reason}; check its permissions, or choose another folder")
+            return ResourceError(
+                f"{what}: {error.filename or folder}: {error.strerror}; make room, or choose another folder or "
+                "HF_HUB_CACHE, and run the same command again: finished files are kept"
+            )
+        case OSError(strerror=str(reason), filename=name) if name is not None or folder is not None:
+            return ResourceError(
+                f"{what}: {name or folder}: {reason}; check its permissions and the disk, or choose another folder, "
+                "and run the same command again: finished files are kept"
+            )
         case OSError() | EntryNotFoundError() | RevisionResolutionError() | XetDownloadError():
             return ResourceError(
                 f"{what}: the download failed ({type(error).__name__}); run the same command again: finished files "

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from huggingface_hub import hf_hub_url
+import httpx2
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported, but not marked as such
     build_hf_headers,
     hf_raise_for_status,
@@ -20,6 +21,8 @@ from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.errors import ResourceError
 
 _REQUESTS = 8
+#: How often a range is asked for whose connection breaks or stalls half-way.
+_TRIES = 4
 
 
 class Ranges:
@@ -35,22 +38,38 @@ class Ranges:
         Raises:
             BadInput, ResourceError: the Hub does not give them.
         """
+        for _ in range(_TRIES - 1):
+            content = self._once(name, start, stop)
+            if isinstance(content, bytes):
+                return content
+        content = self._once(name, start, stop)
+        if isinstance(content, bytes):
+            return content
+        with hub_errors(self._plan.repo_id, self._plan.revision):
+            raise content
+
+    def _once(self, name: str, start: int, stop: int) -> bytes | httpx2.TransportError:
+        """One try; what broke the connection while the bytes came."""
         headers = build_hf_headers(token=self._token, library_name="dsv4")
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         url = hf_hub_url(self._plan.repo_id, name, revision=self._plan.revision)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with (
             hub_errors(self._plan.repo_id, self._plan.revision),
-            http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response,
+            http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response,
         ):
             hf_raise_for_status(response)
             # A server that does not know ranges sends all of the file: leave when there is enough.
             skip = start if response.status_code == 200 else 0
             parts, length = [], 0
-            for part in response.iter_raw():
-                parts.append(part)
-                length += len(part)
-                if length >= skip + stop - start:
-                    break
+            try:
+                for part in response.iter_raw():
+                    parts.append(part)
+                    length += len(part)
+                    if length >= skip + stop - start:
+                        break
+            except httpx2.TransportError as error:  # the client can begin a request anew, but not this block
+                return error
         return b"".join(parts)[skip : skip + stop - start]
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -117,7 +117,8 @@ def _raw_chunks(chunks: Chunks) -> Iterator[memoryview]:
 @contextmanager
 def _atomic(path: Path, *, nbytes: int) -> Iterator[BinaryIO]:
     """A stream to a temporary neighbour of ``path`` that takes its name once everything is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same name: what a killed process left is written over by the next one, and does not stay for ever.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         try:
             with temporary.open("wb") as stream:
@@ -126,11 +127,15 @@ def _atomic(path: Path, *, nbytes: int) -> Iterator[BinaryIO]:
                 os.fsync(stream.fileno())
             temporary.replace(path)
             _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+            raise ResourceError(
+                f"{path}: cannot be written ({error.strerror}); fix the cause or choose another folder"
+            ) from error
         free = shutil.disk_usage(path.parent).free
         raise ResourceError(
             f"{path}: {error.strerror}: {nbytes:,} bytes are needed, {free:,} are free; "

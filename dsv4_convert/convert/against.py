@@ -58,7 +58,7 @@ class _Comparison:
         self.checkpoint = checkpoint
         self.planned = planned
         self.sources = sources
-        self.maker = ChunkMaker(checkpoint)
+        self.maker = ChunkMaker(checkpoint, experts=planned.config.n_routed_experts)
 
     def run(self, progress: Progress, workers: int) -> list[str]:
         problems = self._differing_leaves()
@@ -100,9 +100,9 @@ class _Comparison:
         """What differs in a chunk, if anything does, and its bytes."""
         try:
             stored = self.store.open_leaf(piece.path).read_chunk(index)
+            made = self.maker.chunk(piece, index)
         except BadInput as error:
             return str(error), 0
-        made = self.maker.chunk(piece, index)
         if _bytes_equal(stored, made):
             return None, made.nbytes
         width = made.dtype.itemsize

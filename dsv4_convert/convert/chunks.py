@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.checkpoint.weights import read_published, read_table, read_weight
 from dsv4_convert.convert.storage import Form, Part, Piece
 from dsv4_convert.coverage import Source
 from dsv4_convert.errors import BadInput
@@ -41,15 +41,17 @@ class _Buffers(threading.local):
 class ChunkMaker:
     """Gives the chunks of the store's leaves, decoded and laid out; safe to call from several threads."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, experts: int) -> None:
+        """``experts`` is how many of them a hash table may choose from."""
         self._checkpoint = checkpoint
+        self._experts = experts
         self._buffers = _Buffers()
 
     def chunk(self, piece: Piece, index: tuple[int, ...]) -> Array:
         """Chunk ``index`` of ``piece``, C-contiguous; valid until the next call on the same thread.
 
         Raises:
-            BadInput: the source cannot be read.
+            BadInput: the source cannot be read, or holds what is no number or no expert.
         """
         out = self._buffers.take(piece.layout.clipped_shape(index), piece.dtype)
         if piece.form is Form.ONES:
@@ -75,8 +77,8 @@ class ChunkMaker:
         if part.expert is not None:
             plain = self._expert(piece, part.source.weight, part.expert)
             decode_weight(plain, None, dtype=piece.dtype, transpose=transpose, out=out)
-        elif rule.kind is Kind.INTEGER and piece.dtype.kind == "f":
-            self._as_floats(part, out)
+        elif rule.kind is Kind.INTEGER:
+            self._table(part, out)
         elif inside := part.rows.start % FP8_TILE[0]:
             # Rows that begin inside a tile, as no quantised tensor of a release has them: decode from its start.
             whole = slice(part.rows.start - inside, part.rows.stop)
@@ -85,9 +87,9 @@ class ChunkMaker:
         else:
             read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=part.rows, transpose=transpose, out=out)
 
-    def _as_floats(self, part: Part, out: Array) -> None:
-        """An index table for a model that wants floats. Raises :class:`BadInput` if one of them is not exact."""
-        table = self._checkpoint.read(part.source.weight)[part.rows]
+    def _table(self, part: Part, out: Array) -> None:
+        """An index table, also for a model that wants floats. Raises :class:`BadInput` if one is not exact."""
+        table = read_table(self._checkpoint, part.source.weight, self._experts, rows=part.rows).reshape(out.shape)
         np.copyto(out, table, casting="unsafe")
         if not np.array_equal(out, table):
             raise BadInput(
@@ -100,13 +102,15 @@ class ChunkMaker:
         assert name is not None
         if part.expert is not None:
             return self._expert(piece, name, part.expert)
-        stored = self._checkpoint.read(name)
         # The rows of a part are those of the weight; scales are never cut.
-        return stored if piece.form is Form.SCALE or part.leaf.stacked or not stored.shape else stored[part.rows]
+        rows = slice(None) if part.leaf.stacked else part.rows
+        if part.leaf.rule.kind is Kind.INTEGER:
+            return read_table(self._checkpoint, name, self._experts, rows=rows)
+        return read_published(self._checkpoint, name, is_scale=piece.form is Form.SCALE, rows=rows)
 
     def _expert(self, piece: Piece, name: str, expert: int) -> Array:
         """One expert of a fused tensor, or the gate (0) or up (1) half of its rows."""
-        rows: Array = self._checkpoint.read(name)[expert]
+        rows = read_published(self._checkpoint, name, is_scale=False, rows=slice(expert, expert + 1))[0]
         half = piece.leaf.rule.half
         if half is None:
             return rows

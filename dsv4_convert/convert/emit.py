@@ -77,6 +77,8 @@ class Emitter:
         self.storage = Storage(metadata["storage"])
         infos: dict[str, TensorInfo] = {}
         for name, tensor in sources.tensors.items():
+            if not tensor.targets:
+                continue  # left out, such as the stages after the layers that were asked for
             # Offsets do not matter here; the size does.
             nbytes = stored_nbytes(tensor.dtype, tensor.shape)
             file = store.folder / tensor.shard

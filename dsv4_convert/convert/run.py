@@ -18,6 +18,7 @@ from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, as_arriving
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
+from dsv4_convert.errors import printable
 from dsv4_convert.names import TABLE_VERSION
 from dsv4_convert.store import Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
 from dsv4_convert.store.arrays import Array
@@ -130,13 +131,13 @@ def carry_out(
     arriving = as_arriving(checkpoint)
     if arriving is not None:
         arriving.fetch_small_files()
-    maker = ChunkMaker(checkpoint)
+    maker = ChunkMaker(checkpoint, experts=planned.config.n_routed_experts)
     weights = sorted(to_account(planned))
     sharing = processes or current_processes()
     shards = ShardUse(planned, weights, checkpoint, ahead=sharing.count == 1)
     described = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
-        "name": name or checkpoint.repository or checkpoint.root.resolve().name,
+        "name": name or checkpoint.repository or printable(checkpoint.root.resolve().name),
         "revision": revision or checkpoint.revision,
         "shards": {name: shard.size for name, shard in described.items()},
     }

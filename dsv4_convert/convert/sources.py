@@ -15,6 +15,7 @@ from typing import Any
 from dsv4_convert.errors import BadInput
 from dsv4_convert.names import stage_of
 from dsv4_convert.store import Store
+from dsv4_convert.strict_json import parse_object, shown
 
 SOURCES_FILE = "dsv4_sources.json"
 SCHEMA_VERSION = 1
@@ -71,19 +72,21 @@ class Sources:
         Raises:
             BadInput: not such a file, or of another schema version.
         """
-        try:
-            document = json.loads(data)
-            if document["schema_version"] != SCHEMA_VERSION:
-                raise BadInput(
-                    f"{where}: schema_version is {document['schema_version']!r}, this version of dsv4 reads "
-                    f"{SCHEMA_VERSION}. Read it with the version of dsv4 that wrote it, or convert again."
-                )
-            return cls(
-                shards={name: Shard(**entry) for name, entry in document["shards"].items()},
-                tensors={name: _heard(entry) for name, entry in document["tensors"].items()},
+        document = parse_object(data, where=where)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION or type(version) is not int:
+            raise BadInput(
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}. "
+                "Read it with the version of dsv4 that wrote it, or convert again."
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadInput(f"{where}: not an account of source tensors: {error!r}; convert again") from error
+        try:
+            shards, tensors = (_entries(document, key) for key in ("shards", "tensors"))
+            return cls(
+                shards={name: _heard_shard(name, entry) for name, entry in shards.items()},
+                tensors={name: _heard(name, entry) for name, entry in tensors.items()},
+            )
+        except ValueError as error:
+            raise BadInput(f"{where}: not an account of source tensors: {error}; convert again") from error
 
 
 def read_sources(store: Store) -> Sources:
@@ -120,9 +123,42 @@ def _told(tensor: SourceTensor) -> dict[str, Any]:
     return {key: value for key, value in vars(tensor).items() if value not in (None, ())}
 
 
-def _heard(entry: Mapping[str, Any]) -> SourceTensor:
-    lists = {key: tuple(entry.get(key, ())) for key in ("shape", "targets")}
-    return SourceTensor(**{**entry, **lists})
+def _entries(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    entries = document.get(key)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{key} is {shown(str(entries))}")
+    return entries
+
+
+def _heard_shard(name: str, entry: object) -> Shard:
+    """Strict inverse of what is written of a shard. Raises :class:`ValueError`."""
+    match entry:
+        case {"size": int(size), "sha256": None | str() as sha256, **more} if not more and type(size) is int:
+            return Shard(size=size, sha256=sha256)
+    raise ValueError(f"{shown(name)} is {shown(str(entry))}")
+
+
+def _heard(name: str, entry: object) -> SourceTensor:
+    """Strict inverse of :func:`_told`. Raises :class:`ValueError`."""
+    whole = {"shape": [], "sha256": None, "targets": [], "dropped": None, **(entry if isinstance(entry, dict) else {})}
+    match whole:
+        case {
+            "shard": str(shard),
+            "dtype": str(dtype),
+            "shape": [*shape],
+            "sha256": None | str() as sha256,
+            "targets": [*targets],
+            "dropped": None | str() as dropped,
+            **more,
+        } if (
+            not more
+            and all(type(extent) is int and extent >= 0 for extent in shape)
+            and all(isinstance(target, str) for target in targets)
+        ):
+            return SourceTensor(
+                shard=shard, dtype=dtype, shape=tuple(shape), sha256=sha256, targets=tuple(targets), dropped=dropped
+            )
+    raise ValueError(f"{shown(name)} is {shown(str(entry))}")
 
 
 def _compact(value: object) -> str:

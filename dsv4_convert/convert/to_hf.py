@@ -16,11 +16,12 @@ from dsv4_convert.convert.sources import Sources, read_sources
 from dsv4_convert.convert.storage import Storage
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.store import Store, open_store
-from dsv4_convert.store.arrays import Array, write_file
+from dsv4_convert.store.arrays import Array, write_file, writing
 from dsv4_convert.store.layout import raw_bytes
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import Folder
 from dsv4_convert.store.staging import staging_area
+from dsv4_convert.strict_json import parse_object, shown
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -107,7 +108,7 @@ def orbax_to_hf(
                 checked = [_Checked(tensor, sources) for tensor in group]
                 write_safetensors(staging.commit / shard, [one.entry() for one in checked], metadata={"format": "pt"})
                 identical = sum(one.identical for one in checked)
-                kept[shard] = _Written(identical, dict(emitter.fidelity.changed))
+                kept[shard] = Written(identical, dict(emitter.fidelity.changed))
                 emitter.fidelity.changed.clear()
                 _remember(staging.folder / _STATE, store, kept, requantize=requantize)
             done += sum(tensor.nbytes for tensor in group)
@@ -117,7 +118,8 @@ def orbax_to_hf(
             write_index(staging.commit, weight_map, total)
         for name, content in _companions(store, plain=emitter.storage is not Storage.SOURCE and not requantize):
             write_file(staging.commit / name, content)
-        staging.leaves.mkdir(exist_ok=True)
+        with writing(staging.leaves):
+            staging.leaves.mkdir(exist_ok=True)
         staging.publish(target)
     dropped: dict[str, int] = {}
     for tensor in sources.tensors.values():
@@ -135,7 +137,7 @@ def orbax_to_hf(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Written:
+class Written:
     """Of one shard: tensors that are those of the source, and the values that changed in weights quantised again."""
 
     identical: int
@@ -195,27 +197,53 @@ class _Checked:
         self.identical = found == self._known
 
 
-def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict[str, _Written]:
+def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict[str, Written]:
     """The shards that an interrupted run has finished."""
     if any(state.parent.glob("journal*.jsonl")):
         raise UsageError(f"{state.parent}: an unfinished conversion is here; finish it, or --restart to discard it")
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     if not state.exists():
         return {}
-    found = json.loads(state.read_bytes())
-    if found["of"] != _identity(store, requantize=requantize):
+    of, shards = read_export_state(state)
+    if of != _identity(store, requantize=requantize):
         raise UsageError(
             f"{state.parent}: an unfinished export of another checkpoint, or with other options, is here. "
             "Finish that one, or --restart to discard it."
         )
-    return {shard: _Written(**entry) for shard, entry in found["shards"].items()}
+    return shards
 
 
-def _remember(state: Path, store: Store, shards: Mapping[str, _Written], *, requantize: bool) -> None:
+def read_export_state(state: Path) -> tuple[dict[str, Any], dict[str, Written]]:
+    """What an interrupted run was exporting, and the shards that it has finished.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        found = parse_object(state.read_bytes(), where="state")
+        of, shards = found.get("of"), found.get("shards")
+        if isinstance(of, dict) and isinstance(shards, dict) and len(found) == 2:
+            return of, {shard: _heard(shard, entry) for shard, entry in shards.items()}
+        raise ValueError(f"expected `of` and `shards`, found {shown(str(found))}")
+    except (BadInput, ValueError) as error:
+        raise BadInput(f"{state}: the state of an export is damaged ({error}). Start again with --restart.") from error
+
+
+def _heard(shard: str, entry: Any) -> Written:
+    if isinstance(entry, dict) and entry.keys() == {"identical", "quantized"}:
+        identical, quantized = entry["identical"], entry["quantized"]
+        if isinstance(quantized, dict) and all(type(count) is int for count in (identical, *quantized.values())):
+            return Written(identical, quantized)
+    raise ValueError(f"{shown(shard)} is {shown(str(entry))}")
+
+
+def _remember(state: Path, store: Store, shards: Mapping[str, Written], *, requantize: bool) -> None:
     new = state.with_suffix(".new")
     entries = {shard: dataclasses.asdict(written) for shard, written in shards.items()}
     write_file(new, json.dumps({"of": _identity(store, requantize=requantize), "shards": entries}).encode())
-    new.replace(state)
+    with writing(state):
+        new.replace(state)
 
 
 def _identity(store: Store, *, requantize: bool) -> dict[str, Any]:

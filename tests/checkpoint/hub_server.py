@@ -9,11 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _PAGE = 3  # entries per page of a listing, where the real Hub has 1000
@@ -71,6 +76,16 @@ class LoopbackHub:
     cuts: dict[str, int] = field(default_factory=dict)
     #: Part of a path -> status of the answer, for every request.
     failures: dict[str, int] = field(default_factory=dict)
+    #: Part of a path -> statuses of the answers to the next requests for it, after which it is answered rightly.
+    passing_failures: dict[str, list[int]] = field(default_factory=dict)
+    #: File name -> bytes after which nothing more comes, although the connection stays.
+    stalls: dict[str, int] = field(default_factory=dict)
+    #: Further entries of every listing, as they are.
+    also_listed: list[dict[str, Any]] = field(default_factory=list)
+    #: Former names of repositories, with those that requests are sent on to.
+    moved: dict[str, str] = field(default_factory=dict)
+    #: Where large files are. None: :attr:`cdn`.
+    large_files_at: str | None = None
     requests: list[Request] = field(default_factory=list)
     #: Whether requests for a range are honoured.
     ranges: bool = True
@@ -78,7 +93,8 @@ class LoopbackHub:
     sent: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._closing = threading.Event()
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -108,9 +124,17 @@ class LoopbackHub:
         ]
 
     def close(self) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed leave without a word."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
@@ -133,8 +157,14 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             token = authorization.removeprefix("Bearer ") if authorization else None
             hub.requests.append(Request(method=self.command, path=path, range=self.headers.get("Range"), token=token))
             status = next((status for part, status in hub.failures.items() if part in path), None)
+            passing = next((left for part, left in hub.passing_failures.items() if part in path and left), None)
+            if status is None and passing is not None:
+                status = passing.pop(0)
             if status is not None:
                 return self._send(status, {})
+            for former, name in hub.moved.items():
+                if former in path:
+                    return self._send(307, {"Location": self.path.replace(former, name)})
             if match := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+))?", path):
                 repo_id, what, revision = match.groups()
                 return self._api(repo_id, what, revision or "main", url.query, token)
@@ -171,6 +201,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 return self._send(200, {}, {"id": repo_id, "sha": commit, "siblings": []})
             entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "inference"}]
             entries += [file.entry() for file in files if "/" not in file.name]
+            entries += hub.also_listed
             start = int(parse_qs(query).get("cursor", ["0"])[0])
             headers = {}
             if start + _PAGE < len(entries):
@@ -188,7 +219,8 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Repo-Commit": commit, "ETag": f'"{file.git_oid}"'}
             if file.lfs:  # large files are on another host, behind a redirect
                 headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
-                return self._send(302, headers | {"Location": f"{hub.cdn}/cdn/{repo_id}/{commit}/{name}"})
+                base = hub.cdn if hub.large_files_at is None else hub.large_files_at
+                return self._send(302, headers | {"Location": f"{base}/cdn/{repo_id}/{commit}/{name}"})
             return self._content(file, headers)
 
         def _content(self, file: HubFile, headers: dict[str, str] | None = None) -> None:
@@ -205,6 +237,14 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(stop - start))
             self.end_headers()
             if self.command == "HEAD":
+                return
+            stall = hub.stalls.get(file.name)
+            if stall is not None and start + stall < stop:
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(content[start : start + stall])
+                    self.wfile.flush()
+                hub._closing.wait(60)
+                self.close_connection = True
                 return
             cut = hub.cuts.pop(file.name, None)
             with contextlib.suppress(ConnectionError):  # a client that has enough leaves
@@ -223,3 +263,46 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(content)
 
     return Handler
+
+
+def client_constants(endpoint: str, folder: Path) -> dict[str, object]:
+    """What of ``huggingface_hub.constants`` makes the client talk to ``endpoint``, with an empty cache in ``folder``.
+
+    The client reads its environment once, on import, so its constants are replaced and not the environment.
+    """
+    # A list that the client fetches once a day, by whichever request comes first.
+    harnesses = folder / "harnesses.json"
+    harnesses.write_text('{"standardEnvVars": [], "harnesses": {}}', encoding="utf-8")
+    return {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_TOKEN_PATH": str(folder / "token"),
+        "AGENT_HARNESSES_PATH": str(harnesses),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[LoopbackHub]:
+    """A loopback Hub that the Hub client of this process talks to, with an empty cache in ``folder`` and no token."""
+    from huggingface_hub import close_session, constants
+
+    server = LoopbackHub()
+    unset = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    with contextlib.ExitStack() as stack:
+        for name, value in client_constants(server.endpoint, folder).items():
+            stack.enter_context(patch.object(constants, name, value))
+        # Between its retries.
+        stack.enter_context(patch("huggingface_hub.utils._http.time.sleep", lambda seconds: None))
+        stack.enter_context(patch.dict(os.environ))
+        for name in unset:
+            os.environ.pop(name, None)
+        close_session()
+        try:
+            yield server
+        finally:
+            close_session()
+            server.close()

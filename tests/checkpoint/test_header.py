@@ -88,7 +88,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "H10 NUL in the name": (raw_file({"a\0b": entry()}, b"ab"), "do not print"),
     "H10 line end in the name": (raw_file({"a\nb": entry()}, b"ab"), "do not print"),
     "H10 direction mark in the name": (raw_file({"a\u202eb": entry()}, b"ab"), "do not print"),
-    "H10 lone surrogate": (one(f'{{"\\ud800":{json.dumps(entry())}}}'), "do not print"),
+    "H10 lone surrogate": (one(f'{{"\\ud800":{json.dumps(entry())}}}'), "not valid Unicode"),
     "H10 traversal": (raw_file({"../../etc/x": entry()}, b"ab"), "looks like a path"),
     "H10 traversal, backslash": (raw_file({"a\\..\\x": entry()}, b"ab"), "looks like a path"),
     "H10 absolute": (raw_file({"/etc/x": entry()}, b"ab"), "looks like a path"),

@@ -351,7 +351,7 @@ def test_hash_that_is_none(served: LoopbackHub, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("error", "kind", "expected"),
     [
-        (OSError(errno.ENOSPC, "No space left"), ResourceError, "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left"), ResourceError, "No space left; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), ResourceError, "/cache/x: Permission denied"),
         (OSError("Consistency check failed"), ResourceError, "the download failed .OSError"),
         (LocalEntryNotFoundError("gone"), ResourceError, "the download failed .LocalEntryNotFoundError"),
@@ -415,12 +415,16 @@ def test_right_size_and_wrong_content(served: LoopbackHub, name: str) -> None:
     algorithm = "sha256" if name in SHARDS else "sha1"
     assert f"/{name}: expected {algorithm} {file.etag}, found " in str(caught.value)
     assert "1 of 6 files" in str(caught.value)
-    assert "--force" in str(caught.value)
     plan = plan_download(REPO)
-    assert content_of(plan.folder)[name] == file.sent  # nothing was deleted
+    assert name not in content_of(plan.folder)  # so that the folder does not pass for a checkpoint
+    blobs = content_of(plan.folder.parents[1] / "blobs")
+    assert blobs[f"{file.etag}.wrong"] == file.sent  # nothing was deleted
+    assert [planned.name for planned in plan.files if not planned.cached] == [name]
     assert download(REPO, verify=False).unverified == tuple(planned.name for planned in plan.files)
+    with pytest.raises(BadInput, match="run the same command"):
+        download(REPO)
     file.sent = None
-    assert content_of(download(REPO, force=True).path)[name] == file.content
+    assert content_of(download(REPO).path)[name] == file.content
     verify_download(plan)
 
 

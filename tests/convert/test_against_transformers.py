@@ -291,7 +291,7 @@ def test_large_matrices_are_cut_at_whole_tiles(folders: dict[str, Path]) -> None
     """However small the chunks are asked to be, decoding them one by one gives the same matrix."""
     with open_checkpoint(folders["fp8"]) as checkpoint:
         config = Config.from_hf(checkpoint.config)
-        maker = ChunkMaker(checkpoint)
+        maker = ChunkMaker(checkpoint, experts=config.n_routed_experts)
         whole = {piece.path: piece for piece in plan(checkpoint, config, Storage.FLOAT32).pieces}
         for piece in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).pieces:
             layout = ArrayLayout(shape=piece.shape, dtype=piece.dtype, chunk_shape=piece.chunk_shape)

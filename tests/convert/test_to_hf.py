@@ -77,6 +77,16 @@ def test_the_published_folder_comes_back(folders: dict[str, Path], tmp_path: Pat
     hf_to_orbax(tmp_path / "back", tmp_path / "again", storage=Storage.SOURCE)
 
 
+def test_a_part_of_the_layers_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also where the source has stages after the backbone, which do not belong to a part."""
+    hf_to_orbax(folders["fp4"], tmp_path / "part", storage=Storage.SOURCE, layers=[1])
+    summary = orbax_to_hf(tmp_path / "part", tmp_path / "back")
+    before, after = tensors(folders["fp4"]), tensors(tmp_path / "back")
+    assert {name for name in before if name.startswith("layers.1.")} < set(after)
+    assert not [name for name in after if name.startswith(("layers.0.", "mtp.")) or not same(before[name], after[name])]
+    assert summary.left_out == {"belongs to a layer that was not asked for": len(before) - len(after)}
+
+
 @pytest.mark.parametrize("storage", [Storage.BFLOAT16, Storage.FLOAT32])
 def test_transformers_loads_the_plain_folder_and_gives_the_same_logits(
     folders: dict[str, Path], tmp_path: Path, storage: Storage
