@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.units import ranges
 
 if TYPE_CHECKING:
     import jax
@@ -112,7 +113,7 @@ class Weights:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
         absent = [layer for layer in wanted if layer not in self.layers]
         if absent:
-            raise UsageError(f"{self._store.folder}: holds the layers {_ranges(self.layers)}, not {_ranges(absent)}")
+            raise UsageError(f"{self._store.folder}: holds the layers {ranges(self.layers)}, not {ranges(absent)}")
 
     def check_stages(self) -> None:
         """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
@@ -158,7 +159,22 @@ class Weights:
         """
         rule = names.rule_of(path)
         region = bounded(region, self._shape(path, rule))
-        return assembled(region, rule, dtype, partial(self._matrix, path, rule), partial(self._store.read_region, path))
+
+        def plain(part: Region) -> Array:
+            stored = self._store.read_region(path, part)
+            return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
+
+        return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+
+    def _expert_numbers(self, path: str, stored: Array) -> Array:
+        """A table of experts as int32, which is JAX's widest integer by default: no number may become another one."""
+        experts = self.config.n_routed_experts
+        if stored.size and not (stored.min() >= 0 and stored.max() < experts):
+            raise BadInput(
+                f"{self._store.folder}: {path}: expected experts 0 to {experts - 1}, found numbers from {stored.min()} "
+                f"to {stored.max()}; run dsv4 verify, and convert again"
+            )
+        return stored.astype(np.int32)
 
     def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
         """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
@@ -245,7 +261,7 @@ class Weights:
         scaled = published and f"{path}.scale" in self._store.paths
         stored = self._store.read(f"{path}.weight" if scaled else path, expert)
         if rule.kind is names.Kind.INTEGER:
-            return stored.astype(np.int32)
+            return self._expert_numbers(path, stored)
         scale = self._store.read(f"{path}.scale", expert) if scaled else None
         transpose = published and rule.transform is names.Transform.TRANSPOSE
         decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
@@ -528,14 +544,3 @@ def _fill(
                 raise BadInput(f"{path}: the model has shape {list(variable.shape)}, its codes {list(value.shape)}")
         filled[key] = variable.replace(value)
     return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
-
-
-def _ranges(layers: Iterable[int]) -> str:
-    """``0-3, 7``"""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import math
 import mmap
 import operator
@@ -24,6 +23,7 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, Region, chunk_file, raw_bytes
+from dsv4_convert.strict_json import parse_object
 
 Compression: TypeAlias = Literal["none", "zstd"]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -205,11 +205,11 @@ class StoredArray:
         """
         path = folder / ARRAY_METADATA_FILE
         try:
-            document = json.loads(path.read_bytes())
+            document = parse_object(path.read_bytes(), where=str(path))
             return cls(folder=folder, **_parse_metadata(document))
         except OSError as error:
             raise BadInput(f"{path}: the array's metadata cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise BadInput(f"{path}: not the metadata of an array of this store: {error}") from error
 
     def missing_chunks(self) -> list[str]:
@@ -348,17 +348,20 @@ def _less(bounds: Iterable[tuple[int, int]], region: Region) -> Region:
 def _parse_metadata(document: Mapping[str, Any]) -> dict[str, Any]:
     expected = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": "."}
     for key, value in expected.items():
-        if document[key] != value:
+        if document[key] != value or isinstance(document[key], bool):
             raise ValueError(f"{key} is {document[key]!r}, expected {value!r}")
     compression = next((name for name, value in _COMPRESSORS.items() if value == document["compressor"]), None)
     if compression is None:
         raise ValueError(f"compressor {document['compressor']!r} is not one of {list(_COMPRESSORS.values())}")
-    if document["dtype"] not in _ZARR_DTYPES:
+    if not isinstance(document["dtype"], str) or document["dtype"] not in _ZARR_DTYPES:
         raise ValueError(f"dtype {document['dtype']!r} is not one of {', '.join(_ZARR_DTYPES)}")
+    for key in ("shape", "chunks"):
+        if not isinstance(document[key], list) or any(type(size) is not int for size in document[key]):
+            raise ValueError(f"{key} is {document[key]!r}, expected a list of integers")
     layout = ArrayLayout(
-        shape=tuple(map(int, document["shape"])),
+        shape=tuple(document["shape"]),
         dtype=_ZARR_DTYPES[document["dtype"]],
-        chunk_shape=tuple(map(int, document["chunks"])),
+        chunk_shape=tuple(document["chunks"]),
     )
     return {"layout": layout, "compression": compression}
 

@@ -51,6 +51,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MAX_NAME = 200  # file systems allow 255 bytes per name; Orbax appends a suffix to some
 
@@ -60,8 +61,8 @@ class ArrayLayout:
     """Shape, dtype and chunk grid of one array.
 
     Raises:
-        ValueError: a negative dimension, a chunk shape of another rank or with a dimension below 1, a dtype outside
-            :data:`DTYPES`.
+        ValueError: a negative dimension, 2**63 bytes or more, a chunk shape of another rank or with a dimension
+            below 1, a dtype outside :data:`DTYPES`.
     """
 
     shape: tuple[int, ...]
@@ -73,6 +74,8 @@ class ArrayLayout:
             raise ValueError(f"dtype {self.dtype!r} cannot be stored; use one of {', '.join(DTYPES)} (little-endian)")
         if any(size < 0 for size in self.shape):
             raise ValueError(f"shape {self.shape} has a negative dimension")
+        if any(size >= 1 << 63 for size in (self.nbytes, *self.shape)):
+            raise ValueError(f"shape {self.shape} is larger than any file")
         if len(self.chunk_shape) != len(self.shape) or any(size < 1 for size in self.chunk_shape):
             raise ValueError(
                 f"chunk shape {self.chunk_shape} does not fit shape {self.shape}: same rank and sizes >= 1"
@@ -165,6 +168,11 @@ def chunk_digest(array: np.ndarray[Any, Any]) -> str:
 def leaf_digest(chunk_digests: Iterable[str]) -> str:
     """Hex SHA-256 over the raw chunk digests in C order of the chunk grid."""
     return hashlib.sha256(b"".join(map(bytes.fromhex, chunk_digests))).hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is a SHA-256 as all files of a checkpoint write it: 64 lower-case hexadecimal digits."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def is_leaf_path(path: str) -> bool:

@@ -13,11 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.store.layout import DTYPES, ArrayLayout, is_file_name, leaf_digest, path_problems
+from dsv4_convert.store.layout import (
+    DTYPES,
+    ArrayLayout,
+    is_digest,
+    is_file_name,
+    leaf_digest,
+    path_problems,
+)
+from dsv4_convert.strict_json import parse_object
 
 SCHEMA_VERSION = 1
 
-_SHA256_LENGTH = 64
 _TOP_KEYS = ("schema_version", "metadata", "files", "leaves", "manifest_digest")
 _LEAF_KEYS = ("shape", "dtype", "chunk_shape", "digest", "chunk_digests", "sources", "rule")
 
@@ -63,7 +70,7 @@ class LeafRecord:
             ValueError: a key is missing, unknown or of the wrong type, or the digests do not fit together.
         """
         entry = _with_keys(document, _LEAF_KEYS)
-        if entry["dtype"] not in DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
             raise ValueError(f"dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
         if not isinstance(entry["rule"], str):
             raise ValueError(f"rule is {entry['rule']!r}, expected a string")
@@ -120,12 +127,9 @@ class Manifest:
             BadInput: not JSON, another schema version, unknown or missing or ill-typed entries, unsafe names, digests
                 that do not fit. All problems of the leaves are reported together.
         """
-        try:
-            document = json.loads(data, object_pairs_hook=_no_duplicates)
-        except ValueError as error:
-            raise BadInput(f"{where}: not a JSON document: {error}") from error
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        if version != SCHEMA_VERSION:
+        document = parse_object(data, where=where)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise BadInput(
                 f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}. "
                 "Read it with the version of dsv4 that wrote it, or convert again."
@@ -167,14 +171,6 @@ def _own_digest(document: Mapping[str, object]) -> str:
     return hashlib.sha256(_canonical(document).encode()).hexdigest()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if names.count(key) > 1)!r} occurs twice")
-    return keys
-
-
 def _with_keys(document: object, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError(f"{type(document).__name__} instead of an object")
@@ -205,6 +201,6 @@ def _strings(document: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _digest(value: object, what: str) -> str:
-    if not isinstance(value, str) or len(value) != _SHA256_LENGTH or not set(value) <= set("0123456789abcdef"):
-        raise ValueError(f"{what} is {value!r}, expected {_SHA256_LENGTH} lower-case hexadecimal digits")
+    if not isinstance(value, str) or not is_digest(value):
+        raise ValueError(f"{what} is {value!r}, expected 64 lower-case hexadecimal digits")
     return value

@@ -27,6 +27,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
+from dsv4_convert.store.arrays import writing
 from dsv4_convert.store.layout import nested
 
 
@@ -65,9 +66,12 @@ def commit_arrays(folders: Mapping[str, Path], directory: Path) -> None:
         folders: folder of every array by the dotted path of its leaf; on the same file system as ``directory``.
         directory: absent so far. Orbax works in ``directory`` plus a suffix and renames that at the end; after an
             interruption both may hold some of the folders.
+
+    Raises:
+        ResourceError: the disk is full or failing.
     """
     tree = nested({path: _FinishedArray(folder) for path, folder in folders.items()})
-    with _only_errors_logged():
+    with writing(directory), _nothing_logged():
         registry = ocp.type_handlers.create_type_handler_registry((_FinishedArray, _MovingHandler()))
         # This process alone, although others may have written some of the arrays.
         alone = ocp.options.MultiprocessingOptions(
@@ -84,7 +88,7 @@ def commit_arrays(folders: Mapping[str, Path], directory: Path) -> None:
         )
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
-    _forget_when_and_where(directory)
+        _forget_when_and_where(directory)
 
 
 def _forget_when_and_where(directory: Path) -> None:
@@ -99,11 +103,12 @@ def _forget_when_and_where(directory: Path) -> None:
 
 
 @contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Orbax warns about OCDBT and array metadata, neither of which is used here; keep that off the terminal."""
+def _nothing_logged() -> Iterator[None]:
+    """Keep off the terminal what Orbax logs: warnings about OCDBT and array metadata, not used here, and
+    what it raises as well, with a traceback."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -7,17 +7,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.locks import lock
 from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, create_array, is_local, sync, writing
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index
 from dsv4_convert.store.staging import Journal, Staging, staged_bytes, staging_area
 
 #: A local path, or the path in a bucket that etils.epath makes of a URL, which has the methods used here.
 AnyPath: TypeAlias = Path
+
+#: Name of a folder for a moment, before its random part.
+_SCRATCH = ".dsv4-probe-"
 
 
 class ChunkWriter(Protocol):
@@ -125,15 +129,41 @@ class Folder:
 
     def probe(self, chunk: Array, count: int, compression: Compression) -> tuple[float, int]:
         layout = ArrayLayout(shape=(count, *chunk.shape), dtype=chunk.dtype, chunk_shape=(1, *chunk.shape))
-        beside = nearest(self._target)
-        with writing(beside):
-            scratch = Path(tempfile.mkdtemp(prefix=".dsv4-probe-", dir=beside))
-        try:
+        with _scratch(nearest(self._target)) as scratch:
             create_array(scratch / "probe", layout, compression)
             seconds = timed_writes(ArrayWriter(scratch / "probe", layout, compression), layout.chunk_indices(), chunk)
             return seconds, sum(file.stat().st_size for file in (scratch / "probe").iterdir())
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder for a moment. Those that killed processes left are removed, which their free locks tell."""
+    for left in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError, ResourceError), _open_folder(left) as descriptor:
+            if lock(descriptor, left):
+                shutil.rmtree(left)
+    with ExitStack() as opened:
+        folder = None
+        while folder is None or not folder.exists():  # another process may take it for left, before it is locked
+            with writing(parent), suppress(FileNotFoundError):
+                folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+                descriptor = opened.enter_context(_open_folder(folder))
+                with suppress(ResourceError):  # where there are no locks nothing is removed either
+                    lock(descriptor, folder)
+        try:
+            yield folder
         finally:
-            shutil.rmtree(scratch)
+            with writing(folder):
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def timed_writes(writer: ChunkWriter, indices: Iterable[Index], chunk: Array) -> float:
@@ -167,7 +197,17 @@ def as_path(place: str | os.PathLike[str]) -> AnyPath:
 
 
 def place_of(destination: str | os.PathLike[str]) -> Place:
-    """The place of a destination, as a path or a URL. Raises as :func:`as_path`."""
+    """The place of a destination, as a path or a URL.
+
+    Raises:
+        UsageError: as :func:`as_path`, or a name that is not text in this locale, which Orbax and tensorstore ask for.
+    """
+    try:
+        os.fspath(destination).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{destination}: not a name in UTF-8; choose another, or set a locale that has it, such as LC_ALL=C.UTF-8"
+        ) from None
     path = as_path(destination)
     if is_local(path):
         return Folder(path)

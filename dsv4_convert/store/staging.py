@@ -15,20 +15,21 @@ them back to "the chunks of the journal in ``leaves/``". Only a rename makes the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.locks import lock as locked
 from dsv4_convert.store.arrays import Compression, StoredArray, create_array, sync, write_file, writing
-from dsv4_convert.store.layout import ARRAY_METADATA_FILE, ArrayLayout, Index, chunk_file
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, ArrayLayout, Index, chunk_file, is_digest
+from dsv4_convert.strict_json import parse_object, shown
 
 SUFFIX = ".dsv4-partial"
 
@@ -79,12 +80,13 @@ class Staging:
 
     def _take_back_leaves(self) -> None:
         """Undo an unfinished commit: arrays go back to ``leaves/``, Orbax's own files are removed."""
-        self.leaves.mkdir(exist_ok=True)
-        for commit in self.folder.glob("commit*"):
-            for entry in commit.iterdir():
-                if entry.is_dir() and not self.leaf(entry.name).exists():
-                    entry.rename(self.leaf(entry.name))
-            shutil.rmtree(commit)
+        with writing(self.folder):
+            self.leaves.mkdir(exist_ok=True)
+            for commit in self.folder.glob("commit*"):
+                for entry in commit.iterdir():
+                    if entry.is_dir() and not self.leaf(entry.name).exists():
+                        entry.rename(self.leaf(entry.name))
+                shutil.rmtree(commit)
 
     def _reconcile(
         self, folder: Path, layout: ArrayLayout, compression: Compression, digests: Mapping[Index, str]
@@ -113,23 +115,26 @@ class Staging:
 
     def clear(self) -> None:
         """Discard everything but the lock."""
-        for entry in self.folder.iterdir():
-            if entry.name == "lock":
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        with writing(self.folder):
+            for entry in self.folder.iterdir():
+                if entry.name == "lock":
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
     def remove_if_empty(self) -> None:
-        """Remove the folder if nothing but the lock is in it."""
-        if self.folder.exists() and [entry.name for entry in self.folder.iterdir()] == ["lock"]:
-            shutil.rmtree(self.folder)
+        """Remove the folder if nothing but the lock is in it, and if that is possible: it does no harm."""
+        with suppress(OSError):
+            if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
+                shutil.rmtree(self.folder)
 
     def undo_half_publishing(self, destination: Path) -> None:
         """Clean up after a kill inside :meth:`publish`: before the last rename, or after it."""
-        if self.replaced.exists() and not os.path.lexists(destination):
-            self.replaced.rename(destination)
+        with writing(destination):
+            if self.replaced.exists() and not os.path.lexists(destination):
+                self.replaced.rename(destination)
         if not self.leaves.exists() and not any(self.folder.glob("commit*")):
             self.clear()
 
@@ -142,7 +147,14 @@ class Staging:
                 destination.rename(self.replaced)
             self.commit.rename(destination)
             sync(destination.parent)
-        shutil.rmtree(self.folder)
+        try:
+            self.clear()
+            shutil.rmtree(self.folder)  # the lock last: nobody comes in before
+        except (OSError, ResourceError) as error:
+            reason = error.__cause__ or error
+            raise ResourceError(
+                f"{destination}: complete, but {self.folder} cannot be removed ({reason}); remove it yourself"
+            ) from error
 
 
 def staged_bytes(destination: Path) -> int:
@@ -170,23 +182,23 @@ def staging_area(destination: Path) -> Iterator[Staging]:
     while True:
         with writing(staging.folder):
             staging.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the other writer finished and removed the folder just now
-            continue
-        try:
+        with writing(lock):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the other writer finished and removed the folder just now
+                continue
+        try:
+            if not locked(descriptor, lock):
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise ResourceError(
                     f"{destination}: another process (pid {holder}) is writing it and holds {lock}. "
                     "Wait for it, or end it and run the same command again."
-                ) from error
+                )
             if not _is_open_file(descriptor, lock):
                 continue
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            with writing(lock):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             staging.undo_half_publishing(destination)
             try:
                 yield staging
@@ -240,6 +252,21 @@ class Journal:
             journal._read(file)
         return journal
 
+    @classmethod
+    def found(cls, folder: Path) -> Self:
+        """Whatever the journal in ``folder`` says, of whatever plan; for looking only.
+
+        Raises:
+            BadInput: there is none, or it is damaged.
+        """
+        for file in sorted(folder.glob("journal*.jsonl")):
+            try:
+                plan = json.loads(file.read_bytes().partition(b"\n")[0])
+                return cls.open(folder, plan=dict(plan))
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"{file}: the journal is damaged ({error!r}). Start again with --restart.") from error
+        raise BadInput(f"{folder}: no journal, so not an unfinished conversion")
+
     @property
     def _file(self) -> Path:
         return self.folder / (f"journal-{self.member}.jsonl" if self.member else "journal.jsonl")
@@ -253,24 +280,33 @@ class Journal:
         if not lines:
             return
         try:
-            found, *entries = map(json.loads, lines)
+            found, *entries = (parse_object(line, where="line", infinite=True) for line in lines)
             for entry in entries:
-                if "note" in entry:
-                    self.notes[entry["note"]] = entry["value"]
-                else:
-                    self.chunks.setdefault(entry["leaf"], {})[tuple(entry["chunk"])] = entry["digest"]
+                self._enter(entry)
             differing = [
                 f"{key}: {found.get(key)!r} then, {self.plan.get(key)!r} now"
                 for key in sorted({*found, *self.plan})
                 if found.get(key) != self.plan.get(key)
             ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadInput(f"{file}: the journal is damaged ({error!r}). Start again with --restart.") from error
+        except (BadInput, ValueError) as error:
+            raise BadInput(f"{file}: the journal is damaged ({error}). Start again with --restart.") from error
         if differing:
             raise UsageError(
                 f"{file.parent}: an unfinished conversion with other settings is here:\n{listed(differing)}\n"
                 "Run with the former settings and source to finish it, or --restart to discard it."
             )
+
+    def _enter(self, entry: Mapping[str, Any]) -> None:
+        """Take up one line. Raises :class:`ValueError`."""
+        match entry:
+            case {"note": str(name), "value": value}:
+                self.notes[name] = value
+            case {"leaf": str(path), "chunk": [*index], "digest": str(digest)} if is_digest(digest) and all(
+                type(at) is int and at >= 0 for at in index
+            ):
+                self.chunks.setdefault(path, {})[tuple(index)] = digest
+            case _:
+                raise ValueError(f"neither a chunk nor a note: {shown(str(entry))}")
 
     def first_line(self) -> bytes:
         """The line that every file begins with."""

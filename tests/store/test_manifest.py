@@ -97,10 +97,11 @@ def test_all_problems_are_reported_together(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a JSON document"),
-        (b"\xff\xfe", "not a JSON document"),
-        (b"[]", "schema_version is None"),
-        (b'{"schema_version": 1, "schema_version": 1}', "key 'schema_version' occurs twice"),
+        (b"", "here: not JSON"),
+        (b"\xff\xfe", "here: not UTF-8"),
+        (b"[]", "expected a JSON object, found list"),
+        (b"{}", "schema_version is None"),
+        (b'{"schema_version": 1, "schema_version": 1}', "key 'schema_version' appears twice"),
     ],
 )
 def test_other_files_are_refused(data: bytes, message: str) -> None:

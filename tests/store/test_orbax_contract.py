@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dsv4_convert.errors import ResourceError
 from dsv4_convert.store.orbax_commit import commit_arrays
 
 
@@ -47,6 +48,6 @@ def test_folders_are_moved_not_copied_and_named_by_path(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_moved_fails_the_commit(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ResourceError, match="cannot write: No such file"):
         commit_arrays({"a.b": tmp_path / "absent"}, tmp_path / "commit")
     assert not (tmp_path / "commit").exists()
