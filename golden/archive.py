@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,7 @@ class Golden:
     @property
     def nbytes(self) -> int:
         """Bytes of all stored arrays."""
-        entries = self.manifest.taps.values()
-        return sum(math.prod(entry.shape) * np.dtype(entry.dtype).itemsize for entry in entries)
+        return sum(entry.nbytes for entry in self.manifest.taps.values())
 
     def taps(self, layer: int | None) -> tuple[str, ...]:
         """Full names of the taps of one layer, or of the model level (None), in order of execution.
@@ -191,14 +189,19 @@ class Golden:
                 arrays[noise_name(name)] = self._stored(noise_name(name))
         return arrays
 
-    def verify(self) -> list[str]:
-        """Read every stored array; the problems found, none if the golden is what was recorded."""
-        problems = []
-        for name in self.manifest.taps:
+    def verify(self, progress: Callable[[int, int, str], None] = lambda *_: None) -> list[str]:
+        """Read every stored array; the problems found, none if the golden is what was recorded.
+
+        ``progress`` is called after every array with (bytes read, bytes in all, its name).
+        """
+        problems, done, total = [], 0, self.nbytes
+        for name, entry in self.manifest.taps.items():
             try:
                 self._stored(name)
             except BadInput as error:
                 problems.append(str(error))
+            done += entry.nbytes
+            progress(done, total, name)
         return problems
 
     def check_files(self) -> None:

@@ -49,6 +49,11 @@ def exact_name(tap: str) -> str:
     return tap + _EXACT
 
 
+def is_kept_part(name: str) -> bool:
+    """Whether a stored name is that of a sketch or of some rows."""
+    return name.endswith((_SKETCH, _EXACT))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compact:
     """What a compact golden keeps: ``positions`` of tokens exactly, ascending; ``numbers`` and ``seed`` of the

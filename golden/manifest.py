@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsv4_convert.checkpoint.strict_json import parse_object
 from dsv4_convert.config import Config
-from dsv4_convert.errors import BadInput, Dsv4Error, listed
+from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.strict_json import parse_object
 from dsv4_convert.taps import by_name
 from golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
@@ -85,6 +86,11 @@ class StoredTap:
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the constructor's arguments."""
@@ -160,7 +166,7 @@ class Request:
         """
         try:
             config = Config.from_json(document["config"])
-        except (Dsv4Error, TypeError, KeyError, ValueError, AttributeError) as error:
+        except BadInput as error:
             raise ValueError(f"config: {error}") from None
         text, compact = document["text"], document["compact"]
         tokens = _tokens(document["tokens"], config.vocab_size)
@@ -186,13 +192,26 @@ class Manifest:
     taps: Mapping[str, StoredTap]
     aliases: Mapping[str, str]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that it says, and so of the golden: equal for every copy of it."""
+        return _digest(self._document())
+
+    def _document(self) -> dict[str, Any]:
+        """Everything but the digest, as plain JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **self.request.to_json(),
+            "taps": {name: tap.to_json() for name, tap in self.taps.items()},
+            "aliases": dict(self.aliases),
+        }
+
     def to_bytes(self) -> bytes:
         """The manifest as a file, one line per tap; equal manifests give equal bytes."""
-        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **self.request.to_json()}
-        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in document.items()]
-        document["taps"] = {name: tap.to_json() for name, tap in self.taps.items()}
-        document["aliases"] = dict(self.aliases)
-        for key in ("taps", "aliases"):
+        document = self._document()
+        long = ("taps", "aliases")
+        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in document.items() if key not in long]
+        for key in long:
             rows = ",\n".join(f"  {json.dumps(name)}: {_compact(value)}" for name, value in document[key].items())
             lines.append(f"{json.dumps(key)}: {{\n{rows}\n}}")
         lines.append(f'"{_DIGEST_KEY}": "{_digest(document)}"')

@@ -15,7 +15,7 @@ from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, resolve
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.names import check_layers
 from golden.archive import Golden
 from golden.compact import Compact
@@ -138,8 +138,9 @@ def record(
             decode=decode,
         )
         with golden_writer(out, request) as writer:
-            check_space(out, planned.bytes_written - writer.bytes_written)
-            _run(model, writer, request, progress)
+            if not writer.complete:
+                check_space(out, planned.bytes_written - writer.bytes_written)
+                _run(model, writer, request, progress)
             return writer.publish()
 
 
@@ -199,7 +200,10 @@ def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, 
     """In the order of ``possible``. Raises :class:`UsageError`."""
     names = set(wanted)
     if unknown := names - set(possible):
-        raise UsageError(f"--noise {','.join(sorted(unknown))}: expected some of {', '.join(possible)}")
+        raise UsageError(
+            f"--noise {','.join(sorted(unknown))}: expected some of {', '.join(possible)}"
+            + did_you_mean(min(unknown), possible)
+        )
     return tuple(dtype for dtype in possible if dtype in names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv4_convert.errors import UsageError
@@ -11,10 +12,13 @@ from golden.compact import Compact
 from golden.writer import check_destination, golden_writer
 
 
-def shrink(golden: Golden, out: Path, compact: Compact) -> Golden:
+def shrink(
+    golden: Golden, out: Path, compact: Compact, progress: Callable[[int | None], None] = lambda _: None
+) -> Golden:
     """Write the compact golden that ``golden record`` would have made with ``compact``: the same in every byte.
 
-    Layer by layer, taking up what an interrupted call of the same finished.
+    Layer by layer, taking up what an interrupted call of the same finished. ``progress`` is called with each layer
+    before it is done, with None for the model level.
 
     Raises:
         UsageError: the destination exists, or ``golden`` is compact already.
@@ -27,6 +31,7 @@ def shrink(golden: Golden, out: Path, compact: Compact) -> Golden:
     request = dataclasses.replace(golden.manifest.request, compact=compact)
     with golden_writer(out, request) as writer:
         for layer in (*request.layers, None):
-            if layer not in writer.finished:
+            progress(layer)
+            if layer not in writer.finished and not writer.complete:
                 writer.write(layer, request.keep(golden.everything(layer)))
         return writer.publish()

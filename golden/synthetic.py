@@ -23,9 +23,12 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
+from dsv4_convert.checkpoint.index import INDEX_NAME
 from dsv4_convert.config import Config
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
+from golden.archive import PARTIAL_SUFFIX
+from golden.writer import locked, write_durably
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -187,6 +190,10 @@ def write_checkpoint(
         layers: write only the shards of these layers and of the model level; the index is then that of the part.
         mtp: also write the stages after the backbone.
         progress: called after every shard.
+
+    Raises:
+        UsageError: the destination exists, or a layer does not.
+        ResourceError: it cannot be written, or another process does so.
     """
     if dest.exists():
         raise UsageError(f"{dest}: exists already; choose another folder or remove it")
@@ -207,18 +214,29 @@ def write_checkpoint(
     chosen = check_layers(config, layers)
     shards = [list(shard) for shard in _shards(config, chosen, form, seed, mtp=mtp)]
     total = sum(size for shard in shards for _, size in shard)
-    dest.mkdir(parents=True)
-    (dest / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    weight_map: dict[str, str] = {}
-    done = 0
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(dest / file, [entry for entry, _ in shard])
-        weight_map |= {entry.name: file for entry, _ in shard}
-        done += sum(size for _, size in shard)
-        if progress is not None:
-            progress(done, total, file)
-    write_index(dest, weight_map, total)
+    partial = dest.with_name(dest.name + PARTIAL_SUFFIX)
+    with locked(partial):
+        weight_map: dict[str, str] = {}
+        done = 0
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(partial / file, [entry for entry, _ in shard])
+            weight_map |= {entry.name: file for entry, _ in shard}
+            done += sum(size for _, size in shard)
+            if progress is not None:
+                progress(done, total, file)
+        write_index(partial, weight_map, total)
+        try:
+            write_durably(partial / "config.json", f"{json.dumps(raw, indent=2)}\n".encode())
+            names = {"config.json", INDEX_NAME, *weight_map.values()}
+            for entry in partial.iterdir():  # of an interrupted run with other arguments
+                if entry.name not in names:
+                    entry.unlink()
+            partial.rename(dest)
+        except OSError as error:
+            raise ResourceError(
+                f"{dest}: cannot write ({error.strerror}); fix the cause and run the same command again"
+            ) from error
     return total
 
 

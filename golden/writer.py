@@ -13,7 +13,6 @@ is discarded.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -26,12 +25,13 @@ import numpy as np
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.locks import lock
 from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden
 from golden.files import read_array
 from golden.layout import expected_aliases
 from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 
-_REQUEST_NAME = "request.json"
+REQUEST_NAME = "request.json"
 #: safetensors spelling of the dtypes that are stored.
 _SPELLING = {
     np.dtype(np.float32): "F32",
@@ -46,6 +46,7 @@ class GoldenWriter:
 
     Attributes:
         finished: the layers whose taps are on disk: the first ones of ``request.layers``.
+        complete: whether only :meth:`publish` is left to do, as an earlier run ended within it.
     """
 
     def __init__(self, folder: Path, out: Path, request: Request) -> None:
@@ -56,12 +57,14 @@ class GoldenWriter:
         self._aliases = expected_aliases(request.layers, self._arrays)
         self._taps: dict[str, StoredTap] = {}
         self.finished: tuple[int, ...] = ()
-        self._take_up()
+        self.complete = _is_complete(folder, request)
+        if not self.complete:
+            self._take_up()
 
     @property
     def bytes_written(self) -> int:
         """Bytes of the arrays that are on disk."""
-        return sum(self._arrays[name].nbytes for name in self._taps)
+        return sum(self._arrays[name].nbytes for name in (self._arrays if self.complete else self._taps))
 
     def last_state(self) -> dict[str, Array] | None:
         """The streams that leave the last finished layer, by the name they were written under; None if none is."""
@@ -96,8 +99,11 @@ class GoldenWriter:
         self._write(self._folder / layer_file(layer), {name: taps[name] for name in digests}, digests)
         self._taps |= self._stored(layer, digests)
         if layer is not None:
-            for earlier in self.finished[-1:]:
-                self._state_file(earlier).unlink(missing_ok=True)
+            try:
+                for earlier in self.finished[-1:]:
+                    self._state_file(earlier).unlink(missing_ok=True)
+            except OSError as error:
+                raise _cannot_write(self._folder, error) from error
             self.finished += (layer,)
 
     def _write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -109,12 +115,14 @@ class GoldenWriter:
 
     def publish(self) -> Golden:
         """Write the manifest and let the golden appear at its destination."""
-        manifest = Manifest(request=self._request, taps=self._taps, aliases=self._aliases)
-        data = manifest.to_bytes()
-        Manifest.from_bytes(data, where=str(self._folder / MANIFEST_NAME))  # never publish what cannot be opened
         try:
-            _write_durably(self._folder / MANIFEST_NAME, data)
-            (self._folder / _REQUEST_NAME).unlink()
+            if not self.complete:
+                manifest = Manifest(request=self._request, taps=self._taps, aliases=self._aliases)
+                data = manifest.to_bytes()
+                file = self._folder / MANIFEST_NAME
+                Manifest.from_bytes(data, where=str(file))  # never publish what cannot be opened
+                write_durably(file, data)
+                (self._folder / REQUEST_NAME).unlink()  # complete from here on
             for layer in self._request.layers:
                 self._state_file(layer).unlink(missing_ok=True)
             _sync(self._folder)
@@ -176,23 +184,28 @@ def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
     """
     folder = out.with_name(out.name + PARTIAL_SUFFIX)
     check_destination(out)
-    with _locked(folder):
+    with locked(folder):
         check_destination(out)  # again, for a run that finished while the lock was awaited
         text = json.dumps(request.to_json(), sort_keys=True).encode()
-        stored = folder / _REQUEST_NAME
+        stored = folder / REQUEST_NAME
         try:
-            if not stored.exists() or stored.read_bytes() != text:
+            begun = stored.read_bytes() == text if stored.exists() else _is_complete(folder, request)
+            if not begun:
                 for entry in folder.iterdir():
                     entry.unlink()
-                _write_durably(stored, text)
+                write_durably(stored, text)
         except OSError as error:
             raise _cannot_write(folder, error) from error
         yield GoldenWriter(folder, out, request)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create ``folder`` if needed and hold a lock on it; the system releases it if the process dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Create ``folder`` if needed and hold a lock on it; the system releases it if the process dies.
+
+    Raises:
+        ResourceError: another process holds it, or the folder cannot be made or locked.
+    """
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,12 +215,8 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise _cannot_write(folder, error) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ResourceError(
-                    f"{folder}: another process is recording this golden; wait for it or end it"
-                ) from None
+            if not lock(descriptor, folder):
+                raise ResourceError(f"{folder}: another process is writing it; wait for it or end it")
             if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
                 continue
             yield
@@ -216,7 +225,19 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _is_complete(folder: Path, request: Request) -> bool:
+    """Whether all of a golden of this request is in ``folder``, as a run leaves it that ends just before its rename."""
+    if (folder / REQUEST_NAME).exists() or not (folder / MANIFEST_NAME).exists():
+        return False
+    try:
+        golden = open_golden(folder)
+        return golden.manifest.request == request and not golden.verify()
+    except BadInput:
+        return False
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk. Raises ``OSError``."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()

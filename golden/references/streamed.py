@@ -24,7 +24,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.config import Attention, Config, Yarn
 from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
@@ -379,7 +379,8 @@ class StreamedModel:
 
     def _integers(self, source: Source) -> Tensor:
         """An index table as int64."""
-        return torch.from_numpy(self._checkpoint.read(source.weight).astype(np.int64))
+        table = read_table(self._checkpoint, source.weight, self._config.n_routed_experts)
+        return torch.from_numpy(table.astype(np.int64))
 
     def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """A weight of ``leaf``, or rows of it, as float32 ``[out, in]``; its pages of the file are given back."""

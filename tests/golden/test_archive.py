@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Callable
@@ -266,11 +267,41 @@ def test_an_interrupted_run_is_taken_up_after_its_last_layer(tmp_path: Path) -> 
     assert golden.verify() == []
 
 
+def test_a_golden_that_lacks_only_its_rename_is_not_recorded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, out = _request(layers=(0, 2)), tmp_path / "golden"
+    arrays = _arrays(request)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", _refuse)
+        with pytest.raises(ResourceError, match=r"golden: cannot write .Input/output error"):
+            _written(out, request, arrays)
+    with golden_writer(out, request) as writer:
+        assert writer.complete
+        golden = writer.publish()
+    assert golden.verify() == []
+    assert {path.name for path in out.iterdir()} == {path.name for path in _written_anew(tmp_path, request, arrays)}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", _refuse)
+        with pytest.raises(ResourceError):
+            _written(tmp_path / "other", request, arrays)
+    with golden_writer(tmp_path / "other", dataclasses.replace(request, text=("a", "b"))) as writer:
+        assert not writer.complete
+
+
+def _refuse(*_: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def _written_anew(folder: Path, request: Request, arrays: dict[str, np.ndarray[Any, Any]]) -> list[Path]:
+    return list(Path(_written(folder / "anew", request, arrays).path).iterdir())
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     request = _request()
     with golden_writer(tmp_path / "golden", request):
         second = golden_writer(tmp_path / "golden", request)
-        with pytest.raises(ResourceError, match="another process is recording"), second:
+        with pytest.raises(ResourceError, match="another process is writing it"), second:
             pass
     with golden_writer(tmp_path / "golden", request):
         pass

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.checkpoint.weights import read_weight
+from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, Source
 from dsv4_convert.errors import BadInput, listed
@@ -252,7 +252,8 @@ class ReleasedModel:
                 raise complaint(self._code, f"it wants {name} as {_CODES[dtype]}, the checkpoint has {info.dtype}")
             return self._bytes(name).view(dtype)
         if not dtype.is_floating_point:
-            return torch.from_numpy(self._checkpoint.read(name).astype(np.int64)).to(dtype)
+            table = read_table(self._checkpoint, name, self._config.n_routed_experts)
+            return torch.from_numpy(table.astype(np.int64)).to(dtype)
         return self._floats(name, dtype)
 
     def _scale(self, name: str) -> Tensor:
