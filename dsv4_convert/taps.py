@@ -225,17 +225,23 @@ def select(names: Iterable[str], patterns: Iterable[str]) -> Iterator[str]:
     matched = {pattern: [name for name in names if _matches(name, pattern)] for pattern in patterns}
     for pattern, found in matched.items():
         if not found:
-            raise UsageError(f"{pattern}: matches no tap of this run; close ones: {', '.join(_close(pattern))}")
+            known = ", a tap of other layers or of the model level" if pattern in _BY_NAME else ""
+            close = _close(pattern, dict.fromkeys(map(_short, names)))
+            raise UsageError(f"{pattern}{known}: matches no tap of this run; close ones: {', '.join(close)}")
     chosen = {name for found in matched.values() for name in found}
     yield from (name for name in names if name in chosen)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    short = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(short, pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_short(name), pattern)
 
 
-def _close(name: str) -> list[str]:
+def _short(name: str) -> str:
+    """The name within the layer."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def _close(name: str, names: Iterable[str] = _BY_NAME) -> list[str]:
     import difflib
 
-    return difflib.get_close_matches(name, list(_BY_NAME), n=4, cutoff=0.0)
+    return difflib.get_close_matches(name, list(names), n=4, cutoff=0.0)

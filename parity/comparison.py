@@ -16,6 +16,7 @@ from golden.archive import Golden, View
 from golden.layout import DTYPES, calls, rows_of
 from golden.noise import Mode
 from parity.choices import Scores, compare_choices
+from parity.detail import Detail, Piece
 from parity.floor import Floor, floor_of, row_sizes
 from parity.forward import Taken
 from parity.metrics import Verdict, compare, mismatch, rows_beyond
@@ -45,10 +46,13 @@ class Comparison:
         self._phase = phase
         self._config = golden.config
 
-    def judge(self, taken: Taken, mode: Mode, names: Iterable[str], *, fed: bool = False) -> list[TapResult]:
+    def judge(
+        self, taken: Taken, mode: Mode, names: Iterable[str], *, fed: bool = False, detail: Detail | None = None
+    ) -> list[TapResult]:
         """Results of those of ``names``, in their order, that are in ``taken``.
 
         ``fed``: every operation was given the golden's own inputs, so a choice was made by the golden's scores.
+        ``detail``: takes what pictures need of them.
 
         Raises:
             UsageError: the golden does not carry the tap, or no noise floor of the dtype.
@@ -57,7 +61,7 @@ class Comparison:
         there = (name for name in names if name in taken)
         if self._phase is Phase.PREFILL:
             there = (name for name in there if not is_state(by_name(name)[0].name))
-        return [self._one(name, taken, mode, fed=fed) for name in there]
+        return [self._one(name, taken, mode, fed=fed, detail=detail) for name in there]
 
     def choices(self, layer: int) -> dict[str, Array]:
         """The golden's discrete choices in a layer by tap name within it; none if the layer was not recorded."""
@@ -114,14 +118,14 @@ class Comparison:
             return []
         return [(by_name(full)[0].name, full) for full in self.golden.taps(layer)]
 
-    def _one(self, name: str, taken: Taken, mode: Mode, *, fed: bool) -> TapResult:
+    def _one(self, name: str, taken: Taken, mode: Mode, *, fed: bool, detail: Detail | None) -> TapResult:
         tap, layer = by_name(name)
         found = taken[name]
         if tap.values is Values.REAL:
             if reason := mismatch(found, self.golden.shape(name), DTYPES[tap.values]):
                 return TapResult(name=name, mode=mode, verdict=Verdict.FAIL, reason=reason, shape=found.shape)
             views = self.golden.views(name)
-            return self._real(name, [view.of(found) for view in views], views, mode)
+            return self._real(name, [view.of(found) for view in views], views, mode, detail)
         scores = self._scores(tap, layer, taken, mode, fed=fed)
         rows = self._rows(name)
         golden = self.golden.read(name)
@@ -132,15 +136,21 @@ class Comparison:
             flips = dataclasses.replace(flips, worst=(flips.worst[0], rows[flips.worst[1]]))
         return TapResult(name=name, mode=mode, verdict=verdict, reason=reason, shape=found.shape, flips=flips)
 
-    def _real(self, name: str, parts: Sequence[Array], views: Sequence[View], mode: Mode) -> TapResult:
+    def _real(
+        self, name: str, parts: Sequence[Array], views: Sequence[View], mode: Mode, detail: Detail | None = None
+    ) -> TapResult:
         """Compare a tap in every form that the golden has of it: the one that comes out worst counts."""
         shape = self.golden.shape(name)
         floor = self.floor(name, views, mode) if math.prod(shape) else None
         results = []
+        pieces = []
         for part, view in zip(parts, views, strict=True):
+            form = view.form
             part, view = self.within_phase(name, part, view)
             at = None if floor is None else floor.at(view.rows)
             verdict, distance, reason = compare(part, view.values, at, LIMITS)
+            if detail is not None and distance is not None and at is not None:
+                pieces.append(Piece(part, view.values, at, view.rows, form))
             if distance is not None and view.rows is not None:
                 batch, row, *rest = distance.worst
                 distance = dataclasses.replace(distance, worst=(batch, view.rows[row], *rest))
@@ -152,10 +162,13 @@ class Comparison:
                     reason=reason,
                     shape=shape,
                     distance=distance,
-                    form=view.form,
+                    form=form,
                 )
             )
-        return max(results, key=_share)
+        worst = max(results, key=_share)
+        if detail is not None:
+            detail.add(name, mode, pieces, failing=worst.form if worst.verdict is Verdict.FAIL else None)
+        return worst
 
     def _rows(self, name: str) -> list[int] | None:
         """The rows of a tap that are compared; None for all."""

@@ -6,7 +6,7 @@ Of use when a reference, its version or its machine changes: the same checkpoint
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsv4_convert.errors import UsageError
@@ -65,8 +65,10 @@ _SAME = {
 }
 
 
-def diff(first: Golden, second: Golden) -> GoldenDiff:
+def diff(first: Golden, second: Golden, progress: Callable[[str], None] = lambda _: None) -> GoldenDiff:
     """Compare every tap of ``second`` with that of ``first``; both ran from the tokens, so errors may have added up.
+
+    ``progress`` is called with each tap that differs, before it is judged.
 
     Raises:
         UsageError: other tokens or another architecture, so that nothing can be compared; or ``first`` carries no noise
@@ -84,7 +86,12 @@ def diff(first: Golden, second: Golden) -> GoldenDiff:
     comparison = Comparison(first, "float32")
     shared = [name for name in first.names if name in set(second.names)]
     unequal = [name for name in shared if first.sha256(name) != second.sha256(name)]
-    judged = (comparison.judge_golden(second, name) for name in unequal)
+
+    def judge(name: str) -> TapResult:
+        progress(name)
+        return comparison.judge_golden(second, name)
+
+    judged = map(judge, unequal)
     # Whole and compact have different bytes even where they say the same.
     differing = [result for result in judged if not _equal(result)]
     return GoldenDiff(

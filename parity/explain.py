@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from dsv4_convert.taps import by_name
 from golden.archive import Form
 from golden.noise import Mode
 from golden.reach import LayerReach
 from parity.metrics import Distance, Verdict
-from parity.report import Descent, Report, TapResult
+from parity.report import Descent, Gate, Grown, Report, TapResult
 
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
@@ -25,16 +26,20 @@ def verdict(report: Report) -> str:
     first = report.first_diverging
     if first is not None:
         parts = [f"FAIL: {_first(first)} {_counts(report)}", *_added(report), *_operation(report, first)]
-        return " ".join(parts)
+        return " ".join([*parts, *_untouched(report)])
     if not report.agrees:
-        return "FAIL: nothing was compared."
+        return " ".join(["FAIL: nothing was compared.", *_untouched(report)])
     how = f"{report.arithmetic}, {' and '.join(report.modes)}{_steps(report)}"
     agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {how}{_largest(report)}"
-    if not report.passed:
-        return (
-            f"FAIL: {agreement}, but the golden does not reach everything: {'; '.join(map(missed, report.unreached))}."
-        )
-    return f"PASS: {agreement}."
+    gate = report.gate
+    if report.passed:
+        return f"PASS: {agreement}." if gate is None else f"PASS: {agreement}. {_baseline(gate)}"
+    objections = []
+    if report.require_reach and report.unreached:
+        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.unreached))}")
+    if gate is not None and not gate.passed:
+        objections += _worse(gate)
+    return f"FAIL: {agreement}, but {'; and '.join(objections)}."
 
 
 def _steps(report: Report) -> str:
@@ -44,6 +49,63 @@ def _steps(report: Report) -> str:
     one_by_one = f"the last {report.decode} tokens one by one" if report.decode > 1 else "the last token by itself"
     only = {None: "", "prefill": "of which only those before were compared", "decode": "which alone were compared"}
     return f", {one_by_one}{', ' if report.phase else ''}{only[report.phase]}"
+
+
+def growth(grown: Grown) -> str:
+    """How far an error is beyond its record."""
+    if grown.measure == "tokens":
+        return (
+            f"{grown.found:.1%} of the tokens choose otherwise, where {grown.recorded:.1%} are recorded and "
+            f"{grown.allowed:.1%} allowed"
+        )
+    where = {"tap": "over the whole tap", "row": "in its worst row", "element": "at its worst element"}[grown.measure]
+    return (
+        f"{grown.found:.2f} times the noise floor {where}, where {grown.recorded:.2f} is recorded and "
+        f"{grown.allowed:.2f} allowed"
+    )
+
+
+def _worse(gate: Gate) -> Iterator[str]:
+    """Why a run within tolerance does not pass its baseline."""
+    if gate.grown:
+        first = gate.grown[0]
+        names = len({(grown.mode, grown.name) for grown in gate.grown})
+        more = (
+            f"{names} taps have errors beyond their record" if names > 1 else "one tap has an error beyond its record"
+        )
+        which = ", the first of them" if names > 1 else ":"
+        yield f"{more}{which} {first.name} ({by_name(first.name)[0].meaning}), {first.mode}: {growth(first)}"
+        if gate.update:
+            yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
+    if gate.missing:
+        yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
+    if gate.unrecorded and not gate.compared:
+        where = "; ".join(gate.platforms)
+        yield f"{gate.path} has no record of this: {where}; --update-baseline adds it"
+    elif gate.unrecorded:
+        first_name = gate.unrecorded[0].name
+        yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
+
+
+def _baseline(gate: Gate) -> str:
+    """What a baseline that is passed says, and what became of it."""
+    aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
+    if not gate.updated:
+        return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
+    raised = len({(grown.mode, grown.name) for grown in gate.grown})
+    changes = [
+        f"{count} taps {what}"
+        for count, what in ((gate.added, "added"), (gate.tightened, "tightened"), (raised, "raised"))
+        if count
+    ]
+    because = f" ({gate.reason})" if gate.reason else ""
+    return f"{gate.path}: {', '.join(changes) or 'nothing to change'}{because}{aside}."
+
+
+def _untouched(report: Report) -> Iterator[str]:
+    """A run that fails records nothing."""
+    if report.gate is not None and report.gate.update:
+        yield f"{report.gate.path} is unchanged: only what is within tolerance is recorded."
 
 
 def missed(layer: LayerReach) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -51,6 +52,12 @@ def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsCompariso
 
     Of a compact golden that is some positions; None where it keeps none. Computed in float64, row by row.
     """
+    compared = every_position(found, golden, tokens)
+    return None if compared is None else summary(*compared)
+
+
+def every_position(found: Array, golden: View, tokens: Array) -> tuple[Sequence[Position], float] | None:
+    """:func:`compare_logits` position by position, and the share of the golden's TOP tokens that are among ours."""
     rows = range(tokens.shape[1]) if golden.rows is None else golden.rows
     if golden.sketched is not None or not rows:
         return None
@@ -73,6 +80,11 @@ def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsCompariso
             )
         )
         overlap += len(np.intersect1d(np.argpartition(its, -k)[-k:], np.argpartition(ours, -k)[-k:]))
+    return positions, overlap / (k * len(positions))
+
+
+def summary(positions: Sequence[Position], topk: float) -> LogitsComparison:
+    """What :func:`every_position` found, in a few numbers."""
     kl = np.array([position.kl for position in positions])
     order = sorted(positions, key=lambda position: -position.kl if position.kl == position.kl else -np.inf)
     return LogitsComparison(
@@ -80,7 +92,7 @@ def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsCompariso
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
         top1=float(np.mean([position.golden == position.found for position in positions])),
-        topk=overlap / (k * len(positions)),
+        topk=topk,
         worst=tuple(order[:_WORST]),
     )
 

@@ -130,11 +130,25 @@ def mismatch(found: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
 
 def rows_beyond(found: Array, golden: Array, floor: Floor, limits: Limits) -> Array:
     """The rows ``[B, S]`` of two comparable arrays with elements whose error is beyond a limit."""
+    rows, elements = row_multiples(found, golden, floor)
+    beyond: Array = (rows > limits.row) | (elements > limits.element)
+    return beyond
+
+
+def row_multiples(found: Array, golden: Array, floor: Floor) -> tuple[Array, Array]:
+    """Of every row of two comparable arrays, in multiples of the floor: its rms error, and that of its worst element.
+
+    Both are float64 ``[B, S]``.
+    """
     difference = _difference(found.astype(np.float64), golden.astype(np.float64)).reshape(*golden.shape[:2], -1)
     rows = _multiple(np.sqrt(np.mean(np.square(difference), axis=-1)), floor.rms)
     elements = _multiple(difference, floor.elements(golden).reshape(difference.shape)).max(axis=-1)
-    beyond: Array = (rows > limits.row) | (elements > limits.element)
-    return beyond
+    return rows, elements
+
+
+def element_multiples(found: Array, golden: Array, floor: Floor) -> Array:
+    """The error of every element of two comparable arrays in multiples of the floor, float64 in their shape."""
+    return _multiple(_difference(found.astype(np.float64), golden.astype(np.float64)), floor.elements(golden))
 
 
 def noise_multiple(difference: Array, floor: Floor) -> float:

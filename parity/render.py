@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from dsv4_convert.tables import fitted
 from golden.noise import Mode
 from parity.explain import missed, noise_floor, verdict, why
 from parity.logits import TOP, LogitsComparison
 from parity.metrics import Verdict
-from parity.report import Growth, Report, TapResult
+from parity.report import Gate, Growth, Report, TapResult
 
 _SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 #: Taps that are listed of a layer where not all are.
 _FEW = 6
+#: Columns that a narrow window loses, the first one first.
+_DISPENSABLE = ("1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
+#: Errors beyond their record that are listed.
+_MOST = 12
 #: Decodes one token id, or says that it cannot.
 Decode = Callable[[int], str]
 
 
 def render(
-    report: Report, console: Console, *, every_tap: bool = True, explained: bool = False, decode: Decode = str
+    report: Report,
+    console: Console,
+    *,
+    every_tap: bool = True,
+    explained: bool = False,
+    decode: Decode = str,
+    sentence: bool = True,
 ) -> None:
     """Print the report.
 
@@ -34,25 +45,35 @@ def render(
         every_tap: all taps; otherwise one line per layer, and only the taps that do not simply pass.
         explained: a paragraph on every tap that would be in a table, instead of the table.
         decode: makes a token id readable.
+        sentence: whether the verdict comes last.
     """
     shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
     if not every_tap:
         for mode in report.modes:
-            console.print(_summary(report, mode))
+            _print(console, _summary(report, mode))
     if explained:
         console.print(noise_floor(report))
         for tap in shown:
             console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
     else:
         for table in _tables(shown, report, len(shown) if every_tap else _FEW):
-            console.print(table)
+            _print(console, table)
     if report.growth:
-        console.print(_growth(report.growth))
+        _print(console, _growth(report.growth))
     if report.logits is not None:
-        console.print(_logits(report.logits, decode))
+        _print(console, _logits(report.logits, decode))
     for layer in report.unreached:
         console.print(Text(f"not reached, {missed(layer)}", style="yellow"))
-    console.print(Text(verdict(report), style="bold green" if report.passed else "bold red"))
+    for table in () if report.gate is None else _grown(report.gate):
+        _print(console, table)
+    if sentence:
+        console.print(Text(verdict(report), style="bold green" if report.passed else "bold red"))
+
+
+def _print(console: Console, titled: Group) -> None:
+    """A table under its title, without what a narrow window has no room for."""
+    for part in titled.renderables:
+        console.print(fitted(part, console, dispensable=_DISPENSABLE) if isinstance(part, Table) else part)
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -98,7 +119,7 @@ def _summary(report: Report, mode: Mode) -> Group:
     return _titled(f"{report.arithmetic}, {mode}: worst tap of each layer", table)
 
 
-def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[RenderableType]:
+def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[Group]:
     """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
     wrong = {result.name for descent in report.descents for result in descent.wrong}
@@ -135,6 +156,23 @@ def _numbers(tap: TapResult) -> tuple[str, ...]:
 
 def _multiple(value: float) -> str:
     return f"{value:.1f}x" if value < 1000 else f"{value:.0e}x"
+
+
+def _grown(gate: Gate) -> Iterator[Group]:
+    """Errors beyond their record, in order of execution; a table for each mode."""
+    for mode, group in groupby(gate.grown, key=lambda grown: grown.mode):
+        table = _table(
+            ("tap", "left"), ("measure", "left"), *((name, "right") for name in ("recorded", "allowed", "found"))
+        )
+        listed = list(group)
+        for at, grown in enumerate(listed[:_MOST]):
+            same = at > 0 and listed[at - 1].name == grown.name
+            show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
+            numbers = (show(number) for number in (grown.recorded, grown.allowed, grown.found))
+            table.add_row("" if same else grown.name, grown.measure, *numbers)
+        if len(listed) > _MOST:
+            table.add_row(f"and {len(listed) - _MOST} more")
+        yield _titled(f"within tolerance, but grown since it was recorded, {mode}", table)
 
 
 def _growth(growth: Sequence[Growth]) -> Group:

@@ -13,11 +13,12 @@ from golden.noise import Mode
 from golden.reach import LayerReach
 from parity.blame import WeightDifference
 from parity.choices import Flips
+from parity.detail import Detail
 from parity.logits import LogitsComparison
 from parity.metrics import Distance, Verdict
 from parity.tolerances import Limits
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class TapResult:
     def meaning(self) -> str:
         """What the tap is, in words."""
         return by_name(self.name)[0].meaning
+
+    @property
+    def passes(self) -> bool:
+        """It agrees; a tie does, too."""
+        return self.verdict in (Verdict.PASS, Verdict.TIE)
 
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
         """By which measures it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
@@ -101,10 +107,64 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Unrecorded:
+    """A tap that only one side has: the run, or its baseline."""
+
+    name: str
+    mode: Mode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grown:
+    """An error within tolerance, but beyond what its baseline allows.
+
+    ``measure``: ``tap``, ``row`` or ``element``, in multiples of the noise floor, or of a choice ``tokens``, the share
+    of tokens that chose otherwise.
+    """
+
+    name: str
+    mode: Mode
+    measure: str
+    recorded: float
+    allowed: float
+    found: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A run against the baseline ``path``: what was recorded for these ``platforms`` (platform, dtype, mode, phase).
+
+    ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
+    not have. ``missing``: those that only it has; ``left_out``: how many only it has because they were not wanted.
+    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
+    ``grown`` ones for a ``reason``.
+    """
+
+    path: str
+    platforms: tuple[str, ...]
+    compared: int
+    grown: tuple[Grown, ...]
+    unrecorded: tuple[Unrecorded, ...]
+    missing: tuple[Unrecorded, ...]
+    left_out: int
+    update: bool = False
+    updated: bool = False
+    added: int = 0
+    tightened: int = 0
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared and nothing has grown or is absent; or the baseline was brought up to date."""
+        return self.updated or bool(self.compared and not (self.grown or self.unrecorded or self.missing))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what.
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
+    ``detail``: what pictures need beyond it, if that was asked for; no part of the JSON.
     """
 
     modes: tuple[Mode, ...]
@@ -122,6 +182,8 @@ class Report:
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
     platform: Mapping[str, Any]
+    gate: Gate | None = None
+    detail: Detail | None = None
 
     def count(self, verdict: Verdict) -> int:
         """Number of taps with this verdict."""
@@ -155,8 +217,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Everything agrees, and the golden reaches everything if that is required."""
-        return self.agrees and not (self.require_reach and self.unreached)
+        """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
+        reached = not (self.require_reach and self.unreached)
+        return self.agrees and reached and (self.gate is None or self.gate.passed)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
@@ -178,20 +241,21 @@ class Report:
             "descents": [dataclasses.asdict(descent) for descent in self.descents],
             "growth": [dataclasses.asdict(layer) for layer in self.growth],
             "reach": [dataclasses.asdict(layer) for layer in self.reach],
+            "baseline": None if self.gate is None else {"passed": self.gate.passed, **dataclasses.asdict(self.gate)},
             "logits": None if self.logits is None else dataclasses.asdict(self.logits),
             "checkpoint": dict(self.checkpoint),
             "golden": dict(self.golden),
             "platform": dict(self.platform),
         }
-        return {key: _plain(value) for key, value in document.items()}
+        return {key: plain(value) for key, value in document.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Nested values as JSON: tuples to lists, non-finite numbers to strings."""
+def plain(value: Any) -> Any:
+    """Nested values as JSON holds them: tuples to lists, non-finite numbers to strings."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

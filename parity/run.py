@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_convert.config import Config
-from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.names import check_layers
@@ -25,11 +25,14 @@ from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode
 from golden.reach import reach
+from parity.baseline import open_baseline
 from parity.comparison import Comparison, Phase
 from parity.descent import blame_first, descend
+from parity.detail import Detail
 from parity.devices import Devices
 from parity.forward import Forward, Taken
-from parity.logits import LogitsComparison, compare_logits
+from parity.gate import Request, gated
+from parity.logits import LogitsComparison, every_position, summary
 from parity.metrics import Verdict, noise_multiple
 from parity.report import Descent, Growth, Report, TapResult
 from parity.tolerances import LIMITS, UNIT
@@ -58,7 +61,9 @@ def run(
     mesh: str | None = None,
     processes: Processes = ALONE,
     precision: Precision = "highest",
+    baseline: Request | None = None,
     progress: Progress = lambda _: None,
+    detail: bool = False,
 ) -> Report:
     """Compare a converted checkpoint, or a published one before it is converted, with a golden.
 
@@ -80,13 +85,17 @@ def run(
         processes: those of ``jax.distributed`` that call this with the same arguments. They share the experts, too, and
             all of them get the report.
         precision: of float32 products. The limits are for ``highest``; accelerators use fewer bits for the others.
+        baseline: the errors that are recorded of this golden; what has grown beyond them fails.
         progress: called before each layer.
+        detail: whether the report gets what pictures need, in ``Report.detail``. Takes time, and some numbers of memory
+            for every token and layer.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, or a
             mode that a compact golden does not allow.
-        BadInput: a damaged file, or a golden of another architecture.
-        ResourceError: the golden is remote and cannot be reached, or another process is gone.
+        BadInput: a damaged file, a golden of another architecture, or a baseline of another golden.
+        ResourceError: the golden is remote and cannot be reached, another process is gone, or the baseline cannot be
+            written.
     """
     sizes = None if mesh is None else parse_mesh(mesh)
     recorded = open_golden(golden)
@@ -101,7 +110,9 @@ def run(
         raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
     _same_architecture(weights.config, recorded.config, recorded.path)
     published = None if against is None else PublishedWeights.open(against, layers=wanted)
-    return compare_model(
+    if baseline is not None:  # what is wrong with it is said before anything runs
+        open_baseline(baseline.path, recorded, create=baseline.update)
+    report = compare_model(
         weights,
         recorded,
         layers=wanted,
@@ -115,7 +126,12 @@ def run(
         precision=precision,
         progress=progress,
         name=str(place),
+        detail=detail,
     )
+    if baseline is None:
+        return report
+    with processes.step("baseline"):
+        return gated(report, recorded, baseline, partial=wanted is not None or bool(taps), write=processes.first)
 
 
 def compare_model(
@@ -133,12 +149,13 @@ def compare_model(
     precision: Precision = "highest",
     progress: Progress = lambda _: None,
     name: str = "weights",
+    detail: bool = False,
 ) -> Report:
     """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
     release = golden.numerics == "release"
     dtype = dtype or ("bfloat16" if release else "float32")
     if dtype not in UNIT:
-        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}")
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}{did_you_mean(dtype, UNIT)}")
     if release and dtype != "bfloat16":
         raise UsageError(f"--dtype {dtype}: {golden.path} is of the release's own code, which runs in bfloat16")
     if phase is Phase.DECODE and not golden.decode:
@@ -150,7 +167,8 @@ def compare_model(
     names = _names(golden, chosen, model_level=layers is None)
     devices = devices or Devices()
     wanted = list(select(names, taps)) if taps else names
-    running = _Run(weights, golden, dtype, wanted, against, progress, phase, devices)
+    collected = Detail(golden) if detail else None
+    running = _Run(weights, golden, dtype, wanted, against, progress, phase, devices, collected)
     needed = {mode: running.needed(mode, chosen) for mode in ordered}
     weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
     with jax.default_matmul_precision(precision):
@@ -171,10 +189,12 @@ def compare_model(
         checkpoint={"path": name, **{key: weights.metadata[key] for key in ("source", "storage")}},
         golden={
             "path": str(golden.path),
+            "digest": golden.manifest.digest,
             "reference": dataclasses.asdict(golden.manifest.request.reference),
             "source": dataclasses.asdict(golden.manifest.request.source),
         },
         platform=_platform(dtype, precision) | devices.describe(),
+        detail=collected,
     )
 
 
@@ -191,7 +211,9 @@ class _Run:
         progress: Progress,
         phase: Phase | None,
         devices: Devices,
+        detail: Detail | None,
     ) -> None:
+        self._detail = detail
         self._weights = weights
         self._golden = golden
         self._config = golden.config
@@ -290,7 +312,10 @@ class _Run:
             failed |= self._judge(taken, mode)
             view = self._golden.views("logits")[-1]
             _, view = self._comparison.within_phase("logits", view.of(taken["logits"]), view)
-            self.logits = compare_logits(taken["logits"], view, self._golden.tokens)
+            if (compared := every_position(taken["logits"], view, self._golden.tokens)) is not None:
+                self.logits = summary(*compared)
+                if self._detail is not None:
+                    self._detail.positions[mode] = compared[0]
         if failed or any(
             result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
         ):
@@ -298,7 +323,8 @@ class _Run:
 
     def _judge(self, taken: Taken, mode: Mode) -> bool:
         """Judge what is wanted; whether anything fails."""
-        results = self._comparison.judge(taken, mode, self._wanted, fed=self._fed and mode is Mode.ISOLATED)
+        fed = self._fed and mode is Mode.ISOLATED
+        results = self._comparison.judge(taken, mode, self._wanted, fed=fed, detail=self._detail)
         self.results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 

@@ -53,6 +53,52 @@ class Limits:
 
 LIMITS = Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Band:
+    """How far a measure may lie above its recorded value: ``times`` it, and always up to ``least``."""
+
+    times: float
+    least: float
+
+    def allowed(self, recorded: float) -> float:
+        """The largest value that is not a growth."""
+        return max(self.times * recorded, self.least)
+
+
+#: Bands of a baseline (:mod:`parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the share of its
+#: tokens that chose otherwise, all of them ties.
+#:
+#: Derivation. One machine was made to compute as others do: one thread or core, a mesh of two devices, levels of
+#: XLA's optimisation, SSE4.2 (which has no fused multiply-add), AVX, AVX2 and AVX-512, three widths of vectors, other
+#: code for fusions, fast math; 16 ways, the committed golden, both modes and dtypes. Of every tap the largest of these
+#: errors over the smallest was at most (``python -m benchmarks.gate``):
+#:
+#:     ==================  ====  ====  =======  ======
+#:     elements of a tap    tap   row  element  tokens
+#:     ==================  ====  ====  =======  ======
+#:     a hundred or more   1.15  2.10     2.04    1.44
+#:     fewer               1.55  1.68     2.33
+#:     ==================  ====  ====  =======  ======
+#:
+#: ``times`` is a quarter more, rounded up to a half. An error far below the floor says that the tap is computed with
+#: more digits than its dtype has, or copied: such ones moved by less than 0.01, and ``least`` is where rounding to the
+#: dtype begins to show. Of a few elements all may be exact by luck, so ``least`` is what 99 of 100 healthy taps stay
+#: below (see above).
+BANDS: dict[str, Band] = {
+    "tap": Band(times=1.5, least=0.1),
+    "row": Band(times=3.0, least=0.25),
+    "element": Band(times=3.0, least=0.5),
+    "tokens": Band(times=2.0, least=0.02),
+}
+FEW = 100
+BANDS_OF_FEW: dict[str, Band] = {
+    "tap": Band(times=2.0, least=2.0),
+    "row": Band(times=3.0, least=4.0),
+    "element": Band(times=3.0, least=4.0),
+    "tokens": BANDS["tokens"],
+}
+
 #: Unit roundoff: the largest relative error of rounding to a dtype. No floor is lower than rounding the result once.
 UNIT: dict[str, float] = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 

@@ -27,6 +27,7 @@ from golden.noise import MODES, Mode
 from golden.synthetic import tiny_config, write_checkpoint
 from parity.comparison import Comparison
 from parity.explain import verdict, why
+from parity.gate import Request
 from parity.metrics import Verdict
 from parity.run import compare_model, run
 
@@ -93,8 +94,11 @@ def test_a_wrong_choice_has_its_consequences_in_cumulative_mode_only(plain: Path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_in_every_dtype(plain: Path, golden: Path, dtype: str) -> None:
-    report = run(plain, golden, modes=MODES, dtype=dtype)
+    committed = Request(path=golden.with_name("tiny.baseline.json"))
+    report = run(plain, golden, modes=MODES, dtype=dtype, baseline=committed)
     assert report.passed, verdict(report)
+    assert report.gate is not None
+    assert report.gate.compared == 328
     assert {tap.mode for tap in report.taps} == set(MODES)
     assert [layer.layer for layer in report.growth] == [0, 1, 2, 3]
     assert "PASS: all 328 taps agree" in verdict(report)
@@ -109,7 +113,7 @@ def test_layers_and_taps_can_be_chosen(plain: Path, golden: Path) -> None:
 
 
 def test_unknown_layers_and_taps_are_refused(plain: Path, golden: Path) -> None:
-    with pytest.raises(UsageError, match="layers \\[9\\]"):
+    with pytest.raises(UsageError, match="layer 9: this model has the layers 0 to 3"):
         run(plain, golden, layers=[9])
     with pytest.raises(UsageError, match=r"attn\.wq_c: matches no tap"):
         run(plain, golden, taps=["attn.wq_c"])
@@ -132,11 +136,12 @@ def test_a_partial_conversion_serves_its_layers(tiny: Path, golden: Path, tmp_pa
 def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
     report = run(plain, golden, modes=MODES)
     document = json.loads(json.dumps(report.to_json(verdict(report)), allow_nan=False))
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     assert document["verdict"] == "pass"
     assert document["first_diverging"] is document["first_wrong_operation"] is None
     assert set(document["taps"][0]) == {"name", "mode", "verdict", "reason", "shape", "form", "distance", "flips"}
     assert set(document["taps"][0]["distance"]["noise"]) == {"tap", "row", "element"}
+    assert document["baseline"] is None
     assert document["golden"]["reference"]["name"] == "transformers"
     assert sum(document["counts"].values()) == len(document["taps"])
     assert [layer["experts"] for layer in document["reach"]] == [6, 6, 6, 6]

@@ -1,0 +1,329 @@
+"""Comparing the activations of an implementation that is not ours with a golden. It brings arrays, by tap name.
+
+The other implementation runs one layer on :meth:`Expected.input` (or everything from :attr:`Expected.tokens`), keeps
+what it computes on the way, and hands over as much of it as it likes. Nothing of ours runs, and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import UsageError
+from dsv4_convert.taps import Values, by_name, is_state
+from golden.archive import Golden, open_golden
+from golden.layout import INPUT, STREAMS
+from golden.noise import Mode
+from golden.reach import reach
+from parity.comparison import Comparison
+from parity.forward import Taken
+from parity.metrics import Verdict
+from parity.report import Report, TapResult
+from parity.tolerances import LIMITS, UNIT
+
+Array = np.ndarray[Any, Any]
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_TIED = (
+    "After a tie the implementation went on with its own choice, so what follows it differs rightly. Make it follow "
+    "Expected.choices(layer), and nothing does."
+)
+_EXPERTS, _WEIGHTS = "ffn.gate.experts", "ffn.gate.weights"
+
+
+def compare_activations(
+    activations: Mapping[str, Any],
+    golden: Golden | Path | str,
+    *,
+    layer: int | None = None,
+    mode: Mode | str = Mode.ISOLATED,
+    dtype: str | None = None,
+    name: str = "activations",
+) -> Report:
+    """Compare arrays of another implementation with a golden, tap by tap, as :func:`parity.run.run` compares ours.
+
+    Args:
+        activations: by tap name, full (``layers.3.attn.q_rope``, ``logits``) or, with ``layer``, within it
+            (``attn.q_rope``). Arrays of NumPy, JAX or PyTorch, in the golden's shape (``dsv4 golden show``), batch
+            and tokens first. Experts may come in any order, with ``ffn.gate.weights`` in the same.
+        golden: an open golden, or its folder or URL.
+        layer: of names that do not say it.
+        mode: ``isolated`` if the layers ran on the golden's own inputs, ``cumulative`` if they ran from the tokens.
+        dtype: that of the computation, ``float32`` or ``bfloat16``, whose noise floor is the measure; None for
+            bfloat16 if an array is of it or the golden is of the release's own code, and float32 otherwise.
+        name: what the report calls the activations.
+
+    Returns:
+        The report, without the search for the operation that is to blame, which needs to run the model. One without
+        taps has failed.
+
+    Raises:
+        UsageError: a tap that there is not, with those that come close; a mode or dtype that the golden cannot serve;
+            an array that is no array.
+        BadInput: the golden is damaged.
+        ResourceError: the golden is remote and cannot be reached.
+    """
+    golden = golden if isinstance(golden, Golden) else open_golden(golden)
+    chosen = _mode(mode, golden)
+    taken = {_full(given, layer, golden): _array(given, value) for given, value in activations.items()}
+    if len(taken) < len(activations):
+        raise UsageError("activations: a tap was given twice, by its full name and by that within the layer")
+    dtype = _dtype(dtype, taken, golden)
+    taken = _sorted_choices(taken)
+    comparison = Comparison(golden, dtype)
+    names = [tap for tap in golden.names if tap in taken]
+    results = _judged(comparison, taken, chosen, names)
+    layers = tuple(sorted({result.layer for result in results if result.layer is not None}))
+    return Report(
+        modes=(chosen,),
+        decode=golden.decode,
+        phase=None,
+        dtype=dtype,
+        limits=LIMITS,
+        layers=layers,
+        taps=tuple(results),
+        descents=(),
+        growth=(),
+        reach=tuple(reach(golden, each) for each in layers),
+        require_reach=False,
+        logits=None,
+        checkpoint={"path": name},
+        golden={"path": str(golden.path), "digest": golden.manifest.digest},
+        platform={"dtype": dtype},
+    )
+
+
+class Expected:
+    """What a golden expects of an implementation: what to feed it with, and :meth:`check`.
+
+    Attributes:
+        golden: the open golden.
+        config: the architecture of the recorded model.
+        tokens: int32 ``[B, S]``.
+        positions: int32 ``[B, S]``, of the tokens in the rotary tables.
+        layers: the recorded layers.
+        dtype: what :meth:`check` takes for the dtype of the computation; None: see :func:`compare_activations`.
+    """
+
+    def __init__(self, golden: Golden | Path | str, *, dtype: str | None = None) -> None:
+        """Raises as :func:`golden.archive.open_golden`."""
+        self.golden = golden if isinstance(golden, Golden) else open_golden(golden)
+        self.config: Config = self.golden.config
+        self.tokens: Array = self.golden.tokens
+        first = self.golden.manifest.request.first_position
+        self.positions: Array = np.broadcast_to(
+            np.arange(first, first + self.tokens.shape[1], dtype=np.int32), self.tokens.shape
+        )
+        self.layers: tuple[int, ...] = self.golden.layers
+        self.dtype = dtype
+
+    def __repr__(self) -> str:
+        return f"Expected({str(self.golden.path)!r})"
+
+    def input(self, layer: int | None) -> Array:
+        """The streams that enter a layer, or the head (None): float32 ``[B, S, N, D]``.
+
+        Raises:
+            UsageError: the layer was not recorded, or the golden is compact and does not hold its input.
+        """
+        last = self.config.num_hidden_layers - 1
+        name = f"layers.{last}.{STREAMS}" if layer is None else f"layers.{layer}.{INPUT}"
+        if name not in self.golden.names:
+            raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
+        if not self.golden.whole(name):
+            raise UsageError(f"{_no_inputs(self.golden)}: run from the tokens, and check with mode='cumulative'")
+        return self.golden.read(name)
+
+    def choices(self, layer: int) -> dict[str, Array]:
+        """The golden's chosen experts and entries in a layer by tap name within it: int32, -1 for none.
+
+        For an implementation that can be made to follow them, so that a tie changes nothing that comes after it.
+        """
+        return Comparison(self.golden, "float32").choices(layer)
+
+    def names(self, layer: int | None) -> tuple[str, ...]:
+        """Full names of the taps of a layer, or of the model level (None), in order of execution."""
+        return self.golden.taps(layer)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tap by its full name."""
+        return self.golden.shape(name)
+
+    def report(
+        self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
+    ) -> Report:
+        """:func:`compare_activations` with this golden and dtype."""
+        return compare_activations(activations, self.golden, layer=layer, mode=mode, dtype=self.dtype)
+
+    def check(
+        self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
+    ) -> Report:
+        """The report of :meth:`report`, if it passes.
+
+        Raises:
+            AssertionError: anything diverges, or nothing was compared; with the verdict and the table of
+                ``dsv4 parity``.
+        """
+        __tracebackhide__ = True  # of pytest: the failure is the caller's
+        report = self.report(activations, layer=layer, mode=mode)
+        if not report.passed:
+            raise AssertionError(as_text(report))
+        return report
+
+
+def as_text(report: Report, *, width: int = 100) -> str:
+    """The verdict, then the tables of what does not pass: plain text."""
+    from rich.console import Console
+
+    from parity.explain import verdict
+    from parity.render import render
+
+    out = StringIO()
+    console = Console(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
+    if report.taps:
+        render(report, console, every_tap=False, sentence=False)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    if Mode.CUMULATIVE in report.modes and report.count(Verdict.TIE):
+        lines += ["", _TIED]
+    return "\n".join([verdict(report), "", *lines]).rstrip()
+
+
+def _judged(comparison: Comparison, taken: Taken, mode: Mode, names: Iterable[str]) -> list[TapResult]:
+    """Judge in order of execution. After a tie the implementation went on with its own choice, which is not wrong: in
+    isolated mode the tokens concerned are left out of what follows in the layer."""
+    golden = comparison.golden
+    tied: dict[int | None, Array] = {}
+    results = []
+    for name in names:
+        tap, layer = by_name(name)
+        given = taken
+        if (rows := tied.get(layer)) is not None and tap.values is Values.REAL and golden.whole(name):
+            given = {**taken, name: _left_out(taken[name], golden.read(name), rows)}
+        (result,) = comparison.judge(given, mode, [name])
+        if result.verdict is Verdict.TIE and mode is Mode.ISOLATED:
+            differs = (np.sort(taken[name], axis=-1) != np.sort(golden.read(name), axis=-1)).any(axis=-1)
+            tied[layer] = differs | tied.get(layer, np.zeros_like(differs))
+        results.append(_explained(result, golden))
+    return results
+
+
+def _left_out(found: Array, golden: Array, rows: Array) -> Array:
+    """``found`` without an error in some tokens, where the shapes allow it. After a choice every tap is by token."""
+    if found.shape != golden.shape:
+        return found
+    without = found.copy()
+    without[rows] = golden[rows]
+    return without
+
+
+def _explained(result: TapResult, golden: Golden) -> TapResult:
+    """Say what a shape stands for where it is another one."""
+    expected = golden.shape(result.name)
+    if result.verdict is not Verdict.FAIL or result.shape == expected:
+        return result
+    tap, _ = by_name(result.name)
+    letters = ", ".join(f"{letter} {size}" for letter, size in zip(tap.shape.split(), expected, strict=True))
+    hint = ""
+    if sorted(result.shape) == sorted(expected):
+        hint = "; the axes are in another order"
+    elif math.prod(result.shape) == math.prod(expected):
+        hint = "; as many elements: reshape it"
+    reason = f"shape {list(result.shape)}, expected {list(expected)} ({letters}){hint}"
+    return dataclasses.replace(result, reason=reason)
+
+
+def _mode(mode: Mode | str, golden: Golden) -> Mode:
+    if mode not in tuple(Mode):
+        raise UsageError(f"mode {mode!r}: expected isolated or cumulative")
+    if golden.compact is not None and mode == Mode.ISOLATED:
+        raise UsageError(f"{_no_inputs(golden)}: run from the tokens, and check with mode='cumulative'")
+    if golden.numerics != "plain" and mode == Mode.ISOLATED:
+        raise UsageError(
+            f"{golden.path}: of release numerics, where isolated means that every operation gets the golden's own "
+            "inputs, which a layer of another implementation does not; run from the tokens, with mode='cumulative'"
+        )
+    return Mode(mode)
+
+
+def _no_inputs(golden: Golden) -> str:
+    return f"{golden.path}: a compact golden, which does not hold the inputs of layers"
+
+
+def _full(name: str, layer: int | None, golden: Golden) -> str:
+    """The full name of a tap that the golden has. Raises :class:`UsageError`."""
+    outer = name in golden.names and by_name(name)[1] is None
+    full = name if layer is None or outer or name.startswith("layers.") else f"layers.{layer}.{name}"
+    if layer is None and f"layers.{golden.layers[0]}.{name}" in golden.names:
+        raise UsageError(f"{name}: of which layer? Say layer=, or the full name, such as layers.0.{name}")
+    tap, number = by_name(full)
+    if number is not None:
+        golden.taps(number)  # refuses one that was not recorded
+    if full not in golden.names:
+        if number is None:
+            why = "the head was not recorded, since that takes the last layer"
+        elif is_state(tap.name):
+            why = "no token came one by one, so there is no state between calls"
+        else:
+            why = f"layer {number}, of {golden.config.attention[number].value}, has no such tap"
+        raise UsageError(f"{full}: not in {golden.path}: {why}")
+    return full
+
+
+def _array(name: str, value: Any) -> Array:
+    """A NumPy array of whatever has come: NumPy, JAX or PyTorch. Raises :class:`UsageError`."""
+    if hasattr(value, "detach"):  # PyTorch, which has no NumPy form of bfloat16
+        value = value.detach().cpu()
+        array = np.asarray(value.float()) if str(value.dtype) == "torch.bfloat16" else np.asarray(value)
+        return array.astype(_BFLOAT16) if str(value.dtype) == "torch.bfloat16" else array
+    if not getattr(value, "is_fully_addressable", True):
+        raise UsageError(f"{name}: spread over processes; gather it first (jax.experimental.multihost_utils)")
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever the other library raises
+        raise UsageError(f"{name}: cannot be made a NumPy array ({type(error).__name__}: {error})") from None
+    if array.dtype == object or array.dtype.kind not in "iufV" or array.ndim == 0:
+        raise UsageError(f"{name}: expected an array of numbers, found {type(value).__name__} of {array.dtype}")
+    if array.dtype.kind == "V" and array.dtype != _BFLOAT16:
+        raise UsageError(
+            f"{name}: {array.dtype} has no noise floor in a golden; hand it over in the dtype of the layer"
+        )
+    if array.dtype == np.float16:
+        raise UsageError(f"{name}: float16 has no noise floor in a golden; compute in float32 or bfloat16")
+    return array
+
+
+def _dtype(dtype: str | None, taken: Taken, golden: Golden) -> str:
+    if dtype is None:
+        bfloat16 = golden.numerics != "plain" or any(array.dtype == _BFLOAT16 for array in taken.values())
+        dtype = "bfloat16" if bfloat16 else "float32"
+    if dtype not in UNIT:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(UNIT)}")
+    return dtype
+
+
+def _sorted_choices(taken: Taken) -> Taken:
+    """Experts ascending and their weights with them, as in the golden; everything as float32 or int32 would be.
+
+    Raises:
+        UsageError: weights without the experts that they belong to.
+    """
+    found = {name: array.astype(np.float32) if array.dtype == _BFLOAT16 else array for name, array in taken.items()}
+    for name in taken:
+        stem, is_weights = name.removesuffix(_WEIGHTS), name.endswith(_WEIGHTS)
+        if not is_weights:
+            continue
+        experts = taken.get(stem + _EXPERTS)
+        if experts is None:
+            raise UsageError(f"{name}: in the order of {stem}{_EXPERTS}, which has to be handed over too")
+        if experts.shape == found[name].shape:
+            order = np.argsort(experts, axis=-1, kind="stable")
+            found[name] = np.take_along_axis(found[name], order, axis=-1)
+            found[stem + _EXPERTS] = np.take_along_axis(experts, order, axis=-1)
+    return found

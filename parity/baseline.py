@@ -1,0 +1,206 @@
+"""A baseline: the errors that a healthy implementation had, in a file that is committed and only ever gets stricter.
+
+::
+
+    {
+     "schema_version": 1,
+     "golden": "f7c3…",             the digest of the golden's manifest: errors are multiples of its noise floor
+     "measured": [
+      {"platform": "cpu", "dtype": "float32", "mode": "isolated", "phase": "all", "taps": {
+       "layers.0.attn.wq_a": {"tap": 1.03, "row": 1.64, "element": 1.84},
+       "layers.1.attn.indexer.chosen": {"tokens": 0.0267}
+      }}
+     ],
+     "history": []                  every time that something was allowed to grow: when, why, from what to what
+    }
+
+One line per tap, sorted, every number rounded up to three digits: a second run on the same machine writes the same
+bytes. How far a number may move before it is a growth is in :data:`parity.tolerances.BANDS`. What a run is compared
+with, and what becomes of it, is in :mod:`parity.gate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsv4_convert.checkpoint.strict_json import read_object
+from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
+from dsv4_convert.taps import by_name
+from golden.archive import Golden
+from golden.noise import MODES
+from parity.metrics import Multiples
+from parity.tolerances import BANDS, UNIT
+
+SCHEMA_VERSION = 1
+#: Of a golden whose tokens were all compared.
+ALL = "all"
+_PHASES = (ALL, "prefill", "decode")
+_ROOT = ("schema_version", "golden", "measured", "history")
+_REAL = tuple(field.name for field in dataclasses.fields(Multiples))
+#: What may be measured of a tap: its multiples of the noise floor, or of a choice the share of tokens with ties.
+_FORMS = (_REAL, ("tokens",))
+
+#: What was measured of a tap, by measure.
+Numbers = Mapping[str, float]
+
+
+class Key(NamedTuple):
+    """What errors depend on besides the golden: where, in which dtype, how, and which tokens."""
+
+    platform: str
+    dtype: str
+    mode: str
+    phase: str
+
+    def __str__(self) -> str:
+        where = f"{self.platform}, {self.dtype}, {self.mode}"
+        return where if self.phase == ALL else f"{where}, {self.phase}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What a baseline file says: by key and full tap name, and its history as plain JSON values."""
+
+    golden: str
+    measured: Mapping[Key, Mapping[str, Numbers]]
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def with_taps(self, key: Key, taps: Mapping[str, Numbers]) -> Baseline:
+        """The same with these numbers for these taps."""
+        mine = {**self.measured.get(key, {}), **taps}
+        return dataclasses.replace(self, measured={**self.measured, key: mine})
+
+    def to_text(self) -> str:
+        """The file, one line per tap; equal baselines give equal text."""
+        lines = [
+            "{",
+            f' "schema_version": {SCHEMA_VERSION},',
+            f' "golden": {json.dumps(self.golden)},',
+            ' "measured": [',
+        ]
+        for at, (key, taps) in enumerate(sorted(self.measured.items())):
+            head = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in key._asdict().items())
+            lines.append(f'  {{{head}, "taps": {{')
+            rows = [f"   {json.dumps(name)}: {json.dumps(dict(taps[name]))}" for name in sorted(taps, key=_order)]
+            lines.append(",\n".join(rows))
+            lines.append("  }}" + ("," if at + 1 < len(self.measured) else ""))
+        past = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in self.history)
+        lines += [" ],", ' "history": [' + (f"\n{past}\n ]" if past else "]"), "}", ""]
+        return "\n".join(lines)
+
+
+def rounded(value: float) -> float:
+    """Up to three significant digits, so that the number itself is never above what is written of it."""
+    digits = Decimal(repr(float(value)))
+    if not digits:
+        return 0.0
+    return float(digits.quantize(Decimal(1).scaleb(digits.adjusted() - 2), ROUND_CEILING))
+
+
+def tightened(old: Numbers, new: Numbers) -> dict[str, float]:
+    """The smaller of the two, measure by measure."""
+    return {measure: min(value, rounded(new[measure])) for measure, value in old.items()}
+
+
+def open_baseline(path: Path, golden: Golden, *, create: bool = False) -> Baseline:
+    """Read a baseline of this golden; an empty one where the file is absent and ``create`` says so.
+
+    Raises:
+        BadInput: absent, damaged, of another golden, or a number that no run could have measured.
+    """
+    digest = golden.manifest.digest
+    if not path.exists():
+        if create:
+            return Baseline(digest, {})
+        raise BadInput(f"{path}: no such baseline; record one with --update-baseline")
+    document = read_object(path)
+    if (version := document.get("schema_version")) != SCHEMA_VERSION or isinstance(version, bool):
+        raise BadInput(f"{path}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}")
+    if set(document) != set(_ROOT):
+        raise BadInput(f"{path}: expected the entries {sorted(_ROOT)}, found {sorted(document)}")
+    if document["golden"] != digest:
+        raise BadInput(
+            f"{path}: measured with the golden whose digest is {document['golden']!r}; {golden.path} is {digest}. "
+            "Errors are multiples of a golden's own noise floor, so compare with that golden, or record another "
+            "baseline file for this one with --update-baseline"
+        )
+    try:
+        measured = dict(_entry(entry, golden) for entry in _list(document["measured"]))
+        history = tuple(_mapping(entry) for entry in _list(document["history"]))
+        if len(measured) != len(document["measured"]):
+            raise ValueError("measured: two entries of the same platform, dtype, mode and phase")
+    except (ValueError, Dsv4Error) as error:
+        raise BadInput(f"{path}: {error}; take the file from version control again") from None
+    return Baseline(digest, measured, history)
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write the file whole or not at all. Raises :class:`ResourceError` if it cannot be written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8") as stream:
+            stream.write(baseline.to_text())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise ResourceError(f"{path}: the baseline cannot be written ({error.strerror})") from None
+
+
+def _order(name: str) -> tuple[int, str]:
+    """By layer, the model level last, then by name."""
+    layer = by_name(name)[1]
+    return (1 << 30 if layer is None else layer, name)
+
+
+def _entry(value: object, golden: Golden) -> tuple[Key, dict[str, Numbers]]:
+    entry = _mapping(value)
+    if set(entry) != {*Key._fields, "taps"}:
+        raise ValueError(f"measured: expected {', '.join(Key._fields)} and taps, found {', '.join(sorted(entry))}")
+    key = Key(*(entry[field] for field in Key._fields))
+    if not (isinstance(entry["platform"], str) and entry["platform"]):
+        raise ValueError(f"measured: platform is {key.platform!r}, expected its name")
+    for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
+        if getattr(key, field) not in allowed:
+            raise ValueError(f"measured: {field} is {getattr(key, field)!r}, expected one of {', '.join(allowed)}")
+    taps = {}
+    for name, numbers in _mapping(entry["taps"]).items():
+        if name not in golden.names:
+            raise ValueError(f"{key}: the golden has no tap {name!r}")
+        taps[name] = _numbers(f"{key}: {name}", numbers)
+    return key, taps
+
+
+def _numbers(where: str, value: object) -> Numbers:
+    numbers = _mapping(value)
+    if tuple(sorted(numbers)) not in [tuple(sorted(form)) for form in _FORMS]:
+        expected = " or ".join(", ".join(form) for form in _FORMS)
+        raise ValueError(f"{where}: expected {expected}, found {', '.join(sorted(numbers)) or 'nothing'}")
+    for measure, number in numbers.items():
+        good = isinstance(number, int | float) and not isinstance(number, bool)
+        if not good or not math.isfinite(number) or number < 0:
+            raise ValueError(f"{where}: {measure} is {number!r}, expected a number that is 0 or more")
+    return {measure: float(numbers[measure]) for measure in BANDS if measure in numbers}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list, found {type(value).__name__}")
+    return value

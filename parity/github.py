@@ -1,0 +1,126 @@
+"""A parity report for GitHub Actions: annotations as workflow commands, and the summary of the step in markdown.
+
+Sources: https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands and the runner's
+``ActionCommand``, which says how properties and messages are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from golden.noise import Mode
+from parity.explain import growth, verdict, why
+from parity.metrics import Verdict
+from parity.report import Report, TapResult
+
+#: GitHub shows ten errors of a step; the first is the verdict.
+_ANNOTATIONS = 9
+#: Rows of a table in the summary, which may have 1 MiB.
+_ROWS = 20
+_MARK = {Verdict.FAIL: "❌", Verdict.TIE: "≈", Verdict.PASS: "✅", Verdict.EMPTY: "∅"}
+
+
+def commands(report: Report) -> Iterator[str]:
+    """One line each: the verdict, and the first taps that fail."""
+    kind = "notice" if report.passed else "error"
+    yield command(kind, "dsv4 parity", verdict(report))
+    if report.passed:
+        return
+    taps = [(f"{tap.name} ({tap.mode})", why(tap, report)) for tap in report.taps if tap.verdict is Verdict.FAIL]
+    if report.gate is not None and not report.gate.passed:
+        for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
+            taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(growth, group))}."))
+    for title, message in taps[:_ANNOTATIONS]:
+        yield command("error", title, message)
+
+
+def summary(report: Report) -> str:
+    """What ``$GITHUB_STEP_SUMMARY`` gets."""
+    lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(verdict(report))}", ""]
+    for mode in report.modes:
+        lines += [f"### {report.arithmetic}, {mode}", "", *_layers(report, mode), ""]
+    failing = [tap for tap in report.taps if tap.verdict is Verdict.FAIL]
+    if failing:
+        lines += ["### Taps that fail", "", *_failing(failing), ""]
+    if report.gate is not None and report.gate.grown:
+        lines += [f"### Grown beyond {_code(report.gate.path)}", "", *_grown(report), ""]
+    golden, device = report.golden.get("path", ""), report.platform.get("device", "")
+    versions = ", ".join(f"{name} {version}" for name, version in report.platform.get("versions", {}).items())
+    about = [
+        _code(str(report.checkpoint.get("path", ""))),
+        f"golden {_code(str(golden))}",
+        _escaped(str(device)),
+        versions,
+    ]
+    lines += [" · ".join(part for part in about if part), ""]
+    return "\n".join(lines)
+
+
+def _layers(report: Report, mode: Mode) -> Iterator[str]:
+    yield from _header(("layer", "taps", "fail", "ties", "worst tap", "noise floors", "verdict"))
+    for layer, group in groupby((tap for tap in report.taps if tap.mode is mode), key=lambda tap: tap.layer):
+        taps = list(group)
+        counts = {verdict_: sum(tap.verdict is verdict_ for tap in taps) for verdict_ in Verdict}
+        measured = [tap for tap in taps if tap.distance is not None]
+        worst = max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None)
+        severe = next(verdict_ for verdict_ in _MARK if counts[verdict_])
+        yield _row(
+            "model" if layer is None else str(layer),
+            str(len(taps)),
+            str(counts[Verdict.FAIL]),
+            str(counts[Verdict.TIE]),
+            "" if worst is None else _code(worst.short),
+            "" if worst is None or worst.distance is None else _number(worst.distance.noise.largest),
+            f"{_MARK[severe]} {severe}",
+        )
+
+
+def _failing(failing: list[TapResult]) -> Iterator[str]:
+    yield from _header(("tap", "mode", "what it is", "why"))
+    for tap in failing[:_ROWS]:
+        yield _row(_code(tap.name), tap.mode.value, _escaped(tap.meaning), _escaped(tap.reason))
+    if len(failing) > _ROWS:
+        yield _row(f"and {len(failing) - _ROWS} more", "", "", "")
+
+
+def _grown(report: Report) -> Iterator[str]:
+    assert report.gate is not None
+    yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
+    grown = report.gate.grown
+    for one in grown[:_ROWS]:
+        numbers = (_number(number) for number in (one.recorded, one.allowed, one.found))
+        yield _row(_code(one.name), one.mode.value, one.measure, *numbers)
+    if len(grown) > _ROWS:
+        yield _row(f"and {len(grown) - _ROWS} more", *[""] * 5)
+
+
+def _header(names: tuple[str, ...]) -> Iterator[str]:
+    yield _row(*names)
+    yield _row(*["---"] * len(names))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`".replace("|", "\\|") if text else ""
+
+
+def _escaped(text: str) -> str:
+    """Text as markdown shows it, in one line."""
+    for special in "\\`*_[]<>|":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
+
+
+def command(kind: str, title: str, message: str) -> str:
+    """A workflow command; the runner undoes the escapes."""
+    escaped = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    name = title.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A").replace(":", "%3A").replace(",", "%2C")
+    return f"::{kind} title={name}::{escaped}"

@@ -1,0 +1,329 @@
+"""The numbers that a page's figures show, out of a report: what is drawn is also what the page embeds as JSON.
+
+A figure without numbers is None, or absent from its list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.config import Attention
+from dsv4_convert.taps import Values, by_name
+from golden.layout import STREAMS
+from golden.noise import Mode
+from parity.detail import EDGES, Detail, Prompt, Sample
+from parity.logits import Position
+from parity.metrics import Verdict
+from parity.report import Growth, Report, TapResult
+
+Array = np.ndarray[Any, Any]
+
+#: The lines over depth, by tap.
+LINES = {"attn.wo_b": "attention", "ffn": "experts", STREAMS: "streams"}
+#: Columns of a map over tokens, and points over positions; a longer prompt is binned by its largest.
+COLUMNS = 384
+#: Blocks whose ends are marked in a map, at most.
+BLOCKS = 64
+#: Failing taps that are shown in detail.
+SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Multiples of the noise floor by layer, None where the layer was not compared, and the layers where it fails."""
+
+    name: str
+    tap: str
+    multiples: tuple[float | None, ...]
+    failing: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Error over depth, in one mode. ``first``: the layer of the first tap that diverges, where there is one."""
+
+    mode: Mode
+    layers: tuple[int, ...]
+    lines: tuple[Line, ...]
+    first: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The error through one layer, operation by operation. ``wrong``: wrong on the golden's own inputs."""
+
+    mode: Mode
+    layer: int | None
+    taps: tuple[str, ...]
+    multiples: tuple[float, ...]
+    verdicts: tuple[Verdict, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMap:
+    """Multiples by layer and position, the largest of all prompts and of the positions ``starts[i]`` to
+    ``starts[i + 1]``; None where nothing was compared. ``what``: ``streams`` or ``worst``."""
+
+    mode: Mode
+    what: str
+    layers: tuple[str, ...]
+    starts: tuple[int, ...]
+    multiples: tuple[tuple[float | None, ...], ...]
+    window: int
+    block: int | None
+    decode: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing:
+    """A failing tap: its result, and what is drawn of its numbers, where some were kept."""
+
+    result: TapResult
+    edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    exact: int = 0
+    infinite: int = 0
+    found: tuple[float, ...] = ()
+    golden: tuple[float, ...] = ()
+    multiples: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """KL divergence by position, in nats: the largest of all prompts and of each bin. ``differs``: whether the most
+    likely next token is another one somewhere in it."""
+
+    mode: Mode
+    positions: tuple[int, ...]
+    kl: tuple[float, ...]
+    differs: tuple[bool, ...]
+    step: int
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How one layer's choices agree."""
+
+    layer: int
+    mode: Mode
+    what: str
+    how: str
+    tokens: int
+    equal: int
+    ties: int
+    failing: int
+    noise: float
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class PageData:
+    """Everything that the page draws."""
+
+    depth: tuple[Depth, ...]
+    course: Course | None
+    growth: tuple[Growth, ...]
+    maps: tuple[TokenMap, ...]
+    failing: tuple[Failing, ...]
+    agreements: tuple[Agreement, ...]
+    divergences: tuple[Divergence, ...]
+
+
+def page_data(report: Report) -> PageData:
+    """The numbers of all figures."""
+    detail = report.detail
+    return PageData(
+        depth=tuple(depth for mode in report.modes if (depth := _depth(report, mode)) is not None),
+        course=_course(report),
+        growth=report.growth,
+        maps=() if detail is None else tuple(_maps(report, detail)),
+        failing=tuple(_failing(report)),
+        agreements=tuple(_agreement(tap, detail) for tap in report.taps if tap.flips is not None),
+        divergences=() if detail is None else tuple(_divergence(*item) for item in detail.positions.items() if item[1]),
+    )
+
+
+def kind(prompt: Prompt, layer: int) -> str:
+    """The kind of a layer in two or three letters: its attention, and an asterisk for routing by table."""
+    short = {Attention.SLIDING: "SWA", Attention.CSA: "CSA", Attention.HCA: "HCA"}
+    return short[prompt.config.attention[layer]] + ("*" if prompt.config.hash_routed[layer] else "")
+
+
+def multiple(tap: TapResult) -> float | None:
+    """The number that stands for a tap, as in the terminal; None where it has none."""
+    if tap.distance is not None:
+        return tap.distance.noise.largest
+    return None if tap.flips is None else tap.flips.noise
+
+
+def _depth(report: Report, mode: Mode) -> Depth | None:
+    taps = {(tap.layer, tap.short): tap for tap in report.taps if tap.mode is mode and tap.layer is not None}
+    layers = tuple(sorted({tap.layer for tap in taps.values() if tap.layer is not None}))
+    if len(layers) < 2:
+        return None
+    lines = []
+    for short, name in LINES.items():
+        there = [taps.get((layer, short)) for layer in layers]
+        failing = tuple(
+            layer
+            for layer, tap in zip(layers, there, strict=True)
+            if tap is not None and tap.verdict is Verdict.FAIL
+        )  # fmt: skip
+        multiples = tuple(None if tap is None else multiple(tap) for tap in there)
+        if any(value is not None for value in multiples):
+            lines.append(Line(name, short, multiples, failing))
+    first = next((tap.layer for tap in report.taps if tap.mode is mode and tap.verdict is Verdict.FAIL), None)
+    return Depth(mode, layers, tuple(lines), first) if lines else None
+
+
+def _course(report: Report) -> Course | None:
+    """Through the layer that diverges first, or else the one that comes closest to a limit."""
+    measured = [tap for tap in report.taps if multiple(tap) is not None]
+    shown = report.first_diverging or max(measured, key=_share, default=None)
+    if shown is None:
+        return None
+    taps = [tap for tap in measured if (tap.layer, tap.mode) == (shown.layer, shown.mode)]
+    descents = (descent for descent in report.descents if descent.layer == shown.layer)
+    wrong = tuple(result.short for descent in descents for result in descent.wrong)
+    return Course(
+        mode=shown.mode,
+        layer=shown.layer,
+        taps=tuple(tap.short for tap in taps),
+        multiples=tuple(value for tap in taps if (value := multiple(tap)) is not None),
+        verdicts=tuple(tap.verdict for tap in taps),
+        wrong=wrong,
+    )
+
+
+def _share(tap: TapResult) -> float:
+    return 0.0 if tap.distance is None else tap.distance.noise.largest
+
+
+def _maps(report: Report, detail: Detail) -> list[TokenMap]:
+    maps = []
+    prompt = detail.prompt
+    step = max(1, math.ceil(prompt.tokens / COLUMNS))
+    starts = tuple(range(0, prompt.tokens, step))
+    for mode in report.modes:
+        layers = sorted((layer for of, layer in detail.tokens if of is mode and layer is not None))
+        rows: list[int | None] = [*layers, *([None] if (mode, None) in detail.tokens else [])]
+        for what in ("worst", "streams"):
+            of = {layer: getattr(detail.tokens[mode, layer], what) for layer in rows}
+            known = [layer for layer in rows if not np.isnan(of[layer]).all()]
+            if not known:
+                continue
+            maps.append(
+                TokenMap(
+                    mode=mode,
+                    what=what,
+                    layers=tuple("model" if layer is None else str(layer) for layer in known),
+                    starts=(*starts, prompt.tokens),
+                    multiples=tuple(_binned(of[layer], step) for layer in known),
+                    window=prompt.config.sliding_window,
+                    block=_block(prompt, known),
+                    decode=prompt.decode,
+                )
+            )
+    return maps
+
+
+def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
+    """Tokens of the longest block that any of the layers compresses, if there are few enough of them to be marked."""
+    kinds = {prompt.config.attention[layer] for layer in layers if layer is not None} - {Attention.SLIDING}
+    longest = max((prompt.config.ratio(kind) for kind in kinds), default=None)
+    return longest if longest is not None and longest <= prompt.tokens <= BLOCKS * longest else None
+
+
+def _binned(errors: Array, step: int) -> tuple[float | None, ...]:
+    """``[B, S]`` to the largest of every bin, NaN to None."""
+    largest = np.fmax.reduce(errors, axis=0)
+    bins = np.fmax.reduceat(largest, np.arange(0, len(largest), step))
+    return tuple(None if math.isnan(value) else rounded(value) for value in bins)
+
+
+def rounded(value: float) -> float:
+    """Four digits, which is more than a picture shows."""
+    return float(f"{value:.4g}")
+
+
+def _failing(report: Report) -> list[Failing]:
+    """The first tap that diverges, and the first of further layers; those with a sample before those without."""
+    first = report.first_diverging
+    if first is None:
+        return []
+    results = {(tap.name, tap.mode): tap for tap in report.taps}
+    samples = [] if report.detail is None else report.detail.samples
+    # Behind the first fault a cumulative run only inherits it.
+    of_first_mode = [sample for sample in samples if sample.mode is first.mode]
+    kept = of_first_mode[:SHOWN] if first.mode is Mode.ISOLATED else of_first_mode[:1]
+    shown = [_drawn(results[sample.name, sample.mode], sample) for sample in kept]
+    return shown if any(item.result is first for item in shown) else [Failing(first), *shown]
+
+
+def _drawn(result: TapResult, sample: Sample) -> Failing:
+    used = np.flatnonzero(sample.counts)
+    low, high = (int(used[0]), int(used[-1])) if used.size else (0, 0)
+    low, high = max(low, 1), min(max(high, low, 1), len(EDGES) - 1)
+    counts = sample.counts[low : high + 1].copy()
+    if used.size:  # what is beyond the outermost edges joins the outermost bins
+        counts[0] += sample.counts[:low].sum()
+        counts[-1] += sample.counts[high + 1 :].sum()
+    return Failing(
+        result=result,
+        edges=tuple(rounded(edge) for edge in EDGES[low - 1 : high + 1]),
+        counts=tuple(int(count) for count in counts),
+        exact=sample.exact,
+        infinite=sample.infinite,
+        found=tuple(rounded(value) for value in sample.found),
+        golden=tuple(rounded(value) for value in sample.golden),
+        multiples=tuple(rounded(value) for value in sample.multiples),
+    )
+
+
+def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
+    assert tap.flips is not None
+    assert tap.layer is not None
+    experts = tap.short.startswith("ffn.")
+    hashed = experts and detail is not None and detail.prompt.config.hash_routed[tap.layer]
+    assert by_name(tap.name)[0].values is Values.CHOICE
+    return Agreement(
+        layer=tap.layer,
+        mode=tap.mode,
+        what="experts" if experts else "indexer",
+        how="by table" if hashed else "by score",
+        tokens=tap.flips.of,
+        equal=tap.flips.of - tap.flips.tokens,
+        ties=tap.flips.ties,
+        failing=tap.flips.tokens - tap.flips.ties,
+        noise=tap.flips.noise,
+        verdict=tap.verdict,
+    )
+
+
+def _divergence(mode: Mode, positions: Sequence[Position]) -> Divergence:
+    by_position: dict[int, list[Position]] = {}
+    last = max(position.at[1] for position in positions)
+    step = max(1, math.ceil((last + 1) / COLUMNS))
+    for position in positions:
+        by_position.setdefault(position.at[1] // step * step, []).append(position)
+    order = sorted(by_position)
+    return Divergence(
+        mode=mode,
+        positions=tuple(order),
+        kl=tuple(_largest_kl(by_position[at]) for at in order),
+        differs=tuple(any(p.golden != p.found for p in by_position[at]) for at in order),
+        step=step,
+        top1=float(np.mean([position.golden == position.found for position in positions])),
+    )
+
+
+def _largest_kl(positions: Sequence[Position]) -> float:
+    values = [position.kl for position in positions]
+    return math.nan if any(math.isnan(value) for value in values) else rounded(max(values))

@@ -1,0 +1,116 @@
+"""A parity report as JUnit XML, which every CI system shows: one test case for each layer and tap.
+
+A test suite for each mode. A case's class is its mode and layer (``isolated.layers.3``, ``isolated.model``: some
+systems forget the suite), its name the tap. A tap with ties passes and says so in its output; an empty one is skipped.
+An error that grew beyond its baseline fails its tap. What is wrong with the run as a whole is a case of the class
+``run``. Times are not in it: taps are not run one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from xml.etree import ElementTree as ET
+
+from golden.noise import Mode
+from parity.explain import growth, missed, verdict, why
+from parity.metrics import Verdict
+from parity.report import Grown, Report, TapResult
+
+#: What XML 1.0 cannot hold, not even escaped.
+_UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(report: Report) -> str:
+    """The report as a JUnit XML document."""
+    root = ET.Element("testsuites", name="dsv4 parity")
+    grown: dict[tuple[Mode, str], list[Grown]] = {}
+    for growth_of_tap in report.gate.grown if report.gate is not None and not report.gate.updated else ():
+        grown.setdefault((growth_of_tap.mode, growth_of_tap.name), []).append(growth_of_tap)
+    for mode in report.modes:
+        cases = [_tap(tap, report, grown.get((mode, tap.name), ())) for tap in report.taps if tap.mode is mode]
+        root.append(_suite(f"parity, {report.arithmetic}, {mode}", cases, _properties(report)))
+    if whole := list(_whole(report)):
+        root.append(_suite("parity, the run", whole, {}))
+    for counted in ("tests", "failures", "skipped"):
+        root.set(counted, str(sum(int(suite.get(counted, 0)) for suite in root)))
+    root.set("errors", "0")
+    ET.indent(root, " ")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
+
+
+def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]) -> ET.Element:
+    suite = ET.Element("testsuite", name=name)
+    if properties:
+        listed = ET.SubElement(suite, "properties")
+        for key, value in properties.items():
+            ET.SubElement(listed, "property", name=key, value=_clean(value))
+    suite.extend(cases)
+    suite.set("tests", str(len(suite.findall("testcase"))))
+    for counted, tag in (("failures", "failure"), ("skipped", "skipped")):
+        suite.set(counted, str(len(suite.findall(f"testcase/{tag}"))))
+    suite.set("errors", "0")
+    return suite
+
+
+def _properties(report: Report) -> dict[str, str]:
+    """What was compared with what."""
+    versions = report.platform.get("versions", {})
+    return {
+        "verdict": verdict(report),
+        "checkpoint": str(report.checkpoint.get("path", "")),
+        "golden": str(report.golden.get("path", "")),
+        "golden digest": str(report.golden.get("digest", "")),
+        "device": f"{report.platform.get('backend', '')} {report.platform.get('device', '')}".strip(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
+    case = _case(f"{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
+    explanation = why(tap, report)
+    if tap.verdict is Verdict.EMPTY:
+        ET.SubElement(case, "skipped", message="the prompt makes no element of it")
+    elif tap.verdict is Verdict.FAIL:
+        _fail(case, " ".join(tap.exceeded(report.limits)), tap.reason, explanation)
+    elif beyond := list(grown):
+        sentences = [growth(measure) for measure in beyond]
+        _fail(case, "baseline", sentences[0], "\n".join([*sentences, explanation]))
+    elif tap.verdict is Verdict.TIE:
+        ET.SubElement(case, "system-out").text = _clean(explanation)
+    return case
+
+
+def _whole(report: Report) -> Iterable[ET.Element]:
+    """A failing case for everything that is wrong with the run and not with one of its taps."""
+    if not report.taps:
+        yield _broken("taps", "empty", "nothing was compared")
+    if report.require_reach:
+        for layer in report.unreached:
+            yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
+    gate = report.gate
+    if gate is None or gate.passed:
+        return
+    for taps, what in ((gate.unrecorded, "no record in"), (gate.missing, "not compared, but recorded in")):
+        for tap in taps:
+            yield _broken(f"{tap.name}, {tap.mode}", "baseline", f"{what} {gate.path}")
+    if not gate.compared and not gate.unrecorded:
+        yield _broken("baseline", "baseline", f"nothing was compared with {gate.path}")
+
+
+def _broken(name: str, kind: str, message: str) -> ET.Element:
+    case = _case("run", name)
+    _fail(case, kind, message, message)
+    return case
+
+
+def _case(owner: str, name: str) -> ET.Element:
+    return ET.Element("testcase", classname=owner, name=name)
+
+
+def _fail(case: ET.Element, kind: str, message: str, text: str) -> None:
+    ET.SubElement(case, "failure", type=kind, message=_clean(message)).text = _clean(text)
+
+
+def _clean(text: str) -> str:
+    return _UNPRINTABLE.sub("�", text)

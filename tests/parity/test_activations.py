@@ -1,0 +1,201 @@
+"""Activations of an implementation that is not ours: what is accepted, what fails, what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from dsv4_convert.errors import UsageError
+from golden.archive import Golden, open_golden
+from golden.compact import Compact
+from golden.shrink import shrink
+from parity.activations import Expected, compare_activations
+from parity.metrics import Verdict
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def archive(golden: Path) -> Golden:
+    """The committed golden, open."""
+    return open_golden(golden)
+
+
+@pytest.fixture
+def layer(archive: Golden) -> dict[str, Array]:
+    """Everything that the golden has of layer 3, as another implementation might hand it over; free to be changed."""
+    return {name.split(".", 2)[2]: archive.read(name).copy() for name in archive.taps(3)}
+
+
+def test_the_reference_itself_agrees(archive: Golden, layer: dict[str, Array]) -> None:
+    report = Expected(archive).check(layer, layer=3)
+    assert report.count(Verdict.PASS) == len(layer) == 46
+    assert all(tap.distance is None or tap.distance.max_abs == 0 for tap in report.taps)
+    assert [tap.name for tap in report.taps] == list(archive.taps(3))  # in order of execution, whatever came first
+    assert Expected(archive).check({"logits": archive.read("logits")}, mode="cumulative").passed
+    assert Expected(archive).check({"layers.3.ffn": layer["ffn"]}).passed
+
+
+@pytest.mark.parametrize(
+    "convert", [torch.from_numpy, jnp.asarray, lambda array: array.astype(np.float64)], ids=["torch", "jax", "float64"]
+)
+def test_arrays_of_other_libraries(archive: Golden, layer: dict[str, Array], convert: Callable[..., Any]) -> None:
+    chosen = {name: layer[name] for name in ("attn.q", "ffn")}
+    assert compare_activations({name: convert(array) for name, array in chosen.items()}, archive, layer=3).passed
+    wrong = {name: convert(np.roll(array, 1, 1)) for name, array in chosen.items()}
+    assert not compare_activations(wrong, archive, layer=3).passed
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda array: torch.from_numpy(array).to(torch.bfloat16).requires_grad_(),
+        lambda array: jnp.asarray(array, jnp.bfloat16),
+        lambda array: array.astype(ml_dtypes.bfloat16),
+    ],
+    ids=["torch", "jax", "numpy"],
+)
+def test_bfloat16_has_the_noise_floor_of_bfloat16(
+    archive: Golden, layer: dict[str, Array], convert: Callable[..., Any]
+) -> None:
+    given = {"attn.q": convert(layer["attn.q"])}
+    report = compare_activations(given, archive, layer=3)
+    assert report.passed
+    assert report.dtype == "bfloat16"
+    assert report.taps[0].distance is not None
+    assert report.taps[0].distance.max_abs > 0
+    assert not compare_activations(given, archive, layer=3, dtype="float32").passed
+
+
+def test_a_failure_says_what_parity_says(archive: Golden, layer: dict[str, Array]) -> None:
+    layer["attn.q_rope"] = layer["attn.q_rope"][..., ::-1]
+    layer["attn.context"] = layer["attn.context"] + 1
+    with pytest.raises(AssertionError) as failed:
+        Expected(archive).check(layer, layer=3)
+    lines = str(failed.value).splitlines()
+    assert lines[0].startswith(
+        "FAIL: layers.3.attn.q_rope is the first tap that diverges, in layer 3 (rotated queries)"
+    )
+    (row,) = (line for line in lines if line.startswith("attn.q_rope "))
+    assert row.endswith("fail < first")
+    assert max(map(len, lines[1:])) <= 100
+
+
+def test_nothing_to_compare_fails(archive: Golden) -> None:
+    with pytest.raises(AssertionError, match="FAIL: nothing was compared"):
+        Expected(archive).check({}, layer=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1, 300, 32), r"shape \[1, 300, 32\], expected \[1, 300, 2, 16\] \(B 1, S 300, H 2, C 16\); as many elements"),
+        ((1, 2, 300, 16), "; the axes are in another order"),
+        ((1, 300, 2, 1), r"\(B 1, S 300, H 2, C 16\)$"),
+        ((300, 2, 16), "as many elements: reshape it"),
+    ],
+)
+def test_another_shape_is_explained(
+    archive: Golden, layer: dict[str, Array], shape: tuple[int, ...], reason: str
+) -> None:
+    report = compare_activations({"attn.q": np.resize(layer["attn.q"], shape)}, archive, layer=3)
+    assert not report.passed
+
+    assert re.search(reason, report.taps[0].reason), report.taps[0].reason
+
+
+def test_experts_may_come_in_any_order_with_their_weights(archive: Golden, layer: dict[str, Array]) -> None:
+    experts, weights = "ffn.gate.experts", "ffn.gate.weights"
+    turned = {name: layer[name][..., ::-1] for name in (experts, weights)}
+    assert compare_activations(turned, archive, layer=3).passed
+    assert not compare_activations({**turned, weights: layer[weights]}, archive, layer=3).passed
+    assert compare_activations({experts: turned[experts].astype(np.int64)}, archive, layer=3).passed
+    with pytest.raises(UsageError, match=r"in the order of layers\.3\.ffn\.gate\.experts, which has to be handed over"):
+        compare_activations({weights: layer[weights]}, archive, layer=3)
+
+
+def _swapped(layer: dict[str, Array], closest: bool) -> int:
+    """Make one token take the best expert that it left out for the worst that it took; which token."""
+    scores, experts = layer["ffn.gate.scores"], layer["ffn.gate.experts"]
+    order = np.argsort(-scores[0], axis=-1)
+    kept = experts.shape[-1]
+    rows = np.arange(scores.shape[1])
+    margins = scores[0][rows, order[:, kept - 1]] - scores[0][rows, order[:, kept]]
+    token = int(np.argmin(margins) if closest else np.argmax(margins))
+    experts[0, token] = np.sort([*order[token, : kept - 1], order[token, kept]])
+    for name in ("ffn.gate.weights", "ffn.experts", "ffn", "hc_ffn.streams"):
+        layer[name][0, token] += 1
+    return token
+
+
+def test_what_follows_a_tie_is_left_out_for_its_token_only(archive: Golden, layer: dict[str, Array]) -> None:
+    token = _swapped(layer, closest=True)
+    del layer["ffn.gate.scores"]  # they would say that the golden's choice is the better one
+    report = compare_activations(layer, archive, layer=3, dtype="bfloat16")
+    assert report.passed
+    assert [tap.name for tap in report.taps if tap.verdict is Verdict.TIE] == ["layers.3.ffn.gate.experts"]
+    layer["ffn.experts"][0, token - 1] += 1
+    report = compare_activations(layer, archive, layer=3, dtype="bfloat16")
+    assert [tap.name for tap in report.taps if tap.verdict is Verdict.FAIL] == ["layers.3.ffn.experts"]
+
+
+def test_a_choice_that_is_no_tie_fails_with_all_that_follows(archive: Golden, layer: dict[str, Array]) -> None:
+    _swapped(layer, closest=False)
+    report = compare_activations(layer, archive, layer=3, dtype="bfloat16")
+    assert report.first_diverging is not None
+    assert report.first_diverging.name == "layers.3.ffn.gate.experts"
+    assert report.count(Verdict.FAIL) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"attn.wq_c": 0}, {"layer": 3}, r"layers\.3\.attn\.wq_c: unknown tap; close ones: .*attn\.wq_a"),
+        ({"attn.q": 0}, {}, r"of which layer\? Say layer="),
+        ({"attn.q": 0}, {"layer": 9}, "layer 9 was not recorded"),
+        ({"attn.compressor.wkv": 0}, {"layer": 0}, "layer 0, of sliding_attention, has no such tap"),
+        ({"cache.window": 0}, {"layer": 0}, "no token came one by one"),
+        ({"attn.q": "text"}, {"layer": 0}, "expected an array of numbers, found str"),
+        ({"attn.q": np.zeros(3, np.float16)}, {"layer": 0}, "float16 has no noise floor"),
+        ({"attn.q": np.zeros(3), "layers.0.attn.q": np.zeros(3)}, {"layer": 0}, "given twice"),
+        ({"attn.q": np.zeros(3)}, {"layer": 0, "mode": "both"}, "expected isolated or cumulative"),
+        ({"attn.q": np.zeros(3)}, {"layer": 0, "dtype": "float64"}, "expected one of float32, bfloat16"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    archive: Golden, given: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare_activations(given, archive, **options)
+
+
+def test_a_compact_golden_is_for_runs_from_the_tokens(archive: Golden, tmp_path: Path) -> None:
+    compact = Expected(shrink(archive, tmp_path / "compact", Compact.of([-1], archive.tokens.shape[1])))
+    given = {name: archive.read(name) for name in archive.taps(3)}
+    with pytest.raises(UsageError, match="mode='cumulative'"):
+        compact.check(given)
+    with pytest.raises(UsageError, match="does not hold the inputs of layers"):
+        compact.input(3)
+    assert compact.check(given, mode="cumulative").passed
+    given["layers.3.attn.q"][0, 5] += 1
+    with pytest.raises(AssertionError, match=r"layers\.3\.attn\.q is the first"):
+        compact.check(given, mode="cumulative")
+
+
+def test_what_an_implementation_is_fed_with(archive: Golden) -> None:
+    expected = Expected(archive)
+    assert np.array_equal(expected.input(3), archive.read("layers.2.hc_ffn.streams"))
+    assert np.array_equal(expected.input(None), archive.read("layers.3.hc_ffn.streams"))
+    assert expected.positions.tolist() == [list(range(300))]
+    assert expected.choices(3).keys() == {"attn.indexer.chosen", "ffn.gate.experts"}
+    assert expected.shape("layers.3.attn.q") == (1, 300, 2, 16)
+    with pytest.raises(UsageError, match="layer 4 was not recorded"):
+        expected.input(4)
