@@ -1,0 +1,128 @@
+"""An Orbax checkpoint of dsv4: by its manifest and the sizes of its files, or by the journal of an unfinished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput
+from dsv4_convert.inspect.parts import Census, Part, Row, elements, part_of
+from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.names import Dialect, lookup
+from dsv4_convert.store import Store
+from dsv4_convert.store.arrays import StoredArray, is_local
+from dsv4_convert.store.layout import MANIFEST_FILE
+from dsv4_convert.store.staging import SUFFIX, Journal, Staging, staged_bytes
+from dsv4_convert.units import ranges, size
+
+
+def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:
+    """A complete checkpoint. Contents are not hashed: that is what ``dsv4 verify`` does.
+
+    Raises:
+        BadInput: the manifest is not that of a conversion.
+    """
+    metadata = store.metadata
+    try:
+        config = Config.from_json(metadata["config"])
+        source, layers = metadata["source"], tuple(metadata["layers"])
+        dialect = Dialect(metadata["dialect"])
+        facts = {
+            "source": str(source["name"]),
+            "revision": str(source["revision"] or "not recorded"),
+            "converted": f"by dsv4 {metadata['dsv4_version']}, --dtype {metadata['storage']}, "
+            f"--layout {metadata['layout']}",
+            "stored": f"{len(store.paths):,} leaves, complete, of layers {ranges(layers)}",
+        }
+        left_out = [f"{count:,} tensors were left out: {why}" for why, count in metadata["tensors"]["dropped"].items()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{place}: {MANIFEST_FILE} is not that of a conversion ({error!r}); convert again") from error
+    return Inspection(
+        what=What.CONVERTED,
+        place=place,
+        known_by=known_by,
+        facts=facts | _rounded(metadata),
+        config=config,
+        layers=None if len(layers) == config.num_hidden_layers else layers,
+        rows=_rows(store, dialect),
+        odd=(*left_out, *_disagreeing(store, say)),
+    )
+
+
+def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection:
+    """What an interrupted conversion has left.
+
+    Raises:
+        BadInput: the journal is damaged.
+    """
+    staging, journal = Staging(folder), Journal.found(folder)
+    plan = journal.plan
+    arrays = [StoredArray.open(leaf) for leaf in sorted(staging.leaves.iterdir())] if staging.leaves.is_dir() else []
+    done, chunks = sum(map(len, journal.chunks.values())), sum(array.layout.chunk_count for array in arrays)
+    source = plan.get("fingerprint.source") or {}
+    destination = folder.with_name(folder.name.removesuffix(SUFFIX))
+    facts = {
+        "source": str(source.get("name")),
+        "revision": str(source.get("revision") or "not recorded"),
+        "converted": f"--dtype {plan.get('fingerprint.storage')}, --layout {plan.get('fingerprint.layout')}",
+        "stored": f"{done:,} of {chunks:,} chunks of {len(arrays):,} leaves, {size(staged_bytes(destination))}",
+        "resumable": "yes: the same command goes on; --restart discards this",
+    }
+    return Inspection(
+        what=What.CONVERTING,
+        place=place,
+        known_by=known_by,
+        facts=facts,
+        odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
+    )
+
+
+def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
+    rounding = metadata.get("rounding") or {}
+    if not rounding.get("rounded"):
+        return {}
+    return {"rounded": f"{rounding['rounded']:,} of {rounding['values']:,} converted values"}
+
+
+def _rows(store: Store, dialect: Dialect) -> tuple[Row, ...]:
+    """By the tensors that each leaf was made of, since layouts have paths of their own."""
+    census = Census()
+    for path in store.paths:
+        record = store.manifest.leaves[path]
+        uses = lookup(record.sources[0], dialect) if record.sources else ()
+        shape, dtype = record.layout.shape, record.layout.dtype
+        if uses:
+            rule = uses[0].rule
+            number = elements(rule, shape, packed=rule.per_expert and dtype.name == "int8", scale=uses[0].is_scale)
+            census.add(part_of(rule), dtype.name, parameters=number, nbytes=record.layout.nbytes)
+        else:  # what MaxText's tree has and the source has not: scales of norms that are all ones
+            census.add(Part.UNKNOWN, dtype.name, parameters=0, nbytes=record.layout.nbytes)
+    return census.rows
+
+
+def _disagreeing(store: Store, say: Callable[[str], None]) -> list[str]:
+    """Files of another size than the manifest says, missing ones, and what lies beside them."""
+    if not is_local(store.folder):
+        return []
+    expected = {*store.paths, *store.manifest.files, MANIFEST_FILE}
+    found = {entry.name for entry in store.folder.iterdir()}
+    odd = [f"{name}: in the folder, but not in the manifest" for name in sorted(found - expected)]
+    odd += [f"{name}: in the manifest, but not in the folder" for name in sorted(expected - found)]
+    for number, path in enumerate(store.paths):
+        if not number % 100:
+            say(f"{number:,} of {len(store.paths):,} leaves")
+        if path not in found:
+            continue
+        try:
+            missing = store.open_leaf(path).missing_chunks()
+        except BadInput as error:
+            odd.append(str(error))
+            continue
+        if missing:
+            odd.append(f"{path}: {len(missing)} chunks are missing or of another size, such as {missing[0]}")
+    beside = Staging.beside(store.folder).folder
+    if beside.is_dir():
+        odd.append(f"{beside}: an unfinished conversion that is to replace this one")
+    return odd

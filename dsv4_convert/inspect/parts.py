@@ -1,0 +1,160 @@
+"""Which part of the model a parameter belongs to, and how many parameters and bytes each part has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dsv4_convert.config import Config
+from dsv4_convert.coverage import Stored
+from dsv4_convert.names import RULES, STAGE_RULES, Dialect, Kind, Rule, drop_reason, lookup, parameters, stage_of
+
+
+class Part(StrEnum):
+    """A part of the model, in the order in which they are shown."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    COMPRESSOR = "compressor"
+    INDEXER = "indexer"
+    HYPER = "hyper-connections"
+    NORMS = "norms"
+    ROUTER = "router"
+    ROUTED = "routed experts"
+    SHARED = "shared experts"
+    HEAD = "head"
+    MTP = "mtp"
+    #: Stages below ``mtp.`` that are DSpark's.
+    DRAFTS = "DSpark drafts"
+    UNKNOWN = "unknown"
+
+
+_COMPRESSOR = ("ape", "wkv", "wgate", "norm")
+_HYPER = ("fn", "base", "scale")
+
+#: THE table: part -> parameters by path; those of layers without ``layers.{}.``. All of a stage is one part.
+PARTS: Mapping[Part, tuple[str, ...]] = {
+    Part.EMBEDDING: ("embed",),
+    Part.ATTENTION: (
+        *("attn.wq_a", "attn.q_norm", "attn.wq_b", "attn.wkv", "attn.kv_norm"),
+        *("attn.attn_sink", "attn.wo_a", "attn.wo_b"),
+    ),
+    Part.COMPRESSOR: tuple(f"attn.compressor.{name}" for name in _COMPRESSOR),
+    Part.INDEXER: (
+        *("attn.indexer.wq_b", "attn.indexer.weights_proj"),
+        *(f"attn.indexer.compressor.{name}" for name in _COMPRESSOR),
+    ),
+    Part.HYPER: tuple(f"{half}_{name}" for half in ("hc_attn", "hc_ffn", "hc_head") for name in _HYPER),
+    Part.NORMS: ("attn_norm", "ffn_norm", "norm"),
+    Part.ROUTER: ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.tid2eid"),
+    Part.ROUTED: tuple(f"ffn.experts.w{number}" for number in (1, 2, 3)),
+    Part.SHARED: tuple(f"ffn.shared_experts.w{number}" for number in (1, 2, 3)),
+    Part.HEAD: ("head",),
+    Part.MTP: tuple(rule.path for rule in STAGE_RULES),
+}
+_PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
+_PART_OF_RULE = {rule.path: _PART_OF[rule.path.removeprefix("layers.{}.")] for rule in (*RULES, *STAGE_RULES)}
+
+
+def part_of(rule: Rule) -> Part:
+    """The part of the model that a parameter belongs to."""
+    return _PART_OF_RULE[rule.path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is stored of one part in one dtype. Scales are bytes of the weights beside them, and no parameters."""
+
+    part: Part
+    dtype: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+class Census:
+    """Counts stored tensors by part and dtype."""
+
+    def __init__(self) -> None:
+        self._cells: dict[tuple[Part, str], list[int]] = {}
+
+    def add(self, part: Part, dtype: str, *, parameters: int, nbytes: int) -> None:
+        """Count one tensor."""
+        cell = self._cells.setdefault((part, dtype), [0, 0, 0])
+        for at, number in enumerate((1, parameters, nbytes)):
+            cell[at] += number
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One row for each part and dtype, in the order of the parts."""
+        order = list(Part)
+        return tuple(
+            Row(part=part, dtype=dtype, tensors=cell[0], parameters=cell[1], nbytes=cell[2])
+            for (part, dtype), cell in sorted(
+                self._cells.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
+            )
+        )
+
+
+def elements(rule: Rule, shape: Iterable[int], *, packed: bool, scale: bool) -> int:
+    """The parameters that a stored tensor holds: none in a scale or a table of numbers, two in a byte of packed FP4."""
+    if scale or rule.kind is Kind.INTEGER:
+        return 0
+    return math.prod(shape) * (2 if packed else 1)
+
+
+def count_published(
+    stored: Mapping[str, Stored], nbytes: Mapping[str, int], dialect: Dialect | None
+) -> tuple[Row, ...]:
+    """What a checkpoint holds, from its headers; unknown names, and all of them without a dialect, are their own part.
+
+    ``nbytes`` are the stored bytes of every tensor.
+    """
+    census = Census()
+    drafts = any(drop_reason(name) is not None for name in stored)
+    for name, tensor in stored.items():
+        uses = lookup(name, dialect) if dialect is not None else ()
+        if drafts and stage_of(name) is not None:
+            part, parameters = Part.DRAFTS, 0
+        elif not uses:
+            part, parameters = Part.UNKNOWN, 0
+        else:
+            part, packed = part_of(uses[0].rule), uses[0].rule.per_expert and tensor.dtype in ("I8", "U8")
+            parameters = elements(uses[0].rule, tensor.shape, packed=packed, scale=uses[0].is_scale)
+        census.add(part, tensor.dtype, parameters=parameters, nbytes=nbytes[name])
+    return census.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """How large the architecture is, whatever of it is stored.
+
+    Attributes:
+        total: parameters of the backbone: all layers, embedding and head.
+        active: those that one token is multiplied with: of the routed experts the chosen ones; not the embedding, of
+            which a token takes one row. DeepSeek's 13B of V4-Flash and 49B of V4-Pro are counted so.
+        mtp: parameters of the stages after the backbone.
+    """
+
+    total: int
+    active: int
+    mtp: int
+
+    @classmethod
+    def of(cls, config: Config) -> Totals:
+        """Count the parameters of an architecture."""
+        total = active = mtp = 0
+        for _, rule, layer in parameters(config):
+            number = elements(rule, rule.target_shape(config, layer), packed=False, scale=False)
+            part = part_of(rule)
+            if part is Part.MTP:
+                mtp += number
+                continue
+            total += number
+            if part is Part.ROUTED:
+                active += number * config.num_experts_per_tok // config.n_routed_experts
+            elif part is not Part.EMBEDDING:
+                active += number
+        return cls(total=total, active=active, mtp=mtp)

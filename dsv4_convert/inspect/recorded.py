@@ -1,0 +1,102 @@
+"""A golden: by its manifest, and by which experts its tokens reach; or the request of an unfinished recording."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dsv4_convert.errors import BadInput
+from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.units import ranges
+from golden.archive import PARTIAL_SUFFIX, Golden
+from golden.compact import is_kept_part
+from golden.manifest import Reference, Request, Source, layer_file
+from golden.noise import RUN_DTYPES, is_noise
+from golden.reach import reach
+
+
+def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:
+    """A golden. Of its arrays only the chosen experts are read.
+
+    Raises:
+        BadInput: these are not what was recorded.
+        ResourceError: the golden is remote and cannot be reached.
+    """
+    request = golden.manifest.request
+    batch, tokens = golden.tokens.shape
+    prompts = f"{batch} x {tokens:,}" if batch > 1 else f"{tokens:,}"
+    if golden.decode:
+        prompts += f", the last {golden.decode} one by one"
+    if request.first_position:
+        prompts += f", from position {request.first_position:,} on"
+    facts = _origin(request.reference, request.source) | {
+        "tokens": prompts,
+        "stored": f"{len(golden.names):,} taps, "
+        + ("whole" if golden.compact is None else "compact")
+        + f", of layers {ranges(golden.layers)}",
+        "noise": ", ".join(request.noise) or "none",
+    }
+    arrays = {"taps": 0, "sketches and rows": 0, "noise floors": 0}
+    for name, entry in golden.manifest.taps.items():
+        kind = "noise floors" if is_noise(name) else "sketches and rows" if is_kept_part(name) else "taps"
+        arrays[kind] += entry.nbytes
+    odd = []
+    wanted = RUN_DTYPES if golden.numerics == "plain" else ("bfloat16",)
+    if missing := [dtype for dtype in wanted if dtype not in request.noise]:
+        odd.append(f"no noise floor of {' and '.join(missing)}, so parity cannot judge in that dtype")
+    every = golden.config.num_hidden_layers
+    for layer in golden.layers:
+        say(f"layer {layer}")
+        reached = reach(golden, layer)
+        odd += [f"layer {layer}: {missed}" for missed in reached.missed]
+        if reached.experts < reached.of:
+            odd.append(f"layer {layer}: {reached.of - reached.experts} of {reached.of} experts are reached by no token")
+    return Inspection(
+        what=What.GOLDEN,
+        place=place,
+        known_by=known_by,
+        facts=facts,
+        config=golden.config,
+        layers=None if len(golden.layers) == every else golden.layers,
+        arrays={kind: nbytes for kind, nbytes in arrays.items() if nbytes},
+        odd=tuple(odd),
+    )
+
+
+def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
+    """What an interrupted recording has left.
+
+    Raises:
+        BadInput: the request is damaged.
+    """
+    file = folder / known_by
+    try:
+        request = Request.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{file}: not the request of a recording: {error}; record again") from error
+    finished: Sequence[int] = [layer for layer in request.layers if (folder / layer_file(layer)).is_file()]
+    facts = _origin(request.reference, request.source) | {
+        "tokens": f"{len(request.tokens)} x {len(request.tokens[0]):,}",
+        "stored": f"{len(finished)} of {len(request.layers)} layers",
+        "resumable": "yes: the same command goes on",
+    }
+    destination = folder.with_name(folder.name.removesuffix(PARTIAL_SUFFIX))
+    return Inspection(
+        what=What.RECORDING,
+        place=place,
+        known_by=known_by,
+        facts=facts,
+        config=request.config,
+        layers=tuple(finished),
+        odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
+    )
+
+
+def _origin(reference: Reference, source: Source) -> dict[str, str]:
+    versions = ", ".join(f"{package} {version}" for package, version in reference.versions.items())
+    return {
+        "source": source.name,
+        "revision": source.revision or "not recorded",
+        "reference": f"{reference.name} ({versions}), {reference.numerics} numerics, {reference.dtype}",
+    }

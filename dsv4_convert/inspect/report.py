@@ -1,0 +1,84 @@
+"""What was found out about a path."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from dsv4_convert.config import Config
+from dsv4_convert.inspect.parts import Row, Totals
+
+#: Of the JSON form.
+SCHEMA_VERSION = 1
+
+
+class What(StrEnum):
+    """The things that dsv4 knows."""
+
+    REPOSITORY = "Hub repository"
+    CHECKPOINT = "Hugging Face checkpoint"
+    CONVERTED = "Orbax checkpoint of dsv4"
+    CONVERTING = "unfinished conversion of dsv4"
+    GOLDEN = "golden"
+    RECORDING = "unfinished recording of a golden"
+    CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """One thing that was looked at.
+
+    Attributes:
+        place: path, URL or repository, as it was given.
+        known_by: what told that it is this.
+        facts: where it comes from and how it is stored, in words, by what they say.
+        config: its architecture; None where it is not known.
+        layers: those that are there; None for all of them.
+        rows: what is stored, by part of the model and dtype; of a golden nothing.
+        arrays: of a golden, bytes by what is kept.
+        odd: everything that is not as it should be, or not complete; in words.
+    """
+
+    what: What
+    place: str
+    known_by: str
+    facts: Mapping[str, str]
+    config: Config | None = None
+    layers: tuple[int, ...] | None = None
+    rows: tuple[Row, ...] = ()
+    arrays: Mapping[str, int] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
+
+    @property
+    def totals(self) -> Totals | None:
+        """How large the architecture is."""
+        return None if self.config is None else Totals.of(self.config)
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable, versioned JSON."""
+        totals = self.totals
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "what": self.what.name.lower(),
+            "place": self.place,
+            "known_by": self.known_by,
+            "facts": dict(self.facts),
+            "config": None if self.config is None else self.config.to_json(),
+            "layers": None if self.layers is None else list(self.layers),
+            "parameters": None if totals is None else dataclasses.asdict(totals),
+            "stored": [
+                {
+                    "part": row.part.value,
+                    "dtype": row.dtype,
+                    "tensors": row.tensors,
+                    "parameters": row.parameters,
+                    "bytes": row.nbytes,
+                }
+                for row in self.rows
+            ],
+            "arrays": dict(self.arrays),
+            "odd": list(self.odd),
+        }
