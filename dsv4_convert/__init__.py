@@ -12,18 +12,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsv4_convert.config import Config
     from dsv4_convert.convert import Storage, hf_to_orbax
-    from dsv4_convert.model import Model
+    from dsv4_convert.convert.to_hf import orbax_to_hf
+    from dsv4_convert.model import Cache, Model
     from dsv4_convert.restore import Weights, restore_model
+    from golden.archive import Golden, open_golden
+    from golden.recorder import record as record_golden
+    from parity.activations import compare_activations
+    from parity.run import run as run_parity
 
-__all__ = ["Config", "Model", "Storage", "Weights", "__version__", "hf_to_orbax", "restore_model"]
+__all__ = [
+    "Cache",
+    "Config",
+    "Golden",
+    "Model",
+    "Storage",
+    "Weights",
+    "__version__",
+    "compare_activations",
+    "hf_to_orbax",
+    "open_golden",
+    "orbax_to_hf",
+    "record_golden",
+    "restore_model",
+    "run_parity",
+]
 
+#: Where the names are, and what they are called there if it is something else.
 _HOMES = {
-    "Config": "dsv4_convert.config",
-    "Model": "dsv4_convert.model",
-    "Storage": "dsv4_convert.convert",
-    "Weights": "dsv4_convert.restore",
-    "hf_to_orbax": "dsv4_convert.convert",
-    "restore_model": "dsv4_convert.restore",
+    "Cache": ("dsv4_convert.model", "Cache"),
+    "Config": ("dsv4_convert.config", "Config"),
+    "Golden": ("golden.archive", "Golden"),
+    "Model": ("dsv4_convert.model", "Model"),
+    "Storage": ("dsv4_convert.convert", "Storage"),
+    "Weights": ("dsv4_convert.restore", "Weights"),
+    "compare_activations": ("parity.activations", "compare_activations"),
+    "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
+    "open_golden": ("golden.archive", "open_golden"),
+    "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),
+    "record_golden": ("golden.recorder", "record"),
+    "restore_model": ("dsv4_convert.restore", "restore_model"),
+    "run_parity": ("parity.run", "run"),
 }
 
 
@@ -34,4 +62,9 @@ def __getattr__(name: str) -> Any:
         return version("dsv4")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

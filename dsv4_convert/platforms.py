@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import UsageError, did_you_mean
 
 #: What a user may say, what JAX calls it, and what makes JAX find it.
 PLATFORMS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -26,7 +26,9 @@ def select_platform(platform: str | None) -> None:
     if platform is None:
         return
     if platform not in PLATFORMS:
-        raise UsageError(f"--platform {platform}: expected one of {', '.join(PLATFORMS)}")
+        raise UsageError(
+            f"--platform {platform}: expected one of {', '.join(PLATFORMS)}{did_you_mean(platform, PLATFORMS)}"
+        )
     import jax
 
     jax.config.update("jax_platforms", PLATFORMS[platform][0][0])

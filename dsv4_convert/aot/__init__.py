@@ -1,9 +1,9 @@
-"""Ahead of time: the model compiled for TPU slices that are not there, and what it would take on them."""
+"""Ahead of time: the model compiled for TPU slices that are not there, and what it would take on them.
 
-from dsv4_convert.aot.render import render
-from dsv4_convert.aot.report import Memory, Report
-from dsv4_convert.aot.search import compile_model, smallest_slice
+Slices are known without JAX, so that the shell can complete their names; what compiles is in
+:mod:`dsv4_convert.aot.search`.
+"""
+
 from dsv4_convert.aot.topology import Slice
-from dsv4_convert.model.mesh import parse_mesh
 
-__all__ = ["Memory", "Report", "Slice", "compile_model", "parse_mesh", "render", "smallest_slice"]
+__all__ = ["Slice"]

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from dsv4_convert.aot.report import Memory, Report
 from dsv4_convert.model.mesh import describe_mesh
+from dsv4_convert.tables import fitted
 
 _GIB = 2**30
 
@@ -20,11 +21,11 @@ def render(report: Report, console: Console) -> None:
     console.print(f"{where.name} ({where.layout}): {where.count} devices as {describe_mesh(report.mesh)}; {what}{room}")
     console.print(f"compiled in {report.seconds:.0f} s")
     if report.memory is not None:
-        console.print(_memory(report.memory, where.chip.hbm))
+        console.print(fitted(_memory(report.memory, where.chip.hbm), console, dispensable=("of its memory",)))
     each = report.operations / where.count
     console.print(f"{report.operations / 1e12:,.2f} TFLOP in all, {each / 1e12:,.3f} for each device")
     if report.collectives:
-        console.print(_collectives(report))
+        console.print(fitted(_collectives(report), console, dispensable=("times",)))
     if report.fits:
         console.print(f"[bold green]fits[/] {where.name}")
     else:

@@ -9,7 +9,7 @@ from dsv4_convert.aot.hlo import Collective
 from dsv4_convert.aot.topology import Slice
 
 #: Of the JSON form.
-SCHEMA = 1
+SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The stable form for machines."""
-        data = dataclasses.asdict(self) | {"schema": SCHEMA, "fits": self.fits, "hbm": self.slice.chip.hbm}
+        data = dataclasses.asdict(self) | {
+            "schema_version": SCHEMA_VERSION,
+            "fits": self.fits,
+            "hbm": self.slice.chip.hbm,
+        }
         data["slice"] = {
             "name": self.slice.name,
             "layout": self.slice.layout,

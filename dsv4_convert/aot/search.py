@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
-from flax import nnx
 
 from dsv4_convert.aot.hlo import collectives
-from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered, prompts_of, weights
+from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered, prompts_of
 from dsv4_convert.aot.report import Memory, Report
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.aot.work import operations
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.model.mesh import divides, make_mesh
+from dsv4_convert.model.mesh import divides, make_mesh, parse_mesh
 from dsv4_convert.names import parameters
+
+__all__ = ["compile_model", "parse_mesh", "smallest_slice"]
 
 #: How the compiler begins where a device's memory is too small for temporaries.
 _FULL = "RESOURCE_EXHAUSTED"
@@ -59,8 +60,8 @@ def compile_model(
     over = make_mesh(sizes, where.devices())
     job = Job(tokens=tokens, batch=batch or prompts_of(sizes), decode=decode, source=source)
     program = lowered(config, over, job)
-    start = time.perf_counter()
     memory, refused, text = None, None, ""
+    start = time.perf_counter()
     try:
         compiled = program.compile()
         memory, text = _memory(compiled), compiled.as_text() or ""
@@ -68,7 +69,9 @@ def compile_model(
         if _FULL not in str(error):
             raise
         refused = str(error).removeprefix(_FULL).strip(": ").splitlines()[0]
-    _, state = weights(config, over, job)
+    seconds = time.perf_counter() - start
+    # The first argument of every program.
+    state = jax.tree.leaves(program.args_info[0][0])
     return Report(
         layers=config.num_hidden_layers,
         parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in parameters(config)),
@@ -79,12 +82,12 @@ def compile_model(
         decode=decode,
         dtype=job.dtype.name,
         source=source,
-        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.to_pure_dict(state))),
+        weights=sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in state),
         memory=memory,
         refused=refused,
         operations=job.batch * operations(config, tokens=tokens, decode=decode),
         collectives=collectives(text),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 

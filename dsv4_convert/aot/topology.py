@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.errors import ResourceError, UsageError, did_you_mean
 
 _GIB = 2**30
 #: What libtpu would else ask the network for, as if this were a machine with a TPU; which one does not matter.
@@ -100,7 +100,7 @@ class Slice:
         if match is None or match[1] not in CHIPS:
             raise UsageError(
                 f"topology {text!r}: expected a name such as v5p-512, or a shape such as v5p:4x8x8, of one of "
-                f"{', '.join(CHIPS)}"
+                f"{', '.join(CHIPS)}{_close(text)}"
             )
         generation, number, shape = match.groups()
         chip = CHIPS[generation]
@@ -125,7 +125,9 @@ class Slice:
     def all(cls, generation: str) -> Iterator[Slice]:
         """Those with a name, smallest first. Raises :class:`UsageError` for an unknown generation."""
         if generation not in CHIPS:
-            raise UsageError(f"no TPU {generation!r}: expected one of {', '.join(CHIPS)}")
+            raise UsageError(
+                f"no TPU {generation!r}: expected one of {', '.join(CHIPS)}{did_you_mean(generation, CHIPS)}"
+            )
         chip, chips = CHIPS[generation], 4
         while chips <= chip.most:
             yield cls(generation, _shape(chips, chip.dimensions))
@@ -153,6 +155,14 @@ class Slice:
                 "the compiler for TPUs is not installed; pip install 'dsv4[tpu]' brings it (libtpu, which needs no TPU)"
             ) from error
         return list(found.devices)
+
+
+def _close(text: str) -> str:
+    """What may have been meant by a name that is none: the generation that is alike, with the same number."""
+    match = re.fullmatch(r"(\w+)([-:].+)", text.strip().lower())
+    if match is None or match[1] in CHIPS:
+        return ""
+    return did_you_mean(match[0], [known + match[2] for known in CHIPS])
 
 
 def _shape(chips: int, dimensions: int) -> tuple[int, ...]:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli import compile, convert, download, export, generate, golden, names, parity, verify
+from dsv4_convert.cli import (
+    compile,
+    convert,
+    doctor,
+    download,
+    export,
+    generate,
+    golden,
+    inspect,
+    names,
+    parity,
+    verify,
+)
+from dsv4_convert.cli.common import plain
 
 app = typer.Typer(
     name="dsv4",
@@ -16,16 +30,25 @@ app = typer.Typer(
     help="Bring DeepSeek-V4 into JAX and know that it is right.\n\n"
     "[bold]convert[/bold] turns a Hugging Face checkpoint into Orbax, [bold]parity[/bold] compares every intermediate "
     "activation with a recorded golden. Exit codes: 0 fine, 1 a check failed, 2 usage, 3 bad input, 4 resources, "
-    "130 interrupted and resumable.",
+    "130 interrupted (Ctrl-C, SIGTERM) and resumable.\n\n"
+    "Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 2-3",
 )
 
-_convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
+_convert = typer.Typer(
+    no_args_is_help=True,
+    help="Convert checkpoints.\n\nExample: dsv4 convert hf-to-orbax ./DeepSeek-V4-Flash ./flash-orbax --dry-run",
+)
 _convert.command("hf-to-orbax")(convert.hf_to_orbax)
 _convert.command("orbax-to-hf")(export.orbax_to_hf)
 app.add_typer(_convert, name="convert")
 app.command("download")(download.download)
 app.command("verify")(verify.verify)
-_golden = typer.Typer(no_args_is_help=True, help="Record and look at goldens: what a reference model computes.")
+app.command("inspect")(inspect.inspect)
+_golden = typer.Typer(
+    no_args_is_help=True,
+    help="Record and look at goldens: what a reference model computes.\n\n"
+    "Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --random 300 --layers 0-3",
+)
 _golden.command("record")(golden.record)
 _golden.command("show")(golden.show)
 _golden.command("verify")(golden.verify)
@@ -37,6 +60,7 @@ app.command("parity")(parity.parity)
 app.command("generate")(generate.generate)
 app.command("compile")(compile.compile)
 app.command("names")(names.names)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -58,4 +82,12 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``dsv4`` command."""
-    app()
+    if plain():
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM = None  # of itself rich leaves the colours out, and keeps bold and dim
+    try:
+        app()
+    finally:  # from here on a signal ends the process at once, and not with a traceback while threads end
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)

@@ -1,27 +1,42 @@
-"""What the commands share: reporting errors by exit code, progress on stderr, JSON, and the layer argument."""
+"""What the commands share: reporting errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import re
+import shutil
+import signal
 import sys
+import textwrap
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from dsv4_convert.errors import Dsv4Error, UsageError
+from dsv4_convert.cli.destination import write_text
+from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
+from dsv4_convert.units import size
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from dsv4_convert.store import Processes
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Seconds between two lines of progress: in a terminal that takes no escape codes, and where stderr is no terminal.
+_LINE_EVERY, _LOG_EVERY = 2.0, 30.0
+#: The exit code of a bug is that of any uncaught exception of Python.
+_BUG = 1
 
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
@@ -42,27 +57,153 @@ Coordinator = Annotated[
 NumProcesses = Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")]
 ProcessId = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")]
 
+
+def one_of(*words: str) -> dict[str, Any]:
+    """For an option that takes one of these words: what the help shows, and what the shell completes."""
+    return {"metavar": f"[{'|'.join(words)}]", "autocompletion": completing(words)}
+
+
+def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for the beginning of a word."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def complete_taps(incomplete: str) -> list[str]:
+    """Names of taps within a layer and of the model level."""
+    from dsv4_convert.taps import STATE, TAPS
+
+    return [tap.name for tap in (*TAPS, *STATE) if tap.name.startswith(incomplete)]
+
+
+def complete_names(incomplete: str) -> list[str]:
+    """Parameter paths, with the number that stands in the word already."""
+    from dsv4_convert.names import RULES, STAGE_RULES, template
+
+    numbers = template(incomplete)[1]
+    paths = (rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in (*RULES, *STAGE_RULES))
+    return [path for path in paths if path.startswith(incomplete)]
+
+
+def complete_topologies(incomplete: str) -> list[str]:
+    """TPU slices that have a name."""
+    from dsv4_convert.aot.topology import CHIPS, Slice
+
+    names = (tpu.name for generation in CHIPS for tpu in Slice.all(generation))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_generations(incomplete: str) -> list[str]:
+    """Generations of TPU."""
+    from dsv4_convert.aot.topology import CHIPS
+
+    return [name for name in CHIPS if name.startswith(incomplete)]
+
+
 Platform = Annotated[
-    str | None, typer.Option(metavar="[cpu|gpu|tpu]", help="What computes. What JAX finds first, if not given.")
+    str | None, typer.Option(**one_of("cpu", "gpu", "tpu"), help="What computes. What JAX finds first, if not given.")
 ]
 
 
+def plain() -> bool:
+    """Whether nothing but text is wanted: NO_COLOR is set, or the terminal knows no escape codes."""
+    return bool(os.environ.get("NO_COLOR")) or _dumb()
+
+
+def _dumb() -> bool:
+    return os.environ.get("TERM") in ("dumb", "unknown")
+
+
+def console(*, err: bool = False) -> Console:
+    """Where results are printed, or what goes to stderr: as wide as the window, styled where that is wanted."""
+    from rich.console import Console, ConsoleDimensions
+
+    screen = Console(stderr=err, color_system=None if plain() else "auto")
+    if _dumb() and screen.is_terminal:  # rich takes it to have 80 columns
+        screen.size = ConsoleDimensions(*shutil.get_terminal_size())
+    return screen
+
+
+def say_error(text: str) -> None:
+    """An error on stderr; in a terminal wrapped at words."""
+    title = "error: "
+    if not sys.stderr.isatty():
+        typer.echo(title + text, err=True)
+        return
+    width = max(console(err=True).width, 30)
+    lines = [
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in (title + text).split("\n")
+    ]
+    styled = lines[0] if plain() else lines[0].replace(title, typer.style(title, fg=typer.colors.RED, bold=True), 1)
+    typer.echo("\n".join([styled, *lines[1:]]), err=True)
+
+
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors into one message on stderr and the exit code of their class; no traceback."""
+    """Turn our errors into one message on stderr and the exit code of their class; no traceback but for a bug.
+
+    So it is with what the system refuses at a place where nobody expected it, and with SIGINT and SIGTERM, which both
+    end in 130: interrupted and resumable.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with _terminable():
+                return command(*args, **kwargs)
         except Dsv4Error as error:
-            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-            typer.echo(str(error), err=True)
+            say_error(str(error))
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE or error.strerror is None:  # who reads our output has enough; or a bug
+                raise
+            where = error.filename2 or error.filename or "a file or the output"
+            say_error(f"{where}: {error.strerror}; check the path, its permissions and the disk, then run it again")
+            _let_go_of_stdout()
+            raise typer.Exit(ResourceError.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; conversions, downloads and recordings go on with the same command", err=True)
             raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if _out_of_memory(error):
+                say_error(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'it is all in use'}")
+                raise typer.Exit(ResourceError.exit_code) from None
+            # What the variables held may be of no business to whoever reads the report, so they are not shown.
+            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            say_error(
+                "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
+                "what `dsv4 doctor --json -` prints."
+            )
+            raise typer.Exit(_BUG) from None
 
     return wrapper
+
+
+def _let_go_of_stdout() -> None:
+    """Where what is left to print cannot be written: Python would try again when it ends, and end with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python or JAX, of a device, says that memory does not suffice."""
+    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which batch systems send, ends what runs here as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -83,7 +224,7 @@ def parse_choice(option: str, text: str, allowed: Iterable[str]) -> Any:
     """``text``, if it is one of the words allowed. Raises :class:`UsageError`."""
     words = list(allowed)
     if text not in words:
-        raise UsageError(f"{option} {text}: expected one of {', '.join(words)}")
+        raise UsageError(f"{option} {text}: expected one of {', '.join(words)}{did_you_mean(text, words)}")
     return text
 
 
@@ -104,11 +245,7 @@ def write_json(document: Any, target: str | None) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    try:
-        with open(target, "w", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise UsageError(f"--json {target}: cannot be written ({error.strerror})") from None
+    write_text("--json", target, text)
 
 
 def join_processes(coordinator: str | None, count: int | None, index: int | None) -> Processes:
@@ -144,44 +281,60 @@ def own_stdout(processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr for (done, total, what) in bytes; silent where stderr is no terminal."""
-    from rich.console import Console
+    """How far something is, on stderr, for (done, total, what) in bytes: a bar, or a line now and then."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
+    screen = console(err=True)
+    if not _animated(screen):
+        say = _lines(screen)
+        yield lambda done, total, what: say(f"{title} {what}: {size(done)} of {size(total)}".lstrip())
+        return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        *((BarColumn(bar_width=_BAR),) if screen.width >= _ROOMY else ()),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(title, total=None)
-        yield functools.partial(_advance, bar, task, title)
+        room = screen.width - _NUMBERS - (_BAR if screen.width >= _ROOMY else 0)
+        yield functools.partial(_advance, bar, task, title, max(room, 8))
 
 
-def _advance(bar: Progress, task: Any, title: str, done: int, total: int, what: str) -> None:
-    bar.update(task, completed=done, total=total, description=f"{title} {what}"[:48])
+#: Columns of the numbers beside a bar, of the bar, and from how many on there is one.
+_NUMBERS, _BAR, _ROOMY = 40, 20, 75
+
+
+def _advance(bar: Progress, task: Any, title: str, room: int, done: int, total: int, what: str) -> None:
+    bar.update(task, completed=done, total=total, description=f"{title} {what}".strip()[:room])
 
 
 @contextmanager
 def status(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done; silent where stderr is no terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
+    """What is being done, on stderr: in one line that changes, or a line now and then."""
+    screen = console(err=True)
+    if not _animated(screen):
+        say = _lines(screen)
+        yield lambda text: say(f"{title}: {text}")
         return
-    with console.status(title) as line:
-        yield lambda text: line.update(f"{title}: {text}")
+    with screen.status(title) as line:
+        yield lambda text: line.update(f"{title}: {text}"[: max(screen.width - 3, 10)])
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people: ``159.6 GB`` (powers of 1000, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
+def _animated(screen: Console) -> bool:
+    return screen.is_terminal and not plain()
+
+
+def _lines(screen: Console) -> Callable[[str], None]:
+    """Print what is said now and then: often to somebody who looks, seldom to a file."""
+    every = _LINE_EVERY if screen.is_terminal else _LOG_EVERY
+    last = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            typer.echo(text, err=True)
+
+    return say

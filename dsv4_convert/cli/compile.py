@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import (
+    Json,
+    complete_generations,
+    complete_topologies,
+    console,
+    one_of,
+    parse_choice,
+    reported,
+    status,
+    write_json,
+)
 
 
 @reported
@@ -16,7 +26,11 @@ def compile(
         Path, typer.Option(help="config.json of a model, or a folder that has one: published, or converted.")
     ],
     topology: Annotated[
-        str | None, typer.Option(help="TPU slice: a name such as v5p-512, or its shape in chips such as v5p:4x8x8.")
+        str | None,
+        typer.Option(
+            help="TPU slice: a name such as v5p-512, or its shape in chips such as v5p:4x8x8.",
+            autocompletion=complete_topologies,
+        ),
     ] = None,
     mesh: Annotated[
         str | None,
@@ -36,7 +50,7 @@ def compile(
     weights: Annotated[
         str,
         typer.Option(
-            metavar="[bfloat16|source]",
+            **one_of("bfloat16", "source"),
             help="source: quantised matrices stay the codes and scales that were published, decoded where they are "
             "used.",
         ),
@@ -44,7 +58,12 @@ def compile(
     layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first so many layers.")] = None,
     find_mesh: Annotated[
         str | None,
-        typer.Option("--find-mesh", metavar="TPU", help="Instead of --topology: find the smallest slice that fits."),
+        typer.Option(
+            "--find-mesh",
+            metavar="TPU",
+            autocompletion=complete_generations,
+            help="Instead of --topology: find the smallest slice that fits.",
+        ),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -57,7 +76,9 @@ def compile(
 
     Example: dsv4 compile --config ./DeepSeek-V4-Pro --find-mesh v6e --decode --tokens 131072
     """
-    from dsv4_convert.aot import Slice, compile_model, parse_mesh, render, smallest_slice
+    from dsv4_convert.aot import Slice
+    from dsv4_convert.aot.render import render
+    from dsv4_convert.aot.search import compile_model, parse_mesh, smallest_slice
     from dsv4_convert.config import Config
     from dsv4_convert.errors import CheckFailed, UsageError
 
@@ -80,8 +101,6 @@ def compile(
                 model, find_mesh, tokens=tokens, batch=batch, decode=decode, source=source, progress=say
             )
     write_json(report.to_json(), json)
-    from rich.console import Console
-
-    render(report, Console(stderr=json == "-"))
+    render(report, console(err=json == "-"))
     if not report.fits:
         raise typer.Exit(CheckFailed.exit_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,15 +16,18 @@ from dsv4_convert.cli.common import (
     Json,
     NumProcesses,
     ProcessId,
+    console,
     join_processes,
+    one_of,
     parse_bytes,
     parse_choice,
     parse_layers,
     reported,
-    size,
+    status,
     write_json,
 )
 from dsv4_convert.cli.progress import conversion_progress, duration
+from dsv4_convert.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint
@@ -39,7 +43,7 @@ def hf_to_orbax(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="[bfloat16|float32|source]",
+            **one_of("bfloat16", "float32", "source"),
             help="How weights are stored. bfloat16 is exact for FP4 and FP8 weights with power-of-two scales; "
             "source keeps the published bytes and scales.",
         ),
@@ -48,14 +52,14 @@ def hf_to_orbax(
     layout: Annotated[
         str,
         typer.Option(
-            metavar="[dsv4|maxtext|maxtext-unscanned]",
+            **one_of("dsv4", "maxtext", "maxtext-unscanned"),
             help="Whose parameter tree: dsv4's own, or that of MaxText with or without scan_layers.",
         ),
     ] = "dsv4",
     compression: Annotated[
         str,
         typer.Option(
-            metavar="[none|zstd]",
+            **one_of("none", "zstd"),
             help="zstd stores less than half of the bytes of FP4 weights in bfloat16, at less than a third of the "
             "speed; --dtype source is smaller and faster than that.",
         ),
@@ -93,6 +97,9 @@ def hf_to_orbax(
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
+    from dsv4_convert.limits import TO_CONVERT, require_address_space
+
+    require_address_space(TO_CONVERT)
     # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dsv4_convert import convert
@@ -107,13 +114,19 @@ def hf_to_orbax(
     processes = join_processes(coordinator, num_processes, process_id)
     if discard_source and processes.count > 1:
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
-    with open_source(source, revision=revision, layers=chosen, discard=discard_source) as checkpoint:
-        config = checkpoint.architecture()
-        planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
-        threads = planned.workers(allowed, workers)
+    with ExitStack() as held:
         document: dict[str, object] = {}
-        if processes.first:
-            costs = convert.estimate(planned, checkpoint, dest, workers=threads)
+        with status("plan") as say:
+            say("reading headers")
+            opened = open_source(source, revision=revision, layers=chosen, discard=discard_source)
+            checkpoint = held.enter_context(opened)
+            config = checkpoint.architecture()
+            say("every tensor and where it goes")
+            planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
+            threads = planned.workers(allowed, workers)
+            say("memory, disk and time")
+            costs = convert.estimate(planned, checkpoint, dest, workers=threads) if processes.first else None
+        if costs is not None:
             _print_plan(checkpoint, planned, costs)
             document = _as_json(planned, costs)
             if dry_run:
@@ -174,7 +187,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
         f"time    about {duration(costs.seconds)}, which the {costs.limit} "
         f"decide{'' if costs.limit == 'cores' else 's'} ({_speeds(costs)})",
     ]
-    typer.echo("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 8) for line in lines), err=True)
+    width = min(80, max(console(err=True).width, 40))
+    typer.echo("\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines), err=True)
 
 
 def _speeds(costs: Estimate) -> str:

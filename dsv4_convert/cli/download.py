@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, size, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, status, write_json
+from dsv4_convert.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress
@@ -40,7 +41,9 @@ def download(
 
     want = wanted_tensors(parse_layers(layers))
     if dry_run:
-        plan = hub.plan_download(repo, revision=revision, want=want, local_dir=local_dir, force=force)
+        with status("download") as say:
+            say("asking the Hub")
+            plan = hub.plan_download(repo, revision=revision, want=want, local_dir=local_dir, force=force)
         files = [{"name": file.name, "size": file.size, "cached": file.cached} for file in plan.files]
         if json != "-":
             for file in plan.files:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, size, write_json
+from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.units import size
 
 
 @reported

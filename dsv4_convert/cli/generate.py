@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, Platform, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import Json, Platform, one_of, parse_choice, reported, status, write_json
 
 
 @reported
@@ -34,21 +34,21 @@ def generate(
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="[float32|bfloat16]",
+            **one_of("float32", "bfloat16"),
             help="Weights, activations and cache. float32, if not given, and bfloat16 with --numerics release.",
         ),
     ] = None,
     numerics: Annotated[
         str,
         typer.Option(
-            metavar="[plain|release]",
+            **one_of("plain", "release"),
             help="release: quantise activations on the way, where DeepSeek's inference code does.",
         ),
     ] = "plain",
     weights: Annotated[
         str,
         typer.Option(
-            metavar="[expanded|source]",
+            **one_of("expanded", "source"),
             help="source: keep FP8 and FP4 matrices as published, for V4-Flash a quarter of bfloat16's memory, and "
             "decode each at every use, which costs time. The same numbers; needs a checkpoint of --dtype source.",
         ),
@@ -68,6 +68,9 @@ def generate(
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
+    from dsv4_convert.limits import TO_COMPUTE, require_address_space
+
+    require_address_space(TO_COMPUTE)
     from dsv4_convert.platforms import check_platform, select_platform
 
     select_platform(platform)

@@ -12,17 +12,20 @@ from dsv4_convert.cli.common import (
     LAYERS_HELP,
     Json,
     byte_progress,
+    one_of,
     parse_choice,
     parse_layers,
     reported,
-    size,
     status,
     write_json,
 )
 from dsv4_convert.cli.download import fetch
+from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
+    from golden.archive import Golden as Opened
     from golden.plan import Plan
+    from golden.reach import LayerReach
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
@@ -55,7 +58,7 @@ def record(
     ] = False,
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
     reference: Annotated[
-        str, typer.Option(metavar="[transformers|release]", help="Whose model runs; release: see --release-code.")
+        str, typer.Option(**one_of("transformers", "release"), help="Whose model runs; release: see --release-code.")
     ] = "transformers",
     release_code: Annotated[
         Path | None,
@@ -99,8 +102,10 @@ def record(
     chosen = parse_layers(layers)
     up_to = None if chosen is None else tuple(range(max(chosen) + 1))
     origin = fetch(source, revision=revision, layers=up_to)
-    with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
-        vocabulary = checkpoint.architecture().vocab_size
+    with status("recording") as say:
+        say("reading headers")
+        with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
+            vocabulary = checkpoint.architecture().vocab_size
     ids = prompt_tokens(origin.path, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
     with status("recording") as say:
         done = record_golden(
@@ -163,8 +168,11 @@ def compact(
     from golden.compact import Compact
     from golden.shrink import shrink
 
-    opened = open_golden(golden)
-    made = shrink(opened, out, Compact.of(_positions(exact), opened.tokens.shape[1]))
+    with status("compacting") as say:
+        say("opening")
+        opened = open_golden(golden)
+        kept = Compact.of(_positions(exact), opened.tokens.shape[1])
+        made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
     before, after = opened.nbytes, made.nbytes
     typer.echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
@@ -175,12 +183,20 @@ def show(
     golden: Golden,
     json: Json = None,
 ) -> None:
-    """Say what a golden holds, and what its prompt does not reach."""
+    """Say what a golden holds, and what its prompt does not reach.
+
+    Example: dsv4 golden show ./flash-golden
+    """
     from golden.archive import open_golden
     from golden.reach import reach
 
-    opened = open_golden(golden)
-    reached = [reach(opened, layer) for layer in opened.layers]
+    with status("golden") as say:
+        say("opening")
+        opened = open_golden(golden)
+        reached = []
+        for layer in opened.layers:
+            say(f"layer {layer}")
+            reached.append(reach(opened, layer))
     document = {
         "schema_version": 1,
         "reference": dataclasses.asdict(opened.manifest.request.reference),
@@ -196,13 +212,34 @@ def show(
         "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
-        for key in ("reference", "source", "tokens", "first_position", "decode", "layers", "noise", "compact", "bytes"):
-            typer.echo(f"{key:<14} {document[key]}")
-        typer.echo(f"{'taps':<14} {len(opened.names)}")
-        for layer in reached:
-            missed = "; ".join(layer.missed) or "every operation is reached"
-            typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        _print_golden(opened, reached)
     write_json(document, json)
+
+
+def _print_golden(opened: Opened, reached: list[LayerReach]) -> None:
+    """One line for each fact and each layer."""
+    request = opened.manifest.request
+    reference, source = request.reference, request.source
+    versions = ", ".join(f"{package} {version}" for package, version in reference.versions.items())
+    lines = {
+        "reference": f"{reference.name}, {reference.numerics} numerics in {reference.dtype}",
+        "versions": versions,
+        "source": source.name,
+        "revision": source.revision or "not recorded",
+        "tokens": str(list(opened.tokens.shape)),
+        "first position": str(request.first_position),
+        "decode": str(opened.decode),
+        "layers": ranges(opened.layers),
+        "noise": ", ".join(request.noise) or "none",
+        "compact": "no" if opened.compact is None else f"exact at {ranges(opened.compact.positions)}",
+        "taps": str(len(opened.names)),
+        "bytes": f"{opened.nbytes:,}",
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<14} {text}")
+    for layer in reached:
+        missed = "; ".join(layer.missed) or "every operation is reached"
+        typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
 
 
 @reported
@@ -210,12 +247,16 @@ def verify(
     golden: Golden,
     json: Json = None,
 ) -> None:
-    """Hash every array of a golden again and compare with its manifest; exits 1 if anything differs."""
+    """Hash every array of a golden again and compare with its manifest; exits 1 if anything differs.
+
+    Example: dsv4 golden verify ./flash-golden
+    """
     from dsv4_convert.errors import CheckFailed, listed
     from golden.archive import open_golden
 
     opened = open_golden(golden)
-    problems = opened.verify()
+    with byte_progress("verifying") as progress:
+        problems = opened.verify(progress)
     write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
     if problems:
         raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
@@ -236,7 +277,9 @@ def diff(
     from golden.archive import open_golden
     from parity.diff import diff as compare
 
-    found = compare(open_golden(first), open_golden(second))
+    with status("comparing") as say:
+        say("opening")
+        found = compare(open_golden(first), open_golden(second), say)
     for line in found.lines():
         typer.echo(line, err=json == "-")
     write_json(found.to_json(), json)
@@ -253,7 +296,9 @@ def make_checkpoint(
     ] = None,
     form: Annotated[
         str,
-        typer.Option(metavar="[fp4|fp8|bf16]", help="fp4: as released. fp8: as the Base releases. bf16: unquantised."),
+        typer.Option(
+            **one_of("fp4", "fp8", "bf16"), help="fp4: as released. fp8: as the Base releases. bf16: unquantised."
+        ),
     ] = "fp4",
     layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,

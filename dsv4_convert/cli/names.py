@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, reported, write_json
+from dsv4_convert.cli.common import Json, complete_names, console, reported, write_json
 
 if TYPE_CHECKING:
     from dsv4_convert.names import Explanation, Rule
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 @reported
 def names(
     name: Annotated[
-        str | None, typer.Argument(help="A tensor name in any spelling, or a parameter path; none for the whole table.")
+        str | None,
+        typer.Argument(
+            help="A tensor name in any spelling, or a parameter path; none for the whole table.",
+            autocompletion=complete_names,
+        ),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -27,28 +31,33 @@ def names(
     from dsv4_convert import names as table
 
     if name is None:
-        write_json([_row(rule) for rule in (*table.RULES, *table.STAGE_RULES)], json)
+        _write([_row(rule) for rule in (*table.RULES, *table.STAGE_RULES)], json)
         if json != "-":
             _print_table(table)
         return
     reason = table.drop_reason(name)
     if reason is not None:
-        write_json([{"name": name, "dropped": reason}], json)
+        _write([{"name": name, "dropped": reason}], json)
         if json != "-":
             typer.echo(f"{name}: left out on purpose: {reason}")
         return
     found = table.explain(name)
-    write_json([_explained(item) for item in found], json)
+    _write([_explained(item) for item in found], json)
     if json != "-":
         for item in found:
             _print_one(item)
 
 
+def _write(rows: list[dict[str, object]], target: str | None) -> None:
+    write_json({"schema_version": 1, "names": rows}, target)
+
+
 def _print_one(item: Explanation) -> None:
     rule = item.rule
-    typer.secho(item.path, bold=True)
+    console().print(item.path, style="bold", highlight=False, soft_wrap=True)
     for dialect, names in item.spellings.items():
-        typer.echo(f"  {dialect.value:<13} {'  '.join(names)}")
+        for number, name in enumerate(names):
+            typer.echo(f"  {dialect.value if not number else '':<13} {name}")
     typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
     where = f", in {rule.when.value} layers" if rule.per_layer else ", in every mtp stage" if rule.per_stage else ""
     typer.echo(f"  {'kind':<13} {rule.kind.value}{where}")
@@ -72,10 +81,11 @@ def _row(rule: Rule) -> dict[str, object]:
 
 
 def _print_table(names_table: ModuleType) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from dsv4_convert.tables import fitted
+
+    screen = console()
     model = [rule for rule in names_table.RULES if not rule.per_layer]
     layer = [rule for rule in names_table.RULES if rule.per_layer]
     tables = (
@@ -91,7 +101,7 @@ def _print_table(names_table: ModuleType) -> None:
             name = rule.published.removeprefix(prefix).replace("{}", "E")
             where = rule.when.value if rule.per_layer else ""
             table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
-        console.print(table)
-    console.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
+        screen.print(fitted(table, screen, dispensable=("transform", "kind", "layers")))
+    screen.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
     for prefix, reason in names_table.DROPS.items():
-        console.print(f"Left out: {prefix.replace('{}', 'N')}.*: {reason}.")
+        screen.print(f"Left out: {prefix.replace('{}', 'N')}.*: {reason}.")

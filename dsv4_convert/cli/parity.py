@@ -14,14 +14,16 @@ from dsv4_convert.cli.common import (
     NumProcesses,
     Platform,
     ProcessId,
+    complete_taps,
     join_processes,
+    one_of,
     own_stdout,
     parse_choice,
     parse_layers,
     reported,
     status,
-    write_json,
 )
+from dsv4_convert.cli.outputs import Github, Junit, Outputs, Page
 
 
 @reported
@@ -37,12 +39,15 @@ def parity(
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
         list[str] | None,
-        typer.Option(help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated."),
+        typer.Option(
+            help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated.",
+            autocompletion=complete_taps,
+        ),
     ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
-            metavar="[isolated|cumulative|both]",
+            **one_of("isolated", "cumulative", "both"),
             help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up. "
             "both: and the error of every layer split into what it inherits and what it adds. Isolated, if not given, "
             "and cumulative with a compact golden.",
@@ -51,7 +56,7 @@ def parity(
     phase: Annotated[
         str | None,
         typer.Option(
-            metavar="[prefill|decode]",
+            **one_of("prefill", "decode"),
             help="Of a golden whose last tokens came one by one (golden record --decode): compare only the tokens "
             "before, or only these and the state that they start from. Both, if not given.",
         ),
@@ -59,7 +64,7 @@ def parity(
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="[float32|bfloat16]",
+            **one_of("float32", "bfloat16"),
             help="Weights and activations; judged by the noise floor of that dtype. float32, if not given, and "
             "bfloat16 with a golden of the release's own code.",
         ),
@@ -71,6 +76,23 @@ def parity(
     require_reach: Annotated[
         bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
     ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Fail if an error has grown beyond what FILE records of it, although it is within tolerance.",
+        ),
+    ] = None,
+    update_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--update-baseline", help="Write this run's errors to --baseline: what is new, and what is smaller."
+        ),
+    ] = False,
+    reason: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Why --update-baseline may record larger errors; kept in the file."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say in words why each tap passes or fails, instead of the tables.")
     ] = False,
@@ -85,7 +107,7 @@ def parity(
     precision: Annotated[
         str,
         typer.Option(
-            metavar="[highest|high|default]",
+            **one_of("highest", "high", "default"),
             help="Of float32 products: accelerators use fewer bits for the others than for highest. The limits are "
             "those of highest, whatever this says.",
         ),
@@ -102,6 +124,9 @@ def parity(
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
     json: Json = None,
+    junit: Junit = None,
+    github: Github = False,
+    page: Page = None,
 ) -> None:
     """Run the JAX layers and compare every intermediate activation with a golden.
 
@@ -114,6 +139,9 @@ def parity(
 
     Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12 --against ./DeepSeek-V4-Flash
     """
+    from dsv4_convert.limits import TO_COMPUTE, require_address_space
+
+    require_address_space(TO_COMPUTE)
     from dsv4_convert.errors import CheckFailed
     from dsv4_convert.platforms import check_platform, select_platform
 
@@ -123,14 +151,17 @@ def parity(
     from golden.noise import MODES, Mode
     from golden.tokens import token_decoder
     from parity.comparison import Phase
-    from parity.explain import verdict
-    from parity.render import render
+    from parity.gate import request
     from parity.run import run
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
+    outputs = Outputs(json=json, junit=junit, github=github, page=page)
+    gate = request(baseline, update=update_baseline, reason=reason)
     processes = join_processes(coordinator, num_processes, process_id)
     with processes.together():
         check_platform(platform)
+        if processes.first:
+            outputs.check()
         decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
             report = run(
@@ -147,13 +178,12 @@ def parity(
                 mesh=mesh,
                 processes=processes,
                 precision=bits,
+                baseline=gate,
                 progress=lambda at: say("model level" if at is None else f"layer {at}"),
+                detail=processes.first and page is not None,
             )
         with processes.step("report"):
             if processes.first:
-                write_json(report.to_json(verdict(report)), json)
-                from rich.console import Console
-
-                render(report, Console(stderr=json == "-"), every_tap=not quiet, explained=explain, decode=decode)
+                outputs.write(report, every_tap=not quiet, explained=explain, decode=decode)
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dsv4_convert.cli.common import size
+from dsv4_convert.cli.common import console, plain, status
+from dsv4_convert.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.convert import Advance
 
+#: Columns from which on there is room for a bar.
+_ROOMY = 75
 #: Seconds between two lines where stderr is no terminal.
 LINE_EVERY = 30.0
 
@@ -69,17 +72,20 @@ def resident_bytes() -> int:
 @contextmanager
 def conversion_progress() -> Iterator[Callable[[Advance], None]]:
     """Show how far a conversion is, on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    screen = console(err=True)
     meter = Meter()
-    if not console.is_terminal:
+    if not screen.is_terminal:
         yield _lines(meter)
+        return
+    if plain():
+        with status("convert") as say:
+            yield lambda now: say(_sentence(meter.reading(now)))
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=20), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    bars = (BarColumn(bar_width=20),) if screen.width >= _ROOMY else ()
+    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}"))
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(now: Advance) -> None:

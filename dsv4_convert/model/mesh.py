@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsv4_convert.config import Config
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.model.axes import MESH_AXES, RULES
 
 
@@ -27,7 +27,10 @@ def parse_mesh(text: str) -> dict[str, int]:
         if not equals or not (size.isascii() and size.isdecimal()) or not int(size):
             raise UsageError(f"mesh {text!r}: {part.strip()!r} is not AXIS=SIZE; expected such as fsdp=2,tensor=4")
         if name not in MESH_AXES:
-            raise UsageError(f"mesh {text!r}: no axis {name!r}; expected some of {', '.join(MESH_AXES)}")
+            raise UsageError(
+                f"mesh {text!r}: no axis {name!r}; expected some of {', '.join(MESH_AXES)}"
+                + did_you_mean(name, MESH_AXES)
+            )
         if name in sizes:
             raise UsageError(f"mesh {text!r}: the axis {name} occurs twice")
         sizes[name] = int(size)

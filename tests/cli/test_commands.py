@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from dsv4_convert.cli.common import parse_layers, size
+from dsv4_convert.cli.common import parse_layers
 from dsv4_convert.errors import UsageError
+from dsv4_convert.units import size
 from golden.synthetic import tiny_config, write_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
@@ -188,7 +189,7 @@ def test_names_explains_in_every_spelling() -> None:
     out, _ = dsv4("names")
     assert "in every mtp stage, below mtp.N." in out
     out, _ = dsv4("names", "--json", "-")
-    assert len(json.loads(out)) > 40
+    assert len(json.loads(out)["names"]) > 40
 
 
 def test_the_golden_says_what_it_is() -> None:

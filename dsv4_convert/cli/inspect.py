@@ -1,0 +1,40 @@
+"""``dsv4 inspect``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsv4_convert.cli.common import Json, console, reported, status, write_json
+
+
+@reported
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="Folder, config.json, repository such as deepseek-ai/DeepSeek-V4-Flash, or a URL: gs://… of anything, "
+            "https://… of a golden."
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    json: Json = None,
+) -> None:
+    """Say what something is: its layers in one picture, parameters and bytes by part and dtype, and anything odd.
+
+    Of a repository only headers are fetched, and nothing else is read either but headers, manifests and sizes: whether
+    the bytes are right is what dsv4 verify asks.
+
+    Example: dsv4 inspect deepseek-ai/DeepSeek-V4-Flash
+
+    Example: dsv4 inspect ./flash-orbax --json -
+    """
+    from dsv4_convert.inspect import inspect as look
+    from dsv4_convert.inspect import render
+
+    with status("inspect") as say:
+        found = look(path, revision=revision, say=say)
+    write_json(found.to_json(), json)
+    if json != "-":
+        render(found, console())

@@ -1,0 +1,81 @@
+"""Where the result of ``dsv4 parity`` goes: the terminal, a page for people, and the files that programs read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4_convert.cli.common import console, write_json
+from dsv4_convert.cli.destination import append_text, check_destination, write_text
+
+if TYPE_CHECKING:
+    from parity.report import Report
+
+Junit = Annotated[
+    Path | None,
+    typer.Option("--junit", metavar="FILE", help="Write JUnit XML to FILE: a test case for each layer and tap."),
+]
+Github = Annotated[
+    bool,
+    typer.Option(
+        "--github",
+        help="For GitHub Actions: annotations on stdout (on stderr with --json -; the runner reads both), and a "
+        "summary in the file that $GITHUB_STEP_SUMMARY names.",
+    ),
+]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write the report as one HTML page: figures, tables and every number, readable without a network.",
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What is wanted, as the options say it."""
+
+    json: str | None
+    junit: Path | None
+    github: bool
+    page: Path | None
+
+    def check(self) -> None:
+        """Raises :class:`UsageError` for a file that could not be written, before the work is done."""
+        check_destination("--json", None if self.json == "-" else self.json)
+        check_destination("--junit", self.junit)
+        check_destination("--report", self.page)
+
+    def write(self, report: Report, *, every_tap: bool, explained: bool, decode: Callable[[int], str]) -> None:
+        """Write a report wherever it is wanted. Raises :class:`UsageError` for a file that cannot be written."""
+        from parity.explain import verdict
+        from parity.render import render
+
+        write_json(report.to_json(verdict(report)), self.json)
+        if self.junit is not None:
+            from parity.junit import junit
+
+            write_text("--junit", self.junit, junit(report))
+        if self.page is not None:
+            from parity.html.page import Run, page
+
+            write_text("--report", self.page, page(report, Run.now(), decode))
+        render(report, console(err=self.json == "-"), every_tap=every_tap, explained=explained, decode=decode)
+        if self.github:
+            self._annotate(report)
+
+    def _annotate(self, report: Report) -> None:
+        from parity.github import commands, summary
+
+        for line in commands(report):
+            print(line, file=sys.stderr if self.json == "-" else sys.stdout)
+        if target := os.environ.get("GITHUB_STEP_SUMMARY"):
+            append_text("$GITHUB_STEP_SUMMARY", target, summary(report))

@@ -1,0 +1,199 @@
+"""What a terminal shows: nothing but text where that is asked for, nothing wider than the window, and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+from dsv4_convert.cli import app, common
+from dsv4_convert.errors import UsageError
+from dsv4_convert.tables import fitted
+from parity.detail import Detail
+from parity.render import render
+from parity.report import Report
+
+from .samples import samples
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "golden" / "data" / "tiny"
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def in_terminal(*arguments: str | Path, columns: int, **environment: str) -> str:
+    """Everything that a command writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv4_convert", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=clean | {"TERM": "xterm-256color"} | environment,
+        cwd=ROOT,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            piece = os.read(ours, 1 << 16)
+        except OSError:  # Linux says so where macOS gives nothing
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(ours)
+    process.wait()
+    return written.decode()
+
+
+def shown(written: str) -> list[str]:
+    """The lines that stay."""
+    return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in _ESCAPE.sub("", written).split("\n")]
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["colour", "NO_COLOR", "dumb"])
+def test_escape_codes_only_where_they_are_wanted(environment: dict[str, str]) -> None:
+    written = in_terminal("inspect", GOLDEN, columns=50, **environment)
+    assert ("\x1b" in written) == (not environment)
+    lines = shown(written)
+    assert "attention  SCHC M" in lines
+    assert max(map(len, lines)) <= 50
+
+
+def test_an_error_and_a_help_are_plain_where_that_is_wanted() -> None:
+    wrong = in_terminal("names", "attn.wqa", columns=50, NO_COLOR="1")
+    assert "\x1b" not in wrong
+    assert max(map(len, shown(wrong))) <= 50
+    assert "layers.N.attn.wq_a" in wrong
+    assert "\x1b" not in in_terminal("golden", "--help", columns=50, NO_COLOR="1")
+    assert "\x1b[31m" in in_terminal("names", "attn.wqa", columns=50)
+
+
+def test_pipes_get_text_alone() -> None:
+    """Also where the environment says that there is a terminal."""
+    result = CliRunner(env={"TERM": "xterm-256color"}).invoke(app, ["inspect", str(GOLDEN)])
+    assert result.exit_code == 0
+    assert "\x1b" not in result.output
+    assert not result.stderr
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_parity_tables_fit_and_lose_columns_not_letters(width: int) -> None:
+    (report, *_) = samples(Report, {Detail: None, str: "layers.60.attn.indexer.compressor.entries"})
+    report = dataclasses.replace(report, phase=None, dtype="float32")
+    for quick in (False, True):
+        written = io.StringIO()
+        render(report, Console(file=written, width=width), every_tap=not quick)
+        lines = written.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert "attn.indexer.compressor.entries" in written.getvalue()
+        assert "…" not in written.getvalue()
+        assert ("1-cos" in written.getvalue()) == (width == 80 and not quick)
+
+
+def test_a_table_without_columns_to_lose_folds() -> None:
+    table = Table("name", "number", box=None)
+    table.columns[0].no_wrap = True
+    table.add_row("a" * 30, "1")
+    written = io.StringIO()
+    console = Console(file=written, width=20)
+    console.print(fitted(table, console, dispensable=("number",)))
+    assert written.getvalue().count("a") == 30 + 1
+    assert "number" not in written.getvalue()
+    assert max(map(len, written.getvalue().splitlines())) <= 20
+
+
+@pytest.mark.parametrize(("terminal", "every"), [(True, 2.0), (False, 30.0)])
+def test_progress_without_escape_codes_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool, every: float
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(common, "console", lambda **_: Console(stderr=True, force_terminal=terminal))
+    now = 0.0
+    monkeypatch.setattr(common.time, "monotonic", lambda: now)
+    with common.byte_progress("verifying") as progress, common.status("plan") as say:
+        for step in range(1, 41):
+            now = float(step)
+            progress(step * 1000, 40_000, "norm")
+        now += every
+        say("headers")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"verifying norm: {every:.1f} kB of 40.0 kB"
+    assert len(lines) == 40 // every + 1
+    assert lines[-1] == "plan: headers"
+
+
+def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4_convert import names
+
+    def broken(name: str) -> None:
+        secret = "hf_" + "secret"
+        raise ZeroDivisionError(len(secret))
+
+    monkeypatch.setattr(names, "explain", broken)
+    result = CliRunner().invoke(app, ["names", "norm"])
+    assert result.exit_code == 1
+    assert "ZeroDivisionError: 9" in result.stderr
+    assert "this is a bug in dsv4" in result.stderr
+    assert "dsv4 doctor --json -" in result.stderr
+    assert "hf_secret" not in result.output
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB on TPU_0")])
+def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    from dsv4_convert import names
+
+    def starved(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(names, "explain", starved)
+    result = CliRunner().invoke(app, ["names", "norm"])
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: not enough memory: ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["veify"], "Did you mean 'verify'?"),
+        (["verify", "x", "--agains", "y"], "--against"),
+        (["names", "attn.wqa"], "layers.N.attn.wq_a"),
+        (["names", "mtp.0.e_porj"], "mtp.N.e_proj"),
+        (["convert", "hf-to-orbax", "{hf}", "x", "--dtype", "bf16"], "did you mean bfloat16?"),
+        (["compile", "--config", "{config}", "--topology", "v5-512"], "did you mean v5p-512?"),
+        (["compile", "--config", "{config}", "--find-mesh", "v5"], "did you mean v5"),
+        (["compile", "--config", "{config}", "--topology", "v5p-8", "--mesh", "tensr=4"], "did you mean tensor?"),
+        (["generate", "x", "--platform", "gpus"], "did you mean gpu?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str) -> None:
+    config = ROOT / "tests" / "data" / "configs" / "DeepSeek-V4-Flash.json"
+    result = CliRunner().invoke(app, [word.format(config=config, hf=GOLDEN) for word in arguments])
+    assert result.exit_code == 2
+    assert meant in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_layers_that_a_model_has_not() -> None:
+    from dsv4_convert.config import Config
+    from dsv4_convert.names import check_layers
+    from golden.synthetic import tiny_config
+
+    with pytest.raises(UsageError, match="layers 5, 7-8: this model has the layers 0 to 3"):
+        check_layers(Config.from_hf(tiny_config()), [1, 5, 7, 8])
