@@ -1,0 +1,187 @@
+"""Goldens that are not whole, not those of the model, or that would let a comparison pass that compares nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.checkpoint.safetensors_files import raw_file
+
+from .case import PARITY, RECORD, Case, Place, Step, Words, invoke
+from .edit import Array, split
+
+_TAP = "layers.0.attn.wq_a"
+_ON_0: Words = (*PARITY, "--layer", "0")
+_VERIFY: Words = ("golden", "verify", "{golden}")
+
+
+def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    """Edits the manifest and states the digest that belongs to it, as a forger would."""
+
+    def edit(place: Place) -> None:
+        file = place.golden / "manifest.json"
+        document = json.loads(file.read_bytes())
+        document.pop("manifest_digest")
+        change(document)
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        document["manifest_digest"] = hashlib.sha256(text.encode()).hexdigest()
+        file.write_text(json.dumps(document))
+
+    return edit
+
+
+def _values(change: Callable[[Array], object], *, forged: bool = True) -> Callable[[Place], None]:
+    """Changes the recorded numbers of a tap, and the digests that belong to them."""
+
+    def edit(place: Place) -> None:
+        file = place.golden / "layer-00000.safetensors"
+        header, data = split(file)
+        begin, end = header[_TAP]["data_offsets"]
+        array = np.frombuffer(data[begin:end], np.float32).reshape(header[_TAP]["shape"]).copy()
+        change(array)
+        file.write_bytes(raw_file(header, data[:begin] + array.tobytes() + data[end:]))
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        if forged:
+            _manifest(lambda document: document["taps"][_TAP].update(sha256=digest))(place)
+
+    return edit
+
+
+def _short_prompt(place: Place) -> None:
+    """A golden of three tokens, none of which closes a block of four."""
+    outcome = invoke(
+        place.words((*RECORD[:3], "--out", "{root}/short", "--random", "3", "--layers", "0", "--noise", "float32"))
+    )
+    assert outcome.code == 0, outcome.text
+
+
+def _bad(id: str, what: str, edit: Callable[[Place], object], words: Words, code: int, *says: str) -> Case:
+    return Case(id=id, what=what, model="tiny", slow=True, edit=edit, steps=(Step(words, code, says),))
+
+
+GOLDENS: tuple[Case, ...] = (
+    Case(
+        id="P01",
+        what="a golden of another architecture",
+        slow=True,
+        steps=(Step(PARITY, 3, ("{golden}", "another architecture")),),
+    ),
+    _bad(
+        "P01",
+        "tokens that the vocabulary does not have",
+        _manifest(lambda document: document["tokens"][0].__setitem__(0, 96)),
+        _ON_0,
+        3,
+        "{golden}/manifest.json",
+        "tokens: expected rows of equal length with ids below 96",
+    ),
+    _bad(
+        "P01",
+        "a golden whose manifest was edited",
+        lambda place: (place.golden / "manifest.json").write_text(
+            (place.golden / "manifest.json").read_text().replace('"transformers"', '"somebody"', 1)
+        ),
+        _ON_0,
+        3,
+        "{golden}/manifest.json",
+        "manifest_digest says",
+        "the manifest is damaged or was edited",
+    ),
+    _bad(
+        "P02",
+        "a tap is missing in the manifest",
+        _manifest(lambda document: document["taps"].pop(_TAP)),
+        _ON_0,
+        3,
+        "{golden}/manifest.json",
+        f"{_TAP}: missing",
+    ),
+    _bad(
+        "P02",
+        "a file of the golden is missing",
+        lambda place: (place.golden / "layer-00000.safetensors").unlink(),
+        _ON_0,
+        3,
+        "{golden}",
+        "layer-00000.safetensors: no such file",
+    ),
+    _bad(
+        "P02",
+        "a recorded number was changed",
+        _values(lambda array: array.__setitem__((0, 0, 0), 7.0), forged=False),
+        _VERIFY,
+        1,
+        "layer-00000.safetensors",
+        f"{_TAP}: the bytes are not those that were recorded",
+    ),
+    _bad(
+        "P03",
+        "NaN in the golden",
+        _values(lambda array: array.__setitem__((0, 5, 1), np.nan)),
+        _ON_0,
+        1,
+        f"FAIL: {_TAP} is the first tap that diverges",
+    ),
+    _bad(
+        "P04",
+        "infinity in the golden",
+        _values(lambda array: array.__setitem__((0, 5, 1), np.inf)),
+        _ON_0,
+        1,
+        f"FAIL: {_TAP} is the first tap that diverges",
+    ),
+    _bad(
+        "P05",
+        "a tap of a shape that would broadcast",
+        _manifest(lambda document: document["taps"][_TAP].update(shape=[1, 1, 16])),
+        _ON_0,
+        3,
+        "{golden}/manifest.json",
+        f"{_TAP}: expected",
+        "(1, 300, 16)",
+        "(1, 1, 16)",
+    ),
+    Case(
+        id="P06",
+        what="nothing but empty taps is compared",
+        slow=True,
+        edit=_short_prompt,
+        steps=(
+            Step(
+                ("parity", "{orbax}", "--golden", "{root}/short", "--layer", "0", "--taps", "*.compressor.entries"),
+                1,
+                ("FAIL",),
+            ),
+        ),
+    ),
+    _bad(
+        "P07",
+        "no tap is compared",
+        lambda place: None,
+        (*_ON_0, "--taps", "nothing.*"),
+        2,
+        "matches no tap of this run",
+    ),
+    _bad("P07", "a layer that was not recorded", lambda place: None, (*PARITY, "--layer", "9"), 2, "layers 0 to 3"),
+    _bad(
+        "P09",
+        "a golden of zeros",
+        _values(lambda array: array.fill(0)),
+        _ON_0,
+        1,
+        f"FAIL: {_TAP} is the first tap that diverges",
+    ),
+    _bad(
+        "P11",
+        "prompts of unequal lengths, which would need padding",
+        _manifest(lambda document: document.update(tokens=[[1, 2, 3], [1, 2]])),
+        _ON_0,
+        3,
+        "{golden}/manifest.json",
+        "tokens: expected rows of equal length",
+    ),
+)

@@ -1,0 +1,335 @@
+"""Destinations that cannot or must not be written, and converted checkpoints that are no longer what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert.store.staging import staging_area
+
+from .case import (
+    AGAINST,
+    CONVERT,
+    EXPORT,
+    PARITY,
+    PLAN,
+    RECORD,
+    VERIFY,
+    Case,
+    Place,
+    Step,
+    Words,
+    accepted,
+    as_nobody,
+    invoke,
+    refused,
+)
+from .checks import equals_healthy
+from .edit import chunk, flip, in_array, manifest_again, rewrite
+
+_LEAF = "layers.0.attn.wq_b"
+_MANIFEST = "dsv4_manifest.json"
+#: Everything that opens a converted checkpoint.
+_OPENERS = (
+    VERIFY,
+    EXPORT,
+    PARITY,
+    ("generate", "{orbax}", "--tokens", "1,2"),
+)
+
+
+def _at_dest(make: Callable[[Path], object]) -> Callable[[Place], object]:
+    return lambda place: make(place.dest)
+
+
+def _folder_with_notes(dest: Path) -> None:
+    dest.mkdir()
+    (dest / "notes.txt").write_text("mine")
+
+
+def _finished(place: Place) -> None:
+    shutil.copytree(place.orbax, place.dest)
+
+
+def _junk(place: Place) -> None:
+    """What an interrupted save of Orbax alone leaves, and a file of somebody else's in our own folder."""
+    junk = place.root / "dest.orbax-checkpoint-tmp-17"
+    junk.mkdir()
+    (junk / "_METADATA").write_text("{}")
+    (place.root / "dest.dsv4-partial").mkdir()
+    (place.root / "dest.dsv4-partial" / "junk").write_bytes(b"x")
+
+
+def _damaged_journal(place: Place) -> None:
+    """A run that ended early, and a line in its journal that no run writes."""
+    in_array("mtp.0.norm.weight", np.uint16, lambda array: array.fill(0x7FFF))(place)
+    assert invoke(place.words(CONVERT)).code == 3
+    journal = place.root / "dest.dsv4-partial" / "journal.jsonl"
+    first, _, rest = journal.read_bytes().partition(b"\n")
+    assert rest
+    journal.write_bytes(first + b"\noops\n" + rest)
+
+
+@contextmanager
+def _read_only(place: Place) -> Iterator[None]:
+    for path in (place.source, *place.source.iterdir()):
+        path.chmod(0o755)
+    before = Path.cwd()
+    os.chdir(place.root)
+    try:
+        with as_nobody(place):
+            yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _held(place: Place) -> Iterator[None]:
+    """Another process is writing the same destination."""
+    with staging_area(place.dest):
+        yield
+
+
+def _in_orbax(change: Callable[[Path], object]) -> Callable[[Place], object]:
+    return lambda place: change(place.orbax)
+
+
+def _zarray(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    """Edits the stored description of an array, which is all that Orbax goes by."""
+
+    def edit(place: Place) -> None:
+        file = place.orbax / _LEAF / ".zarray"
+        document = json.loads(file.read_bytes())
+        change(document)
+        rewrite(file, json.dumps(document).encode())
+
+    return edit
+
+
+def _to(dest: str) -> Words:
+    return ("convert", "hf-to-orbax", "{source}", dest)
+
+
+def _verifies(name: str) -> tuple[Step, ...]:
+    """A destination of that name is written, verified and compared."""
+    return (Step(_to(name), 0), Step(("verify", name, "--against", "{source}"), 0))
+
+
+def _times(seconds: float) -> Callable[[Place], None]:
+    """All files of the source are of another time."""
+
+    def edit(place: Place) -> None:
+        for file in place.source.iterdir():
+            os.utime(file, (seconds, seconds))
+
+    return edit
+
+
+_MINE = "exists already"
+
+OUTPUTS: tuple[Case, ...] = (
+    *(
+        refused(
+            "O01",
+            f"a {what} is at the destination",
+            "{dest}: exists already. Choose another destination, remove it",
+            edit=_at_dest(make),
+            code=2,
+            by=(CONVERT,),
+        )
+        for what, make in (
+            ("file", lambda dest: dest.write_text("mine")),
+            ("folder", _folder_with_notes),
+            ("link to nothing", lambda dest: dest.symlink_to("gone")),
+        )
+    ),
+    refused(
+        "O01",
+        "a folder that no conversion made, with --overwrite",
+        "{dest}: not overwritten, because it is not a checkpoint of dsv4",
+        edit=_at_dest(_folder_with_notes),
+        code=2,
+        by=((*CONVERT, "--overwrite"),),
+    ),
+    refused(
+        "O01",
+        "a folder is where a golden or an export should go",
+        "{dest}: exists already",
+        edit=_at_dest(_folder_with_notes),
+        code=2,
+        by=(RECORD, EXPORT),
+    ),
+    refused("O02", "a finished conversion is at the destination", "{dest}: exists already", edit=_finished, code=2),
+    accepted(
+        "O02",
+        "a finished conversion, with --overwrite",
+        edit=_finished,
+        by=((*CONVERT, "--overwrite"),),
+        after=equals_healthy,
+    ),
+    accepted(
+        "O03", "left over: an interrupted save of Orbax, and junk among our own files", edit=_junk, after=equals_healthy
+    ),
+    refused(
+        "O03",
+        "left over: a journal that is damaged",
+        "{root}/dest.dsv4-partial/journal.jsonl: the journal is damaged",
+        "Start again with --restart",
+        edit=_damaged_journal,
+        resumed=True,
+    ),
+    refused(
+        "O05",
+        "a folder that may not be written",
+        "Permission denied",
+        code=4,
+        edit=lambda place: place.source,
+        during=_read_only,
+        by=(("convert", "hf-to-orbax", "source", "dest"), ("convert", "hf-to-orbax", "source", "dest", "--dry-run")),
+    ),
+    refused(
+        "O08",
+        "another process writes the same destination",
+        "{dest}: another process (pid",
+        "Wait for it, or end it and run the same command again",
+        code=4,
+        during=_held,
+        resumed=True,
+    ),
+    refused(
+        "O11",
+        "less memory than a chunk takes",
+        "GiB beside the interpreter, allowed are 0.02 GiB",
+        "Raise --max-memory",
+        code=4,
+        by=((*CONVERT, "--max-memory", "20MB"), (*PLAN, "--max-memory", "20MB")),
+    ),
+    accepted("O12", "a source from the next century", edit=_times(4_200_000_000), after=equals_healthy),
+    accepted("O12", "a source from 1970", edit=_times(0), after=equals_healthy),
+    Case(
+        id="O13",
+        what="a path with spaces, Unicode and 200 characters",
+        steps=_verifies("{root}/a b/ünï\u0301 – 日本語/" + "x" * 200),
+    ),
+    refused(
+        "O13", "a name longer than a file system allows", "File name too long", code=4, by=(_to("{root}/" + "x" * 300),)
+    ),
+    refused(
+        "O13",
+        "a source with a name longer than a file system allows",
+        "File name too long; check the path",
+        code=4,
+        by=(("convert", "hf-to-orbax", "{root}/" + "x" * 300, "{dest}"), ("verify", "{root}/" + "x" * 300)),
+    ),
+    Case(
+        id="O14",
+        what="a flipped bit in stored numbers",
+        edit=_in_orbax(lambda orbax: flip(chunk(orbax, _LEAF), 100)),
+        steps=(
+            Step(VERIFY, 1, ("{orbax}/" + _LEAF, "changed or damaged", "expected", "Convert the model again")),
+            Step(AGAINST, 1, (f"{_LEAF}, chunk", "the stored bytes have changed since")),
+        ),
+    ),
+    *(
+        refused(
+            "O14",
+            f"a flipped bit in {file}",
+            "{orbax}/" + file,
+            "changed or damaged",
+            edit=_in_orbax(lambda orbax, file=file: flip(orbax / file, 30)),
+            code=1,
+            by=(VERIFY,),
+        )
+        for file in ("_METADATA", "dsv4_sources.json", "config.json")
+    ),
+    refused(
+        "O14",
+        "a flipped bit in the description of an array",
+        "{orbax}/" + _LEAF,
+        edit=_in_orbax(lambda orbax: flip(orbax / _LEAF / ".zarray", 30)),
+        code=1,
+        by=(VERIFY,),
+    ),
+    refused(
+        "O14",
+        "a flipped bit in the manifest",
+        "{orbax}/" + _MANIFEST,
+        edit=_in_orbax(lambda orbax: flip(orbax / _MANIFEST, 500, 0x01)),
+        by=_OPENERS,
+    ),
+    refused(
+        "O14",
+        "no manifest",
+        "{orbax}: not a checkpoint written by dsv4: no " + _MANIFEST,
+        edit=_in_orbax(lambda orbax: (orbax / _MANIFEST).unlink()),
+        by=_OPENERS,
+    ),
+    refused(
+        "O14",
+        "a manifest of a later version",
+        "{orbax}/" + _MANIFEST,
+        "schema_version is 99, this version of dsv4 reads 1",
+        edit=_in_orbax(lambda orbax: manifest_again(orbax, lambda document: document.update(schema_version=99))),
+        by=_OPENERS,
+    ),
+    refused(
+        "O14",
+        "a manifest that leads out of its folder",
+        "{orbax}/" + _MANIFEST,
+        "the manifest is damaged or was edited",
+        "'../evil' is not a plain file name",
+        edit=_in_orbax(
+            lambda orbax: manifest_again(orbax, lambda document: document["files"].update({"../evil": "0" * 64}))
+        ),
+        by=_OPENERS,
+    ),
+    refused(
+        "O14",
+        "a chunk is gone",
+        "{orbax}/" + _LEAF,
+        edit=_in_orbax(lambda orbax: chunk(orbax, _LEAF).unlink()),
+        code=1,
+        by=(VERIFY,),
+    ),
+    refused(
+        "O14",
+        "a chunk is a byte short",
+        "{orbax}/" + _LEAF,
+        edit=_in_orbax(lambda orbax: rewrite(chunk(orbax, _LEAF), chunk(orbax, _LEAF).read_bytes()[:-1])),
+        code=1,
+        by=(VERIFY,),
+    ),
+    Case(
+        id="O15",
+        what="an array of another shape, which Orbax restores in silence",
+        edit=_zarray(lambda document: document.update(shape=document["shape"][::-1], chunks=document["chunks"][::-1])),
+        steps=(
+            Step(
+                VERIFY,
+                1,
+                ("{orbax}/" + _LEAF + ": stored as bfloat16 (32, 16)", "but the manifest says bfloat16 (16, 32)"),
+            ),
+            Step(
+                EXPORT,
+                3,
+                ("{orbax}/" + _LEAF + ": stored as bfloat16 (32, 16)", "but the manifest says bfloat16 (16, 32)"),
+            ),
+        ),
+    ),
+    Case(
+        id="O15",
+        what="an array of another dtype, which Orbax casts in silence",
+        edit=_zarray(lambda document: document.update(dtype="<f2")),
+        steps=(
+            Step(VERIFY, 1, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
+            Step(EXPORT, 3, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
+        ),
+    ),
+)
