@@ -1,13 +1,15 @@
-"""Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code. Each sets itself up from nothing.
+"""Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code, ``docs`` makes the site.
 
-Versions are pinned by ``constraints.txt``. ``torch`` comes from the index in DSV4_TORCH_INDEX where that is set, such
-as https://download.pytorch.org/whl/cpu for the small CPU build; otherwise from the default index.
+Each sets itself up from nothing. Versions are pinned by ``constraints.txt``. ``torch`` comes from the index in
+DSV4_TORCH_INDEX where that is set, such as https://download.pytorch.org/whl/cpu for the small CPU build; otherwise from
+the default index.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nox
@@ -20,7 +22,14 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
+DOCS = nox.project.dependency_groups(PROJECT, "docs")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
+
+#: Of one session each, and so not in constraints.txt.
+ATHERIS, PIP_AUDIT = "atheris==3.0.0", "pip-audit>=2.9"
+
+#: XLA without LLVM's optimisations.
+UNOPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
@@ -43,12 +52,15 @@ def demo(session: nox.Session) -> None:
     session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
     golden = ROOT / "golden" / "data" / "tiny"
-    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet")
+    baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
+    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet", *baseline)
 
 
 @nox.session
 def golden(session: nox.Session) -> None:
     """Record the committed golden again, from transformers; needed when taps or the checkpoint generator change.
+
+    Its baseline is then another one: delete golden/data/tiny.baseline.json, and record it with --update-baseline.
 
     With this seed no query has equal scores at the edge of its choice, so that no tie depends on the machine.
     """
@@ -65,12 +77,42 @@ def golden(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest.
 
-    XLA leaves out LLVM's optimisations: most programs run once, and compiling takes longer than running. One test
+    Most programs run once, and compiling them takes longer than running, so they are not optimised. One test
     (tests/test_optimised.py) compiles as users do, as demo, large and the benchmarks do.
     """
     _install(session, *TEST, reference=True)
-    unoptimised = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=unoptimised)
+    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=UNOPTIMISED)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel by itself, away from the sources and without torch: every public name, their types, and the command."""
+    work = Path(session.create_tmp()).resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(work), str(ROOT))
+    (wheel,) = work.glob("*.whl")
+    session.install("--constraint", str(CONSTRAINTS), str(wheel), "mypy")
+    session.chdir(work)
+    session.run("python", "-c", "import dsv4_convert as d; [getattr(d, name) for name in d.__all__]")
+    session.run("python", "-c", "import torch", success_codes=[1], stderr=subprocess.DEVNULL)
+    (work / "typed.py").write_text(
+        "from pathlib import Path\nfrom dsv4_convert import Model, Weights, restore_model\n"
+        "model: Model = restore_model(Weights.open(Path('orbax')))\n"
+    )
+    session.run("mypy", "--strict", "typed.py")
+    session.run("dsv4", "doctor", "--offline")
+    session.run("dsv4", "golden", "make-checkpoint", "checkpoint")
+    session.run("dsv4", "convert", "hf-to-orbax", "checkpoint", "orbax")
+    golden = ROOT / "golden" / "data" / "tiny"
+    session.run("dsv4", "parity", "orbax", "--golden", str(golden), "--quiet", "--report", "report.html")
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """More random architectures, releases and drafts than the tests draw, all bad inputs; takes eight minutes."""
+    _install(session, *TEST, reference=True)
+    session.run("pytest", "-m", "thorough", *(session.posargs or ("-n", "2")), env=UNOPTIMISED)
 
 
 @nox.session
@@ -81,11 +123,37 @@ def large(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Damaged files by the million for every reader, led by the code that they reach; takes half an hour.
+
+    Arguments after -- go to benchmarks/fuzz.py. Without atheris, which has no wheel for some platforms, less is found.
+    """
+    _install(session, *TEST)
+    session.run("python", "-m", "pip", "install", ATHERIS, success_codes=[0, 1])
+    session.run("python", "-m", "benchmarks.fuzz", *session.posargs)
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Licences of everything that dsv4 brings along, and known vulnerabilities of the pinned versions."""
+    _install(session, "packaging", PIP_AUDIT)
+    session.run("python", "-m", "benchmarks.audit")
+
+
+@nox.session
 def tpu(session: nox.Session) -> None:
     """Programs for TPUs that are not there, through the real compiler; takes two minutes and no TPU."""
     _install(session, *TEST, reference=True)
     session.install("--constraint", str(CONSTRAINTS), ".[tpu]")
     session.run("pytest", "-m", "tpu", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/; what does not resolve is an error, and every command of it is run."""
+    _install(session, *DOCS, *TEST, reference=True)
+    session.run("mkdocs", "build", "--strict", "--config-file", "docs/mkdocs/mkdocs.yml")
+    session.run("pytest", "-m", "documentation", *(session.posargs or ("-n", "2")), env=UNOPTIMISED)
 
 
 @nox.session

@@ -12,12 +12,13 @@ DSV4 = [sys.executable, "-m", "dsv4_convert"]
 
 
 def measured(command: Sequence[str]) -> dict[str, object]:
-    """Run a process; seconds, peak resident memory in GiB (mapped files included) and the exit code."""
+    """Run a process; seconds, of processors too, peak resident memory in GiB (mapped files included), the exit code."""
     start = time.perf_counter()
     process = os.spawnv(os.P_NOWAIT, command[0], list(command))
     _, status, usage = os.wait4(process, 0)
     return {
         "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_gib": round(usage.ru_maxrss / 2**20, 3),
         "exit_code": os.waitstatus_to_exitcode(status),
     }

@@ -21,6 +21,8 @@ from rich.table import Table
 from benchmarks.measure import dsv4
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
+#: Columns of the table.
+_WIDTH = 150
 #: Temporaries of one device in MaxText's compilation of the model for v5p-512, as its PR 4153 has them.
 MAXTEXT_TEMPORARIES = 94.9e9
 
@@ -60,6 +62,7 @@ ROWS = (
     *(Row("Flash", name, decode=True) for name in ("v5p-32", "v6e-64")),
     Row("Pro", "v5p-128", decode=True),
     Row("Flash", "v6e-16", decode=True, source=True),
+    Row("Pro", "v5e-256", "fsdp=4,expert=64", decode=True, source=True),
 )
 
 
@@ -88,20 +91,20 @@ def main() -> None:
         options.json.write_text(json.dumps(reports, indent=1), encoding="utf-8")
         table.add_row(*_cells(row, found))
         print(*_cells(row, found), sep=" | ", flush=True)
-    Console().print(table)
+    Console(width=_WIDTH).print(table)
 
 
 def _cells(row: Row, found: dict[str, Any]) -> list[str]:
     model = row.name.replace(f" {row.topology}", "")
     memory = found.get("memory")
     if memory is None:
-        return [model, row.topology, *[""] * 6, found.get("refused") or f"exit code {found['exit_code']}", ""]
+        return [model, row.topology, *[""] * 6, "no" if found.get("refused") else f"exit {found['exit_code']}", ""]
     sizes = [f"{memory[name] / 2**30:.2f}" for name in ("arguments", "outputs", "temporaries")]
     # A cache that is given away lies where it was: nothing new is needed for it.
     sizes[1] = f"{(memory['outputs'] - memory['aliased']) / 2**30:.2f}"
     mesh = ",".join(f"{name}={size}" for name, size in found["mesh"].items())
     fits = f"{memory['total'] / found['hbm']:.0%}" if found["fits"] else "no"
-    seconds = f"{found['seconds']:.0f} s, {found['peak_gib']:.1f} GiB"
+    seconds = f"{found['seconds']:.0f} s, {found['cpu_seconds']:.0f} of CPU, {found['peak_gib']:.1f} GiB"
     return [
         model,
         row.topology,

@@ -15,7 +15,10 @@ PACKAGES = ("dsv4_convert", "parity", "golden")
 
 #: Room -> rooms that it may import from, besides itself. Rooms are the packages below dsv4_convert, its plain modules
 #: (``facts``), and the two packages beside it.
-FACTS = frozenset({"config", "coverage", "errors", "foreign", "maxtext", "names", "taps"})
+FACTS = frozenset(
+    {"config", "coverage", "errors", "foreign", "limits", "locks", "maxtext", "names", "strict_json", "tables", "taps"}
+    | {"units"}
+)
 ALLOWED: dict[str, frozenset[str]] = {
     "facts": frozenset(),
     "formats": frozenset({"facts"}),
@@ -27,17 +30,21 @@ ALLOWED: dict[str, frozenset[str]] = {
     "published": frozenset({"facts", "formats", "checkpoint", "store", "restore"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
     "platforms": frozenset({"facts"}),
+    "doctor": frozenset({"facts", "checkpoint"}),
     "generate": frozenset({"facts", "model", "speculate"}),
     "speculate": frozenset({"facts", "model"}),
     "aot": frozenset({"facts", "model"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
-    "parity": frozenset({"facts", "model", "store", "restore", "published", "golden"}),
+    "inspect": frozenset({"facts", "checkpoint", "store", "golden"}),
+    "parity": frozenset({"facts", "checkpoint", "model", "store", "restore", "published", "golden"}),
     "cli": frozenset(
         {"facts", "aot", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "platforms"}
-        | {"package"}
+        | {"doctor", "inspect", "package"}
     ),
+    # What pytest loads of it where dsv4 is installed.
+    "pytest_plugin": frozenset({"facts", "parity"}),
     # dsv4_convert/__init__.py: the public names, loaded lazily.
-    "package": frozenset({"facts", "convert", "model", "restore"}),
+    "package": frozenset({"facts", "convert", "model", "restore", "golden", "parity"}),
 }
 
 #: Library -> the files that may import it at all.
@@ -51,6 +58,10 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "huggingface_hub": "dsv4_convert/checkpoint/hub",
     "typer": "dsv4_convert/cli/",
     "click": "nowhere",
+    "matplotlib": "parity/html/",
+    "jinja2": "parity/html/",
+    "markupsafe": "parity/html/",
+    "pytest": "dsv4_convert/pytest_plugin.py",
     # Only the name of an exception that Numba's own cache raises.
     "pickle": "dsv4_convert/formats/kernels.py",
 }
@@ -133,7 +144,7 @@ def test_neither_conversion_nor_parity_loads_torch() -> None:
         "import parity.run, parity.render, golden.archive, golden.synthetic"
     )
     assert {"jax", "flax", "orbax"} <= loaded
-    assert not {"torch", "transformers"} & loaded
+    assert not {"torch", "transformers", "matplotlib", "jinja2"} & loaded
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -148,4 +159,25 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_the_package_itself_loads_nothing() -> None:
     assert not HEAVY & _loaded("import dsv4_convert")
+    # pytest loads it in every project where dsv4 is installed.
+    assert not (HEAVY | {"parity", "golden", "rich"}) & _loaded("import dsv4_convert.pytest_plugin")
     assert {"jax", "flax"} <= _loaded("from dsv4_convert import Model")
+
+
+def test_completion_knows_words_and_loads_nothing_heavy() -> None:
+    """bash, zsh and fish ask the command itself at every tab."""
+    asked = {
+        "bash": ("dsv4 parity --taps attn.q", "attn.q_rope"),
+        "zsh": ("dsv4 compile --topology v5p-5", "v5p-512"),
+        "fish": ("dsv4 convert hf-to-orbax --dtype ", "bfloat16"),
+    }
+    code = (
+        "import contextlib, io, os, sys; sys.argv = ['dsv4']\n"
+        "from dsv4_convert.cli import main\n"
+        f"for shell, (line, word) in {asked!r}.items():\n"
+        "    os.environ.update(_DSV4_COMPLETE=f'complete_{shell}', COMP_WORDS=line, _TYPER_COMPLETE_ARGS=line)\n"
+        "    os.environ.update(COMP_CWORD=str(line.count(' ')), _TYPER_COMPLETE_FISH_ACTION='get-args')\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
+        "    assert word in out.getvalue(), (shell, out.getvalue())\n"
+    )
+    assert not HEAVY & _loaded(code)
