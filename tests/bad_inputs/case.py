@@ -305,7 +305,7 @@ def _opened_as_complete(place: Place) -> Iterator[str]:
             yield f"{beside.name} is opened as complete"
         except Dsv4Error:
             pass
-        import orbax.checkpoint as ocp
+        import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
         try:
             ocp.StandardCheckpointer().restore(beside)

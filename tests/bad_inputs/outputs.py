@@ -101,6 +101,10 @@ def _in_orbax(change: Callable[[Path], object]) -> Callable[[Place], object]:
     return lambda place: change(place.orbax)
 
 
+def _flip_in(file: str) -> Callable[[Path], object]:
+    return lambda orbax: flip(orbax / file, 30)
+
+
 def _zarray(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
     """Edits the stored description of an array, which is all that Orbax goes by."""
 
@@ -243,7 +247,7 @@ OUTPUTS: tuple[Case, ...] = (
             f"a flipped bit in {file}",
             "{orbax}/" + file,
             "changed or damaged",
-            edit=_in_orbax(lambda orbax, file=file: flip(orbax / file, 30)),
+            edit=_in_orbax(_flip_in(file)),
             code=1,
             by=(VERIFY,),
         )

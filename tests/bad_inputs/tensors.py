@@ -47,7 +47,7 @@ def _put(name: str, dtype: str, array: Array) -> Callable[[Place], None]:
     return in_tensors(lambda tensors: tensors.update({name: Tensor(dtype, list(array.shape), array.tobytes())}))
 
 
-def _at(name: str, dtype: Any, index: tuple[int, ...], value: Any) -> Callable[[Place], None]:
+def _at(name: str, dtype: Any, index: tuple[int | slice, ...], value: Any) -> Callable[[Place], None]:
     return in_array(name, dtype, lambda array: array.__setitem__(index, value))
 
 
