@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution
+from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
 from golden.compact import Compact
 from golden.layout import StoredShape, expected_aliases, stored_arrays
@@ -96,10 +96,7 @@ def _stored(
 
 def check_space(out: Path, needed: int) -> None:
     """Raise :class:`ResourceError` unless the file system of ``out`` has ``needed`` bytes free."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(out)
     if free < needed:
         raise ResourceError(
             f"{out}: the golden takes {needed:,} bytes, {free:,} are free; make room, choose another folder, or record "

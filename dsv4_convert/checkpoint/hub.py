@@ -9,7 +9,6 @@ again and keeps the finished ones. It compares sizes only, so :func:`verify_down
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
 from dsv4_convert.checkpoint.planned import PlannedFile
+from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import BadInput, ResourceError, listed
 from dsv4_convert.locks import lock
 
@@ -163,10 +163,7 @@ def _held(local_dir: Path | str | None) -> Iterator[None]:
 def _check_disk(plan: DownloadPlan) -> None:
     """Before anything large is fetched."""
     needed = plan.to_download_bytes
-    existing = plan.folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(plan.folder)
     if needed > free:
         raise ResourceError(
             f"{plan.folder}: {needed:,} bytes are still to be downloaded, {free:,} are free; make room, choose another "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from dsv4_convert.checkpoint.header import MAX_HEADER_BYTES, METADATA_KEY, check_name, stored_nbytes
 from dsv4_convert.checkpoint.index import INDEX_NAME, is_shard_name
+from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
 
 Chunk = bytes | bytearray | memoryview | np.ndarray
@@ -136,7 +136,7 @@ def _atomic(path: Path, *, nbytes: int) -> Iterator[BinaryIO]:
             raise ResourceError(
                 f"{path}: cannot be written ({error.strerror}); fix the cause or choose another folder"
             ) from error
-        free = shutil.disk_usage(path.parent).free
+        free = free_bytes(path.parent)
         raise ResourceError(
             f"{path}: {error.strerror}: {nbytes:,} bytes are needed, {free:,} are free; "
             "make room or choose another folder"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from typing import Any
 
@@ -16,10 +15,10 @@ from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
 from dsv4_convert.convert.plan import Described, Plan
 from dsv4_convert.convert.shards import Arriving, as_arriving
 from dsv4_convert.convert.storage import Form, Piece
+from dsv4_convert.disk import free_bytes, nearest_folder
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Place, chunk_digest, place_of
-from dsv4_convert.store.places import nearest
 
 Array = np.ndarray[Any, Any]
 
@@ -106,7 +105,7 @@ def estimate(planned: Plan, source: Described, destination: str | os.PathLike[st
         free_disk=place.free(),
         to_fetch=to_fetch,
         source_disk=arriving.most_on_disk if arriving is not None else 0,
-        source_free=shutil.disk_usage(nearest(source.root)).free,
+        source_free=free_bytes(source.root),
         memory=planned.memory(workers),
         workers=workers,
         rates=rates,
@@ -142,7 +141,7 @@ def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
         fetch=arriving.rate() if arriving is not None and arriving.to_fetch else None,
         make=make,
         write=stored / seconds,
-        shared=nearest(sample.file).stat().st_dev == place.device(),
+        shared=nearest_folder(sample.file.parent).stat().st_dev == place.device(),
         packed=stored / (count * chunk.nbytes) if planned.compression != "none" else 1.0,
     )
 

@@ -8,13 +8,13 @@ import locale
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dsv4_convert.disk import free_bytes, nearest_folder
 from dsv4_convert.doctor.finding import Diagnosis, Finding, State
 from dsv4_convert.units import size
 
@@ -144,7 +144,7 @@ def _memory() -> int | None:
 
 
 def _disk(check: str, folder: Path, commands: str) -> Finding:
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     enough = free >= _LEAST_DISK
     return Finding(
         check=check,
@@ -155,20 +155,12 @@ def _disk(check: str, folder: Path, commands: str) -> Finding:
     )
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def _hub(*, offline: bool) -> Iterator[Finding]:
     from dsv4_convert.checkpoint import hub_health
 
     folder = hub_health.cache_folder()
     yield _disk("disk, Hub", folder, _DOWNLOADING)
-    writable = os.access(_existing(folder), os.W_OK)
+    writable = os.access(nearest_folder(folder), os.W_OK)
     yield Finding(
         check="Hub cache",
         state=State.OK if writable else State.MISSING,
@@ -212,7 +204,7 @@ def _kernels() -> Iterator[Finding]:
 
 def _takes_files(folder: Path) -> bool:
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)):
             return True
     except OSError:
         return False

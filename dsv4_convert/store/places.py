@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from dsv4_convert.disk import free_bytes, nearest_folder
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.locks import lock
 from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, create_array, is_local, sync, writing
@@ -122,14 +123,14 @@ class Folder:
         self._staging.publish(self._target)
 
     def free(self) -> int | None:
-        return shutil.disk_usage(nearest(self._target)).free + staged_bytes(self._target)
+        return free_bytes(self._target.parent) + staged_bytes(self._target)
 
     def device(self) -> int | None:
-        return nearest(self._target).stat().st_dev
+        return nearest_folder(self._target.parent).stat().st_dev
 
     def probe(self, chunk: Array, count: int, compression: Compression) -> tuple[float, int]:
         layout = ArrayLayout(shape=(count, *chunk.shape), dtype=chunk.dtype, chunk_shape=(1, *chunk.shape))
-        with _scratch(nearest(self._target)) as scratch:
+        with _scratch(nearest_folder(self._target.parent)) as scratch:
             create_array(scratch / "probe", layout, compression)
             seconds = timed_writes(ArrayWriter(scratch / "probe", layout, compression), layout.chunk_indices(), chunk)
             return seconds, sum(file.stat().st_size for file in (scratch / "probe").iterdir())
@@ -145,8 +146,9 @@ def _scratch(parent: Path) -> Iterator[Path]:
     with ExitStack() as opened:
         folder = None
         while folder is None or not folder.exists():  # another process may take it for left, before it is locked
-            with writing(parent), suppress(FileNotFoundError):
+            with writing(parent):
                 folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+            with writing(folder), suppress(FileNotFoundError):
                 descriptor = opened.enter_context(_open_folder(folder))
                 with suppress(ResourceError):  # where there are no locks nothing is removed either
                     lock(descriptor, folder)
@@ -172,14 +174,6 @@ def timed_writes(writer: ChunkWriter, indices: Iterable[Index], chunk: Array) ->
     for index in indices:
         writer.write_chunk(index, chunk[None])
     return max(time.perf_counter() - start, 1e-6)
-
-
-def nearest(path: Path) -> Path:
-    """The nearest folder above ``path`` that exists."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def as_path(place: str | os.PathLike[str]) -> AnyPath:

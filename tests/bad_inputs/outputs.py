@@ -199,6 +199,21 @@ OUTPUTS: tuple[Case, ...] = (
         by=(("convert", "hf-to-orbax", "source", "dest"), ("convert", "hf-to-orbax", "source", "dest", "--dry-run")),
     ),
     refused(
+        "O05",
+        "a file system in which nothing can be made",
+        "/proc",
+        "cannot write",
+        "run the same command again",
+        code=4,
+        by=(
+            ("convert", "hf-to-orbax", "{source}", "/proc/dest"),
+            ("convert", "hf-to-orbax", "{source}", "/proc/dest", "--dry-run"),
+            ("convert", "orbax-to-hf", "{orbax}", "/proc/dest"),
+            ("golden", "compact", "{golden}", "--out", "/proc/dest"),
+            ("golden", "make-checkpoint", "/proc/dest"),
+        ),
+    ),
+    refused(
         "O08",
         "another process writes the same destination",
         "{dest}: another process (pid",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from dsv4_convert.checkpoint import hub_health
 from dsv4_convert.cli import app
-from dsv4_convert.doctor import Diagnosis, Finding, State, checks, examine
+from dsv4_convert.doctor import Diagnosis, Finding, State, checks, examine, packages
 from dsv4_convert.doctor.packages import EXTRAS, Asked, check_packages
 
 from ..checkpoint.hub_server import LoopbackHub
@@ -43,6 +44,8 @@ def test_this_machine_runs_its_tests() -> None:
 
 def test_what_is_asked_for_is_what_the_installer_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """pyproject.toml and the metadata of a wheel say the same, in two formats."""
+    sources = Path(__file__).parents[2] / "dsv4_convert" / "doctor" / "packages.py"
+    monkeypatch.setattr(packages, "__file__", str(sources))  # where dsv4 is installed there is no pyproject.toml
     asked = Asked.read()
     assert set(asked.extras) == set(EXTRAS)
     lines = [*asked.core, *(f"{line}; extra == '{name}'" for name in asked.extras for line in asked.extras[name])]
@@ -141,7 +144,7 @@ def test_a_package_that_a_check_needs_itself(monkeypatch: pytest.MonkeyPatch) ->
 def test_machines_that_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_memory", lambda: 1 << 30)
     monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (64, 64))
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     monkeypatch.setattr(checks, "_takes_files", lambda folder: False)
     monkeypatch.setattr(checks.sys, "stdout", SimpleNamespace(encoding="ANSI_X3.4-1968"))
     diagnosis = examine(offline=True)
