@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from dsv4_convert.config import Config
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
+    from dsv4_convert.converted import Weights
     from dsv4_convert.model import Cache, Model
-    from dsv4_convert.restore import Weights, restore_model
+    from dsv4_convert.restore import restore_model
     from golden.archive import Golden, open_golden
     from golden.recorder import record as record_golden
     from parity.activations import compare_activations
@@ -44,7 +45,7 @@ _HOMES = {
     "Golden": ("golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),
-    "Weights": ("dsv4_convert.restore", "Weights"),
+    "Weights": ("dsv4_convert.converted", "Weights"),
     "compare_activations": ("parity.activations", "compare_activations"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
     "open_golden": ("golden.archive", "open_golden"),

@@ -16,7 +16,7 @@ from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.names import Kind, Transform, check_layers
-from dsv4_convert.restore import assembled, grouped
+from dsv4_convert.parameters import assembled, grouped
 from dsv4_convert.store.layout import Region, bounded
 
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class PublishedWeights:
-    """Reads what :class:`dsv4_convert.restore.Weights` reads, value for value, from the published shards."""
+    """Reads what :class:`dsv4_convert.converted.Weights` reads, value for value, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
         """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.

@@ -13,8 +13,8 @@ import numpy as np
 
 from dsv4_convert.config import Config
 from dsv4_convert.names import parameters
+from dsv4_convert.parameters import Parameters
 from dsv4_convert.published import PublishedWeights
-from dsv4_convert.restore import Parameters
 from dsv4_convert.taps import by_name
 from golden.layout import INPUT, STREAMS
 from golden.noise import Mode

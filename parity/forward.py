@@ -21,7 +21,8 @@ from dsv4_convert.model.mlp import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.restore import Parameters, restore_block
+from dsv4_convert.parameters import Parameters
+from dsv4_convert.restore import restore_block
 from dsv4_convert.store.layout import Region
 from dsv4_convert.taps import by_name, is_state
 from golden.layout import calls, joined, rows_of

@@ -25,9 +25,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "model": frozenset({"facts"}),
     "checkpoint": frozenset({"facts", "formats"}),
     "store": frozenset({"facts"}),
-    "restore": frozenset({"facts", "formats", "store", "model"}),
-    # The published shards as the model's parameters, beside restore's converted ones.
-    "published": frozenset({"facts", "formats", "checkpoint", "store", "restore"}),
+    # The model's parameters, and the two origins of them.
+    "parameters": frozenset({"facts", "formats", "store"}),
+    "converted": frozenset({"facts", "formats", "store", "model", "parameters"}),
+    "published": frozenset({"facts", "formats", "checkpoint", "store", "parameters"}),
+    "restore": frozenset({"facts", "store", "model", "parameters", "converted"}),
     "convert": frozenset({"facts", "formats", "checkpoint", "store"}),
     "platforms": frozenset({"facts"}),
     "doctor": frozenset({"facts", "checkpoint"}),
@@ -36,15 +38,17 @@ ALLOWED: dict[str, frozenset[str]] = {
     "aot": frozenset({"facts", "model"}),
     "golden": frozenset({"facts", "formats", "checkpoint"}),
     "inspect": frozenset({"facts", "checkpoint", "store", "golden"}),
-    "parity": frozenset({"facts", "checkpoint", "model", "store", "restore", "published", "golden"}),
+    "parity": frozenset(
+        {"facts", "checkpoint", "model", "store", "parameters", "converted", "published", "restore", "golden"}
+    ),
     "cli": frozenset(
-        {"facts", "aot", "checkpoint", "store", "convert", "generate", "restore", "golden", "parity", "platforms"}
-        | {"doctor", "inspect", "package"}
+        {"facts", "aot", "checkpoint", "store", "convert", "generate", "converted", "restore", "golden", "parity"}
+        | {"doctor", "inspect", "package", "platforms"}
     ),
     # What pytest loads of it where dsv4 is installed.
     "pytest_plugin": frozenset({"facts", "parity"}),
     # dsv4_convert/__init__.py: the public names, loaded lazily.
-    "package": frozenset({"facts", "convert", "model", "restore", "golden", "parity"}),
+    "package": frozenset({"facts", "convert", "converted", "model", "restore", "golden", "parity"}),
 }
 
 #: Library -> the files that may import it at all.

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from dsv4_convert.converted import Weights
 from dsv4_convert.model.mesh import parse_mesh
-from dsv4_convert.restore import Weights
 from dsv4_convert.store import ALONE
 from dsv4_convert.store.orbax_processes import join
 from golden.noise import Mode

@@ -85,7 +85,7 @@ class Fault:
 
 
 class Held:
-    """All parameters of a small model in memory, as :class:`dsv4_convert.restore.Parameters`."""
+    """All parameters of a small model in memory, as :class:`dsv4_convert.parameters.Parameters`."""
 
     def __init__(self, config: Config, arrays: Arrays) -> None:
         self.config = config

@@ -1,0 +1,233 @@
+"""Parameters out of an Orbax checkpoint that dsv4 wrote, whatever its storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4_convert import names
+from dsv4_convert.config import Config
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.formats import cast_plain
+from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
+from dsv4_convert.parameters import FLOAT32, Array, assembled, grouped
+from dsv4_convert.store import Store, open_store, verify
+from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.units import ranges
+
+_GROUPED = names.Transform.GROUPED
+#: Leaves of a quantised parameter in a store of storage ``source``.
+_PARTS = ("weight", "scale")
+
+
+class Weights:
+    """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        metadata = store.metadata
+        if metadata.get("format") != "dsv4":
+            raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+        if metadata.get("layout", "dsv4") != "dsv4":
+            raise BadInput(
+                f"{store.folder}: has the layout of {metadata['layout']}, for another program; convert the source "
+                "again with the default layout"
+            )
+        if metadata.get("names_table") != names.TABLE_VERSION:
+            raise BadInput(
+                f"{store.folder}: written with version {metadata.get('names_table')} of the names table, this dsv4 "
+                f"has version {names.TABLE_VERSION}; convert the model again"
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> Weights:
+        """Open a checkpoint. Raises :class:`BadInput` if it is none, or not one of ours."""
+        return cls(open_store(path))
+
+    @cached_property
+    def config(self) -> Config:
+        """The architecture."""
+        return Config.from_json(self._store.metadata["config"])
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the conversion wrote about itself: source, storage, versions."""
+        return self._store.metadata
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that were converted."""
+        return tuple(self._store.metadata["layers"])
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
+        absent = [layer for layer in wanted if layer not in self.layers]
+        if absent:
+            raise UsageError(f"{self._store.folder}: holds the layers {ranges(self.layers)}, not {ranges(absent)}")
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
+        if any(names.stage_of(path) is not None for path in self._store.paths):
+            return
+        if names.DSPARK in self._store.metadata["tensors"]["dropped"]:
+            why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
+        elif self.config.num_mtp_stages:
+            why = "an earlier version of dsv4 left it out; convert the source again"
+        else:
+            why = "its source has none, or was converted with --layers; convert all of a source that has one"
+        raise UsageError(f"{self._store.folder}: no mtp stage to draft tokens with: {why}")
+
+    def read(self, path: str, dtype: np.dtype[Any] = FLOAT32) -> Array:
+        """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.
+
+        Raises:
+            BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
+        """
+        rule = names.rule_of(path)
+        if rule.per_expert:
+            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
+            return np.stack(stack)
+        return self._decoded(path, rule, None, dtype)
+
+    def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = FLOAT32) -> Array:
+        """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
+        return self._decoded(path, names.rule_of(path), expert, dtype)
+
+    def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = FLOAT32) -> Array:
+        """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
+        return np.stack(
+            [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
+        )
+
+    def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = FLOAT32) -> Array:
+        """A part of what :meth:`read` gives: one slice of step 1 for every axis.
+
+        Reads only the bytes concerned (of quantised weights whole tiles). Memory beside the result: a block of 64 MB.
+
+        Raises:
+            BadInput: as :meth:`read`.
+        """
+        rule = names.rule_of(path)
+        region = bounded(region, self._shape(path, rule))
+
+        def plain(part: Region) -> Array:
+            stored = self._store.read_region(path, part)
+            return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
+
+        return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+
+    def _expert_numbers(self, path: str, stored: Array) -> Array:
+        """A table of experts as int32, which is JAX's widest integer by default: no number may become another one."""
+        experts = self.config.n_routed_experts
+        if stored.size and not (stored.min() >= 0 and stored.max() < experts):
+            raise BadInput(
+                f"{self._store.folder}: {path}: expected experts 0 to {experts - 1}, found numbers from {stored.min()} "
+                f"to {stored.max()}; run dsv4 verify, and convert again"
+            )
+        return stored.astype(np.int32)
+
+    def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
+        """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
+        stage = names.stage_of(path)
+        layer = names.layer_of(path) if stage is None else self.config.num_hidden_layers + stage
+        expected = stored = rule.target_shape(self.config, layer)
+        scaled = f"{path}.scale" in self._store.paths
+        leaf = self._store.leaf(f"{path}.weight" if scaled else path)
+        if self.metadata["storage"] == "source":
+            *rest, last = rule.source_shape(self.config, layer)
+            packed = 2 if scaled and leaf.dtype.kind in "iu" else 1
+            stored = (*expected[: rule.per_expert], *rest, last // packed)
+        if leaf.shape != stored:
+            raise BadInput(f"{self._store.folder}: {path} is stored as {list(leaf.shape)}, expected {list(stored)}")
+        return expected
+
+    def _matrix(self, path: str, rule: names.Rule, at: int | None) -> StoredMatrix:
+        """A matrix, or entry ``at`` of a stack of experts or groups."""
+        published = self.metadata["storage"] == "source"
+        scaled = published and f"{path}.scale" in self._store.paths
+        of_rows = published and rule.transform is _GROUPED
+        first = () if at is None or of_rows else (slice(at, at + 1),)
+
+        def reader(leaf: str) -> ReadPart:
+            return lambda rows, columns: self._store.read_region(leaf, (*first, rows, columns))[(0,) * len(first)]
+
+        leaf = f"{path}.weight" if scaled else path
+        return StoredMatrix(
+            read=reader(leaf),
+            dtype=self._store.leaf(leaf).dtype,
+            scale=reader(f"{path}.scale") if scaled else None,
+            turned=published and rule.transform is not names.Transform.NONE,
+            first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
+        )
+
+    def damaged(self, path: str) -> bool:
+        """Whether the stored bytes of a parameter are no longer those whose hashes the manifest has."""
+        leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
+        return bool(verify(self._store, leaves=leaves))
+
+    def check_codes(self) -> None:
+        """Raises :class:`UsageError` unless the weights are stored as they were published."""
+        if self.metadata["storage"] != "source":
+            raise UsageError(
+                f"{self._store.folder}: its weights are expanded to {self.metadata['storage']}; to compute from the "
+                "published codes, convert the source again with --dtype source"
+            )
+
+    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
+        """Codes, scales, block and packing of a quantised parameter, as
+        :class:`~dsv4_convert.model.encoded.Encoded` has them; None for one that is not quantised.
+
+        In the model's orientation. For storage ``source`` alone (:meth:`check_codes`).
+        """
+        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+
+        if f"{path}.scale" not in self._store.paths:
+            return None
+        rule = names.rule_of(path)
+        packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
+        if rule.per_expert:
+            experts = range(self.config.n_routed_experts)
+            pairs = [_turned(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts]
+            codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
+            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
+        codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
+        if rule.transform is not _GROUPED:
+            return *_turned(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
+        groups = self.config.o_groups
+        block = grouped_block(len(codes) // groups)
+        # Where groups are narrower than a block, those that are in one each get its scale.
+        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
+        return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
+
+    def encoded_bytes(self, path: str) -> int | None:
+        """Bytes of a quantised parameter's codes and scales; None for one that is not."""
+        leaves = self._store.manifest.leaves
+        parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
+        return sum(part.layout.nbytes for part in parts) if parts else None
+
+    def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
+        dtype = dtype if rule.kind.follows_dtype else FLOAT32
+        published = self.metadata["storage"] == "source"
+        scaled = published and f"{path}.scale" in self._store.paths
+        stored = self._store.read(f"{path}.weight" if scaled else path, expert)
+        if rule.kind is names.Kind.INTEGER:
+            return self._expert_numbers(path, stored)
+        scale = self._store.read(f"{path}.scale", expert) if scaled else None
+        transpose = published and rule.transform is names.Transform.TRANSPOSE
+        decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
+        return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
+
+
+def _turned(codes: Array, scales: Array) -> tuple[Array, Array]:
+    """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
+    codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
+    return codes, scales
+
+
+def _as_bytes(part: Array) -> Array:
+    """Codes and E8M0 scales as what they are stored in; float32 scales as they are."""
+    return part.view(np.uint8) if part.dtype.itemsize == 1 else part

@@ -1,0 +1,98 @@
+"""Where a model's parameters come from, one at a time, and what every origin shares.
+
+Two things give them: a converted checkpoint (:mod:`dsv4_convert.converted`), and the published shards
+(:mod:`dsv4_convert.published`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsv4_convert import names
+from dsv4_convert.config import Config
+from dsv4_convert.formats.weight import StoredMatrix, decode_weight
+from dsv4_convert.store.layout import Region
+
+Array = np.ndarray[Any, Any]
+FLOAT32 = np.dtype(np.float32)
+
+
+class Parameters(Protocol):
+    """Where a model's parameters come from, one at a time: a converted checkpoint, or the published shards."""
+
+    @property
+    def config(self) -> Config:
+        """The architecture."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What reports say of the weights; ``source`` and ``storage`` at least."""
+
+    def check_layers(self, wanted: tuple[int, ...]) -> None:
+        """Raises :class:`UsageError` for layers that are not there."""
+
+    def read(self, path: str, dtype: np.dtype[Any] = ...) -> Array:
+        """One parameter in the model's layout."""
+
+    def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = ...) -> Array:
+        """One matrix of a stack of experts."""
+
+    def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
+        """Some rows of an unquantised parameter."""
+
+    def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
+        """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
+
+    def damaged(self, path: str) -> bool:
+        """Whether a parameter is known to be no longer what was written."""
+
+
+class Whole(Parameters, Protocol):
+    """Parameters of a checkpoint, of which it is known whether mtp stages are among them."""
+
+    def check_stages(self) -> None:
+        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
+
+
+def assembled(
+    region: Region,
+    rule: names.Rule,
+    dtype: np.dtype[Any],
+    matrix: Callable[[int | None], StoredMatrix],
+    plain: Callable[[Region], Array],
+) -> Array:
+    """A region of a parameter, with starts and stops.
+
+    Args:
+        region: in the model's layout.
+        rule: of the parameter.
+        dtype: of weights.
+        matrix: gives the parameter as it is stored, or an entry of its first axis if it is a stack of matrices.
+        plain: reads a region of a vector or an integer table.
+    """
+    out = np.empty([part.stop - part.start for part in region], dtype_of(rule, dtype))
+    if rule.kind is names.Kind.INTEGER:
+        out[...] = plain(region)
+    elif len(region) == 1:
+        out[...] = decode_weight(plain(region), None, dtype=out.dtype)
+    elif len(region) == 2:
+        matrix(None).fill(out, region)
+    else:
+        for to, at in enumerate(range(region[0].start, region[0].stop)):
+            matrix(at).fill(out[to], region[1:])
+    return out
+
+
+def dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Of a parameter in the model, where weights are ``dtype``."""
+    if rule.kind is names.Kind.INTEGER:
+        return np.dtype(np.int32)
+    return dtype if rule.kind.follows_dtype else FLOAT32
+
+
+def grouped(matrix: Array, groups: int) -> Array:
+    """The published ``[groups * out, in]`` of a block-diagonal matrix as ``[groups, in, out]``."""
+    return np.ascontiguousarray(matrix.reshape(groups, -1, matrix.shape[1]).transpose(0, 2, 1))
