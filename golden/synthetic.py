@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,16 @@ from dsv4_convert.checkpoint.index import INDEX_NAME
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
-from golden.archive import PARTIAL_SUFFIX
-from golden.writer import locked, write_durably
+from dsv4_convert.unfinished import folder_of, held
+from golden.writer import write_durably
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
 #: Called with (bytes done, bytes in total, name of the shard).
 Progress = Callable[[int, int, str], None]
 
+#: Every name in the folder of an unfinished checkpoint.
+_OWN = re.compile(r"config\.json|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors")
 #: Numbers that are made at once; even, so that no raw word of the stream is cut in two.
 _SLAB = 1 << 22
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -192,7 +195,7 @@ def write_checkpoint(
         progress: called after every shard.
 
     Raises:
-        UsageError: the destination exists, or a layer does not.
+        UsageError: the destination exists, a layer does not, or what another command began is beside the destination.
         ResourceError: it cannot be written, or another process does so.
     """
     if dest.exists():
@@ -214,8 +217,8 @@ def write_checkpoint(
     chosen = check_layers(config, layers)
     shards = [list(shard) for shard in _shards(config, chosen, form, seed, mtp=mtp)]
     total = sum(size for shard in shards for _, size in shard)
-    partial = dest.with_name(dest.name + PARTIAL_SUFFIX)
-    with locked(partial):
+    partial = folder_of(dest)
+    with held(partial, _OWN):
         weight_map: dict[str, str] = {}
         done = 0
         for number, shard in enumerate(shards, start=1):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,15 @@ import numpy as np
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
-from dsv4_convert.locks import lock
-from golden.archive import PARTIAL_SUFFIX, Array, Golden, differences, digest, open_golden
+from dsv4_convert.unfinished import folder_of, held
+from golden.archive import Array, Golden, differences, digest, open_golden
 from golden.files import read_array
 from golden.layout import expected_aliases
 from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 
 REQUEST_NAME = "request.json"
+#: Every name that a recording uses in its folder.
+_OWN = re.compile(r"request\.json|manifest\.json|model\.safetensors|(layer|state)-\d+\.safetensors")
 #: safetensors spelling of the dtypes that are stored.
 _SPELLING = {
     np.dtype(np.float32): "F32",
@@ -179,12 +182,13 @@ def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
     The destination has to be absent or an empty folder.
 
     Raises:
-        UsageError: something else is at the destination.
-        ResourceError: another process writes the same golden, or the folder cannot be written to.
+        UsageError: something else is at the destination, or what another command began is in the folder.
+        ResourceError: another process writes the same destination, or the folder cannot be written to.
     """
-    folder = out.with_name(out.name + PARTIAL_SUFFIX)
+    out = Path(os.path.abspath(out))
+    folder = folder_of(out)
     check_destination(out)
-    with locked(folder):
+    with held(folder, _OWN):
         check_destination(out)  # again, for a run that finished while the lock was awaited
         text = json.dumps(request.to_json(), sort_keys=True).encode()
         stored = folder / REQUEST_NAME
@@ -197,35 +201,6 @@ def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
         except OSError as error:
             raise _cannot_write(folder, error) from error
         yield GoldenWriter(folder, out, request)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create ``folder`` if needed and hold a lock on it; the system releases it if the process dies.
-
-    Raises:
-        ResourceError: another process holds it, or the folder cannot be made or locked.
-    """
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # renamed to its destination just now
-            continue
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        try:
-            if not lock(descriptor, folder):
-                raise ResourceError(f"{folder}: another process is writing it; wait for it or end it")
-            if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-                continue
-            yield
-            return
-        finally:
-            os.close(descriptor)
 
 
 def _is_complete(folder: Path, request: Request) -> bool:

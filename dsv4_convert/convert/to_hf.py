@@ -20,12 +20,11 @@ from dsv4_convert.store.arrays import Array, write_file, writing
 from dsv4_convert.store.layout import raw_bytes
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import Folder
-from dsv4_convert.store.staging import staging_area
+from dsv4_convert.store.staging import EXPORT_STATE, staging_area
 from dsv4_convert.strict_json import parse_object, shown
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
-_STATE = "export.json"
 
 #: Called with (bytes written, bytes in total, name of the shard).
 Progress = Callable[[int, int, str], None]
@@ -102,7 +101,7 @@ def orbax_to_hf(
         place.check(overwrite=False)
         if restart:
             staging.clear()
-        kept = _begin(staging.folder / _STATE, staging.commit, store, requantize=requantize)
+        kept = _begin(staging.folder / EXPORT_STATE, staging.commit, store, requantize=requantize)
         for shard, group in groups.items():
             if shard not in kept or not (staging.commit / shard).is_file():
                 checked = [_Checked(tensor, sources) for tensor in group]
@@ -110,7 +109,7 @@ def orbax_to_hf(
                 identical = sum(one.identical for one in checked)
                 kept[shard] = Written(identical, dict(emitter.fidelity.changed))
                 emitter.fidelity.changed.clear()
-                _remember(staging.folder / _STATE, store, kept, requantize=requantize)
+                _remember(staging.folder / EXPORT_STATE, store, kept, requantize=requantize)
             done += sum(tensor.nbytes for tensor in group)
             progress(done, total, shard)
         if set(groups) != {"model.safetensors"}:

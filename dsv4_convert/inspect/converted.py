@@ -14,7 +14,8 @@ from dsv4_convert.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.staging import SUFFIX, Journal, Staging, staged_bytes
+from dsv4_convert.store.staging import Journal, Staging, staged_bytes
+from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges, size
 
 
@@ -62,7 +63,7 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     arrays = [StoredArray.open(leaf) for leaf in sorted(staging.leaves.iterdir())] if staging.leaves.is_dir() else []
     done, chunks = sum(map(len, journal.chunks.values())), sum(array.layout.chunk_count for array in arrays)
     source = plan.get("fingerprint.source") or {}
-    destination = folder.with_name(folder.name.removesuffix(SUFFIX))
+    destination = destination_of(folder)
     facts = {
         "source": str(source.get("name")),
         "revision": str(source.get("revision") or "not recorded"),

@@ -15,8 +15,8 @@ from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.staging import SUFFIX
-from golden.archive import PARTIAL_SUFFIX, open_golden
+from dsv4_convert.unfinished import folder_of
+from golden.archive import open_golden
 from golden.manifest import MANIFEST_NAME
 from golden.writer import REQUEST_NAME
 
@@ -55,9 +55,8 @@ def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: Non
         return _file(path)
     if path.is_dir():
         return _folder(path, say)
-    for suffix in {SUFFIX, PARTIAL_SUFFIX}:
-        if (partial := path.with_name(path.name + suffix)).is_dir():
-            return _folder(partial, say)
+    if (partial := folder_of(path)).is_dir():
+        return _folder(partial, say)
     say("reading headers")
     with open_source(place, revision=revision) as checkpoint:
         return inspect_opened(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges
-from golden.archive import PARTIAL_SUFFIX, Golden
+from golden.archive import Golden
 from golden.compact import is_kept_part
 from golden.manifest import Reference, Request, Source, layer_file
 from golden.noise import RUN_DTYPES, is_noise
@@ -81,7 +82,7 @@ def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
         "stored": f"{len(finished)} of {len(request.layers)} layers",
         "resumable": "yes: the same command goes on",
     }
-    destination = folder.with_name(folder.name.removesuffix(PARTIAL_SUFFIX))
+    destination = destination_of(folder)
     return Inspection(
         what=What.RECORDING,
         place=place,

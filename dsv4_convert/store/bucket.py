@@ -29,7 +29,8 @@ from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata, writing
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
 from dsv4_convert.store.places import AnyPath, ChunkWriter, timed_writes
-from dsv4_convert.store.staging import SUFFIX, Journal
+from dsv4_convert.store.staging import Journal
+from dsv4_convert.unfinished import SUFFIX
 
 _SCHEME = "gs://"
 #: Written last, in this order.

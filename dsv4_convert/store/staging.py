@@ -11,12 +11,14 @@
 
 A kill at any moment leaves one of these states, and :func:`staging_area` and :meth:`Staging.prepare` lead every one of
 them back to "the chunks of the journal in ``leaves/``". Only a rename makes the destination appear.
+An export uses the same folder: its shards grow in ``commit``, and ``export.json`` is its journal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,8 +32,12 @@ from dsv4_convert.locks import lock as locked
 from dsv4_convert.store.arrays import Compression, StoredArray, create_array, sync, write_file, writing
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, ArrayLayout, Index, chunk_file, is_digest
 from dsv4_convert.strict_json import parse_object, shown
+from dsv4_convert.unfinished import LOCK_NAME, busy, folder_of, held, is_open
 
-SUFFIX = ".dsv4-partial"
+#: The journal of an export.
+EXPORT_STATE = "export.json"
+#: Every name that conversions and exports use in the folder.
+_OWN = re.compile(r"lock|journal.*\.jsonl|journal\.new|leaves|commit.*|replaced|export\.json|export\.new")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Staging:
     @classmethod
     def beside(cls, destination: Path) -> Self:
         """The staging folder that belongs to ``destination``, whether it exists or not."""
-        return cls(destination.with_name(destination.name + SUFFIX))
+        return cls(folder_of(destination))
 
     @property
     def leaves(self) -> Path:
@@ -65,9 +71,15 @@ class Staging:
         """Make a folder for every leaf, and journal and folders agree, whatever an interrupted run left.
 
         Raises:
-            UsageError, BadInput: as :meth:`Journal.open`.
+            UsageError: an unfinished export is here; or as :meth:`Journal.open`.
+            BadInput: as :meth:`Journal.open`.
             ResourceError: the disk is full or failing.
         """
+        if os.path.lexists(self.folder / EXPORT_STATE):
+            raise UsageError(
+                f"{self.folder}: an unfinished export is here ({EXPORT_STATE}). Finish it with the same `dsv4 convert "
+                "orbax-to-hf`, choose another destination, or --restart to discard it."
+            )
         journal = Journal.open(self.folder, plan=plan)
         self._take_back_leaves()
         chunks: dict[str, dict[Index, str]] = {}
@@ -117,7 +129,7 @@ class Staging:
         """Discard everything but the lock."""
         with writing(self.folder):
             for entry in self.folder.iterdir():
-                if entry.name == "lock":
+                if entry.name == LOCK_NAME:
                     continue
                 if entry.is_dir():
                     shutil.rmtree(entry)
@@ -127,7 +139,7 @@ class Staging:
     def remove_if_empty(self) -> None:
         """Remove the folder if nothing but the lock is in it, and if that is possible: it does no harm."""
         with suppress(OSError):
-            if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
+            if [entry.name for entry in self.folder.iterdir()] == [LOCK_NAME]:
                 shutil.rmtree(self.folder)
 
     def undo_half_publishing(self, destination: Path) -> None:
@@ -172,49 +184,37 @@ def _folders(parent: Path) -> list[str]:
 
 @contextmanager
 def staging_area(destination: Path) -> Iterator[Staging]:
-    """Create or reopen the staging folder of ``destination`` and hold its lock.
+    """Create or reopen the staging folder of ``destination`` and hold its locks.
 
     Raises:
+        UsageError: something else is in the folder, such as an unfinished recording.
         ResourceError: another process holds the lock, or the folder cannot be created.
     """
     staging = Staging.beside(destination)
-    lock = staging.folder / "lock"
+    lock = staging.folder / LOCK_NAME
     while True:
-        with writing(staging.folder):
-            staging.folder.mkdir(parents=True, exist_ok=True)
-        with writing(lock):
-            try:
-                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # the other writer finished and removed the folder just now
-                continue
-        try:
-            if not locked(descriptor, lock):
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise ResourceError(
-                    f"{destination}: another process (pid {holder}) is writing it and holds {lock}. "
-                    "Wait for it, or end it and run the same command again."
-                )
-            if not _is_open_file(descriptor, lock):
-                continue
+        with held(staging.folder, _OWN, locks_a_file=True):
             with writing(lock):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            staging.undo_half_publishing(destination)
+                try:
+                    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                except FileNotFoundError:  # the other writer finished and removed the folder just now
+                    continue
             try:
-                yield staging
+                if not locked(descriptor, lock):
+                    raise busy(staging.folder)
+                if not is_open(descriptor, lock):
+                    continue
+                with writing(lock):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                staging.undo_half_publishing(destination)
+                try:
+                    yield staging
+                finally:
+                    staging.remove_if_empty()
+                return
             finally:
-                staging.remove_if_empty()
-            return
-        finally:
-            os.close(descriptor)
-
-
-def _is_open_file(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still is the file that was locked; not so if its holder finished and removed it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+                os.close(descriptor)
 
 
 @dataclass

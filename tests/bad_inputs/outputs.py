@@ -59,12 +59,28 @@ def _finished(place: Place) -> None:
 
 
 def _junk(place: Place) -> None:
-    """What an interrupted save of Orbax alone leaves, and a file of somebody else's in our own folder."""
+    """What an interrupted save of Orbax alone leaves."""
     junk = place.root / "dest.orbax-checkpoint-tmp-17"
     junk.mkdir()
     (junk / "_METADATA").write_text("{}")
-    (place.root / "dest.dsv4-partial").mkdir()
-    (place.root / "dest.dsv4-partial" / "junk").write_bytes(b"x")
+
+
+def _unfinished(*names: str) -> Callable[[Place], None]:
+    """What another command leaves when it is interrupted."""
+
+    def edit(place: Place) -> None:
+        folder = place.root / "dest.dsv4-partial"
+        folder.mkdir()
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"x")
+
+    return edit
+
+
+def _is_there(place: Place) -> None:
+    files = [file for file in (place.root / "dest.dsv4-partial").rglob("*") if file.is_file() and file.name != "lock"]
+    assert files and {file.read_bytes() for file in files} == {b"x"}
 
 
 def _damaged_journal(place: Place) -> None:
@@ -136,7 +152,8 @@ def _times(seconds: float) -> Callable[[Place], None]:
     return edit
 
 
-_MINE = "exists already"
+MAKE: Words = ("golden", "make-checkpoint", "{dest}")
+COMPACT: Words = ("golden", "compact", "{golden}", "--out", "{dest}")
 
 OUTPUTS: tuple[Case, ...] = (
     *(
@@ -178,8 +195,37 @@ OUTPUTS: tuple[Case, ...] = (
         by=((*CONVERT, "--overwrite"),),
         after=equals_healthy,
     ),
-    accepted(
-        "O03", "left over: an interrupted save of Orbax, and junk among our own files", edit=_junk, after=equals_healthy
+    accepted("O03", "left over: an interrupted save of Orbax", edit=_junk, after=equals_healthy),
+    *(
+        refused(
+            "O03",
+            f"left over: {what}",
+            "{root}/dest.dsv4-partial: what this command did not write is here",
+            name,
+            "Choose another destination, finish it with the command that began it, or remove the folder",
+            code=2,
+            edit=_unfinished(name),
+            by=by,
+            after=_is_there,
+            resumed=True,
+        )
+        for what, name, by in (
+            ("a file of somebody else's", "notes.txt", (CONVERT, EXPORT, MAKE, COMPACT)),
+            ("a recording", "layer-00000.safetensors", (MAKE, CONVERT, EXPORT)),
+            ("a random checkpoint", "model-00001-of-00002.safetensors", (COMPACT, CONVERT, EXPORT)),
+            ("a conversion", "journal.jsonl", (MAKE, COMPACT)),
+            ("an export", "export.json", (MAKE, COMPACT)),
+        )
+    ),
+    refused(
+        "O03",
+        "left over: an export, where a conversion goes",
+        "{root}/dest.dsv4-partial: an unfinished export is here",
+        "--restart to discard it",
+        code=2,
+        edit=_unfinished("export.json", "commit/model.safetensors"),
+        after=_is_there,
+        resumed=True,
     ),
     refused(
         "O03",

@@ -527,23 +527,24 @@ def test_a_destination_that_appears_before_the_lock_is_held_is_not_replaced(
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("during", [1, 2], ids=["folder", "file"])
 def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: int
 ) -> None:
-    """The other writer finishes, and removes its folder, between our opening of the lock file and our locking it."""
+    """The other writer finishes, and removes its folder, between our opening of folder or file and our locking it."""
     destination = tmp_path / "checkpoint"
     flock = fcntl.flock
     locked: list[int] = []
 
     def remove_first(descriptor: int, operation: int) -> None:
-        if not locked:
-            shutil.rmtree(partial(destination))
         locked.append(descriptor)
+        if len(locked) == during:
+            shutil.rmtree(partial(destination))
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
     with staging.staging_area(destination):
-        assert len(locked) == 2
+        assert len(locked) == during + 2
         with pytest.raises(ResourceError), staging.staging_area(destination):
             pass
     assert not partial(destination).exists()
