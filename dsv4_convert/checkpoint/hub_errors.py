@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
+from dsv4_convert.checkpoint.hub_health import endpoint, misconfigured
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 
 _TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth login`"
@@ -37,7 +38,7 @@ def hub_errors(repo_id: str, revision: str, folder: Path | None = None) -> Itera
     Raises:
         BadInput: the repository, revision or file does not exist, or may not be read.
         ResourceError: network, Hub or disk fail.
-        UsageError: not the name of a repository.
+        UsageError: not the name of a repository, or a proxy or endpoint that the client cannot use.
     """
     try:
         yield
@@ -76,11 +77,13 @@ def _quotes_a_header(error: BaseException | None) -> bool:
 def _translated(error: BaseException, repo_id: str, revision: str, folder: Path | None) -> Dsv4Error | None:
     """The error in our words; None for what the client does not raise on purpose."""
     what = f"{repo_id} at {revision}"
+    if (reason := misconfigured(error)) is not None:
+        return UsageError(f"{what}: {reason}; set it right, and run the same command again")
     match error:
         case HFValidationError():
             return UsageError(f"{repo_id!r} is not a repository name; expected ORG/NAME, or a folder that exists")
         case GatedRepoError():
-            page = f"{constants.ENDPOINT}/{repo_id}"
+            page = f"{endpoint()}/{repo_id}"
             return BadInput(f"{repo_id}: access is gated; accept its terms at {page}, then {_TOKEN_HELP}")
         case RepositoryNotFoundError():
             return BadInput(f"{repo_id}: no such repository, or a private one; check the name, or {_TOKEN_HELP}")
@@ -96,12 +99,12 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
         case LocalEntryNotFoundError() | RevisionResolutionError() | ValueError() if error.__cause__ is not None:
             return _translated(error.__cause__, repo_id, revision, folder)  # what kept the client from asking the Hub
         case FileMetadataError():
-            return ResourceError(f"{what}: {constants.ENDPOINT} does not answer like the Hub; check HF_ENDPOINT")
+            return ResourceError(f"{what}: {endpoint()} does not answer like the Hub; check HF_ENDPOINT")
         case httpx2.HTTPError():
             # Of these only connection errors carry a text that is safe to show: the system's.
             reason = str(error) if isinstance(error, httpx2.ConnectError) else type(error).__name__
             return ResourceError(
-                f"{what}: {constants.ENDPOINT} cannot be reached ({reason}); check network, proxy and HF_ENDPOINT, "
+                f"{what}: {endpoint()} cannot be reached ({reason}); check network, proxy and HF_ENDPOINT, "
                 "then run the same command again: finished files are kept"
             )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import httpx2
@@ -14,8 +15,8 @@ def cache_folder() -> Path:
 
 
 def endpoint() -> str:
-    """The Hub that is asked."""
-    return constants.ENDPOINT
+    """The Hub that is asked, without the user and the password that its URL may hold: for people."""
+    return re.sub(r"//.*@", "//", constants.ENDPOINT)
 
 
 def has_token() -> bool:
@@ -31,4 +32,22 @@ def unreachable(timeout: float) -> str | None:
         httpx2.head(constants.ENDPOINT, timeout=timeout)
     except httpx2.HTTPError as error:
         return str(error) or type(error).__name__
+    except OSError as error:  # it names no file, and looks for no other one
+        return f"{error.strerror or error}; check SSL_CERT_FILE and SSL_CERT_DIR"
+    except (httpx2.InvalidURL, ValueError, ImportError) as error:
+        return misconfigured(error) or f"the client cannot ask ({type(error).__name__})"
+    return None
+
+
+def misconfigured(error: BaseException) -> str | None:
+    """What in the environment keeps the client from asking at all; None where ``error`` is something else.
+
+    No value is quoted, as the URLs of proxies hold passwords.
+    """
+    if isinstance(error, httpx2.InvalidURL):
+        return "HF_ENDPOINT, or the proxy in HTTPS_PROXY or ALL_PROXY, is not a URL"
+    if type(error) is ValueError and "proxy" in str(error):
+        return "the proxy in HTTPS_PROXY or ALL_PROXY is of a kind that the client does not know"
+    if isinstance(error, ImportError) and "socksio" in str(error):
+        return "the SOCKS proxy in HTTPS_PROXY or ALL_PROXY needs the package socksio, which is not installed"
     return None

@@ -50,6 +50,8 @@ def examine(*, offline: bool = False, say: Callable[[str], None] = lambda _: Non
             findings += check()
         except ImportError as error:  # a package that the check itself needs
             findings.append(_unloadable(title, error))
+        except OSError as error:
+            findings.append(_refused(title, error))
     return Diagnosis(tuple(findings))
 
 
@@ -60,6 +62,17 @@ def _unloadable(check: str, error: ImportError) -> Finding:
         found=str(error),
         way_out="python -m pip install --force-reinstall dsv4, in a new environment",
         core=True,
+    )
+
+
+def _refused(check: str, error: OSError, commands: str = "all") -> Finding:
+    """What the system does not even let us look at."""
+    return Finding(
+        check=check,
+        state=State.MISSING,
+        found=f"cannot be looked at: {error.strerror or error}",
+        commands=commands,
+        way_out=f"check the path {error.filename}" if error.filename else "check the paths that the environment names",
     )
 
 
@@ -144,7 +157,10 @@ def _memory() -> int | None:
 
 
 def _disk(check: str, folder: Path, commands: str) -> Finding:
-    free = free_bytes(folder)
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        return _refused(check, error, commands)
     enough = free >= _LEAST_DISK
     return Finding(
         check=check,
@@ -160,7 +176,7 @@ def _hub(*, offline: bool) -> Iterator[Finding]:
 
     folder = hub_health.cache_folder()
     yield _disk("disk, Hub", folder, _DOWNLOADING)
-    writable = os.access(nearest_folder(folder), os.W_OK)
+    writable = _writable(folder)
     yield Finding(
         check="Hub cache",
         state=State.OK if writable else State.MISSING,
@@ -183,6 +199,13 @@ def _hub(*, offline: bool) -> Iterator[Finding]:
         commands=_DOWNLOADING,
         way_out=None if reason is None or offline else "check the network and HTTPS_PROXY; local folders work without",
     )
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        return os.access(nearest_folder(folder), os.W_OK)
+    except OSError:
+        return False
 
 
 def _kernels() -> Iterator[Finding]:

@@ -147,6 +147,15 @@ def _offline(place: Place) -> Iterator[None]:
 
 
 @contextmanager
+def _with_password(place: Place) -> Iterator[None]:
+    """The address of the Hub holds an access token, as a password."""
+    from huggingface_hub import constants
+
+    with patch.object(constants, "ENDPOINT", constants.ENDPOINT.replace("//", f"//me:{TOKEN}@")):
+        yield
+
+
+@contextmanager
 def _full_disk(place: Place) -> Iterator[None]:
     usage = shutil.disk_usage(place.root)._replace(free=10_000)
     with patch.object(shutil, "disk_usage", lambda path: usage), warnings.catch_warnings():
@@ -469,6 +478,24 @@ NETWORK: tuple[Case, ...] = (
         edit=_served(_set(required_token=TOKEN, moved={"acme/former": REPO})),
         by=(("convert", "hf-to-orbax", "acme/former", "{dest}"),),
         after=equals_healthy,
+    ),
+    refused(
+        "N08",
+        "a password in HF_ENDPOINT, of a Hub that does not answer",
+        f"{REPO} at main: http://127.0.0.1:",
+        "cannot be reached",
+        code=4,
+        edit=_served(lambda hub: hub.close()),
+        during=_with_password,
+        by=(DOWNLOAD, FROM_HUB),
+    ),
+    refused(
+        "N08",
+        "a password in HF_ENDPOINT, of a repository that is gated",
+        f"{REPO}: access is gated; accept its terms at http://127.0.0.1:",
+        edit=_served(_set(required_token="hf_other", gated=True)),
+        during=_with_password,
+        by=(DOWNLOAD, FROM_HUB),
     ),
     Case(id="N08", what="all messages of the client, and all files", steps=(), edit=_everything_said, slow=True),
     *(

@@ -158,3 +158,42 @@ def test_machines_that_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found(diagnosis, check).state is State.WARN
         assert way_out in str(found(diagnosis, check).way_out)
     assert diagnosis.healthy
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HTTPS_PROXY", "foo://me:secret@proxy", "of a kind that the client does not know"),
+        ("HTTPS_PROXY", "http://me:sec/ret@proxy", "is not a URL"),
+        ("SSL_CERT_FILE", "/nope", "SSL_CERT_FILE"),
+    ],
+)
+def test_what_keeps_the_hub_client_from_asking_is_said(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub_health.constants, "ENDPOINT", "https://me:secret@127.0.0.1:9")
+    monkeypatch.setattr(hub_health.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv(variable, value)
+    hub = next(finding for finding in checks._hub(offline=False) if finding.check == "Hub")
+    assert hub.state is State.WARN
+    assert hub.found.startswith("https://127.0.0.1:9: ")
+    assert said in hub.found
+    assert "sec" not in hub.found
+
+
+def test_a_proxy_whose_package_is_missing() -> None:
+    error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+    assert "socksio" in str(hub_health.misconfigured(error))
+    assert hub_health.misconfigured(ImportError("another")) is None
+    assert hub_health.misconfigured(ValueError("another")) is None
+
+
+def test_a_cache_folder_that_the_system_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_health.constants, "HF_HUB_CACHE", "/tmp/" + "x" * 300)
+    said = {finding.check: finding for finding in checks._hub(offline=True)}
+    assert (said["disk, Hub"].state, said["Hub cache"].state) == (State.MISSING, State.MISSING)
+    assert "File name too long" in said["disk, Hub"].found
+    assert not said["disk, Hub"].core
+    assert "Hub token" in said
