@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from dsv4_convert.cli.destination import write_text
+from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.units import size
 
@@ -38,6 +38,8 @@ _LINE_EVERY, _LOG_EVERY = 2.0, 30.0
 #: The exit code of a bug is that of any uncaught exception of Python.
 _BUG = 1
 
+#: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
+_LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
 
@@ -141,6 +143,8 @@ def say_error(text: str) -> None:
 def reported(command: Callable[P, R]) -> Callable[P, R]:
     """Turn our errors into one message on stderr and the exit code of their class; no traceback but for a bug.
 
+    Where ``--json`` could not be written is told before the work.
+
     So it is with what the system refuses at a place where nobody expected it, and with SIGINT and SIGTERM, which both
     end in 130: interrupted and resumable.
     """
@@ -149,6 +153,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             with _terminable():
+                if kwargs.get("coordinator") is None:  # of several processes one writes, and tells the others
+                    check_json(kwargs.get("json"))
                 return command(*args, **kwargs)
         except Dsv4Error as error:
             say_error(str(error))
@@ -214,7 +220,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         bounds = [first, last] if dash else [first]
-        if not all(bound.isascii() and bound.isdecimal() for bound in bounds) or int(bounds[-1]) < int(bounds[0]):
+        if not all(re.fullmatch(_LAYER, bound) for bound in bounds) or int(bounds[-1]) < int(bounds[0]):
             raise UsageError(f"layers {text!r}: expected numbers and ranges such as 12, 0-3 or 0,4-6, or all")
         layers.update(range(int(bounds[0]), int(bounds[-1]) + 1))
     return tuple(sorted(layers))
@@ -230,15 +236,20 @@ def parse_choice(option: str, text: str, allowed: Iterable[str]) -> Any:
 
 def parse_bytes(option: str, text: str) -> int:
     """``"800MiB"``, ``"1.5 GB"`` or a plain number of bytes. Raises :class:`UsageError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
     if match is None or not float(match[1]):
         raise UsageError(f"{option} {text}: expected a size such as 800MiB, 4GiB or 4GB")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
+def check_json(target: Any) -> None:
+    """Raise :class:`UsageError` where ``--json`` names what could not be written."""
+    check_destination("--json", None if target == "-" else target)
+
+
 def write_json(document: Any, target: str | None) -> None:
-    """Write ``document`` where ``--json`` says; nothing for None."""
+    """Write ``document`` where ``--json`` says; nothing for None. Raises :class:`ResourceError` if that fails."""
     if target is None:
         return
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

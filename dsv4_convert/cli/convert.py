@@ -16,6 +16,7 @@ from dsv4_convert.cli.common import (
     Json,
     NumProcesses,
     ProcessId,
+    check_json,
     console,
     join_processes,
     one_of,
@@ -114,7 +115,9 @@ def hf_to_orbax(
     processes = join_processes(coordinator, num_processes, process_id)
     if discard_source and processes.count > 1:
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
-    with ExitStack() as held:
+    with processes.together(), ExitStack() as held:
+        if processes.first and coordinator is not None:
+            check_json(json)
         document: dict[str, object] = {}
         with status("plan") as say:
             say("reading headers")

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import ResourceError, UsageError
 
 
 def check_destination(option: str, target: str | Path | None) -> None:
@@ -31,25 +31,27 @@ def write_text(option: str, target: str | Path, text: str) -> None:
     """Write a file whole or not at all: beside its place first, then renamed. What is no plain file is written to.
 
     Raises:
-        UsageError: it cannot be written.
+        ResourceError: it cannot be written.
     """
-    path = Path(os.path.realpath(target))
+    path = Path(target)
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # as it was given: a pipe behind /dev/stdout has no other path
             path.write_text(text, encoding="utf-8")
         else:
-            _replace(path, text)
+            _replace(Path(os.path.realpath(path)), text)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise _unwritable(option, target, error.strerror or str(error)) from None
+        raise _refused(option, target, error) from error
 
 
 def append_text(option: str, target: str | Path, text: str) -> None:
-    """Write at the end of a file that others write to, too. Raises :class:`UsageError` if it cannot be written."""
+    """Write at the end of a file that others write to, too. Raises :class:`ResourceError` if it cannot be written."""
     try:
         with open(target, "a", encoding="utf-8") as stream:
             stream.write(text)
     except OSError as error:
-        raise _unwritable(option, target, error.strerror or str(error)) from None
+        raise _refused(option, target, error) from error
 
 
 def _replace(path: Path, text: str) -> None:
@@ -70,6 +72,13 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def _refused(option: str, target: str | Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{option} {target}: cannot be written ({error.strerror or error}); make room or choose another file, then run "
+        "the same command again"
+    )
 
 
 def _unwritable(option: str, target: str | Path, why: str) -> UsageError:

@@ -49,13 +49,12 @@ class Outputs:
     page: Path | None
 
     def check(self) -> None:
-        """Raises :class:`UsageError` for a file that could not be written, before the work is done."""
-        check_destination("--json", None if self.json == "-" else self.json)
+        """Raises :class:`UsageError` for a page or JUnit file that could not be written, before the work is done."""
         check_destination("--junit", self.junit)
         check_destination("--report", self.page)
 
     def write(self, report: Report, *, every_tap: bool, explained: bool, decode: Callable[[int], str]) -> None:
-        """Write a report wherever it is wanted. Raises :class:`UsageError` for a file that cannot be written."""
+        """Write a report wherever it is wanted. Raises :class:`ResourceError` for a file that cannot be written."""
         from parity.explain import verdict
         from parity.render import render
 

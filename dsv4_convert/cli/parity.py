@@ -14,6 +14,7 @@ from dsv4_convert.cli.common import (
     NumProcesses,
     Platform,
     ProcessId,
+    check_json,
     complete_taps,
     join_processes,
     one_of,
@@ -161,6 +162,8 @@ def parity(
     with processes.together():
         check_platform(platform)
         if processes.first:
+            if coordinator is not None:
+                check_json(json)
             outputs.check()
         decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_parse_layers() -> None:
     assert parse_layers("0-3,7,2") == (0, 1, 2, 3, 7)
     assert parse_layers(" 12 ") == (12,)
     assert parse_layers("all") is None
-    for wrong in ("", "a", "-1", "3-", "1,,2", "１"):
+    for wrong in ("", "a", "-1", "3-", "1,,2", "１", "0-99999999999", "9" * 5000):
         with pytest.raises(UsageError):
             parse_layers(wrong)
 
@@ -228,3 +229,35 @@ def test_an_interrupt_says_how_to_go_on(hf: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(convert, "carry_out", interrupted)
     _, err = dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax", exit_code=130)
     assert "same command" in err
+
+
+def test_json_goes_to_a_pipe(tmp_path: Path) -> None:
+    """Behind /dev/stdout and what the shell makes of ``>(command)`` there is no path."""
+    read, write = os.pipe()
+    dsv4("names", "layers.3.attn.wq_a", "--json", f"/dev/fd/{write}")
+    os.close(write)
+    with open(read, encoding="utf-8") as stream:
+        assert json.load(stream)["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "hf-to-orbax", "{none}", "{none}"),
+        ("convert", "orbax-to-hf", "{none}", "{none}"),
+        ("golden", "show", "{none}"),
+        ("names",),
+        ("doctor", "--offline"),
+    ],
+    ids=" ".join,
+)
+def test_where_json_cannot_go_is_told_before_the_work(tmp_path: Path, words: tuple[str, ...]) -> None:
+    given = [word.format(none=tmp_path / "none") for word in words]
+    out, err = dsv4(*given, "--json", tmp_path / "gone" / "x.json", exit_code=2)
+    assert f"--json {tmp_path / 'gone' / 'x.json'}: cannot be written (there is no folder" in err
+    assert not out
+
+
+def test_a_disk_that_refuses_a_result_is_a_matter_of_resources(tmp_path: Path) -> None:
+    _, err = dsv4("names", "head", "--json", "/dev/full", exit_code=4)
+    assert "--json /dev/full: cannot be written (No space left on device)" in err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from typer.testing import CliRunner
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app, progress
 from dsv4_convert.cli.common import parse_bytes
 from dsv4_convert.convert import Advance
-from dsv4_convert.errors import UsageError
-from dsv4_convert.store import open_store
+from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.store import Processes, open_store
+from dsv4_convert.store.processes import KeyValues
 from golden.synthetic import tiny_config, write_checkpoint
 
 
@@ -98,6 +101,12 @@ def test_sizes(text: str, nbytes: int) -> None:
         parse_bytes("--max-memory", text + "x")
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GiB", "0", ""])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a size"):
+        parse_bytes("--max-memory", text)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
@@ -140,3 +149,21 @@ def test_lines_of_json_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59, "59 s"), (61, "0:01:01"), (3661.4, "1:01:01")])
 def test_durations(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+def test_what_fails_before_the_first_step_is_told_to_the_other_processes(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, str] = {}
+    service = SimpleNamespace(key_value_set=told.__setitem__)
+    joined = Processes(index=0, count=2, service=cast(KeyValues, service))
+    monkeypatch.setattr("dsv4_convert.cli.convert.join_processes", lambda *_: joined)
+
+    def full(*_: object, **__: object) -> None:
+        raise ResourceError("the disk is full")
+
+    monkeypatch.setattr("dsv4_convert.convert.estimate", full)
+    convert(hf, tmp_path / "orbax", exit_code=4)
+    assert list(told.values()) == ["ResourceError: the disk is full"]
+    convert(hf, tmp_path / "orbax", "--coordinator", "auto", "--json", tmp_path / "no" / "x", exit_code=2)
+    assert "there is no folder" in list(told.values())[-1]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
 from dsv4_convert.cli.destination import check_destination, write_text
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.taps import is_state
 from golden.archive import Form, open_golden
@@ -334,7 +334,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target.chmod(0o640)
     with (
         patch("os.replace", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(UsageError, match="No space"),
+        pytest.raises(ResourceError, match="No space"),  # of the disk, where what was asked for was right
     ):
         write_text("--report", target, "new")
     assert [file.name for file in tmp_path.iterdir()] == ["x.html"]
