@@ -85,8 +85,9 @@ def download(
     )
     _check_disk(plan)
     if not plan.offline:
-        with hub_errors(repo_id, plan.revision, plan.folder), _held(local_dir):
-            _fetch(plan, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force, progress=progress)
+        local = None if local_dir is None else plan.folder
+        with hub_errors(repo_id, plan.revision, plan.folder), _held(local):
+            _fetch(plan, cache_dir=cache_dir, local_dir=local, token=token, force=force, progress=progress)
     unverified = tuple(file.name for file in plan.files if file.oid is None or not verify)
     if verify:
         verify_download(plan, progress=progress)
@@ -141,12 +142,12 @@ def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> 
 
 
 @contextmanager
-def _held(local_dir: Path | str | None) -> Iterator[None]:
+def _held(local_dir: Path | None) -> Iterator[None]:
     """Keep others from downloading to the same folder. Those that share the Hub's cache wait for each other there."""
     if local_dir is None:
         yield
         return
-    file = Path(local_dir) / ".cache" / "huggingface" / "dsv4.lock"
+    file = local_dir / ".cache" / "huggingface" / "dsv4.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -175,7 +176,7 @@ def _fetch(
     plan: DownloadPlan,
     *,
     cache_dir: Path | str | None,
-    local_dir: Path | str | None,
+    local_dir: Path | None,
     token: str | None,
     force: bool,
     progress: Progress | None,

@@ -509,3 +509,15 @@ def test_plan_is_a_value() -> None:
     """What the command line prints adds up without anything on disk."""
     plan = DownloadPlan(repo_id=REPO, revision=FIRST, folder=Path("x"), files=(), offline=False)
     assert plan.total_bytes == plan.to_download_bytes == 0
+
+
+def test_a_folder_in_the_home_is_held_where_it_is(
+    served: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = download(REPO, local_dir="~/here", want=layer(0))
+    assert result.path == tmp_path / "here"
+    assert (tmp_path / "here" / ".cache" / "huggingface" / "dsv4.lock").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
