@@ -145,18 +145,26 @@ def _scratch(parent: Path) -> Iterator[Path]:
                 shutil.rmtree(left)
     with ExitStack() as opened:
         folder = None
-        while folder is None or not folder.exists():  # another process may take it for left, before it is locked
+        while folder is None:
             with writing(parent):
-                folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-            with writing(folder), suppress(FileNotFoundError):
-                descriptor = opened.enter_context(_open_folder(folder))
-                with suppress(ResourceError):  # where there are no locks nothing is removed either
-                    lock(descriptor, folder)
+                made = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+            with writing(made), suppress(FileNotFoundError):
+                descriptor = opened.enter_context(_open_folder(made))
+                # Another process may take it for left before it is locked, and hold it to remove it, or have done so.
+                if _ours(descriptor, made) and made.exists():
+                    folder = made
         try:
             yield folder
         finally:
             with writing(folder):
                 shutil.rmtree(folder)
+
+
+def _ours(descriptor: int, folder: Path) -> bool:
+    try:
+        return lock(descriptor, folder)
+    except ResourceError:  # where there are no locks nothing is removed either
+        return True
 
 
 @contextmanager

@@ -550,6 +550,26 @@ def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(
     assert not partial(destination).exists()
 
 
+def test_a_folder_for_a_moment_that_another_process_holds_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its locking another process may take it for left, and be about to remove it."""
+    flock = fcntl.flock
+    held: list[Path] = []
+
+    def taken_once(descriptor: int, operation: int) -> None:
+        if not held:
+            held.extend(tmp_path.iterdir())
+            raise BlockingIOError
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", taken_once)
+    with places._scratch(tmp_path) as folder:
+        assert folder.is_dir()
+        assert folder not in held
+    assert list(tmp_path.iterdir()) == held
+
+
 # What is refused
 
 
