@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.table import Table
+from typer import rich_utils
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app, common
@@ -183,7 +184,10 @@ def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exc
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str) -> None:
+def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What typer takes from GITHUB_ACTIONS and others when it is imported, and would put codes between the letters.
+    monkeypatch.setattr(rich_utils, "COLOR_SYSTEM", None)
+    monkeypatch.setattr(rich_utils, "FORCE_TERMINAL", False)
     config = ROOT / "tests" / "data" / "configs" / "DeepSeek-V4-Flash.json"
     result = CliRunner().invoke(app, [word.format(config=config, hf=GOLDEN) for word in arguments])
     assert result.exit_code == 2
