@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from dsv4_convert.errors import BadInput
 
+#: No document of ours comes near; what writes or digests one again ends at some more.
+_MAX_DEPTH = 200
 #: A lone surrogate can come from an escape alone, as bytes that are not UTF-8 are refused.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -20,8 +22,8 @@ def parse_object(
     """Parse UTF-8 JSON whose root is an object.
 
     Refused beyond what the standard library refuses: duplicate keys (readers disagree on which one counts),
-    ``NaN`` and ``Infinity`` (not JSON) and numbers beyond float64 unless ``infinite``, half of a surrogate pair, and
-    anything but UTF-8.
+    ``NaN`` and ``Infinity`` (not JSON) and numbers beyond float64 unless ``infinite``, half of a surrogate pair, more
+    than 200 levels, and anything but UTF-8.
 
     Raises:
         BadInput: naming ``where`` and what was found.
@@ -60,14 +62,30 @@ def parse_object(
     except json.JSONDecodeError as error:
         raise BadInput(f"{where}: not JSON ({error}); the file is damaged, download it again") from None
     except RecursionError:
-        raise BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile") from None
+        raise _too_deep(where) from None
     except ValueError as error:  # an integer of thousands of digits, or one that parse_int refuses
         raise BadInput(f"{where}: {error}") from None
     if not isinstance(parsed, dict):
         raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
+    if _is_deep(parsed):
+        raise _too_deep(where)
     if _SURROGATE.search(text) and not _is_unicode(parsed):
         raise BadInput(f"{where}: not valid Unicode: half of a surrogate pair; the file is damaged, download it again")
     return parsed
+
+
+def _is_deep(document: Mapping[str, Any]) -> bool:
+    level: list[Any] = [document]
+    for _ in range(_MAX_DEPTH):
+        below = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+        level = [value for value in below if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _too_deep(where: str) -> BadInput:
+    return BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile")
 
 
 def _is_unicode(document: Mapping[str, Any]) -> bool:

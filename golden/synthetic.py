@@ -25,6 +25,7 @@ import numpy as np
 
 from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.checkpoint.index import INDEX_NAME
+from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
@@ -165,8 +166,14 @@ def make_checkpoint(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> int:
-    """:func:`write_checkpoint` for a config file, or the demo's. Raises :class:`UsageError` for an unknown form."""
-    raw = tiny_config() if config is None else json.loads(config.read_text(encoding="utf-8"))
+    """:func:`write_checkpoint` for a config file, or the demo's.
+
+    Raises:
+        BadInput: the config file is missing, no JSON, or not one that dsv4 knows.
+        UsageError: an unknown form; or as :func:`write_checkpoint`.
+        ResourceError: as :func:`write_checkpoint`.
+    """
+    raw = tiny_config() if config is None else read_object(config)
     if form not in ("fp4", "fp8", "bf16"):
         raise UsageError(f"--form {form}: expected fp4, fp8 or bf16")
     return write_checkpoint(dest, raw, seed=seed, form=form, layers=layers, progress=progress)  # type: ignore[arg-type]

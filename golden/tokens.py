@@ -147,8 +147,10 @@ def check_tokens(tokens: np.ndarray[Any, Any], *, vocab_size: int, max_length: i
 def _from_text(text: str, where: str) -> object:
     if "[" in text:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return json.loads(text)  # lists of numbers, in which there is nothing to understand differently
+        except RecursionError:
+            raise UsageError(f"{where}: JSON nested too deeply; expected rows of token ids") from None
+        except ValueError as error:
             raise UsageError(f"{where}: not JSON ({error})") from None
     try:
         lines = [line for line in text.splitlines() if line.strip()]

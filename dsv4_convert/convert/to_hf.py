@@ -17,11 +17,11 @@ from dsv4_convert.convert.storage import Storage
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array, write_file, writing
+from dsv4_convert.store.export_state import Written, read_export_state, write_export_state
 from dsv4_convert.store.layout import raw_bytes
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import Folder
 from dsv4_convert.store.staging import EXPORT_STATE, staging_area
-from dsv4_convert.strict_json import parse_object, shown
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -109,7 +109,7 @@ def orbax_to_hf(
                 identical = sum(one.identical for one in checked)
                 kept[shard] = Written(identical, dict(emitter.fidelity.changed))
                 emitter.fidelity.changed.clear()
-                _remember(staging.folder / EXPORT_STATE, store, kept, requantize=requantize)
+                write_export_state(staging.folder / EXPORT_STATE, _identity(store, requantize=requantize), kept)
             done += sum(tensor.nbytes for tensor in group)
             progress(done, total, shard)
         if set(groups) != {"model.safetensors"}:
@@ -133,14 +133,6 @@ def orbax_to_hf(
         quantized=sum(len(kept[shard].quantized) for shard in groups),
         changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """Of one shard: tensors that are those of the source, and the values that changed in weights quantised again."""
-
-    identical: int
-    quantized: Mapping[str, int]
 
 
 def _check_request(store: Store, sources: Sources, storage: Storage, *, requantize: bool) -> None:
@@ -211,38 +203,6 @@ def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict
             "Finish that one, or --restart to discard it."
         )
     return shards
-
-
-def read_export_state(state: Path) -> tuple[dict[str, Any], dict[str, Written]]:
-    """What an interrupted run was exporting, and the shards that it has finished.
-
-    Raises:
-        BadInput: the file is damaged.
-    """
-    try:
-        found = parse_object(state.read_bytes(), where="state")
-        of, shards = found.get("of"), found.get("shards")
-        if isinstance(of, dict) and isinstance(shards, dict) and len(found) == 2:
-            return of, {shard: _heard(shard, entry) for shard, entry in shards.items()}
-        raise ValueError(f"expected `of` and `shards`, found {shown(str(found))}")
-    except (BadInput, ValueError) as error:
-        raise BadInput(f"{state}: the state of an export is damaged ({error}). Start again with --restart.") from error
-
-
-def _heard(shard: str, entry: Any) -> Written:
-    if isinstance(entry, dict) and entry.keys() == {"identical", "quantized"}:
-        identical, quantized = entry["identical"], entry["quantized"]
-        if isinstance(quantized, dict) and all(type(count) is int for count in (identical, *quantized.values())):
-            return Written(identical, quantized)
-    raise ValueError(f"{shown(shard)} is {shown(str(entry))}")
-
-
-def _remember(state: Path, store: Store, shards: Mapping[str, Written], *, requantize: bool) -> None:
-    new = state.with_suffix(".new")
-    entries = {shard: dataclasses.asdict(written) for shard, written in shards.items()}
-    write_file(new, json.dumps({"of": _identity(store, requantize=requantize), "shards": entries}).encode())
-    with writing(state):
-        new.replace(state)
 
 
 def _identity(store: Store, *, requantize: bool) -> dict[str, Any]:

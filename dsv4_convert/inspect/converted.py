@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of dsv4: by its manifest and the sizes of its files, or by the journal of an unfinished run."""
+"""An Orbax checkpoint of dsv4: by its manifest and the sizes of its files, or by what an unfinished run recorded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
+from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.layout import MANIFEST_FILE
 from dsv4_convert.store.staging import Journal, Staging, staged_bytes
 from dsv4_convert.unfinished import destination_of
@@ -56,13 +57,15 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     """What an interrupted conversion has left.
 
     Raises:
-        BadInput: the journal is damaged.
+        BadInput: the journal is damaged, or not that of a conversion.
     """
     staging, journal = Staging(folder), Journal.found(folder)
     plan = journal.plan
     arrays = [StoredArray.open(leaf) for leaf in sorted(staging.leaves.iterdir())] if staging.leaves.is_dir() else []
     done, chunks = sum(map(len, journal.chunks.values())), sum(array.layout.chunk_count for array in arrays)
     source = plan.get("fingerprint.source") or {}
+    if not isinstance(source, dict):
+        raise BadInput(f"{place}: the journal is not that of a conversion; remove it, or convert with --restart")
     destination = destination_of(folder)
     facts = {
         "source": str(source.get("name")),
@@ -73,6 +76,31 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     }
     return Inspection(
         what=What.CONVERTING,
+        place=place,
+        known_by=known_by,
+        facts=facts,
+        odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
+    )
+
+
+def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
+    """What an interrupted export to a Hugging Face folder has left.
+
+    Raises:
+        BadInput: its state is damaged.
+    """
+    of, shards = read_export_state(folder / known_by)
+    commit = Staging(folder).commit
+    finished = [commit / shard for shard in shards if (commit / shard).is_file()]
+    destination = destination_of(folder)
+    facts = {
+        "source": f"the converted checkpoint whose {MANIFEST_FILE} has the SHA-256 {of.get('manifest')}",
+        "form": "quantised again" if of.get("requantize") else "as it is stored",
+        "stored": f"finished shards: {len(finished):,}, {size(sum(file.stat().st_size for file in finished))}",
+        "resumable": "yes: the same command goes on; --restart discards this",
+    }
+    return Inspection(
+        what=What.EXPORTING,
         place=place,
         known_by=known_by,
         facts=facts,

@@ -9,12 +9,13 @@ from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted
+from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted, inspect_export
 from dsv4_convert.inspect.published import inspect_folder, inspect_opened
 from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.layout import MANIFEST_FILE
+from dsv4_convert.store.staging import EXPORT_STATE
 from dsv4_convert.unfinished import folder_of
 from golden.archive import open_golden
 from golden.manifest import MANIFEST_NAME
@@ -24,8 +25,8 @@ from golden.writer import REQUEST_NAME
 Say = Callable[[str], None]
 
 _LOOKED_FOR = (
-    f"{MANIFEST_FILE} (a conversion), journal.jsonl or {REQUEST_NAME} (unfinished ones), {MANIFEST_NAME} (a golden), "
-    f"{CONFIG_NAME} (a checkpoint)"
+    f"{MANIFEST_FILE} (a conversion), journal.jsonl, {EXPORT_STATE} or {REQUEST_NAME} (unfinished ones), "
+    f"{MANIFEST_NAME} (a golden), {CONFIG_NAME} (a checkpoint)"
 )
 #: What Orbax leaves in a checkpoint, whoever asked it to.
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt")
@@ -95,6 +96,8 @@ def _folder(path: Path, say: Say) -> Inspection:
         return inspect_converted(open_store(path), place=place, known_by=MANIFEST_FILE, say=say)
     if journals := sorted(name for name in there if name.startswith("journal") and name.endswith(".jsonl")):
         return inspect_conversion(path, place=place, known_by=journals[0])
+    if EXPORT_STATE in there:
+        return inspect_export(path, place=place, known_by=EXPORT_STATE)
     if REQUEST_NAME in there:
         return inspect_recording(path, place=place, known_by=REQUEST_NAME)
     if MANIFEST_NAME in there:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.strict_json import parse_object
 from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges
 from golden.archive import Golden
@@ -73,8 +73,8 @@ def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
     """
     file = folder / known_by
     try:
-        request = Request.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        request = Request.from_json(parse_object(file.read_bytes(), where="JSON"))
+    except (BadInput, ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{file}: not the request of a recording: {error}; record again") from error
     finished: Sequence[int] = [layer for layer in request.layers if (folder / layer_file(layer)).is_file()]
     facts = _origin(request.reference, request.source) | {

@@ -23,6 +23,7 @@ class What(StrEnum):
     CONVERTED = "Orbax checkpoint of dsv4"
     CONVERTING = "unfinished conversion of dsv4"
     GOLDEN = "golden"
+    EXPORTING = "unfinished export of dsv4"
     RECORDING = "unfinished recording of a golden"
     CONFIG = "config.json"
 

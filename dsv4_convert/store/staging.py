@@ -257,15 +257,21 @@ class Journal:
         """Whatever the journal in ``folder`` says, of whatever plan; for looking only.
 
         Raises:
-            BadInput: there is none, or it is damaged.
+            BadInput: there is none, or none that has its first line yet, or it is damaged.
         """
         for file in sorted(folder.glob("journal*.jsonl")):
+            first, end, _ = file.read_bytes().partition(b"\n")
+            if not end:  # cut off by a kill: as when the run goes on, it says nothing
+                continue
             try:
-                plan = json.loads(file.read_bytes().partition(b"\n")[0])
-                return cls.open(folder, plan=dict(plan))
-            except (ValueError, TypeError) as error:
-                raise BadInput(f"{file}: the journal is damaged ({error!r}). Start again with --restart.") from error
-        raise BadInput(f"{folder}: no journal, so not an unfinished conversion")
+                plan = parse_object(first, where="line", infinite=True)
+            except BadInput as error:
+                raise BadInput(f"{file}: the journal is damaged ({error}). Start again with --restart.") from error
+            return cls.open(folder, plan=plan)
+        raise BadInput(
+            f"{folder}: no journal that says anything, so not an unfinished conversion, or one that had hardly begun; "
+            "the same command begins again"
+        )
 
     @property
     def _file(self) -> Path:

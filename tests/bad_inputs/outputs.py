@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def _read_only(place: Place) -> Iterator[None]:
             yield
     finally:
         os.chdir(before)
+
+
+@contextmanager
+def _in_empty(place: Place) -> Iterator[None]:
+    with chdir(place.root / "empty"):
+        yield
 
 
 @contextmanager
@@ -285,6 +291,14 @@ OUTPUTS: tuple[Case, ...] = (
     ),
     refused(
         "O13", "a name longer than a file system allows", "File name too long", code=4, by=(_to("{root}/" + "x" * 300),)
+    ),
+    refused(
+        "O13",
+        "a folder that is called nothing but a dot",
+        "no manifest.json",
+        edit=lambda place: (place.root / "empty").mkdir(),
+        during=_in_empty,
+        by=(("golden", "show", "."), ("parity", "--source", "{healthy}", "--golden", ".")),
     ),
     refused(
         "O13",

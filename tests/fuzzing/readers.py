@@ -26,17 +26,20 @@ from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header_by_ra
 from dsv4_convert.checkpoint.index import is_shard_name, read_weight_map
 from dsv4_convert.config import Config
 from dsv4_convert.convert.sources import Shard, Sources, SourceTensor
-from dsv4_convert.convert.to_hf import read_export_state
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
+from dsv4_convert.inspect.converted import inspect_conversion
+from dsv4_convert.inspect.recorded import inspect_recording
 from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
 from dsv4_convert.store.arrays import StoredArray, encoded_metadata
+from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
 from dsv4_convert.store.staging import Journal
 from golden.archive import Golden, digest
 from golden.compact import MAX_NUMBERS, Compact
 from golden.manifest import Manifest, StoredTap, layer_file
 from golden.synthetic import tiny_config
+from golden.writer import REQUEST_NAME
 
 from .mutation import header_of
 
@@ -235,6 +238,25 @@ def _journal(data: bytes, folder: Path) -> bool:
     return bool(journal.chunks)
 
 
+def _looked_at(data: bytes, folder: Path) -> bool:
+    """The journal of whatever plan, for looking only."""
+    journal = Journal.found(_file(folder, "journal.jsonl", data).parent)
+    place = inspect_conversion(folder, place="partial", known_by="journal.jsonl")
+    _agree(place.facts["stored"].startswith(f"{sum(map(len, journal.chunks.values()))} of 0 chunks"), "other chunks")
+    return True
+
+
+def _request(data: bytes, folder: Path) -> bool:
+    _file(folder, REQUEST_NAME, data)
+    found = inspect_recording(folder, place="partial", known_by=REQUEST_NAME)
+    _agree(found.config is not None and _keys_are_unique(data), "accepted, and a key occurs twice")
+    return True
+
+
+def _request_seeds() -> list[bytes]:
+    return [json.dumps(Manifest.from_bytes(_small_golden()[0], where="").request.to_json()).encode()]
+
+
 def _export(data: bytes, folder: Path) -> bool:
     of, shards = read_export_state(_file(folder, "export.json", data))
     entries = {shard: {"identical": one.identical, "quantized": one.quantized} for shard, one in shards.items()}
@@ -370,7 +392,9 @@ READERS: dict[str, Reader] = {
     "sources": Reader(_sources_seeds, _sources),
     "array": Reader(_array_seeds, _array),
     "journal": Reader(_journal_seeds, _journal),
+    "journal, looked at": Reader(_journal_seeds, _looked_at),
     "export": Reader(_export_seeds, _export),
+    "request": Reader(_request_seeds, _request, cost=3),
     "golden manifest": Reader(_golden_manifest_seeds, _golden_manifest, cost=8),
     "golden manifest, sealed": Reader(_golden_manifest_seeds, _sealed_golden_manifest, cost=8),
     "golden file": Reader(lambda: [_small_golden()[1][layer_file(0)]], _golden_file, cost=8),

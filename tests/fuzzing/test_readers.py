@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.strict_json import parse_object
 from golden.manifest import Manifest
 
 from .mutation import mutate
@@ -98,6 +100,11 @@ FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "journal with a chunk of no number": ("journal", lambda: _changed("journal", b"[1, 0]", b"[1, 0.5]")),
     "journal with a note of no name": ("journal", lambda: _changed("journal", b'"a.weight", "value"', b'1, "value"')),
     "journal nested deeply": ("journal", lambda: _changed("journal", b"[1, 0]", DEEP)),
+    "journal, looked at, of another kind": ("journal, looked at", lambda: b'{"fingerprint.source": 3}\n'),
+    "journal, looked at, that is a list": ("journal, looked at", lambda: b"[3]\n"),
+    "journal, looked at, nested deeply": ("journal, looked at", lambda: b'{"a": ' + DEEP + b"}\n"),
+    "journal, looked at, whose plan is torn": ("journal, looked at", lambda: b'{"fingerp'),
+    "request nested deeply": ("request", lambda: _changed("request", b"null", DEEP)),
     "export that is a list": ("export", lambda: b"[]"),
     "export without counts": ("export", lambda: _changed("export", b'"identical": 3', b'"identical": null')),
     "golden with Infinity": (
@@ -108,6 +115,16 @@ FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "golden whose config has no numbers": ("golden manifest, sealed", lambda: _with("config", None, "vocab_size")),
     "golden whose tap would ring": ("golden manifest, sealed", lambda: _with("taps", {}, "\x07")),
 }
+
+
+def test_what_is_read_can_be_written_again() -> None:
+    """Between what Python parses and what it writes lie some levels, and which they are depends on who calls."""
+    for levels in range(150, 1000):
+        for inner in (b"", b'"\\ud83d\\ude00"'):
+            with suppress(BadInput):
+                json.dumps(parse_object(b'{"a":' + b"[" * levels + inner + b"]" * levels + b"}", where="x"))
+    with pytest.raises(BadInput, match="x: JSON nested too deeply"):
+        parse_object(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", where="x")
 
 
 def _with(key: str, value: object, inner: str | None = None) -> bytes:

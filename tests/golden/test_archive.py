@@ -317,3 +317,12 @@ def test_what_is_at_the_destination_stays(tmp_path: Path) -> None:
             pass
     assert (tmp_path / "file").read_text() == "mine"
     assert not list(tmp_path.glob("*.dsv4-partial"))
+
+
+def test_where_one_is_can_be_recorded_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    request = _request()
+    golden = _written(Path(), request, _arrays(request))
+    assert golden.path == tmp_path / "empty"
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -11,8 +11,8 @@ import pytest
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Stored, resolve
-from dsv4_convert.errors import UsageError
-from golden.synthetic import random_architecture, tiny_config, write_checkpoint
+from dsv4_convert.errors import BadInput, UsageError
+from golden.synthetic import make_checkpoint, random_architecture, tiny_config, write_checkpoint
 
 
 def _digest(folder: Path) -> str:
@@ -78,3 +78,12 @@ def test_random_architectures_are_valid(seed: int) -> None:
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         write_checkpoint(tmp_path, tiny_config())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"a": 1, "a": 2}', None])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        make_checkpoint(tmp_path / "made", config=tmp_path / "config.json")
+    assert not list(tmp_path.glob("made*"))

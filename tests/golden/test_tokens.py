@@ -109,3 +109,10 @@ def test_ids_are_inside_the_vocabulary_and_the_context() -> None:
         check_tokens(np.array([-1]), vocab_size=5, max_length=9)
     with pytest.raises(UsageError, match="max_position_embeddings leaves 1"):
         check_tokens(np.array([0, 1]), vocab_size=5, max_length=1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1, " + "9" * 5000 + "]"])
+def test_json_that_python_does_not_take(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(text)
+    with pytest.raises(UsageError, match=r"ids\.json: (JSON nested too deeply|not JSON)"):
+        parse_tokens(str(tmp_path / "ids.json"))

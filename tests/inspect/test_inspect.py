@@ -24,6 +24,7 @@ from dsv4_convert.inspect.parts import PARTS, count_published, part_of
 from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
 from dsv4_convert.names import RULES, STAGE_RULES, Dialect
+from dsv4_convert.store.export_state import Written, write_export_state
 from golden.archive import open_golden
 from golden.synthetic import tiny_config, write_checkpoint
 
@@ -322,3 +323,25 @@ def test_an_unfinished_recording_is_known(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "layer-00000.safetensors", partial)
     found = inspect(str(tmp_path / "golden"))
     assert (found.what, found.layers, found.facts["stored"]) == (What.RECORDING, (0,), "1 of 4 layers")
+
+
+def test_an_unfinished_export_is_known(tmp_path: Path) -> None:
+    partial = tmp_path / "again.dsv4-partial"
+    (partial / "commit").mkdir(parents=True)
+    (partial / "commit" / "a.safetensors").write_bytes(b"xyz")
+    written = {name: Written(1, {}) for name in ("a.safetensors", "b.safetensors")}
+    write_export_state(partial / "export.json", {"manifest": "0" * 64, "requantize": True}, written)
+    found = inspect(str(tmp_path / "again"))
+    assert (found.what, found.known_by) == (What.EXPORTING, "export.json")
+    assert found.facts["stored"] == "finished shards: 1, 3 B"
+
+
+def test_where_one_is_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``.`` is a folder like any other, although it has no name."""
+    partial = tmp_path / "x.dsv4-partial"
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text("{}\n")
+    monkeypatch.chdir(partial)
+    assert f"{tmp_path / 'x'} is not complete" in inspect(".").odd[0]
+    with pytest.raises(BadInput, match=r"no manifest\.json"):
+        open_golden(Path())

@@ -1,0 +1,54 @@
+"""What an export has finished: ``export.json`` in its staging folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4_convert.errors import BadInput
+from dsv4_convert.store.arrays import write_file, writing
+from dsv4_convert.strict_json import parse_object, shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Of one shard: tensors that are those of the source, and the values that changed in weights quantised again."""
+
+    identical: int
+    quantized: Mapping[str, int]
+
+
+def read_export_state(state: Path) -> tuple[dict[str, Any], dict[str, Written]]:
+    """What an interrupted run was exporting, and the shards that it has finished.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        found = parse_object(state.read_bytes(), where="state")
+        of, shards = found.get("of"), found.get("shards")
+        if isinstance(of, dict) and isinstance(shards, dict) and len(found) == 2:
+            return of, {shard: _heard(shard, entry) for shard, entry in shards.items()}
+        raise ValueError(f"expected `of` and `shards`, found {shown(str(found))}")
+    except (BadInput, ValueError) as error:
+        raise BadInput(f"{state}: the state of an export is damaged ({error}). Start again with --restart.") from error
+
+
+def _heard(shard: str, entry: Any) -> Written:
+    if isinstance(entry, dict) and entry.keys() == {"identical", "quantized"}:
+        identical, quantized = entry["identical"], entry["quantized"]
+        if isinstance(quantized, dict) and all(type(count) is int for count in (identical, *quantized.values())):
+            return Written(identical, quantized)
+    raise ValueError(f"{shown(shard)} is {shown(str(entry))}")
+
+
+def write_export_state(state: Path, of: Mapping[str, Any], shards: Mapping[str, Written]) -> None:
+    """Record what :func:`read_export_state` reads. Raises :class:`ResourceError` if the disk is full or failing."""
+    new = state.with_suffix(".new")
+    entries = {shard: dataclasses.asdict(written) for shard, written in shards.items()}
+    write_file(new, json.dumps({"of": dict(of), "shards": entries}).encode())
+    with writing(state):
+        new.replace(state)
