@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import re
+import stat
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,8 @@ def test_a_conversion_takes_a_file_system_that_locks_files_alone(
     flock = fcntl.flock
 
     def of_files(descriptor: int, operation: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").is_dir():
-            raise OSError(9, "Bad file descriptor")
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", of_files)
