@@ -14,13 +14,16 @@ import re
 import shutil
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
 from dsv4_convert.names import RULES, STAGE_RULES
 from dsv4_convert.taps import STATE, TAPS
@@ -42,6 +45,7 @@ PARSED_ONLY = {
 NOT_RUN = {
     "nox": "the sessions are there",
     "python -m pip install": "the extras are there",
+    "pytest": "the tests and the plugin's options are there; tests/test_foreign.py runs them",
 }
 #: Programs that pages use between the commands, as they are.
 TOOLS = ("cp", "mv")
@@ -81,7 +85,7 @@ def test_a_page_does_what_it_says(
 ) -> None:
     found = blocks(page, ROOT)
     strange = [block.where for block in found if block.language not in (*RUN, *LOOKED_AT)]
-    assert not strange, f"write console, sh or python, which are run, or one of {LOOKED_AT}"
+    assert not strange, f"{strange}: write console, sh or python, which are run, or one of {LOOKED_AT}"
     files = {file.name: file.read_bytes() for file in (small / "checkpoint").iterdir()}
     hub.add("deepseek-ai/DeepSeek-V4-Flash", "a" * 40, files)
     (tmp_path / "golden").symlink_to(ROOT / "golden")
@@ -121,8 +125,27 @@ def _run(command: Command) -> None:
     elif words[:4] == ("python", "-m", "pip", "install"):
         wanted = re.findall(r"dsv4\[([\w,]+)\]", command.line)
         assert not {extra for each in wanted for extra in each.split(",")} - _extras(), command.line
+    elif words[0] == "pytest":
+        said = _said_against_pytest(words[1:])
+        assert not said, f"{command.where}: {command.line}\n{said}"
     else:
         pytest.fail(f"{command.where}: {command.line!r} is not run: see TOOLS and NOT_RUN")
+
+
+def _said_against_pytest(words: tuple[str, ...]) -> str:
+    """What is wrong with the arguments of a ``pytest`` of the repository: a path or an option that is not there."""
+    parser = Mock()
+    pytest_plugin.pytest_addoption(parser)
+    ours = {call.args[0] for call in parser.getgroup.return_value.addoption.call_args_list}
+    paths = [
+        word
+        for before, word in pairwise(("", *words))
+        if not (word.startswith("-") or before in ("-c", "--dsv4-golden"))
+    ]
+    absent = [path for path in paths if not (ROOT / path).exists()]
+    unknown = [word for word in words if word.startswith("--dsv4") and word.partition("=")[0] not in ours]
+    absent += [value for option, value in pairwise(words) if option == "--dsv4-golden" and not (ROOT / value).exists()]
+    return " ".join([*absent, *unknown]) if paths else "no tests"
 
 
 def _dsv4(command: Command) -> None:
@@ -187,6 +210,8 @@ def test_a_page_that_lies_is_found() -> None:
     assert unlike("attn.wo_b", printed) is not None
     assert parse(("dsv4", "parity", "--golden", "x", "--nonsense")) != ""
     assert parse(("dsv4", "parity", "--golden", "x", "--platform", "tpu")) == ""
+    assert _said_against_pytest(("docs/examples/foreign", "--dsv4-golden", "golden/data/tiny")) == ""
+    assert _said_against_pytest(("docs/examples/other", "--dsv4-model", "x")) == "docs/examples/other x --dsv4-model"
 
 
 def test_tables_are_made_of_the_code_and_code_is_found() -> None:
