@@ -86,6 +86,10 @@ def test_junit_says_what_is_wrong_with_a_run_as_a_whole(golden: Path, tmp_path: 
     assert ("run", "layers.1.attn.kv_norm, isolated") in cases
     assert ("run", f"{CHOSEN}, isolated") in cases
     assert _cases(junit(report([])), tmp_path / "junit.xml").keys() == {("run", "taps")}
+    nothing = report([empty("layers.1.attn.compressor.pooled")])
+    assert not nothing.passed
+    (failure,) = _cases(junit(nothing), tmp_path / "junit.xml")["run", "taps"]
+    assert isinstance(failure, Failure)
     missed = report([real(Q, 1, 2, 2)], missed=["no block is complete"], require_reach=True)
     assert ("run", "reach of layer 1") in _cases(junit(missed), tmp_path / "junit.xml")
 
