@@ -135,9 +135,9 @@ class Gate:
     """A run against the baseline ``path``: what was recorded for these ``platforms`` (platform, dtype, mode, phase).
 
     ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
-    not have. ``missing``: those that only it has; ``left_out``: how many only it has because they were not wanted.
-    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
-    ``grown`` ones for a ``reason``.
+    not have. ``missing``: those that only it has; ``left_out``: how many only it has because they, or their mode, were
+    not wanted. ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps,
+    ``tightened`` ones, and ``grown`` ones for a ``reason``.
     """
 
     path: str
@@ -216,10 +216,14 @@ class Report:
         return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
 
     @property
+    def reached(self) -> bool:
+        """The golden reaches everything, if that is required."""
+        return not (self.require_reach and self.unreached)
+
+    @property
     def passed(self) -> bool:
         """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
-        reached = not (self.require_reach and self.unreached)
-        return self.agrees and reached and (self.gate is None or self.gate.passed)
+        return self.agrees and self.reached and (self.gate is None or self.gate.passed)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
