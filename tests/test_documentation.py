@@ -231,6 +231,19 @@ def test_tables_are_made_of_the_code_and_code_is_found() -> None:
         hooks.filled("<!-- code: dsv4_convert/model/norm.py nonsense -->")
 
 
+def test_the_keys_of_all_json_are_on_their_page() -> None:
+    """Those of a command in its row, those of a parity run in the table above."""
+    page = (ROOT / "docs" / "reference" / "outputs.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `dsv4 ")}
+    surface = ROOT / "tests" / "cli" / "surface" / "json"
+    for file in surface.iterdir():
+        command = f"dsv4 {file.stem.removesuffix('.dry-run').replace('.', ' ')}"
+        keys = {re.split(r"[.:\[]", line)[0] for line in file.read_text(encoding="utf-8").splitlines()}
+        where = page if command == "dsv4 parity" else rows[command]
+        missing = {key for key in keys if f"`{key}`" not in where} - {"schema_version"}
+        assert not missing, f"{command}: {sorted(missing)}"
+
+
 def _hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "mkdocs" / "hooks.py")
     assert spec is not None
