@@ -67,6 +67,24 @@ def growth(grown: Grown) -> str:
     )
 
 
+def growth_numbers(grown: Grown) -> tuple[str, str, str]:
+    """What is recorded, allowed and found, for a table."""
+    show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
+    return show(grown.recorded), show(grown.allowed), show(grown.found)
+
+
+def of_baseline(report: Report) -> list[str]:
+    """What a baseline says of a run; nothing without one."""
+    gate = report.gate
+    if gate is None:
+        return []
+    said = [_baseline(gate)] if gate.passed else [f"{objection}." for objection in _worse(gate)]
+    return [
+        *said,
+        *([f"{sentence}." for sentence in _unchanged(report, gate)] if report.agrees else _untouched(report)),
+    ]
+
+
 def _worse(gate: Gate) -> Iterator[str]:
     """Why a run within tolerance does not pass its baseline."""
     if gate.grown:
