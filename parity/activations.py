@@ -69,6 +69,12 @@ def compare_activations(
             an array that is no array.
         BadInput: the golden is damaged.
         ResourceError: the golden is remote and cannot be reached.
+
+    Examples:
+        >>> golden = open_golden("golden/data/tiny")
+        >>> activations = {"attn.wq_a": golden.read("layers.0.attn.wq_a")}  # here the golden's own
+        >>> compare_activations(activations, golden, layer=0).passed
+        True
     """
     golden = golden if isinstance(golden, Golden) else open_golden(golden)
     chosen = _mode(mode, golden)

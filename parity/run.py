@@ -97,6 +97,10 @@ def run(
         BadInput: a damaged file, a golden of another architecture, or a baseline of another golden.
         ResourceError: the golden is remote and cannot be reached, another process is gone, or the baseline cannot be
             written.
+
+    Examples:
+        >>> run_parity(Path("orbax"), "golden/data/tiny", layers=[0]).passed
+        True
     """
     sizes = None if mesh is None else parse_mesh(mesh)
     recorded = open_golden(golden)

@@ -9,7 +9,9 @@ model. What cannot be run is in a table below, with the reason; a block that is 
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
@@ -19,10 +21,12 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
 
+import jax.numpy as jnp
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import dsv4_convert
 from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
 from dsv4_convert.names import RULES, STAGE_RULES
@@ -229,6 +233,31 @@ def test_tables_are_made_of_the_code_and_code_is_found() -> None:
         assert all(f"`{each.opts[0]}" in reference for each in leaf.params if each.param_type_name == "option")
     with pytest.raises(ValueError, match="no nonsense"):
         hooks.filled("<!-- code: dsv4_convert/model/norm.py nonsense -->")
+
+
+def _examples() -> dict[str, list[doctest.Example]]:
+    """Of every public name the examples in its docstring."""
+    names = [name for name in dsv4_convert.__all__ if not name.startswith("_")]
+    return {
+        name: doctest.DocTestParser().get_examples(inspect.getdoc(getattr(dsv4_convert, name)) or "") for name in names
+    }
+
+
+def test_every_public_name_has_an_example() -> None:
+    for name, examples in _examples().items():
+        assert examples, name
+
+
+@pytest.mark.documentation
+def test_examples_do_what_they_say(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, target in (("golden", ROOT / "golden"), ("checkpoint", small / "checkpoint"), ("orbax", small / "orbax")):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    known = {name: getattr(dsv4_convert, name) for name in dsv4_convert.__all__} | {"Path": Path, "jnp": jnp}
+    for name, examples in _examples().items():
+        said: list[str] = []
+        doctest.DocTestRunner().run(doctest.DocTest(examples, dict(known), name, None, 0, None), out=said.append)
+        assert not said, "".join(said)
 
 
 def test_the_keys_of_all_json_are_on_their_page() -> None:
