@@ -121,6 +121,11 @@ class Config:
     backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in every release. Where
     a layer number is kept, that of a stage is ``num_hidden_layers + stage``, as in the published ``compress_ratios``;
     :meth:`kind` and :meth:`hashed` know these numbers too.
+
+    Examples:
+        >>> config = Config.from_file(Path("checkpoint/config.json"))
+        >>> config.num_hidden_layers
+        4
     """
 
     vocab_size: int

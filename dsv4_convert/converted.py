@@ -25,7 +25,13 @@ _PARTS = ("weight", "scale")
 
 
 class Weights:
-    """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory."""
+    """Reads single parameters, or single experts of one, in the model's layout. Nothing is held in memory.
+
+    Examples:
+        >>> weights = Weights.open(Path("orbax"))
+        >>> weights.read_expert("layers.1.ffn.experts.w1", 3).shape  # [in, out]
+        (32, 32)
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store

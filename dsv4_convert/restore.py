@@ -76,6 +76,11 @@ def restore_model(
         UsageError: layers are missing, or the stages that are asked for; the model's widths are not those of release
             numerics; the mesh does not divide an axis that it splits; or ``encoded`` of weights whose storage is not
             ``source``, or on a mesh or of scanned layers.
+
+    Examples:
+        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model.config.num_hidden_layers
+        4
     """
     from flax import nnx
 

@@ -85,6 +85,13 @@ class Golden:
         compact: what is kept of a tap; None if all of every tap is.
         decode: how many of the last tokens were given one by one.
         numerics: ``plain``, or ``release`` where activations were quantised on the way.
+
+    Examples:
+        >>> golden = open_golden("golden/data/tiny")
+        >>> golden.layers
+        (0, 1, 2, 3)
+        >>> golden.read("layers.0.attn.wq_a").shape  # [B, S, R]
+        (1, 300, 16)
     """
 
     def __init__(self, path: Path | str, files: Files, manifest: Manifest) -> None:
@@ -264,6 +271,10 @@ def open_golden(path: Path | str) -> Golden:
         BadInput: not a golden, unfinished, damaged, of another schema version, or files that differ from the manifest.
         ResourceError: a URL that cannot be reached.
         UsageError: a URL of a kind that is not supported, or whose package is not installed.
+
+    Examples:
+        >>> open_golden("golden/data/tiny").tokens.shape
+        (1, 300)
     """
     remote = isinstance(path, str) and "://" in path
     where = path.rstrip("/") if isinstance(path, str) and remote else Path(path)

@@ -89,6 +89,9 @@ def record(
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         ResourceError: the disk is too small or cannot be written to, or another process records the same.
         Dsv4Error: transformers computes otherwise than the recorder knows.
+
+    Examples:
+        >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), tokens=[[3, 1, 4, 1, 5]], layers=[0])
     """
     check_destination(out)
     if release_code is not None and (first_position or decode):

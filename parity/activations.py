@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import Values, by_name, is_state
+from dsv4_convert.taps import Tap, Values, by_name, is_state
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import Mode
@@ -69,6 +69,12 @@ def compare_activations(
             an array that is no array.
         BadInput: the golden is damaged.
         ResourceError: the golden is remote and cannot be reached.
+
+    Examples:
+        >>> golden = open_golden("golden/data/tiny")
+        >>> activations = {"attn.wq_a": golden.read("layers.0.attn.wq_a")}  # here the golden's own
+        >>> compare_activations(activations, golden, layer=0).passed
+        True
     """
     golden = golden if isinstance(golden, Golden) else open_golden(golden)
     chosen = _mode(mode, golden)
@@ -204,18 +210,24 @@ def _judged(comparison: Comparison, taken: Taken, mode: Mode, names: Iterable[st
     for name in names:
         tap, layer = by_name(name)
         given = taken
-        if (rows := tied.get(layer)) is not None and tap.values is Values.REAL and golden.whole(name):
+        if (rows := tied.get(layer)) is not None and _follows(tap, layer, golden.config):
             given = {**taken, name: _left_out(taken[name], golden.read(name), rows)}
         (result,) = comparison.judge(given, mode, [name])
         if result.verdict is Verdict.TIE and mode is Mode.ISOLATED:
-            differs = (np.sort(taken[name], axis=-1) != np.sort(golden.read(name), axis=-1)).any(axis=-1)
+            differs = (np.sort(given[name], axis=-1) != np.sort(golden.read(name), axis=-1)).any(axis=-1)
             tied[layer] = differs | tied.get(layer, np.zeros_like(differs))
         results.append(_explained(result, golden))
     return results
 
 
+def _follows(tap: Tap, layer: int | None, config: Config) -> bool:
+    """Whether a tap depends on a choice before it: not the state that was there before, nor a choice by table."""
+    by_table = tap.values is Values.CHOICE and layer is not None and config.hash_routed[layer]
+    return not (by_table or is_state(tap.name))
+
+
 def _left_out(found: Array, golden: Array, rows: Array) -> Array:
-    """``found`` without an error in some tokens, where the shapes allow it. After a choice every tap is by token."""
+    """``found`` as the golden in some tokens, where the shapes allow it. After a choice every tap is by token."""
     if found.shape != golden.shape:
         return found
     without = found.copy()
@@ -278,14 +290,15 @@ def _full(name: str, layer: int | None, golden: Golden) -> str:
 
 def _array(name: str, value: Any) -> Array:
     """A NumPy array of whatever has come: NumPy, JAX or PyTorch. Raises :class:`UsageError`."""
-    if hasattr(value, "detach"):  # PyTorch, which has no NumPy form of bfloat16
-        value = value.detach().cpu()
-        array = np.asarray(value.float()) if str(value.dtype) == "torch.bfloat16" else np.asarray(value)
-        return array.astype(_BFLOAT16) if str(value.dtype) == "torch.bfloat16" else array
     if not getattr(value, "is_fully_addressable", True):
         raise UsageError(f"{name}: spread over processes; gather it first (jax.experimental.multihost_utils)")
     try:
-        array = np.asarray(value)
+        if hasattr(value, "detach"):  # PyTorch, which has no NumPy form of bfloat16
+            value = value.detach().cpu()
+            bfloat16 = str(value.dtype) == "torch.bfloat16"
+            array = np.asarray(value.float()).astype(_BFLOAT16) if bfloat16 else np.asarray(value)
+        else:
+            array = np.asarray(value)
     except Exception as error:  # whatever the other library raises
         raise UsageError(f"{name}: cannot be made a NumPy array ({type(error).__name__}: {error})") from None
     if array.dtype == object or array.dtype.kind not in "iufV" or array.ndim == 0:

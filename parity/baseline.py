@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv4_convert.checkpoint.strict_json import read_object
+from dsv4_convert.disk import nearest_folder
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
 from dsv4_convert.taps import by_name
 from golden.archive import Golden
@@ -140,6 +141,15 @@ def open_baseline(path: Path, golden: Golden, *, create: bool = False) -> Baseli
     except (ValueError, Dsv4Error) as error:
         raise BadInput(f"{path}: {error}; take the file from version control again") from None
     return Baseline(digest, measured, history)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before the work is done, a file that could not be written. Raises :class:`ResourceError`."""
+    folder = nearest_folder(path.parent)
+    if not folder.is_dir():
+        raise ResourceError(f"{path}: the baseline cannot be written ({folder} is no folder)")
+    if not os.access(folder, os.W_OK):
+        raise ResourceError(f"{path}: the baseline cannot be written (no permission in {folder})")
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

@@ -35,10 +35,12 @@ def verdict(report: Report) -> str:
     if report.passed:
         return f"PASS: {agreement}." if gate is None else f"PASS: {agreement}. {_baseline(gate)}"
     objections = []
-    if report.require_reach and report.unreached:
+    if not report.reached:
         objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.unreached))}")
     if gate is not None and not gate.passed:
         objections += _worse(gate)
+    if gate is not None:
+        objections += _unchanged(report, gate)
     return f"FAIL: {agreement}, but {'; and '.join(objections)}."
 
 
@@ -65,6 +67,24 @@ def growth(grown: Grown) -> str:
     )
 
 
+def growth_numbers(grown: Grown) -> tuple[str, str, str]:
+    """What is recorded, allowed and found, for a table."""
+    show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
+    return show(grown.recorded), show(grown.allowed), show(grown.found)
+
+
+def of_baseline(report: Report) -> list[str]:
+    """What a baseline says of a run; nothing without one."""
+    gate = report.gate
+    if gate is None:
+        return []
+    said = [_baseline(gate)] if gate.passed else [f"{objection}." for objection in _worse(gate)]
+    return [
+        *said,
+        *([f"{sentence}." for sentence in _unchanged(report, gate)] if report.agrees else _untouched(report)),
+    ]
+
+
 def _worse(gate: Gate) -> Iterator[str]:
     """Why a run within tolerance does not pass its baseline."""
     if gate.grown:
@@ -75,16 +95,26 @@ def _worse(gate: Gate) -> Iterator[str]:
         )
         which = ", the first of them" if names > 1 else ":"
         yield f"{more}{which} {first.name} ({by_name(first.name)[0].meaning}), {first.mode}: {growth(first)}"
-        if gate.update:
-            yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
     if gate.missing:
         yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
+    if gate.update:
+        return  # what has no record would have been added, and why it was not is said elsewhere
     if gate.unrecorded and not gate.compared:
         where = "; ".join(gate.platforms)
         yield f"{gate.path} has no record of this: {where}; --update-baseline adds it"
     elif gate.unrecorded:
         first_name = gate.unrecorded[0].name
         yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
+
+
+def _unchanged(report: Report, gate: Gate) -> Iterator[str]:
+    """That a baseline was not written although that was wanted, of a run within tolerance."""
+    if not gate.update or gate.updated:
+        return
+    if not report.reached or gate.missing:
+        yield f"{gate.path} is unchanged, since only a run that reaches and compares everything is recorded"
+    else:
+        yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
 
 
 def _baseline(gate: Gate) -> str:

@@ -130,6 +130,13 @@ def _judged(report: Report, baseline: Baseline, path: Path, *, partial: bool) ->
         for name in baseline.measured.get(key, {})
         if name not in names
     ]
+    # What the modes that did not run have of the same platform, dtype and phase.
+    alike = {key._replace(mode="") for key in seen}
+    not_run = sum(
+        len(taps)
+        for key, taps in baseline.measured.items()
+        if key.mode not in report.modes and key._replace(mode="") in alike
+    )
     return Gate(
         path=str(path),
         platforms=tuple(dict.fromkeys(str(key) for key in seen)),
@@ -137,7 +144,7 @@ def _judged(report: Report, baseline: Baseline, path: Path, *, partial: bool) ->
         grown=tuple(grown),
         unrecorded=tuple(unrecorded),
         missing=() if partial else tuple(absent),
-        left_out=len(absent) if partial else 0,
+        left_out=not_run + (len(absent) if partial else 0),
     )
 
 
@@ -160,7 +167,7 @@ def _updated(
     report: Report, gate: Gate, baseline: Baseline, reason: str | None, today: datetime.date
 ) -> tuple[Gate, Baseline]:
     """The stricter baseline, or the same one where that is refused: a failure, or a growth without a reason."""
-    if not report.agrees or gate.missing or (gate.grown and reason is None):
+    if not (report.agrees and report.reached) or gate.missing or (gate.grown and reason is None):
         return gate, baseline
     raised = {(tap.mode, tap.name) for tap in gate.grown}
     changed, added, tighter = baseline, 0, 0

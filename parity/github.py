@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from golden.noise import Mode
-from parity.explain import growth, verdict, why
+from parity.explain import growth, growth_numbers, verdict, why
 from parity.metrics import Verdict
 from parity.report import Report, TapResult
 
@@ -59,20 +59,15 @@ def summary(report: Report) -> str:
 
 def _layers(report: Report, mode: Mode) -> Iterator[str]:
     yield from _header(("layer", "taps", "fail", "ties", "worst tap", "noise floors", "verdict"))
-    for layer, group in groupby((tap for tap in report.taps if tap.mode is mode), key=lambda tap: tap.layer):
-        taps = list(group)
-        counts = {verdict_: sum(tap.verdict is verdict_ for tap in taps) for verdict_ in Verdict}
-        measured = [tap for tap in taps if tap.distance is not None]
-        worst = max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None)
-        severe = next(verdict_ for verdict_ in _MARK if counts[verdict_])
+    for of in report.by_layer(mode):
         yield _row(
-            "model" if layer is None else str(layer),
-            str(len(taps)),
-            str(counts[Verdict.FAIL]),
-            str(counts[Verdict.TIE]),
-            "" if worst is None else _code(worst.short),
-            "" if worst is None or worst.distance is None else _number(worst.distance.noise.largest),
-            f"{_MARK[severe]} {severe}",
+            "model" if of.layer is None else str(of.layer),
+            str(len(of.taps)),
+            str(of.count(Verdict.FAIL)),
+            str(of.count(Verdict.TIE)),
+            "" if of.worst is None else _code(of.worst.short),
+            "" if of.worst is None or of.worst.distance is None else _number(of.worst.distance.noise.largest),
+            f"{_MARK[of.severe]} {of.severe}",
         )
 
 
@@ -89,8 +84,7 @@ def _grown(report: Report) -> Iterator[str]:
     yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
     grown = report.gate.grown
     for one in grown[:_ROWS]:
-        numbers = (_number(number) for number in (one.recorded, one.allowed, one.found))
-        yield _row(_code(one.name), one.mode.value, one.measure, *numbers)
+        yield _row(_code(one.name), one.mode.value, one.measure, *growth_numbers(one))
     if len(grown) > _ROWS:
         yield _row(f"and {len(grown) - _ROWS} more", *[""] * 5)
 

@@ -83,7 +83,7 @@ def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
 
 def _whole(report: Report) -> Iterable[ET.Element]:
     """A failing case for everything that is wrong with the run and not with one of its taps."""
-    if not report.taps:
+    if report.first_diverging is None and not report.agrees:  # no taps, or all of them empty
         yield _broken("taps", "empty", "nothing was compared")
     if report.require_reach:
         for layer in report.unreached:

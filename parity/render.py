@@ -11,12 +11,11 @@ from rich.text import Text
 
 from dsv4_convert.tables import fitted
 from golden.noise import Mode
-from parity.explain import missed, noise_floor, verdict, why
+from parity.explain import growth_numbers, missed, noise_floor, verdict, why
 from parity.logits import TOP, LogitsComparison
 from parity.metrics import Verdict
 from parity.report import Gate, Growth, Report, TapResult
 
-_SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 #: Taps that are listed of a layer where not all are.
 _FEW = 6
@@ -100,21 +99,17 @@ def _summary(report: Report, mode: Mode) -> Group:
         ("verdict", "left"),
     )
     experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.reach}
-    for layer, group in groupby((tap for tap in report.taps if tap.mode is mode), key=lambda tap: tap.layer):
-        taps = list(group)
-        measured = [tap for tap in taps if tap.distance is not None]
-        worst = max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None)
-        severe = min((tap.verdict for tap in taps), key=_SEVERITY.index)
+    for of in report.by_layer(mode):
         numbers = ("", "")
-        if worst is not None and worst.distance is not None:
-            numbers = (_multiple(worst.distance.noise.largest), f"{worst.distance.relative_rms:.1e}")
+        if of.worst is not None and of.worst.distance is not None:
+            numbers = (_multiple(of.worst.distance.noise.largest), f"{of.worst.distance.relative_rms:.1e}")
         table.add_row(
-            "model" if layer is None else str(layer),
-            str(len(taps)),
-            worst.short if worst is not None else "",
+            "model" if of.layer is None else str(of.layer),
+            str(len(of.taps)),
+            of.worst.short if of.worst is not None else "",
             *numbers,
-            experts.get(layer, "") if layer is not None else "",
-            Text(severe.value, style=_STYLE[severe]),
+            experts.get(of.layer, "") if of.layer is not None else "",
+            Text(of.severe.value, style=_STYLE[of.severe]),
         )
     return _titled(f"{report.arithmetic}, {mode}: worst tap of each layer", table)
 
@@ -167,9 +162,7 @@ def _grown(gate: Gate) -> Iterator[Group]:
         listed = list(group)
         for at, grown in enumerate(listed[:_MOST]):
             same = at > 0 and listed[at - 1].name == grown.name
-            show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
-            numbers = (show(number) for number in (grown.recorded, grown.allowed, grown.found))
-            table.add_row("" if same else grown.name, grown.measure, *numbers)
+            table.add_row("" if same else grown.name, grown.measure, *growth_numbers(grown))
         if len(listed) > _MOST:
             table.add_row(f"and {len(listed) - _MOST} more")
         yield _titled(f"within tolerance, but grown since it was recorded, {mode}", table)

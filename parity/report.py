@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 from dsv4_convert.taps import by_name
@@ -16,9 +17,12 @@ from parity.choices import Flips
 from parity.detail import Detail
 from parity.logits import LogitsComparison
 from parity.metrics import Distance, Verdict
+from parity.secrets import all_without_secrets
 from parity.tolerances import Limits
 
 SCHEMA_VERSION = 3
+#: The most severe first.
+_SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,9 +139,9 @@ class Gate:
     """A run against the baseline ``path``: what was recorded for these ``platforms`` (platform, dtype, mode, phase).
 
     ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
-    not have. ``missing``: those that only it has; ``left_out``: how many only it has because they were not wanted.
-    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
-    ``grown`` ones for a ``reason``.
+    not have. ``missing``: those that only it has; ``left_out``: how many only it has because they, or their mode, were
+    not wanted. ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps,
+    ``tightened`` ones, and ``grown`` ones for a ``reason``.
     """
 
     path: str
@@ -160,10 +164,28 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OfLayer:
+    """The taps of one layer (None: the model level) in one mode.
+
+    ``worst``: the measured one that is farthest off. ``severe``: the most severe verdict.
+    """
+
+    layer: int | None
+    taps: tuple[TapResult, ...]
+    worst: TapResult | None
+    severe: Verdict
+
+    def count(self, verdict: Verdict) -> int:
+        """Number of taps with this verdict."""
+        return sum(tap.verdict is verdict for tap in self.taps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what.
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
+    ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
     ``detail``: what pictures need beyond it, if that was asked for; no part of the JSON.
     """
 
@@ -185,9 +207,26 @@ class Report:
     gate: Gate | None = None
     detail: Detail | None = None
 
+    def __post_init__(self) -> None:
+        """Once, for whatever is made of a report."""
+        for name in ("checkpoint", "golden"):
+            object.__setattr__(self, name, all_without_secrets(getattr(self, name)))
+
     def count(self, verdict: Verdict) -> int:
         """Number of taps with this verdict."""
         return sum(tap.verdict is verdict for tap in self.taps)
+
+    def by_layer(self, mode: Mode) -> Iterator[OfLayer]:
+        """What was compared in a mode, layer by layer, in order of execution."""
+        for layer, group in groupby((tap for tap in self.taps if tap.mode is mode), key=lambda tap: tap.layer):
+            taps = tuple(group)
+            measured = [tap for tap in taps if tap.distance is not None]
+            yield OfLayer(
+                layer=layer,
+                taps=taps,
+                worst=max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None),
+                severe=min((tap.verdict for tap in taps), key=_SEVERITY.index),
+            )
 
     @property
     def arithmetic(self) -> str:
@@ -216,10 +255,14 @@ class Report:
         return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
 
     @property
+    def reached(self) -> bool:
+        """The golden reaches everything, if that is required."""
+        return not (self.require_reach and self.unreached)
+
+    @property
     def passed(self) -> bool:
         """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
-        reached = not (self.require_reach and self.unreached)
-        return self.agrees and reached and (self.gate is None or self.gate.passed)
+        return self.agrees and self.reached and (self.gate is None or self.gate.passed)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
@@ -240,6 +283,7 @@ class Report:
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "descents": [dataclasses.asdict(descent) for descent in self.descents],
             "growth": [dataclasses.asdict(layer) for layer in self.growth],
+            "require_reach": self.require_reach,
             "reach": [dataclasses.asdict(layer) for layer in self.reach],
             "baseline": None if self.gate is None else {"passed": self.gate.passed, **dataclasses.asdict(self.gate)},
             "logits": None if self.logits is None else dataclasses.asdict(self.logits),

@@ -26,7 +26,7 @@ from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode
 from golden.reach import reach
-from parity.baseline import open_baseline
+from parity.baseline import check_writable, open_baseline
 from parity.comparison import Comparison, Phase
 from parity.descent import blame_first, descend
 from parity.detail import Detail
@@ -92,11 +92,15 @@ def run(
             for every token and layer.
 
     Raises:
-        UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, or a
-            mode that a compact golden does not allow.
+        UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
+            mode that a compact golden does not allow, or a baseline to be updated with another precision than highest.
         BadInput: a damaged file, a golden of another architecture, or a baseline of another golden.
         ResourceError: the golden is remote and cannot be reached, another process is gone, or the baseline cannot be
             written.
+
+    Examples:
+        >>> run_parity(Path("orbax"), "golden/data/tiny", layers=[0]).passed
+        True
     """
     sizes = None if mesh is None else parse_mesh(mesh)
     recorded = open_golden(golden)
@@ -112,7 +116,14 @@ def run(
     _same_architecture(weights.config, recorded.config, recorded.path)
     published = None if against is None else PublishedWeights.open(against, layers=wanted)
     if baseline is not None:  # what is wrong with it is said before anything runs
+        if baseline.update and precision != "highest":
+            raise UsageError(
+                f"--update-baseline: expected --precision highest, found {precision}; a baseline has one record for "
+                "all precisions, and errors of fewer bits are no measure for runs with all of them"
+            )
         open_baseline(baseline.path, recorded, create=baseline.update)
+        if baseline.update and processes.first:
+            check_writable(baseline.path)
     report = compare_model(
         weights,
         recorded,

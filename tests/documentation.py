@@ -13,9 +13,9 @@ import typer
 
 from dsv4_convert.cli import app
 
-#: Languages of blocks that are run, and of those that are only looked at.
+#: Languages of blocks that are run, and of those that are only looked at: ``py`` is a fragment of a file.
 RUN = ("console", "sh", "python")
-LOOKED_AT = ("", "text", "json", "yaml", "toml")
+LOOKED_AT = ("", "text", "json", "yaml", "toml", "py")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`(dsv4 [^`\n]+)`(?!`)")

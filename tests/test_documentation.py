@@ -9,18 +9,25 @@ model. What cannot be run is in a table below, with the reason; a block that is 
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
+import jax.numpy as jnp
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import dsv4_convert
+from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
 from dsv4_convert.names import RULES, STAGE_RULES
 from dsv4_convert.taps import STATE, TAPS
@@ -42,6 +49,7 @@ PARSED_ONLY = {
 NOT_RUN = {
     "nox": "the sessions are there",
     "python -m pip install": "the extras are there",
+    "pytest": "the tests and the plugin's options are there; tests/test_foreign.py runs them",
 }
 #: Programs that pages use between the commands, as they are.
 TOOLS = ("cp", "mv")
@@ -81,7 +89,7 @@ def test_a_page_does_what_it_says(
 ) -> None:
     found = blocks(page, ROOT)
     strange = [block.where for block in found if block.language not in (*RUN, *LOOKED_AT)]
-    assert not strange, f"write console, sh or python, which are run, or one of {LOOKED_AT}"
+    assert not strange, f"{strange}: write console, sh or python, which are run, or one of {LOOKED_AT}"
     files = {file.name: file.read_bytes() for file in (small / "checkpoint").iterdir()}
     hub.add("deepseek-ai/DeepSeek-V4-Flash", "a" * 40, files)
     (tmp_path / "golden").symlink_to(ROOT / "golden")
@@ -121,8 +129,27 @@ def _run(command: Command) -> None:
     elif words[:4] == ("python", "-m", "pip", "install"):
         wanted = re.findall(r"dsv4\[([\w,]+)\]", command.line)
         assert not {extra for each in wanted for extra in each.split(",")} - _extras(), command.line
+    elif words[0] == "pytest":
+        said = _said_against_pytest(words[1:])
+        assert not said, f"{command.where}: {command.line}\n{said}"
     else:
         pytest.fail(f"{command.where}: {command.line!r} is not run: see TOOLS and NOT_RUN")
+
+
+def _said_against_pytest(words: tuple[str, ...]) -> str:
+    """What is wrong with the arguments of a ``pytest`` of the repository: a path or an option that is not there."""
+    parser = Mock()
+    pytest_plugin.pytest_addoption(parser)
+    ours = {call.args[0] for call in parser.getgroup.return_value.addoption.call_args_list}
+    paths = [
+        word
+        for before, word in pairwise(("", *words))
+        if not (word.startswith("-") or before in ("-c", "--dsv4-golden"))
+    ]
+    absent = [path for path in paths if not (ROOT / path).exists()]
+    unknown = [word for word in words if word.startswith("--dsv4") and word.partition("=")[0] not in ours]
+    absent += [value for option, value in pairwise(words) if option == "--dsv4-golden" and not (ROOT / value).exists()]
+    return " ".join([*absent, *unknown]) if paths else "no tests"
 
 
 def _dsv4(command: Command) -> None:
@@ -187,6 +214,8 @@ def test_a_page_that_lies_is_found() -> None:
     assert unlike("attn.wo_b", printed) is not None
     assert parse(("dsv4", "parity", "--golden", "x", "--nonsense")) != ""
     assert parse(("dsv4", "parity", "--golden", "x", "--platform", "tpu")) == ""
+    assert _said_against_pytest(("docs/examples/foreign", "--dsv4-golden", "golden/data/tiny")) == ""
+    assert _said_against_pytest(("docs/examples/other", "--dsv4-model", "x")) == "docs/examples/other x --dsv4-model"
 
 
 def test_tables_are_made_of_the_code_and_code_is_found() -> None:
@@ -204,6 +233,44 @@ def test_tables_are_made_of_the_code_and_code_is_found() -> None:
         assert all(f"`{each.opts[0]}" in reference for each in leaf.params if each.param_type_name == "option")
     with pytest.raises(ValueError, match="no nonsense"):
         hooks.filled("<!-- code: dsv4_convert/model/norm.py nonsense -->")
+
+
+def _examples() -> dict[str, list[doctest.Example]]:
+    """Of every public name the examples in its docstring."""
+    names = [name for name in dsv4_convert.__all__ if not name.startswith("_")]
+    return {
+        name: doctest.DocTestParser().get_examples(inspect.getdoc(getattr(dsv4_convert, name)) or "") for name in names
+    }
+
+
+def test_every_public_name_has_an_example() -> None:
+    for name, examples in _examples().items():
+        assert examples, name
+
+
+@pytest.mark.documentation
+def test_examples_do_what_they_say(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, target in (("golden", ROOT / "golden"), ("checkpoint", small / "checkpoint"), ("orbax", small / "orbax")):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    known = {name: getattr(dsv4_convert, name) for name in dsv4_convert.__all__} | {"Path": Path, "jnp": jnp}
+    for name, examples in _examples().items():
+        said: list[str] = []
+        doctest.DocTestRunner().run(doctest.DocTest(examples, dict(known), name, None, 0, None), out=said.append)
+        assert not said, "".join(said)
+
+
+def test_the_keys_of_all_json_are_on_their_page() -> None:
+    """Those of a command in its row, those of a parity run in the table above."""
+    page = (ROOT / "docs" / "reference" / "outputs.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `dsv4 ")}
+    surface = ROOT / "tests" / "cli" / "surface" / "json"
+    for file in surface.iterdir():
+        command = f"dsv4 {file.stem.removesuffix('.dry-run').replace('.', ' ')}"
+        keys = {re.split(r"[.:\[]", line)[0] for line in file.read_text(encoding="utf-8").splitlines()}
+        where = page if command == "dsv4 parity" else rows[command]
+        missing = {key for key in keys if f"`{key}`" not in where} - {"schema_version"}
+        assert not missing, f"{command}: {sorted(missing)}"
 
 
 def _hooks() -> ModuleType:

@@ -77,6 +77,9 @@ def hf_to_orbax(
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         UsageError: the destination exists, or a layer does not.
         ResourceError: the disk is full, or the memory allowed is too small.
+
+    Examples:
+        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "converted")
     """
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = checkpoint.architecture()

@@ -21,7 +21,11 @@ CHUNK_BYTES = 64 << 20
 
 
 class Storage(StrEnum):
-    """What ``--dtype`` may say."""
+    """What ``--dtype`` may say.
+
+    Examples:
+        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "as-published", storage=Storage.SOURCE)
+    """
 
     #: Half the size of float32, and exact for FP4 and FP8 weights with power-of-two scales.
     BFLOAT16 = "bfloat16"

@@ -79,6 +79,9 @@ def orbax_to_hf(
         CheckFailed: a stored tensor is not the one that was converted.
         UsageError: the destination exists, or there is nothing to quantise again.
         ResourceError: the disk is full, or another process writes the same destination.
+
+    Examples:
+        >>> summary = orbax_to_hf(Path("orbax"), Path("published"), requantize=True)
     """
     store = open_store(checkpoint)
     if store.metadata.get("format") != "dsv4":

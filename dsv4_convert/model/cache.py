@@ -62,6 +62,11 @@ class Cache:
             each place of each segment's pattern, stacked.
         tokens: how many tokens of each prompt were seen.
         first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
+
+    Examples:
+        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> cache = Cache.empty(model.config, batch=1, capacity=64)
+        >>> logits, cache = model.extend(jnp.array([[3, 1, 4]]), cache)  # float32 [B, S, V]
     """
 
     layers: tuple[Any, ...]

@@ -33,6 +33,11 @@ class Model(nnx.Module):
     3. The streams collapse to one, are normalised, and meet the output head.
 
     The stages in ``mtp`` take no part in this; :meth:`draft` runs one of them.
+
+    Examples:
+        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model(jnp.array([[3, 1, 4]])).shape  # logits [B, S, V]
+        (1, 3, 96)
     """
 
     def __init__(self, config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:

@@ -20,6 +20,7 @@ from parity.detail import EDGES, Detail, Prompt, Sample
 from parity.logits import Position
 from parity.metrics import Verdict
 from parity.report import Growth, Report, TapResult
+from parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 
@@ -186,7 +187,7 @@ def _depth(report: Report, mode: Mode) -> Depth | None:
 def _course(report: Report) -> Course | None:
     """Through the layer that diverges first, or else the one that comes closest to a limit."""
     measured = [tap for tap in report.taps if multiple(tap) is not None]
-    shown = report.first_diverging or max(measured, key=_share, default=None)
+    shown = report.first_diverging or max(measured, key=lambda tap: _share(tap, report.limits), default=None)
     if shown is None:
         return None
     taps = [tap for tap in measured if (tap.layer, tap.mode) == (shown.layer, shown.mode)]
@@ -202,8 +203,8 @@ def _course(report: Report) -> Course | None:
     )
 
 
-def _share(tap: TapResult) -> float:
-    return 0.0 if tap.distance is None else tap.distance.noise.largest
+def _share(tap: TapResult, limits: Limits) -> float:
+    return 0.0 if tap.distance is None else tap.distance.noise.largest_share(limits)
 
 
 def _maps(report: Report, detail: Detail) -> list[TokenMap]:

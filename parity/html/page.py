@@ -16,16 +16,19 @@ from markupsafe import Markup
 
 from golden.noise import Mode
 from parity.advice import next_steps
-from parity.explain import missed, noise_floor, operation, verdict, why
+from parity.explain import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
 from parity.html import figures
-from parity.html.data import LINES, PageData, page_data
+from parity.html.data import PageData, page_data
 from parity.html.shades import SHADES
 from parity.html.table import tables
-from parity.html.words import GLYPHS, broken, coded, flat, short, without_secrets
+from parity.html.words import GLYPHS, broken, coded, flat, short
 from parity.logits import TOP
 from parity.metrics import Verdict
 from parity.report import Report, plain
+from parity.secrets import without_secrets
 
+#: Errors beyond their record that are listed; all of them are in the page's JSON.
+_MOST = 60
 _HERE = Path(__file__).parent
 #: Of the figures' numbers; the report beside them has a version of its own.
 SCHEMA_VERSION = 1
@@ -71,7 +74,7 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         "schema_version": SCHEMA_VERSION,
         "command": without_secrets(run.command),
         "date": run.date.isoformat(timespec="seconds"),
-        "report": _without_secrets(report.to_json(verdict(report))),
+        "report": report.to_json(verdict(report)),
         "figures": plain(dataclasses.asdict(_lean(data))),
     }
     headline, _, rest = verdict(report).partition(": ")[2].partition(". ")
@@ -80,12 +83,10 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         run=run,
         data=data,
         Mode=Mode,
-        Verdict=Verdict,
         TOP=TOP,
         glyphs=GLYPHS,
         shades=SHADES,
         maps=figures.MAPS,
-        lines=LINES,
         # The name of a tap is as it is.
         headline=headline if report.first_diverging is not None else headline[:1].upper() + headline[1:],
         rest=rest,
@@ -98,6 +99,7 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         findings=[(descent, list(operation(descent))) for descent in report.descents if descent.wrong],
         clean=_clean(report),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
+        baseline=_baseline(report),
         missed=[missed(layer) for layer in report.unreached],
         worst=_worst(report, decode),
         provenance=_provenance(report, run),
@@ -181,6 +183,23 @@ def _worst(report: Report, decode: Decode) -> list[dict[str, Any]]:
     ]
 
 
+def _baseline(report: Report) -> dict[str, Any] | None:
+    """What the baseline says, what has grown beyond it, and the taps that only one side has."""
+    gate = report.gate
+    if gate is None:
+        return None
+    platforms = f" ({'; '.join(gate.platforms)})" if gate.platforms else ""
+    absent = (("without a record", gate.unrecorded), ("recorded, but not compared", gate.missing))
+    return {
+        "compared": f"{gate.path}: {gate.compared} taps compared{platforms}.",
+        "sentences": of_baseline(report),
+        "grown": [(one.name, one.mode.value, one.measure, *growth_numbers(one)) for one in gate.grown[:_MOST]],
+        "more": max(0, len(gate.grown) - _MOST),
+        "raised": gate.updated,
+        "absent": [(what, [f"{tap.name}, {tap.mode}" for tap in taps]) for what, taps in absent if taps],
+    }
+
+
 def _clean(report: Report) -> str:
     """The layers that ran again without any operation being wrong by itself."""
     clean = [descent.layer for descent in report.descents if not descent.wrong]
@@ -192,7 +211,7 @@ def _clean(report: Report) -> str:
 def _provenance(report: Report, run: Run) -> list[tuple[str, list[tuple[str, str]], bool]]:
     """Groups of lines, and whether they are folded: the files of a checkpoint can be many."""
     run_lines = [
-        ("command", run.command),
+        ("command", without_secrets(run.command)),
         ("date", run.date.isoformat(sep=" ", timespec="seconds")),
         ("modes", ", ".join(report.modes)),
         ("numbers", report.arithmetic),
@@ -205,13 +224,4 @@ def _provenance(report: Report, run: Run) -> list[tuple[str, list[tuple[str, str
         groups.append((title, [line for line in lines if line not in files], False))
         if files:
             groups.append((f"{title}: {len(files)} files of its source", files, True))
-    return [(title, [(key, without_secrets(value)) for key, value in lines], folded) for title, lines, folded in groups]
-
-
-def _without_secrets(value: Any) -> Any:
-    """The same JSON with URLs that can be passed on."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item) for item in value]
-    return without_secrets(value) if isinstance(value, str) else value
+    return groups

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,12 +38,6 @@ def coded(text: str) -> Markup:
 def broken(name: str) -> Markup:
     """A dotted name that may go on in the next line after a dot."""
     return Markup(".<wbr>").join(name.split("."))
-
-
-def without_secrets(text: str) -> str:
-    """Names, passwords and signatures out of the URLs in a text: reports are passed on."""
-    text = re.sub(r"(\w+://)[^/\s@'\"]*@", r"\1…@", text)
-    return re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

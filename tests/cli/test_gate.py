@@ -110,6 +110,7 @@ def _stub(folder: Path) -> dict[str, str]:
     [
         {"checkpoint": "my orbax", "baseline": "$(touch hacked)", "arguments": "--mode both --dtype bfloat16"},
         {"source": "hf; touch hacked", "arguments": ""},
+        {"checkpoint": "orbax", "arguments": "--quiet\n--mode both\n"},
     ],
 )
 def test_the_action_calls_the_command_as_it_is(tmp_path: Path, inputs: dict[str, str]) -> None:
@@ -134,6 +135,7 @@ def test_the_action_calls_the_command_as_it_is(tmp_path: Path, inputs: dict[str,
     for name in ("checkpoint", "source", "baseline"):
         assert parameters[name] == (Path(inputs[name]) if name in inputs else None)
     assert parameters["mode"] == ("both" if inputs.get("arguments") else None)
+    assert parameters["quiet"] is ("--quiet" in inputs["arguments"])
     upload = steps[-1]
     assert upload["if"] == "always()"
     assert Path(parameters["junit"]).parent == tmp_path / "dsv4-parity"

@@ -20,6 +20,8 @@ from golden.shrink import shrink
 from parity.activations import Expected, compare_activations
 from parity.metrics import Verdict
 
+from .ties import swapped_entries, swapped_expert
+
 Array = np.ndarray[Any, Any]
 
 
@@ -122,22 +124,28 @@ def test_experts_may_come_in_any_order_with_their_weights(archive: Golden, layer
         compare_activations({weights: layer[weights]}, archive, layer=3)
 
 
-def _swapped(layer: dict[str, Array], closest: bool) -> int:
-    """Make one token take the best expert that it left out for the worst that it took; which token."""
-    scores, experts = layer["ffn.gate.scores"], layer["ffn.gate.experts"]
-    order = np.argsort(-scores[0], axis=-1)
-    kept = experts.shape[-1]
-    rows = np.arange(scores.shape[1])
-    margins = scores[0][rows, order[:, kept - 1]] - scores[0][rows, order[:, kept]]
-    token = int(np.argmin(margins) if closest else np.argmax(margins))
-    experts[0, token] = np.sort([*order[token, : kept - 1], order[token, kept]])
-    for name in ("ffn.gate.weights", "ffn.experts", "ffn", "hc_ffn.streams"):
-        layer[name][0, token] += 1
-    return token
+def test_a_tie_of_the_indexer_may_change_the_experts_of_its_token_unless_a_table_chooses_them(archive: Golden) -> None:
+    for number, by_table in ((3, False), (1, True)):
+        layer = {name.split(".", 2)[2]: archive.read(name).copy() for name in archive.taps(number)}
+        token = swapped_entries(layer)
+        del layer["attn.indexer.scores"]  # they would say that the golden's choice is the better one
+        names = list(layer)
+        for name in names[names.index("attn.indexer.chosen") + 1 :]:
+            if name != "ffn.gate.experts":
+                layer[name][0, token] += 1
+        report = compare_activations(layer, archive, layer=number, dtype="bfloat16")
+        assert report.passed, report.first_diverging
+        # Every other expert, which no score of the golden's excuses.
+        others = np.setdiff1d(np.arange(archive.config.n_routed_experts), layer["ffn.gate.experts"][0, token])
+        layer["ffn.gate.experts"][0, token] = others[: layer["ffn.gate.experts"].shape[-1]]
+        report = compare_activations(layer, archive, layer=number, dtype="bfloat16")
+        failing = [tap.short for tap in report.taps if tap.verdict is Verdict.FAIL]
+        assert failing == (["ffn.gate.experts"] if by_table else [])
+        assert [tap.short for tap in report.taps if tap.verdict is Verdict.TIE] == ["attn.indexer.chosen"]
 
 
 def test_what_follows_a_tie_is_left_out_for_its_token_only(archive: Golden, layer: dict[str, Array]) -> None:
-    token = _swapped(layer, closest=True)
+    token = swapped_expert(layer, closest=True)
     del layer["ffn.gate.scores"]  # they would say that the golden's choice is the better one
     report = compare_activations(layer, archive, layer=3, dtype="bfloat16")
     assert report.passed
@@ -148,7 +156,7 @@ def test_what_follows_a_tie_is_left_out_for_its_token_only(archive: Golden, laye
 
 
 def test_a_choice_that_is_no_tie_fails_with_all_that_follows(archive: Golden, layer: dict[str, Array]) -> None:
-    _swapped(layer, closest=False)
+    swapped_expert(layer, closest=False)
     report = compare_activations(layer, archive, layer=3, dtype="bfloat16")
     assert report.first_diverging is not None
     assert report.first_diverging.name == "layers.3.ffn.gate.experts"
@@ -165,6 +173,13 @@ def test_a_choice_that_is_no_tie_fails_with_all_that_follows(archive: Golden, la
         ({"cache.window": 0}, {"layer": 0}, "no token came one by one"),
         ({"attn.q": "text"}, {"layer": 0}, "expected an array of numbers, found str"),
         ({"attn.q": np.zeros(3, np.float16)}, {"layer": 0}, "float16 has no noise floor"),
+        ({"attn.q": torch.zeros(3, dtype=torch.float16)}, {"layer": 0}, "float16 has no noise floor"),
+        ({"attn.q": torch.zeros(3, dtype=torch.float8_e4m3fn)}, {"layer": 0}, "attn.q: cannot be made a NumPy array"),
+        (
+            {"attn.q": torch.zeros(3, dtype=torch.bool)},
+            {"layer": 0},
+            "expected an array of numbers, found Tensor of bool",
+        ),
         ({"attn.q": np.zeros(3), "layers.0.attn.q": np.zeros(3)}, {"layer": 0}, "given twice"),
         ({"attn.q": np.zeros(3)}, {"layer": 0, "mode": "both"}, "expected isolated or cumulative"),
         ({"attn.q": np.zeros(3)}, {"layer": 0, "dtype": "float64"}, "expected one of float32, bfloat16"),

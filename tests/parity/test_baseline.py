@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from parity.explain import verdict
 from parity.gate import Request, gated, request
 from parity.metrics import Verdict
 from parity.report import Report, TapResult
+from parity.run import run as run_parity
 from parity.tolerances import BANDS
 
 from .synthetic import choice, empty, real, report
@@ -48,9 +50,10 @@ def judge(archive: Golden, tmp_path: Path) -> Callable[..., Report]:
         reason: str | None = None,
         partial: bool = False,
         platform: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Report:
         wanted = Request(path=tmp_path / "b.json", update=update or reason is not None, reason=reason)
-        return gated(report(taps, platform=platform), archive, wanted, partial=partial, today=DAY)
+        return gated(report(taps, platform=platform, **options), archive, wanted, partial=partial, today=DAY)
 
     return judged
 
@@ -159,6 +162,22 @@ def test_what_fails_is_never_recorded(judge: Callable[..., Report], tmp_path: Pa
     assert not (tmp_path / "b.json").exists()
 
 
+def test_a_run_that_does_not_reach_everything_is_not_recorded(judge: Callable[..., Report], tmp_path: Path) -> None:
+    lacking = {"missed": ["no block is complete"], "require_reach": True}
+    first = judge(HEALTHY, update=True, **lacking)
+    assert not first.passed
+    assert not (tmp_path / "b.json").exists()
+    said = verdict(first)
+    assert said.endswith("b.json is unchanged, since only a run that reaches and compares everything is recorded.")
+    assert "--update-baseline adds" not in said
+    judge(HEALTHY, update=True)
+    written = (tmp_path / "b.json").read_bytes()
+    worse = judge([real(Q, 5.0, 6.1, 2.0), *HEALTHY[1:]], reason="why not", **lacking)
+    assert (tmp_path / "b.json").read_bytes() == written
+    assert "--reason" not in verdict(worse)
+    assert "is unchanged" in verdict(judge(HEALTHY[:1], update=True))
+
+
 multiples = st.floats(0, 12) | st.sampled_from([0.0, 1e-9, 0.999, 9.99, 9.995])
 
 
@@ -255,6 +274,24 @@ def test_files_that_are_not_there_or_cannot_be_written(archive: Golden, tmp_path
         request(tmp_path / "b.json", update=True, reason=" ")
 
 
+def test_what_could_not_be_recorded_is_refused_before_the_run(tiny: Path, golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wanted = Request(path=tmp_path / "deep" / "b.json", update=True)
+    absent = dataclasses.replace(wanted, path=tmp_path / "file" / "b.json")
+    with patch("parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
+        with pytest.raises(ResourceError, match=r"b\.json: the baseline cannot be written \(.*file is no folder\)"):
+            run_parity(None, golden, source=tiny, baseline=absent)
+        with (
+            patch("os.access", return_value=False),
+            pytest.raises(ResourceError, match=r"b\.json: the baseline cannot be written \(no permission in "),
+        ):
+            run_parity(None, golden, source=tiny, baseline=wanted)
+        with pytest.raises(UsageError, match="expected --precision highest, found default"):
+            run_parity(None, golden, source=tiny, baseline=wanted, precision="default")
+        with pytest.raises(AssertionError, match="before the run"):  # whose folder is made when it is written
+            run_parity(None, golden, source=tiny, baseline=wanted)
+
+
 def test_the_modes_have_records_of_their_own(judge: Callable[..., Report]) -> None:
     both = [*HEALTHY, *(dataclasses.replace(tap, mode=Mode.CUMULATIVE) for tap in HEALTHY)]
     judge(HEALTHY, update=True)
@@ -263,3 +300,7 @@ def test_the_modes_have_records_of_their_own(judge: Callable[..., Report]) -> No
     worse = judge([*both[:3], real(Q, 3.0, 2.0, 2.5, mode=Mode.CUMULATIVE), *both[4:]])
     assert worse.gate is not None
     assert [(grown.name, grown.mode) for grown in worse.gate.grown] == [(Q, Mode.CUMULATIVE)]
+    assert "3 taps, 3 recorded ones were not wanted" in verdict(judge(HEALTHY))
+    elsewhere = {"backend": "gpu", "device": "NVIDIA H200"}
+    judge(HEALTHY, update=True, platform=elsewhere)
+    assert "not wanted" not in verdict(judge(HEALTHY, platform=elsewhere))

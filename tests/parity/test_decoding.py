@@ -26,10 +26,13 @@ from golden.recorder import record
 from golden.shrink import shrink
 from golden.synthetic import tiny_config, write_checkpoint
 from parity import forward
+from parity.activations import compare_activations
 from parity.comparison import Phase
 from parity.metrics import Verdict
 from parity.report import Report
 from parity.run import compare_model
+
+from .ties import swapped_expert
 
 TOKENS, DECODE = 131, 6
 IDS = np.random.default_rng(4).integers(0, 96, (2, TOKENS)).astype(np.int32)
@@ -97,6 +100,18 @@ def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
         for name, expected in pairs.items():
             assert expected.size
             assert np.array_equal(golden.read(f"layers.{layer}.{name}"), expected), name
+
+
+def test_a_tie_of_another_implementation_leaves_the_state_as_it_is(golden: Golden) -> None:
+    """The state has rows of its own, and was there before the choice."""
+    layer = {name.split(".", 2)[2]: golden.read(name).copy() for name in golden.taps(3)}
+    swapped_expert(layer, closest=True)
+    del layer["ffn.gate.scores"]  # they would say that the golden's choice is the better one
+    report = compare_activations(layer, golden, layer=3, dtype="bfloat16")
+    assert report.passed
+    assert report.count(Verdict.TIE) == 1
+    layer["cache.window"][0, 0] += 1
+    assert _failing(compare_activations(layer, golden, layer=3, dtype="bfloat16")) == ["layers.3.cache.window"]
 
 
 @pytest.fixture

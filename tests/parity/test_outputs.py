@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from junitparser import Failure, JUnitXml, Skipped
 
 from golden.archive import open_golden
 from golden.noise import Mode
+from parity.explain import verdict
 from parity.gate import Request, gated
 from parity.github import command, commands, summary
 from parity.junit import junit
@@ -86,6 +88,10 @@ def test_junit_says_what_is_wrong_with_a_run_as_a_whole(golden: Path, tmp_path: 
     assert ("run", "layers.1.attn.kv_norm, isolated") in cases
     assert ("run", f"{CHOSEN}, isolated") in cases
     assert _cases(junit(report([])), tmp_path / "junit.xml").keys() == {("run", "taps")}
+    nothing = report([empty("layers.1.attn.compressor.pooled")])
+    assert not nothing.passed
+    (failure,) = _cases(junit(nothing), tmp_path / "junit.xml")["run", "taps"]
+    assert isinstance(failure, Failure)
     missed = report([real(Q, 1, 2, 2)], missed=["no block is complete"], require_reach=True)
     assert ("run", "reach of layer 1") in _cases(junit(missed), tmp_path / "junit.xml")
 
@@ -95,6 +101,17 @@ def test_junit_holds_what_xml_cannot(tmp_path: Path) -> None:
         report([real(Q, 1, 2, 2)]), checkpoint={"path": 'a\x00<b>&"\x1b[31m'}, golden={"path": "ü\ud800"}
     )
     assert len(_cases(junit(strange), tmp_path / "junit.xml")) == 1
+
+
+def test_a_report_holds_no_secret_of_a_url(tmp_path: Path) -> None:
+    url = "https://user:p@ssword@host/golden?X-Amz-Signature=signed"
+    named = dataclasses.replace(
+        report([real(Q, 1, 2, 2)]), golden={"path": url, "source": {"name": url}}, checkpoint={"path": url}
+    )
+    for text in (junit(named), summary(named), json.dumps(named.to_json(verdict(named)), ensure_ascii=False)):
+        assert "https://…@host/golden?…" in text
+        assert "ssword" not in text
+        assert "signed" not in text
 
 
 def _undone(command: str) -> tuple[str, dict[str, str], str]:

@@ -28,18 +28,24 @@ from golden.archive import Form, open_golden
 from golden.compact import Compact
 from golden.noise import MODES, Mode
 from golden.shrink import shrink
+from parity.advice import next_steps
 from parity.choices import Flips
 from parity.detail import EDGES, POINTS, Detail, Piece
 from parity.explain import verdict
 from parity.floor import floor_of
+from parity.html.data import page_data
 from parity.html.page import Run, page
 from parity.html.scale import Scale
-from parity.html.words import short, without_secrets
+from parity.html.words import short
 from parity.metrics import Verdict
-from parity.report import Report
+from parity.report import Gate, Grown, Report, Unrecorded
 from parity.run import compare_model
+from parity.secrets import without_secrets
+from parity.tolerances import LIMITS
 
 from .faults.fault import Held
+from .synthetic import real
+from .synthetic import report as synthetic
 
 RUN = Run(
     command="dsv4 parity ./orbax --golden ./golden --report x.html",
@@ -267,6 +273,18 @@ def test_what_is_zero_or_no_number_has_its_place(report: Report) -> None:
     assert {cell for map_ in figures["maps"] for row in map_["multiples"] for cell in row} == {0.0, "inf"}
 
 
+def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
+    """Which is not the one with the largest number: limits differ."""
+    over_the_tap = real("layers.0.attn.q", *[0.9 * LIMITS.tap] * 3)
+    at_a_row = real("layers.1.attn.q", 1.0, 0.7 * LIMITS.row, 1.0)
+    course = page_data(synthetic([over_the_tap, at_a_row])).course
+    assert at_a_row.distance is not None
+    assert over_the_tap.distance is not None
+    assert at_a_row.distance.noise.largest > over_the_tap.distance.noise.largest
+    assert course is not None
+    assert course.layer == 0
+
+
 def test_scales_hold_everything() -> None:
     scale = Scale.over([0.0, 3e-9, 2e7, math.inf, math.nan], least=(0.5, 48))
     bottom, top = scale.ends
@@ -304,9 +322,53 @@ def test_other_runs_have_pages_too(report: Report, held: Held, golden: Path, tmp
     assert "<title>FAIL" in text
 
 
+def test_a_baseline_that_is_not_passed_is_shown_with_what_to_do() -> None:
+    q, kv, gone = "layers.1.attn.q", "layers.1.attn.kv_norm", "layers.1.attn.wkv"
+    grown = Grown(name=q, mode=Mode.ISOLATED, measure="row", recorded=2.0, allowed=3.0, found=4.5)
+    gate = Gate(
+        path=f"b{HOSTILE}.json",
+        platforms=("cpu, float32, isolated",),
+        compared=2,
+        grown=(grown,),
+        unrecorded=(Unrecorded(name=kv, mode=Mode.ISOLATED),),
+        missing=(Unrecorded(name=gone, mode=Mode.ISOLATED),),
+        left_out=0,
+    )
+    run = dataclasses.replace(synthetic([real(q, 1, 4.5, 2), real(kv, 1, 2, 2)]), gate=gate)
+    parsed = _Page(page(run, RUN))
+    assert "baseline" in parsed.having("id")
+    assert "#baseline" in parsed.having("href")
+    words = " ".join(parsed.words)
+    for shown in (
+        "2.00x",
+        "3.00x",
+        "4.50x",
+        "one tap has an error beyond its record",
+        f"{gone}, isolated",
+        f"{kv}, isolated",
+    ):
+        assert shown in words
+    grown_step, reason, missing, unrecorded = next_steps(run)
+    assert f"Find what made `{q}` less exact" in grown_step
+    assert "--reason WHY" in reason
+    assert gone in missing
+    assert unrecorded.endswith("--update-baseline`.")
+    imprecise = dataclasses.replace(run, platform={**run.platform, "precision": "default"})
+    assert next_steps(imprecise)[0].startswith("Repeat with `--precision highest`")
+    raised = dataclasses.replace(gate, missing=(), unrecorded=(), update=True, updated=True, reason="other hardware")
+    text = page(dataclasses.replace(run, gate=raised), RUN)
+    assert "<h3>Raised</h3>" in text
+    assert "1 taps raised (other hardware)" in text
+    assert 'id="baseline"' not in page(dataclasses.replace(run, gate=None), RUN)
+    lacking = synthetic([real(q, 1, 2, 2)], missed=["no block is complete"], require_reach=True)
+    assert next_steps(lacking) == [step for step in next_steps(lacking) if "golden with more tokens" in step]
+
+
 def test_urls_lose_their_secrets(report: Report) -> None:
     url = "https://user:secret@host/golden?X-Amz-Signature=secret"
     assert without_secrets(f"{url} --report x.html") == "https://…@host/golden?… --report x.html"
+    assert without_secrets("'s3://me:p@ss:w@rd@host/a@b#token=x' ./a@b#c") == "'s3://…@host/a@b#…' ./a@b#c"
+    assert without_secrets("hf://datasets/x/y@main/golden") == "hf://datasets/x/y@main/golden"
     bare = dataclasses.replace(report, golden={**report.golden, "path": url}, taps=(), growth=(), detail=None)
     text = page(bare, dataclasses.replace(RUN, command=f"dsv4 parity . --golden {url} --report x.html"))
     assert "secret" not in text
