@@ -69,7 +69,7 @@ def _logits(model: Model, dtype: Any = jnp.float32, *, then: bool) -> list[jax.A
     return [prompt, extend(state, jnp.asarray(IDS[:, -1:]), cache)[0]] if then else [prompt]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["fp4", pytest.param("fp8", marks=pytest.mark.thorough)])
 def test_weights_and_logits_are_those_of_expanded_weights(converted: dict[Form, Path], form: Form) -> None:
     """A prompt; and a token after it, for which most experts have nothing to do."""
     weights = Weights.open(converted[form])
@@ -86,6 +86,7 @@ def test_weights_and_logits_are_those_of_expanded_weights(converted: dict[Form, 
         _near(found, expected)
 
 
+@pytest.mark.thorough
 def test_scanned_layers(converted: dict[Form, Path]) -> None:
     """The layers' codes, stacked."""
     listed = restore_model(Weights.open(converted["fp4"]), encoded=True)
@@ -128,7 +129,7 @@ def test_release_numerics_take_the_codes_numbers_unrounded(tmp_path: Path) -> No
 
 
 def test_the_command(converted: dict[Form, Path]) -> None:
-    arguments = ["generate", str(converted["fp4"]), "--tokens", "5,6,7;8", "-n", "12", "--json", "-", "--weights"]
+    arguments = ["generate", str(converted["fp4"]), "--tokens", "5,6,7;8", "-n", "4", "--json", "-", "--weights"]
     outcomes = []
     for held in ("expanded", "source"):
         done = CliRunner().invoke(app, [*arguments, held])

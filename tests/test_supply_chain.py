@@ -254,6 +254,8 @@ def test_code_beside_weights_is_not_run_and_files_are_written_below_the_destinat
     ]
     listed = [[str(word) for word in command] for command in commands]
     environment = {"HOME": home, "TMPDIR": temporary, "NUMBA_CACHE_DIR": numba, "PYTHONPATH": ROOT}
+    # Whoever imports a part of torch sets this for its children.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = temporary / "inductor"
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, json.dumps(listed)],
         capture_output=True,

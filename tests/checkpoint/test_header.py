@@ -281,7 +281,7 @@ def broken_files(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(broken_files())
 @example(VALID)
 def test_never_accepts_what_the_library_refuses(content: bytes) -> None:

@@ -139,9 +139,14 @@ FAULTS: dict[str, tuple[int, str, Any, str, Callable[..., Any]]] = {
 }  # fmt: skip
 
 
-def test_a_step_left_out_is_named(golden: Golden, weights: PublishedWeights, subtests: pytest.Subtests) -> None:
-    """One test, because the first of them in a process takes as long as all others together."""
+@pytest.mark.parametrize("kind", [CSA, pytest.param(HCA, marks=pytest.mark.thorough)])
+def test_a_step_left_out_is_named(
+    golden: Golden, weights: PublishedWeights, subtests: pytest.Subtests, kind: int
+) -> None:
+    """One test for a layer, because the first of its steps in a process takes as long as all others together."""
     for name, (layer, tap, owner, attribute, replacement) in FAULTS.items():
+        if layer != kind:
+            continue
         with subtests.test(name), uncompiled(), patch.object(owner, attribute, replacement):
             report = compare_model(weights, golden, layers=[layer])
             assert not report.passed

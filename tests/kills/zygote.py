@@ -135,7 +135,8 @@ def _child(request: dict[str, Any], shim: Shim) -> NoReturn:
             answer["threads"] = [
                 thread.name
                 for thread in threading.enumerate()
-                if thread is not threading.main_thread() and not thread.daemon
+                # A signal within Thread.start() leaves one on the list that never ran.
+                if thread is not threading.main_thread() and not thread.daemon and thread.is_alive()
             ]
             answer["children"] = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
         else:

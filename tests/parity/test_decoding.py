@@ -55,7 +55,10 @@ def _failing(report: Report) -> list[str]:
     return [result.name for result in report.taps if result.verdict is Verdict.FAIL]
 
 
-@pytest.mark.parametrize(("dtype", "modes"), [("float32", MODES), ("bfloat16", MODES[1:])])
+@pytest.mark.parametrize(
+    ("dtype", "modes"),
+    [("float32", MODES), pytest.param("bfloat16", MODES[1:], marks=pytest.mark.thorough)],
+)
 def test_every_step_agrees(source: Path, golden: Golden, dtype: str, modes: tuple[Mode, ...]) -> None:
     report = compare_model(PublishedWeights.open(source), golden, modes=modes, dtype=dtype)
     assert not _failing(report)
@@ -170,7 +173,7 @@ def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Pat
             record(source, tmp_path / "none", tokens=IDS[:, :9], decode=decode)
 
 
-@pytest.mark.parametrize(("tokens", "decode"), [(2, 1), (9, 4)])
+@pytest.mark.parametrize(("tokens", "decode"), [pytest.param(2, 1, marks=pytest.mark.thorough), (9, 4)])
 def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens: int, decode: int) -> None:
     """No block is complete at all; and one is, in the middle of the steps."""
     short = record(source, tmp_path / "golden", tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
