@@ -46,11 +46,6 @@ def has_atheris() -> bool:
     return importlib.util.find_spec("atheris") is not None
 
 
-def run(quick: bool) -> dict[str, int]:
-    """All readers; what was executed, and the failures, each of which is printed."""
-    return fuzz(QUICK if quick else EXECUTIONS)
-
-
 def fuzz(executions: int, names: Sequence[str] = (), keep: Path | None = None) -> dict[str, int]:
     """Share ``executions`` among readers, those of ``names`` or all. ``keep``: where inputs that fail are put."""
     from tests.fuzzing.readers import READERS

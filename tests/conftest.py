@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import settings
 
 from .checkpoint.hub_server import LoopbackHub, serving
+
+# The packages are the installed ones; benchmarks, of which tests take parts, are not installed.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # No deadline: the first example of a test may compile a program. Derandomised, so that CI says the same every time.
 settings.register_profile("dsv4", deadline=None, derandomize=True)

@@ -109,13 +109,13 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
             )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return ResourceError(
-                f"{what}: {error.filename or folder}: {error.strerror}; make room, or choose another folder or "
+                f"{what}: {_written(error) or folder}: {error.strerror}; make room, or choose another folder or "
                 "HF_HUB_CACHE, and run the same command again: finished files are kept"
             )
-        case OSError(strerror=str(reason), filename=name) if name is not None or folder is not None:
+        case OSError(strerror=str(reason)) if _written(error) is not None or folder is not None:
             return ResourceError(
-                f"{what}: {name or folder}: {reason}; check its permissions and the disk, or choose another folder, "
-                "and run the same command again: finished files are kept"
+                f"{what}: {_written(error) or folder}: {reason}; check its permissions and the disk, or choose another "
+                "folder, and run the same command again: finished files are kept"
             )
         case OSError() | EntryNotFoundError() | RevisionResolutionError() | XetDownloadError():
             return ResourceError(
@@ -124,6 +124,11 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
             )
         case _:
             return None
+
+
+def _written(error: OSError) -> str | None:
+    """The file that could not be written: of a copy the second."""
+    return error.filename2 or error.filename
 
 
 def _translated_status(status: int, repo_id: str, what: str) -> Dsv4Error:

@@ -353,6 +353,7 @@ def test_hash_that_is_none(served: LoopbackHub, monkeypatch: pytest.MonkeyPatch)
     [
         (OSError(errno.ENOSPC, "No space left"), ResourceError, "No space left; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), ResourceError, "/cache/x: Permission denied"),
+        (OSError(errno.EDQUOT, "Quota", "/cache/x", None, "/folder/x"), ResourceError, "/folder/x: Quota; make room"),
         (OSError("Consistency check failed"), ResourceError, "the download failed .OSError"),
         (LocalEntryNotFoundError("gone"), ResourceError, "the download failed .LocalEntryNotFoundError"),
         (httpx2.ReadTimeout("slow"), ResourceError, "cannot be reached .ReadTimeout"),

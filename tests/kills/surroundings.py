@@ -125,7 +125,7 @@ def small_disks(shop: Workshop, tally: Tally, subjects: Sequence[Subject]) -> bo
     for subject in subjects:
         whole = shop.sweep(subject).whole
         filled = False
-        for pages in (20, 40, 80, 160):
+        for pages in (8, 20, 40, 80, 160):
             with _mounted(disk, pages * os.sysconf("SC_PAGE_SIZE")) as mounted:
                 if not mounted:
                     return False

@@ -116,6 +116,10 @@ class Sweep:
             action = (Action.KILL, Action.TORN)[(number + turn) % 2]
             ended = self._run(Fault(event.number, action))
             what = f"{action.name} at {event}"
+            if ended.code == 0 and ended.seen < event.number:
+                # What threads do side by side takes a call less at times, and the last one was not met.
+                self._finish(what, ask=False)
+                continue
             if ended.code != -signal.SIGKILL:
                 self.tally.fail(f"{what}: not killed", ended)
                 continue
