@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import resource
 import signal
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,7 +49,10 @@ def has_atheris() -> bool:
 
 
 def fuzz(executions: int, names: Sequence[str] = (), keep: Path | None = None) -> dict[str, int]:
-    """Share ``executions`` among readers, those of ``names`` or all. ``keep``: where inputs that fail are put."""
+    """Share ``executions`` among readers, those of ``names`` or all, one on each core.
+
+    ``keep``: where inputs that fail are put.
+    """
     from tests.fuzzing.readers import READERS
 
     chosen = {name: reader for name, reader in READERS.items() if not names or name in names}
@@ -55,12 +60,16 @@ def fuzz(executions: int, names: Sequence[str] = (), keep: Path | None = None) -
     print(f"{executions:,} executions over {len(chosen)} readers, {how}", flush=True)
     shares = sum(1 / reader.cost for reader in chosen.values())
     counts = {"readers": len(chosen), "executions": 0, "failures": 0}
-    for name, reader in chosen.items():
-        wanted = max(1, round(executions / reader.cost / shares))
+
+    def one(name: str) -> tuple[int, int]:
+        wanted = max(1, round(executions / chosen[name].cost / shares))
         with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_memory_folder()) as work:
-            done, failures = _reader(name, wanted, Path(work), keep)
-        counts["executions"] += done
-        counts["failures"] += failures
+            return _reader(name, wanted, Path(work), keep)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+        for done, failures in pool.map(one, chosen):
+            counts["executions"] += done
+            counts["failures"] += failures
     return counts
 
 
@@ -83,17 +92,17 @@ def _reader(name: str, wanted: int, work: Path, keep: Path | None) -> tuple[int,
     report = json.loads(file.read_bytes()) if (file := work / "report.json").exists() else {"done": 0, "accepted": 0}
     coverage = {kind: int(branches) for kind, branches, _, _ in _DONE.findall(process.stderr)}
     covered = f", coverage {coverage['INITED']} -> {coverage['DONE']}" if len(coverage) == 2 else ""
-    print(
+    lines = [
         f"{name:24} {report['done']:9,} executions, {report['accepted']:9,} accepted{covered}, slowest "
         f"{report.get('slowest', 0):.2f} s, {report.get('memory', 0) / 2**20:.0f} MiB, {seconds:.0f} s, "
-        f"{len(findings)} findings",
-        flush=True,
-    )
+        f"{len(findings)} findings"
+    ]
     for number, finding in enumerate(findings):
-        print(f"  FAILURE {name}: {finding['what']}\n    bytes: {bytes.fromhex(finding['data'])[:400]!r}", flush=True)
+        lines += [f"  FAILURE {name}: {finding['what']}", f"    bytes: {bytes.fromhex(finding['data'])[:400]!r}"]
         if keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{name.replace(' ', '-')}-{number}").write_bytes(bytes.fromhex(finding["data"]))
+    print("\n".join(lines), flush=True)  # at once, as readers run side by side
     return report["done"], len(findings)
 
 
