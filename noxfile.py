@@ -110,7 +110,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """More random architectures, releases and drafts than the tests draw, all bad inputs; takes eight minutes."""
+    """More of what the tests have already, and every bad input by every command; takes a quarter of an hour."""
     _install(session, *TEST, reference=True)
     session.run("pytest", "-m", "thorough", *(session.posargs or ("-n", "2")), env=UNOPTIMISED)
 
@@ -124,7 +124,7 @@ def large(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Damaged files by the million for every reader, led by the code that they reach; takes half an hour.
+    """Damaged files by the million for every reader, led by the code that they reach; takes five minutes.
 
     Arguments after -- go to benchmarks/fuzz.py. Without atheris, which has no wheel for some platforms, less is found.
     """

@@ -1,7 +1,7 @@
 """Whether anything bad gets through: inputs tried, processes killed, faults injected, damaged files read; and failures.
 
-Each part runs by itself, too: benchmarks.bad_inputs, benchmarks.kills, benchmarks.fuzz. All of it takes about an hour
-of an ordinary machine, ``--quick`` a few minutes.
+Each part runs by itself, too: benchmarks.bad_inputs, benchmarks.kills, benchmarks.fuzz. All of it takes half an
+hour of an ordinary machine, ``--quick`` a few minutes.
 
 Run: python -m benchmarks.hostile [--quick]
 """

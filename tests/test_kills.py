@@ -93,6 +93,7 @@ _TRACED = {
     "openat": "open",
     "write": "write",
     "pwrite64": "write",
+    "writev": "write",
     "fsync": "fsync",
     "fdatasync": "fsync",
     "ftruncate": "ftruncate",
@@ -121,7 +122,11 @@ def test_the_shim_misses_no_change_that_strace_sees(shop: Workshop, tmp_path: Pa
     seen = dict.fromkeys(_TRACED.values(), 0)
     for line in trace.read_text(encoding="utf-8", errors="replace").splitlines():
         call = re.match(r"\d+ +(\w+)\((.*)", line)
-        if call is None or not re.search(rf'{re.escape(str(root))}[/">]', call[2]):
+        if call is None:
+            continue
+        # The folder that a path is not relative to says nothing.
+        places = re.sub(r'AT_FDCWD<[^>]*>, (?="/)', "", call[2])
+        if not re.search(rf'{re.escape(str(root))}[/">]', places):
             continue
         if call[1] == "openat" and not re.search(r"O_(WRONLY|RDWR|CREAT|TRUNC)", call[2]):
             continue

@@ -1,8 +1,12 @@
-"""Run by test_sharding.py on eight simulated devices: the sharded, scanned model against the plain one."""
+"""Run by test_sharding.py on eight simulated devices: the sharded, scanned model against the plain one.
+
+``python -m tests.model.sharded N``: on the mesh N of :data:`MESHES`.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -61,32 +65,32 @@ def main() -> None:
     expected = np.asarray(jax.jit(whole)(state, ids))
     unsharded = jax.jit(run)(nnx.from_flat_state(flat), ids)
     assert np.array_equal(unsharded, expected), "scanned layers are not the layers one by one"
-    for sizes in MESHES:
-        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-        with jax.set_mesh(mesh):
-            placed = nnx.from_flat_state(
-                {
-                    key: variable.replace(
-                        jax.device_put(
-                            variable[...],
-                            NamedSharding(mesh, partition(variable.axes, variable.shape, sizes, what=str(key))),
-                        )
+    sizes = MESHES[int(sys.argv[1])]
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        placed = nnx.from_flat_state(
+            {
+                key: variable.replace(
+                    jax.device_put(
+                        variable[...],
+                        NamedSharding(mesh, partition(variable.axes, variable.shape, sizes, what=str(key))),
                     )
-                    for key, variable in flat.items()
-                }
-            )
-            found = jax.jit(run)(placed, ids)
-            apart = math.prod(sizes.get(name, 1) for name in ("data", "fsdp", "expert", "sequence", "tensor"))
-            assert found.addressable_shards[0].data.size * apart == found.size, (sizes, found.sharding)
-            np.testing.assert_allclose(found, expected, atol=3e-6, err_msg=str(sizes))
-            if "sequence" not in sizes:
-                extend = jax.jit(step, donate_argnums=2)
-                cache = Cache.empty(config, len(ids), ROOM, scanned=True)
-                first, cache = extend(placed, ids[:, : TOKENS - 1], cache)
-                last, cache = extend(placed, ids[:, TOKENS - 1 :], cache)
-                together = np.concatenate([first, last], axis=1)
-                np.testing.assert_allclose(together, expected, atol=3e-6, err_msg=f"decoding on {sizes}")
-    print("agrees on", len(MESHES))
+                )
+                for key, variable in flat.items()
+            }
+        )
+        found = jax.jit(run)(placed, ids)
+        apart = math.prod(sizes.get(name, 1) for name in ("data", "fsdp", "expert", "sequence", "tensor"))
+        assert found.addressable_shards[0].data.size * apart == found.size, (sizes, found.sharding)
+        np.testing.assert_allclose(found, expected, atol=3e-6, err_msg=str(sizes))
+        if "sequence" not in sizes:
+            extend = jax.jit(step, donate_argnums=2)
+            cache = Cache.empty(config, len(ids), ROOM, scanned=True)
+            first, cache = extend(placed, ids[:, : TOKENS - 1], cache)
+            last, cache = extend(placed, ids[:, TOKENS - 1 :], cache)
+            together = np.concatenate([first, last], axis=1)
+            np.testing.assert_allclose(together, expected, atol=3e-6, err_msg=f"decoding on {sizes}")
+    print("agrees on", sizes)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ..processes import end, start
+from .sharded import MESHES
 
 
-def test_sharded_and_scanned_it_is_the_same_model() -> None:
+@pytest.mark.parametrize("mesh", [0, pytest.param(1, marks=pytest.mark.thorough)], ids=map(str, MESHES))
+def test_sharded_and_scanned_it_is_the_same_model(mesh: int) -> None:
     """In a process of its own, because the number of devices is fixed when JAX starts."""
-    ended = end(start(["-m", "tests.model.sharded"], devices=8), timeout=600)
+    ended = end(start(["-m", "tests.model.sharded", str(mesh)], devices=8), timeout=600)
     assert ended.code == 0, ended.err[-3000:]
-    assert "agrees on 2" in ended.out
+    assert f"agrees on {MESHES[mesh]}" in ended.out
