@@ -19,6 +19,8 @@ def fitted(table: Table, console: Console, *, dispensable: Sequence[str]) -> Tab
     while _width(table, console) > console.width and left:
         header = left.pop(0)
         table.columns[:] = [column for column in table.columns if column.header != header]
+        for index, column in enumerate(table.columns):
+            column._index = index  # rich takes the last one, which has no padding, by its number
     if _width(table, console) > console.width:
         for column in table.columns:
             column.no_wrap, column.overflow = False, "fold"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer import rich_utils
 from typer.testing import CliRunner
 
@@ -105,6 +105,27 @@ def test_parity_tables_fit_and_lose_columns_not_letters(width: int) -> None:
         assert "attn.indexer.compressor.entries" in written.getvalue()
         assert "…" not in written.getvalue()
         assert ("1-cos" in written.getvalue()) == (width == 80 and not quick)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_what_is_left_of_a_table_is_whole(lost: int) -> None:
+    """In the narrowest window that it fits into, whichever columns it lost."""
+    headers = [f"column {number}" for number in range(6)]
+
+    def table(names: list[str]) -> Table:
+        made = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
+        made.add_row(*(f"{name}: 1.5e+00" for name in names))
+        return made
+
+    def printed(what: Table, console: Console) -> str:
+        console.print(what)
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+    left = headers[:1] + headers[1 + lost :]
+    expected = printed(table(left), Console(file=io.StringIO(), width=200)).splitlines()
+    console = Console(file=io.StringIO(), width=max(len(line.rstrip()) for line in expected))
+    found = printed(fitted(table(headers), console, dispensable=headers[1:]), console).splitlines()
+    assert [line.rstrip() for line in found] == [line.rstrip() for line in expected]
 
 
 def test_a_table_without_columns_to_lose_folds() -> None:
