@@ -9,7 +9,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, chdir, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -327,8 +327,9 @@ def _content(path: Path) -> dict[str, bytes] | None:
 
 @contextmanager
 def as_nobody(place: Place) -> Iterator[None]:
-    """Without the rights of root, where the tests have them; paths are then reached from the working directory."""
+    """Without the rights of root, where the tests have them; paths are then reached from the place."""
     with ExitStack() as stack:
+        stack.enter_context(chdir(place.root))
         if os.geteuid() == 0:
             os.chmod(place.root, 0o755)
             # What a command imports while it runs may lie where nobody can read.

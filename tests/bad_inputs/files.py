@@ -69,17 +69,6 @@ def _unreadable(place: Place) -> None:
 
 
 @contextmanager
-def _from_inside(place: Place) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(place.root)
-    try:
-        with as_nobody(place):
-            yield
-    finally:
-        os.chdir(before)
-
-
-@contextmanager
 def _changed_meanwhile(place: Place) -> Iterator[None]:
     """Somebody writes to the shard between the plan and the conversion."""
 
@@ -214,7 +203,7 @@ FILES: tuple[Case, ...] = (
         "{shard_name}: cannot be read (Permission denied)",
         "check its permissions",
         edit=_unreadable,
-        during=_from_inside,
+        during=as_nobody,
         by=(("convert", "hf-to-orbax", "source", "{dest}", "--dry-run"),),
     ),
     refused(

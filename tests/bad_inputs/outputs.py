@@ -97,13 +97,8 @@ def _damaged_journal(place: Place) -> None:
 def _read_only(place: Place) -> Iterator[None]:
     for path in (place.source, *place.source.iterdir()):
         path.chmod(0o755)
-    before = Path.cwd()
-    os.chdir(place.root)
-    try:
-        with as_nobody(place):
-            yield
-    finally:
-        os.chdir(before)
+    with as_nobody(place):
+        yield
 
 
 @contextmanager
