@@ -78,18 +78,18 @@ def _three_passes() -> None:
     import jax
     import jax.numpy as jnp
 
-    from dsv4_convert.model import parameters
+    from dsv4_convert.model import ops
 
-    exact = parameters.contract
+    exact = ops.einsum_f32
 
-    def contract(spec: str, a: Any, b: Any) -> Any:
+    def einsum_f32(spec: str, a: Any, b: Any) -> Any:
         if not a.dtype == b.dtype == jnp.float32:
             return exact(spec, a, b)
         high = [_rounded(part) for part in (a, b)]
         low = [_rounded(jax.lax.optimization_barrier(part - top)) for part, top in zip((a, b), high, strict=True)]
         return exact(spec, high[0], high[1]) + (exact(spec, high[0], low[1]) + exact(spec, low[0], high[1]))
 
-    _everywhere(exact, contract)
+    _everywhere(exact, einsum_f32)
 
 
 def _eps_of_norms() -> None:

@@ -1,6 +1,6 @@
 """The smallest programs that show what XLA on CPU does slowly, and what the model does instead.
 
-Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/routed.py`` (``packed``),
+Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/experts.py`` (``packed``),
 ``hyper_connection.py`` (``_collapse``) and ``attention.py`` (``attend``).
 
 Run: python -m benchmarks.xla_limits

@@ -88,7 +88,7 @@ def restore_model(
 
     config = weights.config
     numerics = Numerics.of_release(config) if release else PLAIN
-    dtype = np.dtype(numerics.held(dtype))
+    dtype = np.dtype(numerics.weight_dtype(dtype))
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()

@@ -17,7 +17,7 @@ from flax import nnx
 from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.mlp import weighted
+from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
@@ -63,7 +63,7 @@ class Forward:
         self._devices = devices or Devices()
         self._dtype = dtype
         self._numerics = numerics
-        self._weight_dtype = np.dtype(numerics.held(dtype))
+        self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)

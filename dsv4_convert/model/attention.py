@@ -1,13 +1,13 @@
 """Attention of one layer: a sliding window, and beside it the compressed past (paper section 2.3).
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
-``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a run,
-``X`` keys, ``K`` tokens of a call, ``P`` tokens before.
+``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a chunk,
+``X`` keys, ``K`` tokens of a call, ``P`` tokens before, ``k`` chosen entries.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,29 +16,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
-from dsv4_convert.model.axes import on_shards, place
+from dsv4_convert.model.axes import axis_index, shard_map
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm
-from dsv4_convert.model.numerics import Numerics, once
-from dsv4_convert.model.parameters import contract, parameter
+from dsv4_convert.model.numerics import Numerics, round_to
+from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.model.runs import by_runs
 
-#: Logical axes of what :func:`_context` takes and gives.
-_CONTEXT_TAKES = (
-    "batch tokens heads -",
-    "batch - -",
-    "batch - -",
-    "batch",
-    "batch - -",
-    "batch tokens",
-    "batch tokens -",
-    "heads",
-)
-_CONTEXT_GIVES = _CONTEXT_TAKES[0]
+
+class Earlier(NamedTuple):
+    """Keys of the ``window - 1`` tokens before a call, and how many tokens there were in all."""
+
+    keys: Float[Array, "B P C"]
+    count: Int[Array, " B"]
+
+
+class Entries(NamedTuple):
+    """The compressed past: entries, how many of them each query may see, and those it does see (None: all of these)."""
+
+    values: Float[Array, "B T C"]
+    complete: Int[Array, "B S"]
+    chosen: Int[Array, "B S k"] | None
 
 
 class Attention(nnx.Module):
@@ -48,8 +49,10 @@ class Attention(nnx.Module):
     2. A query sees the last ``sliding_window`` tokens, itself included, and the compressed entries of complete blocks:
        all of them (HCA) or the indexer's choice (CSA).
     3. One softmax over both, with a learned sink per head in the denominator; scores scaled by C^-0.5.
-    4. The context is turned back by the query's position, since values carry the keys' rotation.
-    5. Heads in G groups, each through its own low-rank matrix ``wo_a``, then together through ``wo_b``.
+    4. The context is rotated back by the query's position, since values carry the keys' rotation.
+    5. Each of G groups of heads has its own low-rank matrix ``wo_a``; all groups share ``wo_b``.
+
+    Source: paper section 2.3; published inference code, ``MLA``.
     """
 
     def __init__(self, config: Config, kind: Kind, numerics: Numerics) -> None:
@@ -78,7 +81,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Attention over whole prompts, or over their next tokens with a ``past``, whose new state comes with it.
 
-        ``positions`` are those of the rotary tables; what a token sees goes by the order of tokens.
+        ``positions`` index the rotary tables; masks go by the order of tokens.
         """
         config, numerics = self.config, self.numerics
         batch, tokens, _ = x.shape
@@ -94,7 +97,7 @@ class Attention(nnx.Module):
         kv = taps("kv_rope", numerics.key(rotate(kv, positions, table), config.qk_rope_head_dim))
 
         before = jnp.zeros(batch, jnp.int32) if past is None else past.before
-        entries, compressed, indexed, choice = kv[:, :0], None, None, None
+        entries, compressed, indexed, chosen = kv[:, :0], None, None, None
         complete = jnp.zeros((batch, tokens), jnp.int32)
         if self.compressor is not None:
             at = None if past is None else past.of(past.cache.compressor)
@@ -102,13 +105,12 @@ class Attention(nnx.Module):
             complete = complete_blocks(before[:, None] + jnp.arange(tokens), self.compressor.ratio)
         if self.indexer is not None:
             at = None if past is None else past.of(past.cache.indexer)
-            choice, indexed = self.indexer(x, q_low_rank, positions, complete, table, taps.within("indexer."), at)
+            chosen, indexed = self.indexer(x, q_low_rank, positions, complete, table, taps.within("indexer."), at)
 
-        earlier = None if past is None else past.cache.window
+        earlier = None if past is None else Earlier(past.cache.window, before)
         sink, window = self.attn_sink[...], config.sliding_window
-        seen = (q, kv, earlier, before, entries, complete, choice, sink)
-        attended = partial(_context, window=window, numerics=numerics)
-        context = taps("context", on_shards(attended, _CONTEXT_TAKES, _CONTEXT_GIVES, *seen))
+        past_entries = Entries(entries, complete, chosen)
+        context = taps("context", _context(q, kv, earlier, past_entries, sink, window=window, numerics=numerics))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
@@ -120,7 +122,7 @@ class Attention(nnx.Module):
 
 
 def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | None:
-    """CSA's blocks overlap, so each token projects to two series of values; HCA's do not."""
+    """The compressor of a layer. Blocks of CSA overlap, so each token projects to two series of values."""
     width = config.head_dim
     if kind is Kind.SLIDING:
         return None
@@ -130,97 +132,100 @@ def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | 
     return Compressor(config.hidden_size, width, ratio, projected, eps=eps, indexed=False, numerics=numerics)
 
 
+@shard_map()
 def _context(
     q: Float[Array, "B S H C"],
     kv: Float[Array, "B K C"],
-    earlier: Float[Array, "B P C"] | None,
-    before: Int[Array, " B"],
-    entries: Float[Array, "B T C"],
-    complete: Int[Array, "B S"],
-    choice: Int[Array, "B S k"] | None,
+    earlier: Earlier | None,
+    entries: Entries,
     sink: Float[Array, " H"],
     *,
     window: int,
     numerics: Numerics,
 ) -> Float[Array, "B S H C"]:
-    """What every query sees: of the tokens those in its window, then entries.
+    """Attention of every query over the tokens in its window and its compressed entries.
 
-    In runs of queries, each with the keys that its window reaches: cost does not grow as S squared for the window, and
-    memory does not for the entries.
+    A chunk of queries meets only the keys that its windows reach, so cost grows with S and not with its square for the
+    window, and memory does so for the entries.
 
     Args:
-        q, kv: queries, and keys that are also values, of the tokens of this call. Where the call's tokens are split
-            over devices, the queries are this one's part of them; the keys, one head in all, are whole everywhere.
-        earlier: keys of the ``window - 1`` tokens before, of which there were ``before`` in all; None if none were.
-        entries, complete: compressed entries, and how many of them each query may see.
-        choice: the entries that it does see (:func:`~dsv4_convert.model.indexer.choose`); None for all of those.
+        q, kv: queries, and keys that are also values, of the tokens of this call. On a mesh that splits tokens a device
+            has its own part of the queries and all keys, since these have one head in all.
+        earlier: the tokens before; None if there are none.
+        entries: the compressed past.
         sink, window, numerics: of the layer.
     """
     reach = min(window, kv.shape[1]) - 1 if earlier is None else window - 1
-    own = place("tokens") * q.shape[1]
+    own = axis_index("tokens") * q.shape[1]
     if earlier is None:
-        earlier = jnp.zeros((len(kv), reach, kv.shape[2]), kv.dtype)
-    keys = jnp.pad(jnp.concatenate([earlier, kv], axis=1), ((0, 0), (0, window), (0, 0)))  # the last run may be padded
+        earlier = Earlier(jnp.zeros((len(kv), reach, kv.shape[2]), kv.dtype), jnp.zeros(len(kv), jnp.int32))
+    keys = jnp.concatenate([earlier.keys, kv], axis=1)
+    keys = jnp.pad(keys, ((0, 0), (0, window), (0, 0)))  # the last chunk may be padded
 
-    def run(
-        first: Int[Array, ""], q: Float[Array, "B Q H C"], complete: Int[Array, "B Q"], *choice: Int[Array, "B Q k"]
+    def chunk(
+        first: Int[Array, ""], q: Float[Array, "B Q H C"], complete: Int[Array, "B Q"], *chosen: Int[Array, "B Q k"]
     ) -> Float[Array, "B Q H C"]:
         queries, first = q.shape[1], own + first
         near = lax.dynamic_slice_in_dim(keys, first, reach + queries, axis=1)
-        token = jnp.arange(reach + queries) - reach  # of each key, from the run's first query on
+        token = jnp.arange(reach + queries) - reach  # of each key, counted from the chunk's first query
         inside = window_mask(jnp.arange(queries)[:, None] - token, window)
-        seen = [inside & (first + token >= -before[:, None])[:, None]]
-        seen += [chosen_mask(chosen, entries.shape[1]) for chosen in choice] or [entry_mask(complete, entries.shape[1])]
+        inside &= (first + token >= -earlier.count[:, None])[:, None]
+        count = entries.values.shape[1]
+        visible = chosen_mask(*chosen, count) if chosen else entry_mask(complete, count)
         attention = attend_as_released if numerics.release else attend
-        return attention(q, jnp.concatenate([near, entries], axis=1), jnp.concatenate(seen, axis=2), sink)
+        kv = jnp.concatenate([near, entries.values], axis=1)
+        return attention(q, kv, jnp.concatenate([inside, visible], axis=2), sink)
 
-    return by_runs(run, window, q, complete, *(() if choice is None else (choice,)))
+    chosen = () if entries.chosen is None else (entries.chosen,)
+    return map_query_chunks(chunk, window, q, entries.complete, *chosen)
 
 
 def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
-    """Which keys a query sees, by the number of tokens that it is after them: itself and the ``window - 1`` before."""
+    """Which keys a query sees: its own token and the ``window - 1`` before. ``distance``: tokens from key to query."""
     return (distance >= 0) & (distance < window)
 
 
 def complete_blocks(token: Int[Array, "B S"], ratio: int) -> Int[Array, "B S"]:
-    """How many blocks are complete at a token, itself included, by its index in its prompt."""
+    """How many blocks are complete once a token is seen; ``token`` is its index in its prompt."""
     return (token + 1) // ratio
 
 
 def attend(
     q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
 ) -> Float[Array, "B S H C"]:
-    """Softmax attention over keys that are also the values, with a sink per head that adds to the denominator only.
+    """Softmax attention over keys that are also the values, with a learned sink per head.
 
-    Scores, softmax and the sum over values in float32; the probabilities are rounded to the dtype of ``kv``.
+    o_sh = sum_x p_shx kv_x with p_shx = exp(a_shx) / (exp(sink_h) + sum_y exp(a_shy)), a_shx = q_sh . kv_x / sqrt(C)
+    over the keys x that query s sees. Scores, softmax and the sum over values are computed in float32; p is rounded to
+    the dtype of ``kv``.
     """
     scores, sinks = _scores(q, kv, seen), sink.astype(jnp.float32)[:, None]
     peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - peak)
     shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    return contract("bshx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
+    return einsum_f32("bshx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
 
 
 def attend_as_released(
     q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
 ) -> Float[Array, "B S H C"]:
-    """:func:`attend` in the release's order of rounding: before the division by the sum, relative to the best key."""
+    """:func:`attend` as a release rounds: exp(a - max a) before the division by the sum, which then divides the sum."""
     scores, sinks = _scores(q, kv, seen), sink.astype(jnp.float32)[:, None]
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak)
-    rounded = once(weights.astype(kv.dtype))
-    return (contract("bshx,bxc->bshc", rounded, kv) / total).astype(q.dtype)
+    rounded = round_to(weights, kv.dtype)
+    return (einsum_f32("bshx,bxc->bshc", rounded, kv) / total).astype(q.dtype)
 
 
 def _scores(
     q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"]
 ) -> Float[Array, "B S H X"]:
     # Heads stay behind the queries: with one key for all heads this is one large matmul, and nothing is transposed.
-    scores = contract("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
+    scores = einsum_f32("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
     return jnp.where(seen[:, :, None], scores, -jnp.inf)
 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:
-    """Every group of heads through its own matrix."""
-    return contract("bsgi,gio->bsgo", x, w.astype(x.dtype)).astype(x.dtype)
+    """Multiply every group of heads with its own matrix."""
+    return einsum_f32("bsgi,gio->bsgo", x, w.astype(x.dtype)).astype(x.dtype)

@@ -1,21 +1,29 @@
 """Logical axes of every parameter and activation, and the one table that lays them over the axes of a device mesh.
 
-A parameter names its axes where it is declared; an activation has those of its tap's shape letters. The model is the
-same with and without a mesh: it asks for the ambient one (``jax.set_mesh``), and without one nothing here does
-anything. What is left open here, XLA decides.
+A parameter names its axes where it is declared. Activations have the axes of their shape letters, in the table of taps
+and in the signatures of functions that :func:`shard_map` decorates. The model is the same with and without a mesh: the
+functions here ask for the ambient one (``jax.set_mesh``) and do nothing without it. XLA decides the layout of all other
+arrays.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.taps import shape_of
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
 
 #: The axes that a mesh may have, and what is split along each.
 MESH_AXES: Mapping[str, str] = {
@@ -39,7 +47,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "groups": ("tensor",),
     "inner": ("tensor",),
     "vocab": ("tensor",),
-    # Whole: of a matrix one side is enough, and the rest is small.
+    # Whole: splitting one side of a matrix is enough, and the other arrays are small.
     "layer": (),
     "whole_width": (),
     "whole_rank": (),
@@ -54,7 +62,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "token": (),
 }
 
-#: Shape letter of a tap (:mod:`dsv4_convert.taps`) -> logical axis. An activation's width is whole on every device.
+#: Shape letter of an activation (:mod:`dsv4_convert.taps`) -> logical axis. Its width is whole on every device.
 LETTERS: Mapping[str, str] = {
     "B": "batch",
     "S": "tokens",
@@ -109,7 +117,7 @@ def partition(
 
 
 def constrain(value: jax.Array, axes: Axes, what: str) -> jax.Array:
-    """``value``, laid over the ambient mesh by its logical axes; itself where there is none.
+    """Lay ``value`` over the ambient mesh by its logical axes; return it as it is where there is no mesh.
 
     Raises:
         UsageError: as :func:`partition`.
@@ -122,77 +130,106 @@ def constrain(value: jax.Array, axes: Axes, what: str) -> jax.Array:
 
 
 def constrain_tap(name: str, value: jax.Array) -> jax.Array:
-    """An activation by the name of its tap; those of no tap are left to XLA."""
+    """:func:`constrain` an activation by the name of its tap; XLA decides about activations without a tap."""
     shape = shape_of(name)
     return value if shape is None else constrain(value, tuple(LETTERS.get(letter) for letter in shape), name)
 
 
-def on_shards(function: Callable[..., Any], takes: Sequence[str], gives: str, *arguments: Any) -> Any:
-    """``function(*arguments)`` on every device's part of them; just that where there is no mesh.
+def shard_map(**letters: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: run a function on every device's part of its arrays, which the letters of its signature describe.
+
+    ``Float[Array, "B S D"]`` is split along the logical axes of ``B`` and ``S`` (:data:`LETTERS`); an axis whose letter
+    has no logical axis is whole on every device. Arguments that are no arrays reach every device as they are. Without
+    a mesh the function is called as it stands.
 
     Args:
-        function: of arrays, or None; inside it the functions below speak of other devices.
-        takes: logical axes of each argument, ``-`` for one that is whole.
-        gives: logical axes of the result.
-        arguments: whole arrays, or None.
+        letters: logical axes of more letters, such as ``E="experts"``.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function(*arguments)
+    axes = {**LETTERS, **letters}
 
-    def spec(axes: str) -> PartitionSpec:
-        return PartitionSpec(*(_over(axis, mesh.shape) or None if axis != "-" else None for axis in axes.split()))
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
 
-    given = [index for index, argument in enumerate(arguments) if argument is not None]
+        @functools.wraps(function)
+        def sharded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty:
+                return function(*args, **kwargs)
+            hints = typing.get_type_hints(function)
+            given = signature.bind(*args, **kwargs).arguments
+            arrays = {name: value for name, value in given.items() if _array_type(hints.get(name))}
+            options = {name: value for name, value in given.items() if name not in arrays}
 
-    def run(*parts: Any) -> Any:
-        by_index = dict(zip(given, parts, strict=True))
-        return function(*map(by_index.get, range(len(arguments))))
+            def run(*parts: Any) -> Any:
+                return function(**dict(zip(arrays, parts, strict=True)), **options)  # type: ignore[call-arg]
 
-    specs = tuple(spec(takes[index]) for index in given)
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec(gives), check_vma=False)
-    return sharded(*(arguments[index] for index in given))
+            specs = tuple(_specs(hints[name], value, axes, mesh.shape) for name, value in arrays.items())
+            result = _specs(hints["return"], ..., axes, mesh.shape)
+            return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)(*arrays.values())
+
+        return sharded
+
+    return decorate
 
 
-def place(axis: str) -> jax.Array | int:
-    """Which part of a logical axis this device has, inside :func:`on_shards`."""
+def _array_type(hint: Any) -> Any:
+    """The array, or NamedTuple of arrays, that an annotation describes; None for others."""
+    parts = (hint, *typing.get_args(hint))
+    return next((part for part in parts if hasattr(part, "dim_str") or hasattr(part, "_fields")), None)
+
+
+def _specs(hint: Any, value: Any, axes: Mapping[str, str], sizes: Mapping[str, int]) -> Any:
+    """The partition of a value with this annotation: a spec, None for None, a NamedTuple of specs for a NamedTuple."""
+    if value is None:
+        return None
+    array = _array_type(hint)
+    if hasattr(array, "_fields"):
+        fields = typing.get_type_hints(array)
+        return array(*(_specs(fields[name], getattr(value, name), axes, sizes) for name in array._fields))
+    parts = (_mesh_axes(axes[letter], sizes) if letter in axes else () for letter in array.dim_str.split())
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def axis_index(axis: str) -> jax.Array | int:
+    """Which part of a logical axis this device has, inside :func:`shard_map`."""
     names = _manual(axis)
     return jax.lax.axis_index(names) if names else 0
 
 
-def gathered(part: Any, axis: str) -> Any:
-    """The first axis of every array from all devices that share a logical axis, one behind the other."""
+def all_gather(part: _T, axis: str) -> _T:
+    """Every array from all devices that share a logical axis, concatenated along its first axis."""
     names = _manual(axis)
     return jax.lax.all_gather(part, names, axis=0, tiled=True) if names else part
 
 
-def scattered(total: jax.Array, axis: str) -> jax.Array:
-    """The sum over the devices that share a logical axis, of which each keeps its part of the first axis."""
-    names = _manual(axis)
-    return jax.lax.psum_scatter(total, names, scatter_dimension=0, tiled=True) if names else total
-
-
-def exchanged(part: jax.Array, axis: str, split: int, joined: int) -> jax.Array:
-    """An array whose dimension ``joined`` is split over a logical axis, with its dimension ``split`` split instead."""
-    names = _manual(axis)
-    return jax.lax.all_to_all(part, names, split, joined, tiled=True) if names else part
-
-
-def splits(axis: str) -> bool:
-    """Whether a logical axis is split over devices, inside :func:`on_shards`."""
-    return bool(_manual(axis))
-
-
-def summed(part: jax.Array, axis: str) -> jax.Array:
+def psum(part: jax.Array, axis: str) -> jax.Array:
     """The sum over the devices that share a logical axis."""
     names = _manual(axis)
     return jax.lax.psum(part, names) if names else part
 
 
+def psum_scatter(part: jax.Array, axis: str) -> jax.Array:
+    """:func:`psum`, of which each device keeps its part of the first axis."""
+    names = _manual(axis)
+    return jax.lax.psum_scatter(part, names, scatter_dimension=0, tiled=True) if names else part
+
+
+def all_to_all(part: jax.Array, axis: str, *, split_axis: int, concat_axis: int) -> jax.Array:
+    """Split ``split_axis`` over the devices that share a logical axis, and make ``concat_axis`` whole in exchange."""
+    names = _manual(axis)
+    return jax.lax.all_to_all(part, names, split_axis, concat_axis, tiled=True) if names else part
+
+
+def is_sharded(axis: str) -> bool:
+    """Whether a logical axis is split over devices, inside :func:`shard_map`."""
+    return bool(_manual(axis))
+
+
 def _manual(axis: str) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in _over(axis, mesh.shape) if name in mesh.manual_axes)
+    return tuple(name for name in _mesh_axes(axis, mesh.shape) if name in mesh.manual_axes)
 
 
-def _over(axis: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def _mesh_axes(axis: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis."""
     return tuple(name for name in RULES[axis] if sizes.get(name, 1) > 1)

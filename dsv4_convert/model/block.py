@@ -1,4 +1,4 @@
-"""One layer: an attention half and an expert half, each inside a hyper-connection.
+"""One layer: an attention half and an expert half, each inside a hyper-connection; and the block of the mtp stage.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
 """
@@ -18,15 +18,15 @@ from dsv4_convert.model.experts import Experts, SharedExpert
 from dsv4_convert.model.hyper_connection import Mix, mix, spread
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.model.parameters import parameter
+from dsv4_convert.model.ops import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
 
 
 class Routed(NamedTuple):
-    """The expert half up to the experts: their input ``x`` ``[B, S, D]``, the routing, and the way back."""
+    """The expert half up to the experts: their input, their routing, and the mixing that spreads their output."""
 
-    x: Array
+    x: Float[Array, "B S D"]
     routing: Routing
     mixing: Mix
 
@@ -71,11 +71,11 @@ class Block(nnx.Module):
         taps: Taps,
         past: Past[LayerCache] | None = None,
     ) -> tuple[Float[Array, "B S N D"], LayerCache | None]:
-        """Streams in, streams out; with a ``past`` the layer's new state too."""
+        """The streams after the layer; with a ``past`` the layer's new state too."""
         streams, cache = self.attend(taps("input", streams), positions, taps, past)
         routed = self.route(streams, token_ids, taps)
         assert self.ffn.experts is not None
-        output = self.ffn.experts(routed.x, *routed.routing)
+        output = self.ffn.experts(routed.x, routed.routing)
         return self.combine(streams, routed, output, taps), cache
 
     def attend(
@@ -86,28 +86,16 @@ class Block(nnx.Module):
         past: Past[LayerCache] | None = None,
     ) -> tuple[Float[Array, "B S N D"], LayerCache | None]:
         """The attention half; with a ``past`` the layer's new state too."""
-        mixing = mix(
-            streams,
-            self.hc_attn_fn[...],
-            self.hc_attn_base[...],
-            self.hc_attn_scale[...],
-            self.config,
-            taps.within("hc_attn."),
-        )
+        weights = (self.hc_attn_fn[...], self.hc_attn_base[...], self.hc_attn_scale[...])
+        mixing = mix(streams, *weights, self.config, taps.within("hc_attn."))
         x = taps("attn_norm", rms_norm(mixing.collapsed, self.attn_norm[...], self.config.rms_norm_eps))
         output, cache = self.attn(x, positions, taps.within("attn."), past)
         return taps("hc_attn.streams", spread(output, streams, mixing)), cache
 
     def route(self, streams: Float[Array, "B S N D"], token_ids: Int[Array, "B S"], taps: Taps) -> Routed:
         """The expert half up to the experts' input and the routing."""
-        mixing = mix(
-            streams,
-            self.hc_ffn_fn[...],
-            self.hc_ffn_base[...],
-            self.hc_ffn_scale[...],
-            self.config,
-            taps.within("hc_ffn."),
-        )
+        weights = (self.hc_ffn_fn[...], self.hc_ffn_base[...], self.hc_ffn_scale[...])
+        mixing = mix(streams, *weights, self.config, taps.within("hc_ffn."))
         x = taps("ffn_norm", rms_norm(mixing.collapsed, self.ffn_norm[...], self.config.rms_norm_eps))
         return Routed(x, self.ffn.gate(x, token_ids, taps.within("ffn.gate.")), mixing)
 
@@ -119,3 +107,55 @@ class Block(nnx.Module):
         shared = taps("ffn.shared_experts", self.ffn.shared_experts(routed.x))
         output = taps("ffn", (experts + shared).astype(shared.dtype))
         return taps("hc_ffn.streams", spread(output, streams, routed.mixing))
+
+
+class MTPBlock(Block):
+    """One stage of multi-token prediction: input projections, a window-only score-routed block, and head parameters.
+
+    1. The embedding e of token t + 1 joins the streams h_j that leave the backbone at token t:
+       x_j = e_proj(enorm(e)) + h_proj(hnorm(h_j)).
+    2. The block mixes its attention, over the stage's own past, and its experts into x.
+    3. After the stage's own collapse and norm, the model's output head gives the logits of token t + 2
+       (:meth:`Model.draft`).
+
+    It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
+    Source: published inference code, the block of its ``mtp`` layers.
+    """
+
+    def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
+        super().__init__(config, Kind.SLIDING, hashed=False, numerics=numerics)
+        self.numerics = numerics
+        streams, width = config.hc_mult, config.hidden_size
+        self.e_proj = parameter("width whole_width", width, width)
+        self.h_proj = parameter("width whole_width", width, width)
+        self.enorm = parameter("whole_width", width)
+        self.hnorm = parameter("whole_width", width)
+        self.norm = parameter("whole_width", width)
+        self.hc_head_fn = parameter("mix streams", streams, streams * width)
+        self.hc_head_base = parameter("mix", streams)
+        self.hc_head_scale = parameter("mix", 1)
+
+    def predict(
+        self,
+        streams: Float[Array, "B S N D"],
+        embedded: Float[Array, "B S D"],
+        next_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        taps: Taps,
+        past: Past[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S N D"], LayerCache | None]:
+        """The stage's own streams, from the backbone's streams and the tokens after theirs (embeddings and ids).
+
+        ``positions`` belong to the streams' tokens. With a ``past`` the stage's new state is returned too.
+        """
+        return self(self._joined(streams, embedded, taps), next_ids, positions, taps, past)
+
+    def _joined(
+        self, streams: Float[Array, "B S N D"], embedded: Float[Array, "B S D"], taps: Taps
+    ) -> Float[Array, "B S N D"]:
+        eps = self.config.rms_norm_eps
+        token = taps("enorm", rms_norm(embedded, self.enorm[...], eps))
+        past = taps("hnorm", rms_norm(streams, self.hnorm[...], eps))
+        token = taps("e_proj", self.numerics.linear(token, self.e_proj[...]))
+        past = taps("h_proj", self.numerics.linear(past, self.h_proj[...]))
+        return token[:, :, None] + past

@@ -1,10 +1,10 @@
-"""What a layer keeps of the tokens before, so that a prompt can go on from where it stopped.
+"""The state of a layer after the tokens of a prompt, from which the next tokens continue.
 
-Every buffer has a fixed shape: one compiled program serves every step. The last rows of a projection are kept newest
-last and shifted, not written in a ring: a few hundred kB per layer move with every step, and order is age.
+Every buffer has a fixed shape: one compiled program serves every step. Buffers of a projection's last rows shift at
+every step, newest last, instead of being rings: that moves a few hundred kB per layer, and order is age.
 
 Shape letters: ``B`` batch, ``P`` rows kept, ``S`` tokens of a call, ``C`` width of a key or an entry, ``W`` width of a
-compressor's projections, ``T`` entries that there is room for, ``r`` tokens per block.
+compressor's projections, ``T`` capacity in entries, ``r`` tokens per block.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _U = TypeVar("_U")
 class Compressed:
     """State of one compressor: the projections of the last tokens, and all entries.
 
-    A block that ends in the next token begins r - 1 tokens before it; where blocks overlap, the one before it counts
-    too. So ``P`` is r - 1, or 2r - 1 with overlap.
+    A block that ends with the next token begins r - 1 tokens before it, and with overlap needs the block before it too.
+    So ``P`` is r - 1, or 2r - 1 with overlap.
     """
 
     values: Float[Array, "*layer B P W"]
@@ -42,9 +42,9 @@ class Compressed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """State of one layer: the keys of the last ``sliding_window - 1`` tokens, and of its compressors.
+    """State of one layer: the keys of the last ``sliding_window - 1`` tokens, and the state of its compressors.
 
-    Of scanned layers the state of several, stacked.
+    Scanned layers stack the state of several.
     """
 
     window: Float[Array, "*layer B P C"]
@@ -58,8 +58,8 @@ class Cache:
     """State of the model for a batch of prompts, which may be of different lengths.
 
     Attributes:
-        layers: the state of each layer; of scanned layers (:class:`~dsv4_convert.model.layers.ScannedLayers`) that of
-            each place of each segment's pattern, stacked.
+        layers: the state of each layer; scanned layers (:class:`~dsv4_convert.model.layers.ScannedLayers`) have one
+            stacked state for each place of each segment's pattern.
         tokens: how many tokens of each prompt were seen.
         first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
 
@@ -85,7 +85,7 @@ class Cache:
         numerics: Numerics = PLAIN,
         scanned: bool = False,
     ) -> Cache:
-        """Room for ``capacity`` tokens of each of ``batch`` prompts. What goes beyond is not kept, without a word."""
+        """A cache for ``capacity`` tokens of each of ``batch`` prompts. Entries beyond are dropped silently."""
 
         def empty(kind: Attention) -> LayerCache:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
@@ -108,7 +108,7 @@ class Cache:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of keys and entries, and so of activations."""
+        """Dtype of keys and entries, and so of activations."""
         return jax.tree.leaves(self.layers)[0].dtype
 
     @property
@@ -120,14 +120,14 @@ class Cache:
 def empty_layer(
     config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
 ) -> LayerCache:
-    """Nothing yet, with room for ``capacity`` tokens."""
+    """The state before the first token, with a capacity of ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
 
     def compressed(width: int) -> Compressed:
         ratio = config.ratio(kind)
         overlap = 2 if kind is Attention.CSA else 1
         rows = (batch, overlap * ratio - 1, overlap * width)
-        # Not one array twice: a caller who donates the cache may give every buffer away once.
+        # Separate arrays, because a donated cache may give every buffer away only once.
         return Compressed(
             jnp.zeros(rows, pooled), jnp.zeros(rows, pooled), jnp.zeros((batch, capacity // ratio, width), dtype)
         )
@@ -139,34 +139,39 @@ def empty_layer(
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past(Generic[_T]):
-    """What a call goes on from: a cache, the tokens ``before`` it, and how many of its own ``count``; both ``[B]``.
+    """The state that a call continues from, and how many tokens it adds to each prompt.
 
-    A prompt's tokens from ``count`` on are padding: they are computed, nothing sees them, and they are not kept. With
-    ``keep`` ``[B]`` only the first so many are: the others see and are seen in this call alone. An entry of a block
-    that they complete stays behind in the cache, where no query sees it before its block is complete; then it is
-    written anew.
+    Attributes:
+        cache: state after the tokens before.
+        before: number of tokens before.
+        count: number of tokens in this call. Tokens from ``count`` on are padding: they are computed, but no token sees
+            them and the cache does not keep them.
+        keep: number of tokens that the cache keeps (None: ``count``). The others see and are seen in this call only. If
+            they complete a block, its entry stays in the cache, where no query sees it until the block is complete
+            again; then it is overwritten.
     """
 
     cache: _T
-    before: Array
-    count: Array
-    keep: Array | None = None
+    before: Int[Array, " B"]
+    count: Int[Array, " B"]
+    keep: Int[Array, " B"] | None = None
 
     @property
-    def kept(self) -> Array:
-        """How many of the call's tokens the cache remembers."""
+    def kept(self) -> Int[Array, " B"]:
+        """How many of the call's tokens the cache keeps."""
         return self.count if self.keep is None else self.keep
 
     def of(self, part: _U | None) -> Past[_U]:
-        """The same for a part of the cache that is there."""
+        """The same for a part of the cache, which must not be None."""
         assert part is not None
         return Past(part, self.before, self.count, self.keep)
 
 
 def latest(rows: Shaped[Array, "B X *rest"], count: Int[Array, " B"], keep: int) -> Shaped[Array, "B P *rest"]:
-    """The ``keep`` rows to keep of ``keep`` old ones followed by new ones, of which ``count`` are no padding."""
+    """The last ``keep`` rows of ``keep`` old ones followed by ``count`` new ones; padding after these is dropped."""
 
     def one(rows: Any, count: Any) -> Any:
         return jax.lax.dynamic_slice_in_dim(rows, count, keep)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.model.cache import Compressed, Past, latest
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 
@@ -24,7 +24,7 @@ class Compressor(nnx.Module):
     """Pools blocks of tokens by a softmax gate per channel.
 
     With values C = x wkv, gates Z = x wgate + ape and block b of r tokens, entry b is
-    ``norm(sum_j softmax_j(Z)_j * C_j)``, turned to the position of the block's first token. Without overlap j runs
+    ``norm(sum_j softmax_j(Z)_j * C_j)``, rotated by the position of the block's first token. Without overlap j runs
     over the block (HCA). With overlap (CSA and its indexer) each token has two value series: the first C channels
     serve the *next* block, the last C its own, and j runs over 2r rows; block 0 has no predecessor.
 
@@ -34,7 +34,7 @@ class Compressor(nnx.Module):
     def __init__(
         self, width: int, entry: int, ratio: int, entry_width: int, *, eps: float, indexed: bool, numerics: Numerics
     ) -> None:
-        """``indexed``: its entries are those of an indexer, not attended to."""
+        """``indexed``: the entries belong to an indexer, which scores them; else attention reads them."""
         overlap = 2 if entry_width == 2 * entry else 1
         if entry_width != overlap * entry:
             raise ValueError(f"a compressor of {entry} channels projects to {entry} or {2 * entry}, not {entry_width}")
@@ -56,10 +56,11 @@ class Compressor(nnx.Module):
         taps: Taps,
         past: Past[Compressed] | None = None,
     ) -> tuple[Float[Array, "B T C"], Compressed | None]:
-        """The entries of all complete blocks; a rest of fewer than r tokens makes none.
+        """The entries of all complete blocks; the last tokens make none if they are fewer than r.
 
-        With a ``past`` they are as many as there is room for, those of complete blocks first, and the new state comes
-        with them. The taps have the blocks that may have become complete: ceil(S / r), from the first that was not.
+        With a ``past`` there are as many entries as the cache has room for, those of complete blocks first, and the new
+        state is returned too. Taps then record the ceil(S / r) blocks that may have become complete, from the first
+        block that was not.
         """
         dtype, x = x.dtype, self.numerics.wide(x)
         values = taps("wkv", linear(x, self.wkv[...]))
@@ -79,7 +80,7 @@ class Compressor(nnx.Module):
         taps: Taps,
         past: Past[Compressed],
     ) -> tuple[Float[Array, "B T C"], Compressed]:
-        """Kept rows and new ones, from the block of the first new token on; where they overlap, from the one before."""
+        """Pool cached and new rows, from the block of the first new token on (with overlap from the one before)."""
         state, before, count = past.cache, past.before, past.count
         kept = state.values.shape[1]
         blocks = -(-values.shape[1] // self.ratio)
@@ -93,7 +94,7 @@ class Compressor(nnx.Module):
         starts = positions[:, :1] - before[:, None] + block * self.ratio
         fresh = self._entries(pooled.astype(state.entries.dtype), starts, table, taps)
         complete = (block + 1) * self.ratio <= (before + count)[:, None]
-        slot = jnp.where(complete, block, state.entries.shape[1])  # behind the last one, where nothing is kept
+        slot = jnp.where(complete, block, state.entries.shape[1])  # out of range, and so dropped
         entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
         return entries, Compressed(latest(rows[0], past.kept, kept), latest(rows[1], past.kept, kept), entries)
 
@@ -106,7 +107,7 @@ class Compressor(nnx.Module):
         gates: Float[Array, "B blocks r W"],
         has_lead: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B T C"]:
-        """Gated sum of every block. With ``has_lead`` the first block only serves the second one, where it is true."""
+        """Gated sum of every block. With ``has_lead`` block 0 only leads into block 1, in prompts where it is true."""
         gates = gates.astype(jnp.float32) + self.ape[...]
         if has_lead is not None:
             exists = has_lead[:, None] | (jnp.arange(gates.shape[1]) > 0)
@@ -122,21 +123,21 @@ class Compressor(nnx.Module):
     def _entries(
         self, pooled: Float[Array, "B T C"], starts: Int[Array, "B T"], table: np.ndarray, taps: Taps
     ) -> Float[Array, "B T C"]:
-        """From the sums to the entries; ``starts`` are the positions of the blocks' first tokens."""
+        """Norm, rotation and rounding of the pooled sums; ``starts`` are the positions of the blocks' first tokens."""
         normed = taps("norm", rms_norm(taps("pooled", pooled), self.norm[...], self.eps))
-        turned = rotate(normed, starts, table)
+        rotated = rotate(normed, starts, table)
         numerics = self.numerics
-        return taps("entries", numerics.indexed(turned) if self.indexed else numerics.key(turned, 2 * len(table)))
+        return taps("entries", numerics.indexed(rotated) if self.indexed else numerics.key(rotated, 2 * len(table)))
 
 
 def _rows(rows: Float[Array, "B X W"], first: Int[Array, " B"], count: int) -> Float[Array, "B Y W"]:
-    """``count`` rows of each prompt from its ``first`` on; zeros behind the last."""
+    """``count`` rows of each prompt from its ``first`` on, padded with zeros."""
     padded = jnp.pad(rows, ((0, 0), (0, count), (0, 0)))
     return jax.vmap(lambda part, start: jax.lax.dynamic_slice_in_dim(part, start, count))(padded, first)
 
 
 def _with_previous(rows: Float[Array, "B T r W"], nothing: float) -> Float[Array, "B T rows C"]:
-    """Row layout of overlapping blocks: the previous block's first half of channels, then the block's own second."""
+    """Rows of overlapping blocks: the first half of the previous block's channels, then the block's own second half."""
     for_next, own = jnp.split(rows, 2, axis=-1)
     previous = jnp.pad(for_next, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=nothing)[:, : rows.shape[1]]
     return jnp.concatenate([previous, own], axis=2)

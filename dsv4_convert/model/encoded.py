@@ -1,4 +1,4 @@
-"""Matrices as codes and scales, the way a release publishes them, and decoded where they are used.
+"""Matrices as the codes and scales that a release publishes, decoded where they are used.
 
 Shape letters: ``I`` inputs, ``O`` outputs of a matrix; ``P`` rows of its codes, ``I`` of FP8 and ``I / 2`` of packed
 FP4; ``R`` and ``C`` blocks along its inputs and outputs.
@@ -10,17 +10,23 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
-from dsv4_convert.model.numerics import once
-from dsv4_convert.names import FP4_GROUP, FP8_TILE
+from dsv4_convert.model.numerics import round_to
+from dsv4_convert.model.segments import paths_of
+from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, Transform, rule_of
+
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 #: ``[in, out]`` elements that share a scale.
 FP8_BLOCK, FP4_BLOCK = FP8_TILE[::-1], FP4_GROUP[::-1]
@@ -29,18 +35,19 @@ FP8_BLOCK, FP4_BLOCK = FP8_TILE[::-1], FP4_GROUP[::-1]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A quantised matrix ``[I, O]``, or a stack of them ``[..., I, O]``, of which only an index makes numbers.
+    """A quantised matrix ``[I, O]``, or a stack of them ``[..., I, O]``; indexing decodes.
 
-    ``w[...]`` decodes all of it, ``w[2]`` one matrix, or one smaller stack, of a stack. What comes out is
-    ``code * scale`` in float32, rounded to ``dtype``: exact for power-of-two scales wherever the product is a normal
-    float32. Where it is a subnormal one, XLA makes a zero of it, as it does in any arithmetic on CPU.
+    ``w[...]`` decodes all of it, ``w[2]`` one matrix, or one smaller stack, of a stack. A decoded number is
+    ``code * scale`` in float32, rounded to ``dtype``. That is exact for power-of-two scales wherever the product is a
+    normal float32; XLA on CPU flushes subnormal products to zero, as in any arithmetic.
 
-    It is a pytree of its two arrays, so that a layer's codes are cut out of stacked layers, laid over a mesh and passed
-    to programs as any weight is.
+    A pytree of its two arrays: a layer's codes are sliced out of stacked layers, laid over a mesh and passed to
+    programs like any weight.
 
     Attributes:
         codes: bytes: FP8 (e4m3) ``[..., I, O]``, or packed FP4 (e2m1) ``[..., I / 2, O]``, whose low half is the even
-            input. Not in a dtype of eight bits, of which XLA on CPU widens a whole stack before it takes one matrix.
+            input. The dtype is uint8 because XLA on CPU widens a whole stack of an eight-bit float dtype before it
+            slices one matrix.
         scales: ``[..., ceil(I / block[0]), ceil(O / block[1])]``: E8M0 bytes as uint8, or float32.
         block: inputs and outputs that share a scale.
         packed: codes are FP4.
@@ -55,7 +62,7 @@ class Encoded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the numbers."""
+        """Shape of the decoded matrix or stack."""
         *stack, rows, outputs = self.codes.shape
         return (*stack, 2 * rows if self.packed else rows, outputs)
 
@@ -67,7 +74,7 @@ class Encoded:
 
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
-    """Zeros in the form of :class:`Encoded`, for ``shape`` ``[..., I, O]``."""
+    """An :class:`Encoded` of zeros whose decoded ``shape`` is ``[..., I, O]``."""
     *stack, inputs, outputs = shape
     codes = jnp.zeros((*stack, inputs // 2 if packed else inputs, outputs), jnp.uint8)
     blocks = (-(-inputs // block[0]), -(-outputs // block[1]))
@@ -76,12 +83,12 @@ def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tu
 
 
 def grouped_block(outputs: int) -> tuple[int, int]:
-    """FP8 blocks of a matrix that is cut into groups of so many outputs: of none does a group have only a part."""
+    """FP8 blocks of a matrix that is cut into groups of ``outputs`` outputs: no block straddles two groups."""
     return FP8_BLOCK[0], math.gcd(FP8_BLOCK[1], outputs)
 
 
 def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -> Any:
-    """How a parameter lies on a mesh (:func:`~dsv4_convert.model.axes.partition`): a spec, or :class:`Encoded` ones.
+    """How a parameter lies on a mesh (:func:`~dsv4_convert.model.axes.partition`): a spec, or an :class:`Encoded`.
 
     Args:
         value: an array or an :class:`Encoded`, or the shapes of one.
@@ -105,10 +112,10 @@ def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -
 
 
 def after(value: Float[Array, "..."], encoded: Encoded) -> Encoded:
-    """``encoded``, of which numbers are made only when ``value`` is there.
+    """Return ``encoded`` such that it is decoded only after ``value`` is computed.
 
-    They depend on nothing that is computed, so a compiler may make those of all layers before the first layer runs.
-    XLA on CPU does, and heeds no barrier: there they are made to depend on what it cannot know to be false.
+    Decoded weights depend on no activation, so a compiler may decode all layers before the first one runs. XLA on CPU
+    does so and ignores barriers: there the scales depend on a condition that the compiler cannot know to be false.
     """
 
     def on_cpu(value: Array, scales: Array) -> Array:
@@ -134,7 +141,7 @@ def decoded(
     *stack, rows, outputs = codes.shape
     inputs = 2 * rows if packed else rows
     blocks = scales.shape[-2:]
-    # Whole blocks; only the last ones may be cut off, and those of no release are.
+    # Pad to whole blocks. In every release the last blocks are whole already.
     short = [(0, 0)] * len(stack) + [
         (0, blocks[0] * block[0] // (1 + packed) - rows),
         (0, blocks[1] * block[1] - outputs),
@@ -145,8 +152,8 @@ def decoded(
     for factor in [scales] if scales.dtype == jnp.float32 else _powers(scales):
         values = values * factor[..., :, None, :, None]
     values = values.reshape(*stack, blocks[0] * block[0], blocks[1] * block[1])[..., :inputs, :outputs]
-    # With a power of two there is nothing to round.
-    return once(values.astype(dtype)) if scales.dtype == jnp.float32 else values.astype(dtype)
+    # A product with a power of two needs no rounding.
+    return round_to(values, dtype) if scales.dtype == jnp.float32 else values.astype(dtype)
 
 
 def _e2m1(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P 2 O"]:
@@ -165,7 +172,38 @@ def _e4m3(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
 
 
 def _powers(scales: UInt8[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], Float[Array, "*stack R C"]]:
-    """Two factors whose product is ``2^(b - 127)``, NaN for 255. One would not do: 2^-127 is no normal float32."""
+    """Two factors whose product is ``2^(b - 127)``, NaN for 255; one factor cannot be 2^-127, a subnormal float32."""
     byte = scales.astype(jnp.int32)
     bits = jnp.where(byte == 255, 0x7FC00000, jnp.maximum(byte, 1) << 23)
     return jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.where(byte == 0, jnp.float32(0.5), jnp.float32(1))
+
+
+def in_source_form(module: _Module, config: Config, dtype: DTypeLike, *, prefix: str = "") -> _Module:
+    """The module with zeros in the shapes and dtypes of weights that stay as published; for ``nnx.eval_shape``.
+
+    ``nnx.eval_shape(lambda: in_source_form(Model(config, scanned=True), config, jnp.bfloat16))`` is a model whose
+    quantised matrices are :class:`Encoded`, without any data. Where the config declares
+    ``expert_dtype: fp8``, scales are float32, as in the Base releases, and without the field experts are FP4, as in the
+    first revision of V4-Flash. A config that declares no quantisation has no matrices to encode.
+
+    Args:
+        module: a ``Model``, or a ``Block`` of it with the ``prefix`` of its paths (``layers.3.``).
+        config: its config.
+        dtype: of decoded matrices, and of the weights that no release quantises.
+        prefix: what comes before the module's own names.
+    """
+    graph, state = nnx.split(module)
+    flat = {}
+    for key, variable in nnx.to_flat_state(state):
+        rule = rule_of(prefix + paths_of(config, key)[0])
+        flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _zeros(shape: tuple[int, ...], own: Any, rule: Rule, config: Config, dtype: DTypeLike) -> Any:
+    if config.weight_block_size is None or rule.kind not in (Kind.LINEAR, Kind.EXPERT):
+        return jnp.zeros(shape, dtype if rule.kind.follows_dtype else own)
+    float_scales = config.expert_dtype == "fp8"
+    packed = rule.kind is Kind.EXPERT and not float_scales
+    block = FP4_BLOCK if packed else grouped_block(shape[-1]) if rule.transform is Transform.GROUPED else FP8_BLOCK
+    return empty(shape, packed=packed, float_scales=float_scales, block=block, dtype=dtype)

@@ -1,25 +1,78 @@
-"""Routed experts and the shared expert: clamped SwiGLU, computed only for the tokens that were routed to each.
+"""Routed experts and the shared expert: a clamped SwiGLU, computed only for the tokens that are routed to it.
 
-Shape letters: ``B`` batch, ``S`` tokens, ``D`` width, ``K`` experts per token.
+Shape letters: ``B`` batch, ``S`` tokens, ``M`` tokens of all prompts, ``D`` width, ``I`` inner width, ``E`` experts,
+``K`` experts per token. Source: paper section 2.1; published inference code, ``Expert`` and ``MoE``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
-from dsv4_convert.model.axes import gathered, on_shards, place, scattered, summed
+from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
 from dsv4_convert.model.encoded import Encoded
-from dsv4_convert.model.mlp import mlp
-from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.parameters import parameter
-from dsv4_convert.model.routed import ACCELERATOR_TILES, grouped, packed
+from dsv4_convert.model.numerics import PLAIN, Numerics
+from dsv4_convert.model.ops import parameter, precision
+from dsv4_convert.model.router import Routing
 
-Stack = Array | Encoded
+#: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
+_ROWS = 8192
+#: Rows of a large and a small tile of :func:`packed`.
+CPU_TILES, ACCELERATOR_TILES = (128, 16), (256, 32)
+#: Costs of reading an expert's matrices for a product on CPU, and of copying them before: as the number of rows whose
+#: product takes as long.
+_READ, _COPY = 24, 28
+
+
+def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
+    """``silu(min(gate, limit)) * clip(up, -limit, limit)`` in float32: the gate has no lower limit."""
+    dtype = gate.dtype
+    gate = jnp.minimum(gate.astype(jnp.float32), limit)
+    up = jnp.clip(up.astype(jnp.float32), -limit, limit)
+    return (jax.nn.silu(gate) * up).astype(dtype)
+
+
+def mlp(
+    x: Float[Array, "*batch D"],
+    w1: Float[Array, "D I"],
+    w2: Float[Array, "I D"],
+    w3: Float[Array, "D I"],
+    limit: float,
+    numerics: Numerics = PLAIN,
+    share: Float[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch D"]:
+    """One expert: ``(swiglu(x w1, x w3) share) w2``, where ``share`` is a weight per token (None: 1)."""
+    gate, up = numerics.linear(x, w1), numerics.linear(x, w3)
+    inner = swiglu(numerics.wide(gate), numerics.wide(up), limit)
+    if share is not None:
+        inner *= share[..., None]
+    return numerics.linear(inner.astype(x.dtype), w2)
+
+
+def weighted(
+    x: Float[Array, "*batch D"],
+    share: Float[Array, "*batch"],
+    w1: Float[Array, "D I"],
+    w2: Float[Array, "I D"],
+    w3: Float[Array, "D I"],
+    limit: float,
+    numerics: Numerics = PLAIN,
+) -> Float[Array, "*batch D"]:
+    """Output of a routed expert times the routing weights ``share`` of its tokens, float32.
+
+    A release multiplies the weights in before the last matrix, where its inputs are rounded.
+    """
+    if numerics.release:
+        return mlp(x, w1, w2, w3, limit, numerics, share).astype(jnp.float32)
+    return mlp(x, w1, w2, w3, limit, numerics).astype(jnp.float32) * share[..., None]
 
 
 class SharedExpert(nnx.Module):
@@ -48,31 +101,218 @@ class Experts(nnx.Module):
         self.w2 = parameter("experts inner width", stack, inner, width)
         self.w3 = parameter("experts width inner", stack, width, inner)
 
-    def __call__(
-        self, x: Float[Array, "B S D"], experts: Int[Array, "B S K"], weights: Float[Array, "B S K"]
-    ) -> Float[Array, "B S D"]:
-        """Sum of the chosen experts' outputs, each times its weight; accumulated in float32.
-
-        On a mesh every device computes the experts that it holds, for the tokens of all devices that hold the others;
-        no expert's matrices travel but along their width, where ``fsdp`` splits them.
-        """
-        rows, stack = "batch tokens -", ("experts - inner", "experts inner -", "experts - inner")
+    def __call__(self, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
+        """Sum of the chosen experts' outputs, each times its weight; accumulated in float32."""
         stacks = (self.w1.get_value(), self.w2.get_value(), self.w3.get_value())
-        total = on_shards(self._sum, (rows, rows, rows, *stack), rows, x, experts, weights, *stacks)
+        total = _sum_of_experts(x, *routing, *stacks, limit=self.limit, numerics=self.numerics)
         return self.numerics.sum_of_experts(total, x.dtype)
 
-    def _sum(self, x: Array, experts: Array, weights: Array, w1: Stack, w2: Stack, w3: Stack) -> Array:
-        """The sum over the experts of all devices for the tokens of this one, float32.
 
-        On accelerators one grouped matmul per matrix. XLA's own grouped matmul on CPU computes every expert for every
-        row, so there the rows are packed another way. Encoded stacks go that way everywhere: a grouped matmul would
-        have all of their experts decoded at once.
-        """
-        x, experts, weights = gathered((x, experts, weights), "experts")
-        experts = experts - place("experts") * w1.shape[0]
-        on_cpu = partial(packed, limit=self.limit, numerics=self.numerics)
-        encoded = partial(packed, limit=self.limit, numerics=self.numerics, tiles=ACCELERATOR_TILES)
-        default = encoded if isinstance(w1, Encoded) else partial(grouped, limit=self.limit, numerics=self.numerics)
-        rows = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
-        total = lax.platform_dependent(*rows, w1, w2, w3, cpu=on_cpu, default=default)
-        return scattered(summed(total.reshape(x.shape), "inner"), "experts")
+@shard_map(E="experts", I="inner")
+def _sum_of_experts(
+    x: Float[Array, "B S D"],
+    experts: Int[Array, "B S K"],
+    weights: Float[Array, "B S K"],
+    w1: Float[Array | Encoded, "E D I"],
+    w2: Float[Array | Encoded, "E I D"],
+    w3: Float[Array | Encoded, "E D I"],
+    *,
+    limit: float,
+    numerics: Numerics,
+) -> Float[Array, "B S D"]:
+    """The float32 sum over the chosen experts of every token.
+
+    On a mesh every device computes the experts that it holds, for the tokens of all devices that share the experts. No
+    expert's matrices move, except along their width where ``fsdp`` splits them.
+
+    Accelerators run one grouped matmul per matrix. XLA's grouped matmul on CPU computes every expert for every row, so
+    there the rows are packed. Encoded stacks are packed everywhere: a grouped matmul would decode all experts at once.
+    """
+    x, experts, weights = all_gather((x, experts, weights), "experts")
+    experts = experts - axis_index("experts") * w1.shape[0]
+    on_cpu = partial(packed, limit=limit, numerics=numerics)
+    encoded = partial(packed, limit=limit, numerics=numerics, tiles=ACCELERATOR_TILES)
+    default = encoded if isinstance(w1, Encoded) else partial(grouped, limit=limit, numerics=numerics)
+    rows, *routing = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
+    total = lax.platform_dependent(rows, Routing(*routing), w1, w2, w3, cpu=on_cpu, default=default)
+    return psum_scatter(psum(total.reshape(x.shape), "inner"), "experts")
+
+
+def grouped(
+    x: Float[Array, "M D"],
+    routing: Routing,
+    w1: Float[Array, "E D I"],
+    w2: Float[Array, "E I D"],
+    w3: Float[Array, "E D I"],
+    *,
+    limit: float,
+    numerics: Numerics = PLAIN,
+) -> Float[Array, "M D"]:
+    """The chosen experts' outputs, each times its weight, summed in float32; experts outside the stack add nothing.
+
+    Rows are sorted by expert, then one ragged matmul per matrix covers all experts. A loop takes a few thousand rows
+    at a time, so memory has a bound whatever the routing, and no row is dropped.
+    """
+    tokens, chosen = routing.experts.shape
+    order, sizes = _by_expert(routing.experts, w1.shape[0])
+    ends = jnp.cumulative_sum(sizes)
+    x = numerics.input(x)
+
+    def add(first: Array | int, total: Array, tile: int) -> Array:
+        """Add the outputs of the rows from ``first`` on."""
+        row = first + jnp.arange(tile)
+        pick = order[jnp.minimum(row, tokens * chosen - 1)]
+        share = routing.weights.reshape(-1)[pick][:, None]
+        here = jnp.clip(ends, first, first + tile) - jnp.clip(ends - sizes, first, first + tile)
+        rows = x[pick // chosen]
+        gate, up = (numerics.wide(_ragged(rows, stack, here, numerics)) for stack in (w1, w3))
+        inner = swiglu(gate, up, limit)
+        if numerics.release:
+            inner *= share
+        output = _ragged(numerics.input(inner.astype(x.dtype)), w2, here, numerics).astype(jnp.float32)
+        if not numerics.release:
+            output *= share
+        return total.at[jnp.where(row < ends[-1], pick // chosen, tokens)].add(output, mode="drop")
+
+    total = jnp.zeros(x.shape, jnp.float32)
+    if tokens * chosen <= _ROWS:
+        return add(0, total, tokens * chosen)
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, total = state
+        return first + _ROWS, add(first, total, _ROWS)
+
+    return lax.while_loop(lambda state: state[0] < ends[-1], body, (jnp.zeros_like(ends[-1]), total))[1]
+
+
+def _ragged(
+    rows: Float[Array, "R inner"], stack: Float[Array, "E inner outer"], sizes: Int[Array, " E"], numerics: Numerics
+) -> Float[Array, "R outer"]:
+    """Multiply rows, sorted by expert, each with its expert's matrix."""
+    dtype = stack.dtype if numerics.quantized else rows.dtype
+    operands = (rows.astype(dtype), stack.astype(dtype))
+    product = lax.ragged_dot(*operands, sizes, precision=precision(*operands), preferred_element_type=jnp.float32)
+    return product.astype(rows.dtype)
+
+
+def packed(
+    x: Float[Array, "M D"],
+    routing: Routing,
+    w1: Float[Array | Encoded, "E D I"],
+    w2: Float[Array | Encoded, "E I D"],
+    w3: Float[Array | Encoded, "E D I"],
+    *,
+    limit: float,
+    numerics: Numerics = PLAIN,
+    tiles: tuple[int, int] = CPU_TILES,
+) -> Float[Array, "M D"]:
+    """The same sum as :func:`grouped`: first equally many rows of every expert, then the remaining rows tile by tile.
+
+    XLA on CPU copies a matrix out of a stack before it multiplies with it, which takes as long as a product of some
+    rows (``benchmarks/xla_limits.py``). One batched product over the whole stack copies nothing, but takes equally many
+    rows of every expert. The routing decides how many: all where experts have about as many tokens each, none where
+    most experts have none, as in decoding. The remaining rows go through a loop over the tiles that exist, which does
+    not read an expert without remaining rows. All shapes are fixed; the routing only decides what runs.
+
+    Encoded stacks skip the batched product. The loop decodes one expert at a time, so no more than one is in memory
+    decoded.
+    """
+    tokens, chosen = routing.experts.shape
+    stack = w1.shape[0]
+    order, sizes = _by_expert(routing.experts, stack)
+    first_row = jnp.cumulative_sum(sizes, include_initial=True)
+    flat_weights = routing.weights.reshape(-1)
+
+    def add(total: Array, row: Array, end: Array, run: Callable[[Array, Array], Array]) -> Array:
+        """Add ``run`` of the tokens of some rows, except rows from ``end`` on."""
+        pick = order[jnp.minimum(row, tokens * chosen - 1)]
+        output = run(x[pick // chosen], flat_weights[pick])
+        return total.at[jnp.where(row < end, pick // chosen, tokens)].add(output)
+
+    def at_once(amount: int) -> Callable[[Array], Array]:
+        row = first_row[:-1, None] + jnp.arange(amount)
+
+        def one(rows: Array, share: Array, w1: Array, w2: Array, w3: Array) -> Array:
+            return weighted(rows, share, w1, w2, w3, limit, numerics)
+
+        every: Callable[..., Array] = jax.vmap(one)
+
+        def run(rows: Array, share: Array) -> Array:
+            count = _pieces(amount, stack)
+            pieces = zip(jnp.split(rows, count, axis=1), jnp.split(share, count, axis=1), strict=True)
+            return jnp.concatenate([every(*piece, w1, w2, w3) for piece in pieces], axis=1)
+
+        return lambda total: add(total, row, first_row[1:, None], run)
+
+    def tile_by_tile(total: Array, next_row: Array, count: Array, tile: int) -> Array:
+        """``count`` tiles of each expert, from its ``next_row`` on."""
+        first_tile = jnp.cumulative_sum(count, include_initial=True)
+
+        def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            index, total = state
+            expert = jnp.searchsorted(first_tile, index, side="right") - 1
+            row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
+
+            def run(rows: Array, share: Array) -> Array:
+                return weighted(rows, share, w1[expert], w2[expert], w3[expert], limit, numerics)
+
+            return index + 1, add(total, row, first_row[expert + 1], run)
+
+        start = jnp.zeros((), first_tile.dtype)
+        return lax.while_loop(lambda state: state[0] < first_tile[stack], body, (start, total))[1]
+
+    amounts = (0,) if isinstance(w1, Encoded) else _amounts(tokens * chosen, stack)
+    large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0), *tiles) for amount in amounts), strict=True)
+    costs = jnp.array([stack * (amount + _pieces(amount, stack) * _READ) for amount in amounts])
+    for counts, tile in zip((large, small), tiles, strict=True):
+        costs += jnp.sum(jnp.stack(counts), axis=1) * (tile + _READ + _COPY)
+    best = jnp.argmin(costs)
+
+    total = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32)
+    total = lax.switch(best, [at_once(amount) if amount else lambda total: total for amount in amounts], total)
+    next_row = first_row[:-1] + jnp.array(amounts)[best]
+    for counts, tile in zip((large, small), tiles, strict=True):
+        count = jnp.stack(counts)[best]
+        total = tile_by_tile(total, next_row, count, tile)
+        next_row += count * tile
+    return total[:tokens]
+
+
+def _amounts(rows: int, stack: int) -> tuple[int, ...]:
+    """Candidates for the number of rows of every expert in the batched product, for ``rows`` in all; 0 is one of them.
+
+    With an even routing nearly no expert has more than two standard deviations above the mean. An uneven routing
+    favours fewer.
+    """
+    mean = rows / stack
+    most = mean + 2 * math.sqrt(mean)
+    return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.75, 1)}))
+
+
+def _tiles(left: Int[Array, " E"], large: int, small: int) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
+    """Number of large and small tiles for the rows ``left`` of each expert; two small tiles come before a large one."""
+    first = jnp.maximum(left + large - 2 * small - 1, 0) // large
+    return first, -(-jnp.maximum(left - first * large, 0) // small)
+
+
+def _pieces(rows: int, stack: int) -> int:
+    """Number of pieces for ``rows`` rows of each of ``stack`` experts; 0 for no rows.
+
+    From 56 rows and 32 matrices on, XLA on CPU packs every matrix anew before it multiplies, which pays off only with
+    many rows (``benchmarks/xla_limits.py``).
+    """
+    if stack < 32 or not 48 < rows <= 144:
+        return min(rows, 1)
+    return next(count for count in range(2, rows + 1) if rows % count == 0 and rows // count <= 48)
+
+
+def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"], Int[Array, " E"]]:
+    """Stable order of the M*K choices by expert, and the count of each; choices outside the stack come last."""
+    flat = experts.reshape(-1)
+    flat = jnp.where((flat < 0) | (flat >= stack), stack, flat)
+    sizes, bits = jnp.bincount(flat, length=stack), (len(flat) - 1).bit_length()
+    if (stack + 1) << bits >= 2**31:
+        return jnp.argsort(flat, stable=True), sizes
+    # Sorting one packed key takes a quarter of the TPU program that a stable sort, or one by two keys, takes.
+    keys = lax.sort((flat << bits) | jnp.arange(len(flat), dtype=flat.dtype), is_stable=False)
+    return keys & ((1 << bits) - 1), sizes

@@ -14,20 +14,20 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.norm import rms_scale
-from dsv4_convert.model.parameters import contract
+from dsv4_convert.model.ops import einsum_f32
 from dsv4_convert.model.recording import Taps
 
 
 class Mix(NamedTuple):
-    """What one half of a layer needs of its hyper-connection.
+    """Input and mixing weights of one half of a layer.
 
-    ``collapsed`` ``[B, S, D]`` is the input of the half; ``post`` ``[B, S, N]`` spreads its output over the streams;
-    ``comb`` ``[B, S, N, N]``, indexed [from, to], mixes the streams that go round it.
+    ``collapsed`` is the input of the half; ``post`` spreads its output over the streams; ``comb``, indexed [from, to],
+    mixes the streams that bypass it.
     """
 
-    collapsed: Array
-    post: Array
-    comb: Array
+    collapsed: Float[Array, "B S D"]
+    post: Float[Array, "B S N"]
+    comb: Float[Array, "B S N N"]
 
 
 def mix(
@@ -41,8 +41,9 @@ def mix(
     """Mixing weights of one half, and its collapsed input.
 
     With m = fn z / rms(z) for the flattened streams z, split into N, N and N*N numbers:
-    pre = sigmoid(m s0 + b) + eps, post = 2 sigmoid(m s1 + b), comb = Sinkhorn(m s2 + b).
-    Source: published inference code, ``hc_pre`` and ``hc_split_sinkhorn``.
+    pre = sigmoid(m s0 + b) + eps, post = 2 sigmoid(m s1 + b), comb = Sinkhorn(m s2 + b), collapsed = sum_n pre_n z_n,
+    where s is ``scale`` and b the part of ``base`` that belongs to each.
+    Source: paper section 2.2; published inference code, ``hc_pre`` and ``hc_split_sinkhorn``.
     """
     n = config.hc_mult
     m = _project(streams, fn, config.rms_norm_eps)
@@ -69,9 +70,9 @@ def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) ->
 
 def spread(output: Float[Array, "B S D"], streams: Float[Array, "B S N D"], mixing: Mix) -> Float[Array, "B S N D"]:
     """New streams: ``post_k * output + sum_j comb_jk * streams_j``. The sum runs over the first index of comb."""
-    went_round = contract("bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
+    bypass = einsum_f32("bsjk,bsjd->bskd", mixing.comb, streams.astype(jnp.float32))
     spread_out = mixing.post[..., None] * output[..., None, :].astype(jnp.float32)
-    return (spread_out + went_round).astype(streams.dtype)
+    return (spread_out + bypass).astype(streams.dtype)
 
 
 def head_collapse(
@@ -91,9 +92,9 @@ def head_collapse(
 def _project(streams: Float[Array, "B S N D"], fn: Float[Array, "M ND"], eps: float) -> Float[Array, "B S M"]:
     """``fn z / rms(z)``; the norm has no weight, so it is applied to the M products instead of to z."""
     z = streams.astype(jnp.float32).reshape(*streams.shape[:2], -1)
-    return contract("bsz,mz->bsm", z, fn) * rms_scale(z, eps)
+    return einsum_f32("bsz,mz->bsm", z, fn) * rms_scale(z, eps)
 
 
 def _collapse(streams: Float[Array, "B S N D"], pre: Float[Array, "B S N"]) -> Float[Array, "B S D"]:
     # As a contraction: XLA on CPU is slow in the same sum over a short middle axis (benchmarks/xla_limits.py).
-    return contract("bsn,bsnd->bsd", pre, streams.astype(jnp.float32)).astype(streams.dtype)
+    return einsum_f32("bsn,bsnd->bsd", pre, streams.astype(jnp.float32)).astype(streams.dtype)

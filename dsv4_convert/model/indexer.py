@@ -1,12 +1,10 @@
 """The lightning indexer of CSA layers: which compressed entries a query attends to (paper section 2.3.1).
 
-Shape letters: ``B`` batch, ``S`` queries, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` indexer
-heads, ``C`` indexer head width, ``k`` chosen entries.
+Shape letters: ``B`` batch, ``S`` queries, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``Hi``
+indexer heads, ``C`` indexer head width, ``k`` chosen entries.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +13,28 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.config import Config
-from dsv4_convert.model.axes import on_shards, summed
+from dsv4_convert.model.axes import psum, shard_map
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
-from dsv4_convert.model.numerics import Numerics, widened
-from dsv4_convert.model.parameters import contract, linear, parameter
+from dsv4_convert.model.numerics import Numerics, round_then_f32
+from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
-from dsv4_convert.model.runs import by_runs
 
 
 class Indexer(nnx.Module):
     """Scores every compressed entry for every query with its own, narrower compressor, and keeps the best.
 
-    score(t, b) = sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H). Source: paper equations 13-17.
+    score(t, b) = sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H)
+
+    where token t has the query q_h and weight w_h of each of H indexer heads, and k_b is entry b of the indexer's
+    compressor. Source: paper equations 13-17; published inference code, ``Indexer``.
     """
 
     def __init__(self, config: Config, numerics: Numerics) -> None:
         self.numerics = numerics
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
-        self.longest_run = config.sliding_window
+        self.longest_chunk = config.sliding_window
         self.wq_b = parameter("rank index_heads", config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = parameter("width index_heads", config.hidden_size, self.heads)
         self.compressor = Compressor(
@@ -57,68 +57,78 @@ class Indexer(nnx.Module):
         taps: Taps,
         past: Past[Compressed] | None = None,
     ) -> tuple[Int[Array, "B S k"], Compressed | None]:
-        """The chosen entries of each query, ascending, padded with -1 (none) where fewer are there than chosen.
+        """The chosen entries of each query, ascending, padded with -1 where fewer than k may be chosen.
 
-        ``complete`` is the number of entries that each query may choose from. In runs of queries: the scores of all of
-        them are in memory at once only where they are recorded.
+        ``complete`` is the number of entries that each query may choose from.
         """
         keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
         q = self.numerics.linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
         q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 
-        def score(keys: Array, first: Array, q: Array, weights: Array) -> Array:
-            scores = summed(self._scores(q, keys, weights), "index_heads")
-            # In release numerics the sum over all heads is rounded, not that of a device's own.
-            scores = scores.astype(q.dtype) if self.numerics.release else scores
-            return jax.lax.optimization_barrier(scores)
-
-        def pick(first: Array, scores: Array, complete: Array) -> Array:
-            return choose(scores, entry_mask(complete, scores.shape[2]), self.topk)
-
-        def both(keys: Array, first: Array, q: Array, weights: Array, complete: Array) -> Array:
-            return pick(first, score(keys, first, q, weights), complete)
-
-        def scored(keys: Array, *rows: Array) -> Array:
-            return by_runs(partial(score, keys), self.longest_run, *rows)
-
-        def picked(scores: Array, complete: Array) -> Array:
-            return by_runs(pick, self.longest_run, scores, complete)
-
-        def chosen_at_once(keys: Array, *rows: Array) -> Array:
-            return by_runs(partial(both, keys), self.longest_run, *rows)
-
-        rows = ("batch tokens index_heads -", "batch tokens index_heads", "batch tokens")
         if taps.uses("scores"):
-            scores = taps("scores", on_shards(scored, ("batch - -", *rows[:2]), "batch tokens -", keys, q, weights))
-            chosen = on_shards(picked, ("batch tokens -", rows[2]), "batch tokens -", scores, complete)
+            # The scores of all chunks are in memory at once only where they are recorded.
+            chosen = self._choose_all(taps("scores", self._score_all(keys, q, weights)), complete)
         else:
-            taken = (keys, q, weights, complete)
-            chosen = on_shards(chosen_at_once, ("batch - -", *rows), "batch tokens -", *taken)
+            chosen = self._score_and_choose(keys, q, weights, complete)
         return taps("chosen", chosen), compressed
 
+    @shard_map()
+    def _score_all(
+        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        return map_query_chunks(lambda _, *chunk: self._summed_scores(keys, *chunk), self.longest_chunk, q, weights)
+
+    @shard_map()
+    def _choose_all(self, scores: Float[Array, "B S T"], complete: Int[Array, "B S"]) -> Int[Array, "B S k"]:
+        return map_query_chunks(lambda _, *chunk: self._choose(*chunk), self.longest_chunk, scores, complete)
+
+    @shard_map()
+    def _score_and_choose(
+        self,
+        keys: Float[Array, "B T C"],
+        q: Float[Array, "B S Hi C"],
+        weights: Float[Array, "B S Hi"],
+        complete: Int[Array, "B S"],
+    ) -> Int[Array, "B S k"]:
+        def chunk(_: Array, q: Array, weights: Array, complete: Array) -> Array:
+            return self._choose(self._summed_scores(keys, q, weights), complete)
+
+        return map_query_chunks(chunk, self.longest_chunk, q, weights, complete)
+
+    def _summed_scores(
+        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        scores = psum(self._scores(q, keys, weights), "index_heads")
+        # Release numerics round the sum over all heads, not the sum over one device's heads.
+        scores = scores.astype(q.dtype) if self.numerics.release else scores
+        return jax.lax.optimization_barrier(scores)
+
+    def _choose(self, scores: Float[Array, "B S T"], complete: Int[Array, "B S"]) -> Int[Array, "B S k"]:
+        return choose(scores, entry_mask(complete, scores.shape[2]), self.topk)
+
     def _scores(
-        self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
+        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
     ) -> Float[Array, "B S T"]:
         if self.numerics.release:
             return self._rounded_scores(q, keys, weights)
-        affinity = jax.nn.relu(contract("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
+        affinity = jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
         share = weights.astype(jnp.float32) * self.heads**-0.5
         return jnp.sum(affinity * share[..., None], axis=2)
 
     def _rounded_scores(
-        self, q: Float[Array, "B S H C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S H"]
+        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
     ) -> Float[Array, "B S T"]:
-        """The same, every step but the sum rounded to the dtype of the activations."""
+        """:meth:`_scores` with every step but the sum rounded to the dtype of the activations."""
         dtype = q.dtype
         share = (weights.astype(jnp.float32) * (self.head_dim**-0.5 * self.heads**-0.5)).astype(dtype)
-        affinity = widened(jax.nn.relu(contract("bshc,btc->bsht", q, keys).astype(dtype)))
-        product = widened((affinity * widened(share)[..., None]).astype(dtype))
+        affinity = round_then_f32(jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys).astype(dtype)))
+        product = round_then_f32((affinity * round_then_f32(share)[..., None]).astype(dtype))
         return jnp.sum(product, axis=2)
 
 
 def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: int) -> Int[Array, "B S k"]:
-    """The k = min(topk, T) best visible entries per query, ascending, -1 (none) last."""
+    """The k = min(topk, T) best visible entries of each query, ascending, with -1 for none at the end."""
     entries = scores.shape[-1]
     k = min(topk, entries)
     best, chosen = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), k)
@@ -128,12 +138,12 @@ def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: 
 
 
 def entry_mask(complete: Int[Array, "B S"], entries: int) -> Bool[Array, "B S T"]:
-    """Per query, which of the ``entries`` are of complete blocks."""
+    """Which of the ``entries`` each query may see: those of complete blocks."""
     return jnp.arange(entries) < complete[..., None]
 
 
 def chosen_mask(chosen: Int[Array, "B S k"], entries: int) -> Bool[Array, "B S T"]:
-    """Per query, which of the ``entries`` were chosen."""
+    """Which of the ``entries`` each query sees: those that it has chosen."""
     batch, queries, _ = chosen.shape
     slots = jnp.where(chosen < 0, entries, chosen)  # one extra slot swallows "none"
     b, s = jnp.arange(batch)[:, None, None], jnp.arange(queries)[None, :, None]

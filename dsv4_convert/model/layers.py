@@ -1,4 +1,4 @@
-"""The layers in order: one program for each, or one for all of a kind.
+"""All layers in order, with one program for each layer or one for all layers of a kind.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
 """
@@ -24,7 +24,7 @@ from dsv4_convert.taps import full_name, taps_of
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:
-    """One block for each layer of the backbone. A program of the model has every layer's operations in it."""
+    """One block for each layer of the backbone: a program of the model contains the operations of every layer."""
     kinds = zip(config.attention, config.hash_routed, strict=True)
     return [Block(config, kind, hashed=hashed, numerics=numerics) for kind, hashed in kinds]
 
@@ -37,7 +37,7 @@ def through(
     taps: Taps,
     past: Past[tuple[Any, ...]] | None = None,
 ) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
-    """Streams through all layers; with a ``past`` of every layer's state, the new states too."""
+    """The streams after all layers; with a ``past`` of every layer's state, the new states too."""
     if isinstance(layers, ScannedLayers):
         return layers(streams, token_ids, positions, taps, past)
     states = []
@@ -51,7 +51,7 @@ def through(
 
 
 def _when_there(streams: Float[Array, "B S N D"], block: Block) -> Block:
-    """The block, whose encoded matrices are not decoded before its input is there; those of experts never are."""
+    """The block, with encoded matrices that are decoded after its input is computed; stacks of experts stay encoded."""
     graph, state = nnx.split(block)
     flat = {
         key: variable.replace(after(streams, variable.get_value()))
@@ -62,10 +62,10 @@ def _when_there(streams: Float[Array, "B S N D"], block: Block) -> Block:
 
 
 class ScannedLayers(nnx.Module):
-    """All layers, as loops over stacked weights: a program does not grow with the number of layers.
+    """All layers as loops over stacked weights: a program does not grow with the number of layers.
 
-    ``segments[i][j]`` has the weights of all layers at place ``j`` of a segment's pattern, stacked ``[layer, ...]``.
-    State is stacked alike. The layers' taps cannot be recorded.
+    ``segments[i][j]`` stacks the weights of all layers at place ``j`` of segment ``i``'s pattern, ``[layer, ...]``.
+    State is stacked in the same way. The layers' taps cannot be recorded.
     """
 
     def __init__(self, config: Config, numerics: Numerics) -> None:
@@ -96,7 +96,7 @@ class ScannedLayers(nnx.Module):
             raise ValueError("taps of scanned layers cannot be recorded: one program serves many of them")
         states = []
         for index, segment in enumerate(segments(self.config)):
-            # Named by the first layer of its kind; errors speak of that.
+            # Errors name the first layer of a kind.
             own = [Taps(prefix=f"layers.{segment.first + place}.") for place in range(len(segment.pattern))]
             graphs, weights = zip(*map(nnx.split, self.segments[index]), strict=True)
 
@@ -117,7 +117,7 @@ class ScannedLayers(nnx.Module):
 
 
 def _stacked(block: Block, count: int) -> Block:
-    """A block whose parameters have room for ``count`` layers."""
+    """A block whose parameters stack ``count`` layers."""
     graph, state = nnx.split(block)
     flat = {
         key: variable.replace(

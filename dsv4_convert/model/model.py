@@ -1,4 +1,4 @@
-"""The whole model: tokens in, logits out; and the stages behind it, which draft tokens.
+"""The whole model, from tokens to logits, and the mtp stages, which draft tokens.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` vocabulary.
 """
@@ -11,14 +11,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
-from dsv4_convert.model.axes import exchanged, gathered, on_shards, place, splits, summed
+from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
+from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
 from dsv4_convert.model.layers import ScannedLayers, listed, through
-from dsv4_convert.model.mtp import Stage
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.model.parameters import linear, parameter
+from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 
 #: Logical axes of the output head.
@@ -30,9 +30,11 @@ class Model(nnx.Module):
 
     1. The token's embedding is copied into N streams; it is not scaled.
     2. Every :class:`Block` mixes its attention and its experts into the streams.
-    3. The streams collapse to one, are normalised, and meet the output head.
+    3. The streams collapse to one, which is normalised and multiplied with the output head.
 
-    The stages in ``mtp`` take no part in this; :meth:`draft` runs one of them.
+    The forward pass does not use the stages in ``mtp``; :meth:`draft` runs one of them.
+
+    Source: paper section 2; published inference code, ``Transformer``.
 
     Examples:
         >>> model = restore_model(Weights.open(Path("orbax")))
@@ -41,7 +43,7 @@ class Model(nnx.Module):
     """
 
     def __init__(self, config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
-        """``scanned``: layers of one kind share a program, and have their weights stacked."""
+        """``scanned``: layers of one kind share a program, and their weights are stacked."""
         self.config = config
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
@@ -52,7 +54,7 @@ class Model(nnx.Module):
         self.hc_head_scale = parameter("mix", 1)
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
-        self.mtp = nnx.List([Stage(config, numerics) for _ in range(config.num_mtp_stages)])
+        self.mtp = nnx.List([MTPBlock(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
         self,
@@ -62,7 +64,7 @@ class Model(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         taps: Taps | None = None,
     ) -> Float[Array, "B S V"]:
-        """Logits of every position, float32. ``dtype`` is that of the activations."""
+        """Logits of every position, float32. Activations have ``dtype``."""
         taps = taps or Taps()
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
@@ -82,18 +84,18 @@ class Model(nnx.Module):
     ) -> tuple[Float[Array, "B Y V"], Cache]:
         """Logits of the next tokens of prompts whose tokens before are in the cache, and the cache with these too.
 
-        One call of a whole prompt on an empty cache, calls of its parts and one call per token give the same. Shapes
-        do not depend on how many tokens the cache has seen, so steps of one length are one compiled program. The dtype
-        of activations is the cache's.
+        One call with a whole prompt on an empty cache gives the same as calls with its parts or one call per token.
+        Shapes do not depend on how many tokens the cache has seen, so steps of one length are one compiled program.
+        Activations have the cache's dtype.
 
         Args:
             token_ids: the next ``S`` tokens of each prompt.
-            cache: what was seen before (:meth:`Cache.empty`); the room in it is the caller's to watch.
-            count: how many of the ``S`` are tokens, the rest being padding whose logits mean nothing; None for all.
+            cache: the tokens before (:meth:`Cache.empty`); the caller watches its capacity.
+            count: how many of the ``S`` are tokens; the others are padding, whose logits mean nothing. None for all.
                 A prompt may get none.
-            keep: how many of the ``count`` the cache remembers; the next call goes on behind those. None for all.
+            keep: how many of the ``count`` the cache remembers; the next call continues after these. None for all.
             last_only: only the logits of each prompt's last token, ``Y = 1``.
-            taps: what is recorded.
+            taps: records activations.
         """
         taps = taps or Taps()
         count = jnp.full(token_ids.shape[0], token_ids.shape[1], jnp.int32) if count is None else count
@@ -133,13 +135,13 @@ class Model(nnx.Module):
         """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
 
         Args:
-            streams: those that leave the last layer at each token (for a later stage: the stage before it).
+            streams: the streams that leave the last layer at each token (for a later stage: the stage before it).
             next_ids: the token after each of these.
-            positions: of the streams' tokens.
-            stage: which one.
+            positions: positions of the streams' tokens.
+            stage: index of the stage.
             only: the index of the one token of each prompt whose logits are wanted, ``Y = 1``; None for all.
-            taps: what is recorded, below ``mtp.0.``.
-            past: what the stage has seen before; its tokens are pairs of streams and the id after them.
+            taps: records activations, below ``mtp.0.``.
+            past: the stage's state; its tokens are pairs of streams and the id after them.
         """
         taps = (taps or Taps()).within(f"mtp.{stage}.")
         block = self.mtp[stage]
@@ -147,46 +149,34 @@ class Model(nnx.Module):
         streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)
         if only is not None:
             streams = jnp.take_along_axis(streams, only[:, None, None, None], axis=1)
-        return head(
-            streams,
-            block.hc_head_fn[...],
-            block.hc_head_base[...],
-            block.hc_head_scale[...],
-            block.norm[...],
-            self.head[...],
-            self.config,
-            taps,
-        ), after
+        return self.logits(streams, taps, block), after
 
-    def logits(self, streams: Float[Array, "B S N D"], taps: Taps) -> Float[Array, "B S V"]:
-        """Logits of the streams that leave the last layer."""
-        return head(
-            streams,
-            self.hc_head_fn[...],
-            self.hc_head_base[...],
-            self.hc_head_scale[...],
-            self.norm[...],
-            self.head[...],
-            self.config,
-            taps,
-        )
+    def logits(
+        self, streams: Float[Array, "B S N D"], taps: Taps, stage: MTPBlock | None = None
+    ) -> Float[Array, "B S V"]:
+        """Logits of the streams that leave the last layer, or a ``stage``, which has its own collapse and norm."""
+        own = stage or self
+        collapse = (own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...])
+        return head(streams, *collapse, own.norm[...], self.head[...], self.config, taps)
 
 
 def embed(
     table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: DTypeLike, taps: Taps
 ) -> Float[Array, "B S N D"]:
     """The embedding of every token, copied into all streams."""
-    rows = on_shards(_look_up, ("vocab width", "batch tokens"), "batch tokens -", table, token_ids)
-    rows = taps("embed", rows.astype(dtype))
+    rows = taps("embed", _rows_of(table, token_ids).astype(dtype))
     return jnp.broadcast_to(rows[:, :, None], (*rows.shape[:2], streams, rows.shape[2]))
 
 
-def _look_up(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of a table of whose width every device has a part ``P``: ids go to it, and parts of rows come back."""
-    index = gathered(token_ids, "width") - place("vocab") * table.shape[0]
-    here = (index >= 0) & (index < table.shape[0])
-    rows = summed(jnp.where(here[..., None], table[index], 0), "vocab") if splits("vocab") else table[index]
-    return exchanged(rows, "width", 0, 2)
+@shard_map(P="width")
+def _rows_of(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table. A device with a part ``P`` of the width looks up the ids of all, who exchange parts of rows."""
+    index = all_gather(token_ids, "width") - axis_index("vocab") * table.shape[0]
+    rows = table[index]
+    if is_sharded("vocab"):
+        here = (index >= 0) & (index < table.shape[0])
+        rows = psum(jnp.where(here[..., None], rows, 0), "vocab")
+    return all_to_all(rows, "width", split_axis=0, concat_axis=2)
 
 
 def head(
@@ -199,7 +189,7 @@ def head(
     config: Config,
     taps: Taps,
 ) -> Float[Array, "B S V"]:
-    """Collapse, norm and output head. The last matmul is in float32 whatever the dtype of the activations."""
+    """Collapse, norm and output head: norm(sum_n pre_n z_n) W, in float32 whatever the activations' dtype."""
     x = head_collapse(streams, fn, base, scale, config, taps)
     x = taps("norm", rms_norm(x, norm, config.rms_norm_eps))
     return taps("logits", linear(x.astype(jnp.float32), weight))

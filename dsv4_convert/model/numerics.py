@@ -1,7 +1,7 @@
-"""Where a model rounds on the way: as the mathematics alone asks for, or as DeepSeek's own inference code does.
+"""Where a model rounds intermediate values: only to the dtype of activations, or as DeepSeek's inference code does.
 
 ``PLAIN`` rounds results to the dtype of the activations and nothing else. A release model was trained to be quantised,
-and its inference code simulates that where it does not do it:
+and its inference code quantises, or simulates quantisation:
 
 * inputs of matrices that are stored in FP8 or FP4: FP8 in groups of 128 channels (not ``wo_a``, which runs in
   bfloat16);
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.norm import unit_rms
-from dsv4_convert.model.parameters import contract, linear
+from dsv4_convert.model.ops import einsum_f32, linear
 
 #: Channels that share a scale: of the input of a quantised matrix, of a key, of an indexer's vector.
 _INPUT, _KEY, _INDEX = 128, 64, 32
@@ -40,17 +40,17 @@ _FP8_FORM, _FP4_FORM = (-6, 3), (0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The places where the two ways differ. ``quantized``: whether matrices are stored in FP8 or FP4."""
+    """The operations that release numerics round differently. ``quantized``: matrices are stored in FP8 or FP4."""
 
     release: bool = False
     quantized: bool = False
 
     @classmethod
     def of_release(cls, config: Config) -> Numerics:
-        """Those of DeepSeek's inference code for this model.
+        """The numerics of DeepSeek's inference code for this model.
 
         Raises:
-            UsageError: widths that its groups do not divide.
+            UsageError: the groups that share a scale do not divide a width.
         """
         quantized = config.weight_block_size is not None
         nope = config.head_dim - config.qk_rope_head_dim
@@ -70,83 +70,83 @@ class Numerics:
             raise UsageError(f"release numerics quantise in groups, which needs {'; '.join(wrong)}")
         return cls(True, quantized)
 
-    def held(self, dtype: DTypeLike) -> DTypeLike:
-        """The dtype of weights beside activations in ``dtype``: float32 holds what codes with any scale stand for."""
+    def weight_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """The dtype of weights where activations have ``dtype``: float32 holds decoded codes with any scale exactly."""
         return jnp.float32 if self.quantized else dtype
 
     def linear(self, x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
         """Product with a matrix that a release stores in FP8 or FP4."""
-        return linear(x, w) if not self.quantized else contract("...i,io->...o", self.input(x), w).astype(x.dtype)
+        return linear(x, w) if not self.quantized else einsum_f32("...i,io->...o", self.input(x), w).astype(x.dtype)
 
     def input(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch inner"]:
-        """What such a matrix is multiplied with."""
+        """Round the input of a matrix that a release stores in FP8 or FP4."""
         if self.quantized:
             return fp8_rounded(x, _INPUT)
-        return once(x) if self.release else x
+        return round_to(x, x.dtype) if self.release else x
 
     def wide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Input of a compressor or a router."""
-        return widened(x) if self.release else x
+        """Convert the input of a compressor or a router, which a release computes in float32."""
+        return round_then_f32(x) if self.release else x
 
     def query(self, q: Float[Array, "B S H C"], eps: float) -> Float[Array, "B S H C"]:
         """``q / rms(q)`` per head; a release rounds every step to the dtype of ``q``."""
         if not self.release:
             return unit_rms(q, eps)
-        square = jnp.square(widened(q)).astype(q.dtype)
-        mean = jnp.mean(widened(square), axis=-1, keepdims=True).astype(q.dtype)
-        scale = jax.lax.rsqrt(widened((widened(mean) + eps).astype(q.dtype))).astype(q.dtype)
-        return (widened(q) * widened(scale)).astype(q.dtype)
+        square = jnp.square(round_then_f32(q)).astype(q.dtype)
+        mean = jnp.mean(round_then_f32(square), axis=-1, keepdims=True).astype(q.dtype)
+        scale = jax.lax.rsqrt(round_then_f32((round_then_f32(mean) + eps).astype(q.dtype))).astype(q.dtype)
+        return (round_then_f32(q) * round_then_f32(scale)).astype(q.dtype)
 
     def key(self, kv: Float[Array, "B X C"], rotated: int) -> Float[Array, "B X C"]:
-        """A key, or compressed entry, as it is attended to; its last ``rotated`` channels are left alone."""
+        """Round a key or compressed entry to FP8, its last ``rotated`` channels excepted."""
         if not self.release:
             return kv
-        kept, turned = jnp.split(kv, [kv.shape[-1] - rotated], axis=-1)
-        return jnp.concatenate([fp8_rounded(kept, _KEY), turned], axis=-1)
+        nope, rope = jnp.split(kv, [kv.shape[-1] - rotated], axis=-1)
+        return jnp.concatenate([fp8_rounded(nope, _KEY), rope], axis=-1)
 
     def sum_of_experts(self, total: Float[Array, "*batch D"], dtype: DTypeLike) -> Float[Array, "*batch D"]:
-        """The float32 sum as it is added to the shared expert's output."""
+        """Round the float32 sum of the routed experts before the shared expert's output is added."""
         return total if self.release else total.astype(dtype)
 
     def indexed(self, x: Float[Array, "... Ci"]) -> Float[Array, "... Ci"]:
-        """A query or entry of the indexer as it is scored with."""
+        """Rotate and round a query or entry of the indexer before it is scored."""
         return fp4_rounded(hadamard(x), _INDEX) if self.release else x
 
 
 PLAIN = Numerics()
 
 
-def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x`` as float32, rounded to the dtype that it has now.
+def round_then_f32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Convert ``x`` to float32 and keep its rounding to the dtype that it has now.
 
-    Said twice, because XLA may leave out a conversion to bfloat16 that is followed by one back.
+    ``reduce_precision`` repeats that rounding, since XLA may drop a conversion to bfloat16 that one back follows.
     """
     form = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
     return jax.lax.reduce_precision(x.astype(jnp.float32), form.nexp, form.nmant)
 
 
-def once(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x``, whose rounding to its dtype cannot be left out: see :func:`widened`."""
-    return widened(x).astype(x.dtype)
+def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Round ``x`` to ``dtype``, and keep XLA from dropping that rounding (:func:`round_then_f32`)."""
+    return round_then_f32(x.astype(dtype)).astype(dtype)
 
 
 def fp8_rounded(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:
-    """The nearest values that FP8 (e4m3) has with one power of two as scale per ``group`` channels; the dtype stays."""
+    """Round to FP8 (e4m3) values with one power-of-two scale per ``group`` channels; the dtype stays."""
     return _rounded(x, group, _FP8_MAX, _FP8_LEAST, *_FP8_FORM)
 
 
 def fp4_rounded(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:
-    """The nearest values that FP4 (e2m1) has with one power of two as scale per ``group`` channels; the dtype stays."""
+    """Round to FP4 (e2m1) values with one power-of-two scale per ``group`` channels; the dtype stays."""
     return _rounded(x, group, _FP4_MAX, _FP4_LEAST, *_FP4_FORM)
 
 
 def hadamard(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
     """Product with the orthonormal Hadamard matrix in Sylvester's order; float32 inside, the dtype of ``x`` out.
 
-    In steps of sums and differences, neighbours first, because their order decides how the sums are rounded.
+    Sums and differences of neighbours come first, because their order decides how sums are rounded.
     """
     width = x.shape[-1]
-    values, half = widened(x), 1
+    values, half = round_then_f32(x), 1
     while half < width:
         pairs = values.reshape(*x.shape[:-1], width // (2 * half), 2, half)
         upper, lower = pairs[..., 0, :], pairs[..., 1, :]
@@ -158,11 +158,11 @@ def hadamard(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
 def _rounded(
     x: Float[Array, "... width"], group: int, most: float, least: float, smallest: int, mantissa: int
 ) -> Float[Array, "... width"]:
-    groups = widened(x).reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    groups = round_then_f32(x).reshape(*x.shape[:-1], x.shape[-1] // group, group)
     largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), least)
     scale = _power_of_two(largest * jnp.float32(1 / most))
     scaled = jnp.clip(groups / scale, -most, most)
-    # Numbers of one binade are multiples of one step, and below the smallest normal one of its step.
+    # The values of one binade are multiples of one step; subnormal values are multiples of the smallest binade's.
     exponent = (jax.lax.bitcast_convert_type(scaled, jnp.int32) >> 23) & 0xFF
     step = _from_exponent(jnp.maximum(exponent - 127, smallest) - mantissa)
     return (jnp.round(scaled / step) * step * scale).reshape(x.shape).astype(x.dtype)

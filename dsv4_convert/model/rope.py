@@ -1,11 +1,11 @@
 """Partial, interleaved rotary embedding with two tables (published inference code; paper section 2.3).
 
-The last ``qk_rope_head_dim`` channels of a vector are read as complex numbers ``x0 + i x1, x2 + i x3, ...`` and turned
+The last ``qk_rope_head_dim`` channels of a vector are read as complex numbers ``x0 + i x1, x2 + i x3, ...`` and rotated
 by ``position * frequency``. Window-only layers use base ``rope_theta``; layers with a compressor use
 ``compress_rope_theta`` scaled by YaRN, for queries, keys, compressed entries and the indexer alike. No attention
 factor is applied anywhere.
 
-Because keys are also the values, the attention output carries the keys' rotations; turning it back by the query's
+Because keys are also the values, the attention output carries the keys' rotations; rotating it back by the query's
 position leaves a function of the distance only.
 """
 
@@ -57,16 +57,16 @@ def _ramp(dim: int, theta: float, yarn: Yarn) -> np.ndarray:
 def rotate(
     x: Float[Array, "B S *heads width"], positions: Int[Array, "B S"], table: np.ndarray, *, inverse: bool = False
 ) -> Float[Array, "B S *heads width"]:
-    """Turn the last ``2 * len(table)`` channels of every vector by its position; ``inverse`` turns back.
+    """Rotate the last ``2 * len(table)`` channels of every vector by its position; ``inverse`` rotates back.
 
-    The rotation is computed in float32 and cast back to the dtype of ``x``.
+    (x_2i + i x_2i+1) exp(i position table_i), computed in float32 and cast back to the dtype of ``x``.
     """
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(table)
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), angles.shape[-1])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if inverse:
         sin = -sin
-    kept, turned = jnp.split(x, [x.shape[-1] - 2 * len(table)], axis=-1)
-    even, odd = turned[..., 0::2].astype(jnp.float32), turned[..., 1::2].astype(jnp.float32)
+    nope, rope = jnp.split(x, [x.shape[-1] - 2 * len(table)], axis=-1)
+    even, odd = rope[..., 0::2].astype(jnp.float32), rope[..., 1::2].astype(jnp.float32)
     pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return jnp.concatenate([kept, pairs.reshape(turned.shape).astype(x.dtype)], axis=-1)
+    return jnp.concatenate([nope, pairs.reshape(rope.shape).astype(x.dtype)], axis=-1)

@@ -14,23 +14,25 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.config import Config
 from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.parameters import buffer, linear, parameter
+from dsv4_convert.model.ops import buffer, linear, parameter
 from dsv4_convert.model.recording import Taps
 
 
 class Routing(NamedTuple):
-    """Chosen experts of every token, ascending, and their weights: both ``[B, S, K]``."""
+    """Chosen experts of every token, ascending, and their weights."""
 
-    experts: Array
-    weights: Array
+    experts: Int[Array, "*batch K"]
+    weights: Float[Array, "*batch K"]
 
 
 class Router(nnx.Module):
-    """Scores are sqrt(softplus(x W)). The K experts are the best by score plus a correction bias, or, in hash-routed
-    layers, those that a fixed table lists for the token id. The weights are the *unbiased* scores of the chosen,
-    divided by their sum and scaled by ``routed_scaling_factor``.
+    """Scores every expert for every token and keeps K.
 
-    Source: published inference code, ``Gate``. The 1e-20 in the division is transformers'; it changes no float32.
+    s = sqrt(softplus(x W)) scores E experts. The K chosen are the best by s + bias; in hash-routed layers a fixed table
+    lists them by token id. Their weights are the *unbiased* scores w_k = f s_k / (sum_j s_j + 1e-20), where j runs over
+    the chosen and f is ``routed_scaling_factor``.
+
+    Source: published inference code, ``Gate``. The 1e-20 is transformers'; it changes no float32.
     """
 
     def __init__(self, config: Config, *, hashed: bool, numerics: Numerics) -> None:

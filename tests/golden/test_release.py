@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.model import Numerics, attention, indexer, mlp, numerics
+from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden, open_golden
 from golden.noise import MODES, Mode
@@ -109,7 +109,7 @@ def test_other_forms_of_weights(folder: Path, form: str) -> None:
 
 
 def _not_weighted_before(x: Any, share: Any, w1: Any, w2: Any, w3: Any, limit: float, rule: Numerics) -> Any:
-    return mlp.mlp(x, w1, w2, w3, limit, rule).astype(jnp.float32) * share[..., None]
+    return experts.mlp(x, w1, w2, w3, limit, rule).astype(jnp.float32) * share[..., None]
 
 
 def _scores_in_float32(self: Any, q: Any, keys: Any, weights: Any) -> Any:
@@ -134,7 +134,7 @@ FAULTS: dict[str, tuple[int, str, Any, str, Callable[..., Any]]] = {
     "indexer scores in float32": (CSA, "attn.indexer.scores", indexer.Indexer, "_rounded_scores", _scores_in_float32),
     "probabilities divided before they are rounded": (
         HCA, "attn.context", attention, "attend_as_released", attention.attend),
-    "routing weight after the expert": (HCA, "ffn.experts", mlp, "weighted", _not_weighted_before),
+    "routing weight after the expert": (HCA, "ffn.experts", experts, "weighted", _not_weighted_before),
     "scales that are no powers of two": (CSA, "attn.wq_a", numerics, "_power_of_two", lambda x: x),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_convert.model.routed import grouped, packed
+from dsv4_convert.model.experts import grouped, packed
 
 LIMIT = 0.7  # low, so that both clamps bite
 #: Both ways, compiled once for every shape.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv4_convert.model.attention import attend, complete_blocks, window_mask
 from dsv4_convert.model.compressor import _with_previous
 from dsv4_convert.model.indexer import choose, chosen_mask, entry_mask
-from dsv4_convert.model.runs import by_runs
+from dsv4_convert.model.ops import map_query_chunks
 
 
 def test_window_mask_is_the_last_tokens_including_the_query() -> None:
@@ -24,7 +24,7 @@ def test_window_mask_is_the_last_tokens_including_the_query() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 2))
-def test_runs_are_the_rows_one_after_the_other(tokens: int, longest: int, batch: int) -> None:
+def test_chunks_are_the_rows_one_after_the_other(tokens: int, longest: int, batch: int) -> None:
     rows = np.arange(batch * tokens * 3).reshape(batch, tokens, 3)
     lengths = []
 
@@ -32,7 +32,7 @@ def test_runs_are_the_rows_one_after_the_other(tokens: int, longest: int, batch:
         lengths.append(part.shape[1])
         return part + other[..., None], first + jnp.arange(part.shape[1]) + jnp.zeros((batch, 1), int)
 
-    found, index = jax.jit(lambda *rows: by_runs(run, longest, *rows))(rows, rows[..., 0])
+    found, index = jax.jit(lambda *rows: map_query_chunks(run, longest, *rows))(rows, rows[..., 0])
     assert np.array_equal(found, rows + rows[..., :1])
     assert np.array_equal(index, np.broadcast_to(np.arange(tokens), (batch, tokens)))
     assert max(lengths) <= longest

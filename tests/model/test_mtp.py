@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Model, Taps
+from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.mtp import Stage
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import restore_model
 from golden.references.mtp import StageReference
@@ -127,7 +127,7 @@ def test_token_by_token_is_the_whole_prompt(setting: Setting, steps: list[tuple[
     np.testing.assert_allclose(cache.window, whole["attn.kv_rope"][:, -kept:], atol=1e-5, rtol=1e-5)
 
 
-def _swap_projections(stage: Stage) -> None:
+def _swap_projections(stage: MTPBlock) -> None:
     stage.e_proj, stage.h_proj = stage.h_proj, stage.e_proj
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model.parameters import contract
+from dsv4_convert.model.ops import einsum_f32
 from dsv4_convert.platforms import check_platform, select_platform
 from golden.noise import Mode
 from parity.run import run
@@ -98,7 +98,7 @@ def test_a_process_that_fails_ends_all(checkpoints: tuple[Path, Path], golden: P
 
 def test_the_precision_of_products_is_that_asked_for() -> None:
     """It is part of what a compiled program is looked up by: the same function is traced for each."""
-    program = jax.jit(lambda a, b: contract("ij,jk->ik", a, b))
+    program = jax.jit(lambda a, b: einsum_f32("ij,jk->ik", a, b))
     operands = (jnp.ones((2, 3)), jnp.ones((3, 2)))
 
     def asked() -> str:

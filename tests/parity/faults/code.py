@@ -12,11 +12,11 @@ import numpy as np
 
 from dsv4_convert.config import Attention as Kind
 from dsv4_convert.config import Config
-from dsv4_convert.model import attention, block, compressor, hyper_connection, indexer, mlp, numerics, router
+from dsv4_convert.model import attention, block, compressor, experts, hyper_connection, indexer, numerics, router
 from dsv4_convert.model import model as backbone
 from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
 from dsv4_convert.model.norm import rms_norm as _rms_norm
-from dsv4_convert.model.parameters import contract as _contract
+from dsv4_convert.model.ops import einsum_f32 as _einsum_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
@@ -31,7 +31,7 @@ _SCALED_TABLE = frequencies(_CONFIG, Kind.CSA)
 
 _attend, _choose = attention.attend, indexer.choose
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix
-_swiglu = mlp.swiglu
+_swiglu = experts.swiglu
 
 
 def _half_split(x: Any, positions: Any, table: Any, *, inverse: bool = False) -> Any:
@@ -119,12 +119,12 @@ def _scaled_scores(factor: float) -> Callable[..., Any]:
 
 def _sink_with_value(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
     """The sink as the probability of the first key."""
-    scores = _contract("bshc,bxc->bhsx", q, kv) * q.shape[-1] ** -0.5
+    scores = _einsum_f32("bshc,bxc->bhsx", q, kv) * q.shape[-1] ** -0.5
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     sinks = jnp.broadcast_to(sink[None, :, None, None], (*scores.shape[:3], 1))
     shares = jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)
     shares = shares[..., :-1].at[..., 0].add(shares[..., -1])
-    return _contract("bhsx,bxc->bshc", shares, kv)
+    return _einsum_f32("bhsx,bxc->bshc", shares, kv)
 
 
 def _coarse_shares(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
@@ -155,14 +155,14 @@ def _nothing_chosen(chosen: Any, entries: int) -> Any:
 
 
 def _group_reversed(x: Any, w: Any) -> Any:
-    return _contract("bsgi,gio->bsgo", x[:, :, ::-1], w)
+    return _einsum_f32("bsgi,gio->bsgo", x[:, :, ::-1], w)
 
 
 def _heads_across_groups(x: Any, w: Any) -> Any:
     """Heads dealt out to the groups in turn instead of in runs."""
     batch, tokens, groups, inner = x.shape
     dealt = x.reshape(batch, tokens, -1, groups, 16).swapaxes(2, 3).reshape(batch, tokens, groups, inner)
-    return _contract("bsgi,gio->bsgo", dealt, w)
+    return _einsum_f32("bsgi,gio->bsgo", dealt, w)
 
 
 # compressor
@@ -205,7 +205,7 @@ def _mean_pool(self: Any, values: Any, gates: Any) -> Any:
 
 def _scores(*, relu: bool = True, scale: bool = True, heads: bool = True) -> Callable[..., Any]:
     def scores(self: Any, q: Any, keys: Any, weights: Any) -> Any:
-        affinity = _contract("bshc,btc->bsht", q, keys)
+        affinity = _einsum_f32("bshc,btc->bsht", q, keys)
         affinity = (jax.nn.relu(affinity) if relu else affinity) * (self.head_dim**-0.5 if scale else 1)
         return jnp.sum(affinity * (weights * (self.heads**-0.5 if heads else 1))[..., None], axis=2)
 
@@ -264,7 +264,7 @@ class _TapsThatChange(Taps):
     """Changes one value on its way into its tap, as if it had been computed so."""
 
     def __init__(self, inner: Taps, name: str, change: Callable[[Any], Any]) -> None:
-        super().__init__(inner._wanted, inner._forced, inner._prefix)
+        super().__init__(inner._wanted, inner._overrides, inner._prefix)
         self.values = inner.values
         self._name = name
         self._change = change
@@ -282,12 +282,12 @@ def _mixed(tap: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _unnormed_projection(streams: Any, fn: Any, eps: float) -> Any:
     z = streams.reshape(*streams.shape[:2], -1)
-    return _contract("bsz,mz->bsm", z, fn)
+    return _einsum_f32("bsz,mz->bsm", z, fn)
 
 
 def _norm_per_stream(streams: Any, fn: Any, eps: float) -> Any:
     z = streams * jax.lax.rsqrt(jnp.mean(jnp.square(streams), axis=-1, keepdims=True) + eps)
-    return _contract("bsz,mz->bsm", z.reshape(*z.shape[:2], -1), fn)
+    return _einsum_f32("bsz,mz->bsm", z.reshape(*z.shape[:2], -1), fn)
 
 
 def _plain_sum(streams: Any, pre: Any) -> Any:
@@ -306,7 +306,7 @@ def _gate(
     """The router with parts of it different."""
 
     def call(self: Any, x: Any, token_ids: Any, taps: Any) -> Any:
-        scores = score(taps("logits", _contract("...i,io->...o", x, self.weight[...])))
+        scores = score(taps("logits", _einsum_f32("...i,io->...o", x, self.weight[...])))
         biased = scores if self.bias is None else scores + self.bias[...]
         if self.tid2eid is not None:
             chosen = self.tid2eid[...][token_ids]
@@ -369,7 +369,7 @@ def _coarse_norm(x: Any, weight: Any, eps: float) -> Any:
 
 def _coarse_linear(x: Any, w: Any) -> Any:
     """A matmul whose operands are rounded to bfloat16: the default precision of an accelerator."""
-    return _contract("...i,io->...o", *(a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w)))
+    return _einsum_f32("...i,io->...o", *(a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w)))
 
 
 def _layer_norm(x: Any, weight: Any, eps: float) -> Any:
@@ -496,10 +496,10 @@ CODE: tuple[Fault, ...] = (
           _gate(biased_weights=True)),
     _code("routing weights not normalised", HCA, "ffn.gate.weights", router.Router, "__call__",
           _gate(normalised=False)),
-    _code("gate clamped on the wrong side too", CSA, "ffn.experts", mlp, "swiglu", _gate_clamped_below),
-    _code("up clamped on one side only", HCA, "ffn.experts", mlp, "swiglu", _up_clamped_above_only),
-    _code("gate clamped after silu", SLIDING, "ffn.experts", mlp, "swiglu", _clamped_after),
-    _code("gelu instead of silu", LEARNED_CSA, "ffn.experts", mlp, "swiglu", _gelu),
+    _code("gate clamped on the wrong side too", CSA, "ffn.experts", experts, "swiglu", _gate_clamped_below),
+    _code("up clamped on one side only", HCA, "ffn.experts", experts, "swiglu", _up_clamped_above_only),
+    _code("gate clamped after silu", SLIDING, "ffn.experts", experts, "swiglu", _clamped_after),
+    _code("gelu instead of silu", LEARNED_CSA, "ffn.experts", experts, "swiglu", _gelu),
     _code("shared expert forgotten", SLIDING, "ffn", block.Block, "combine", _without_shared),
     _code("experts not weighted", CSA, "ffn.experts", forward.Forward, "_experts", _unweighted),
     _code("weights and experts in different order", HCA, "ffn.experts", forward.Forward, "_experts",

@@ -18,7 +18,7 @@ import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
-from dsv4_convert.model import mlp
+from dsv4_convert.model import experts
 from dsv4_convert.names import layer_of, parameters
 from dsv4_convert.published import PublishedWeights
 from golden.archive import Golden
@@ -243,4 +243,4 @@ def uncompiled() -> Iterator[None]:
 def _uncompiled_expert(*operands: Any) -> jax.Array:
     *arrays, limit, rule = operands
     x, share, w1, w2, w3 = map(jnp.asarray, arrays)
-    return mlp.weighted(x, share, w1, w2, w3, limit, rule)
+    return experts.weighted(x, share, w1, w2, w3, limit, rule)

@@ -1,0 +1,88 @@
+"""What every block uses: declaring a parameter, products in float32, and a loop over chunks of queries.
+
+Shape letters: ``B`` batch, ``S`` tokens, ``N`` chunks, ``Q`` tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from dsv4_convert.model.axes import named
+
+
+class Buffer(nnx.Variable[jax.Array]):
+    """State of the checkpoint that is not trained by gradient: the hash table and the router's correction bias."""
+
+
+def parameter(axes: str, *shape: int) -> nnx.Param[jax.Array]:
+    """A weight of the checkpoint with its logical axes (:mod:`dsv4_convert.model.axes`); zero until it is restored."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=named(axes))
+
+
+def buffer(axes: str, *shape: int, dtype: DTypeLike = jnp.float32) -> Buffer:
+    """A :class:`Buffer` with its logical axes; zero until it is restored."""
+    return Buffer(jnp.zeros(shape, dtype), axes=named(axes))
+
+
+def precision(*operands: Array) -> Any:
+    """The precision that keeps all bits of float32 operands; any precision keeps those of bfloat16.
+
+    ``jax.default_matmul_precision`` may ask for less.
+    """
+    if not any(operand.dtype == jnp.float32 for operand in operands):
+        return jax.lax.Precision.DEFAULT
+    return jax.config.jax_default_matmul_precision or jax.lax.Precision.HIGHEST  # type: ignore[attr-defined]
+
+
+def einsum_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``einsum`` of two operands whose products and sums are float32, whatever the operands' dtypes."""
+
+    def direct(a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, a, b, precision=precision(a, b), preferred_element_type=jnp.float32)
+
+    def as_float32(a: Array, b: Array) -> Array:
+        return direct(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == b.dtype == jnp.float32:
+        return direct(a, b)
+    # XLA on CPU has no matmul of bfloat16 into float32. Converting the operands first gives the same products.
+    return jax.lax.platform_dependent(a, b, cpu=as_float32, default=direct)
+
+
+def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
+    """``x @ w`` in the dtype of ``x``, accumulated in float32."""
+    return einsum_f32("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
+
+
+def map_query_chunks(function: Callable[..., Any], longest: int, *rows: Shaped[Array, "B S ..."]) -> Any:
+    """``function(first, *chunk)`` on one chunk of tokens after the other; its results ``[B, Q, ...]`` concatenated.
+
+    Memory then grows with the prompt and not with its square. Chunks have equal lengths of at most ``longest``;
+    ``first`` is the index of a chunk's first token, and the last chunk may be padded with zeros.
+    """
+    tokens = rows[0].shape[1]
+    chunks = -(-tokens // longest)
+    if chunks == 1:
+        return function(jnp.zeros((), jnp.int32), *rows)
+    length = -(-tokens // chunks)
+    split = [_split(part, chunks, length) for part in rows]
+    results = jax.lax.map(lambda chunk: function(*chunk), (length * jnp.arange(chunks, dtype=jnp.int32), *split))
+    return jax.tree.map(lambda part: _joined(part)[:, :tokens], results)
+
+
+def _split(rows: Shaped[Array, "B S *rest"], chunks: int, length: int) -> Shaped[Array, "N B Q *rest"]:
+    batch, tokens, *rest = rows.shape
+    padded = jnp.pad(rows, ((0, 0), (0, chunks * length - tokens), *((0, 0) for _ in rest)))
+    return jnp.moveaxis(padded.reshape(batch, chunks, length, *rest), 1, 0)
+
+
+def _joined(rows: Shaped[Array, "N B Q *rest"]) -> Shaped[Array, "B Y *rest"]:
+    chunks, batch, length, *rest = rows.shape
+    return jnp.moveaxis(rows, 0, 1).reshape(batch, chunks * length, *rest)
