@@ -37,7 +37,7 @@ class Weights:
         self._store = store
         metadata = store.metadata
         if metadata.get("format") != "dsv4":
-            raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+            raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
         if metadata.get("layout", "dsv4") != "dsv4":
             raise BadInput(
                 f"{store.folder}: has the layout of {metadata['layout']}, for another program; convert the source "
@@ -51,7 +51,7 @@ class Weights:
 
     @classmethod
     def open(cls, path: Path) -> Weights:
-        """Open a checkpoint. Raises :class:`BadInput` if it is none, or not one of ours."""
+        """Open a checkpoint. Raises :class:`BadInput` if dsv4 did not write it."""
         return cls(open_store(path))
 
     @cached_property
@@ -61,7 +61,7 @@ class Weights:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the conversion wrote about itself: source, storage, versions."""
+        """The conversion's own metadata: source, storage, versions."""
         return self._store.metadata
 
     @property
@@ -110,9 +110,9 @@ class Weights:
         )
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = FLOAT32) -> Array:
-        """A part of what :meth:`read` gives: one slice of step 1 for every axis.
+        """A part of the result of :meth:`read`: one slice of step 1 for every axis.
 
-        Reads only the bytes concerned (of quantised weights whole tiles). Memory beside the result: a block of 64 MB.
+        Reads only the bytes of the region (whole tiles if quantised). Memory beside the result: a block of 64 MB.
 
         Raises:
             BadInput: as :meth:`read`.
@@ -127,7 +127,7 @@ class Weights:
         return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
 
     def _expert_numbers(self, path: str, stored: Array) -> Array:
-        """A table of experts as int32, which is JAX's widest integer by default: no number may become another one."""
+        """A table of experts as int32, JAX's widest integer by default; numbers that are no experts are refused."""
         experts = self.config.n_routed_experts
         if stored.size and not (stored.min() >= 0 and stored.max() < experts):
             raise BadInput(
@@ -166,12 +166,12 @@ class Weights:
             read=reader(leaf),
             dtype=self._store.leaf(leaf).dtype,
             scale=reader(f"{path}.scale") if scaled else None,
-            turned=published and rule.transform is not names.Transform.NONE,
+            transposed=published and rule.transform is not names.Transform.NONE,
             first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
         )
 
     def damaged(self, path: str) -> bool:
-        """Whether the stored bytes of a parameter are no longer those whose hashes the manifest has."""
+        """Whether the stored bytes of a parameter differ from the hashes in the manifest."""
         leaves = [leaf for leaf in (path, f"{path}.weight", f"{path}.scale") if leaf in self._store.manifest.leaves]
         return bool(verify(self._store, leaves=leaves))
 
@@ -184,10 +184,10 @@ class Weights:
             )
 
     def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
-        """Codes, scales, block and packing of a quantised parameter, as
-        :class:`~dsv4_convert.model.encoded.Encoded` has them; None for one that is not quantised.
+        """Codes, scales, block and packing of a quantised parameter, for
+        :class:`~dsv4_convert.model.encoded.Encoded`; None if the parameter is not quantised.
 
-        In the model's orientation. For storage ``source`` alone (:meth:`check_codes`).
+        The orientation is the model's. Requires storage ``source`` (:meth:`check_codes`).
         """
         from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
 
@@ -197,20 +197,22 @@ class Weights:
         packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
         if rule.per_expert:
             experts = range(self.config.n_routed_experts)
-            pairs = [_turned(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts]
+            pairs = [
+                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts
+            ]
             codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
             return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
         codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
         if rule.transform is not _GROUPED:
-            return *_turned(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
+            return *_transposed(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
         groups = self.config.o_groups
         block = grouped_block(len(codes) // groups)
-        # Where groups are narrower than a block, those that are in one each get its scale.
+        # Groups narrower than a block each get a copy of its scale.
         scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
         return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
 
     def encoded_bytes(self, path: str) -> int | None:
-        """Bytes of a quantised parameter's codes and scales; None for one that is not."""
+        """Bytes of a quantised parameter's codes and scales; None if it is not quantised."""
         leaves = self._store.manifest.leaves
         parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
         return sum(part.layout.nbytes for part in parts) if parts else None
@@ -228,12 +230,12 @@ class Weights:
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
 
 
-def _turned(codes: Array, scales: Array) -> tuple[Array, Array]:
+def _transposed(codes: Array, scales: Array) -> tuple[Array, Array]:
     """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
     codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
     return codes, scales
 
 
 def _as_bytes(part: Array) -> Array:
-    """Codes and E8M0 scales as what they are stored in; float32 scales as they are."""
+    """Codes and E8M0 scales as uint8; float32 scales unchanged."""
     return part.view(np.uint8) if part.dtype.itemsize == 1 else part

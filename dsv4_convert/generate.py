@@ -1,4 +1,4 @@
-"""Generation: prompts of any lengths together, token by token from the cache, or with tokens that are drafted.
+"""Generation for a batch of prompts of any lengths, token by token from the cache or with drafted tokens.
 
 Shape letters: ``B`` prompts, ``S`` tokens of a call, ``V`` vocabulary.
 """
@@ -17,12 +17,12 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
-from dsv4_convert.speculate import PASS, Drafts, Seen, read, verify
+from dsv4_convert.speculate import PASS, DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-#: Tokens of a prompt that one call takes; the last call of a prompt is padded to as many.
+#: Tokens of a prompt in one call; the last call of a prompt is padded to as many.
 _CHUNK = 128
 #: Called with the prompt's index and its new token.
 OnToken = Callable[[int, int], None]
@@ -33,10 +33,10 @@ class Sampling:
     """How a token is drawn from the logits.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the first choice (greedy).
-        top_k: only so many of the likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability; at least one.
-        seed: of the draws; the same seed, prompts and weights give the same tokens on one machine.
+        temperature: divisor of the logits; 0 takes the first choice (greedy).
+        top_k: number of likeliest tokens to draw from; 0 for all.
+        top_p: draw from the likeliest tokens that together have this probability, at least one.
+        seed: seed of the draws. The same seed, prompts and weights give the same tokens on one machine.
 
     Raises:
         UsageError: a value that means nothing.
@@ -60,10 +60,10 @@ class Generator:
     """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
 
     def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
-        """``dtype`` is that of activations and cache.
+        """``dtype``: dtype of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.speculate`). The tokens are those
-        without, except where rounding decides between two: a pass has another shape.
+        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.speculate`). That does not change
+        the tokens, except where rounding decides between two: a pass has another shape.
 
         Raises:
             UsageError: the model has no stage to draft with.
@@ -74,7 +74,7 @@ class Generator:
         self._dtype = dtype
         self._graph, self._state = nnx.split(model)
         self._speculative = speculative
-        #: What became of the last call's drafts.
+        #: Drafts of the last call, and how many were accepted.
         self.drafts = Drafts(0, 0)
 
     def __call__(
@@ -86,11 +86,11 @@ class Generator:
         stop: Collection[int] = (),
         on_token: OnToken = lambda prompt, token: None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt: ``new_tokens`` of them, or fewer where one of ``stop`` ends it.
+        """The ``new_tokens`` tokens that follow each prompt, or fewer where one of ``stop`` ends it.
 
         Raises:
-            UsageError: no prompt, an empty one, ids outside of the vocabulary, more tokens than the model's limit, or
-                drafts where tokens are drawn.
+            UsageError: no prompt, an empty one, ids outside the vocabulary, more tokens than the model's limit, or
+                speculative decoding with a temperature.
         """
         sampling = sampling or Sampling()
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -111,7 +111,7 @@ class Generator:
         room = int(lengths.max()) + texts.limit
         cache = Cache.empty(self._config, len(prompts), room, dtype=self._dtype, numerics=self._numerics)
         last = jnp.zeros((len(prompts), self._config.vocab_size), jnp.float32)
-        for tokens, _, count in _parts(prompts, lengths):
+        for tokens, _, count in _chunks(prompts, lengths):
             logits, cache = self._step(tokens, cache, count)
             last = jnp.where((count > 0)[:, None], logits, last)  # a shorter prompt has ended before
         while texts.running.any():
@@ -125,10 +125,10 @@ class Generator:
     def _speculate(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], texts: _Texts) -> None:
         batch = len(prompts)
         room = int(lengths.max()) + texts.limit
-        seen = Seen.nothing(self._config, batch, room, self._dtype, self._numerics)
-        # The last token is left to the first pass: of every other one it is known what follows.
-        for tokens, following, count in _parts(prompts, lengths - 1):
-            seen = read(self._graph, self._state, seen, *map(jnp.asarray, (tokens, following, count)))
+        decoding = DecodingState.empty(self._config, batch, room, self._dtype, self._numerics)
+        # Each token is read together with the token after it, so the last one is left to the first pass.
+        for tokens, following, count in _chunks(prompts, lengths - 1):
+            decoding = prefill(self._graph, self._state, decoding, *map(jnp.asarray, (tokens, following, count)))
         certain = [[prompt[-1]] for prompt in prompts]
         draft = np.full(batch, -1)  # none yet
         drafted = accepted = 0
@@ -138,11 +138,13 @@ class Generator:
                 given[row, : len(own) + 1] = [*own, max(draft[row], 0)]
             count = np.array([len(own) for own in certain], np.int32) * texts.running
             has_draft = texts.running & (draft >= 0)
-            seen, *told = verify(self._graph, self._state, seen, *map(jnp.asarray, (given, count, has_draft)))
-            chosen, right, draft = map(np.asarray, told)
-            drafted, accepted = drafted + int(has_draft.sum()), accepted + int(right.sum())
+            decoding, *results = verify(
+                self._graph, self._state, decoding, *map(jnp.asarray, (given, count, has_draft))
+            )
+            chosen, accepted_now, draft = map(np.asarray, results)
+            drafted, accepted = drafted + int(has_draft.sum()), accepted + int(accepted_now.sum())
             for row in map(int, np.flatnonzero(texts.running)):
-                certain[row] = chosen[row, : 1 + right[row]].tolist()
+                certain[row] = chosen[row, : 1 + accepted_now[row]].tolist()
                 texts.add(row, certain[row])
         self.drafts = Drafts(drafted, accepted)
 
@@ -169,7 +171,7 @@ class Generator:
 
 
 class _Texts:
-    """The new tokens of every prompt, and which of them go on."""
+    """The new tokens of every prompt, and which prompts continue."""
 
     def __init__(self, prompts: int, limit: int, stop: Collection[int], on_token: OnToken) -> None:
         self.limit = limit
@@ -179,7 +181,7 @@ class _Texts:
         self._on_token = on_token
 
     def add(self, row: int, tokens: Sequence[int]) -> None:
-        """The next tokens of a prompt, as far as nothing ends it."""
+        """Append tokens to a prompt until one ends it."""
         for token in tokens:
             if self.running[row]:
                 self.found[row].append(token)
@@ -187,10 +189,10 @@ class _Texts:
                 self.running[row] = token not in self._stop and len(self.found[row]) < self.limit
 
 
-def _parts(
+def _chunks(
     prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any]
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """The first ``lengths`` tokens of the prompts in parts of one shape: tokens, those after them, and how many."""
+    """The first ``lengths`` tokens of the prompts in chunks of one shape: tokens, the tokens after them, and counts."""
     longest = int(lengths.max())
     chunk = min(_CHUNK, -(-longest // 8) * 8)
     for start in range(0, longest, chunk or 1):

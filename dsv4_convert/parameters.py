@@ -1,6 +1,6 @@
-"""Where a model's parameters come from, one at a time, and what every origin shares.
+"""The interface that reads a model's parameters one at a time, and helpers of its implementations.
 
-Two things give them: a converted checkpoint (:mod:`dsv4_convert.converted`), and the published shards
+These are a converted checkpoint (:mod:`dsv4_convert.converted`) and the published shards
 (:mod:`dsv4_convert.published`).
 """
 
@@ -21,7 +21,7 @@ FLOAT32 = np.dtype(np.float32)
 
 
 class Parameters(Protocol):
-    """Where a model's parameters come from, one at a time: a converted checkpoint, or the published shards."""
+    """Reads a model's parameters one at a time, from a converted checkpoint or the published shards."""
 
     @property
     def config(self) -> Config:
@@ -29,10 +29,10 @@ class Parameters(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What reports say of the weights; ``source`` and ``storage`` at least."""
+        """Facts about the weights for reports; at least ``source`` and ``storage``."""
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
-        """Raises :class:`UsageError` for layers that are not there."""
+        """Raises :class:`UsageError` for missing layers."""
 
     def read(self, path: str, dtype: np.dtype[Any] = ...) -> Array:
         """One parameter in the model's layout."""
@@ -47,11 +47,11 @@ class Parameters(Protocol):
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
 
     def damaged(self, path: str) -> bool:
-        """Whether a parameter is known to be no longer what was written."""
+        """Whether a parameter is known to differ from what was written."""
 
 
 class Whole(Parameters, Protocol):
-    """Parameters of a checkpoint, of which it is known whether mtp stages are among them."""
+    """Parameters of a whole checkpoint, which may have mtp stages."""
 
     def check_stages(self) -> None:
         """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
@@ -67,10 +67,10 @@ def assembled(
     """A region of a parameter, with starts and stops.
 
     Args:
-        region: in the model's layout.
-        rule: of the parameter.
-        dtype: of weights.
-        matrix: gives the parameter as it is stored, or an entry of its first axis if it is a stack of matrices.
+        region: a region in the model's layout.
+        rule: the parameter's row in the names table.
+        dtype: dtype of weights.
+        matrix: returns the parameter as it is stored, or an entry of its first axis if it is a stack of matrices.
         plain: reads a region of a vector or an integer table.
     """
     out = np.empty([part.stop - part.start for part in region], dtype_of(rule, dtype))
@@ -87,7 +87,7 @@ def assembled(
 
 
 def dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Of a parameter in the model, where weights are ``dtype``."""
+    """The dtype of a parameter in a model whose weights are ``dtype``."""
     if rule.kind is names.Kind.INTEGER:
         return np.dtype(np.int32)
     return dtype if rule.kind.follows_dtype else FLOAT32

@@ -1,4 +1,4 @@
-"""Model parameters straight out of a Hugging Face checkpoint, decoded on the way; nothing is converted first."""
+"""Model parameters read and decoded directly from a Hugging Face checkpoint, without a conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class PublishedWeights:
-    """Reads what :class:`dsv4_convert.converted.Weights` reads, value for value, from the published shards."""
+    """Reads the same values as :class:`dsv4_convert.converted.Weights`, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
         """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
@@ -46,7 +46,7 @@ class PublishedWeights:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What reports say of the weights."""
+        """Facts about the weights for reports."""
         return {"source": str(self._checkpoint.root), "storage": "published"}
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
@@ -95,7 +95,7 @@ class PublishedWeights:
         return decode_weight(stored, None, dtype=dtype)
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = _FLOAT32) -> Array:
-        """A part of what :meth:`read` gives: one slice of step 1 for every axis; reads the pages concerned."""
+        """A part of the result of :meth:`read`: one slice of step 1 for every axis. Reads only its pages."""
         leaf = self._leaf(path)
         region = bounded(region, leaf.target_shape)
         weight = leaf.sources[0].weight
@@ -122,12 +122,12 @@ class PublishedWeights:
             read=reader(weight),
             dtype=weight.dtype,
             scale=None if scale is None else reader(scale),
-            turned=leaf.rule.transform is not Transform.NONE,
+            transposed=leaf.rule.transform is not Transform.NONE,
             first_row=first_row,
         )
 
     def damaged(self, path: str) -> bool:
-        """Never known: the published bytes are what everything else is compared with."""
+        """Always False: the published bytes are the reference for everything else."""
         return False
 
     def tensor(self, path: str, expert: int | None = None) -> str:

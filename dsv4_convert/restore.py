@@ -1,4 +1,4 @@
-"""The model, or a layer of it, filled with its parameters, here or over a mesh of devices."""
+"""Restoring the model, or one layer of it, on one device or over a mesh of devices."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def restore_block(
     numerics: Numerics | None = None,
     mesh: Mesh | None = None,
 ) -> Block:
-    """One layer of the model, filled. Without experts it is a small part of the layer's weights.
+    """One layer of the model with its weights. Without experts these are a small part of the layer.
 
-    On a ``mesh`` every process reads its parts only; see :func:`restore_model`.
+    On a ``mesh`` every process reads only its parts; see :func:`restore_model`.
     """
     from flax import nnx
 
@@ -58,24 +58,23 @@ def restore_model(
     mesh: Mesh | None = None,
     encoded: bool = False,
 ) -> Model:
-    """The whole model, filled; its mtp stages, which only draft tokens, with ``drafts`` alone.
+    """The whole model with its weights; its mtp stages, which only draft tokens, are restored with ``drafts``.
 
-    With ``release`` it rounds on the way where DeepSeek's inference code does; ``dtype`` is that of its activations.
-    With ``scanned`` layers of one kind have their weights stacked, and share a program.
+    With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
+    With ``scanned`` layers of one kind share a program, and their weights are stacked.
 
     On a ``mesh`` (:mod:`dsv4_convert.model.mesh`), whose devices may belong to several processes, every parameter is
     one array over all of it, laid out by :mod:`dsv4_convert.model.axes`. A process reads the parts of its own devices
-    and holds, beside these, one part of one parameter.
+    and holds one further part of one parameter at a time.
 
-    With ``encoded`` quantised matrices stay the codes and scales that were published, of which each use makes numbers
-    in ``dtype``: less memory, and more work where they are used.
+    With ``encoded`` quantised matrices stay the published codes and scales, and each use decodes them to ``dtype``:
+    less memory, and more work where they are used.
 
     Raises:
-        ResourceError: the memory of this machine is too small for it (where the model runs on the CPU), or on a mesh
-            for the parts of this process.
-        UsageError: layers are missing, or the stages that are asked for; the model's widths are not those of release
-            numerics; the mesh does not divide an axis that it splits; or ``encoded`` of weights whose storage is not
-            ``source``, or on a mesh or of scanned layers.
+        ResourceError: the model (on a mesh: this process's parts) exceeds the memory of this machine; checked on CPU.
+        UsageError: layers or draft stages are missing; widths do not suit release numerics. Or the mesh does not
+            divide an axis that it splits. Or ``encoded`` is combined with a mesh, with ``scanned``, or with weights
+            whose storage is not ``source``.
 
     Examples:
         >>> model = restore_model(Weights.open(Path("orbax")))
@@ -101,10 +100,10 @@ def restore_model(
 
 
 def _codes(weights: Whole, *, apart: bool) -> Weights:
-    """Where encoded matrices come from, ``apart`` for one device and layers one by one.
+    """The weights as a source of codes; ``apart``: one device, and layers that are not scanned.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: the weights have no codes, or are not ``apart``.
     """
     if not isinstance(weights, Weights):
         raise UsageError("encoded weights come from a converted checkpoint: convert the source with --dtype source")
@@ -116,10 +115,7 @@ def _codes(weights: Whole, *, apart: bool) -> Weights:
 
 @dataclasses.dataclass(frozen=True)
 class _Variable:
-    """A variable of a model, and where its value comes from.
-
-    ``paths``: the parameter that it is, or those of the layers that it stacks.
-    """
+    """A variable of a model, and the ``paths`` of the parameter, or of the stacked layers' parameters, that fill it."""
 
     axes: tuple[str | None, ...]
     shape: tuple[int, ...]
@@ -170,9 +166,10 @@ class _Variable:
 def read_sharded(
     shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding, read: Callable[[Region], Array]
 ) -> jax.Array:
-    """An array over a mesh, of which this process reads the parts of its own devices, one after the other.
+    """An array over a mesh; this process reads the parts of its own devices, one after the other.
 
-    ``read`` gives the numbers of a region, slices with starts and stops. What several devices hold is read once.
+    ``read`` returns the values of a region, slices with starts and stops. A region that several devices hold is read
+    once.
     """
     import jax
 
@@ -188,7 +185,7 @@ def read_sharded(
 
 
 def _variables(module: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Any, _Variable]]:
-    """Key, abstract variable and origin of everything that a module holds."""
+    """Key, abstract variable and origin of every variable of a module."""
     from flax import nnx
 
     for key, variable in nnx.to_flat_state(nnx.state(module)):
@@ -229,7 +226,7 @@ def _fill(
     mesh: Mesh | None,
     codes: Weights | None = None,
 ) -> Any:
-    """Give every variable of an abstract module its value, from ``codes`` those that are quantised.
+    """Fill every variable of an abstract module; quantised matrices come from ``codes`` unless it is None.
 
     Raises:
         BadInput: a wrong shape.

@@ -1,4 +1,4 @@
-"""What tests/test_sharded_restore.py runs in processes of its own: ``python -m tests.sharded PART FOLDER …``."""
+"""Run by tests/test_sharded_restore.py in separate processes: ``python -m tests.sharded PART FOLDER …``."""
 
 from __future__ import annotations
 

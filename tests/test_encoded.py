@@ -57,7 +57,7 @@ def _near(found: jax.Array, expected: jax.Array) -> None:
 
 
 def _logits(model: Model, dtype: Any = jnp.float32, *, then: bool) -> list[jax.Array]:
-    """Of a prompt, and ``then`` of a token after it."""
+    """Logits of a prompt, and ``then`` of a token after it."""
     graph, state = nnx.split(model)
 
     def extend(state: Any, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -78,7 +78,7 @@ def model(folders: tuple[Path, Path]) -> Callable[[float | None], Model]:
 
 @partial(jax.jit, static_argnums=0)
 def _says(graph: nnx.GraphDef[Model], state: nnx.State, ids: jax.Array, count: jax.Array) -> jax.Array:
-    """What the stage says of a whole text at once: at t, which token t + 2 is."""
+    """The stage's prediction of a whole text at once: at t, the token t + 2."""
     model = nnx.merge(graph, state)
     cache = Cache.empty(model.config, 1, ids.shape[1])
     streams, _ = model.advance(ids, cache, count=count, taps=Taps())
@@ -145,7 +145,7 @@ def test_a_stop_token_ends_its_prompt_only(model: Callable[..., Model]) -> None:
 
 def test_two_programs_serve_every_call_of_a_shape(model: Callable[..., Model]) -> None:
     def programs() -> tuple[int, int]:
-        return speculate.read._cache_size(), speculate.verify._cache_size()
+        return speculate.prefill._cache_size(), speculate.verify._cache_size()
 
     drafting, before = Generator(model(MIXED), speculative=True), programs()
     drafting(PROMPTS, new_tokens=NEW)

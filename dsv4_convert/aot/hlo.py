@@ -1,4 +1,4 @@
-"""What devices say to each other in a compiled program, read from its text."""
+"""The collectives of a compiled program, read from its text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All operations of one kind. ``bytes`` is what they give one device, ``times`` how often they run."""
+    """All operations of one kind: how often they run, and the bytes that one device receives."""
 
     kind: str
     times: int
@@ -30,7 +30,7 @@ class Collective:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """The collectives of one run of a compiled program, those in loops as often as the loops run.
+    """The collectives of one run of a compiled program; collectives in loops count once per iteration.
 
     A loop that does not count up to a constant counts once.
     """
@@ -74,7 +74,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
         runs[name] += times
         for line in bodies[name]:
             loop, known = _LOOP.search(line), _KNOWN.search(line)
-            # Compilers for CPU and GPU write it down; that for TPU leaves it to the condition.
+            # CPU and GPU compilers write the trip count down; for a TPU it follows from the condition.
             trips = int(known[1]) if known else _trips(bodies.get(loop[1], [])) if loop else 1
             for called in _CALLED.finditer(line):
                 for inner in (called[1] or called[2]).split(", "):
@@ -87,14 +87,14 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _trips(condition: list[str]) -> int:
-    """How often a loop runs that goes on while a counter, from 0 on, is below a constant."""
+    """How often a loop runs whose counter starts at 0 and stays below a constant."""
     constants = {match[1]: match[2] for line in condition if (match := _CONSTANT.search(line))}
     ends = [match[1] for line in condition if (match := _BELOW.search(line))]
     return int(constants.get(ends[0], 1)) if ends else 1
 
 
 def _given(shapes: str) -> int:
-    """Bytes of a result; of an operation that only starts, whose result has its operands too, of the largest part."""
+    """Bytes of a result. An operation that only starts returns its operands too: then the largest part counts."""
     sizes = [_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)]
     return max(sizes, default=0) if shapes.startswith("(") else sum(sizes)
 

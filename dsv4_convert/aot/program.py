@@ -31,14 +31,14 @@ State = nnx.State[Any, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to run.
+    """One program to compile.
 
     Attributes:
-        tokens: of each prompt; with ``decode`` the room for them in the cache.
-        batch: prompts.
-        decode: one more token of each prompt from the cache, not whole prompts.
-        dtype: of activations and of the weights that follow it.
-        source: whether quantised matrices stay codes and scales.
+        tokens: tokens of each prompt; with ``decode`` the capacity of the cache.
+        batch: number of prompts.
+        decode: compute one more token of each prompt from the cache instead of whole prompts.
+        dtype: dtype of activations and of the weights that follow it.
+        source: keep quantised matrices as codes and scales.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ def first_layers(config: Config, count: int) -> Config:
     """The architecture with its first ``count`` layers only, and without mtp stages.
 
     Raises:
-        UsageError: it has not as many.
+        UsageError: it has fewer.
     """
     if not 1 <= count <= config.num_hidden_layers:
         raise UsageError(f"{count} layers: the model has {config.num_hidden_layers}")
@@ -102,7 +102,7 @@ def lowered(config: Config, mesh: Mesh, job: Job) -> jax.stages.Lowered:
     _check(config, mesh, job)
     graph, state = weights(config, mesh, job)
     ids = _placed(mesh, "batch tokens", (job.batch, 1 if job.decode else job.tokens), jnp.int32)
-    # The abstract mesh: its devices are not there to be asked anything.
+    # The abstract mesh, since the devices do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if not job.decode:
 
@@ -121,7 +121,7 @@ def lowered(config: Config, mesh: Mesh, job: Job) -> jax.stages.Lowered:
 
 
 def cache(config: Config, mesh: Mesh, job: Job) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-    """The arrays of the cache, prompts apart as they are in the batch, and the tree that they make."""
+    """The arrays of the cache, split over prompts as the batch is, and their tree."""
     forms = []
 
     def arrays() -> list[jax.Array]:
@@ -130,7 +130,7 @@ def cache(config: Config, mesh: Mesh, job: Job) -> tuple[list[jax.ShapeDtypeStru
         return jax.tree.leaves(empty)
 
     shapes = jax.eval_shape(arrays)
-    # Of the layers everything is stacked; how many tokens there are of each prompt is not.
+    # Layers are stacked; the numbers of tokens per prompt are not.
     axes = ["layer batch" if len(part.shape) > 1 else "batch" for part in shapes]
     return [_placed(mesh, own, part.shape, part.dtype) for own, part in zip(axes, shapes, strict=True)], forms[0]
 
@@ -153,7 +153,7 @@ def _check(config: Config, mesh: Mesh, job: Job) -> None:
 
 
 def _placed(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array whose first dimensions have these logical axes; the others are whole."""
+    """An array whose first dimensions have these logical axes; the others are not split."""
     first = named(axes)
     spec = partition(first, shape[: len(first)], mesh.shape, what=f"{shape[0]} prompts" if axes == "batch" else "input")
     return _on(mesh, jax.ShapeDtypeStruct(shape, dtype), PartitionSpec(*spec))

@@ -1,19 +1,19 @@
-"""A report for people."""
+"""A compile report as text and tables."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_convert.aot.report import Memory, Report
+from dsv4_convert.aot.report import CompileReport, Memory
 from dsv4_convert.model.mesh import describe_mesh
 from dsv4_convert.tables import fitted
 
 _GIB = 2**30
 
 
-def render(report: Report, console: Console) -> None:
-    """What was compiled, what one device needs, and what devices say to each other."""
+def render(report: CompileReport, console: Console) -> None:
+    """Print the program, the memory of one device, and the collectives."""
     what = f"the next token of {report.batch} prompts, " if report.decode else f"{report.batch} prompts, "
     room = f"{report.tokens:,} tokens each" + (" in the cache" if report.decode else "")
     console.print(f"{report.layers} layers, {report.parameters / 1e9:.1f} B parameters, {report.weights / 1e9:.1f} GB")
@@ -49,7 +49,7 @@ def _memory(memory: Memory, hbm: int) -> Table:
     return table
 
 
-def _collectives(report: Report) -> Table:
+def _collectives(report: CompileReport) -> Table:
     table = Table("collective", "times", "GB to a device", box=None)
     for found in report.collectives:
         table.add_row(found.kind, f"{found.times:,}", f"{found.bytes / 1e9:,.2f}")

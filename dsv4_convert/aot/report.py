@@ -1,4 +1,4 @@
-"""What compiling a model for a slice found out."""
+"""The result of compiling a model for a slice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from dsv4_convert.aot.hlo import Collective
 from dsv4_convert.aot.topology import Slice
 
-#: Of the JSON form.
+#: Version of the JSON form.
 SCHEMA_VERSION = 1
 
 
@@ -18,8 +18,8 @@ class Memory:
 
     Attributes:
         arguments: weights, tokens and cache.
-        outputs: logits and cache; ``aliased`` of them lie where an argument was.
-        temporaries: all else at its peak.
+        outputs: logits and cache; ``aliased`` bytes of these reuse an argument's memory.
+        temporaries: everything else, at its peak.
         code: the program.
     """
 
@@ -31,25 +31,25 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What the device needs."""
+        """Bytes that the device needs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """One program.
+class CompileReport:
+    """One compiled program.
 
     Attributes:
-        layers, parameters: of the model.
-        slice: what it was compiled for.
+        layers, parameters: size of the model.
+        slice: the slice that it was compiled for.
         mesh: sizes of the mesh's axes.
-        batch, tokens, decode, dtype, source: what it runs.
+        batch, tokens, decode, dtype, source: the :class:`~dsv4_convert.aot.program.Job`.
         weights: bytes of all weights, over all devices.
-        memory: of one device; None where the compiler found it too small for the temporaries alone.
+        memory: memory of one device; None where the temporaries alone exceed it.
         refused: the compiler's reason for that.
-        operations: floating-point operations of one run on all devices, without what is computed twice.
-        collectives: of one run, on one device.
-        seconds: to compile.
+        operations: floating-point operations of one run on all devices; repeated computations count once.
+        collectives: collectives of one run, on one device.
+        seconds: compile time.
     """
 
     layers: int
@@ -70,11 +70,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether a device's memory is enough."""
+        """Whether the program fits a device's memory."""
         return self.memory is not None and self.memory.total <= self.slice.chip.hbm
 
     def to_json(self) -> dict[str, Any]:
-        """The stable form for machines."""
+        """The stable JSON form."""
         data = dataclasses.asdict(self) | {
             "schema_version": SCHEMA_VERSION,
             "fits": self.fits,

@@ -10,7 +10,7 @@ import jax
 
 from dsv4_convert.aot.hlo import collectives
 from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered, prompts_of
-from dsv4_convert.aot.report import Memory, Report
+from dsv4_convert.aot.report import CompileReport, Memory
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.aot.work import operations
 from dsv4_convert.config import Config
@@ -20,11 +20,11 @@ from dsv4_convert.names import parameters
 
 __all__ = ["compile_model", "parse_mesh", "smallest_slice"]
 
-#: How the compiler begins where a device's memory is too small for temporaries.
+#: Start of the compiler's message when the temporaries exceed a device's memory.
 _FULL = "RESOURCE_EXHAUSTED"
-#: Most parts that the experts are split into before the rest is split along the width.
+#: The experts are split into this many parts at most; further devices split the width.
 _EXPERT_PARTS = 32
-#: Called with what is about to be compiled.
+#: Called with the name of the slice that is compiled next.
 Progress = Callable[[str], None]
 
 
@@ -38,18 +38,18 @@ def compile_model(
     source: bool = False,
     mesh: Mapping[str, int] | None = None,
     layers: int | None = None,
-) -> Report:
-    """Compile the forward pass in bfloat16, for a slice that need not be there.
+) -> CompileReport:
+    """Compile the forward pass in bfloat16 for a slice, which need not be attached.
 
     Args:
         config: the model.
         where: the slice.
-        tokens: of each prompt; with ``decode`` the room for them in the cache.
-        batch: prompts; None for one of each part that the mesh splits prompts into.
-        decode: one more token of each prompt, from the cache.
-        source: whether quantised matrices stay the codes and scales that were published.
+        tokens: tokens of each prompt; with ``decode`` the capacity of the cache.
+        batch: number of prompts; None for one in each part that the mesh splits prompts into.
+        decode: compute one more token of each prompt, from the cache.
+        source: keep quantised matrices as the published codes and scales.
         mesh: sizes of the mesh's axes; None for :func:`usual_mesh`.
-        layers: only the first so many.
+        layers: number of leading layers; None for all.
 
     Raises:
         UsageError: a mesh, batch or number of tokens that does not suit the model, or an unknown slice.
@@ -72,7 +72,7 @@ def compile_model(
     seconds = time.perf_counter() - start
     # The first argument of every program.
     state = jax.tree.leaves(program.args_info[0][0])
-    return Report(
+    return CompileReport(
         layers=config.num_hidden_layers,
         parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in parameters(config)),
         slice=where,
@@ -104,7 +104,7 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def usual_mesh(config: Config, count: int) -> dict[str, int]:
-    """Experts over as many devices as may share them, and the width over the rest.
+    """A mesh that splits the experts over as many devices as may share them, and the width over the rest.
 
     Raises:
         UsageError: the model's numbers and that of the devices have too little in common.
@@ -127,10 +127,10 @@ def smallest_slice(
     decode: bool = False,
     source: bool = False,
     progress: Progress = lambda _: None,
-) -> Report:
+) -> CompileReport:
     """The smallest slice of a generation that the model fits on, with its usual mesh.
 
-    Only slices that have room for weights and cache are compiled for.
+    Slices too small for weights and cache are not compiled for.
 
     Raises:
         ResourceError: no slice is large enough, or the compiler is not installed.

@@ -1,4 +1,4 @@
-"""TPU slices by name: how many devices, laid out how, with how much memory each.
+"""TPU slices by name: their devices, layout, and memory per device.
 
 Names are those of Google Cloud, such as ``v5p-512``, where the number counts TensorCores (v4, v5p, tpu7x) or chips
 (v5e, v6e); or the shape itself, such as ``v5p:4x8x8``, in chips.
@@ -16,8 +16,7 @@ from typing import Any
 from dsv4_convert.errors import ResourceError, UsageError, did_you_mean
 
 _GIB = 2**30
-#: What libtpu would else ask the network for, as if this were a machine with a TPU; which one does not matter.
-#: And it would let one process at a time have the TPU that is not there.
+#: Without these, libtpu asks the network which TPU this machine has, and admits one process at a time. Any type serves.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -31,12 +30,12 @@ class Chip:
     """A generation of TPU.
 
     Attributes:
-        hbm: bytes of one JAX device that a program may use, as its compiler has it.
-        dimensions: of a slice's torus.
-        cores: what one chip counts in the name of a slice.
-        most: chips of the largest slice, of those whose number is a power of two.
+        hbm: bytes of one JAX device that the compiler lets a program use.
+        dimensions: dimensions of a slice's torus.
+        cores: count of one chip in the name of a slice.
+        most: chips of the largest slice with a power-of-two number of chips.
         devices: JAX devices of one chip.
-        options: how libtpu is asked for it.
+        options: libtpu's options for it.
     """
 
     hbm: int
@@ -47,7 +46,7 @@ class Chip:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-#: Memory: the limit that libtpu 0.0.42's compiler gives when a program is too large for it.
+#: Memory: the limit in the error of libtpu 0.0.42's compiler when a program is too large.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(int(30.75 * _GIB), 3, 2, 4096, options={"chip_config_name": "megacore"}),
     "v5e": Chip(int(15.75 * _GIB), 2, 1, 256),
@@ -86,7 +85,7 @@ class Slice:
 
     @property
     def layout(self) -> str:
-        """Its shape as libtpu has it, such as ``v5p:4x8x8``."""
+        """Its shape in libtpu's notation, such as ``v5p:4x8x8``."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @classmethod
@@ -123,7 +122,7 @@ class Slice:
 
     @classmethod
     def all(cls, generation: str) -> Iterator[Slice]:
-        """Those with a name, smallest first. Raises :class:`UsageError` for an unknown generation."""
+        """All slices with a name, smallest first. Raises :class:`UsageError` for an unknown generation."""
         if generation not in CHIPS:
             raise UsageError(
                 f"no TPU {generation!r}: expected one of {', '.join(CHIPS)}{did_you_mean(generation, CHIPS)}"
@@ -134,7 +133,7 @@ class Slice:
             chips *= 2
 
     def devices(self) -> list[Any]:
-        """Its devices, which programs can be compiled for and not be run on.
+        """Its devices. Programs compile for them but cannot run.
 
         Raises:
             ResourceError: libtpu is not installed.
@@ -145,7 +144,7 @@ class Slice:
         from jax.errors import JaxRuntimeError
         from jax.experimental import topologies
 
-        jax.config.update("jax_platforms", "cpu")  # nothing runs, so no TPU is looked for either
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: do not look for a TPU
         try:
             found = topologies.get_topology_desc(self.layout, platform="tpu", **self.chip.options)
         except JaxRuntimeError as error:
@@ -158,7 +157,7 @@ class Slice:
 
 
 def _close(text: str) -> str:
-    """What may have been meant by a name that is none: the generation that is alike, with the same number."""
+    """A suggestion for an unknown name: the closest generation, with the same number."""
     match = re.fullmatch(r"(\w+)([-:].+)", text.strip().lower())
     if match is None or match[1] in CHIPS:
         return ""

@@ -13,10 +13,10 @@ from dsv4_convert.names import Kind, Rule, Transform, parameters
 
 
 def operations(config: Config, *, tokens: int, decode: bool) -> int:
-    """Multiplications and additions in the matrix products that one prompt needs; the rest is small beside them.
+    """Multiplications and additions in the matrix products of one prompt; other operations are few beside them.
 
-    Whole prompts of ``tokens``, or with ``decode`` the last of so many. Of the routed experts those that a token is
-    sent to; of the keys and entries those that it sees.
+    The prompt has ``tokens`` tokens; with ``decode`` only the last one is computed. A token counts only the experts
+    that it is routed to, and the keys and entries that it sees.
     """
     fresh = 1 if decode else tokens
     total = sum(
@@ -31,7 +31,7 @@ def operations(config: Config, *, tokens: int, decode: bool) -> int:
 
 
 def _multiplies(rule: Rule) -> bool:
-    """Whether a parameter is the matrix of a product: the published ones are turned round, but for mHC's."""
+    """Whether a parameter is a matrix of a product: mHC's keep the published orientation, the others are transposed."""
     return rule.transform in (Transform.TRANSPOSE, Transform.GROUPED) or rule.path.endswith("_fn")
 
 
@@ -40,7 +40,7 @@ def _share(config: Config, rule: Rule) -> float:
 
 
 def _attention(config: Config, kind: Attention, tokens: np.ndarray[Any, Any]) -> int:
-    """Scores and sums over values in one layer, for queries that are the last of so many ``tokens`` each."""
+    """Scores and sums over values in one layer, for queries whose contexts have these numbers of ``tokens``."""
     keys = np.minimum(tokens, config.sliding_window)
     scored = np.zeros_like(tokens)
     if kind is not Attention.SLIDING:

@@ -38,7 +38,7 @@ def compare_with_source(
     """
     metadata = store.metadata
     if metadata.get("format") != "dsv4":
-        raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest says no such thing)")
+        raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
     sources = read_sources(store)
     with open_checkpoint(source, partial=True) as checkpoint:
         config = checkpoint.architecture()

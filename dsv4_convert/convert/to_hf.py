@@ -85,7 +85,7 @@ def orbax_to_hf(
     """
     store = open_store(checkpoint)
     if store.metadata.get("format") != "dsv4":
-        raise BadInput(f"{checkpoint}: not a model that dsv4 converted (its manifest says no such thing)")
+        raise BadInput(f"{checkpoint}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
     if store.metadata.get("layout", "dsv4") != "dsv4":
         raise UsageError(
             f"{checkpoint}: has the layout of {store.metadata['layout']}, from which there is no way back; convert the "

@@ -57,14 +57,14 @@ class StoredMatrix:
         read: reads rows and columns of it, packed FP4 by its bytes.
         dtype: as it is stored.
         scale: reads of its scales, where it has any.
-        turned: it is stored as ``[out, in]`` and wanted as ``[in, out]``.
+        transposed: it is stored as ``[out, in]`` and wanted as ``[in, out]``.
         first_row: of the stored rows the first that counts, a whole number of tiles where there are scales.
     """
 
     read: ReadPart
     dtype: np.dtype[Any]
     scale: ReadPart | None = None
-    turned: bool = False
+    transposed: bool = False
     first_row: int = 0
 
     def fill(self, out: np.ndarray[Any, Any], region: Sequence[slice]) -> None:
@@ -75,25 +75,25 @@ class StoredMatrix:
         Raises:
             BadInput: as :func:`decode_weight`.
         """
-        rows, columns = reversed(region) if self.turned else region
+        rows, columns = reversed(region) if self.transposed else region
         width = (columns.stop - columns.start) * out.dtype.itemsize or 1
         step = max(FP8_TILE[0], _BLOCK_BYTES // width // FP8_TILE[0] * FP8_TILE[0])
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             to = slice(start - rows.start, stop - rows.start)
             block = self._decoded(slice(self.first_row + start, self.first_row + stop), columns, out.dtype)
-            out[(slice(None), to) if self.turned else to] = block
+            out[(slice(None), to) if self.transposed else to] = block
 
     def _decoded(self, rows: slice, columns: slice, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
         if self.scale is None:
-            return decode_weight(self.read(rows, columns), None, dtype=dtype, transpose=self.turned)
+            return decode_weight(self.read(rows, columns), None, dtype=dtype, transpose=self.transposed)
         tile, packed = (FP8_TILE, 1) if self.dtype == _FP8 else (FP4_GROUP, 2)
         tiles = [slice(part.start // n, -(-part.stop // n)) for part, n in zip((rows, columns), tile, strict=True)]
         down, along = (slice(part.start * n, part.stop * n) for part, n in zip(tiles, tile, strict=True))
         codes = self.read(down, slice(along.start // packed, along.stop // packed))
-        decoded = decode_weight(codes, self.scale(*tiles), dtype=dtype, transpose=self.turned)
+        decoded = decode_weight(codes, self.scale(*tiles), dtype=dtype, transpose=self.transposed)
         wanted = (
             slice(rows.start - down.start, rows.stop - down.start),
             slice(columns.start - along.start, columns.stop - along.start),
         )
-        return decoded[wanted[::-1] if self.turned else wanted]
+        return decoded[wanted[::-1] if self.transposed else wanted]

@@ -1,7 +1,7 @@
 """Attention of one layer: a sliding window, and beside it the compressed past (paper section 2.3).
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
-``C`` head width, ``G`` output groups, ``I`` and ``O`` input and output width of one group, ``Q`` queries of a chunk,
+``C`` head width. ``G`` output groups, ``I`` and ``O`` input and output width of one group. ``Q`` queries of a chunk,
 ``X`` keys, ``K`` tokens of a call, ``P`` tokens before, ``k`` chosen entries.
 """
 
@@ -31,11 +31,11 @@ class Earlier(NamedTuple):
     """Keys of the ``window - 1`` tokens before a call, and how many tokens there were in all."""
 
     keys: Float[Array, "B P C"]
-    count: Int[Array, " B"]
+    tokens: Int[Array, " B"]
 
 
 class Entries(NamedTuple):
-    """The compressed past: entries, how many of them each query may see, and those it does see (None: all of these)."""
+    """The compressed past: entries, the number that each query may see, and its choice among these (None: all)."""
 
     values: Float[Array, "B T C"]
     complete: Int[Array, "B S"]
@@ -169,9 +169,9 @@ def _context(
         near = lax.dynamic_slice_in_dim(keys, first, reach + queries, axis=1)
         token = jnp.arange(reach + queries) - reach  # of each key, counted from the chunk's first query
         inside = window_mask(jnp.arange(queries)[:, None] - token, window)
-        inside &= (first + token >= -earlier.count[:, None])[:, None]
+        inside &= (first + token >= -earlier.tokens[:, None])[:, None]
         count = entries.values.shape[1]
-        visible = chosen_mask(*chosen, count) if chosen else entry_mask(complete, count)
+        visible = chosen_mask(chosen[0], count) if chosen else entry_mask(complete, count)
         attention = attend_as_released if numerics.release else attend
         kv = jnp.concatenate([near, entries.values], axis=1)
         return attention(q, kv, jnp.concatenate([inside, visible], axis=2), sink)

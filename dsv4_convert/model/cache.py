@@ -58,9 +58,9 @@ class Cache:
     """State of the model for a batch of prompts, which may be of different lengths.
 
     Attributes:
-        layers: the state of each layer; scanned layers (:class:`~dsv4_convert.model.layers.ScannedLayers`) have one
+        layers: the state of each layer. Scanned layers (:class:`~dsv4_convert.model.layers.ScannedLayers`) have one
             stacked state for each place of each segment's pattern.
-        tokens: how many tokens of each prompt were seen.
+        tokens: how many tokens of each prompt the model has seen.
         first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
 
     Examples:

@@ -38,11 +38,11 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
-    """A mesh over all ``devices``, those of the last axis nearest to each other; its axes are for XLA to use (Auto).
+    """A mesh over all ``devices``, nearest to each other along the last axis; its axes are Auto, for XLA to use.
 
     Args:
         sizes: as of :func:`parse_mesh`.
-        devices: of ``jax.devices()``, or of a topology that nothing is attached to.
+        devices: ``jax.devices()``, or the devices of a topology that is not attached.
 
     Raises:
         UsageError: the sizes do not multiply to the number of devices.
@@ -60,15 +60,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
 
 
 def describe_mesh(sizes: Mapping[str, int]) -> str:
-    """What :func:`parse_mesh` reads."""
+    """The sizes as :func:`parse_mesh` reads them."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def suitable_mesh(config: Config, count: int) -> dict[str, int]:
     """Sizes of a mesh over ``count`` devices that divides every matrix of a model; any number of devices has one.
 
-    As many devices as can share heads, inner widths and the vocabulary do; as many of the rest as can share the model's
-    width; and what is left has prompts only.
+    The axis ``tensor`` gets the most devices that can share heads, inner widths and the vocabulary. ``fsdp`` gets the
+    most of the remaining ones that can share the model's width, and ``data`` gets the rest.
     """
     sizes: dict[str, int] = {}
     left = count

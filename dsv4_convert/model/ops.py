@@ -1,4 +1,4 @@
-"""What every block uses: declaring a parameter, products in float32, and a loop over chunks of queries.
+"""Operations that every block uses: declaring a parameter, products in float32, and a loop over chunks of queries.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` chunks, ``Q`` tokens of a chunk.
 """

@@ -1,4 +1,4 @@
-"""What a compiled program says of its collectives: in a text written by hand, and in one of XLA's own."""
+"""Collectives of a compiled program: read from a text written by hand, and from one of XLA's own."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from dsv4_convert.formats import decode_fp4, decode_fp8
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, Encoded, in_source_form, partitions
 from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES, packed
+from dsv4_convert.model.router import Routing
 from golden.synthetic import tiny_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -115,10 +116,10 @@ def test_experts_from_codes_are_those_from_numbers(form: str) -> None:
     stacks = [_random(shape, form, rng) for shape in ((7, 64, 96), (7, 96, 64), (7, 64, 96))]
     x = jnp.asarray(rng.normal(size=(300, 64)), jnp.float32)
     experts = jnp.asarray(np.stack([np.zeros(300), 1 + rng.integers(0, 4, 300)], axis=1), jnp.int32)
-    shares = jnp.asarray(rng.uniform(0.1, 1, size=(300, 2)), jnp.float32)
-    expected = jax.jit(partial(packed, limit=0.7))(x, experts, shares, *(stack[...] for stack in stacks))
+    routing = Routing(experts, jnp.asarray(rng.uniform(0.1, 1, size=(300, 2)), jnp.float32))
+    expected = jax.jit(partial(packed, limit=0.7))(x, routing, *(stack[...] for stack in stacks))
     for tiles in (CPU_TILES, ACCELERATOR_TILES):
-        found = jax.jit(partial(packed, limit=0.7, tiles=tiles))(x, experts, shares, *stacks)
+        found = jax.jit(partial(packed, limit=0.7, tiles=tiles))(x, routing, *stacks)
         np.testing.assert_allclose(found, expected, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
@@ -153,7 +154,7 @@ WIDE: dict[str, Any] = {
 
 @pytest.mark.parametrize(("form", "scanned", "tokens"), [("fp4", False, 1), ("fp8", False, 1), ("fp4", True, 64)])
 def test_no_stack_and_no_second_layer_is_decoded(form: str, scanned: bool, tokens: int) -> None:
-    """What XLA plans: the encoded weights as arguments, and for temporaries less than a decoded stack."""
+    """XLA's plan: the encoded weights are arguments, and temporaries take less than a decoded stack."""
     config = Config.from_hf(tiny_config(**WIDE, expert_dtype=form))
     dtype = jnp.float32
     graph, state = nnx.split(nnx.eval_shape(lambda: in_source_form(Model(config, scanned=scanned), config, dtype)))

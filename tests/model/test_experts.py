@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.model.experts import grouped, packed
+from dsv4_convert.model.router import Routing
 
 LIMIT = 0.7  # low, so that both clamps bite
 #: Both ways, compiled once for every shape.
-GROUPED, PACKED = (jax.jit(partial(way, limit=LIMIT)) for way in (grouped, packed))
+GROUPED, PACKED = (
+    jax.jit(lambda x, pick, shares, *stacks, way=way: way(x, Routing(pick, shares), *stacks, limit=LIMIT))
+    for way in (grouped, packed)
+)
 
 
 def _case(tokens: int, experts: int, chosen: int, seed: int, *, crowded: bool = False) -> list[np.ndarray]:

@@ -36,6 +36,6 @@ def test_twice_the_prompt_takes_twice_the_memory(kind: Attention) -> None:
 
 
 def test_recorded_index_scores_are_the_square() -> None:
-    """What the test above would see: they are one number per query and entry, where somebody wants them."""
+    """Shows that the test above would notice: recorded scores are one number per query and entry."""
     short, long = (_temporaries(Attention.CSA, tokens, wanted="attn.indexer.scores") for tokens in (4096, 8192))
     assert long / short > 2.5

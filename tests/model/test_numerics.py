@@ -53,7 +53,7 @@ def _float32(found: jax.Array | torch.Tensor) -> np.ndarray:
 
 
 def _expected(values: np.ndarray, group: int, kind: type, most: float, least: float) -> np.ndarray:
-    """What the format of ml_dtypes gives, with the power of two found in exact integers."""
+    """The rounding of ml_dtypes' format, with the power of two found in exact integers."""
     groups = values.astype(np.float64).reshape(*values.shape[:-1], -1, group)
     largest = np.maximum(np.abs(groups).max(-1, keepdims=True).astype(np.float32), np.float32(least))
     mantissa, exponent = np.frexp(largest * np.float32(1 / most))
