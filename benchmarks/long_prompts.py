@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import dsv4
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Block, Taps
+from dsv4_convert.spec.config import Attention, Config
 from golden.synthetic import tiny_config
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_convert.config import Config
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.converted import Weights
     from dsv4_convert.model import Cache, Model
     from dsv4_convert.restore import restore_model
+    from dsv4_convert.spec.config import Config
     from golden.archive import Golden, open_golden
     from golden.recorder import record as record_golden
     from parity.activations import compare_activations
@@ -41,7 +41,7 @@ __all__ = [
 #: Where the names are, and what they are called there if it is something else.
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
-    "Config": ("dsv4_convert.config", "Config"),
+    "Config": ("dsv4_convert.spec.config", "Config"),
     "Golden": ("golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),

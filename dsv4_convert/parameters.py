@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsv4_convert import names
-from dsv4_convert.config import Config
 from dsv4_convert.formats.weight import StoredMatrix, decode_weight
+from dsv4_convert.spec import names
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region
 
 Array = np.ndarray[Any, Any]

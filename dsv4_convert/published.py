@@ -12,11 +12,11 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
-from dsv4_convert.names import Kind, Transform, check_layers
 from dsv4_convert.parameters import assembled, grouped
+from dsv4_convert.spec.coverage import Leaf, resolve
+from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
 
 Array = np.ndarray[Any, Any]

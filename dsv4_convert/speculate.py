@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Cache, Model, Numerics, Taps
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.spec.config import Attention, Config
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Shaped

@@ -25,9 +25,9 @@ import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name
 from dsv4_convert.unfinished import folder_of
 from golden.compact import Compact, exact_name, sketch_name
 from golden.files import AGAIN, Files, LocalFiles, RemoteFiles

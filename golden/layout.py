@@ -1,6 +1,6 @@
 """Which arrays a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
 
-Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this module puts numbers to the letters.
+Names, order and shape letters come from :mod:`dsv4_convert.spec.taps` alone; this module puts numbers to the letters.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
-from dsv4_convert.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
+from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
 from golden.compact import Compact, exact_name, sketch_name
 from golden.noise import noise_name, noise_shape
 

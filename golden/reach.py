@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.spec.config import Attention, Config
 from golden.archive import Golden
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, resolve
 from dsv4_convert.errors import UsageError, did_you_mean
-from dsv4_convert.names import check_layers
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution, resolve
+from dsv4_convert.spec.names import check_layers
 from golden.archive import Golden
 from golden.compact import Compact
 from golden.layout import DTYPES, expected_taps, tap_shape

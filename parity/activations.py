@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import Tap, Values, by_name, is_state
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import Tap, Values, by_name, is_state
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import Mode

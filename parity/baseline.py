@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.disk import nearest_folder
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 from golden.archive import Golden
 from golden.noise import MODES
 from parity.metrics import Multiples

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
-from dsv4_convert.taps import Tap, Values, by_name, full_name, is_state, taps_of
+from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.taps import Tap, Values, by_name, full_name, is_state, taps_of
 from golden.archive import Golden, View
 from golden.layout import DTYPES, calls, rows_of
 from golden.noise import Mode

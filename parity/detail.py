@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Config
-from dsv4_convert.taps import by_name, is_state
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, is_state
 from golden.archive import Form, Golden
 from golden.layout import STREAMS
 from golden.noise import Mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 from golden.archive import Form
 from golden.noise import Mode
 from golden.reach import LayerReach

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.experts import weighted
@@ -23,8 +22,9 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parameters import Parameters
 from dsv4_convert.restore import restore_block
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, is_state
 from dsv4_convert.store.layout import Region
-from dsv4_convert.taps import by_name, is_state
 from golden.layout import calls, joined, rows_of
 from parity.devices import Devices
 from parity.state import state_after

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 from golden.archive import Form
 from golden.noise import Mode
 from golden.reach import LayerReach

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Attention, Config, Yarn
 from dsv4_convert.errors import BadInput
+from dsv4_convert.spec.config import Attention, Config, Yarn
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 FLASH = "DeepSeek-V4-Flash"

@@ -29,8 +29,8 @@ from typer.testing import CliRunner
 import dsv4_convert
 from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
-from dsv4_convert.names import RULES, STAGE_RULES
-from dsv4_convert.taps import STATE, TAPS
+from dsv4_convert.spec.names import RULES, STAGE_RULES
+from dsv4_convert.spec.taps import STATE, TAPS
 from golden.synthetic import tiny_config, write_checkpoint
 
 from .checkpoint.hub_server import LoopbackHub

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
-from dsv4_convert.names import Kind, Rule, Transform, parameters
+from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.names import Kind, Rule, Transform, parameters
 
 
 def operations(config: Config, *, tokens: int, decode: bool) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.spec.config import Attention, Config
 
 _ATTENTION = {Attention.SLIDING: ("S", "blue"), Attention.CSA: ("C", "green"), Attention.HCA: ("H", "magenta")}
 _STAGE = ("M", "cyan")

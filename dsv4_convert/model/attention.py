@@ -14,8 +14,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import axis_index, shard_map
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
@@ -25,6 +23,8 @@ from dsv4_convert.model.numerics import Numerics, round_to
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
+from dsv4_convert.spec.config import Attention as Kind
+from dsv4_convert.spec.config import Config
 
 
 class Earlier(NamedTuple):

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import shape_of
+from dsv4_convert.spec.taps import shape_of
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -62,7 +62,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "token": (),
 }
 
-#: Shape letter of an activation (:mod:`dsv4_convert.taps`) -> logical axis. Its width is whole on every device.
+#: Shape letter of an activation (:mod:`dsv4_convert.spec.taps`) -> logical axis. Its width is whole on every device.
 LETTERS: Mapping[str, str] = {
     "B": "batch",
     "S": "tokens",

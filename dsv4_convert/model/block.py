@@ -10,8 +10,6 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.experts import Experts, SharedExpert
@@ -21,6 +19,8 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
+from dsv4_convert.spec.config import Attention as Kind
+from dsv4_convert.spec.config import Config
 
 
 class Routed(NamedTuple):

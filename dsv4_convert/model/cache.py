@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.model.segments import segments
+from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.segments import segments
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")

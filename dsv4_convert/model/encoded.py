@@ -19,12 +19,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
 from dsv4_convert.model.numerics import round_to
-from dsv4_convert.model.segments import paths_of
-from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.segments import paths_of
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 

@@ -16,12 +16,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter, precision
 from dsv4_convert.model.router import Routing
+from dsv4_convert.spec.config import Config
 
 #: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
 _ROWS = 8192

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import psum, shard_map
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
@@ -20,6 +19,7 @@ from dsv4_convert.model.numerics import Numerics, round_then_f32
 from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
+from dsv4_convert.spec.config import Config
 
 
 class Indexer(nnx.Module):

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
@@ -20,6 +19,7 @@ from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.spec.config import Config
 
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"

@@ -11,7 +11,7 @@ from dsv4_convert.model.axes import constrain_tap
 
 
 class Taps:
-    """Called by the model with every named activation (:mod:`dsv4_convert.taps`), which it records or replaces.
+    """Called by the model with every named activation (:mod:`dsv4_convert.spec.taps`), which it records or replaces.
 
     The value passes through an optimisation barrier whether it is recorded or not. So the compiler sees the same
     boundaries in both cases, and the results with and without recording are bit-equal. On a mesh the value is laid out

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.spec.config import Attention, Config, Yarn
 
 
 def frequencies(config: Config, kind: Attention) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What transformers' cache holds of one layer, as the taps of :data:`dsv4_convert.taps.STATE`."""
+"""What transformers' cache holds of one layer, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dsv4_convert.errors import Dsv4Error
-from dsv4_convert.taps import is_state
+from dsv4_convert.spec.taps import is_state
 from golden.references.precision import as_array
 from golden.references.probes import Expected
 

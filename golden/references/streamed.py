@@ -25,12 +25,12 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.config import Attention, Config, Yarn
-from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import Kind
-from dsv4_convert.taps import by_name, is_state
+from dsv4_convert.spec.config import Attention, Config, Yarn
+from dsv4_convert.spec.coverage import Leaf, Resolution, Source
+from dsv4_convert.spec.names import Kind
+from dsv4_convert.spec.taps import by_name, is_state
 from golden.layout import calls, joined, part_of, part_shape, rows_of
 from golden.manifest import Reference
 from golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise

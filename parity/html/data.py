@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.spec.config import Attention
+from dsv4_convert.spec.taps import Values, by_name
 from golden.layout import STREAMS
 from golden.noise import Mode
 from parity.detail import EDGES, Detail, Prompt, Sample

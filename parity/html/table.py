@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from dsv4_convert.taps import STATE, TAPS
+from dsv4_convert.spec.taps import STATE, TAPS
 from golden.noise import Mode
 from parity.html.data import kind, multiple
 from parity.html.shades import shade

@@ -27,8 +27,8 @@ from typer.testing import CliRunner
 from dsv4_convert.aot.report import CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
-from dsv4_convert.config import Config
 from dsv4_convert.inspect import Inspection
+from dsv4_convert.spec.config import Config
 from golden.archive import open_golden
 from golden.synthetic import tiny_config, write_checkpoint
 from parity.detail import Detail

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.spec.config import Config
 from golden.archive import Golden, open_golden
 from golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
 from golden.noise import MODES, noise_name

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import Values, by_name
 from golden.archive import Form, Golden, open_golden
 from golden.compact import NUMBERS, Compact
 from golden.layout import expected_aliases, stored_arrays

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.spec.taps import Values, by_name
 from golden.archive import Golden, open_golden
 from golden.noise import MODES, PEAK, RMS, Mode, row_noise
 from golden.recorder import record

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
-from dsv4_convert.taps import by_name, full_name, taps_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, full_name, taps_of
 from golden.archive import Golden, open_golden
 from golden.noise import Mode
 from golden.plan import Plan

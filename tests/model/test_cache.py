@@ -9,9 +9,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Cache, Model, Taps
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.taps import by_name
 from golden.synthetic import tiny_config
 
 from .weights import random_model

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Block, Taps
+from dsv4_convert.spec.config import Attention, Config
 from golden.synthetic import tiny_config
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))

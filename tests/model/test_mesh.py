@@ -8,9 +8,9 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.mesh import describe_mesh, make_mesh, parse_mesh, suitable_mesh
+from dsv4_convert.spec.config import Config
 from golden.synthetic import tiny_config
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model.rope import frequencies, rotate
+from dsv4_convert.spec.config import Attention, Config
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from dsv4_convert.cli import app
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import attention, compressor
 from dsv4_convert.published import PublishedWeights
-from dsv4_convert.taps import full_name, state_of
+from dsv4_convert.spec.taps import full_name, state_of
 from golden.archive import Golden, open_golden
 from golden.compact import Compact
 from golden.noise import MODES, Mode

@@ -18,9 +18,9 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.model import Taps
-from dsv4_convert.names import parameters
+from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.taps import Values, by_name
 from dsv4_convert.store import open_store
-from dsv4_convert.taps import Values, by_name
 from golden.archive import digest, open_golden
 from golden.manifest import Manifest, StoredTap
 from golden.noise import MODES, Mode

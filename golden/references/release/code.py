@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
+from dsv4_convert.spec.config import Config
 from golden.references.release import kernels
 
 _MODEL = "model.py"

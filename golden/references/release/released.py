@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, Source
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.names import Dialect
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution, Source
+from dsv4_convert.spec.names import Dialect
 from golden.manifest import Reference
 from golden.noise import MODES, Mode, Taken, row_noise
 from golden.references.release.code import Code, complaint

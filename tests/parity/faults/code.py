@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model import attention, block, compressor, experts, hyper_connection, indexer, numerics, router
 from dsv4_convert.model import model as backbone
 from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
@@ -20,6 +18,8 @@ from dsv4_convert.model.ops import einsum_f32 as _einsum_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
+from dsv4_convert.spec.config import Attention as Kind
+from dsv4_convert.spec.config import Config
 from parity import forward
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault

@@ -17,10 +17,10 @@ import numpy as np
 import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.config import Config
 from dsv4_convert.model import experts
-from dsv4_convert.names import layer_of, parameters
 from dsv4_convert.published import PublishedWeights
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import layer_of, parameters
 from golden.archive import Golden
 from golden.compact import Compact
 from golden.recorder import record

@@ -18,8 +18,8 @@ import fnmatch
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.spec.config import Attention, Config
 
 
 class Values(StrEnum):

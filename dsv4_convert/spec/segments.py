@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.spec.config import Attention, Config
 
 #: Longest pattern that is looked for.
 _LONGEST = 4

@@ -3,7 +3,7 @@
 One :class:`Rule` per parameter. A name is looked up by its *template*: the name with every purely numeric component
 replaced by ``{}``, so ``layers.12.ffn.experts.7.w1.weight`` is found under ``layers.{}.ffn.experts.{}.w1.weight`` with
 the numbers (12, 7). A lookup is exact, never a prefix match, so no rule can swallow a neighbour. The same rows are read
-in both directions; :mod:`dsv4_convert.coverage` proves with them that a checkpoint and the model cover each other.
+in both directions; :mod:`dsv4_convert.spec.coverage` proves with them that a checkpoint and the model cover each other.
 
 Dialects (``Dialect``):
 
@@ -25,8 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.spec.config import Attention, Config
 from dsv4_convert.units import ranges
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.

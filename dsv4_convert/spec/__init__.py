@@ -1,0 +1,1 @@
+"""The facts about DeepSeek-V4, as tables: architecture, names, taps, coverage, unsupported models, MaxText's names."""
