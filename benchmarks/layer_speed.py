@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from benchmarks.real_width import KINDS
 from dsv4_convert.model import Taps
-from dsv4_convert.published import PublishedWeights
-from dsv4_convert.restore import restore_block
+from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.restore import restore_block
 from golden.synthetic import write_checkpoint
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")

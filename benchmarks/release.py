@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 from golden.noise import MODES, Mode
 from golden.recorder import record
 from golden.synthetic import Form, tiny_config, write_checkpoint

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
-    from dsv4_convert.converted import Weights
     from dsv4_convert.model import Cache, Model
-    from dsv4_convert.restore import restore_model
     from dsv4_convert.spec.config import Config
+    from dsv4_convert.weights.converted import Weights
+    from dsv4_convert.weights.restore import restore_model
     from golden.archive import Golden, open_golden
     from golden.recorder import record as record_golden
     from parity.activations import compare_activations
@@ -45,13 +45,13 @@ _HOMES = {
     "Golden": ("golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),
-    "Weights": ("dsv4_convert.converted", "Weights"),
+    "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("parity.activations", "compare_activations"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
     "open_golden": ("golden.archive", "open_golden"),
     "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),
     "record_golden": ("golden.recorder", "record"),
-    "restore_model": ("dsv4_convert.restore", "restore_model"),
+    "restore_model": ("dsv4_convert.weights.restore", "restore_model"),
     "run_parity": ("parity.run", "run"),
 }
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dsv4_convert.parameters import Parameters
-from dsv4_convert.published import PublishedWeights
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import by_name
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.published import PublishedWeights
 from golden.layout import INPUT, STREAMS
 from golden.noise import Mode
 from parity.blame import differing_weights

@@ -20,11 +20,11 @@ from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parameters import Parameters
-from dsv4_convert.restore import restore_block
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import by_name, is_state
 from dsv4_convert.store.layout import Region
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.restore import restore_block
 from golden.layout import calls, joined, rows_of
 from parity.devices import Devices
 from parity.state import state_after

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
-from dsv4_convert.parameters import Parameters
-from dsv4_convert.published import PublishedWeights
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import full_name, select, taps_of
 from dsv4_convert.store import ALONE, Processes
+from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Golden, open_golden
 from golden.layout import INPUT, STREAMS
 from golden.noise import MODES, Mode

@@ -22,10 +22,7 @@ ALLOWED: dict[str, str] = {
     "model": "spec",
     "store": "spec",
     "checkpoint": "spec formats",
-    "parameters": "spec formats store",
-    "converted": "spec formats store model parameters",
-    "published": "spec formats checkpoint store parameters",
-    "restore": "spec store model parameters converted",
+    "weights": "spec formats store checkpoint model",
     "generate": "spec model speculate",
     "speculate": "spec model",
     "convert": "spec formats checkpoint store",
@@ -34,9 +31,9 @@ ALLOWED: dict[str, str] = {
     "platforms": "",
     "golden": "spec formats checkpoint",
     "inspect": "spec checkpoint store golden",
-    "parity": "spec checkpoint store model parameters converted published restore golden",
-    "cli": "spec checkpoint store generate converted restore convert aot doctor golden inspect parity package platforms",
-    "package": "spec model converted restore convert golden parity",
+    "parity": "spec checkpoint store model weights golden",
+    "cli": "spec checkpoint store weights generate convert aot doctor golden inspect parity package platforms",
+    "package": "spec model weights convert golden parity",
     # pytest loads it wherever dsv4 is installed.
     "pytest_plugin": "parity",
 }
@@ -134,7 +131,7 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
-        "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit\n"
+        "import dsv4_convert.convert, dsv4_convert.weights.restore, dsv4_convert.store.orbax_commit\n"
         "import parity.run, parity.render, golden.archive, golden.synthetic"
     )
     assert {"jax", "flax", "orbax"} <= loaded

@@ -154,7 +154,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does nothing; what it would give is made up, of its type."""
     import dsv4_convert.aot.search
     import dsv4_convert.generate
-    import dsv4_convert.restore
+    import dsv4_convert.weights.restore
     import golden.recorder
     import golden.tokens
     import parity.run
@@ -162,7 +162,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     drafts = samples(Drafts, {})[0]
     monkeypatch.setattr(golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
-    monkeypatch.setattr(dsv4_convert.restore, "restore_model", lambda *_, **__: None)
+    monkeypatch.setattr(dsv4_convert.weights.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
         dsv4_convert.generate,
         "Generator",

@@ -18,7 +18,7 @@ from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Golden, open_golden
 from golden.noise import MODES, Mode
 from golden.recorder import record

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.published import PublishedWeights
-from dsv4_convert.restore import restore_model
 from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.restore import restore_model
 from golden.references.mtp import StageReference
 from golden.synthetic import tiny_config, write_checkpoint
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.converted import Weights
 from dsv4_convert.spec.config import Config
+from dsv4_convert.weights.converted import Weights
 from golden.archive import Golden
 from golden.recorder import record
 from golden.synthetic import Form, random_architecture, write_checkpoint

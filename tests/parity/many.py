@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4_convert.converted import Weights
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.store import ALONE
 from dsv4_convert.store.orbax_processes import join
+from dsv4_convert.weights.converted import Weights
 from golden.noise import Mode
 from parity import forward
 from parity.devices import Devices

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import attention, compressor
-from dsv4_convert.published import PublishedWeights
 from dsv4_convert.spec.taps import full_name, state_of
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Golden, open_golden
 from golden.compact import Compact
 from golden.noise import MODES, Mode

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.published import PublishedWeights
 from dsv4_convert.spec.taps import is_state
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Form, open_golden
 from golden.compact import Compact
 from golden.noise import MODES, Mode

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Golden
 from golden.noise import MODES
 from golden.recorder import record

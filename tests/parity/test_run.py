@@ -15,12 +15,12 @@ import pytest
 
 from dsv4_convert import restore_model
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.model import Taps
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import Values, by_name
 from dsv4_convert.store import open_store
+from dsv4_convert.weights.converted import Weights
 from golden.archive import digest, open_golden
 from golden.manifest import Manifest, StoredTap
 from golden.noise import MODES, Mode

@@ -18,9 +18,9 @@ import parity.forward as forward_module
 import parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.model import experts
-from dsv4_convert.published import PublishedWeights
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import layer_of, parameters
+from dsv4_convert.weights.published import PublishedWeights
 from golden.archive import Golden
 from golden.compact import Compact
 from golden.recorder import record
@@ -85,7 +85,7 @@ class Fault:
 
 
 class Held:
-    """All parameters of a small model in memory, as :class:`dsv4_convert.parameters.Parameters`."""
+    """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
 
     def __init__(self, config: Config, arrays: Arrays) -> None:
         self.config = config

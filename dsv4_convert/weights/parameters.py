@@ -1,7 +1,7 @@
 """The interface that reads a model's parameters one at a time, and helpers of its implementations.
 
-These are a converted checkpoint (:mod:`dsv4_convert.converted`) and the published shards
-(:mod:`dsv4_convert.published`).
+These are a converted checkpoint (:mod:`dsv4_convert.weights.converted`) and the published shards
+(:mod:`dsv4_convert.weights.published`).
 """
 
 from __future__ import annotations

@@ -14,17 +14,17 @@ from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
-from dsv4_convert.parameters import assembled, grouped
 from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.weights.parameters import assembled, grouped
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
 
 
 class PublishedWeights:
-    """Reads the same values as :class:`dsv4_convert.converted.Weights`, from the published shards."""
+    """Reads the same values as :class:`dsv4_convert.weights.converted.Weights`, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
         """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
