@@ -23,8 +23,7 @@ ALLOWED: dict[str, str] = {
     "store": "spec",
     "checkpoint": "spec formats",
     "weights": "spec formats store checkpoint model",
-    "generate": "spec model speculate",
-    "speculate": "spec model",
+    "serve": "spec model",
     "convert": "spec formats checkpoint store",
     "aot": "spec model",
     "doctor": "checkpoint",
@@ -32,7 +31,7 @@ ALLOWED: dict[str, str] = {
     "golden": "spec formats checkpoint",
     "inspect": "spec checkpoint store golden",
     "parity": "spec checkpoint store model weights golden",
-    "cli": "spec checkpoint store weights generate convert aot doctor golden inspect parity package platforms",
+    "cli": "spec checkpoint store weights serve convert aot doctor golden inspect parity package platforms",
     "package": "spec model weights convert golden parity",
     # pytest loads it wherever dsv4 is installed.
     "pytest_plugin": "parity",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.generate import Generator, Sampling, _drawn
+from dsv4_convert.serve.generate import Generator, Sampling, _drawn
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.restore import restore_model
 from golden.synthetic import tiny_config, write_checkpoint

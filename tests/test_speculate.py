@@ -15,15 +15,15 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-from dsv4_convert import speculate
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import UsageError
-from dsv4_convert.generate import Generator, Sampling
 from dsv4_convert.model import Cache, Model, Taps
-from dsv4_convert.speculate import Drafts
+from dsv4_convert.serve import speculate
+from dsv4_convert.serve.generate import Generator, Sampling
+from dsv4_convert.serve.speculate import Drafts
 from dsv4_convert.store import open_store
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.restore import restore_model

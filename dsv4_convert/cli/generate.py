@@ -78,7 +78,7 @@ def generate(
     import jax.numpy as jnp
 
     from dsv4_convert.errors import UsageError
-    from dsv4_convert.generate import Generator, Sampling
+    from dsv4_convert.serve.generate import Generator, Sampling
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
     from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file

@@ -153,18 +153,18 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does nothing; what it would give is made up, of its type."""
     import dsv4_convert.aot.search
-    import dsv4_convert.generate
+    import dsv4_convert.serve.generate
     import dsv4_convert.weights.restore
     import golden.recorder
     import golden.tokens
     import parity.run
-    from dsv4_convert.speculate import Drafts
+    from dsv4_convert.serve.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]
     monkeypatch.setattr(golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
     monkeypatch.setattr(dsv4_convert.weights.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
-        dsv4_convert.generate,
+        dsv4_convert.serve.generate,
         "Generator",
         lambda *_, **__: type("Fake", (), {"drafts": drafts, "__call__": lambda *_, **__: [[1, 2]]})(),
     )

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
-from dsv4_convert.speculate import PASS, DecodingState, Drafts, prefill, verify
+from dsv4_convert.serve.speculate import PASS, DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -62,7 +62,7 @@ class Generator:
     def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.speculate`). That does not change
+        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not change
         the tokens, except where rounding decides between two: a pass has another shape.
 
         Raises:

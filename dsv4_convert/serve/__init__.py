@@ -1,0 +1,1 @@
+"""Generating tokens with a restored model: step by step, or with speculative decoding."""
