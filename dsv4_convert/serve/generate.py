@@ -62,8 +62,8 @@ class Generator:
     def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not change
-        the tokens, except where rounding decides between two: a pass has another shape.
+        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not
+        change the tokens, except where rounding decides between two: a pass has another shape.
 
         Raises:
             UsageError: the model has no stage to draft with.

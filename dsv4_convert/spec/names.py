@@ -211,7 +211,7 @@ def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
 
 def _layer(
     path: str, module: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, when: When = When.ALWAYS,
-    *, weight: bool = True, saved: str | None = None, fused: str | None = None, half: int | None = None,
+    *, weight: bool = True, saved: str | None = None,
 ) -> Rule:  # fmt: skip
     """A per-layer row; ``weight`` says whether the checkpoint's name ends in ``.weight``."""
     stack = path.replace("experts.w", "experts.{}.w") if kind is Kind.EXPERT else path
@@ -224,9 +224,12 @@ def _layer(
         transform=transform,
         when=when,
         saved=None if saved is None else "model.layers.{}." + saved,
-        fused=None if fused is None else "model.layers.{}." + fused,
-        half=half,
     )
+
+
+def _fused(rule: Rule, tensor: str, half: int | None = None) -> Rule:
+    """A per-layer row whose experts transformers also stores as one ``tensor``, or as one ``half`` of it."""
+    return dataclasses.replace(rule, fused="model.layers.{}." + tensor, half=half)
 
 
 def _hyper_connection(path: str, module: str) -> tuple[Rule, ...]:
@@ -271,12 +274,12 @@ RULES: tuple[Rule, ...] = (
     _layer("ffn.gate.weight", "mlp.gate.weight", "E D", Kind.PLAIN, _T, weight=False),
     _layer("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "E", Kind.FLOAT32, when=When.LEARNED, weight=False),
     _layer("ffn.gate.tid2eid", "mlp.gate.tid2eid", "V K", Kind.INTEGER, when=When.HASH, weight=False),
-    _layer("ffn.experts.w1", "mlp.experts.{}.gate_proj.weight", "I D", Kind.EXPERT, _T,
-           fused="mlp.experts.gate_up_proj", half=0),
-    _layer("ffn.experts.w2", "mlp.experts.{}.down_proj.weight", "D I", Kind.EXPERT, _T,
-           fused="mlp.experts.down_proj"),
-    _layer("ffn.experts.w3", "mlp.experts.{}.up_proj.weight", "I D", Kind.EXPERT, _T,
-           fused="mlp.experts.gate_up_proj", half=1),
+    _fused(_layer("ffn.experts.w1", "mlp.experts.{}.gate_proj.weight", "I D", Kind.EXPERT, _T),
+           "mlp.experts.gate_up_proj", half=0),
+    _fused(_layer("ffn.experts.w2", "mlp.experts.{}.down_proj.weight", "D I", Kind.EXPERT, _T),
+           "mlp.experts.down_proj"),
+    _fused(_layer("ffn.experts.w3", "mlp.experts.{}.up_proj.weight", "I D", Kind.EXPERT, _T),
+           "mlp.experts.gate_up_proj", half=1),
     _layer("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj.weight", "I D", Kind.LINEAR, _T),
     _layer("ffn.shared_experts.w2", "mlp.shared_experts.down_proj.weight", "D I", Kind.LINEAR, _T),
     _layer("ffn.shared_experts.w3", "mlp.shared_experts.up_proj.weight", "I D", Kind.LINEAR, _T),
