@@ -217,14 +217,14 @@ def _configs() -> str:
 
 
 def _schedule() -> str:
-    from dsv4_convert.spec.config import Attention, Config
+    from dsv4_convert.spec.config import AttentionKind, Config
 
     rows = []
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
         config = Config.from_file(_config(name))
-        layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in Attention}
+        layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in AttentionKind}
         hashed = [layer for layer, own in enumerate(config.hash_routed) if own]
-        rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in Attention)])
+        rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in AttentionKind)])
         rows[-1] += [_ranges(hashed), str(config.num_mtp_stages)]
     return table(["model", "layers", "window only", "CSA", "HCA", "hash-routed", "mtp stages"], rows)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsv4_convert.inspect.look import inspect
-from dsv4_convert.inspect.parts import Part, Row, Totals
+from dsv4_convert.inspect.parts import ModelPart, PartRow, Totals
 from dsv4_convert.inspect.render import render
 from dsv4_convert.inspect.report import Inspection, What
 
-__all__ = ["Inspection", "Part", "Row", "Totals", "What", "inspect", "render"]
+__all__ = ["Inspection", "ModelPart", "PartRow", "Totals", "What", "inspect", "render"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.inspect.parts import Census, Part, Row, elements, part_of
+from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Dialect, lookup
@@ -115,7 +115,7 @@ def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {"rounded": f"{rounding['rounded']:,} of {rounding['values']:,} converted values"}
 
 
-def _rows(store: Store, dialect: Dialect) -> tuple[Row, ...]:
+def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
     """By the tensors that each leaf was made of, since layouts have paths of their own."""
     census = Census()
     for path in store.paths:
@@ -127,7 +127,7 @@ def _rows(store: Store, dialect: Dialect) -> tuple[Row, ...]:
             number = elements(rule, shape, packed=rule.per_expert and dtype.name == "int8", scale=uses[0].is_scale)
             census.add(part_of(rule), dtype.name, parameters=number, nbytes=record.layout.nbytes)
         else:  # what MaxText's tree has and the source has not: scales of norms that are all ones
-            census.add(Part.UNKNOWN, dtype.name, parameters=0, nbytes=record.layout.nbytes)
+            census.add(ModelPart.UNKNOWN, dtype.name, parameters=0, nbytes=record.layout.nbytes)
     return census.rows
 
 

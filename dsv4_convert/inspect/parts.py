@@ -12,7 +12,7 @@ from dsv4_convert.spec.coverage import Stored
 from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect, Kind, Rule, drop_reason, lookup, parameters, stage_of
 
 
-class Part(StrEnum):
+class ModelPart(StrEnum):
     """A part of the model, in the order in which they are shown."""
 
     EMBEDDING = "embedding"
@@ -35,39 +35,39 @@ _COMPRESSOR = ("ape", "wkv", "wgate", "norm")
 _HYPER = ("fn", "base", "scale")
 
 #: THE table: part -> parameters by path; those of layers without ``layers.{}.``. All of a stage is one part.
-PARTS: Mapping[Part, tuple[str, ...]] = {
-    Part.EMBEDDING: ("embed",),
-    Part.ATTENTION: (
+PARTS: Mapping[ModelPart, tuple[str, ...]] = {
+    ModelPart.EMBEDDING: ("embed",),
+    ModelPart.ATTENTION: (
         *("attn.wq_a", "attn.q_norm", "attn.wq_b", "attn.wkv", "attn.kv_norm"),
         *("attn.attn_sink", "attn.wo_a", "attn.wo_b"),
     ),
-    Part.COMPRESSOR: tuple(f"attn.compressor.{name}" for name in _COMPRESSOR),
-    Part.INDEXER: (
+    ModelPart.COMPRESSOR: tuple(f"attn.compressor.{name}" for name in _COMPRESSOR),
+    ModelPart.INDEXER: (
         *("attn.indexer.wq_b", "attn.indexer.weights_proj"),
         *(f"attn.indexer.compressor.{name}" for name in _COMPRESSOR),
     ),
-    Part.HYPER: tuple(f"{half}_{name}" for half in ("hc_attn", "hc_ffn", "hc_head") for name in _HYPER),
-    Part.NORMS: ("attn_norm", "ffn_norm", "norm"),
-    Part.ROUTER: ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.tid2eid"),
-    Part.ROUTED: tuple(f"ffn.experts.w{number}" for number in (1, 2, 3)),
-    Part.SHARED: tuple(f"ffn.shared_experts.w{number}" for number in (1, 2, 3)),
-    Part.HEAD: ("head",),
-    Part.MTP: tuple(rule.path for rule in STAGE_RULES),
+    ModelPart.HYPER: tuple(f"{half}_{name}" for half in ("hc_attn", "hc_ffn", "hc_head") for name in _HYPER),
+    ModelPart.NORMS: ("attn_norm", "ffn_norm", "norm"),
+    ModelPart.ROUTER: ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.tid2eid"),
+    ModelPart.ROUTED: tuple(f"ffn.experts.w{number}" for number in (1, 2, 3)),
+    ModelPart.SHARED: tuple(f"ffn.shared_experts.w{number}" for number in (1, 2, 3)),
+    ModelPart.HEAD: ("head",),
+    ModelPart.MTP: tuple(rule.path for rule in STAGE_RULES),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
 _PART_OF_RULE = {rule.path: _PART_OF[rule.path.removeprefix("layers.{}.")] for rule in (*RULES, *STAGE_RULES)}
 
 
-def part_of(rule: Rule) -> Part:
+def part_of(rule: Rule) -> ModelPart:
     """The part of the model that a parameter belongs to."""
     return _PART_OF_RULE[rule.path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PartRow:
     """What is stored of one part in one dtype. Scales are bytes of the weights beside them, and no parameters."""
 
-    part: Part
+    part: ModelPart
     dtype: str
     tensors: int
     parameters: int
@@ -78,20 +78,20 @@ class Census:
     """Counts stored tensors by part and dtype."""
 
     def __init__(self) -> None:
-        self._cells: dict[tuple[Part, str], list[int]] = {}
+        self._cells: dict[tuple[ModelPart, str], list[int]] = {}
 
-    def add(self, part: Part, dtype: str, *, parameters: int, nbytes: int) -> None:
+    def add(self, part: ModelPart, dtype: str, *, parameters: int, nbytes: int) -> None:
         """Count one tensor."""
         cell = self._cells.setdefault((part, dtype), [0, 0, 0])
         for at, number in enumerate((1, parameters, nbytes)):
             cell[at] += number
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[PartRow, ...]:
         """One row for each part and dtype, in the order of the parts."""
-        order = list(Part)
+        order = list(ModelPart)
         return tuple(
-            Row(part=part, dtype=dtype, tensors=cell[0], parameters=cell[1], nbytes=cell[2])
+            PartRow(part=part, dtype=dtype, tensors=cell[0], parameters=cell[1], nbytes=cell[2])
             for (part, dtype), cell in sorted(
                 self._cells.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
             )
@@ -107,7 +107,7 @@ def elements(rule: Rule, shape: Iterable[int], *, packed: bool, scale: bool) -> 
 
 def count_published(
     stored: Mapping[str, Stored], nbytes: Mapping[str, int], dialect: Dialect | None
-) -> tuple[Row, ...]:
+) -> tuple[PartRow, ...]:
     """What a checkpoint holds, from its headers; unknown names, and all of them without a dialect, are their own part.
 
     ``nbytes`` are the stored bytes of every tensor.
@@ -117,9 +117,9 @@ def count_published(
     for name, tensor in stored.items():
         uses = lookup(name, dialect) if dialect is not None else ()
         if drafts and stage_of(name) is not None:
-            part, parameters = Part.DRAFTS, 0
+            part, parameters = ModelPart.DRAFTS, 0
         elif not uses:
-            part, parameters = Part.UNKNOWN, 0
+            part, parameters = ModelPart.UNKNOWN, 0
         else:
             part, packed = part_of(uses[0].rule), uses[0].rule.per_expert and tensor.dtype in ("I8", "U8")
             parameters = elements(uses[0].rule, tensor.shape, packed=packed, scale=uses[0].is_scale)
@@ -149,12 +149,12 @@ class Totals:
         for _, rule, layer in parameters(config):
             number = elements(rule, rule.target_shape(config, layer), packed=False, scale=False)
             part = part_of(rule)
-            if part is Part.MTP:
+            if part is ModelPart.MTP:
                 mtp += number
                 continue
             total += number
-            if part is Part.ROUTED:
+            if part is ModelPart.ROUTED:
                 active += number * config.num_experts_per_tok // config.n_routed_experts
-            elif part is not Part.EMBEDDING:
+            elif part is not ModelPart.EMBEDDING:
                 active += number
         return cls(total=total, active=active, mtp=mtp)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsv4_convert.inspect.parts import Row, Totals
+from dsv4_convert.inspect.parts import PartRow, Totals
 from dsv4_convert.inspect.report import Inspection
 from dsv4_convert.inspect.strip import legend, strip
 from dsv4_convert.spec.config import Config
@@ -103,7 +103,7 @@ def _totals(totals: Totals) -> str:
     return f"{count(totals.total)} in all, {count(totals.active)} active for a token{mtp}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[PartRow]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("stored")
     table.add_column("dtype")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from dsv4_convert.inspect.parts import Row, Totals
+from dsv4_convert.inspect.parts import PartRow, Totals
 from dsv4_convert.spec.config import Config
 
 #: Of the JSON form.
@@ -49,7 +49,7 @@ class Inspection:
     facts: Mapping[str, str]
     config: Config | None = None
     layers: tuple[int, ...] | None = None
-    rows: tuple[Row, ...] = ()
+    rows: tuple[PartRow, ...] = ()
     arrays: Mapping[str, int] = field(default_factory=dict)
     odd: tuple[str, ...] = ()
 

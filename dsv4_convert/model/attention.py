@@ -23,8 +23,7 @@ from dsv4_convert.model.numerics import Numerics, round_to
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.spec.config import Attention as Kind
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import AttentionKind, Config
 
 
 class Earlier(NamedTuple):
@@ -55,7 +54,7 @@ class Attention(nnx.Module):
     Source: paper section 2.3; published inference code, ``MLA``.
     """
 
-    def __init__(self, config: Config, kind: Kind, numerics: Numerics) -> None:
+    def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
         self.config = config
         self.kind = kind
         self.numerics = numerics
@@ -70,7 +69,7 @@ class Attention(nnx.Module):
         self.wo_a = parameter("groups group_in group_out", config.o_groups, grouped, config.o_lora_rank)
         self.wo_b = parameter("groups width", config.o_groups * config.o_lora_rank, config.hidden_size)
         self.compressor = _compressor(config, kind, numerics)
-        self.indexer = Indexer(config, numerics) if kind is Kind.CSA else None
+        self.indexer = Indexer(config, numerics) if kind is AttentionKind.CSA else None
 
     def __call__(
         self,
@@ -121,12 +120,12 @@ class Attention(nnx.Module):
         return output, LayerCache(kept, compressed, indexed)
 
 
-def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | None:
+def _compressor(config: Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
     """The compressor of a layer. Blocks of CSA overlap, so each token projects to two series of values."""
     width = config.head_dim
-    if kind is Kind.SLIDING:
+    if kind is AttentionKind.SLIDING:
         return None
-    projected = 2 * width if kind is Kind.CSA else width
+    projected = 2 * width if kind is AttentionKind.CSA else width
     eps = config.rms_norm_eps
     ratio = config.ratio(kind)
     return Compressor(config.hidden_size, width, ratio, projected, eps=eps, indexed=False, numerics=numerics)

@@ -19,8 +19,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
-from dsv4_convert.spec.config import Attention as Kind
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import AttentionKind, Config
 
 
 class Routed(NamedTuple):
@@ -48,7 +47,13 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: Config, kind: Kind, *, hashed: bool, with_experts: bool = True, numerics: Numerics = PLAIN
+        self,
+        config: Config,
+        kind: AttentionKind,
+        *,
+        hashed: bool,
+        with_experts: bool = True,
+        numerics: Numerics = PLAIN,
     ) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
@@ -123,7 +128,7 @@ class MTPBlock(Block):
     """
 
     def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
-        super().__init__(config, Kind.SLIDING, hashed=False, numerics=numerics)
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
         self.e_proj = parameter("width whole_width", width, width)

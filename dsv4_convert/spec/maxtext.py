@@ -30,7 +30,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.names import RULES, Rule, sizes
 
 #: What this table was read from: https://github.com/AI-Hypercomputer/maxtext, 2026-08-22.
@@ -133,7 +133,7 @@ LAYER: tuple[Row, ...] = (
     Row("ffn.shared_experts.w3", "mlp.shared_experts.wi_1.kernel", "D I"),
 )
 
-_COMPRESSOR = {Attention.CSA: "csa_compressor", Attention.HCA: "hca_compressor", Attention.SLIDING: ""}
+_COMPRESSOR = {AttentionKind.CSA: "csa_compressor", AttentionKind.HCA: "hca_compressor", AttentionKind.SLIDING: ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _prefix(config: Config) -> int:
     """How many layers stand alone before the scanned ones. Raises :class:`UsageError` where MaxText cannot scan."""
     hashed = sum(config.hash_routed)
     rest = config.attention[hashed:]
-    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
+    alternating = all(kind is (AttentionKind.CSA if at % 2 else AttentionKind.HCA) for at, kind in enumerate(rest))
     if not rest or len(rest) % 2 or not alternating or not all(config.hash_routed[:hashed]):
         raise UsageError(
             "MaxText scans pairs of an HCA and a CSA layer behind the hash-routed ones; this model's layers do not "

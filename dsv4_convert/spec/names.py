@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.units import ranges
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
@@ -93,9 +93,9 @@ class When(StrEnum):
             case When.ALWAYS:
                 return True
             case When.COMPRESSED:
-                return config.kind(layer) is not Attention.SLIDING
+                return config.kind(layer) is not AttentionKind.SLIDING
             case When.CSA:
-                return config.kind(layer) is Attention.CSA
+                return config.kind(layer) is AttentionKind.CSA
             case When.HASH:
                 return config.hashed(layer)
             case When.LEARNED:
@@ -181,8 +181,8 @@ class Rule:
 
 def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
-    kind = config.kind(layer) if layer is not None else Attention.SLIDING
-    overlap = 2 if kind is Attention.CSA else 1
+    kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
+    overlap = 2 if kind is AttentionKind.CSA else 1
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,

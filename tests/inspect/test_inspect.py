@@ -17,7 +17,7 @@ import pytest
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.convert import Advance, Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.inspect import Inspection, Part, Totals, What, inspect
+from dsv4_convert.inspect import Inspection, ModelPart, Totals, What, inspect
 from dsv4_convert.inspect.parts import PARTS, count_published, part_of
 from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
@@ -59,7 +59,7 @@ def test_every_parameter_has_one_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     assert len(paths) == len(set(paths))
     assert set(paths) == {rule.path.removeprefix("layers.{}.") for rule in (*RULES, *STAGE_RULES)}
-    assert {part_of(rule) for rule in RULES} == set(Part) - {Part.MTP, Part.DRAFTS, Part.UNKNOWN}
+    assert {part_of(rule) for rule in RULES} == set(ModelPart) - {ModelPart.MTP, ModelPart.DRAFTS, ModelPart.UNKNOWN}
 
 
 @pytest.mark.parametrize("release", PUBLISHED)
@@ -86,8 +86,8 @@ def test_a_release_is_counted_to_the_last_byte(release: str) -> None:
     assert tensors == summary["dtypes"]
     parts = {row.part for row in rows}
     dated = release.endswith("0731")
-    assert Part.UNKNOWN not in parts
-    assert (Part.DRAFTS in parts, Part.MTP in parts) == (dated, not dated)
+    assert ModelPart.UNKNOWN not in parts
+    assert (ModelPart.DRAFTS in parts, ModelPart.MTP in parts) == (dated, not dated)
     totals = Totals.of(config_of(release))
     assert sum(row.parameters for row in rows) == totals.total + totals.mtp * (not dated)
     scales = [row for row in rows if row.dtype == "F8_E8M0"]
@@ -235,8 +235,8 @@ def test_a_conversion_has_the_parts_of_its_source(whole: Path, converted: Path) 
     assert (found.what, found.layers) == (What.CONVERTED, (1, 2))
     assert [problem for problem in found.odd if "layer that was not asked for" not in problem] == []
 
-    def sizes(rows: Inspection) -> dict[Part, tuple[int, int]]:
-        parts: dict[Part, tuple[int, int]] = {}
+    def sizes(rows: Inspection) -> dict[ModelPart, tuple[int, int]]:
+        parts: dict[ModelPart, tuple[int, int]] = {}
         for row in rows.rows:
             parameters, nbytes = parts.get(row.part, (0, 0))
             parts[row.part] = (parameters + row.parameters, nbytes + row.nbytes)
@@ -245,9 +245,9 @@ def test_a_conversion_has_the_parts_of_its_source(whole: Path, converted: Path) 
     source = inspect(str(whole))
     ours, theirs = sizes(found), sizes(source)
     # Of four layers two are there, and all of what is beside the layers; no stage.
-    assert ours[Part.ROUTED] == tuple(number // 2 for number in theirs[Part.ROUTED])
-    assert ours[Part.HEAD] == theirs[Part.HEAD]
-    assert Part.MTP not in ours
+    assert ours[ModelPart.ROUTED] == tuple(number // 2 for number in theirs[ModelPart.ROUTED])
+    assert ours[ModelPart.HEAD] == theirs[ModelPart.HEAD]
+    assert ModelPart.MTP not in ours
 
 
 @pytest.mark.usefixtures("bucket")

@@ -18,16 +18,15 @@ from dsv4_convert.model.ops import einsum_f32 as _einsum_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
-from dsv4_convert.spec.config import Attention as Kind
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import AttentionKind, Config
 from parity import forward
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 
 _ROPE = 8  # rotated channels
 _CONFIG = Config.from_hf(MAIN)
-_MAIN_TABLE = frequencies(_CONFIG, Kind.SLIDING)
-_SCALED_TABLE = frequencies(_CONFIG, Kind.CSA)
+_MAIN_TABLE = frequencies(_CONFIG, AttentionKind.SLIDING)
+_SCALED_TABLE = frequencies(_CONFIG, AttentionKind.CSA)
 
 _attend, _choose = attention.attend, indexer.choose
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix
