@@ -40,9 +40,9 @@ def mix(
 ) -> Mix:
     """Mixing weights of one half, and its collapsed input.
 
-    With m = fn z / rms(z) for the flattened streams z, split into N, N and N*N numbers:
-    pre = sigmoid(m s0 + b) + eps, post = 2 sigmoid(m s1 + b), comb = Sinkhorn(m s2 + b), collapsed = sum_n pre_n z_n,
-    where s is ``scale`` and b the part of ``base`` that belongs to each.
+    The products m = fn z / rms(z) for the flattened streams z split into N, N and N*N numbers. From these follow
+    pre = sigmoid(m s0 + b) + eps, post = 2 sigmoid(m s1 + b) and comb = Sinkhorn(m s2 + b), where s is ``scale`` and b
+    the matching part of ``base``. The input is collapsed = sum_n pre_n z_n.
     Source: paper section 2.2; published inference code, ``hc_pre`` and ``hc_split_sinkhorn``.
     """
     n = config.hc_mult

@@ -135,7 +135,7 @@ class Model(nnx.Module):
         """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
 
         Args:
-            streams: the streams that leave the last layer at each token (for a later stage: the stage before it).
+            streams: The streams that leave the last layer, or the stage before, at each token.
             next_ids: the token after each of these.
             positions: positions of the streams' tokens.
             stage: index of the stage.

@@ -44,7 +44,7 @@ _PACKED = frozenset({"I8", "U8"})
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a checkpoint says of one tensor: safetensors dtype name and stored shape."""
+    """How a checkpoint stores one tensor: safetensors dtype name and stored shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -130,7 +130,7 @@ def compare(
     layers: Iterable[int] | None = None,
     dialect: Dialect | None = None,
 ) -> tuple[Resolution, list[str]]:
-    """What :func:`resolve` proves, with the problems instead of an error: sorted, each ``name: what is wrong``.
+    """Like :func:`resolve`, but returns the problems instead of raising: sorted, each ``name: what is wrong``.
 
     Raises:
         BadInput: no name is known to any dialect.

@@ -131,7 +131,7 @@ class Rule:
         return self.path.startswith("mtp.{}.")
 
     def numbers(self, config: Config, layer: int | None, expert: int | None = None) -> tuple[int, ...]:
-        """What stands for the ``{}`` of its names: layer or stage, and expert, as far as it has them."""
+        """Values for the ``{}`` placeholders of its names: layer or stage, and expert, if it has them."""
         first = layer - config.num_hidden_layers if self.per_stage and layer is not None else layer
         return tuple(number for number in (first, expert) if number is not None)
 
@@ -349,7 +349,7 @@ def template(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 class Use(NamedTuple):
-    """What one tensor name is for. A tuple, because a release has a hundred thousand of them."""
+    """The use of one tensor name. A tuple, because a release has a hundred thousand of them."""
 
     rule: Rule
     layer: int | None
@@ -465,7 +465,7 @@ class Explanation:
 
 
 def explain(name: str) -> tuple[Explanation, ...]:
-    """What a tensor name of any dialect, or a parameter path, stands for; the other spellings with its numbers.
+    """The meaning of a tensor name of any dialect, or of a parameter path, and its spellings in the other dialects.
 
     Raises:
         UsageError: nothing in the table has that name; names that come close are listed.
@@ -509,7 +509,7 @@ def _explanation(rule: Rule, number: int | None, expert: int | None) -> Explanat
     return Explanation(spell(rule.path), rule, spellings)
 
 
-#: What stands before the name of a parameter within its layer.
+#: Prefixes of a parameter's name within its layer.
 _PREFIXES = ("layers.{}.", "mtp.{}.", "model.layers.{}.")
 
 

@@ -70,7 +70,7 @@ def _of_family(raw: Mapping[str, Any]) -> bool:
 
 
 def _feature(name: str) -> str | None:
-    """What a tensor's name gives away."""
+    """The unsupported feature that a tensor's name belongs to."""
     part = _ANY_COMPONENT.search(name)
     if part is None:
         return None
