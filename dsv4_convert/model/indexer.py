@@ -26,7 +26,9 @@ class Indexer(nnx.Module):
     """Scores every compressed entry for every query with its own, narrower compressor, and keeps the best.
 
     The score of entry b for token t is sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H). Token t has a query q_h and a
-    weight w_h in each of H indexer heads, and k_b is entry b of the indexer's compressor. Source: paper equations 13-17; published inference code, ``Indexer``.
+    weight w_h in each of H indexer heads, and k_b is entry b of the indexer's compressor.
+
+    Source: paper equations 13-17; published inference code, ``Indexer``.
     """
 
     def __init__(self, config: Config, numerics: Numerics) -> None:
