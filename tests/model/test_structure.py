@@ -67,12 +67,12 @@ def test_taps_come_with_the_shapes_that_their_table_says(model) -> None:
             assert taps[full_name(tap, layer)].ndim == len(tap.shape.split()), tap.name
 
 
-def test_a_forced_tap_is_followed_and_the_own_value_recorded() -> None:
+def test_an_override_is_followed_and_the_own_value_recorded() -> None:
     taps = Taps(lambda _: True, {"layers.0.attn.q": jnp.ones(3)})
     followed = taps.within("layers.0.").within("attn.")("q", jnp.zeros(3))
     assert followed.tolist() == [1, 1, 1]
     assert taps.values["layers.0.attn.q"].tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="forced value has shape"):
+    with pytest.raises(ValueError, match="the override has shape"):
         taps.within("layers.0.attn.")("q", jnp.zeros(4))
 
 
