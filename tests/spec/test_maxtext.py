@@ -32,7 +32,7 @@ from dsv4_convert.store import open_store, verify
 from dsv4_convert.weights.converted import Weights
 from golden.synthetic import tiny_config, write_checkpoint
 
-DATA = Path(__file__).parent / "data" / "configs"
+DATA = Path(__file__).parents[1] / "data" / "configs"
 FLASH = Config.from_file(DATA / "DeepSeek-V4-Flash.json")
 
 MODEL = {

@@ -188,7 +188,7 @@ def test_a_conversion_of_an_earlier_version_lacks_its_stage(folders: tuple[Path,
     assert not len(restore_model(weights).mtp)
     with pytest.raises(UsageError, match="an earlier version of dsv4 left it out; convert the source again"):
         restore_model(weights, drafts=True)
-    golden = Path(__file__).parents[1] / "golden" / "data" / "tiny"
+    golden = Path(__file__).parents[2] / "golden" / "data" / "tiny"
     assert run(tmp_path / "old", golden, layers=[1], taps=["attn_norm"]).passed
     assert compare_with_source(open_store(tmp_path / "old"), tmp_path / "hf") == []
     orbax_to_hf(tmp_path / "old", tmp_path / "back")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dsv4_convert.errors import BadInput
 from dsv4_convert.spec.config import AttentionKind, Config, Yarn
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = "DeepSeek-V4-Flash"
 PUBLISHED = (FLASH, "DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash.initial-commit-20260424",
              "DeepSeek-V4-Pro")  # fmt: skip

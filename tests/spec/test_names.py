@@ -17,7 +17,7 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
 from dsv4_convert.spec.names import Dialect, lookup, template
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.
 RELEASES = {
     "DeepSeek-V4-Flash": ("DeepSeek-V4-Flash", 69_187),

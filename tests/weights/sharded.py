@@ -1,4 +1,4 @@
-"""Run by tests/test_sharded_restore.py in separate processes: ``python -m tests.sharded PART FOLDER …``."""
+"""Run by tests/weights/test_sharded_restore.py in separate processes: ``python -m tests.weights.sharded PART FOLDER …``."""
 
 from __future__ import annotations
 
