@@ -1,4 +1,4 @@
-"""Run by tests/weights/test_sharded_restore.py in separate processes: ``python -m tests.weights.sharded PART FOLDER …``."""
+"""Run by test_sharded_restore.py in separate processes: ``python -m tests.weights.sharded PART FOLDER …``."""
 
 from __future__ import annotations
 
