@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jaxtyping import Array, Float
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Model
-from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition
+from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition, shard_map
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.spec.taps import STATE, TAPS
@@ -93,3 +97,37 @@ def test_scanned_layers_record_no_taps() -> None:
     with pytest.raises(ValueError, match="taps of scanned layers cannot be recorded"):
         jax.eval_shape(lambda tokens: run(tokens, "layers.2.attn_norm"), tokens)
     assert jax.eval_shape(lambda tokens: run(tokens, "logits"), tokens).shape == (1, 4, config.vocab_size)
+
+
+class Pair(NamedTuple):
+    """Arrays that one argument brings together."""
+
+    rows: Float[Array, "B S"]
+    table: Float[Array, "K C"]
+    mask: Float[Array, "B S"] | None
+
+
+#: Shapes that :func:`_scaled` was called with.
+SEEN: list[tuple[int, ...]] = []
+
+
+@shard_map(E="experts")
+def _scaled(
+    x: Float[Array, "B S D"], pair: Pair, stack: Float[Array, "E D"] | None, *, factor: float
+) -> Float[Array, "B S D"]:
+    SEEN[:] = [part.shape for part in (x, pair.rows, pair.table, *(() if stack is None else (stack,)))]
+    return x * factor
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_device_has_the_part_that_the_letters_of_a_signature_name(stacked: bool) -> None:
+    """2 x 2 devices share the prompts, 2 their tokens and 2 the experts; other letters are whole."""
+    mesh = AbstractMesh((2, 2, 2), ("data", "sequence", "expert"), axis_types=(AxisType.Auto,) * 3)
+    x, table, stack = (jnp.zeros(shape) for shape in ((8, 6, 5), (4, 7), (6, 5)))
+    pair = Pair(x[..., 0], table, None)
+    arguments = (x, pair, stack if stacked else None)
+    assert jax.eval_shape(partial(_scaled, factor=2.0), *arguments).shape == x.shape
+    assert SEEN[:3] == [x.shape, pair.rows.shape, table.shape]
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert jax.eval_shape(partial(_scaled, factor=2.0), *arguments).shape == x.shape
+    assert [(2, 3, 5), (2, 3), (4, 7), *([(3, 5)] if stacked else [])] == SEEN
