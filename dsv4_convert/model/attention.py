@@ -51,7 +51,7 @@ class Attention(nnx.Module):
     4. The context is rotated back by the query's position, since values carry the keys' rotation.
     5. Each of G groups of heads has its own low-rank matrix ``wo_a``; all groups share ``wo_b``.
 
-    Source: paper section 2.3; published inference code, ``MLA``.
+    Source: paper section 2.3; published inference code, ``Attention``.
     """
 
     def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
