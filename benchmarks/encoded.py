@@ -28,10 +28,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import Encoded, in_source_form
 from dsv4_convert.spec.config import Config
-from golden.synthetic import tiny_config
 
 _FORMS = ("encoded", "expanded")
 

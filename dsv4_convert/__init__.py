@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
+    from dsv4_convert.golden.archive import Golden, open_golden
+    from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.model import Cache, Model
+    from dsv4_convert.parity.activations import compare_activations
+    from dsv4_convert.parity.run import run as run_parity
     from dsv4_convert.spec.config import Config
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
-    from golden.archive import Golden, open_golden
-    from golden.recorder import record as record_golden
-    from parity.activations import compare_activations
-    from parity.run import run as run_parity
 
 __all__ = [
     "Cache",

@@ -11,10 +11,10 @@ from pathlib import Path
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.layout import StoredShape, expected_aliases, stored_arrays
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution
-from golden.compact import Compact
-from golden.layout import StoredShape, expected_aliases, stored_arrays
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.

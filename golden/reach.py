@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from dsv4_convert.golden.archive import Golden
 from dsv4_convert.spec.config import AttentionKind, Config
-from golden.archive import Golden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

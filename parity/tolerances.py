@@ -1,6 +1,6 @@
 """How far a tap may lie from its golden, in multiples of the noise floor. The only place where a tolerance is written.
 
-A golden carries its noise floor (:mod:`golden.noise`): per token, how far legal rounding moves the reference itself. An
+A golden carries its noise floor (:mod:`dsv4_convert.golden.noise`): per token, how far legal rounding moves the reference itself. An
 error is quoted as a multiple of that floor, in three ways, and each has one limit, the same for every tap, dtype, mode
 and width:
 
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from golden.noise import Mode
+from dsv4_convert.golden.noise import Mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Band:
         return max(self.times * recorded, self.least)
 
 
-#: Bands of a baseline (:mod:`parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the share of its
+#: Bands of a baseline (:mod:`dsv4_convert.parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the share of its
 #: tokens that chose otherwise, all of them ties.
 #:
 #: Derivation. One machine was made to compute as others do: one thread or core, a mesh of two devices, levels of

@@ -13,8 +13,8 @@ import pytest
 from dsv4_convert.checkpoint import Checkpoint, TensorEntry, TensorInfo, write_index, write_safetensors
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.convert import Storage, plan
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from golden.synthetic import tiny_config, write_checkpoint
 
 from .cli.test_commands import GOLDEN, dsv4
 

@@ -78,10 +78,10 @@ def generate(
     import jax.numpy as jnp
 
     from dsv4_convert.errors import UsageError
+    from dsv4_convert.golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
     from dsv4_convert.serve.generate import Generator, Sampling
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
-    from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
 
     if (prompt is None) == (tokens is None):
         raise UsageError("a prompt is needed: --prompt TEXT or --tokens IDS")

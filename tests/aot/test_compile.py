@@ -15,9 +15,9 @@ from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered,
 from dsv4_convert.aot.search import usual_mesh
 from dsv4_convert.cli import app
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model.mesh import make_mesh
 from dsv4_convert.spec.config import Config
-from golden.synthetic import tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = CONFIGS / "DeepSeek-V4-Flash.json"

@@ -11,8 +11,8 @@ import pytest
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.convert import Plan, Storage, check_disk, estimate, hf_to_orbax, plan
 from dsv4_convert.errors import ResourceError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from golden.synthetic import tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")

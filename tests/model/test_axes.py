@@ -15,12 +15,12 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.synthetic import random_architecture, tiny_config
 from dsv4_convert.model import Model
 from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition, shard_map
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.spec.taps import STATE, TAPS
-from golden.synthetic import random_architecture, tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

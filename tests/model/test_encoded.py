@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.formats import decode_fp4, decode_fp8
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, Encoded, in_source_form, partitions
 from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES, packed
 from dsv4_convert.model.router import Routing
 from dsv4_convert.spec.config import Config
-from golden.synthetic import tiny_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BFLOAT16]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
 from dsv4_convert.spec.config import AttentionKind, Config
-from golden.synthetic import tiny_config
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))
 

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from golden.archive import Golden, open_golden
-from golden.noise import Mode
-from parity.baseline import Baseline, open_baseline, rounded, tightened
-from parity.explain import verdict
-from parity.gate import Request, gated, request
-from parity.metrics import Verdict
-from parity.report import Report, TapResult
-from parity.run import run as run_parity
-from parity.tolerances import BANDS
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.baseline import Baseline, open_baseline, rounded, tightened
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.gate import Request, gated, request
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.run import run as run_parity
+from dsv4_convert.parity.tolerances import BANDS
 
 from .synthetic import choice, empty, real, report
 
@@ -214,7 +214,7 @@ def test_a_file_says_what_was_written(numbers: dict[str, tuple[float, float, flo
 
 
 def _key(parts: tuple[str, ...]) -> Any:
-    from parity.baseline import Key
+    from dsv4_convert.parity.baseline import Key
 
     return Key(*parts)
 

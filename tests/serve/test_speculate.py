@@ -20,15 +20,15 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model, Taps
+from dsv4_convert.parity.run import run
 from dsv4_convert.serve import speculate
 from dsv4_convert.serve.generate import Generator, Sampling
 from dsv4_convert.serve.speculate import Drafts
 from dsv4_convert.store import open_store
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.restore import restore_model
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.run import run
 
 #: Past the window of 16 and blocks of 4 and 128 while the new tokens come; 1 leaves nothing to read before.
 NEW = 24

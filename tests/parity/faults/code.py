@@ -18,8 +18,8 @@ from dsv4_convert.model.ops import einsum_f32 as _einsum_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
+from dsv4_convert.parity import forward
 from dsv4_convert.spec.config import AttentionKind, Config
-from parity import forward
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 
