@@ -23,7 +23,7 @@ from dsv4_convert.cli.common import (
     parse_bytes,
     parse_choice,
     parse_layers,
-    reported,
+    resumable,
     status,
     write_json,
 )
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dsv4_convert.convert import Estimate, Plan
 
 
-@reported
+@resumable
 def hf_to_orbax(
     source: Annotated[
         str, typer.Argument(help="Folder, repository such as deepseek-ai/DeepSeek-V4-Flash, or gs://bucket/path.")
@@ -101,8 +101,8 @@ def hf_to_orbax(
     from dsv4_convert.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
-    # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Orbax starts JAX's default backend. A conversion has no use for an accelerator, whatever the environment says.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
