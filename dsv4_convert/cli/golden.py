@@ -88,7 +88,7 @@ def record(
     Or DeepSeek's own inference code, which quantises activations on the way: --reference release --release-code DIR.
     parity then runs the model with the same numerics.
 
-    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert[reference]'.
+    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert\\[reference]'.
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
