@@ -51,7 +51,7 @@ def check_platform(platform: str | None) -> None:
 
     if platform is None:
         if (reason := _cannot_start()) is not None:
-            asked = jax.config.jax_platforms
+            asked = os.environ.get("JAX_PLATFORMS")
             way_out = (
                 f"JAX_PLATFORMS={asked} asks for it; unset it, or set --platform" if asked else "set --platform cpu"
             )

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden" / "data" / "tiny"
 PARITY = ("parity", "{hf}", "--golden", str(GOLDEN))
 GENERATE = ("generate", "{hf}", "--tokens", "1,2")
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("environment") / "hf"
+    write_checkpoint(folder, tiny_config())
+    return folder
 
 
 @pytest.mark.parametrize(
