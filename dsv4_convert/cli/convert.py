@@ -74,7 +74,11 @@ def hf_to_orbax(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     discard_source: Annotated[
         bool,
-        typer.Option("--discard-source", help="Of a repository: delete every shard once all of it is converted."),
+        typer.Option(
+            "--discard-source",
+            help="For a Hub repository: delete each shard that was fetched for this conversion once all of it is "
+            "converted. Shards that were in the cache before stay.",
+        ),
     ] = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
