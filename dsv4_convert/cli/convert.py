@@ -83,7 +83,17 @@ def hf_to_orbax(
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: reads headers, writes nothing.")
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="With --dry-run: try source, processor and DEST's disk for a second, with up to 96 MB, instead of "
+            "assuming how fast they are.",
+        ),
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished conversion at DEST.")] = False,
     json: Json = None,
@@ -132,7 +142,10 @@ def hf_to_orbax(
             planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
             threads = planned.workers(allowed, workers)
             say("memory, disk and time")
-            costs = convert.estimate(planned, checkpoint, dest, workers=threads) if processes.first else None
+            costs = None
+            if processes.first:
+                trying = measure or not dry_run
+                costs = convert.estimate(planned, checkpoint, dest, workers=threads, measure=trying)
         if costs is not None:
             _print_plan(checkpoint, planned, costs)
             document = _as_json(planned, costs)
@@ -202,7 +215,8 @@ def _speeds(costs: Estimate) -> str:
     rates = costs.rates
     reading = f"reads {size(rates.read)}/s, " if rates.read is not None else ""
     fetching = f"fetches {size(rates.fetch)}/s, " if rates.fetch is not None else ""
-    return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s"
+    assumed = "" if rates.measured else "; assumed, --measure tries them"
+    return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s{assumed}"
 
 
 def _as_json(planned: Plan, costs: Estimate) -> dict[str, object]:
