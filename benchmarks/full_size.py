@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.measure import dsv4, gigabytes
 from benchmarks.sparse import lay_out, tensors_of
-from dsv4_convert.names import layer_of, stage_of
+from dsv4_convert.spec.names import layer_of, stage_of
 
 DATA = Path("tests/data")
 #: Model -> number of its shards.

@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import dsv4
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
+from dsv4_convert.spec.config import AttentionKind, Config
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
 LENGTHS = (1024, 2048, 4096, 8192)
 
 
-def temporaries(config: Config, kind: Attention, tokens: int) -> int:
+def temporaries(config: Config, kind: AttentionKind, tokens: int) -> int:
     """Bytes of temporaries in the compiled attention half of a layer for one prompt."""
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=False, with_experts=False))
     graph, state = nnx.split(block)
@@ -52,7 +52,7 @@ def memory(console: Console) -> None:
     table = Table(title="Temporaries of the attention half, V4-Flash's width, float32, MB", box=None)
     for column in ("layer", *(f"{length:,}" for length in LENGTHS), "last doubling", "scores at once, 8,192"):
         table.add_column(column, justify="right")
-    for kind in Attention:
+    for kind in AttentionKind:
         found = [temporaries(config, kind, length) for length in LENGTHS]
         last = LENGTHS[-1]
         entries = last // config.ratio(kind) if config.ratio(kind) else 0

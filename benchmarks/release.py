@@ -27,7 +27,7 @@ from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
 from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.run import compare_model
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 
 _STAND_IN = Path(__file__).parents[1] / "tests" / "golden" / "release_code"
 _FORMS: tuple[Form, ...] = ("fp4", "fp8", "bf16")

@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_convert.config import Config
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
-    from dsv4_convert.converted import Weights
     from dsv4_convert.golden.archive import Golden, open_golden
     from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.model import Cache, Model
     from dsv4_convert.parity.activations import compare_activations
     from dsv4_convert.parity.run import run as run_parity
-    from dsv4_convert.restore import restore_model
+    from dsv4_convert.spec.config import Config
+    from dsv4_convert.weights.converted import Weights
+    from dsv4_convert.weights.restore import restore_model
 
 __all__ = [
     "Cache",
@@ -41,17 +41,17 @@ __all__ = [
 #: Where the names are, and what they are called there if it is something else.
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
-    "Config": ("dsv4_convert.config", "Config"),
+    "Config": ("dsv4_convert.spec.config", "Config"),
     "Golden": ("dsv4_convert.golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),
-    "Weights": ("dsv4_convert.converted", "Weights"),
+    "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
     "open_golden": ("dsv4_convert.golden.archive", "open_golden"),
     "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),
     "record_golden": ("dsv4_convert.golden.recorder", "record"),
-    "restore_model": ("dsv4_convert.restore", "restore_model"),
+    "restore_model": ("dsv4_convert.weights.restore", "restore_model"),
     "run_parity": ("dsv4_convert.parity.run", "run"),
 }
 

@@ -25,14 +25,14 @@ import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
 from dsv4_convert.golden.manifest import MANIFEST_NAME, Manifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode, noise_name
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name
 from dsv4_convert.unfinished import folder_of
 
 Array = np.ndarray[Any, Any]

@@ -1,6 +1,6 @@
 """Which arrays a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
 
-Names, order and shape letters come from :mod:`dsv4_convert.taps` alone; this module puts numbers to the letters.
+Names, order and shape letters come from :mod:`dsv4_convert.spec.taps` alone; this module puts numbers to the letters.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.noise import noise_name, noise_shape
-from dsv4_convert.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
 
 Array = np.ndarray[Any, Any]
 
@@ -55,7 +55,7 @@ def tap_shape(
 
     Of the state they are those after the tokens that are not decoded one by one.
     """
-    kind = config.attention[layer] if layer is not None else Attention.SLIDING
+    kind = config.attention[layer] if layer is not None else AttentionKind.SLIDING
     ratio = config.ratio(kind)
     entries = tokens // ratio if ratio else 0  # a block that is not complete makes no entry
     sizes = {
@@ -67,7 +67,7 @@ def tap_shape(
         "R": config.q_lora_rank,
         "H": config.num_attention_heads,
         "C": config.head_dim,
-        "W": config.head_dim * (2 if kind is Attention.CSA else 1),
+        "W": config.head_dim * (2 if kind is AttentionKind.CSA else 1),
         "Hi": config.index_n_heads,
         "Ci": config.index_head_dim,
         "2Ci": 2 * config.index_head_dim,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution
 from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import StoredShape, expected_aliases, stored_arrays
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.archive import Golden
+from dsv4_convert.spec.config import AttentionKind, Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ def _missed(config: Config, layer: int, tokens: int) -> list[str]:
     missed = []
     if tokens <= config.sliding_window:
         missed.append(f"the window of {config.sliding_window} tokens never drops one")
-    if kind is Attention.SLIDING:
+    if kind is AttentionKind.SLIDING:
         return missed
     ratio = config.ratio(kind)
     entries = tokens // ratio
     if not entries:
         return [*missed, f"no block of {ratio} tokens is complete, so the compressor makes no entry"]
-    if kind is Attention.HCA:
+    if kind is AttentionKind.HCA:
         return missed
     if entries < 2:
         missed.append(f"a single block of {ratio} tokens is complete, so none overlaps with the one before")

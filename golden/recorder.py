@@ -13,8 +13,6 @@ import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, resolve
 from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
@@ -24,7 +22,9 @@ from dsv4_convert.golden.noise import RUN_DTYPES
 from dsv4_convert.golden.plan import Plan, check_space, plan
 from dsv4_convert.golden.tokens import check_tokens
 from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_writer
-from dsv4_convert.names import check_layers
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution, resolve
+from dsv4_convert.spec.names import check_layers
 
 if TYPE_CHECKING:
     from dsv4_convert.golden.references.release.released import ReleasedModel

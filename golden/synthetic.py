@@ -26,10 +26,10 @@ import numpy as np
 from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.checkpoint.index import INDEX_NAME
 from dsv4_convert.checkpoint.strict_json import read_object
-from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.golden.writer import write_durably
-from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
 from dsv4_convert.unfinished import folder_of, held
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
@@ -27,7 +26,8 @@ from dsv4_convert.parity.forward import Taken
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report import Report, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
-from dsv4_convert.taps import Tap, Values, by_name, is_state
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import Tap, Values, by_name, is_state
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

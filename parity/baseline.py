@@ -38,7 +38,7 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.parity.metrics import Multiples
 from dsv4_convert.parity.tolerances import BANDS, UNIT
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 
 SCHEMA_VERSION = 1
 #: Of a golden whose tokens were all compared.

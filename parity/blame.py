@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert import names
-from dsv4_convert.parameters import Parameters
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.spec import names
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

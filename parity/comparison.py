@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.layout import DTYPES, calls, rows_of
 from dsv4_convert.golden.noise import Mode
@@ -21,7 +20,8 @@ from dsv4_convert.parity.forward import Taken
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report import TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
-from dsv4_convert.taps import Tap, Values, by_name, full_name, is_state, taps_of
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.taps import Tap, Values, by_name, full_name, is_state, taps_of
 
 Array = np.ndarray[Any, Any]
 
@@ -219,5 +219,5 @@ def _visible(config: Config, scores: Tap, layer: int | None, shape: tuple[int, .
     """Number of compressed entries that each query may choose from; None for a choice of experts."""
     if layer is None or "T" not in scores.shape.split():
         return None
-    assert config.attention[layer] is Attention.CSA
+    assert config.attention[layer] is AttentionKind.CSA
     return np.broadcast_to((np.arange(shape[1]) + 1) // config.csa_ratio, shape[:2])

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Config
 from dsv4_convert.golden.archive import Form, Golden
 from dsv4_convert.golden.layout import STREAMS
 from dsv4_convert.golden.noise import Mode
@@ -21,7 +20,8 @@ from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import element_multiples, row_multiples
 from dsv4_convert.parity.tolerances import LIMITS
-from dsv4_convert.taps import by_name, is_state
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, is_state
 
 Array = np.ndarray[Any, Any]
 

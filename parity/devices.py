@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.model.axes import RULES, named, partition
 from dsv4_convert.model.mesh import make_mesh, suitable_mesh
-from dsv4_convert.restore import read_sharded
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ALONE, Processes
 from dsv4_convert.store.layout import Region
+from dsv4_convert.weights.restore import read_sharded
 
 Array = np.ndarray[Any, Any]
 

@@ -9,7 +9,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.reach import LayerReach
 from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.report import Descent, Gate, Grown, Report, TapResult
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3

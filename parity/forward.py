@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.config import Config
 from dsv4_convert.golden.layout import calls, joined, rows_of
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
@@ -22,12 +21,13 @@ from dsv4_convert.model.mlp import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parameters import Parameters
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
-from dsv4_convert.restore import restore_block
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, is_state
 from dsv4_convert.store.layout import Region
-from dsv4_convert.taps import by_name, is_state
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.restore import restore_block
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)

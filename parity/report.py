@@ -21,7 +21,7 @@ from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.secrets import all_without_secrets
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.taps import by_name
 
 SCHEMA_VERSION = 3
 #: The most severe first.

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_convert.config import Config
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
@@ -21,8 +19,6 @@ from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.reach import reach
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
-from dsv4_convert.names import check_layers
-from dsv4_convert.parameters import Parameters
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.descent import blame_first, descend
@@ -34,9 +30,13 @@ from dsv4_convert.parity.logits import LogitsComparison, every_position, summary
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.report import Descent, Growth, Report, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import check_layers
+from dsv4_convert.spec.taps import full_name, select, taps_of
 from dsv4_convert.store import ALONE, Processes
-from dsv4_convert.taps import full_name, select, taps_of
+from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
 

@@ -1,4 +1,4 @@
-"""What our cache holds of one layer, as the taps of :data:`dsv4_convert.taps.STATE`."""
+"""What our cache holds of one layer, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
-        "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit\n"
+        "import dsv4_convert.convert, dsv4_convert.weights.restore, dsv4_convert.store.orbax_commit\n"
         "import dsv4_convert.parity.run, dsv4_convert.parity.render\n"
         "import dsv4_convert.golden.archive, dsv4_convert.golden.synthetic"
     )

@@ -12,9 +12,9 @@ import pytest
 
 from dsv4_convert.checkpoint import Checkpoint, TensorEntry, TensorInfo, write_index, write_safetensors
 from dsv4_convert.checkpoint.header import stored_nbytes
-from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, plan
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.spec.config import Config
 
 from .cli.test_commands import GOLDEN, dsv4
 
@@ -244,13 +244,13 @@ def test_what_is_not_supported_is_refused_in_one_message(
 
 def test_a_model_of_another_family_is_not_called_vision() -> None:
     """Its model_type says what it is; nested configs are common elsewhere."""
-    from dsv4_convert.foreign import refuse_foreign
+    from dsv4_convert.spec.unsupported import refuse_unsupported
 
-    refuse_foreign({"model_type": "llava", "text_config": {}, "vision_config": {}}, ["model.layers.0.x"], where="x")
+    refuse_unsupported({"model_type": "llava", "text_config": {}, "vision_config": {}}, ["model.layers.0.x"], where="x")
 
 
 def test_no_supported_release_is_mistaken(tmp_path: Path) -> None:
-    from dsv4_convert.foreign import refuse_foreign
+    from dsv4_convert.spec.unsupported import refuse_unsupported
 
     for inventory, config, more in RELEASES:
-        refuse_foreign({**_raw(config), **more}, _headers(inventory)[0].tensors, where="x")
+        refuse_unsupported({**_raw(config), **more}, _headers(inventory)[0].tensors, where="x")

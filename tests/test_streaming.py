@@ -81,8 +81,8 @@ def test_the_limit_bites(work: Path) -> None:
     """The same checkpoint loaded whole does not fit."""
     code = (
         "import sys, pathlib, dsv4_convert\n"
-        "from dsv4_convert.published import PublishedWeights\n"
-        "from dsv4_convert.names import parameters\n"
+        "from dsv4_convert.weights.published import PublishedWeights\n"
+        "from dsv4_convert.spec.names import parameters\n"
         "weights = PublishedWeights.open(pathlib.Path(sys.argv[1]))\n"
         "held = [weights.read(path) for path, _, _ in parameters(weights.config)]\n"
     )

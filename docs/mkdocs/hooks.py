@@ -111,7 +111,7 @@ def _spelled(template: str) -> str:
 
 
 def _names() -> str:
-    from dsv4_convert.names import RULES, STAGE_RULES, Rule, Transform, When
+    from dsv4_convert.spec.names import RULES, STAGE_RULES, Rule, Transform, When
 
     def rows(rules: Iterable[Rule], below: str) -> Iterator[list[str]]:
         for rule in rules:
@@ -133,7 +133,7 @@ def _names() -> str:
 
 
 def _dialects() -> str:
-    from dsv4_convert.names import RULES, Dialect
+    from dsv4_convert.spec.names import RULES, Dialect
 
     def rows() -> Iterator[list[str]]:
         for rule in RULES:
@@ -146,8 +146,8 @@ def _dialects() -> str:
 
 
 def _sizes() -> str:
-    from dsv4_convert.config import Config
-    from dsv4_convert.names import sizes
+    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.names import sizes
 
     models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")}
     csa = [sizes(config, 2) for config in models.values()]
@@ -161,13 +161,13 @@ def _sizes() -> str:
 
 
 def _drops() -> str:
-    from dsv4_convert.names import DROPS
+    from dsv4_convert.spec.names import DROPS
 
     return table(["below", "reason"], [[_code(_spelled(name)), reason] for name, reason in DROPS.items()])
 
 
 def _kinds() -> str:
-    from dsv4_convert.names import Kind
+    from dsv4_convert.spec.names import Kind
 
     rows = [[kind.value, "by `--dtype`" if kind.follows_dtype else "as published"] for kind in Kind]
     return table(["kind", "stored dtype", "is"], [[*row, _meaning(Kind, row[0].upper())] for row in rows])
@@ -184,7 +184,7 @@ def _meaning(owner: type, member: str) -> str:
 
 
 def _taps(which: str) -> str:
-    from dsv4_convert.taps import STATE, TAPS, Values, Where
+    from dsv4_convert.spec.taps import STATE, TAPS, Values, Where
 
     model = (Where.BEFORE, Where.AFTER)
     chosen = {
@@ -208,7 +208,7 @@ def _taps(which: str) -> str:
 def _configs() -> str:
     import json
 
-    from dsv4_convert.config import Config
+    from dsv4_convert.spec.config import Config
 
     raw = [json.loads(_config(name).read_text("utf-8")) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")]
     fields = [field.name for field in dataclasses.fields(Config)]
@@ -217,14 +217,14 @@ def _configs() -> str:
 
 
 def _schedule() -> str:
-    from dsv4_convert.config import Attention, Config
+    from dsv4_convert.spec.config import AttentionKind, Config
 
     rows = []
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
         config = Config.from_file(_config(name))
-        layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in Attention}
+        layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in AttentionKind}
         hashed = [layer for layer, own in enumerate(config.hash_routed) if own]
-        rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in Attention)])
+        rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in AttentionKind)])
         rows[-1] += [_ranges(hashed), str(config.num_mtp_stages)]
     return table(["model", "layers", "window only", "CSA", "HCA", "hash-routed", "mtp stages"], rows)
 

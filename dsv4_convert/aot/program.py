@@ -17,15 +17,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.axes import RULES, named, partition
 from dsv4_convert.model.encoded import Encoded, partitions
 from dsv4_convert.model.mesh import describe_mesh
-from dsv4_convert.model.segments import paths_of
 from dsv4_convert.model.source_form import in_source_form
-from dsv4_convert.names import rule_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import rule_of
+from dsv4_convert.spec.segments import paths_of
 
 State = nnx.State[Any, Any]
 

@@ -13,10 +13,10 @@ from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered,
 from dsv4_convert.aot.report import Memory, Report
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.aot.work import operations
-from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.model.mesh import divides, make_mesh, parse_mesh
-from dsv4_convert.names import parameters
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import parameters
 
 __all__ = ["compile_model", "parse_mesh", "smallest_slice"]
 

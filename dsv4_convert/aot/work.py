@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention, Config
-from dsv4_convert.names import Kind, Rule, Transform, parameters
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.names import Kind, Rule, Transform, parameters
 
 
 def operations(config: Config, *, tokens: int, decode: bool) -> int:
@@ -39,13 +39,13 @@ def _share(config: Config, rule: Rule) -> float:
     return config.num_experts_per_tok / config.n_routed_experts if rule.kind is Kind.EXPERT else 1
 
 
-def _attention(config: Config, kind: Attention, tokens: np.ndarray[Any, Any]) -> int:
+def _attention(config: Config, kind: AttentionKind, tokens: np.ndarray[Any, Any]) -> int:
     """Scores and sums over values in one layer, for queries that are the last of so many ``tokens`` each."""
     keys = np.minimum(tokens, config.sliding_window)
     scored = np.zeros_like(tokens)
-    if kind is not Attention.SLIDING:
+    if kind is not AttentionKind.SLIDING:
         entries = tokens // config.ratio(kind)
-        keys = keys + (np.minimum(entries, config.index_topk) if kind is Attention.CSA else entries)
-        scored = entries if kind is Attention.CSA else scored
+        keys = keys + (np.minimum(entries, config.index_topk) if kind is AttentionKind.CSA else entries)
+        scored = entries if kind is AttentionKind.CSA else scored
     attended = 4 * config.num_attention_heads * config.head_dim * keys
     return int(np.sum(attended + 2 * config.index_n_heads * config.index_head_dim * scored))

@@ -23,9 +23,9 @@ from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name, read_weight_map
 from dsv4_convert.checkpoint.provenance import recorded, snapshot_commit
 from dsv4_convert.checkpoint.strict_json import read_object
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
-from dsv4_convert.foreign import refuse_foreign
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.unsupported import refuse_unsupported
 from dsv4_convert.strict_json import shown
 
 
@@ -116,7 +116,7 @@ class Checkpoint:
         Raises:
             BadInput: a model that dsv4 does not support, by its config or by the names of its tensors.
         """
-        refuse_foreign(self.config, {*self.tensors, *self.absent}, where=str(self.root))
+        refuse_unsupported(self.config, {*self.tensors, *self.absent}, where=str(self.root))
         return Config.from_hf(self.config, where=str(self.root / CONFIG_NAME))
 
     @property

@@ -18,8 +18,8 @@ from typing import Any
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.files import Stamp, foreign_content, read_start, stamp_of, stat_regular
-from dsv4_convert.coverage import Stored
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.spec.coverage import Stored
 from dsv4_convert.strict_json import parse_object, shown
 
 #: The limit of the format; a header of V4-Pro's fullest shard has 0.4 MB.

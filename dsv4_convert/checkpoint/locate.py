@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4_convert.checkpoint.folder import Checkpoint, open_checkpoint
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.names import layer_of, stage_of
+from dsv4_convert.spec.names import layer_of, stage_of
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress

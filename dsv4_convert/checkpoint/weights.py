@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.folder import Checkpoint
-from dsv4_convert.coverage import Source
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.sound import (
     code_problem,
@@ -19,7 +18,8 @@ from dsv4_convert.formats.sound import (
     table_problem,
 )
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE
+from dsv4_convert.spec.coverage import Source
+from dsv4_convert.spec.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 _DAMAGED = (

@@ -71,14 +71,14 @@ def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
 
 def complete_taps(incomplete: str) -> list[str]:
     """Names of taps within a layer and of the model level."""
-    from dsv4_convert.taps import STATE, TAPS
+    from dsv4_convert.spec.taps import STATE, TAPS
 
     return [tap.name for tap in (*TAPS, *STATE) if tap.name.startswith(incomplete)]
 
 
 def complete_names(incomplete: str) -> list[str]:
     """Parameter paths, with the number that stands in the word already."""
-    from dsv4_convert.names import RULES, STAGE_RULES, template
+    from dsv4_convert.spec.names import RULES, STAGE_RULES, template
 
     numbers = template(incomplete)[1]
     paths = (rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in (*RULES, *STAGE_RULES))

@@ -79,8 +79,8 @@ def compile(
     from dsv4_convert.aot import Slice
     from dsv4_convert.aot.render import render
     from dsv4_convert.aot.search import compile_model, parse_mesh, smallest_slice
-    from dsv4_convert.config import Config
     from dsv4_convert.errors import CheckFailed, UsageError
+    from dsv4_convert.spec.config import Config
 
     if (topology is None) == (find_mesh is None):
         raise UsageError("a slice is needed: --topology v5p-512, or --find-mesh v5p to look for the smallest")

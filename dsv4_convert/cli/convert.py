@@ -179,7 +179,7 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     def by_dtype(sizes: Any) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in sorted(sizes.items()))
 
-    from dsv4_convert.names import drop_reason
+    from dsv4_convert.spec.names import drop_reason
 
     rates = costs.rates
     at = f" at {checkpoint.revision}" if checkpoint.revision is not None else ""

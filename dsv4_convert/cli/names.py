@@ -10,7 +10,7 @@ import typer
 from dsv4_convert.cli.common import Json, complete_names, console, reported, write_json
 
 if TYPE_CHECKING:
-    from dsv4_convert.names import Explanation, Rule
+    from dsv4_convert.spec.names import Explanation, Rule
 
 
 @reported
@@ -28,7 +28,7 @@ def names(
 
     Example: dsv4 names layers.12.attn.wq_a.weight
     """
-    from dsv4_convert import names as table
+    from dsv4_convert.spec import names as table
 
     if name is None:
         _write([_row(rule) for rule in (*table.RULES, *table.STAGE_RULES)], json)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
-from dsv4_convert.config import Config
 from dsv4_convert.convert.account import tensor_digest
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
@@ -16,6 +15,7 @@ from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, read_sources, stored_layers
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.errors import BadInput
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store import Store, chunk_digest
 from dsv4_convert.store.layout import Index, raw_bytes
 from dsv4_convert.store.threads import work_through

@@ -12,10 +12,10 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_published, read_table, read_weight
 from dsv4_convert.convert.storage import Form, Part, Piece
-from dsv4_convert.coverage import Source
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE, Kind
+from dsv4_convert.spec.coverage import Source
+from dsv4_convert.spec.names import FP8_TILE, Kind
 
 Array = np.ndarray[Any, Any]
 

@@ -17,13 +17,13 @@ import numpy as np
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import stored_nbytes
-from dsv4_convert.config import Config
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
 from dsv4_convert.convert.storage import Form, Piece, Storage
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.names import FP8_TILE, Dialect
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import FP8_TILE, Dialect
 from dsv4_convert.store import Store
 
 Array = np.ndarray[Any, Any]

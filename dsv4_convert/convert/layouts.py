@@ -8,18 +8,18 @@ from enum import StrEnum
 
 import numpy as np
 
-from dsv4_convert.config import Config
 from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, decoded_dtype, is_turned, pieces
-from dsv4_convert.coverage import Leaf, Stored
 from dsv4_convert.errors import UsageError
-from dsv4_convert.maxtext import Target, targets
-from dsv4_convert.names import Transform
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Leaf, Stored
+from dsv4_convert.spec.maxtext import Target, targets
+from dsv4_convert.spec.names import Transform
 
 
 class Layout(StrEnum):
     """What ``--layout`` may say."""
 
-    #: The paths of :mod:`dsv4_convert.names`.
+    #: The paths of :mod:`dsv4_convert.spec.names`.
     DSV4 = "dsv4"
     #: MaxText's tree, its layers stacked for ``scan_layers=True``.
     MAXTEXT = "maxtext"

@@ -13,12 +13,12 @@ from typing import Protocol
 
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.header import stored_forms
-from dsv4_convert.config import Config
 from dsv4_convert.convert.layouts import Layout, lay_out
 from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage
-from dsv4_convert.coverage import Source, Stored, resolve
 from dsv4_convert.errors import ResourceError
-from dsv4_convert.names import Dialect, Rule, check_layers, stage_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Source, Stored, resolve
+from dsv4_convert.spec.names import Dialect, Rule, check_layers, stage_of
 from dsv4_convert.store import Compression
 
 #: Memory that a conversion may take beyond the interpreter with its imports, where nothing else is said.
@@ -162,7 +162,7 @@ def plan(
     """Resolve every tensor of the checkpoint; reads no weights.
 
     Raises:
-        BadInput: tensors and config do not fit (see :func:`dsv4_convert.coverage.resolve`).
+        BadInput: tensors and config do not fit (see :func:`dsv4_convert.spec.coverage.resolve`).
         UsageError: a layer that does not exist, or a layout that does not suit (see :func:`.layouts.lay_out`).
     """
     stored = stored_forms(checkpoint.tensors)

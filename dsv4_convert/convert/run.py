@@ -19,7 +19,7 @@ from dsv4_convert.convert.shards import ShardUse, as_arriving
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.errors import printable
-from dsv4_convert.names import TABLE_VERSION
+from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.layout import Index
@@ -63,7 +63,7 @@ def hf_to_orbax(
     """Convert a local checkpoint folder: :func:`plan` and :func:`carry_out`.
 
     Args:
-        source: folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.names`.
+        source: folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.spec.names`.
         destination: folder to create, or URL of a bucket.
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.names import stage_of
+from dsv4_convert.spec.names import stage_of
 from dsv4_convert.store import Store
 from dsv4_convert.strict_json import parse_object, shown
 

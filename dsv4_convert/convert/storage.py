@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
-from dsv4_convert.coverage import Leaf, Source, Stored
-from dsv4_convert.names import FP8_TILE, Transform
+from dsv4_convert.spec.coverage import Leaf, Source, Stored
+from dsv4_convert.spec.names import FP8_TILE, Transform
 from dsv4_convert.store import ArrayLayout
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.

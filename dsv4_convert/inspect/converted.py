@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput
 from dsv4_convert.inspect.parts import Census, Part, Row, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.names import Dialect, lookup
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state

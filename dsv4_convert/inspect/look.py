@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.manifest import MANIFEST_NAME
@@ -16,6 +15,7 @@ from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted
 from dsv4_convert.inspect.published import inspect_folder, inspect_opened
 from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.layout import MANIFEST_FILE
 from dsv4_convert.store.staging import EXPORT_STATE

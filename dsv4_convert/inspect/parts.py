@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Stored
-from dsv4_convert.names import RULES, STAGE_RULES, Dialect, Kind, Rule, drop_reason, lookup, parameters, stage_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Stored
+from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect, Kind, Rule, drop_reason, lookup, parameters, stage_of
 
 
 class Part(StrEnum):

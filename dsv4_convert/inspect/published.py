@@ -10,13 +10,13 @@ from dsv4_convert.checkpoint import Checkpoint, TensorInfo, open_checkpoint, rea
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.strict_json import read_object
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, compare
 from dsv4_convert.errors import BadInput
-from dsv4_convert.foreign import refuse_foreign
 from dsv4_convert.inspect.parts import count_published
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.names import detect_dialect, layer_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution, compare
+from dsv4_convert.spec.names import detect_dialect, layer_of
+from dsv4_convert.spec.unsupported import refuse_unsupported
 from dsv4_convert.units import ranges, size
 
 
@@ -85,7 +85,7 @@ def _inspection(
 ) -> Inspection:
     config, odd = None, list(problems)
     try:
-        refuse_foreign(raw, {*tensors, *absent}, where=place)
+        refuse_unsupported(raw, {*tensors, *absent}, where=place)
         config = Config.from_hf(raw, where=CONFIG_NAME)
     except BadInput as error:
         odd.append(str(error))

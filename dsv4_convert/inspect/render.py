@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsv4_convert.config import Config
 from dsv4_convert.inspect.parts import Row, Totals
 from dsv4_convert.inspect.report import Inspection
 from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.spec.config import Config
 from dsv4_convert.tables import fitted
 from dsv4_convert.units import count, size
 

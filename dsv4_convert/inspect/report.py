@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from dsv4_convert.config import Config
 from dsv4_convert.inspect.parts import Row, Totals
+from dsv4_convert.spec.config import Config
 
 #: Of the JSON form.
 SCHEMA_VERSION = 1

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.spec.config import AttentionKind, Config
 
-_ATTENTION = {Attention.SLIDING: ("S", "blue"), Attention.CSA: ("C", "green"), Attention.HCA: ("H", "magenta")}
+_ATTENTION = {
+    AttentionKind.SLIDING: ("S", "blue"),
+    AttentionKind.CSA: ("C", "green"),
+    AttentionKind.HCA: ("H", "magenta"),
+}
 _STAGE = ("M", "cyan")
 _HASH, _LEARNED = ("#", "yellow"), ("-", "")
 #: Of a layer that is not there.
@@ -67,11 +71,11 @@ def _lines(groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]]) -> 
 
 def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
     """What the letters mean, and of how many layers each is."""
-    number = {kind: config.attention.count(kind) for kind in Attention}
+    number = {kind: config.attention.count(kind) for kind in AttentionKind}
     words = {
-        Attention.SLIDING: f"sliding window of {config.sliding_window} tokens alone",
-        Attention.CSA: f"and CSA: an entry for {config.csa_ratio} tokens, {config.index_topk:,} chosen",
-        Attention.HCA: f"and HCA: an entry for {config.hca_ratio} tokens, all of them",
+        AttentionKind.SLIDING: f"sliding window of {config.sliding_window} tokens alone",
+        AttentionKind.CSA: f"and CSA: an entry for {config.csa_ratio} tokens, {config.index_topk:,} chosen",
+        AttentionKind.HCA: f"and HCA: an entry for {config.hca_ratio} tokens, all of them",
     }
     hashed = sum(config.hash_routed)
     rows = [(_ATTENTION[kind][0], number[kind], text) for kind, text in words.items()]

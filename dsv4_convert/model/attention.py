@@ -14,8 +14,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import on_shards, place
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
@@ -26,6 +24,7 @@ from dsv4_convert.model.parameters import contract, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.model.runs import by_runs
+from dsv4_convert.spec.config import AttentionKind, Config
 
 #: Logical axes of what :func:`_context` takes and gives.
 _CONTEXT_TAKES = (
@@ -52,7 +51,7 @@ class Attention(nnx.Module):
     5. Heads in G groups, each through its own low-rank matrix ``wo_a``, then together through ``wo_b``.
     """
 
-    def __init__(self, config: Config, kind: Kind, numerics: Numerics) -> None:
+    def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
         self.config = config
         self.kind = kind
         self.numerics = numerics
@@ -67,7 +66,7 @@ class Attention(nnx.Module):
         self.wo_a = parameter("groups group_in group_out", config.o_groups, grouped, config.o_lora_rank)
         self.wo_b = parameter("groups width", config.o_groups * config.o_lora_rank, config.hidden_size)
         self.compressor = _compressor(config, kind, numerics)
-        self.indexer = Indexer(config, numerics) if kind is Kind.CSA else None
+        self.indexer = Indexer(config, numerics) if kind is AttentionKind.CSA else None
 
     def __call__(
         self,
@@ -119,12 +118,12 @@ class Attention(nnx.Module):
         return output, LayerCache(kept, compressed, indexed)
 
 
-def _compressor(config: Config, kind: Kind, numerics: Numerics) -> Compressor | None:
+def _compressor(config: Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
     """CSA's blocks overlap, so each token projects to two series of values; HCA's do not."""
     width = config.head_dim
-    if kind is Kind.SLIDING:
+    if kind is AttentionKind.SLIDING:
         return None
-    projected = 2 * width if kind is Kind.CSA else width
+    projected = 2 * width if kind is AttentionKind.CSA else width
     eps = config.rms_norm_eps
     ratio = config.ratio(kind)
     return Compressor(config.hidden_size, width, ratio, projected, eps=eps, indexed=False, numerics=numerics)

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.taps import shape_of
+from dsv4_convert.spec.taps import shape_of
 
 #: The axes that a mesh may have, and what is split along each.
 MESH_AXES: Mapping[str, str] = {
@@ -54,7 +54,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "token": (),
 }
 
-#: Shape letter of a tap (:mod:`dsv4_convert.taps`) -> logical axis. An activation's width is whole on every device.
+#: Shape letter of a tap (:mod:`dsv4_convert.spec.taps`) -> logical axis. An activation's width is whole on every device.
 LETTERS: Mapping[str, str] = {
     "B": "batch",
     "S": "tokens",

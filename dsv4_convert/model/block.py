@@ -10,8 +10,6 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.experts import Experts, SharedExpert
@@ -21,6 +19,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
+from dsv4_convert.spec.config import AttentionKind, Config
 
 
 class Routed(NamedTuple):
@@ -48,7 +47,13 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: Config, kind: Kind, *, hashed: bool, with_experts: bool = True, numerics: Numerics = PLAIN
+        self,
+        config: Config,
+        kind: AttentionKind,
+        *,
+        hashed: bool,
+        with_experts: bool = True,
+        numerics: Numerics = PLAIN,
     ) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size

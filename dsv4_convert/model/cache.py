@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.model.segments import segments
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.segments import segments
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -87,10 +87,10 @@ class Cache:
     ) -> Cache:
         """Room for ``capacity`` tokens of each of ``batch`` prompts. What goes beyond is not kept, without a word."""
 
-        def empty(kind: Attention) -> LayerCache:
+        def empty(kind: AttentionKind) -> LayerCache:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
 
-        def stacked(kind: Attention, count: int) -> LayerCache:
+        def stacked(kind: AttentionKind, count: int) -> LayerCache:
             return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
 
         layers: tuple[Any, ...] = (
@@ -118,14 +118,14 @@ class Cache:
 
 
 def empty_layer(
-    config: Config, kind: Attention, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
+    config: Config, kind: AttentionKind, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
 ) -> LayerCache:
     """Nothing yet, with room for ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
 
     def compressed(width: int) -> Compressed:
         ratio = config.ratio(kind)
-        overlap = 2 if kind is Attention.CSA else 1
+        overlap = 2 if kind is AttentionKind.CSA else 1
         rows = (batch, overlap * ratio - 1, overlap * width)
         # Not one array twice: a caller who donates the cache may give every buffer away once.
         return Compressed(
@@ -134,8 +134,8 @@ def empty_layer(
 
     return LayerCache(
         jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype),
-        None if kind is Attention.SLIDING else compressed(config.head_dim),
-        compressed(config.index_head_dim) if kind is Attention.CSA else None,
+        None if kind is AttentionKind.SLIDING else compressed(config.head_dim),
+        compressed(config.index_head_dim) if kind is AttentionKind.CSA else None,
     )
 
 

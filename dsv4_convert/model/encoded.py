@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
 from dsv4_convert.model.numerics import once
-from dsv4_convert.names import FP4_GROUP, FP8_TILE
+from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE
 
 #: ``[in, out]`` elements that share a scale.
 FP8_BLOCK, FP4_BLOCK = FP8_TILE[::-1], FP4_GROUP[::-1]

@@ -11,13 +11,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import gathered, on_shards, place, scattered, summed
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.mlp import mlp
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import parameter
 from dsv4_convert.model.routed import ACCELERATOR_TILES, grouped, packed
+from dsv4_convert.spec.config import Config
 
 Stack = Array | Encoded
 

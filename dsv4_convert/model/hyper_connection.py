@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.norm import rms_scale
 from dsv4_convert.model.parameters import contract
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.spec.config import Config
 
 
 class Mix(NamedTuple):

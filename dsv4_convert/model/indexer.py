@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import on_shards, summed
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
@@ -23,6 +22,7 @@ from dsv4_convert.model.parameters import contract, linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.model.runs import by_runs
+from dsv4_convert.spec.config import Config
 
 
 class Indexer(nnx.Module):

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import Past
 from dsv4_convert.model.encoded import Encoded, after
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.model.segments import segments
-from dsv4_convert.taps import full_name, taps_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.taps import full_name, taps_of
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:

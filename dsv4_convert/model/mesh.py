@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.model.axes import MESH_AXES, RULES
+from dsv4_convert.spec.config import Config
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.axes import exchanged, gathered, on_shards, place, splits, summed
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.hyper_connection import head_collapse
@@ -20,6 +19,7 @@ from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import linear, parameter
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.spec.config import Config
 
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.parameters import parameter
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.spec.config import Config
 
 
 class Stage(Block):
@@ -30,7 +29,7 @@ class Stage(Block):
     """
 
     def __init__(self, config: Config, numerics: Numerics = PLAIN) -> None:
-        super().__init__(config, Kind.SLIDING, hashed=False, numerics=numerics)
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
         self.e_proj = parameter("width whole_width", width, width)

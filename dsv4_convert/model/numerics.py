@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.norm import unit_rms
 from dsv4_convert.model.parameters import contract, linear
+from dsv4_convert.spec.config import Config
 
 #: Channels that share a scale: of the input of a quantised matrix, of a key, of an indexer's vector.
 _INPUT, _KEY, _INDEX = 128, 64, 32

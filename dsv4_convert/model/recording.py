@@ -11,7 +11,7 @@ from dsv4_convert.model.axes import constrain_tap
 
 
 class Taps:
-    """What the model calls at every tap (:mod:`dsv4_convert.taps`). On a mesh the value is laid out by the tap's axes.
+    """What the model calls at every tap (:mod:`dsv4_convert.spec.taps`). On a mesh the value is laid out by the tap's axes.
 
     The value passes through an optimisation barrier whether it is recorded or not. So the compiler sees the same
     boundaries in both cases, and the results with and without recording are bit-equal.

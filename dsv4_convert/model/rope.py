@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Attention, Config, Yarn
+from dsv4_convert.spec.config import AttentionKind, Config, Yarn
 
 
-def frequencies(config: Config, kind: Attention) -> np.ndarray:
+def frequencies(config: Config, kind: AttentionKind) -> np.ndarray:
     """Angle per position of each channel pair in a layer of this kind: float32 ``[qk_rope_head_dim / 2]``."""
-    if kind is Attention.SLIDING:
+    if kind is AttentionKind.SLIDING:
         return _scaled(config.qk_rope_head_dim, config.rope_theta, None)
     return _scaled(config.qk_rope_head_dim, config.compress_rope_theta, config.yarn)
 

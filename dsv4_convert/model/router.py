@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.parameters import buffer, linear, parameter
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.spec.config import Config
 
 
 class Routing(NamedTuple):

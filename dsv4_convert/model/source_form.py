@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dsv4_convert.config import Config
 from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, empty, grouped_block
-from dsv4_convert.model.segments import paths_of
-from dsv4_convert.names import Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.segments import paths_of
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from dsv4_convert.config import Config
+from dsv4_convert.spec.config import Config
 
 
 class StageReference:

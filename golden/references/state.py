@@ -1,4 +1,4 @@
-"""What transformers' cache holds of one layer, as the taps of :data:`dsv4_convert.taps.STATE`."""
+"""What transformers' cache holds of one layer, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from dsv4_convert.errors import Dsv4Error
 from dsv4_convert.golden.references.precision import as_array
 from dsv4_convert.golden.references.probes import Expected
-from dsv4_convert.taps import is_state
+from dsv4_convert.spec.taps import is_state
 
 Array = np.ndarray[Any, Any]
 

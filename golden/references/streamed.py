@@ -25,8 +25,6 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.config import Attention, Config, Yarn
-from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of
@@ -43,8 +41,10 @@ from dsv4_convert.golden.references.precision import (
 )
 from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
 from dsv4_convert.golden.references.state import state_after
-from dsv4_convert.names import Kind
-from dsv4_convert.taps import by_name, is_state
+from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.coverage import Leaf, Resolution, Source
+from dsv4_convert.spec.names import Kind
+from dsv4_convert.spec.taps import by_name, is_state
 
 Array = np.ndarray[Any, Any]
 
@@ -461,7 +461,7 @@ def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: Config) ->
         list(hf.mlp_layer_types),
         ["hash_moe" if hashed else "moe" for hashed in config.hash_routed],
     )
-    rates = {Attention.CSA.value: config.csa_ratio, Attention.HCA.value: config.hca_ratio}
+    rates = {AttentionKind.CSA.value: config.csa_ratio, AttentionKind.HCA.value: config.hca_ratio}
     pairs["compress_rates"] = (dict(hf.compress_rates), rates)
     pairs["scaled rotary table"] = (_yarn(hf.rope_parameters["compress"]), config.yarn)
     pairs["unscaled rotary table"] = (_yarn(hf.rope_parameters["main"]), None)

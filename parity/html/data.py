@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.config import Attention
 from dsv4_convert.golden.layout import STREAMS
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.detail import EDGES, Detail, Prompt, Sample
@@ -20,7 +19,8 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report import Growth, Report, TapResult
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.spec.config import AttentionKind
+from dsv4_convert.spec.taps import Values, by_name
 
 Array = np.ndarray[Any, Any]
 
@@ -153,7 +153,7 @@ def page_data(report: Report) -> PageData:
 
 def kind(prompt: Prompt, layer: int) -> str:
     """The kind of a layer in two or three letters: its attention, and an asterisk for routing by table."""
-    short = {Attention.SLIDING: "SWA", Attention.CSA: "CSA", Attention.HCA: "HCA"}
+    short = {AttentionKind.SLIDING: "SWA", AttentionKind.CSA: "CSA", AttentionKind.HCA: "HCA"}
     return short[prompt.config.attention[layer]] + ("*" if prompt.config.hash_routed[layer] else "")
 
 
@@ -237,7 +237,7 @@ def _maps(report: Report, detail: Detail) -> list[TokenMap]:
 
 def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
     """Tokens of the longest block that any of the layers compresses, if there are few enough of them to be marked."""
-    kinds = {prompt.config.attention[layer] for layer in layers if layer is not None} - {Attention.SLIDING}
+    kinds = {prompt.config.attention[layer] for layer in layers if layer is not None} - {AttentionKind.SLIDING}
     longest = max((prompt.config.ratio(kind) for kind in kinds), default=None)
     return longest if longest is not None and longest <= prompt.tokens <= BLOCKS * longest else None
 

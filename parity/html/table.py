@@ -11,7 +11,7 @@ from dsv4_convert.parity.html.shades import shade
 from dsv4_convert.parity.html.words import GLYPHS, short
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report import Report, TapResult
-from dsv4_convert.taps import STATE, TAPS
+from dsv4_convert.spec.taps import STATE, TAPS
 
 _ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
 

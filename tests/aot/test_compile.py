@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered, prompts_of
 from dsv4_convert.aot.search import usual_mesh
 from dsv4_convert.cli import app
-from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model.mesh import make_mesh
+from dsv4_convert.spec.config import Config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = CONFIGS / "DeepSeek-V4-Flash.json"

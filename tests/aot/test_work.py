@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4_convert.aot.work import operations
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.spec.config import AttentionKind, Config
 
 RAW = tiny_config(hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4)
 
@@ -44,10 +44,10 @@ def test_attention_is_counted_by_what_is_seen(tokens: int) -> None:
     keys = 0
     for kind in config.attention:
         keys += sum(1 for before in range(tokens) if tokens - 1 - before < config.sliding_window)
-        if kind is not Attention.SLIDING:
+        if kind is not AttentionKind.SLIDING:
             closed = sum(1 for token in range(tokens) if (token + 1) % config.ratio(kind) == 0)
-            keys += min(closed, config.index_topk) if kind is Attention.CSA else closed
-    csa = sum(kind is Attention.CSA for kind in config.attention)
+            keys += min(closed, config.index_topk) if kind is AttentionKind.CSA else closed
+    csa = sum(kind is AttentionKind.CSA for kind in config.attention)
     indexed = csa * (tokens // 4) * 2 * config.index_n_heads * config.index_head_dim
     attended = keys * 4 * config.num_attention_heads * config.head_dim
     first = steps[0] - 4 * config.num_attention_heads * config.head_dim * len(config.attention)

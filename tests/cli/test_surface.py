@@ -27,12 +27,12 @@ from typer.testing import CliRunner
 from dsv4_convert.aot.report import Report as CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
-from dsv4_convert.config import Config
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.inspect import Inspection
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report import Report
+from dsv4_convert.spec.config import Config
 
 from ..checkpoint.hub_server import LoopbackHub
 from .samples import samples
@@ -153,18 +153,18 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does nothing; what it would give is made up, of its type."""
     import dsv4_convert.aot.search
-    import dsv4_convert.generate
     import dsv4_convert.golden.recorder
     import dsv4_convert.golden.tokens
     import dsv4_convert.parity.run
-    import dsv4_convert.restore
-    from dsv4_convert.speculate import Drafts
+    import dsv4_convert.serve.generate
+    import dsv4_convert.weights.restore
+    from dsv4_convert.serve.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]
     monkeypatch.setattr(dsv4_convert.golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
-    monkeypatch.setattr(dsv4_convert.restore, "restore_model", lambda *_, **__: None)
+    monkeypatch.setattr(dsv4_convert.weights.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
-        dsv4_convert.generate,
+        dsv4_convert.serve.generate,
         "Generator",
         lambda *_, **__: type("Fake", (), {"drafts": drafts, "__call__": lambda *_, **__: [[1, 2]]})(),
     )

@@ -161,7 +161,7 @@ def test_progress_without_escape_codes_is_a_line_now_and_then(
 
 
 def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv4_convert import names
+    from dsv4_convert.spec import names
 
     def broken(name: str) -> None:
         secret = "hf_" + "secret"
@@ -178,7 +178,7 @@ def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB on TPU_0")])
 def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from dsv4_convert import names
+    from dsv4_convert.spec import names
 
     def starved(name: str) -> None:
         raise error
@@ -216,9 +216,9 @@ def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str, monk
 
 
 def test_layers_that_a_model_has_not() -> None:
-    from dsv4_convert.config import Config
     from dsv4_convert.golden.synthetic import tiny_config
-    from dsv4_convert.names import check_layers
+    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.names import check_layers
 
     with pytest.raises(UsageError, match="layers 5, 7-8: this model has the layers 0 to 3"):
         check_layers(Config.from_hf(tiny_config()), [1, 5, 7, 8])

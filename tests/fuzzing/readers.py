@@ -24,7 +24,6 @@ import safetensors.numpy
 from dsv4_convert.checkpoint.dtypes import DTYPES as TENSOR_DTYPES
 from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header_by_ranges
 from dsv4_convert.checkpoint.index import is_shard_name, read_weight_map
-from dsv4_convert.config import Config
 from dsv4_convert.convert.sources import Shard, Sources, SourceTensor
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
 from dsv4_convert.golden.archive import Golden, digest
@@ -34,6 +33,7 @@ from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.writer import REQUEST_NAME
 from dsv4_convert.inspect.converted import inspect_conversion
 from dsv4_convert.inspect.recorded import inspect_recording
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
 from dsv4_convert.store.arrays import StoredArray, encoded_metadata

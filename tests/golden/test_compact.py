@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Form, Golden, open_golden
 from dsv4_convert.golden.compact import NUMBERS, Compact
@@ -19,7 +18,8 @@ from dsv4_convert.golden.noise import RUN_DTYPES, Mode
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import Values, by_name
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 140)).astype(np.int32)

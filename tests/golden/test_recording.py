@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
@@ -35,7 +34,8 @@ from dsv4_convert.golden.references.probes import (
     recording,
 )
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.taps import by_name, full_name, taps_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import by_name, full_name, taps_of
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
 

@@ -26,7 +26,7 @@ from dsv4_convert.model import Numerics, attention, indexer, mlp, numerics
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.run import compare_model
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 
 from ..model.test_numerics import RELEASE
 from ..parity.faults.fault import uncompiled

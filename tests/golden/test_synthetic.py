@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Stored, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.synthetic import make_checkpoint, random_architecture, tiny_config, write_checkpoint
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Stored, resolve
 
 
 def _digest(folder: Path) -> str:

@@ -34,7 +34,7 @@ MODULES = (
     "dsv4_convert.cli.progress",
     "dsv4_convert.convert.against",
     "dsv4_convert.convert.to_hf",
-    "dsv4_convert.generate",
+    "dsv4_convert.serve.generate",
     "dsv4_convert.store.orbax_commit",
     "dsv4_convert.store.orbax_processes",
     "dsv4_convert.golden.recorder",

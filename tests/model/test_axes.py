@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import random_architecture, tiny_config
 from dsv4_convert.model import Model
 from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition
-from dsv4_convert.model.segments import segments
-from dsv4_convert.taps import STATE, TAPS
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.taps import STATE, TAPS
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

@@ -9,10 +9,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model, Taps
-from dsv4_convert.taps import by_name
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.taps import by_name
 
 from .weights import random_model
 
@@ -52,7 +52,7 @@ class Small:
 @pytest.fixture(scope="module")
 def small() -> Small:
     model = Small()
-    assert {Attention.SLIDING, Attention.CSA, Attention.HCA} == set(model.config.attention)
+    assert {AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA} == set(model.config.attention)
     assert model.config.sliding_window < TOKENS
     assert max(model.config.csa_ratio, model.config.hca_ratio) < TOKENS
     return model

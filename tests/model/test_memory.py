@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
+from dsv4_convert.spec.config import AttentionKind, Config
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))
 
 
-def _temporaries(kind: Attention, tokens: int, wanted: str | None = None) -> int:
+def _temporaries(kind: AttentionKind, tokens: int, wanted: str | None = None) -> int:
     graph, state = nnx.split(nnx.eval_shape(lambda: Block(CONFIG, kind, hashed=False, with_experts=False)))
 
     def attend(state, streams, positions):
@@ -26,16 +26,16 @@ def _temporaries(kind: Attention, tokens: int, wanted: str | None = None) -> int
     return jax.jit(attend).lower(state, *arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("kind", [Attention.SLIDING, Attention.CSA])
-def test_twice_the_prompt_takes_twice_the_memory(kind: Attention) -> None:
+@pytest.mark.parametrize("kind", [AttentionKind.SLIDING, AttentionKind.CSA])
+def test_twice_the_prompt_takes_twice_the_memory(kind: AttentionKind) -> None:
     short, long = (_temporaries(kind, tokens) for tokens in (4096, 8192))
     assert long / short < 2.1
     # All scores of one of the heads at once would be more than the whole pass takes.
-    keys = 8192 if kind is Attention.SLIDING else 8192 // CONFIG.csa_ratio
+    keys = 8192 if kind is AttentionKind.SLIDING else 8192 // CONFIG.csa_ratio
     assert long < 4 * 8192 * keys
 
 
 def test_recorded_index_scores_are_the_square() -> None:
     """What the test above would see: they are one number per query and entry, where somebody wants them."""
-    short, long = (_temporaries(Attention.CSA, tokens, wanted="attn.indexer.scores") for tokens in (4096, 8192))
+    short, long = (_temporaries(AttentionKind.CSA, tokens, wanted="attn.indexer.scores") for tokens in (4096, 8192))
     assert long / short > 2.5

@@ -14,14 +14,14 @@ import torch
 from flax import nnx
 from safetensors.torch import load_file
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.golden.references.mtp import StageReference
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.mtp import Stage
-from dsv4_convert.published import PublishedWeights
-from dsv4_convert.restore import restore_model
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.restore import restore_model
 
 BATCH = 3
 #: Below the window of 16 tokens, at it, and beyond it by more than as much.
@@ -103,7 +103,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     streams, ids, positions = (
         np.concatenate([part, np.repeat(part[:, -1:], most, axis=1)], axis=1) for part in (streams, ids, positions)
     )
-    cache = empty_layer(setting.config, Attention.SLIDING, BATCH, 0, jnp.float32)
+    cache = empty_layer(setting.config, AttentionKind.SLIDING, BATCH, 0, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
         numbers = (np.full(BATCH, number, np.int32) for number in (start, count, keep))
@@ -159,7 +159,7 @@ def test_another_position_and_another_table_show(setting: Setting) -> None:
     expected = setting.expected(streams, ids, positions)
     _, _, late = setting.run(streams, ids, positions + 1)
     model = nnx.merge(setting.graph, setting.state)
-    model.mtp[0].attn.kind = Attention.CSA
+    model.mtp[0].attn.kind = AttentionKind.CSA
     taps = Taps(lambda _: True)
     model.draft(*map(jnp.asarray, (streams, ids, positions)), taps=taps)
     for found in (late, taps.values):

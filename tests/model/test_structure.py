@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv4_convert.config import Config
 from dsv4_convert.model import Model, Taps
-from dsv4_convert.names import parameters
-from dsv4_convert.taps import full_name, taps_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.taps import full_name, taps_of
 
 from .weights import random_model
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.config import Config
 from dsv4_convert.model import Model
+from dsv4_convert.spec.config import Config
 
 
 def random_model(config: Config) -> tuple[nnx.GraphDef[Model], nnx.State[Any, Any]]:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4_convert.converted import Weights
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity import forward
@@ -21,6 +20,7 @@ from dsv4_convert.parity.report import Report
 from dsv4_convert.parity.run import run
 from dsv4_convert.store import ALONE
 from dsv4_convert.store.orbax_processes import join
+from dsv4_convert.weights.converted import Weights
 
 #: A CSA layer with learned routing, which has every operation but the hash table's. One, because programs take seconds.
 LAYERS = (3,)

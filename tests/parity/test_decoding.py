@@ -29,8 +29,8 @@ from dsv4_convert.parity.comparison import Phase
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report import Report
 from dsv4_convert.parity.run import compare_model
-from dsv4_convert.published import PublishedWeights
-from dsv4_convert.taps import full_name, state_of
+from dsv4_convert.spec.taps import full_name, state_of
+from dsv4_convert.weights.published import PublishedWeights
 
 from .ties import swapped_expert
 

@@ -40,8 +40,8 @@ from dsv4_convert.parity.report import Gate, Grown, Report, Unrecorded
 from dsv4_convert.parity.run import compare_model
 from dsv4_convert.parity.secrets import without_secrets
 from dsv4_convert.parity.tolerances import LIMITS
-from dsv4_convert.published import PublishedWeights
-from dsv4_convert.taps import is_state
+from dsv4_convert.spec.taps import is_state
+from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
 from .synthetic import real

@@ -16,7 +16,7 @@ from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.parity.diff import diff
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.run import compare_model
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.weights.published import PublishedWeights
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (1, 40)).astype(np.int32)
 

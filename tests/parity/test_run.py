@@ -15,21 +15,21 @@ import pytest
 
 from dsv4_convert import restore_model
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import digest, open_golden
 from dsv4_convert.golden.manifest import Manifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Taps
-from dsv4_convert.names import parameters
 from dsv4_convert.parity.comparison import Comparison
 from dsv4_convert.parity.explain import verdict, why
 from dsv4_convert.parity.gate import Request
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.run import compare_model, run
+from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.taps import Values, by_name
 from dsv4_convert.store import open_store
-from dsv4_convert.taps import Values, by_name
+from dsv4_convert.weights.converted import Weights
 
 from .faults.fault import Held
 

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Resolution, Source
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, Taken, row_noise
@@ -37,7 +35,9 @@ from dsv4_convert.golden.references.release.probes import (
     watching_block,
     watching_head,
 )
-from dsv4_convert.names import Dialect
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Resolution, Source
+from dsv4_convert.spec.names import Dialect
 
 Array = np.ndarray[Any, Any]
 #: Tap (name within the layer, or of the model level) -> dtype and shape that it must have.

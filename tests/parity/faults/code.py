@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from dsv4_convert.config import Attention as Kind
-from dsv4_convert.config import Config
 from dsv4_convert.model import attention, block, compressor, hyper_connection, indexer, mlp, numerics, router
 from dsv4_convert.model import model as backbone
 from dsv4_convert.model.indexer import chosen_mask as _chosen_mask
@@ -21,13 +19,14 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
 from dsv4_convert.parity import forward
+from dsv4_convert.spec.config import AttentionKind, Config
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 
 _ROPE = 8  # rotated channels
 _CONFIG = Config.from_hf(MAIN)
-_MAIN_TABLE = frequencies(_CONFIG, Kind.SLIDING)
-_SCALED_TABLE = frequencies(_CONFIG, Kind.CSA)
+_MAIN_TABLE = frequencies(_CONFIG, AttentionKind.SLIDING)
+_SCALED_TABLE = frequencies(_CONFIG, AttentionKind.CSA)
 
 _attend, _choose = attention.attend, indexer.choose
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix

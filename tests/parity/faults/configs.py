@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsv4_convert.config import Config
+from dsv4_convert.spec.config import Config
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 

@@ -17,18 +17,18 @@ import numpy as np
 import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.config import Config
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import mlp
-from dsv4_convert.names import layer_of, parameters
 from dsv4_convert.parity.forward import Forward, Taken
 from dsv4_convert.parity.report import Report
 from dsv4_convert.parity.run import compare_model
-from dsv4_convert.published import PublishedWeights
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import layer_of, parameters
+from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -85,7 +85,7 @@ class Fault:
 
 
 class Held:
-    """All parameters of a small model in memory, as :class:`dsv4_convert.parameters.Parameters`."""
+    """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
 
     def __init__(self, config: Config, arrays: Arrays) -> None:
         self.config = config

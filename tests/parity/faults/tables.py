@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from dsv4_convert import names
-from dsv4_convert.names import Rule
+from dsv4_convert.spec import names
+from dsv4_convert.spec.names import Rule
 
 from .fault import CSA, Fault
 

@@ -1,7 +1,7 @@
 """Does a checkpoint fit the model? Every tensor has exactly one use, every parameter is filled exactly once.
 
 The proof is made from names, dtypes and shapes alone, before any weight is read, with the rows of
-:mod:`dsv4_convert.names`.
+:mod:`dsv4_convert.spec.names`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
-from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.foreign import refuse_foreign
-from dsv4_convert.names import (
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import (
     DSPARK,
     FP4_GROUP,
     FP8_TILE,
@@ -27,6 +26,7 @@ from dsv4_convert.names import (
     parameters,
     stage_of,
 )
+from dsv4_convert.spec.unsupported import refuse_unsupported
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
 _PLAIN_DTYPES = frozenset({"BF16", "F32"})
@@ -110,9 +110,9 @@ def resolve(
     Raises:
         BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
             without weight, all of them in one message; or a model that is not supported
-            (:func:`~dsv4_convert.foreign.refuse_foreign`).
+            (:func:`~dsv4_convert.spec.unsupported.refuse_unsupported`).
     """
-    refuse_foreign({}, stored, where=where)
+    refuse_unsupported({}, stored, where=where)
     resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
     if problems:
         raise BadInput(

@@ -19,7 +19,7 @@ from dsv4_convert import Storage, Weights, restore_model
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.model.axes import partition
 from dsv4_convert.model.mesh import make_mesh, parse_mesh
-from dsv4_convert.model.segments import segments
+from dsv4_convert.spec.segments import segments
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import StoredArray
 from dsv4_convert.store.layout import nested

@@ -19,20 +19,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dsv4_convert import maxtext
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.config import Config
 from dsv4_convert.convert import Layout, Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.names import parameters
+from dsv4_convert.spec import maxtext
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import parameters
 from dsv4_convert.store import open_store, verify
+from dsv4_convert.weights.converted import Weights
 
-DATA = Path(__file__).parent / "data" / "configs"
+DATA = Path(__file__).parents[1] / "data" / "configs"
 FLASH = Config.from_file(DATA / "DeepSeek-V4-Flash.json")
 
 MODEL = {

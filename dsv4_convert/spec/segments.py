@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dsv4_convert.config import Attention, Config
+from dsv4_convert.spec.config import AttentionKind, Config
 
 #: Longest pattern that is looked for.
 _LONGEST = 4
@@ -14,7 +14,7 @@ class Segment(NamedTuple):
     """``repeats`` times the layers of a pattern, from layer ``first`` on; each has a kind and may be hash-routed."""
 
     first: int
-    pattern: tuple[tuple[Attention, bool], ...]
+    pattern: tuple[tuple[AttentionKind, bool], ...]
     repeats: int
 
     def layers(self, place: int) -> range:
@@ -46,7 +46,7 @@ def paths_of(config: Config, key: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(".".join(map(str, ("layers", layer, *rest))) for layer in segments(config)[segment].layers(place))
 
 
-def _run(kinds: tuple[tuple[Attention, bool], ...], first: int, length: int) -> Segment:
+def _run(kinds: tuple[tuple[AttentionKind, bool], ...], first: int, length: int) -> Segment:
     """The run of the pattern of ``length`` layers at ``first``; that layer alone if the pattern does not repeat."""
     pattern = kinds[first : first + length]
     repeats = 1

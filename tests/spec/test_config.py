@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_convert.config import Attention, Config, Yarn
 from dsv4_convert.errors import BadInput
+from dsv4_convert.spec.config import AttentionKind, Config, Yarn
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = "DeepSeek-V4-Flash"
 PUBLISHED = (FLASH, "DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash.initial-commit-20260424",
              "DeepSeek-V4-Pro")  # fmt: skip
@@ -35,13 +35,13 @@ def test_reads_every_published_config(name: str) -> None:
 
 def test_the_schedule_of_flash_and_pro() -> None:
     flash, pro = Config.from_hf(_raw()), Config.from_hf(_raw("DeepSeek-V4-Pro"))
-    assert flash.attention[:4] == (Attention.SLIDING, Attention.SLIDING, Attention.CSA, Attention.HCA)
-    assert [flash.attention.count(kind) for kind in Attention] == [2, 21, 20]
-    assert pro.attention[:3] == (Attention.HCA, Attention.HCA, Attention.CSA)
-    assert [pro.attention.count(kind) for kind in Attention] == [0, 30, 31]
+    assert flash.attention[:4] == (AttentionKind.SLIDING, AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA)
+    assert [flash.attention.count(kind) for kind in AttentionKind] == [2, 21, 20]
+    assert pro.attention[:3] == (AttentionKind.HCA, AttentionKind.HCA, AttentionKind.CSA)
+    assert [pro.attention.count(kind) for kind in AttentionKind] == [0, 30, 31]
     assert (flash.num_mtp_stages, pro.num_mtp_stages) == (1, 1)
     assert list(flash.stage_layers) == [43]
-    assert (flash.kind(43), flash.hashed(43)) == (Attention.SLIDING, False)
+    assert (flash.kind(43), flash.hashed(43)) == (AttentionKind.SLIDING, False)
     # The dated releases have DSpark's three drafts there, which are no such stages.
     assert Config.from_hf(_raw("DeepSeek-V4-Flash-0731")).num_mtp_stages == 0
 

@@ -30,7 +30,7 @@ _FAMILY, _SUPPORTED = "deepseek_v4", "V4-Flash and V4-Pro, their Base variants a
 _SHOWN = 4
 
 
-def refuse_foreign(raw: Mapping[str, Any], tensors: Iterable[str], *, where: str) -> None:
+def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where: str) -> None:
     """Refuse V4.1, vision models and whatever else has their parts, in one message.
 
     Args:

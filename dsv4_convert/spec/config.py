@@ -22,7 +22,7 @@ from dsv4_convert.strict_json import parse_object
 _V = TypeVar("_V")
 
 
-class Attention(StrEnum):
+class AttentionKind(StrEnum):
     """What a layer attends to besides its sliding window (paper section 2.3)."""
 
     SLIDING = "sliding_attention"
@@ -31,7 +31,7 @@ class Attention(StrEnum):
 
 
 #: ``compress_ratios`` of the published files -> kind of attention.
-_KIND_OF_RATIO = {0: Attention.SLIDING, 4: Attention.CSA, 128: Attention.HCA}
+_KIND_OF_RATIO = {0: AttentionKind.SLIDING, 4: AttentionKind.CSA, 128: AttentionKind.HCA}
 
 _HASH, _LEARNED = "hash_moe", "moe"
 
@@ -154,7 +154,7 @@ class Config:
     compress_rope_theta: float
     yarn: Yarn | None
     max_position_embeddings: int
-    attention: tuple[Attention, ...]
+    attention: tuple[AttentionKind, ...]
     hash_routed: tuple[bool, ...]
     csa_ratio: int = 4
     hca_ratio: int = 128
@@ -165,13 +165,13 @@ class Config:
     #: Tile of an FP8 weight that shares one scale, None for an unquantised checkpoint.
     weight_block_size: tuple[int, int] | None = None
 
-    def ratio(self, kind: Attention) -> int:
+    def ratio(self, kind: AttentionKind) -> int:
         """Tokens per compressed entry of a layer of this kind; 0 without a compressor."""
-        return {Attention.SLIDING: 0, Attention.CSA: self.csa_ratio, Attention.HCA: self.hca_ratio}[kind]
+        return {AttentionKind.SLIDING: 0, AttentionKind.CSA: self.csa_ratio, AttentionKind.HCA: self.hca_ratio}[kind]
 
-    def kind(self, layer: int) -> Attention:
+    def kind(self, layer: int) -> AttentionKind:
         """What a layer, or a stage after the backbone, attends to."""
-        return self.attention[layer] if layer < self.num_hidden_layers else Attention.SLIDING
+        return self.attention[layer] if layer < self.num_hidden_layers else AttentionKind.SLIDING
 
     def hashed(self, layer: int) -> bool:
         """Whether a layer, or a stage after the backbone, chooses experts by the token's id."""
@@ -231,7 +231,7 @@ class Config:
             config = cls(
                 **{
                     **data,
-                    "attention": tuple(map(Attention, attention)),
+                    "attention": tuple(map(AttentionKind, attention)),
                     "hash_routed": tuple(data["hash_routed"]),
                     "yarn": None if yarn is None else Yarn(**yarn),
                     "weight_block_size": None if block is None else tuple(block),
@@ -255,7 +255,7 @@ def _ill_typed(stored: Config | Yarn) -> list[str]:
                 good = type(value) is int and (field.name != "num_mtp_stages") <= value < _MAX_SIZE
             case "float":
                 good = type(value) is float and 0 < value < math.inf
-            case "tuple[Attention, ...]":
+            case "tuple[AttentionKind, ...]":
                 good = isinstance(stored, Config) and len(value) == stored.num_hidden_layers
             case "tuple[bool, ...]":
                 same_length = isinstance(stored, Config) and len(value) == stored.num_hidden_layers
@@ -299,8 +299,8 @@ class _Reader:
         values |= {
             "attention": attention,
             "hash_routed": self._hash_routed(layers),
-            "csa_ratio": rates[Attention.CSA],
-            "hca_ratio": rates[Attention.HCA],
+            "csa_ratio": rates[AttentionKind.CSA],
+            "hca_ratio": rates[AttentionKind.HCA],
             "num_mtp_stages": stages,
         }
         values |= self._quantization()
@@ -351,8 +351,8 @@ class _Reader:
             return 1.0
         return float(value)
 
-    def _compress_rates(self) -> dict[Attention, int]:
-        rates = {Attention.CSA: 4, Attention.HCA: 128}
+    def _compress_rates(self) -> dict[AttentionKind, int]:
+        rates = {AttentionKind.CSA: 4, AttentionKind.HCA: 128}
         given = self.left.pop("compress_rates", None)
         if given is None:
             return rates
@@ -369,13 +369,13 @@ class _Reader:
                 rates[kind] = value
         return rates
 
-    def _schedule(self, layers: int, rates: Mapping[Attention, int]) -> tuple[tuple[Attention, ...], int]:
+    def _schedule(self, layers: int, rates: Mapping[AttentionKind, int]) -> tuple[tuple[AttentionKind, ...], int]:
         """Kind of attention per backbone layer, and the number of stages after the backbone."""
         nextn = self.left.pop("num_nextn_predict_layers", 0)
         if isinstance(nextn, bool) or not isinstance(nextn, int) or nextn < 0:
             self._bad(f"num_nextn_predict_layers: expected a count, found {_short(nextn)}")
             nextn = 0
-        spelled: dict[str, tuple[Attention, ...]] = {}
+        spelled: dict[str, tuple[AttentionKind, ...]] = {}
         stages = nextn
         ratios = self.left.pop("compress_ratios", None)
         if ratios is not None:
@@ -384,18 +384,18 @@ class _Reader:
             if kinds is not None:
                 spelled["compress_ratios"] = kinds[:layers]
                 stages = max(nextn, len(kinds) - layers)
-                if any(kind is not Attention.SLIDING for kind in kinds[layers:]):
+                if any(kind is not AttentionKind.SLIDING for kind in kinds[layers:]):
                     self._bad(f"compress_ratios: entries past layer {layers - 1} (mtp) must be 0: {ratios[layers:]}")
         types = self.left.pop("layer_types", None)
         if types is not None:
-            kinds = self._kinds("layer_types", types, {kind.value: kind for kind in Attention}, exactly=layers)
+            kinds = self._kinds("layer_types", types, {kind.value: kind for kind in AttentionKind}, exactly=layers)
             if kinds is not None:
                 spelled["layer_types"] = kinds
         if ratios is None and types is None:
             self._bad("layer schedule: expected compress_ratios or layer_types, found neither")
         if len(set(spelled.values())) > 1:
             self._bad("compress_ratios and layer_types contradict each other")
-        if ratios is not None and (rates[Attention.CSA], rates[Attention.HCA]) != (4, 128):
+        if ratios is not None and (rates[AttentionKind.CSA], rates[AttentionKind.HCA]) != (4, 128):
             self._bad("compress_rates and compress_ratios contradict each other: compress_ratios implies 4 and 128")
         if _DSPARK & self.left.keys():
             stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts

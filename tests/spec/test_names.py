@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4_convert import names
 from dsv4_convert.aot.program import first_layers
-from dsv4_convert.config import Config
-from dsv4_convert.coverage import Stored, resolve
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.names import Dialect, lookup, template
+from dsv4_convert.spec import names
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.coverage import Stored, resolve
+from dsv4_convert.spec.names import Dialect, lookup, template
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.
 RELEASES = {
     "DeepSeek-V4-Flash": ("DeepSeek-V4-Flash", 69_187),

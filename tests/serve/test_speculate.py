@@ -15,20 +15,20 @@ import pytest
 from flax import nnx
 from typer.testing import CliRunner
 
-from dsv4_convert import speculate
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import UsageError
-from dsv4_convert.generate import Generator, Sampling
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model, Taps
 from dsv4_convert.parity.run import run
-from dsv4_convert.restore import restore_model
-from dsv4_convert.speculate import Drafts
+from dsv4_convert.serve import speculate
+from dsv4_convert.serve.generate import Generator, Sampling
+from dsv4_convert.serve.speculate import Drafts
 from dsv4_convert.store import open_store
+from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.restore import restore_model
 
 #: Past the window of 16 and blocks of 4 and 128 while the new tokens come; 1 leaves nothing to read before.
 NEW = 24
@@ -188,7 +188,7 @@ def test_a_conversion_of_an_earlier_version_lacks_its_stage(folders: tuple[Path,
     assert not len(restore_model(weights).mtp)
     with pytest.raises(UsageError, match="an earlier version of dsv4 left it out; convert the source again"):
         restore_model(weights, drafts=True)
-    golden = Path(__file__).parents[1] / "golden" / "data" / "tiny"
+    golden = Path(__file__).parents[2] / "golden" / "data" / "tiny"
     assert run(tmp_path / "old", golden, layers=[1], taps=["attn_norm"]).passed
     assert compare_with_source(open_store(tmp_path / "old"), tmp_path / "hf") == []
     orbax_to_hf(tmp_path / "old", tmp_path / "back")

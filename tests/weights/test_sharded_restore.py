@@ -10,7 +10,7 @@ import pytest
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
-from .processes import end, start, together
+from ..processes import end, start, together
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_leaf_on_eight_devices(converted: Path) -> None:
-    ended = end(start(["-m", "tests.sharded", "every_leaf", str(converted)], devices=8))
+    ended = end(start(["-m", "tests.weights.sharded", "every_leaf", str(converted)], devices=8))
     assert ended.code == 0, ended.err
 
 
 def test_two_processes_read_their_own_ranges(converted: Path) -> None:
-    ended = together(["-m", "tests.sharded", "own_ranges", str(converted / "bfloat16")], 2, devices=2)
+    ended = together(["-m", "tests.weights.sharded", "own_ranges", str(converted / "bfloat16")], 2, devices=2)
     assert [process.code for process in ended] == [0, 0], ended

@@ -12,19 +12,19 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_table, read_weight
-from dsv4_convert.coverage import Leaf, resolve
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
-from dsv4_convert.names import Kind, Transform, check_layers
-from dsv4_convert.parameters import assembled, grouped
+from dsv4_convert.spec.coverage import Leaf, resolve
+from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.weights.parameters import assembled, grouped
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
 
 
 class PublishedWeights:
-    """Reads what :class:`dsv4_convert.converted.Weights` reads, value for value, from the published shards."""
+    """Reads what :class:`dsv4_convert.weights.converted.Weights` reads, value for value, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
         """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.

@@ -18,8 +18,8 @@ import fnmatch
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.spec.config import AttentionKind, Config
 
 
 class Values(StrEnum):
@@ -49,9 +49,9 @@ class Where(StrEnum):
             case Where.LAYER:
                 return True
             case Where.COMPRESSED:
-                return config.attention[layer] is not Attention.SLIDING
+                return config.attention[layer] is not AttentionKind.SLIDING
             case Where.CSA:
-                return config.attention[layer] is Attention.CSA
+                return config.attention[layer] is AttentionKind.CSA
             case Where.LEARNED:
                 return not config.hash_routed[layer]
             case _:

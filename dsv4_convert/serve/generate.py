@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
-from dsv4_convert.speculate import PASS, Drafts, Seen, read, verify
+from dsv4_convert.serve.speculate import PASS, Drafts, Seen, read, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -62,7 +62,7 @@ class Generator:
     def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype`` is that of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.speculate`). The tokens are those
+        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). The tokens are those
         without, except where rounding decides between two: a pass has another shape.
 
         Raises:

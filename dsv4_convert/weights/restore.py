@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_convert import names
-from dsv4_convert.config import Config
-from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.parameters import FLOAT32, Array, Parameters, Whole, dtype_of
+from dsv4_convert.spec import names
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.parameters import FLOAT32, Array, Parameters, Whole, dtype_of
 
 if TYPE_CHECKING:
     import jax
@@ -129,7 +129,7 @@ class _Variable:
 
     @classmethod
     def of(cls, key: tuple[Any, ...], variable: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> _Variable:
-        from dsv4_convert.model.segments import paths_of
+        from dsv4_convert.spec.segments import paths_of
 
         paths = tuple(prefix + path for path in paths_of(config, key))
         stacked = key[:2] == ("layers", "segments")

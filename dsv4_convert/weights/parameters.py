@@ -1,7 +1,7 @@
 """Where a model's parameters come from, one at a time, and what every origin shares.
 
-Two things give them: a converted checkpoint (:mod:`dsv4_convert.converted`), and the published shards
-(:mod:`dsv4_convert.published`).
+Two things give them: a converted checkpoint (:mod:`dsv4_convert.weights.converted`), and the published shards
+(:mod:`dsv4_convert.weights.published`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsv4_convert import names
-from dsv4_convert.config import Config
 from dsv4_convert.formats.weight import StoredMatrix, decode_weight
+from dsv4_convert.spec import names
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region
 
 Array = np.ndarray[Any, Any]

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.model import Cache, Model, Numerics, Taps
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.spec.config import AttentionKind, Config
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Shaped
@@ -50,7 +50,7 @@ class Seen:
         """Room for ``capacity`` tokens of each prompt."""
         return cls(
             Cache.empty(config, batch, capacity, dtype=dtype, numerics=numerics),
-            empty_layer(config, Attention.SLIDING, batch, capacity, dtype),
+            empty_layer(config, AttentionKind.SLIDING, batch, capacity, dtype),
         )
 
 

@@ -1,6 +1,6 @@
 """The parameter tree of MaxText's DeepSeek-V4, as a second reading of the names table.
 
-Every row says where a parameter of :mod:`dsv4_convert.names` stands in MaxText, and in which shape. Most matrices have
+Every row says where a parameter of :mod:`dsv4_convert.spec.names` stands in MaxText, and in which shape. Most matrices have
 the orientation that they have here (``[in, out]``, experts stacked), so a row is a renaming and a reshape; the
 parameters of a hyper-connection are turned and cut into three. Read from MaxText at :data:`COMMIT`:
 ``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,nnx_decoders,nnx_scan,normalizations}.py`` for names and
@@ -29,9 +29,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import UsageError
-from dsv4_convert.names import RULES, Rule, sizes
+from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.names import RULES, Rule, sizes
 
 #: What this table was read from: https://github.com/AI-Hypercomputer/maxtext, 2026-08-22.
 COMMIT = "e591f30cbbf217ed67ef71263ec0538239f9c3b8"
@@ -48,9 +48,9 @@ class Row:
     """One parameter of MaxText.
 
     Attributes:
-        path: of ours, as in :data:`dsv4_convert.names.RULES`; None for a constant one.
+        path: of ours, as in :data:`dsv4_convert.spec.names.RULES`; None for a constant one.
         target: dotted path in the tree, below the layer for a parameter of a layer.
-        shape: symbols of :func:`dsv4_convert.names.sizes`, of one layer.
+        shape: symbols of :func:`dsv4_convert.spec.names.sizes`, of one layer.
         weight: an ``nnx.Param``.
         rows: of the published tensor, as symbols of first and last; None for all.
         turned: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
@@ -133,7 +133,7 @@ LAYER: tuple[Row, ...] = (
     Row("ffn.shared_experts.w3", "mlp.shared_experts.wi_1.kernel", "D I"),
 )
 
-_COMPRESSOR = {Attention.CSA: "csa_compressor", Attention.HCA: "hca_compressor", Attention.SLIDING: ""}
+_COMPRESSOR = {AttentionKind.CSA: "csa_compressor", AttentionKind.HCA: "hca_compressor", AttentionKind.SLIDING: ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _prefix(config: Config) -> int:
     """How many layers stand alone before the scanned ones. Raises :class:`UsageError` where MaxText cannot scan."""
     hashed = sum(config.hash_routed)
     rest = config.attention[hashed:]
-    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
+    alternating = all(kind is (AttentionKind.CSA if at % 2 else AttentionKind.HCA) for at, kind in enumerate(rest))
     if not rest or len(rest) % 2 or not alternating or not all(config.hash_routed[:hashed]):
         raise UsageError(
             "MaxText scans pairs of an HCA and a CSA layer behind the hash-routed ones; this model's layers do not "

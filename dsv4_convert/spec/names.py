@@ -3,7 +3,7 @@
 One :class:`Rule` per parameter. A name is looked up by its *template*: the name with every purely numeric component
 replaced by ``{}``, so ``layers.12.ffn.experts.7.w1.weight`` is found under ``layers.{}.ffn.experts.{}.w1.weight`` with
 the numbers (12, 7). A lookup is exact, never a prefix match, so no rule can swallow a neighbour. The same rows are read
-in both directions; :mod:`dsv4_convert.coverage` proves with them that a checkpoint and the model cover each other.
+in both directions; :mod:`dsv4_convert.spec.coverage` proves with them that a checkpoint and the model cover each other.
 
 Dialects (``Dialect``):
 
@@ -25,8 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from dsv4_convert.config import Attention, Config
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.units import ranges
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
@@ -93,9 +93,9 @@ class When(StrEnum):
             case When.ALWAYS:
                 return True
             case When.COMPRESSED:
-                return config.kind(layer) is not Attention.SLIDING
+                return config.kind(layer) is not AttentionKind.SLIDING
             case When.CSA:
-                return config.kind(layer) is Attention.CSA
+                return config.kind(layer) is AttentionKind.CSA
             case When.HASH:
                 return config.hashed(layer)
             case When.LEARNED:
@@ -181,8 +181,8 @@ class Rule:
 
 def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
-    kind = config.kind(layer) if layer is not None else Attention.SLIDING
-    overlap = 2 if kind is Attention.CSA else 1
+    kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
+    overlap = 2 if kind is AttentionKind.CSA else 1
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
