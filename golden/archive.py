@@ -164,7 +164,9 @@ class Golden:
         return tuple(entry.sha256 for entry in entries if entry is not None)
 
     def noise(self, name: str, dtype: str, mode: Mode) -> Array:
-        """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row (:mod:`dsv4_convert.golden.noise`).
+        """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row.
+
+        :mod:`dsv4_convert.golden.noise` says how it is measured.
 
         Raises:
             UsageError: the noise of this dtype was not measured, or the tap is none of real numbers.

@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 #: The release of transformers that the probes are written for.
 _TRANSFORMERS = "5.23"
-_INSTALL = "pip install 'dsv4[reference]'"
+_INSTALL = "pip install 'dsv4-convert[reference]'"
 #: Called with what is done next, in words.
 Progress = Callable[[str], None]
 
@@ -70,8 +70,8 @@ def record(
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
-        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`); each runs every layer twice more. None: all
-            that the reference has.
+        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`); each runs every layer twice
+            more. None: all that the reference has.
         first_position: of the first token in the rotary tables; checks far positions without the tokens before.
         decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
         compact: what to keep of every tap (:mod:`dsv4_convert.golden.compact`); None for all of it.

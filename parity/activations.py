@@ -47,7 +47,9 @@ def compare_activations(
     dtype: str | None = None,
     name: str = "activations",
 ) -> Report:
-    """Compare arrays of another implementation with a golden, tap by tap, as :func:`dsv4_convert.parity.run.run` compares ours.
+    """Compare arrays of another implementation with a golden, tap by tap.
+
+    The limits are those of :func:`dsv4_convert.parity.run.run`, which compares our own.
 
     Args:
         activations: by tap name, full (``layers.3.attn.q_rope``, ``logits``) or, with ``layer``, within it

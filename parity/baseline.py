@@ -15,8 +15,8 @@
     }
 
 One line per tap, sorted, every number rounded up to three digits: a second run on the same machine writes the same
-bytes. How far a number may move before it is a growth is in :data:`dsv4_convert.parity.tolerances.BANDS`. What a run is compared
-with, and what becomes of it, is in :mod:`dsv4_convert.parity.gate`.
+bytes. :data:`dsv4_convert.parity.tolerances.BANDS` says how far a number may move before it is a growth.
+:mod:`dsv4_convert.parity.gate` compares a run with it.
 """
 
 from __future__ import annotations

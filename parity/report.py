@@ -1,4 +1,7 @@
-"""The outcome of a parity run, as data. Words are in :mod:`dsv4_convert.parity.explain`, tables in :mod:`dsv4_convert.parity.render`."""
+"""The outcome of a parity run, as data.
+
+Words are in :mod:`dsv4_convert.parity.explain`, tables in :mod:`dsv4_convert.parity.render`.
+"""
 
 from __future__ import annotations
 

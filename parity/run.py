@@ -423,7 +423,8 @@ def _same_architecture(ours: Config, theirs: Config, golden: Path | str) -> None
 
 def _platform(dtype: str, precision: Precision) -> dict[str, Any]:
     device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in ("dsv4", "jax", "jaxlib", "flax")}
+    packages = {"dsv4": "dsv4-convert", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
     return {
         "backend": jax.default_backend(),
         "device": device.device_kind,

@@ -28,7 +28,8 @@ _DOWNLOADING = "download, convert, inspect"
 _LOAD = """
 import json, os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-import dsv4_convert.convert, dsv4_convert.weights.published, dsv4_convert.weights.restore, golden.archive, jax
+import dsv4_convert.convert, dsv4_convert.golden.archive, dsv4_convert.weights.published, dsv4_convert.weights.restore
+import jax
 found = jax.devices()
 print(json.dumps([jax.default_backend(), len(found), found[0].device_kind]))
 """

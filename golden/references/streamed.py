@@ -99,7 +99,8 @@ class _Part:
 class StreamedModel:
     """The reference for one prompt. Streams go in and out as ``[B, S, N, D]``, one array for every dtype that runs.
 
-    The golden is the run in float32. Every dtype of ``noise`` adds two runs of each layer (:mod:`dsv4_convert.golden.noise`).
+    The golden is the run in float32. Every dtype of ``noise`` adds two runs of each layer
+    (:mod:`dsv4_convert.golden.noise`).
     """
 
     def __init__(

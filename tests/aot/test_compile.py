@@ -41,7 +41,7 @@ def test_without_its_compiler_the_command_says_what_to_install(monkeypatch: pyte
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     done = CliRunner().invoke(app, ["compile", "--config", str(FLASH), "--topology", "v5p-8"])
     assert done.exit_code == ResourceError.exit_code
-    assert "pip install 'dsv4[tpu]'" in done.output
+    assert "pip install 'dsv4-convert[tpu]'" in done.output
     assert "Traceback" not in done.output
 
 

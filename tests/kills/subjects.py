@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.unfinished import folder_of
 from tests.kills.runs import Zygote, digests

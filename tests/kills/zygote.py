@@ -6,6 +6,7 @@ killed. Requests are lines of JSON on stdin, answers on stdout; :mod:`tests.kill
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -36,18 +37,18 @@ MODULES = (
     "dsv4_convert.serve.generate",
     "dsv4_convert.store.orbax_commit",
     "dsv4_convert.store.orbax_processes",
-    "golden.recorder",
-    "golden.shrink",
-    "golden.tokens",
+    "dsv4_convert.golden.recorder",
+    "dsv4_convert.golden.shrink",
+    "dsv4_convert.golden.tokens",
     "orbax.checkpoint",
-    "parity.explain",
-    "parity.run",
+    "dsv4_convert.parity.explain",
+    "dsv4_convert.parity.run",
     "rich.console",
     "rich.progress",
     "safetensors.numpy",
     "tensorstore",
 )
-REFERENCE = ("torch", "transformers", "golden.references.streamed", "transformers.models.deepseek_v4")
+REFERENCE = ("torch", "transformers", "dsv4_convert.golden.references.streamed", "transformers.models.deepseek_v4")
 
 
 def _prepare(settings: dict[str, Any]) -> None:
@@ -71,7 +72,6 @@ def _prepare(settings: dict[str, Any]) -> None:
 def _build_commands() -> None:
     """Let typer make its commands, and import what it does for that, here and once: it is most of a small run."""
     import contextlib
-    import functools
     import io
 
     import typer.main
@@ -87,8 +87,11 @@ def _build_commands() -> None:
 
 def _command(arguments: list[str]) -> int:
     """Run a command as the ``dsv4`` script does; the exit code that it ends with."""
-    from dsv4_convert.cli import main
+    from dsv4_convert.cli import interrupt, main
 
+    # What is left behind can only be seen before the process ends, so an interrupted command has to end in order.
+    interrupt.leave = functools.partial(sys.exit, interrupt.INTERRUPTED)
+    interrupt.GRACE = 60.0
     sys.argv = ["dsv4", *arguments]
     try:
         main()

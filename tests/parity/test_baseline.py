@@ -278,7 +278,7 @@ def test_what_could_not_be_recorded_is_refused_before_the_run(tiny: Path, golden
     (tmp_path / "file").write_text("")
     wanted = Request(path=tmp_path / "deep" / "b.json", update=True)
     absent = dataclasses.replace(wanted, path=tmp_path / "file" / "b.json")
-    with patch("parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
         with pytest.raises(ResourceError, match=r"b\.json: the baseline cannot be written \(.*file is no folder\)"):
             run_parity(None, golden, source=tiny, baseline=absent)
         with (

@@ -383,7 +383,7 @@ def test_the_command_writes_it(tiny: Path, golden: Path, tmp_path: Path) -> None
     text = target.read_text(encoding="utf-8")
     assert _embedded(text)["report"]["sentence"].startswith("PASS")
     assert "tokens</dt><dd>300" in text
-    with patch("parity.run.run", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.run", side_effect=AssertionError("it is refused before the run")):
         for place in (tmp_path / "nowhere" / "x.html", tmp_path):
             refused = CliRunner().invoke(app, [*arguments, "--report", str(place)])
             assert refused.exit_code == 2
