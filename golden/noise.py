@@ -81,7 +81,7 @@ def row_noise(run: Array, golden: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
+class RecordedTaps:
     """The taps of one layer, or of the model level, by name within it, and the noise of those of real numbers."""
 
     taps: Mapping[str, Array]

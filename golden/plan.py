@@ -22,7 +22,7 @@ _BASE_BYTES = 520 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class RecordingPlan:
     """Sizes of one recording, in bytes.
 
     Attributes:
@@ -50,7 +50,7 @@ def plan(
     tokens: int,
     decode: int = 0,
     passes: int = 1,
-) -> Plan:
+) -> RecordingPlan:
     """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens, the last ``decode`` one by one.
 
     The weights are read ``passes`` times.
@@ -68,7 +68,7 @@ def plan(
     # In float64 weights and attention take twice the memory, and so does what is compared with the golden's taps.
     wide = 2 if "float32" in noise else 1
     working = max(wide * (weights[layer] + batch * _attention(config, layer, tokens) + taps[layer]) for layer in ran)
-    return Plan(
+    return RecordingPlan(
         bytes_read=passes * sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
         bytes_written=sum(
             array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)

@@ -19,9 +19,9 @@ from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
-from dsv4_convert.golden.manifest import Reference, Request, Source
+from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference
 from dsv4_convert.golden.noise import RUN_DTYPES
-from dsv4_convert.golden.plan import Plan, check_space, plan
+from dsv4_convert.golden.plan import RecordingPlan, check_space, plan
 from dsv4_convert.golden.tokens import check_tokens
 from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_writer
 from dsv4_convert.names import check_layers
@@ -54,7 +54,7 @@ def record(
     release_code: Path | None = None,
     name: str | None = None,
     revision: str | None = None,
-    announce: Callable[[Plan], None] = lambda _: None,
+    announce: Callable[[RecordingPlan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
     """Run a reference over ``tokens`` and keep its activations, and how far rounding moves them.
@@ -128,7 +128,7 @@ def record(
         if greedy:
             ids = model.choose_tokens(progress)
         progress("hashing the source")
-        request = Request(
+        request = RecordingRequest(
             reference=reference.described,
             source=_source(checkpoint, resolution, name, revision),
             config=config,
@@ -188,11 +188,11 @@ def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
     return resolve(stored_forms(checkpoint.tensors), config, layers=range(last + 1), where=str(checkpoint.root))
 
 
-def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> Source:
+def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> RecordedSource:
     """What was recorded from: the hash of every shard that holds a tensor of the layers that run."""
     used = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     shards = sorted({checkpoint.tensors[name].file for name in used if name is not None})
-    return Source(
+    return RecordedSource(
         name=name or checkpoint.root.resolve().name,
         revision=revision or checkpoint.revision,
         files={shard.name: checkpoint.file_sha256(shard) for shard in shards},
@@ -210,14 +210,16 @@ def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, 
     return tuple(dtype for dtype in possible if dtype in names)
 
 
-def _run(model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
+def _run(
+    model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: RecordingRequest, progress: Progress
+) -> None:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     batch, tokens = request.token_array.shape
     expected: dict[int | None, dict[str, Any]] = {}
-    for _, tap, layer in expected_taps(config, wanted, decode=request.decode):
-        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens, decode=request.decode)
-        expected.setdefault(layer, {})[tap.name] = (DTYPES[tap.values], shape)
+    for key in expected_taps(config, wanted, decode=request.decode):
+        shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
+        expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
     progress("embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)

@@ -74,7 +74,7 @@ def parity(
         Path | None,
         typer.Option(help="The published checkpoint: the weights of wrong operations are compared with its tensors."),
     ] = None,
-    require_reach: Annotated[
+    require_coverage: Annotated[
         bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
     ] = False,
     baseline: Annotated[
@@ -152,12 +152,12 @@ def parity(
     from dsv4_convert.golden.noise import MODES, Mode
     from dsv4_convert.golden.tokens import token_decoder
     from dsv4_convert.parity.comparison import Phase
-    from dsv4_convert.parity.gate import request
-    from dsv4_convert.parity.run import run
+    from dsv4_convert.parity.gate import baseline_request
+    from dsv4_convert.parity.run import ParityOptions, run_parity
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
     outputs = Outputs(json=json, junit=junit, github=github, page=page)
-    gate = request(baseline, update=update_baseline, reason=reason)
+    gate = baseline_request(baseline, update=update_baseline, reason=reason)
     processes = join_processes(coordinator, num_processes, process_id)
     with processes.together():
         check_platform(platform)
@@ -167,23 +167,26 @@ def parity(
             outputs.check()
         decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
-            report = run(
-                checkpoint,
-                golden,
-                source=source,
+            options = ParityOptions(
                 layers=layers,
                 taps=taps or (),
                 modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
                 phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
                 dtype=dtype,
-                against=against,
-                require_reach=require_reach,
-                mesh=mesh,
-                processes=processes,
                 precision=bits,
-                baseline=gate,
-                progress=lambda at: say("model level" if at is None else f"layer {at}"),
+                mesh=mesh,
+                require_coverage=require_coverage,
                 detail=processes.first and page is not None,
+            )
+            report = run_parity(
+                checkpoint,
+                golden,
+                options,
+                source=source,
+                against=against,
+                baseline=gate,
+                processes=processes,
+                progress=lambda at: say("model level" if at is None else f"layer {at}"),
             )
         with processes.step("report"):
             if processes.first:

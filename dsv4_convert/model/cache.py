@@ -139,6 +139,7 @@ def empty_layer(
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past(Generic[_T]):
     """What a call goes on from: a cache, the tokens ``before`` it, and how many of its own ``count``; both ``[B]``.

@@ -24,7 +24,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv4_convert.aot.report import Report as CompileReport
+from dsv4_convert.aot.report import ParityReport as CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
 from dsv4_convert.config import Config
@@ -32,7 +32,7 @@ from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.inspect import Inspection
 from dsv4_convert.parity.detail import Detail
-from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.report.data import ParityReport
 
 from ..checkpoint.hub_server import LoopbackHub
 from .samples import samples
@@ -170,7 +170,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(golden.tokens, "tokenizer_file", lambda path: path)
     monkeypatch.setattr(golden.tokens, "text_decoder", lambda file: str)
-    monkeypatch.setattr(parity.run._Run, "forward", lambda self, needed: None)
+    monkeypatch.setattr(parity.run.ParityRun, "_run_all", lambda self: None)
     monkeypatch.setattr(dsv4_convert.aot.search, "compile_model", lambda *_, **__: samples(CompileReport, SLICE)[0])
     done = SimpleNamespace(returncode=0, stdout='["cpu", 1, "cpu"]\n')
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
@@ -180,7 +180,7 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
     config = Path(__file__).parents[1] / "data" / "configs" / "DeepSeek-V4-Flash.json"
     orbax = tmp_path / "orbax"
     hub.add(REPO, COMMIT, {file.name: file.read_bytes() for file in hf.iterdir()})
-    report = samples(Report, {Detail: None})  # which is not in the JSON
+    report = samples(ParityReport, {Detail: None})  # which is not in the JSON
     whole = [dataclasses.replace(one, checkpoint={}, golden={}, platform={}).to_json("sentence") for one in report]
     damaged = tmp_path / "damaged"
 

@@ -26,7 +26,7 @@ from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, Source
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.golden.manifest import Reference
-from dsv4_convert.golden.noise import MODES, Mode, Taken, row_noise
+from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.release.code import Code, complaint
 from dsv4_convert.golden.references.release.kernels import exact_sums
 from dsv4_convert.golden.references.release.probes import (
@@ -105,7 +105,7 @@ class ReleasedModel:
                 float_scales=any(stored[name].dtype == "F32" for name in scales),
             )
 
-    def embed(self) -> Taken:
+    def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
         (source,) = self._leaves["embed"].sources
         used, places = np.unique(self._ids.numpy(), return_inverse=True)
@@ -113,14 +113,14 @@ class ReleasedModel:
         self._checkpoint.release(source.weight)
         embedded = _array(rows[torch.from_numpy(places.reshape(self._ids.shape))])
         none = np.zeros((1, len(MODES), 2, *embedded.shape[:2]), np.float32)
-        return Taken({"embed": embedded}, {"embed": none} if self._noise else {})
+        return RecordedTaps({"embed": embedded}, {"embed": none} if self._noise else {})
 
-    def spread(self, embedded: Taken) -> State:
+    def spread(self, embedded: RecordedTaps) -> State:
         """The streams entering layer 0: the embedding in each of them."""
         streams = np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2)
         return {_GOLDEN: streams} | ({_NOISE: streams} if self._noise else {})
 
-    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, Taken]:
+    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
         with self._code.active():
             block = self._block(layer)
@@ -134,7 +134,7 @@ class ReleasedModel:
 
             return self._run(forward, watching, state, expected)
 
-    def run_head(self, state: State, expected: Expected) -> Taken:
+    def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
         with self._code.active():
             head, norm, collapse = self._head()
@@ -161,19 +161,19 @@ class ReleasedModel:
         expected: Expected,
         *,
         of_visits: bool = False,
-    ) -> tuple[State, Taken]:
+    ) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         run = partial(_observed, self._code, forward, watching, expected, of_visits=of_visits)
         entering = _tensor(state[_GOLDEN])
         leaving, taps = run(entering)
         if not self._noise:
-            return {_GOLDEN: _array(leaving)}, Taken(taps, {})
+            return {_GOLDEN: _array(leaving)}, RecordedTaps(taps, {})
         noise: dict[Mode, dict[str, Array]] = {}
         with exact_sums(), exact_functions():
             _, noise[Mode.ISOLATED] = run(entering, golden=taps, feed=True)
             apart, noise[Mode.CUMULATIVE] = run(_tensor(state[_NOISE]), golden=taps)
         stacked = {name: np.array([[noise[mode][name] for mode in MODES]]) for name in noise[Mode.ISOLATED]}
-        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, Taken(taps, stacked)
+        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, RecordedTaps(taps, stacked)
 
     def _block(self, layer: int) -> Any:
         """The code's block of a layer with its weights; of the experts each while it runs."""

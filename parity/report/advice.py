@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Descent, Report
+from dsv4_convert.parity.report.data import Localization, ParityReport
 
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
@@ -14,7 +14,7 @@ _MORE_TOKENS = (
 )
 
 
-def next_steps(report: Report) -> list[str]:
+def next_steps(report: ParityReport) -> list[str]:
     """The next steps, the most useful one first; never none."""
     if report.first_diverging is not None:
         return list(_after_failure(report))
@@ -28,34 +28,34 @@ def next_steps(report: Report) -> list[str]:
     return list(_after_success(report)) or ["Nothing: every layer, the logits and every expert were compared."]
 
 
-def _after_failure(report: Report) -> Iterator[str]:
+def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
     yield from _precisely(report)
-    wrong = [descent for descent in report.descents if descent.wrong]
-    for descent in wrong[:1]:
-        yield from _after_descent(descent)
+    wrong = [found for found in report.localizations if found.wrong]
+    for found in wrong[:1]:
+        yield from _after_localization(found)
     if not wrong and Mode.ISOLATED in report.modes:
         yield (
             "No operation is wrong by itself, so errors add up: look at which operations of the layer amplify them, "
             "and whether weights and activations have the dtype that they should have."
         )
-    if report.modes == (Mode.CUMULATIVE,) and all(descent.fed for descent in report.descents):
+    if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
         yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
-    if any(not descent.fed for descent in report.descents):
+    if any(not found.teacher_forced for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after mending it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
         yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
 
 
-def _precisely(report: Report) -> Iterator[str]:
+def _precisely(report: ParityReport) -> Iterator[str]:
     if report.platform.get("precision", "highest") != "highest":
         yield "Repeat with `--precision highest`: the limits are those of float32 products with all their bits."
 
 
-def _after_objections(report: Report) -> Iterator[str]:
+def _after_objections(report: ParityReport) -> Iterator[str]:
     """Everything is within tolerance, but not reached, or not as its baseline has it."""
-    if not report.reached:
+    if not report.covered:
         yield _MORE_TOKENS
     gate = report.gate
     if gate is None or gate.passed:
@@ -78,23 +78,23 @@ def _after_objections(report: Report) -> Iterator[str]:
         yield f"Record what has no record, and commit it: `--baseline {gate.path} --update-baseline`.{where}"
 
 
-def _after_descent(descent: Descent) -> Iterator[str]:
-    names = ", ".join(result.name for result in descent.wrong[:3])
-    if descent.damaged:
+def _after_localization(found: Localization) -> Iterator[str]:
+    names = ", ".join(result.name for result in found.wrong[:3])
+    if found.damaged:
         yield "Stored bytes changed after the conversion: `dsv4 verify` lists them. Convert again."
-    if descent.differing:
+    if found.differing:
         yield (
             f"Convert again with this version of dsv4. If the weight differs again, `dsv4 names "
-            f"{descent.differing[0].path}` shows the rule that made it."
+            f"{found.differing[0].path}` shows the rule that made it."
         )
-    elif descent.weights and descent.differing is None:
+    elif found.weights and found.differing is None:
         yield "Repeat with `--against SOURCE`, the published checkpoint: it compares the weights that are used there."
     else:
         yield f"Read the code of {names}, and the numbers of the configuration that it uses."
 
 
-def _after_success(report: Report) -> Iterator[str]:
-    if report.unreached:
+def _after_success(report: ParityReport) -> Iterator[str]:
+    if report.uncovered:
         yield _MORE_TOKENS
     if report.logits is None:
         yield "Compare everything, logits included: leave out `--layer` and `--taps`."

@@ -15,17 +15,17 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.advice import next_steps
-from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
-from dsv4_convert.parity.html import figures
-from dsv4_convert.parity.html.data import PageData, page_data
-from dsv4_convert.parity.html.shades import SHADES
-from dsv4_convert.parity.html.table import tables
-from dsv4_convert.parity.html.words import GLYPHS, broken, coded, flat, short
 from dsv4_convert.parity.logits import TOP
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, plain
-from dsv4_convert.parity.secrets import without_secrets
+from dsv4_convert.parity.report.advice import next_steps
+from dsv4_convert.parity.report.data import ParityReport, plain
+from dsv4_convert.parity.report.html import figures
+from dsv4_convert.parity.report.html.data import PageData, page_data
+from dsv4_convert.parity.report.html.shades import SHADES
+from dsv4_convert.parity.report.html.table import tables
+from dsv4_convert.parity.report.html.words import GLYPHS, broken, coded, flat, short
+from dsv4_convert.parity.report.secrets import without_secrets
+from dsv4_convert.parity.report.words import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60
@@ -50,7 +50,7 @@ class Run:
         return cls(command=shlex.join(["dsv4", *sys.argv[1:]]), date=datetime.datetime.now().astimezone())
 
 
-def page(report: Report, run: Run, decode: Decode = str) -> str:
+def page(report: ParityReport, run: Run, decode: Decode = str) -> str:
     """The report as one HTML document; the same bytes for the same arguments.
 
     Without ``report.detail`` the figures that need it are left out, and the page says so.
@@ -75,7 +75,7 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         "command": without_secrets(run.command),
         "date": run.date.isoformat(timespec="seconds"),
         "report": report.to_json(verdict(report)),
-        "figures": plain(dataclasses.asdict(_lean(data))),
+        "figures": plain(_lean(data)),
     }
     headline, _, rest = verdict(report).partition(": ")[2].partition(". ")
     return environment.get_template("page.html.j2").render(
@@ -96,11 +96,11 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         drawn=_drawn(data),
         tables=tables(report),
         reasons=[why(item.result, report) for item in data.failing],
-        findings=[(descent, list(operation(descent))) for descent in report.descents if descent.wrong],
+        findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
         clean=_clean(report),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
         baseline=_baseline(report),
-        missed=[missed(layer) for layer in report.unreached],
+        missed=[missed(layer) for layer in report.uncovered],
         worst=_worst(report, decode),
         provenance=_provenance(report, run),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
@@ -136,7 +136,7 @@ def _drawn(data: PageData) -> dict[str, Any]:
     }
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def _facts(report: ParityReport) -> list[tuple[str, str]]:
     """The run in a few numbers."""
     measured = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
     order = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
@@ -165,7 +165,7 @@ def _layers(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _worst(report: Report, decode: Decode) -> list[dict[str, Any]]:
+def _worst(report: ParityReport, decode: Decode) -> list[dict[str, Any]]:
     """The positions whose next token is farthest off, readable."""
     if report.logits is None:
         return []
@@ -183,7 +183,7 @@ def _worst(report: Report, decode: Decode) -> list[dict[str, Any]]:
     ]
 
 
-def _baseline(report: Report) -> dict[str, Any] | None:
+def _baseline(report: ParityReport) -> dict[str, Any] | None:
     """What the baseline says, what has grown beyond it, and the taps that only one side has."""
     gate = report.gate
     if gate is None:
@@ -200,15 +200,15 @@ def _baseline(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _clean(report: Report) -> str:
+def _clean(report: ParityReport) -> str:
     """The layers that ran again without any operation being wrong by itself."""
-    clean = [descent.layer for descent in report.descents if not descent.wrong]
+    clean = [found.layer for found in report.localizations if not found.wrong]
     layers = tuple(layer for layer in clean if layer is not None)
     parts = [f"layer{'s' if len(layers) > 1 else ''} {_layers(layers)}"] if layers else []
     return " and ".join([*parts, *(["the model level"] if None in clean else [])])
 
 
-def _provenance(report: Report, run: Run) -> list[tuple[str, list[tuple[str, str]], bool]]:
+def _provenance(report: ParityReport, run: Run) -> list[tuple[str, list[tuple[str, str]], bool]]:
     """Groups of lines, and whether they are folded: the files of a checkpoint can be many."""
     run_lines = [
         ("command", without_secrets(run.command)),

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth, growth_numbers, verdict, why
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.report.data import ParityReport, TapResult
+from dsv4_convert.parity.report.words import growth, growth_numbers, verdict, why
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9
@@ -21,7 +21,7 @@ _ROWS = 20
 _MARK = {Verdict.FAIL: "❌", Verdict.TIE: "≈", Verdict.PASS: "✅", Verdict.EMPTY: "∅"}
 
 
-def commands(report: Report) -> Iterator[str]:
+def commands(report: ParityReport) -> Iterator[str]:
     """One line each: the verdict, and the first taps that fail."""
     kind = "notice" if report.passed else "error"
     yield command(kind, "dsv4 parity", verdict(report))
@@ -35,7 +35,7 @@ def commands(report: Report) -> Iterator[str]:
         yield command("error", title, message)
 
 
-def summary(report: Report) -> str:
+def summary(report: ParityReport) -> str:
     """What ``$GITHUB_STEP_SUMMARY`` gets."""
     lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(verdict(report))}", ""]
     for mode in report.modes:
@@ -57,7 +57,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _layers(report: Report, mode: Mode) -> Iterator[str]:
+def _layers(report: ParityReport, mode: Mode) -> Iterator[str]:
     yield from _header(("layer", "taps", "fail", "ties", "worst tap", "noise floors", "verdict"))
     for of in report.by_layer(mode):
         yield _row(
@@ -79,7 +79,7 @@ def _failing(failing: list[TapResult]) -> Iterator[str]:
         yield _row(f"and {len(failing) - _ROWS} more", "", "", "")
 
 
-def _grown(report: Report) -> Iterator[str]:
+def _grown(report: ParityReport) -> Iterator[str]:
     assert report.gate is not None
     yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
     grown = report.gate.grown

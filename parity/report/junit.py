@@ -13,18 +13,18 @@ from collections.abc import Iterable, Mapping
 from xml.etree import ElementTree as ET
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth, missed, verdict, why
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Grown, Report, TapResult
+from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
+from dsv4_convert.parity.report.words import growth, missed, verdict, why
 
 #: What XML 1.0 cannot hold, not even escaped.
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(report: Report) -> str:
+def junit(report: ParityReport) -> str:
     """The report as a JUnit XML document."""
     root = ET.Element("testsuites", name="dsv4 parity")
-    grown: dict[tuple[Mode, str], list[Grown]] = {}
+    grown: dict[tuple[Mode, str], list[GrownError]] = {}
     for growth_of_tap in report.gate.grown if report.gate is not None and not report.gate.updated else ():
         grown.setdefault((growth_of_tap.mode, growth_of_tap.name), []).append(growth_of_tap)
     for mode in report.modes:
@@ -53,7 +53,7 @@ def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]
     return suite
 
 
-def _properties(report: Report) -> dict[str, str]:
+def _properties(report: ParityReport) -> dict[str, str]:
     """What was compared with what."""
     versions = report.platform.get("versions", {})
     return {
@@ -66,7 +66,7 @@ def _properties(report: Report) -> dict[str, str]:
     }
 
 
-def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
+def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError]) -> ET.Element:
     case = _case(f"{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
     explanation = why(tap, report)
     if tap.verdict is Verdict.EMPTY:
@@ -81,12 +81,12 @@ def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
     return case
 
 
-def _whole(report: Report) -> Iterable[ET.Element]:
+def _whole(report: ParityReport) -> Iterable[ET.Element]:
     """A failing case for everything that is wrong with the run and not with one of its taps."""
     if report.first_diverging is None and not report.agrees:  # no taps, or all of them empty
         yield _broken("taps", "empty", "nothing was compared")
-    if report.require_reach:
-        for layer in report.unreached:
+    if report.require_coverage:
+        for layer in report.uncovered:
             yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
     gate = report.gate
     if gate is None or gate.passed:

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, verdict, why
 from dsv4_convert.parity.logits import TOP, LogitsComparison
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Gate, Growth, Report, TapResult
+from dsv4_convert.parity.report.data import ErrorSplit, Gate, ParityReport, TapResult
+from dsv4_convert.parity.report.words import growth_numbers, missed, noise_floor, verdict, why
 from dsv4_convert.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
@@ -28,7 +28,7 @@ Decode = Callable[[int], str]
 
 
 def render(
-    report: Report,
+    report: ParityReport,
     console: Console,
     *,
     every_tap: bool = True,
@@ -57,11 +57,11 @@ def render(
     else:
         for table in _tables(shown, report, len(shown) if every_tap else _FEW):
             _print(console, table)
-    if report.growth:
-        _print(console, _growth(report.growth))
+    if report.error_splits:
+        _print(console, _growth(report.error_splits))
     if report.logits is not None:
         _print(console, _logits(report.logits, decode))
-    for layer in report.unreached:
+    for layer in report.uncovered:
         console.print(Text(f"not reached, {missed(layer)}", style="yellow"))
     for table in () if report.gate is None else _grown(report.gate):
         _print(console, table)
@@ -87,7 +87,7 @@ def _titled(title: str, table: Table) -> Group:
     return Group(Text(title, style="italic"), table)
 
 
-def _summary(report: Report, mode: Mode) -> Group:
+def _summary(report: ParityReport, mode: Mode) -> Group:
     """One line per layer: how many taps, and the one that is farthest off."""
     table = _table(
         ("layer", "left"),
@@ -98,7 +98,7 @@ def _summary(report: Report, mode: Mode) -> Group:
         ("experts", "right"),
         ("verdict", "left"),
     )
-    experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.reach}
+    experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.prompt_coverage}
     for of in report.by_layer(mode):
         numbers = ("", "")
         if of.worst is not None and of.worst.distance is not None:
@@ -114,10 +114,10 @@ def _summary(report: Report, mode: Mode) -> Group:
     return _titled(f"{report.arithmetic}, {mode}: worst tap of each layer", table)
 
 
-def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[Group]:
+def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iterator[Group]:
     """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
-    wrong = {result.name for descent in report.descents for result in descent.wrong}
+    wrong = {result.name for found in report.localizations for result in found.wrong}
     for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
         listed = list(group)
         title = "model level" if layer is None else f"layer {layer}"
@@ -168,7 +168,7 @@ def _grown(gate: Gate) -> Iterator[Group]:
         yield _titled(f"within tolerance, but grown since it was recorded, {mode}", table)
 
 
-def _growth(growth: Sequence[Growth]) -> Group:
+def _growth(growth: Sequence[ErrorSplit]) -> Group:
     """Error of the streams that leave each layer: what came in, what the layer added."""
     table = _table(
         ("layer", "left"),

@@ -11,7 +11,7 @@ from dsv4_convert.golden.archive import Golden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerReach:
+class LayerCoverage:
     """One layer: what the golden leaves unchecked, in words, and how many routed experts its tokens reach."""
 
     layer: int
@@ -25,11 +25,11 @@ class LayerReach:
         return not self.missed and self.experts == self.of
 
 
-def reach(golden: Golden, layer: int) -> LayerReach:
+def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
     """What a golden reaches in one recorded layer."""
     config, tokens = golden.config, golden.tokens.shape[1]
     chosen = golden.read(f"layers.{layer}.ffn.gate.experts")
-    return LayerReach(
+    return LayerCoverage(
         layer=layer,
         missed=tuple(_missed(config, layer, tokens)),
         experts=len(np.unique(chosen)),

@@ -10,13 +10,13 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsv4_convert.parity.html.data import Course, Depth, Divergence, Failing, TokenMap
-from dsv4_convert.parity.html.scale import Scale, power
-from dsv4_convert.parity.html.shades import shade
-from dsv4_convert.parity.html.svg import ROLES, new_figure, settings, to_svg
-from dsv4_convert.parity.html.words import short
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Growth
+from dsv4_convert.parity.report.data import ErrorSplit
+from dsv4_convert.parity.report.html.data import Course, Depth, Divergence, Failing, TokenMap
+from dsv4_convert.parity.report.html.scale import Scale, power
+from dsv4_convert.parity.report.html.shades import shade
+from dsv4_convert.parity.report.html.svg import ROLES, new_figure, settings, to_svg
+from dsv4_convert.parity.report.html.words import short
 from dsv4_convert.parity.tolerances import LIMITS
 
 #: Units, which a phone shows as about 0.9 pixels and a desk as 1.2; the wide ones scroll.
@@ -119,7 +119,7 @@ def course(data: Course, name: str) -> Markup:
         return to_svg(figure, name, f"Error through {where}, {data.mode}", words)
 
 
-def growth(data: Sequence[Growth], name: str) -> Markup:
+def growth(data: Sequence[ErrorSplit], name: str) -> Markup:
     """What the error of the streams is made of: inherited by a layer, and added by it."""
     with settings():
         figure = new_figure(_WIDTH, 260)

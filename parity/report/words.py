@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from dsv4_convert.golden.archive import Form
+from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.report import Descent, Gate, Grown, Report, TapResult
-from dsv4_convert.taps import by_name
+from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
 
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
 #: What an index points at, by the form in which the golden keeps the tap.
 _PART = {
-    Form.WHOLE: "element",
-    Form.ROWS: "element of the rows that are kept exactly",
-    Form.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
+    TapForm.WHOLE: "element",
+    TapForm.ROWS: "element of the rows that are kept exactly",
+    TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
 
 
-def verdict(report: Report) -> str:
+def verdict(report: ParityReport) -> str:
     """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why."""
     first = report.first_diverging
     if first is not None:
@@ -35,8 +34,8 @@ def verdict(report: Report) -> str:
     if report.passed:
         return f"PASS: {agreement}." if gate is None else f"PASS: {agreement}. {_baseline(gate)}"
     objections = []
-    if not report.reached:
-        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.unreached))}")
+    if not report.covered:
+        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.uncovered))}")
     if gate is not None and not gate.passed:
         objections += _worse(gate)
     if gate is not None:
@@ -44,7 +43,7 @@ def verdict(report: Report) -> str:
     return f"FAIL: {agreement}, but {'; and '.join(objections)}."
 
 
-def _steps(report: Report) -> str:
+def _steps(report: ParityReport) -> str:
     """Which tokens were compared, where some came one by one."""
     if not report.decode:
         return ""
@@ -53,7 +52,7 @@ def _steps(report: Report) -> str:
     return f", {one_by_one}{', ' if report.phase else ''}{only[report.phase]}"
 
 
-def growth(grown: Grown) -> str:
+def growth(grown: GrownError) -> str:
     """How far an error is beyond its record."""
     if grown.measure == "tokens":
         return (
@@ -67,13 +66,13 @@ def growth(grown: Grown) -> str:
     )
 
 
-def growth_numbers(grown: Grown) -> tuple[str, str, str]:
+def growth_numbers(grown: GrownError) -> tuple[str, str, str]:
     """What is recorded, allowed and found, for a table."""
     show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
     return show(grown.recorded), show(grown.allowed), show(grown.found)
 
 
-def of_baseline(report: Report) -> list[str]:
+def of_baseline(report: ParityReport) -> list[str]:
     """What a baseline says of a run; nothing without one."""
     gate = report.gate
     if gate is None:
@@ -94,7 +93,7 @@ def _worse(gate: Gate) -> Iterator[str]:
             f"{names} taps have errors beyond their record" if names > 1 else "one tap has an error beyond its record"
         )
         which = ", the first of them" if names > 1 else ":"
-        yield f"{more}{which} {first.name} ({by_name(first.name)[0].meaning}), {first.mode}: {growth(first)}"
+        yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {growth(first)}"
     if gate.missing:
         yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
     if gate.update:
@@ -107,11 +106,11 @@ def _worse(gate: Gate) -> Iterator[str]:
         yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
 
 
-def _unchanged(report: Report, gate: Gate) -> Iterator[str]:
+def _unchanged(report: ParityReport, gate: Gate) -> Iterator[str]:
     """That a baseline was not written although that was wanted, of a run within tolerance."""
     if not gate.update or gate.updated:
         return
-    if not report.reached or gate.missing:
+    if not report.covered or gate.missing:
         yield f"{gate.path} is unchanged, since only a run that reaches and compares everything is recorded"
     else:
         yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
@@ -132,19 +131,19 @@ def _baseline(gate: Gate) -> str:
     return f"{gate.path}: {', '.join(changes) or 'nothing to change'}{because}{aside}."
 
 
-def _untouched(report: Report) -> Iterator[str]:
+def _untouched(report: ParityReport) -> Iterator[str]:
     """A run that fails records nothing."""
     if report.gate is not None and report.gate.update:
         yield f"{report.gate.path} is unchanged: only what is within tolerance is recorded."
 
 
-def missed(layer: LayerReach) -> str:
+def missed(layer: LayerCoverage) -> str:
     """What the golden leaves unchecked in a layer."""
     experts = [f"{layer.experts} of {layer.of} experts are reached"] if layer.experts < layer.of else []
     return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
 
 
-def noise_floor(report: Report) -> str:
+def noise_floor(report: ParityReport) -> str:
     """What errors are measured by, for a reader who sees it for the first time."""
     return (
         f"In {report.arithmetic} rounding moves the reference itself; how far, token by token, is the noise floor. "
@@ -153,7 +152,7 @@ def noise_floor(report: Report) -> str:
     )
 
 
-def why(result: TapResult, report: Report) -> str:
+def why(result: TapResult, report: ParityReport) -> str:
     """Why one tap passes or fails, for a reader who does not know the measures."""
     head = f"{result.name} ({result.meaning}), {result.mode}: {result.verdict}."
     if result.verdict is Verdict.EMPTY:
@@ -165,32 +164,30 @@ def why(result: TapResult, report: Report) -> str:
     return f"{head} {_real(result, result.distance, report)}"
 
 
-def operation(descent: Descent) -> Iterator[str]:
+def operation(found: Localization) -> Iterator[str]:
     """What descending into a layer found: operations, weights, experts."""
-    names = [result.name for result in descent.wrong]
+    names = [result.name for result in found.wrong]
     if not names:
         yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
         return
-    if descent.fed:
+    if found.teacher_forced:
         yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
-    if descent.experts:
-        who = (
-            f"expert {descent.experts[0]}" if len(descent.experts) == 1 else f"one of experts {_list(descent.experts)}"
-        )
+    if found.experts:
+        who = f"expert {found.experts[0]}" if len(found.experts) == 1 else f"one of experts {_list(found.experts)}"
         yield f"Exactly the tokens that were sent to {who} are wrong."
-    if descent.damaged:
-        yield f"The stored bytes of {_list(descent.damaged)} are not those that were converted: see dsv4 verify."
-    if not descent.weights:
+    if found.damaged:
+        yield f"The stored bytes of {_list(found.damaged)} are not those that were converted: see dsv4 verify."
+    if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
-    elif descent.differing is None:
-        yield f"It uses {_list(descent.weights)}; with --against SOURCE its weights are compared with the published."
-    elif not descent.differing:
-        yield f"Its weights ({_list(descent.weights)}) are those of the source: look at the configuration and the code."
-    for difference in (descent.differing or ())[:_NAMED]:
+    elif found.differing is None:
+        yield f"It uses {_list(found.weights)}; with --against SOURCE its weights are compared with the published."
+    elif not found.differing:
+        yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
+    for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
-    if (more := len(descent.differing or ()) - _NAMED) > 0:
+    if (more := len(found.differing or ()) - _NAMED) > 0:
         yield f"{more} more weights differ."
 
 
@@ -199,30 +196,30 @@ def _first(first: TapResult) -> str:
     return f"{first.name} is the first tap that diverges, {where} ({first.meaning}): {first.reason}."
 
 
-def _counts(report: Report) -> str:
+def _counts(report: ParityReport) -> str:
     return f"{report.count(Verdict.FAIL)} of {len(report.taps)} taps fail{_aside(report)}."
 
 
-def _aside(report: Report) -> str:
+def _aside(report: ParityReport) -> str:
     """Ties and empty taps, in brackets."""
     ties, empty = report.count(Verdict.TIE), report.count(Verdict.EMPTY)
     notes = [text for count, text in ((ties, f"{ties} with ties"), (empty, f"{empty} empty")) if count]
     return f" ({', '.join(notes)})" if notes else ""
 
 
-def _largest(report: Report) -> str:
+def _largest(report: ParityReport) -> str:
     rows = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
     return f", errors at most {max(rows):.1f} times the noise floor, {report.limits.row:g} allowed" if rows else ""
 
 
-def _operation(report: Report, first: TapResult) -> Iterator[str]:
-    """What the descent into the layer of the first diverging tap says, or the first that found an operation."""
-    descents = sorted(report.descents, key=lambda descent: (not descent.wrong, descent.layer != first.layer))
-    for descent in descents[:1]:
-        yield from operation(descent)
+def _operation(report: ParityReport, first: TapResult) -> Iterator[str]:
+    """The localization that found an operation, that of the first diverging layer before others."""
+    ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
+    for found in ranked[:1]:
+        yield from operation(found)
 
 
-def _added(report: Report) -> Iterator[str]:
+def _added(report: ParityReport) -> Iterator[str]:
     """Which layers add error, and which only inherit it, where both modes ran."""
     if len(report.modes) < len(Mode):
         return
@@ -235,8 +232,8 @@ def _added(report: Report) -> Iterator[str]:
         yield f"{_layers(adds)} {_verb('add', adds)} error."
         if inherits:
             yield f"{_layers(inherits)} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
-    elif inherits and report.growth:
-        most = max(report.growth, key=lambda layer: layer.added_noise)
+    elif inherits and report.error_splits:
+        most = max(report.error_splits, key=lambda layer: layer.added_noise)
         yield f"No layer adds more than its noise; layer {most.layer} adds most, {_times(most.added_noise)} the floor."
 
 
@@ -251,7 +248,7 @@ def _layers(layers: list[int]) -> str:
     return f"Layers {layers[0]}-{layers[-1]}" if consecutive else f"Layers {_list(layers, limit=8)}"
 
 
-def _real(result: TapResult, distance: Distance, report: Report) -> str:
+def _real(result: TapResult, distance: Distance, report: ParityReport) -> str:
     noise, limits = distance.noise, report.limits
     floor = (
         f"The error is {_times(noise.tap)} the noise floor over the whole tap ({limits.tap:g} allowed), "
@@ -268,7 +265,7 @@ def _real(result: TapResult, distance: Distance, report: Report) -> str:
     return f"{floor} {worst} {rows}"
 
 
-def _choices(result: TapResult, report: Report) -> str:
+def _choices(result: TapResult, report: ParityReport) -> str:
     flips = result.flips
     assert flips is not None
     if not flips.tokens:
