@@ -116,7 +116,7 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
     allowed = getattr(limits, over[0])
-    return Verdict.FAIL, distance, f"{_short(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
+    return Verdict.FAIL, distance, f"{shown(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
 
 
 def mismatch(found: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
@@ -203,5 +203,6 @@ def _distance(
     )
 
 
-def _short(multiple: float) -> str:
+def shown(multiple: float) -> str:
+    """A multiple of the noise floor for people: ``24.3``, ``1.4e+05``."""
     return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}"

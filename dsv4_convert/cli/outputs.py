@@ -64,9 +64,9 @@ class Outputs:
 
             write_text("--junit", self.junit, junit(report))
         if self.page is not None:
-            from dsv4_convert.parity.report.html.page import Run, page
+            from dsv4_convert.parity.report.html.page import RunInfo, page
 
-            write_text("--report", self.page, page(report, Run.now(), decode))
+            write_text("--report", self.page, page(report, RunInfo.now(), decode))
         render(report, console(err=self.json == "-"), every_tap=every_tap, explained=explained, decode=decode)
         if self.github:
             self._annotate(report)

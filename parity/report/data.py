@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +26,7 @@ from dsv4_convert.taps import TapKey
 
 SCHEMA_VERSION = 3
 #: The most severe first.
-_SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
+SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,7 @@ class ParityReport:
                 layer=layer,
                 taps=taps,
                 worst=max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None),
-                severe=min((tap.verdict for tap in taps), key=_SEVERITY.index),
+                severe=min((tap.verdict for tap in taps), key=SEVERITY.index),
             )
 
     @property
@@ -244,6 +245,16 @@ class ParityReport:
         """The dtype, and where activations are quantised on the way."""
         numerics = self.golden.get("reference", {}).get("numerics", "plain")
         return self.dtype if numerics == "plain" else f"{self.dtype} in {numerics} numerics"
+
+    @property
+    def versions(self) -> str:
+        """The versions of the packages that computed, in one line."""
+        return ", ".join(f"{name} {version}" for name, version in self.platform.get("versions", {}).items())
+
+    @cached_property
+    def wrong(self) -> frozenset[TapKey]:
+        """The operations that a localization found wrong by themselves."""
+        return frozenset(tap.key for found in self.localizations for tap in found.wrong)
 
     @property
     def first_diverging(self) -> TapResult | None:

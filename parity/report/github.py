@@ -12,7 +12,7 @@ from itertools import groupby
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
-from dsv4_convert.parity.report.words import growth, growth_numbers, verdict, why
+from dsv4_convert.parity.report.words import grown_by, grown_numbers, verdict, why
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9
@@ -30,7 +30,7 @@ def commands(report: ParityReport) -> Iterator[str]:
     taps = [(f"{tap.name} ({tap.mode})", why(tap, report)) for tap in report.taps if tap.verdict is Verdict.FAIL]
     if report.gate is not None and not report.gate.passed:
         for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
-            taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(growth, group))}."))
+            taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(grown_by, group))}."))
     for title, message in taps[:_ANNOTATIONS]:
         yield command("error", title, message)
 
@@ -46,12 +46,11 @@ def summary(report: ParityReport) -> str:
     if report.gate is not None and report.gate.grown:
         lines += [f"### Grown beyond {_code(report.gate.path)}", "", *_grown(report), ""]
     golden, device = report.golden.get("path", ""), report.platform.get("device", "")
-    versions = ", ".join(f"{name} {version}" for name, version in report.platform.get("versions", {}).items())
     about = [
         _code(str(report.checkpoint.get("path", ""))),
         f"golden {_code(str(golden))}",
         _escaped(str(device)),
-        versions,
+        report.versions,
     ]
     lines += [" · ".join(part for part in about if part), ""]
     return "\n".join(lines)
@@ -84,7 +83,7 @@ def _grown(report: ParityReport) -> Iterator[str]:
     yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
     grown = report.gate.grown
     for one in grown[:_ROWS]:
-        yield _row(_code(one.name), one.mode.value, one.measure, *growth_numbers(one))
+        yield _row(_code(one.name), one.mode.value, one.measure, *grown_numbers(one))
     if len(grown) > _ROWS:
         yield _row(f"and {len(grown) - _ROWS} more", *[""] * 5)
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
-from dsv4_convert.parity.report.words import growth, missed, verdict, why
+from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
 
 #: What XML 1.0 cannot hold, not even escaped.
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -55,14 +55,13 @@ def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]
 
 def _properties(report: ParityReport) -> dict[str, str]:
     """What was compared with what."""
-    versions = report.platform.get("versions", {})
     return {
         "verdict": verdict(report),
         "checkpoint": str(report.checkpoint.get("path", "")),
         "golden": str(report.golden.get("path", "")),
         "golden digest": str(report.golden.get("digest", "")),
         "device": f"{report.platform.get('backend', '')} {report.platform.get('device', '')}".strip(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": report.versions,
     }
 
 
@@ -74,7 +73,7 @@ def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError]) -> E
     elif tap.verdict is Verdict.FAIL:
         _fail(case, " ".join(tap.exceeded(report.limits)), tap.reason, explanation)
     elif beyond := list(grown):
-        sentences = [growth(measure) for measure in beyond]
+        sentences = [grown_by(measure) for measure in beyond]
         _fail(case, "baseline", sentences[0], "\n".join([*sentences, explanation]))
     elif tap.verdict is Verdict.TIE:
         ET.SubElement(case, "system-out").text = _clean(explanation)

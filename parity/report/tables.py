@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console, Group
@@ -13,7 +13,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.logits import TOP, LogitsComparison
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit, Gate, ParityReport, TapResult
-from dsv4_convert.parity.report.words import growth_numbers, missed, noise_floor, verdict, why
+from dsv4_convert.parity.report.words import Decode, grown_numbers, missed, noise_floor, position_cells, verdict, why
 from dsv4_convert.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
@@ -23,8 +23,6 @@ _FEW = 6
 _DISPENSABLE = ("1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
 #: Errors beyond their record that are listed.
 _MOST = 12
-#: Decodes one token id, or says that it cannot.
-Decode = Callable[[int], str]
 
 
 def render(
@@ -117,7 +115,6 @@ def _summary(report: ParityReport, mode: Mode) -> Group:
 def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iterator[Group]:
     """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
-    wrong = {result.name for found in report.localizations for result in found.wrong}
     for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
         listed = list(group)
         title = "model level" if layer is None else f"layer {layer}"
@@ -130,7 +127,7 @@ def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iter
             text = Text(tap.verdict.value, style=_STYLE[tap.verdict])
             if tap is first:
                 text.append(" < first")
-            if tap.verdict is Verdict.FAIL and tap.name in wrong:
+            if tap.verdict is Verdict.FAIL and tap.key in report.wrong:
                 text.append(", wrong by itself")
             table.add_row(tap.short, *_numbers(tap), text)
         if len(listed) > limit:
@@ -162,7 +159,7 @@ def _grown(gate: Gate) -> Iterator[Group]:
         listed = list(group)
         for at, grown in enumerate(listed[:_MOST]):
             same = at > 0 and listed[at - 1].name == grown.name
-            table.add_row("" if same else grown.name, grown.measure, *growth_numbers(grown))
+            table.add_row("" if same else grown.name, grown.measure, *grown_numbers(grown))
         if len(listed) > _MOST:
             table.add_row(f"and {len(listed) - _MOST} more")
         yield _titled(f"within tolerance, but grown since it was recorded, {mode}", table)
@@ -196,14 +193,7 @@ def _logits(logits: LogitsComparison, decode: Decode) -> Group:
         ("gap", "right"),
     )
     for position in logits.worst:
-        table.add_row(
-            "{}, {}".format(*position.at),
-            decode(position.token),
-            f"{position.kl:.1e}",
-            decode(position.golden),
-            decode(position.found),
-            f"{position.gap:.1e}",
-        )
+        table.add_row(*position_cells(position, decode))
     title = (
         f"next token at {logits.positions} positions: same first choice {logits.top1:.2%}, top {TOP} "
         f"{logits.topk:.2%}, KL mean {logits.kl_mean:.1e}, largest {logits.kl_max:.1e} nats"

@@ -1,15 +1,21 @@
-"""A parity report in words: the verdict, and why a tap passes or fails."""
+"""A parity report in words: the verdict, why a tap passes or fails, and what to do next.
+
+In the advice, text between backticks is to be typed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
-from dsv4_convert.parity.metrics import Distance, Verdict
+from dsv4_convert.parity.logits import Position
+from dsv4_convert.parity.metrics import Distance, Verdict, shown
 from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
 
+#: Makes a token id readable, or says that it cannot.
+Decode = Callable[[int], str]
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
 #: What an index points at, by the form in which the golden keeps the tap.
@@ -18,6 +24,10 @@ _PART = {
     TapForm.ROWS: "element of the rows that are kept exactly",
     TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
+_MORE_TOKENS = (
+    "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
+    "reach says what is missing."
+)
 
 
 def verdict(report: ParityReport) -> str:
@@ -52,7 +62,7 @@ def _steps(report: ParityReport) -> str:
     return f", {one_by_one}{', ' if report.phase else ''}{only[report.phase]}"
 
 
-def growth(grown: GrownError) -> str:
+def grown_by(grown: GrownError) -> str:
     """How far an error is beyond its record."""
     if grown.measure == "tokens":
         return (
@@ -66,13 +76,13 @@ def growth(grown: GrownError) -> str:
     )
 
 
-def growth_numbers(grown: GrownError) -> tuple[str, str, str]:
+def grown_numbers(grown: GrownError) -> tuple[str, str, str]:
     """What is recorded, allowed and found, for a table."""
     show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
     return show(grown.recorded), show(grown.allowed), show(grown.found)
 
 
-def of_baseline(report: ParityReport) -> list[str]:
+def baseline_sentences(report: ParityReport) -> list[str]:
     """What a baseline says of a run; nothing without one."""
     gate = report.gate
     if gate is None:
@@ -93,7 +103,7 @@ def _worse(gate: Gate) -> Iterator[str]:
             f"{names} taps have errors beyond their record" if names > 1 else "one tap has an error beyond its record"
         )
         which = ", the first of them" if names > 1 else ":"
-        yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {growth(first)}"
+        yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {grown_by(first)}"
     if gate.missing:
         yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
     if gate.update:
@@ -162,6 +172,18 @@ def why(result: TapResult, report: ParityReport) -> str:
     if result.distance is None:
         return f"{head} It cannot be compared: {result.reason}."
     return f"{head} {_real(result, result.distance, report)}"
+
+
+def position_cells(position: Position, decode: Decode) -> tuple[str, ...]:
+    """A position for a table: where, its token, KL, the most likely next token in the golden and in ours, their gap."""
+    return (
+        "{}, {}".format(*position.at),
+        decode(position.token),
+        f"{position.kl:.1e}",
+        decode(position.golden),
+        decode(position.found),
+        f"{position.gap:.1e}",
+    )
 
 
 def operation(found: Localization) -> Iterator[str]:
@@ -287,10 +309,103 @@ def _choices(result: TapResult, report: ParityReport) -> str:
 
 
 def _times(multiple: float) -> str:
-    return f"{multiple:.1f} times" if multiple < 1000 else f"{multiple:.1e} times"
+    return f"{shown(multiple)} times"
 
 
 def _list(items: Iterable[object], *, limit: int = _NAMED) -> str:
     names = [str(item) for item in items]
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def next_steps(report: ParityReport) -> list[str]:
+    """The next steps, the most useful one first; never none."""
+    if report.first_diverging is not None:
+        return list(_after_failure(report))
+    if not report.agrees:
+        return [
+            "Nothing was compared: see with `dsv4 golden show` what the golden holds, and ask for taps and layers that "
+            "its prompt reaches."
+        ]
+    if not report.passed:
+        return list(_after_objections(report))
+    return list(_after_success(report)) or ["Nothing: every layer, the logits and every expert were compared."]
+
+
+def _after_failure(report: ParityReport) -> Iterator[str]:
+    first = report.first_diverging
+    assert first is not None
+    yield from _with_highest_precision(report)
+    wrong = [found for found in report.localizations if found.wrong]
+    for found in wrong[:1]:
+        yield from _after_localization(found)
+    if not wrong and Mode.ISOLATED in report.modes:
+        yield (
+            "No operation is wrong by itself, so errors add up: look at which operations of the layer amplify them, "
+            "and whether weights and activations have the dtype that they should have."
+        )
+    if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
+        yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
+    if any(not found.teacher_forced for found in report.localizations):
+        yield "A compact golden names the first fault only: repeat after mending it, or compare with a whole golden."
+    if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
+        yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
+
+
+def _with_highest_precision(report: ParityReport) -> Iterator[str]:
+    if report.platform.get("precision", "highest") != "highest":
+        yield "Repeat with `--precision highest`: the limits are those of float32 products with all their bits."
+
+
+def _after_objections(report: ParityReport) -> Iterator[str]:
+    """Everything is within tolerance, but not reached, or not as its baseline has it."""
+    if not report.covered:
+        yield _MORE_TOKENS
+    gate = report.gate
+    if gate is None or gate.passed:
+        return
+    if gate.grown:
+        yield from _with_highest_precision(report)
+        first = gate.grown[0].name
+        yield (
+            f"Find what made `{first}` less exact since it was recorded: its code, a version (the baseline's history "
+            "and its commits say which were there), or flags of XLA. What comes after it may only inherit the error."
+        )
+        yield f"If that is meant, record it: `--baseline {gate.path} --update-baseline --reason WHY`."
+    if gate.missing:
+        yield (
+            f"Find out why `{gate.missing[0].name}` was not compared although it is recorded. If it is gone for good, "
+            f"take its lines out of `{gate.path}`."
+        )
+    if gate.unrecorded and not gate.update:
+        where = "" if gate.compared else f" It has none of {'; '.join(gate.platforms)}."
+        yield f"Record what has no record, and commit it: `--baseline {gate.path} --update-baseline`.{where}"
+
+
+def _after_localization(found: Localization) -> Iterator[str]:
+    names = ", ".join(result.name for result in found.wrong[:3])
+    if found.damaged:
+        yield "Stored bytes changed after the conversion: `dsv4 verify` lists them. Convert again."
+    if found.differing:
+        yield (
+            f"Convert again with this version of dsv4. If the weight differs again, `dsv4 names "
+            f"{found.differing[0].path}` shows the rule that made it."
+        )
+    elif found.weights and found.differing is None:
+        yield "Repeat with `--against SOURCE`, the published checkpoint: it compares the weights that are used there."
+    else:
+        yield f"Read the code of {names}, and the numbers of the configuration that it uses."
+
+
+def _after_success(report: ParityReport) -> Iterator[str]:
+    if report.uncovered:
+        yield _MORE_TOKENS
+    if report.logits is None:
+        yield "Compare everything, logits included: leave out `--layer` and `--taps`."
+    if report.modes == (Mode.ISOLATED,):
+        yield "Every layer ran on the golden's own input: `--mode both` also shows how errors add up from the tokens."
+    if report.count(Verdict.TIE):
+        yield (
+            "Ties need nothing: two candidates whose scores rounding can swap. What follows was computed with the "
+            "golden's choice."
+        )

@@ -24,7 +24,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv4_convert.aot.report import ParityReport as CompileReport
+from dsv4_convert.aot.report import Report as CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
 from dsv4_convert.config import Config

@@ -30,14 +30,13 @@ from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import EDGES, POINTS, ComparedPart, Detail
 from dsv4_convert.parity.floor import floor_of
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report.advice import next_steps
 from dsv4_convert.parity.report.data import Gate, GrownError, ParityReport, TapInMode
 from dsv4_convert.parity.report.html.data import page_data
-from dsv4_convert.parity.report.html.page import Run, page
+from dsv4_convert.parity.report.html.marks import short
+from dsv4_convert.parity.report.html.page import RunInfo, page
 from dsv4_convert.parity.report.html.scale import Scale
-from dsv4_convert.parity.report.html.words import short
 from dsv4_convert.parity.report.secrets import without_secrets
-from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.published import PublishedWeights
@@ -47,7 +46,7 @@ from .faults.fault import Held
 from .synthetic import real
 from .synthetic import report as synthetic
 
-RUN = Run(
+RUN = RunInfo(
     command="dsv4 parity ./orbax --golden ./golden --report x.html",
     date=datetime.datetime(2026, 9, 1, tzinfo=datetime.UTC),
 )

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit
 from dsv4_convert.parity.report.html.data import Course, Depth, Divergence, Failing, TokenMap
+from dsv4_convert.parity.report.html.marks import shade, short
 from dsv4_convert.parity.report.html.scale import Scale, power
-from dsv4_convert.parity.report.html.shades import shade
 from dsv4_convert.parity.report.html.svg import ROLES, new_figure, settings, to_svg
-from dsv4_convert.parity.report.html.words import short
 from dsv4_convert.parity.tolerances import LIMITS
 
 #: Units, which a phone shows as about 0.9 pixels and a desk as 1.2; the wide ones scroll.

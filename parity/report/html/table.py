@@ -9,8 +9,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.html.data import kind
-from dsv4_convert.parity.report.html.shades import shade
-from dsv4_convert.parity.report.html.words import GLYPHS, short
+from dsv4_convert.parity.report.html.marks import GLYPHS, shade, short
 from dsv4_convert.taps import STATE, TAPS
 
 _ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
@@ -50,8 +49,7 @@ def tables(report: ParityReport) -> list[Table]:
 
 def _table(report: ParityReport, mode: Mode, taps: list[TapResult], columns: list[int] | list[None]) -> Table:
     first = report.first_diverging
-    wrong = {result.name for found in report.localizations for result in found.wrong}
-    cells = {(tap.short, tap.layer): _cell(tap, first=tap is first, wrong=tap.name in wrong) for tap in taps}
+    cells = {(tap.short, tap.layer): _cell(tap, first=tap is first, wrong=tap.key in report.wrong) for tap in taps}
     failing = Counter(tap.layer for tap in taps if tap.verdict is Verdict.FAIL)
     meanings = {tap.short: tap.meaning for tap in taps}
     names = sorted(meanings, key=_ORDER.__getitem__)
