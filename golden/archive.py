@@ -39,21 +39,21 @@ Array = np.ndarray[Any, Any]
 
 
 class TapForm(StrEnum):
-    """In which form something of a tap is kept."""
+    """The form in which a golden keeps a tap."""
 
     WHOLE = "whole"
     #: Some rows, exactly.
     ROWS = "rows"
-    #: Of every row its rms and a random projection.
+    #: The rms and a random projection of every row.
     SKETCH = "sketch"
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A form in which a golden keeps a tap: the whole of it, some of its rows, or a sketch of all rows.
+    """The stored values of a tap in one form: all of it, some of its rows, or a sketch of all rows.
 
-    ``values`` is what the golden has; :meth:`of` brings another array of the tap's shape into the same form. ``rows``
-    are those of axis 1 that are there, None for all.
+    ``values`` is the golden's part; :meth:`of` brings another array of the tap's shape into the same form. ``rows`` are
+    the rows of axis 1 that are kept, None for all.
     """
 
     values: Array
@@ -62,7 +62,7 @@ class View:
 
     @property
     def form(self) -> TapForm:
-        """Which of them it is."""
+        """The form of the values."""
         return TapForm.SKETCH if self.sketched is not None else TapForm.WHOLE if self.rows is None else TapForm.ROWS
 
     def of(self, whole: Array) -> Array:
@@ -83,7 +83,7 @@ class Golden:
         layers: the recorded layers, ascending.
         keys: all recorded taps, in order of execution.
         names: their full names.
-        compact: what is kept of a tap; None if all of every tap is.
+        compact: the kept part of each tap; None if every tap is kept whole.
         decode: how many of the last tokens were given one by one.
         numerics: ``plain``, or ``release`` where activations were quantised on the way.
 
@@ -266,7 +266,7 @@ class Golden:
 def open_golden(path: Path | str) -> Golden:
     """Open a golden: its manifest is read and checked, no array is.
 
-    Of a folder the headers of all files are checked as well. ``path`` may be a URL that fsspec knows (``gs://``,
+    For a folder, the headers of all files are checked as well. ``path`` may be a URL that fsspec knows (``gs://``,
     ``https://``, ``hf://``): then header and arrays of a layer are fetched, and checked, when they are first needed.
 
     Raises:
@@ -301,7 +301,7 @@ def digest(array: Array) -> str:
 
 
 def differences(file: Path | str, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:
-    """Where a file's header is not what the manifest says of it."""
+    """The differences between a file's header and the manifest."""
     problems = [f"{file}: {name}: not in the manifest" for name in found.keys() - wanted.keys()]
     for name, tap in wanted.items():
         info = found.get(name)

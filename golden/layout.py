@@ -26,7 +26,7 @@ DTYPES: dict[Values, np.dtype[np.generic]] = {
 
 
 class StoredShape(NamedTuple):
-    """What a stored array has to be; ``layer`` is None at the model level."""
+    """Expected layer (None at the model level), dtype and shape of a stored array."""
 
     layer: int | None
     dtype: np.dtype[np.generic]

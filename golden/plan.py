@@ -1,4 +1,4 @@
-"""What a recording will read, write and need, said before it starts."""
+"""The cost of a recording, known before it starts: bytes to read and to write, and memory."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RecordingPlan:
     """Sizes of one recording, in bytes.
 
     Attributes:
-        bytes_read: all tensors of the layers that run; experts that no token reaches are hashed but not decoded.
+        bytes_read: all tensors of the layers that run. Experts that no token reaches are hashed but not decoded.
         bytes_written: all arrays of the golden.
-        bytes_whole: what they would be if all of every tap was kept; the same unless the golden is compact.
-        memory: about the most memory that is in use at a time, the mapped pages of the source not counted.
+        bytes_whole: the same if every tap was kept whole; it differs for a compact golden.
+        memory: about the peak memory, without the mapped pages of the source.
     """
 
     bytes_read: int

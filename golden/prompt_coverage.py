@@ -1,4 +1,4 @@
-"""What the prompt of a golden reaches: an operation that never runs, or has nothing to decide, is not checked by it."""
+"""Coverage of a golden's prompt: it cannot check an operation that never runs or has nothing to decide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsv4_convert.golden.archive import Golden
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCoverage:
-    """One layer: what the golden leaves unchecked, in words, and how many routed experts its tokens reach."""
+    """One layer: the unchecked operations, in words, and how many routed experts the tokens reach."""
 
     layer: int
     missed: tuple[str, ...]
@@ -26,7 +26,7 @@ class LayerCoverage:
 
 
 def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
-    """What a golden reaches in one recorded layer."""
+    """The coverage of one recorded layer."""
     config, tokens = golden.config, golden.tokens.shape[1]
     chosen = golden.read(f"layers.{layer}.ffn.gate.experts")
     return LayerCoverage(
@@ -38,7 +38,7 @@ def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
 
 
 def _missed(config: Config, layer: int, tokens: int) -> list[str]:
-    """What ``tokens`` tokens do not reach in a layer."""
+    """The operations of a layer that ``tokens`` tokens leave unchecked."""
     kind = config.attention[layer]
     missed = []
     if tokens <= config.sliding_window:

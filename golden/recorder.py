@@ -69,14 +69,14 @@ def record(
         out: folder to create.
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
-        layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
-        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`); each runs every layer twice
-            more. None: all that the reference has.
-        first_position: of the first token in the rotary tables; checks far positions without the tokens before.
-        decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
-        compact: what to keep of every tap (:mod:`dsv4_convert.golden.compact`); None for all of it.
-        greedy: the ``decode`` tokens come after the prompt, and are those that the reference likes best; every one of
-            them takes a pass through the whole model first.
+        layers: layers to keep; None for all. The layers before them run too, to compute their streams.
+        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
+            more. None for all that the reference has.
+        first_position: position of the first token in the rotary tables. Checks far positions without the tokens before.
+        decode: how many of the last tokens come one by one, from the reference's cache. At least one comes before.
+        compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
+        greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
+            whole model first.
         release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
@@ -149,7 +149,7 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """What runs: how the manifest describes it, the dtypes whose noise it measures, and what makes its model."""
+    """A reference: its description in the manifest, the dtypes whose noise it measures, and a factory of its model."""
 
     described: Reference
     noise: tuple[str, ...]
@@ -189,7 +189,7 @@ def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
 
 
 def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> RecordedSource:
-    """What was recorded from: the hash of every shard that holds a tensor of the layers that run."""
+    """The recorded checkpoint: the hash of every shard that holds a tensor of the layers that run."""
     used = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     shards = sorted({checkpoint.tensors[name].file for name in used if name is not None})
     return RecordedSource(

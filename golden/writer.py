@@ -155,7 +155,7 @@ class GoldenWriter:
             self._taps, self.finished = {}, ()
 
     def _intact(self, layer: int) -> dict[str, StoredTap] | None:
-        """What an earlier run stored of a layer; None unless all of it is there as it was written."""
+        """The entries of a layer that an earlier run stored; None unless all of it is there as it was written."""
         try:
             file = self._folder / layer_file(layer)
             header = read_header(file)

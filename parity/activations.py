@@ -1,4 +1,4 @@
-"""Comparing the activations of an implementation that is not ours with a golden. It brings arrays, by tap name.
+"""Comparing another implementation's activations with a golden. It brings arrays, by tap name.
 
 The other implementation runs one layer on :meth:`Expected.input` (or everything from :attr:`Expected.tokens`), keeps
 what it computes on the way, and hands over as much of it as it likes. Nothing of ours runs, and no weights are needed.
@@ -108,7 +108,7 @@ def compare_activations(
 
 
 class Expected:
-    """What a golden expects of an implementation: what to feed it with, and :meth:`check`.
+    """A golden seen from another implementation: the inputs to feed it with, and :meth:`check`.
 
     Attributes:
         golden: the open golden.

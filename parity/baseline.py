@@ -1,4 +1,4 @@
-"""A baseline: the errors that a healthy implementation had, in a file that is committed and only ever gets stricter.
+"""A baseline: the errors of a healthy implementation, in a committed file that only gets stricter.
 
 ::
 
@@ -41,15 +41,15 @@ from dsv4_convert.parity.tolerances import BANDS, UNIT
 from dsv4_convert.taps import TapKey
 
 SCHEMA_VERSION = 1
-#: Of a golden whose tokens were all compared.
+#: The phase of a run that compared all tokens.
 ALL = "all"
 _PHASES = (ALL, "prefill", "decode")
 _ROOT = ("schema_version", "golden", "measured", "history")
 _REAL = tuple(field.name for field in dataclasses.fields(Multiples))
-#: What may be measured of a tap: its multiples of the noise floor, or of a choice the share of tokens with ties.
+#: The measures that a tap may have: multiples of the noise floor, or for a choice the share of tokens with ties.
 _FORMS = (_REAL, ("tokens",))
 
-#: What was measured of a tap, by measure.
+#: The errors of a tap, by measure.
 Numbers = Mapping[str, float]
 
 

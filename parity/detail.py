@@ -1,7 +1,7 @@
-"""What pictures of a parity run need beyond its report: errors token by token, and numbers out of taps that fail.
+"""Numbers that only the figures of a report need: errors token by token, and samples of failing taps.
 
-Collected while the run goes on, and only if it is asked for. Memory does not grow with the width of a tap: of every
-layer two numbers per token are kept, and of a few failing taps a sample.
+A run collects them only if it is asked to. Memory does not grow with the width of a tap: each layer keeps two numbers
+per token, and a few failing taps keep a sample.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dsv4_convert.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
-#: Taps of each mode of which a sample is kept: the first that fails of each layer, of so many layers.
+#: Samples kept in each mode: of the first failing tap of a layer, for so many layers.
 SAMPLES = 4
-#: Points of a sample, and how many of them are the farthest off.
+#: Points of a sample; this many of them are those with the largest errors.
 POINTS = 1500
 _FARTHEST = 250
-#: Rows in which the farthest are looked for, since a tap of a long prompt has more elements than can be sorted.
+#: Rows that are searched for them, since a tap of a long prompt has too many elements to sort.
 _ROWS = 64
 #: Edges between which errors are counted, in noise floors: quarters of decades.
 EDGES = 10.0 ** (np.arange(-8, 49) / 4)
@@ -38,8 +38,10 @@ EDGES = 10.0 ** (np.arange(-8, 49) / 4)
 
 @dataclasses.dataclass(frozen=True)
 class ComparedPart:
-    """What was compared of a tap: ``found`` and ``golden`` ``[B, rows, ...]``, the floor there, which rows of axis 1
-    these are (None: all), and the form in which the golden keeps them."""
+    """The compared part of a tap: ``found`` and ``golden`` ``[B, rows, ...]``, and their noise floor.
+
+    ``rows`` are its rows of axis 1 (None: all), ``form`` is the form in which the golden keeps them.
+    """
 
     found: Array
     golden: Array
@@ -50,7 +52,7 @@ class ComparedPart:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the positions of a prompt mean to a model; ``decode`` of its last tokens came one by one."""
+    """The shape of the prompts, and the model that read them; the last ``decode`` tokens came one by one."""
 
     prompts: int
     tokens: int
@@ -61,9 +63,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class TokenErrors:
-    """Of one layer, float32 ``[B, S]``, NaN where nothing is known: the multiple of the noise floor at each token.
+    """Errors of one layer at each token, in noise floors: float32 ``[B, S]``, NaN where nothing was compared.
 
-    ``streams``: of the streams that leave the layer. ``worst``: of its tap that is farthest off there.
+    ``streams``: the error of the streams that leave the layer. ``worst``: the largest error of its taps.
     """
 
     streams: Array
@@ -74,9 +76,9 @@ class TokenErrors:
 class Sample:
     """Numbers of a failing tap, compared in ``form``.
 
-    ``counts``: elements whose error is between two of :data:`EDGES`, the first count being below all of them and the
-    last beyond. ``exact``: elements without an error; ``infinite``: with one that is no number. Of some elements,
-    the farthest off among them, ``found``, ``golden`` and their ``multiples``, float64 ``[points]``, farthest first.
+    ``counts``: elements whose error is between two of :data:`EDGES`; the first count is below all edges, the last above
+    all. ``exact``: elements without an error; ``infinite``: elements whose error is not finite. ``found``, ``golden``
+    and ``multiples``, float64 ``[points]``, are values and errors of some elements, the largest errors first.
     """
 
     key: TapKey
@@ -91,12 +93,12 @@ class Sample:
 
     @property
     def elements(self) -> int:
-        """How many there are in the tap."""
+        """Number of elements in the tap."""
         return int(self.counts.sum()) + self.exact + self.infinite
 
 
 class Detail:
-    """Filled by :func:`dsv4_convert.parity.run.run` as it goes.
+    """Filled by :class:`dsv4_convert.parity.run.ParityRun` as it goes.
 
     Attributes:
         prompt: what the positions mean.
@@ -147,7 +149,7 @@ class Detail:
 
 
 def _largest(part: ComparedPart) -> Array:
-    """Of each row the larger of its two measures, on the scale of the limit of rows: float32 ``[B, rows]``."""
+    """The larger of each row's two measures, on the scale of the row limit: float32 ``[B, rows]``."""
     rows, elements = row_multiples(part.found, part.golden, part.floor)
     return np.maximum(rows, elements * (LIMITS.row / LIMITS.element)).astype(np.float32)
 

@@ -1,6 +1,6 @@
 """Comparing two goldens: what was recorded differently, and where the second leaves the noise floor of the first.
 
-Of use when a reference, its version or its machine changes: the same checkpoint and prompt, recorded twice.
+This helps when a reference, its version or its machine changes: record the same checkpoint and prompt twice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GoldenDiff:
         return not self.beyond and bool(self.equal + len(self.differing))
 
 
-#: What two goldens have to share, by field of their requests, in words.
+#: Fields of their requests that two goldens must share, in words.
 _SAME = {
     "config": "architectures",
     "tokens": "tokens",

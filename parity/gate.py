@@ -1,4 +1,4 @@
-"""Judging a run by a baseline (:mod:`dsv4_convert.parity.baseline`): what has grown, although it is within tolerance.
+"""Judging a run by a baseline (:mod:`dsv4_convert.parity.baseline`): errors that grew, although within tolerance.
 
 Tolerances hold for every healthy model on every machine, so they are wide. A baseline knows what *this* model's errors
 were with this golden, on this platform, and so notices a computation that became a few times less exact.
@@ -32,7 +32,7 @@ from dsv4_convert.taps import TapKey
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineRequest:
-    """What is wanted of a baseline: the file, and whether it is written, and why it may record larger errors."""
+    """How to use a baseline: its file, whether to update it, and why it may record larger errors."""
 
     path: Path
     update: bool = False
@@ -40,7 +40,7 @@ class BaselineRequest:
 
 
 def baseline_request(path: Path | None, *, update: bool, reason: str | None) -> BaselineRequest | None:
-    """What the options of a command ask for; None where no baseline is given.
+    """The request that the options of a command make; None without a baseline.
 
     Raises:
         UsageError: an option without the one that it belongs to.
@@ -95,7 +95,7 @@ def key_of(report: ParityReport, tap: TapResult) -> BaselineKey:
 
 
 def numbers_of(tap: TapResult) -> Numbers | None:
-    """What was measured of a tap; None where nothing was: it is empty, or its shape is another."""
+    """The errors of a tap by measure; None if it is empty or has another shape."""
     if tap.distance is not None:
         return dataclasses.asdict(tap.distance.noise)
     if tap.flips is not None:
@@ -104,7 +104,7 @@ def numbers_of(tap: TapResult) -> Numbers | None:
 
 
 def bands_of(tap: TapResult) -> Mapping[str, Band]:
-    """How far the numbers of a tap may move. Of a compact golden, which of its forms is worst may change too."""
+    """How far the numbers of a tap may move. With a compact golden the worst form may change as well."""
     if tap.distance is None:
         return BANDS
     elements = tap.distance.rows * math.prod(tap.shape[2:])
@@ -140,7 +140,7 @@ def _judged(report: ParityReport, baseline: Baseline, path: Path, *, partial: bo
         for tap in baseline.measured.get(key, {})
         if tap not in taps
     ]
-    # What the modes that did not run have of the same platform, dtype and phase.
+    # Records of the same platform, dtype and phase in modes that did not run.
     alike = {key._replace(mode="") for key in seen}
     not_run = sum(
         len(taps)

@@ -48,9 +48,9 @@ class LogitsComparison:
 
 
 def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsComparison | None:
-    """Compare the logits ``[B, S, V]`` of the prompt ``tokens`` ``[B, S]`` with what a golden keeps of its own.
+    """Compare the logits ``[B, S, V]`` of the prompt ``tokens`` ``[B, S]`` with a golden's.
 
-    Of a compact golden that is some positions; None where it keeps none. Computed in float64, row by row.
+    A compact golden keeps some positions exactly; None if it keeps none. Computed in float64, row by row.
     """
     compared = every_position(found, golden, tokens)
     return None if compared is None else summary(*compared)
@@ -84,7 +84,7 @@ def every_position(found: Array, golden: View, tokens: Array) -> tuple[Sequence[
 
 
 def summary(positions: Sequence[Position], topk: float) -> LogitsComparison:
-    """What :func:`every_position` found, in a few numbers."""
+    """The result of :func:`every_position` in a few numbers."""
     kl = np.array([position.kl for position in positions])
     order = sorted(positions, key=lambda position: -position.kl if position.kl == position.kl else -np.inf)
     return LogitsComparison(

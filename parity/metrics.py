@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Verdict(StrEnum):
-    """What a comparison says."""
+    """The outcome of a comparison."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -49,7 +49,7 @@ class Multiples:
         return tuple(sorted(over, key=lambda name: -shares[name]))
 
     def largest_share(self, limits: Limits) -> float:
-        """Of what is allowed, by the measure that comes closest to its limit or is farthest beyond it."""
+        """The largest error as a share of its limit."""
         shares = self._shares(limits).values()
         return float("inf") if any(share != share for share in shares) else max(shares)
 
@@ -136,10 +136,7 @@ def rows_beyond(found: Array, golden: Array, floor: Floor, limits: Limits) -> Ar
 
 
 def row_multiples(found: Array, golden: Array, floor: Floor) -> tuple[Array, Array]:
-    """Of every row of two comparable arrays, in multiples of the floor: its rms error, and that of its worst element.
-
-    Both are float64 ``[B, S]``.
-    """
+    """The rms error of each row and the error of its worst element, in noise floors: two float64 ``[B, S]``."""
     difference = _difference(found.astype(np.float64), golden.astype(np.float64)).reshape(*golden.shape[:2], -1)
     rows = _multiple(np.sqrt(np.mean(np.square(difference), axis=-1)), floor.rms)
     elements = _multiple(difference, floor.elements(golden).reshape(difference.shape)).max(axis=-1)

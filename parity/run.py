@@ -51,7 +51,7 @@ _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityOptions:
-    """What a parity run compares, and how it computes.
+    """The scope of a parity run, and how it computes.
 
     Attributes:
         layers: layers to compare; None for all of them and the model level: embedding, head, logits.
@@ -100,7 +100,7 @@ def run_parity(
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint, whose weights are decoded as they are needed.
+        source: folder of a published checkpoint. Its weights are decoded as they are needed.
         against: the published checkpoint; the weights of wrong operations are compared with it.
         baseline: the errors that are recorded of this golden; what has grown beyond them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
@@ -179,8 +179,8 @@ class ParityRun:
         self._wanted = list(select(keys, options.taps)) if options.taps else keys
         self._wanted_layers = {key.layer for key in self._wanted}
         self._wants_head = any(key.layer is None and key != _EMBED for key in self._wanted)
-        # Where activations are quantised, one rounding grows to the size of a fault within a layer: every operation
-        # then gets the golden's own inputs.
+        # With quantised activations one rounding grows to the size of a fault within a layer, so every operation gets
+        # the golden's own inputs.
         self._teacher_forced = golden.numerics == "release"
         self._comparison = Comparison(golden, self._dtype, options.phase)
         self._forward = Forward(

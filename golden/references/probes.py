@@ -1,7 +1,7 @@
-"""Where each tap is found in transformers' DeepSeek-V4 modules, and the hooks that take it from there.
+"""The place of each tap in transformers' DeepSeek-V4 modules, and the hooks that record it there.
 
 Written for ``transformers/models/deepseek_v4/modeling_deepseek_v4.py`` of transformers 5.23. Observing changes nothing:
-hooks look at values and return none, and what no module returns is seen by watching the calls that a module makes.
+hooks look at values and return none. Values that no module returns are seen by watching the calls that a module makes.
 Every expected tap must turn up exactly once and in the shape of the table, so a reference that computes differently
 than these probes assume is an error, never a wrong golden.
 """
@@ -73,7 +73,7 @@ def _ascending(value: Tensor, shape: Shape) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a module returns, or one part of it."""
+    """The result of a module, or one part of it."""
 
     module: str
     part: int | None = None

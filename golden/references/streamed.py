@@ -1,8 +1,8 @@
 """transformers' DeepSeek-V4 on a prompt, one layer at a time: in float32, and in other dtypes for its noise floor.
 
-Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. What is ours is
-when weights are there. A layer is built without memory, filled from the checkpoint, run and dropped; of the routed
-experts, which are nearly all of a layer, only the one that is being computed is in memory. The result is bit-equal to
+Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. This module
+only decides when weights are in memory. It builds a layer without memory, fills it from the checkpoint, runs it and
+drops it. Routed experts are nearly all of a layer, and only the one that runs is in memory. The result is bit-equal to
 the whole model's.
 """
 
@@ -57,7 +57,7 @@ HEAD_ROWS = 8192
 
 
 def describe() -> Reference:
-    """What the manifest says of this reference."""
+    """This reference as the manifest describes it."""
     return Reference(
         name="transformers",
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
@@ -74,7 +74,7 @@ State = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What one call of a layer in one dtype is given beside streams, weights and cache."""
+    """The arguments of one call of a layer in one dtype, besides streams, weights and cache."""
 
     ids: Tensor
     positions: Tensor
@@ -88,7 +88,7 @@ _Forward = Callable[[str, Tensor, int, DynamicCache | None], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A layer (None: the head): its module, a call of it, and what changes its dtype to that of a run."""
+    """A layer (None: the head): its module, a call of it, and a function that converts it to the dtype of a run."""
 
     module: nn.Module
     layer: int | None
@@ -148,7 +148,7 @@ class StreamedModel:
         return DynamicCache(config=self._hf) if len(self._calls) > 1 else None
 
     def _prepare(self, dtype: torch.dtype) -> list[_Given]:
-        """What every call is given, as the reference's own model makes it."""
+        """The arguments of every call, as the reference's own model makes them."""
         seen, given = self._cache(), []
         for start, stop in self._calls:
             ids, positions = self._ids[:, start:stop], torch.arange(start, stop).unsqueeze(0)
@@ -417,14 +417,14 @@ def _distance(
 
 
 def _joined_noise(parts: Sequence[Array]) -> Array:
-    """The row noise of a tap, ``[2, B, S]``, of those of its parts."""
+    """The row noise of a tap, ``[2, B, S]``, joined from its parts."""
     return np.concatenate(parts, axis=2)
 
 
 def _moved(
     first: int, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a rotary table is asked for, ``first`` positions further on."""
+    """The arguments of a rotary table, with positions moved on by ``first``."""
     return args, kwargs | {"position_ids": kwargs["position_ids"] + first}
 
 

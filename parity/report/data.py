@@ -1,7 +1,4 @@
-"""The outcome of a parity run, as data.
-
-Words are in :mod:`dsv4_convert.parity.report.words`, tables in :mod:`dsv4_convert.parity.report.tables`.
-"""
+"""The outcome of a parity run, as data."""
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ class TapResult(TapInMode):
 
     @property
     def passes(self) -> bool:
-        """It agrees; a tie does, too."""
+        """Whether it agrees, as a tie does."""
         return self.verdict in (Verdict.PASS, Verdict.TIE)
 
     @property
@@ -86,7 +83,7 @@ class TapResult(TapInMode):
         return None if self.flips is None else self.flips.noise
 
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
-        """By which measures it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
+        """The measures by which it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
         if self.verdict is not Verdict.FAIL:
             return ()
         if self.distance is not None:
@@ -194,11 +191,11 @@ class LayerSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what.
+    """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
-    ``detail``: what pictures need beyond it, if that was asked for; no part of the JSON.
+    ``detail``: numbers for figures, if asked for; not part of the JSON.
     """
 
     modes: tuple[Mode, ...]
@@ -220,7 +217,7 @@ class ParityReport:
     detail: Detail | None = None
 
     def __post_init__(self) -> None:
-        """Once, for whatever is made of a report."""
+        """Remove secrets once, for every presentation of the report."""
         for name in ("checkpoint", "golden"):
             object.__setattr__(self, name, all_without_secrets(getattr(self, name)))
 
@@ -229,7 +226,7 @@ class ParityReport:
         return sum(tap.verdict is verdict for tap in self.taps)
 
     def by_layer(self, mode: Mode) -> Iterator[LayerSummary]:
-        """What was compared in a mode, layer by layer, in order of execution."""
+        """The results of a mode, layer by layer, in order of execution."""
         for layer, group in groupby((tap for tap in self.taps if tap.mode is mode), key=lambda tap: tap.layer):
             taps = tuple(group)
             measured = [tap for tap in taps if tap.distance is not None]

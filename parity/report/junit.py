@@ -2,8 +2,8 @@
 
 A test suite for each mode. A case's class is its mode and layer (``isolated.layers.3``, ``isolated.model``: some
 systems forget the suite), its name the tap. A tap with ties passes and says so in its output; an empty one is skipped.
-An error that grew beyond its baseline fails its tap. What is wrong with the run as a whole is a case of the class
-``run``. Times are not in it: taps are not run one by one.
+An error that grew beyond its baseline fails its tap. Problems of the run as a whole are cases of the class ``run``.
+There are no times, since taps are not run one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
 
-#: What XML 1.0 cannot hold, not even escaped.
+#: Characters that XML 1.0 cannot hold, not even escaped.
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -54,7 +54,7 @@ def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]
 
 
 def _properties(report: ParityReport) -> dict[str, str]:
-    """What was compared with what."""
+    """The two sides of the comparison, and the machine."""
     return {
         "verdict": verdict(report),
         "checkpoint": str(report.checkpoint.get("path", "")),

@@ -17,9 +17,9 @@ from dsv4_convert.parity.report.words import Decode, grown_numbers, missed, nois
 from dsv4_convert.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
-#: Taps that are listed of a layer where not all are.
+#: Taps listed per layer, unless all are.
 _FEW = 6
-#: Columns that a narrow window loses, the first one first.
+#: Columns that a narrow window drops, in this order.
 _DISPENSABLE = ("1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
 #: Errors beyond their record that are listed.
 _MOST = 12
@@ -37,12 +37,12 @@ def render(
     """Print the report.
 
     Args:
-        report: what to print.
-        console: where.
-        every_tap: all taps; otherwise one line per layer, and only the taps that do not simply pass.
-        explained: a paragraph on every tap that would be in a table, instead of the table.
+        report: the report.
+        console: the console to print to.
+        every_tap: list all taps. Otherwise print one line per layer, and list only failures and ties.
+        explained: print a paragraph for each tap instead of the tables.
         decode: makes a token id readable.
-        sentence: whether the verdict comes last.
+        sentence: print the verdict at the end.
     """
     shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
     if not every_tap:
@@ -68,7 +68,7 @@ def render(
 
 
 def _print(console: Console, titled: Group) -> None:
-    """A table under its title, without what a narrow window has no room for."""
+    """Print a table under its title, without the columns that a narrow window has no room for."""
     for part in titled.renderables:
         console.print(fitted(part, console, dispensable=_DISPENSABLE) if isinstance(part, Table) else part)
 

@@ -18,7 +18,7 @@ from dsv4_convert.parity.report.data import Gate, GrownError, Localization, Pari
 Decode = Callable[[int], str]
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
-#: What an index points at, by the form in which the golden keeps the tap.
+#: The thing that an index points at, by the form in which the golden keeps the tap.
 _PART = {
     TapForm.WHOLE: "element",
     TapForm.ROWS: "element of the rows that are kept exactly",
@@ -83,7 +83,7 @@ def grown_numbers(grown: GrownError) -> tuple[str, str, str]:
 
 
 def baseline_sentences(report: ParityReport) -> list[str]:
-    """What a baseline says of a run; nothing without one."""
+    """The baseline's verdict on a run; empty without a baseline."""
     gate = report.gate
     if gate is None:
         return []
@@ -127,7 +127,7 @@ def _unchanged(report: ParityReport, gate: Gate) -> Iterator[str]:
 
 
 def _baseline(gate: Gate) -> str:
-    """What a baseline that is passed says, and what became of it."""
+    """The verdict of a baseline that the run passes, and whether its file changed."""
     aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
     if not gate.updated:
         return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
@@ -148,13 +148,13 @@ def _untouched(report: ParityReport) -> Iterator[str]:
 
 
 def missed(layer: LayerCoverage) -> str:
-    """What the golden leaves unchecked in a layer."""
+    """The part of a layer that the golden leaves unchecked."""
     experts = [f"{layer.experts} of {layer.of} experts are reached"] if layer.experts < layer.of else []
     return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
 
 
 def noise_floor(report: ParityReport) -> str:
-    """What errors are measured by, for a reader who sees it for the first time."""
+    """Explains the noise floor to a first-time reader."""
     return (
         f"In {report.arithmetic} rounding moves the reference itself; how far, token by token, is the noise floor. "
         "Errors are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its "
@@ -187,7 +187,7 @@ def position_cells(position: Position, decode: Decode) -> tuple[str, ...]:
 
 
 def operation(found: Localization) -> Iterator[str]:
-    """What descending into a layer found: operations, weights, experts."""
+    """The findings of a localization: operations, weights, experts."""
     names = [result.name for result in found.wrong]
     if not names:
         yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
@@ -299,7 +299,7 @@ def _choices(result: TapResult, report: ParityReport) -> str:
     if result.verdict is Verdict.TIE:
         return (
             f"{flips.tokens} of {flips.of} tokens choose otherwise, all of them between scores that rounding can swap. "
-            f"{scores} What follows was computed with the golden's choice."
+            f"{scores} The taps after it were computed with the golden's choice."
         )
     if flips.margin == float("inf"):
         scores = (
@@ -369,7 +369,7 @@ def _after_objections(report: ParityReport) -> Iterator[str]:
         first = gate.grown[0].name
         yield (
             f"Find what made `{first}` less exact since it was recorded: its code, a version (the baseline's history "
-            "and its commits say which were there), or flags of XLA. What comes after it may only inherit the error."
+            "and its commits say which were there), or flags of XLA. Later taps may only inherit the error."
         )
         yield f"If that is meant, record it: `--baseline {gate.path} --update-baseline --reason WHY`."
     if gate.missing:
@@ -406,6 +406,6 @@ def _after_success(report: ParityReport) -> Iterator[str]:
         yield "Every layer ran on the golden's own input: `--mode both` also shows how errors add up from the tokens."
     if report.count(Verdict.TIE):
         yield (
-            "Ties need nothing: two candidates whose scores rounding can swap. What follows was computed with the "
-            "golden's choice."
+            "Ties need nothing: two candidates whose scores rounding can swap. The taps after it were computed "
+            "with the golden's choice."
         )

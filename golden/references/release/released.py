@@ -1,12 +1,12 @@
-"""DeepSeek's inference code on a prompt, one layer at a time: what it computes, and how far its rounding may move it.
+"""DeepSeek's inference code on a prompt, one layer at a time: its activations, and how far rounding may move them.
 
-Every operation is the code's own. What is ours is when weights are there: a block is built, filled from the published
-bytes, run and dropped; of the routed experts only the one that runs is in memory.
+Every operation is the code's own. This module only decides when weights are in memory: it builds a block, fills it from
+the published bytes, runs it and drops it, and holds only the routed expert that runs.
 
-In these numerics a layer makes a rounding error larger than the faults that are looked for: a key that changes by one
-part in 256 may become another FP8 number, which is one part in 8. So the isolated mode is one of *operations*: every
-operation of a layer gets the golden's own values. Its noise is what changes there when sums are float64 instead of
-float32; cumulative noise is the same from the tokens on, with the golden's discrete choices.
+In these numerics a layer amplifies a rounding error beyond the size of the faults to find: a key that changes by one
+part in 256 may become another FP8 number, which is one part in 8. So the isolated mode isolates *operations*: every
+operation of a layer gets the golden's own values. Its noise is the change when sums are float64 instead of float32;
+cumulative noise is the same change from the tokens on, with the golden's discrete choices.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _CODES = {torch.float8_e4m3fn: "F8_E4M3", torch.float4_e2m1fn_x2: "I8", torch.fl
 
 
 def describe(code: Code) -> Reference:
-    """What the manifest says of this reference."""
+    """This reference as the manifest describes it."""
     return Reference(
         name="release",
         versions={"torch": torch.__version__, **code.versions},

@@ -119,7 +119,7 @@ def course(data: Course, name: str) -> Markup:
 
 
 def growth(data: Sequence[ErrorSplit], name: str) -> Markup:
-    """What the error of the streams is made of: inherited by a layer, and added by it."""
+    """The error of the streams that leave each layer, split into an inherited and an added part."""
     with settings():
         figure = new_figure(_WIDTH, 260)
         axes = figure.subplots()
@@ -183,7 +183,7 @@ def token_map(data: TokenMap, name: str) -> Markup:
         return to_svg(figure, name, f"Error by token and layer, {MAPS[data.what]}, {data.mode}", words)
 
 
-#: What the maps over tokens show.
+#: Titles of the maps over tokens.
 MAPS = {"worst": "the worst tap of each layer", "streams": "the streams that leave each layer"}
 
 

@@ -39,13 +39,13 @@ from dsv4_convert.units import ranges
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60
 _HERE = Path(__file__).parent
-#: Of the figures' numbers; the report beside them has a version of its own.
+#: Version of the figures' numbers; the report beside them has its own.
 SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a report does not know of its own run: the command line, and when it ended."""
+    """The command line of a run, and when it ended."""
 
     command: str
     date: datetime.datetime
@@ -168,7 +168,7 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
 
 
 def _baseline(report: ParityReport) -> dict[str, Any] | None:
-    """What the baseline says, what has grown beyond it, and the taps that only one side has."""
+    """The baseline's verdict, the errors that grew beyond it, and the taps that only one side has."""
     gate = report.gate
     if gate is None:
         return None
