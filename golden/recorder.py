@@ -72,7 +72,7 @@ def record(
         layers: layers to keep; None for all. The layers before them run too, to compute their streams.
         noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
             more. None for all that the reference has.
-        first_position: position of the first token in the rotary tables. Checks far positions without the tokens before.
+        first_position: position of the first token in the rotary tables, to check far positions in short prompts.
         decode: how many of the last tokens come one by one, from the reference's cache. At least one comes before.
         compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
         greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the

@@ -25,8 +25,8 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.tables import render
-from dsv4_convert.taps import TapKey
 from dsv4_convert.tables import fitted
+from dsv4_convert.taps import TapKey
 
 from .samples import samples
 
