@@ -1,4 +1,4 @@
-"""What the commands share: reporting errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
+"""Shared parts of the commands: errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """What the shell offers for the beginning of a word."""
+    """The completion that the shell offers for the beginning of a word."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
@@ -102,7 +102,8 @@ def complete_generations(incomplete: str) -> list[str]:
 
 
 Platform = Annotated[
-    str | None, typer.Option(**one_of("cpu", "gpu", "tpu"), help="What computes. What JAX finds first, if not given.")
+    str | None,
+    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes; by default the first that JAX finds."),
 ]
 
 
@@ -116,7 +117,7 @@ def _dumb() -> bool:
 
 
 def console(*, err: bool = False) -> Console:
-    """Where results are printed, or what goes to stderr: as wide as the window, styled where that is wanted."""
+    """The console for results, or for stderr: as wide as the window, styled unless plain text is wanted."""
     from rich.console import Console, ConsoleDimensions
 
     screen = Console(stderr=err, color_system=None if plain() else "auto")
@@ -143,10 +144,8 @@ def say_error(text: str) -> None:
 def reported(command: Callable[P, R]) -> Callable[P, R]:
     """Turn our errors into one message on stderr and the exit code of their class; no traceback but for a bug.
 
-    Where ``--json`` could not be written is told before the work.
-
-    So it is with what the system refuses at a place where nobody expected it, and with SIGINT and SIGTERM, which both
-    end in 130: interrupted and resumable.
+    Checks before the work that ``--json`` is writable. Unexpected errors of the system become messages too. SIGINT and
+    SIGTERM end in 130: interrupted and resumable.
     """
 
     @functools.wraps(command)
@@ -175,7 +174,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             if _out_of_memory(error):
                 say_error(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'it is all in use'}")
                 raise typer.Exit(ResourceError.exit_code) from None
-            # What the variables held may be of no business to whoever reads the report, so they are not shown.
+            # The values of variables may be private, so the traceback does not show them.
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
@@ -187,7 +186,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _let_go_of_stdout() -> None:
-    """Where what is left to print cannot be written: Python would try again when it ends, and end with 120."""
+    """Drop unprinted output that cannot be written: Python would retry when it ends, and exit with 120."""
     try:
         sys.stdout.flush()
     except OSError:

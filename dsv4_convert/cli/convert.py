@@ -74,7 +74,7 @@ def hf_to_orbax(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     discard_source: Annotated[
         bool,
-        typer.Option("--discard-source", help="Of a repository: delete every shard once all of it is converted."),
+        typer.Option("--discard-source", help="For a repository: delete each shard once all of it is converted."),
     ] = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
@@ -90,7 +90,7 @@ def hf_to_orbax(
     refused before anything is written. DEST is absent, resumable or complete: an interrupted run is continued by the
     same command.
 
-    Of a repository only the headers are read for the plan. The shards are then fetched while earlier ones are
+    For a Hub repository, the plan reads only the headers. The shards are then fetched while earlier ones are
     converted, and their hashes compared with those that the Hub states.
 
     Several machines share the work when each runs the same command with its own --process-id, on a file system that

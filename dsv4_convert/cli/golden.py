@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
-_EXACT_HELP = "Of a compact golden: tokens that are kept exactly, such as 0,128,-1 (-1 is the last)."
+_EXACT_HELP = "Tokens that a compact golden keeps exactly, such as 0,128,-1 (-1 is the last)."
 
 
 @reported

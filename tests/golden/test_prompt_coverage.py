@@ -1,4 +1,4 @@
-"""What a prompt reaches, by architectures where it is plain to see."""
+"""Coverage of a prompt, for architectures where it is plain to see."""
 
 from __future__ import annotations
 

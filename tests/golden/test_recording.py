@@ -100,7 +100,7 @@ def _logits(model: torch.nn.Module) -> np.ndarray[Any, Any]:
 
 
 def _expected(golden: Golden, layer: int | None) -> dict[str, Any]:
-    """What the probes of one layer, or of the head, have to find; embedding and logits are not theirs."""
+    """The taps that the probes of one layer, or of the head, must find; embedding and logits are not theirs."""
     arrays = golden.manifest.request.arrays()
     wanted = {key.tap.name: arrays[str(key)] for key in golden.taps(layer)}
     return {name: (array.dtype, array.shape) for name, array in wanted.items() if name not in ("embed", "logits")}

@@ -1,4 +1,4 @@
-"""What tests/parity/test_many.py runs in each of several processes: ``python -m tests.parity.many OUT GOLDEN …``."""
+"""The program of each process of tests/parity/test_many.py: ``python -m tests.parity.many OUT GOLDEN …``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ OPTIONS = ParityOptions(layers=LAYERS, modes=[Mode.ISOLATED])
 
 
 def found(report: ParityReport) -> dict[str, Any]:
-    """What must not depend on the devices."""
+    """The results that must not depend on the devices."""
     document = report.to_json(verdict(report))
     return {
         "verdict": document["verdict"],
         "taps": [(tap.name, tap.mode.value, tap.verdict.value) for tap in report.taps],
         "first": [document["first_diverging"], document["first_wrong_operation"]],
         "localizations": [
-            (found["layer"], [tap["name"] for tap in found["wrong"]], found["weights"], found["experts"])
-            for found in document["descents"]
+            (layer["layer"], [tap["name"] for tap in layer["wrong"]], layer["weights"], layer["experts"])
+            for layer in document["descents"]
         ],
     }
 

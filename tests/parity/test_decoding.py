@@ -90,7 +90,7 @@ def test_the_recording_is_the_whole_model_on_its_cache(source: Path, golden: Gol
 
 
 def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
-    """What the reference's cache held is what its taps say of the tokens that it holds."""
+    """The reference's cache holds the values that its taps have for the same tokens."""
     first, config = TOKENS - DECODE, golden.config
     for layer in range(1, 4):
         ratio = config.ratio(config.attention[layer])

@@ -1,4 +1,4 @@
-"""What programs read of a parity report: JUnit XML, GitHub's commands and summary."""
+"""A parity report for programs: JUnit XML, GitHub's commands and summary."""
 
 from __future__ import annotations
 

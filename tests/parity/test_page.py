@@ -77,7 +77,7 @@ def text(report: ParityReport) -> str:
 
 
 class _Page(HTMLParser):
-    """What is on a page; fails where an element is closed that is not open, or never is."""
+    """The content of a page. Fails if an element is closed that is not open, or never closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

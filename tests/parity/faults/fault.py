@@ -1,4 +1,4 @@
-"""What a planted fault is, and how it is planted: one small, named change in one layer of a healthy model."""
+"""Planting a fault: one small, named change in one layer of a healthy model."""
 
 from __future__ import annotations
 
