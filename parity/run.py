@@ -30,7 +30,7 @@ from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
-from dsv4_convert.parity.logits import LogitsComparison, every_position, summary
+from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
@@ -304,10 +304,10 @@ class ParityRun:
         """Compare the next-token distributions. The last mode's are reported."""
         view = self._golden.views(_LOGITS)[-1]
         _, view = self._comparison.within_phase(_LOGITS, view.of(logits), view)
-        if (compared := every_position(logits, view, self._golden.tokens)) is not None:
-            self._logits = summary(*compared)
+        if (compared := compare_logits(logits, view, self._golden.tokens)) is not None:
+            self._logits, positions = compared
             if self._detail is not None:
-                self._detail.positions[mode] = compared[0]
+                self._detail.positions[mode] = positions
 
     def _judge(self, activations: Activations, mode: Mode) -> bool:
         """Judge the wanted taps; whether any fails."""
