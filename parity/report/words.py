@@ -314,8 +314,8 @@ def _times(multiple: float) -> str:
 
 def _list(items: Iterable[object], *, limit: int = _NAMED) -> str:
     names = [str(item) for item in items]
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def next_steps(report: ParityReport) -> list[str]:
@@ -335,7 +335,7 @@ def next_steps(report: ParityReport) -> list[str]:
 def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
-    yield from _with_highest_precision(report)
+    yield from _at_highest_precision(report)
     wrong = [found for found in report.localizations if found.wrong]
     for found in wrong[:1]:
         yield from _after_localization(found)
@@ -347,12 +347,12 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
     if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
         yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
     if any(not found.teacher_forced for found in report.localizations):
-        yield "A compact golden names the first fault only: repeat after mending it, or compare with a whole golden."
+        yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
         yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
 
 
-def _with_highest_precision(report: ParityReport) -> Iterator[str]:
+def _at_highest_precision(report: ParityReport) -> Iterator[str]:
     if report.platform.get("precision", "highest") != "highest":
         yield "Repeat with `--precision highest`: the limits are those of float32 products with all their bits."
 
@@ -365,7 +365,7 @@ def _after_objections(report: ParityReport) -> Iterator[str]:
     if gate is None or gate.passed:
         return
     if gate.grown:
-        yield from _with_highest_precision(report)
+        yield from _at_highest_precision(report)
         first = gate.grown[0].name
         yield (
             f"Find what made `{first}` less exact since it was recorded: its code, a version (the baseline's history "
@@ -406,6 +406,6 @@ def _after_success(report: ParityReport) -> Iterator[str]:
         yield "Every layer ran on the golden's own input: `--mode both` also shows how errors add up from the tokens."
     if report.count(Verdict.TIE):
         yield (
-            "Ties need nothing: two candidates whose scores rounding can swap. The taps after it were computed "
-            "with the golden's choice."
+            "Ties need nothing: two candidates whose scores rounding can swap. The taps after them were "
+            "computed with the golden's choice."
         )
