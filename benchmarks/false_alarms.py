@@ -25,9 +25,9 @@ from rich.table import Table
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.golden.shrink import shrink
-from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from tests.parity.healthy import healthy
 
@@ -44,7 +44,7 @@ def one(case: int) -> list[dict[str, Any]]:
         compact = shrink(made.golden, Path(folder) / "compact", Compact.of([-1], made.length))
         for dtype, golden in product(UNIT, (made.golden, compact)):
             modes = MODES if golden.compact is None else None
-            report = compare_model(made.weights, golden, modes=modes, dtype=dtype)
+            report = ParityRun(made.weights, golden, ParityOptions(modes=modes, dtype=dtype)).run()
             distances = [tap.distance for tap in report.taps if tap.distance is not None]
             flips = [tap.flips for tap in report.taps if tap.flips is not None]
             rows.append(

@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityRun
 from tests.parity.faults.catalogue import CATALOGUE
 from tests.parity.faults.fault import MAIN, MANY, Fault, examine, patient
 
 
-def named_rightly(fault: Fault, report: Report) -> bool:
-    """Whether layer and operation are named, by the first divergence and by the descent, and nothing else is blamed."""
+def named_rightly(fault: Fault, report: ParityReport) -> bool:
+    """Whether divergence and localization name layer and operation, and blame nothing else."""
     first, wrong = report.first_diverging, report.first_wrong
     isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
     failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
@@ -42,7 +42,7 @@ def named_rightly(fault: Fault, report: Report) -> bool:
     )
 
 
-def _multiple(report: Report) -> str:
+def _multiple(report: ParityReport) -> str:
     first = report.first_diverging
     if first is None or first.distance is None:
         return "" if first is None or first.flips is None else f"{first.flips.tokens}/{first.flips.of} flips"
@@ -70,7 +70,7 @@ def main() -> None:
             patients[name] = patient(Path(folder) / name, raw, tokens=tokens)
             if options.compact:
                 patients[name] = patients[name].compacted()
-            healthy = compare_model(patients[name].held, patients[name].golden)
+            healthy = ParityRun(patients[name].held, patients[name].golden).run()
             assert healthy.passed, verdict(healthy)
         for done, fault in enumerate(chosen, start=1):
             report = examine(patients[fault.model], fault)

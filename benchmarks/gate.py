@@ -220,14 +220,16 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
 def one(source: Path, dtype: str, baseline: Path, planted: str | None) -> dict[str, Any]:
     """One parity run in this process: what tolerance and baseline say, and every number."""
     from dsv4_convert.golden.noise import MODES
-    from dsv4_convert.parity.explain import verdict
-    from dsv4_convert.parity.gate import Request, bands_of, numbers_of
-    from dsv4_convert.parity.run import run
+    from dsv4_convert.parity.gate import BaselineRequest, bands_of, numbers_of
+    from dsv4_convert.parity.report.words import verdict
+    from dsv4_convert.parity.run import ParityOptions, run_parity
     from dsv4_convert.parity.tolerances import BANDS_OF_FEW
 
     if planted is not None:
         PLANTED[planted][1]()
-    report = run(None, GOLDEN, source=source, modes=MODES, dtype=dtype, baseline=Request(path=baseline))
+    report = run_parity(
+        None, GOLDEN, ParityOptions(modes=MODES, dtype=dtype), source=source, baseline=BaselineRequest(path=baseline)
+    )
     assert report.gate is not None
     numbers = {f"{tap.mode} {tap.name}": numbers_of(tap) for tap in report.taps}
     few = [f"{tap.mode} {tap.name}" for tap in report.taps if bands_of(tap) is BANDS_OF_FEW]

@@ -24,9 +24,9 @@ from rich.table import Table
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
-from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.weights.published import PublishedWeights
 
 _STAND_IN = Path(__file__).parents[1] / "tests" / "golden" / "release_code"
@@ -65,7 +65,7 @@ def one(case: int, code: Path) -> dict[str, Any]:
         source = Path(folder) / "hf"
         write_checkpoint(source, raw, seed=case, form=form)
         golden = record(source, Path(folder) / "golden", tokens=tokens, release_code=code)
-        report = compare_model(PublishedWeights.open(source), golden, modes=MODES)
+        report = ParityRun(PublishedWeights.open(source), golden, ParityOptions(modes=MODES)).run()
     largest = {
         mode: {
             measure: max(

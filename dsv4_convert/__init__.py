@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.model import Cache, Model
     from dsv4_convert.parity.activations import compare_activations
-    from dsv4_convert.parity.run import run as run_parity
+    from dsv4_convert.parity.run import ParityOptions, run_parity
     from dsv4_convert.spec.config import Config
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "Golden",
     "Model",
+    "ParityOptions",
     "Storage",
     "Weights",
     "__version__",
@@ -44,6 +45,7 @@ _HOMES = {
     "Config": ("dsv4_convert.spec.config", "Config"),
     "Golden": ("dsv4_convert.golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
+    "ParityOptions": ("dsv4_convert.parity.run", "ParityOptions"),
     "Storage": ("dsv4_convert.convert", "Storage"),
     "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),
@@ -52,7 +54,7 @@ _HOMES = {
     "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),
     "record_golden": ("dsv4_convert.golden.recorder", "record"),
     "restore_model": ("dsv4_convert.weights.restore", "restore_model"),
-    "run_parity": ("dsv4_convert.parity.run", "run"),
+    "run_parity": ("dsv4_convert.parity.run", "run_parity"),
 }
 
 

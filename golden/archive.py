@@ -29,31 +29,31 @@ from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
-from dsv4_convert.golden.manifest import MANIFEST_NAME, Manifest, StoredTap
+from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode, noise_name
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.unfinished import folder_of
 
 Array = np.ndarray[Any, Any]
 
 
-class Form(StrEnum):
-    """In which form something of a tap is kept."""
+class TapForm(StrEnum):
+    """The form in which a golden keeps a tap."""
 
     WHOLE = "whole"
     #: Some rows, exactly.
     ROWS = "rows"
-    #: Of every row its rms and a random projection.
+    #: The rms and a random projection of every row.
     SKETCH = "sketch"
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A form in which a golden keeps a tap: the whole of it, some of its rows, or a sketch of all rows.
+    """The stored values of a tap in one form: all of it, some of its rows, or a sketch of all rows.
 
-    ``values`` is what the golden has; :meth:`of` brings another array of the tap's shape into the same form. ``rows``
-    are those of axis 1 that are there, None for all.
+    ``values`` is the golden's part; :meth:`of` brings another array of the tap's shape into the same form. ``rows`` are
+    the rows of axis 1 that are kept, None for all.
     """
 
     values: Array
@@ -61,9 +61,9 @@ class View:
     sketched: Compact | None = None
 
     @property
-    def form(self) -> Form:
-        """Which of them it is."""
-        return Form.SKETCH if self.sketched is not None else Form.WHOLE if self.rows is None else Form.ROWS
+    def form(self) -> TapForm:
+        """The form of the values."""
+        return TapForm.SKETCH if self.sketched is not None else TapForm.WHOLE if self.rows is None else TapForm.ROWS
 
     def of(self, whole: Array) -> Array:
         """The same part of ``whole`` ``[B, S, ...]``."""
@@ -81,8 +81,9 @@ class Golden:
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
         layers: the recorded layers, ascending.
-        names: full names of all recorded taps, in order of execution.
-        compact: what is kept of a tap; None if all of every tap is.
+        keys: all recorded taps, in order of execution.
+        names: their full names.
+        compact: the kept part of each tap; None if every tap is kept whole.
         decode: how many of the last tokens were given one by one.
         numerics: ``plain``, or ``release`` where activations were quantised on the way.
 
@@ -94,7 +95,7 @@ class Golden:
         (1, 300, 16)
     """
 
-    def __init__(self, path: Path | str, files: Files, manifest: Manifest) -> None:
+    def __init__(self, path: Path | str, files: Files, manifest: GoldenManifest) -> None:
         self.path = path
         self.manifest = manifest
         self.config: Config = manifest.request.config
@@ -103,8 +104,9 @@ class Golden:
         self.compact = manifest.request.compact
         self.decode = manifest.request.decode
         self.numerics = manifest.request.reference.numerics
-        self._layer_of = {name: layer for name, _, layer in expected_taps(self.config, self.layers, decode=self.decode)}
-        self.names: tuple[str, ...] = tuple(self._layer_of)
+        self._keys = {str(key): key for key in expected_taps(self.config, self.layers, decode=self.decode)}
+        self.keys: tuple[TapKey, ...] = tuple(self._keys.values())
+        self.names: tuple[str, ...] = tuple(self._keys)
         self._files = files
         self._tensors: dict[str, Mapping[str, TensorInfo]] = {}
 
@@ -113,57 +115,53 @@ class Golden:
         """Bytes of all stored arrays."""
         return sum(entry.nbytes for entry in self.manifest.taps.values())
 
-    def taps(self, layer: int | None) -> tuple[str, ...]:
-        """Full names of the taps of one layer, or of the model level (None), in order of execution.
+    def taps(self, layer: int | None) -> tuple[TapKey, ...]:
+        """The taps of one layer, or of the model level (None), in order of execution.
 
         Raises:
             UsageError: the layer was not recorded.
         """
         if layer is not None and layer not in self.layers:
             raise UsageError(f"{self.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
-        return tuple(name for name in self.names if self._layer_of[name] == layer)
+        return tuple(key for key in self.keys if key.layer == layer)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, tap: TapKey | str) -> tuple[int, ...]:
         """The shape of a tap, whatever is kept of it. Raises :class:`UsageError`: no such tap was recorded."""
-        self._check(name)
-        tap, layer = by_name(name)
         batch, tokens = self.tokens.shape
-        return tap_shape(tap, self.config, layer, batch=batch, tokens=tokens, decode=self.decode)
+        return tap_shape(self._key(tap), self.config, batch=batch, tokens=tokens, decode=self.decode)
 
-    def whole(self, name: str) -> bool:
+    def whole(self, tap: TapKey | str) -> bool:
         """Whether all of a tap is there. Raises :class:`UsageError`: no such tap was recorded."""
-        self._check(name)
-        return self._entry(name) is not None
+        return self._entry(str(self._key(tap))) is not None
 
-    def read(self, name: str) -> Array:
-        """One tap by its full name: float32, or int32 for a choice. NaN and infinity come as they were recorded.
+    def read(self, tap: TapKey | str) -> Array:
+        """One tap, by key or full name: float32, or int32 for a choice. NaN and infinity come as they were recorded.
 
         Raises:
             UsageError: no such tap was recorded, or the golden is compact and does not hold all of it.
             BadInput: the bytes are not those that were recorded.
             ResourceError: the golden is remote and cannot be reached.
         """
-        if not self.whole(name):
-            raise UsageError(f"{self.path}: a compact golden, which holds a sketch of {name} and not all of it")
-        return self._stored(name)
+        if not self.whole(tap):
+            raise UsageError(f"{self.path}: a compact golden, which holds a sketch of {tap} and not all of it")
+        return self._stored(str(tap))
 
-    def views(self, name: str) -> tuple[View, ...]:
+    def views(self, tap: TapKey | str) -> tuple[View, ...]:
         """Everything that is kept of a tap: all of it, or a sketch and some rows. Raises as :meth:`read`."""
-        if self.whole(name):
+        key, name = self._key(tap), str(tap)
+        if self.compact is None or self.whole(key):
             return (View(self._stored(name)),)
-        assert self.compact is not None
         views = [View(self._stored(sketch_name(name)), sketched=self.compact)]
-        tap, layer = by_name(name)
-        if rows := exact_rows(tap, self.config, layer, self.compact):
+        if rows := exact_rows(key, self.config, self.compact):
             views.append(View(self._stored(exact_name(name)), rows=rows))
         return tuple(views)
 
-    def sha256(self, name: str) -> tuple[str, ...]:
+    def sha256(self, tap: TapKey | str) -> tuple[str, ...]:
         """Digests of the bytes that are kept of a tap, as the manifest has them."""
-        entries = (self._entry(spell(name)) for spell in (str, sketch_name, exact_name))
+        entries = (self._entry(spell(str(tap))) for spell in (str, sketch_name, exact_name))
         return tuple(entry.sha256 for entry in entries if entry is not None)
 
-    def noise(self, name: str, dtype: str, mode: Mode) -> Array:
+    def noise(self, tap: TapKey | str, dtype: str, mode: Mode) -> Array:
         """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row.
 
         :mod:`dsv4_convert.golden.noise` says how it is measured.
@@ -179,9 +177,9 @@ class Golden:
                 f"{self.path}: carries no noise floor of {dtype}, only of {list(measured)}; record it with "
                 f"`dsv4 golden record --noise {dtype}`"
             )
-        stored = noise_name(name)
+        stored = noise_name(str(tap))
         if stored not in self.manifest.taps:
-            raise UsageError(f"{self.path}: {name} has no noise: it was not recorded, or is a choice")
+            raise UsageError(f"{self.path}: {tap} has no noise: it was not recorded, or is a choice")
         return self._stored(stored)[measured.index(dtype), MODES.index(mode)]
 
     def everything(self, layer: int | None) -> dict[str, Array]:
@@ -190,7 +188,7 @@ class Golden:
         Raises as :meth:`read`.
         """
         arrays = {}
-        for name in self.taps(layer):
+        for name in map(str, self.taps(layer)):
             arrays[name] = self.read(name)
             if noise_name(name) in self.manifest.taps:
                 arrays[noise_name(name)] = self._stored(noise_name(name))
@@ -226,9 +224,11 @@ class Golden:
                 problems.append(str(error))
         self._refuse(problems)
 
-    def _check(self, name: str) -> None:
-        if name not in self._layer_of:
-            raise UsageError(f"{self.path}: no tap {name}; the golden has {len(self.names)} others, see its manifest")
+    def _key(self, tap: TapKey | str) -> TapKey:
+        key = self._keys.get(str(tap))
+        if key is None:
+            raise UsageError(f"{self.path}: no tap {tap}; the golden has {len(self.names)} others, see its manifest")
+        return key
 
     def _entry(self, stored: str) -> StoredTap | None:
         """The manifest's entry of an array, under its own name or that of the array that it is the same as."""
@@ -266,7 +266,7 @@ class Golden:
 def open_golden(path: Path | str) -> Golden:
     """Open a golden: its manifest is read and checked, no array is.
 
-    Of a folder the headers of all files are checked as well. ``path`` may be a URL that fsspec knows (``gs://``,
+    For a folder, the headers of all files are checked as well. ``path`` may be a URL that fsspec knows (``gs://``,
     ``https://``, ``hf://``): then header and arrays of a layer are fetched, and checked, when they are first needed.
 
     Raises:
@@ -289,7 +289,7 @@ def open_golden(path: Path | str) -> Golden:
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
         raise BadInput(f"{where}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
-    golden = Golden(where, files, Manifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
+    golden = Golden(where, files, GoldenManifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
     if not remote:
         golden.check_files()
     return golden
@@ -301,7 +301,7 @@ def digest(array: Array) -> str:
 
 
 def differences(file: Path | str, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:
-    """Where a file's header is not what the manifest says of it."""
+    """The differences between a file's header and the manifest."""
     problems = [f"{file}: {name}: not in the manifest" for name in found.keys() - wanted.keys()]
     for name, tap in wanted.items():
         info = found.get(name)

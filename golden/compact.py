@@ -1,17 +1,13 @@
-"""Compact goldens: what is kept of a tap where the whole of it would not fit a repository.
+"""Compact goldens: the kept part of each tap when whole taps would not fit a repository.
 
-A tap ``[B, S, ...]`` becomes
+A compact golden keeps two parts of a tap ``[B, S, ...]``. Its *sketch* ``[B, S, 1 + numbers]`` has, for every row (one
+token or one compressed entry), the rms and a random projection to a few numbers. The rows of a few chosen tokens are
+kept exactly. Choices are kept whole, and so are taps whose rows are no longer than a sketch.
 
-* a *sketch* ``[B, S, 1 + numbers]``: of every row, which is one token or one compressed entry, its rms, and a random
-  projection of it to a few numbers;
-* the rows of a few chosen tokens, exactly.
-
-Choices are kept whole, and so are taps whose rows are no longer than a sketch.
-
-The projection multiplies a row of n elements with random signs over the square root of n. Whatever the error of a row
-is, the expected square of each projected number's error is then the error's mean square, and the error of the rms is
-at most its root. So the numbers of a sketch err as much as the elements of its row do, and the same noise floor
-applies to them (Johnson and Lindenstrauss 1984; Achlioptas 2003 for signs).
+The projection multiplies a row of n elements with random signs over the square root of n. For any error of a row, the
+expected square of each projected number's error is the error's mean square, and the error of the rms is at most its
+root. So the numbers of a sketch err as much as the elements of its row do, and the same noise floor applies to them
+(Johnson and Lindenstrauss 1984; Achlioptas 2003 for signs).
 """
 
 from __future__ import annotations
@@ -45,19 +41,21 @@ def sketch_name(tap: str) -> str:
 
 
 def exact_name(tap: str) -> str:
-    """The stored name of those rows of a tap that are kept exactly."""
+    """The stored name of the rows of a tap that are kept exactly."""
     return tap + _EXACT
 
 
 def is_kept_part(name: str) -> bool:
-    """Whether a stored name is that of a sketch or of some rows."""
+    """Whether a stored name belongs to a sketch or to exact rows."""
     return name.endswith((_SKETCH, _EXACT))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compact:
-    """What a compact golden keeps: ``positions`` of tokens exactly, ascending; ``numbers`` and ``seed`` of the
-    projection."""
+    """The kept part of each tap: tokens at ``positions`` (ascending) exactly, and a projection.
+
+    ``numbers`` and ``seed`` determine the projection.
+    """
 
     positions: tuple[int, ...]
     numbers: int = NUMBERS
@@ -88,7 +86,7 @@ class Compact:
     def rows(self, *, block: int) -> tuple[int, ...]:
         """The rows that are kept exactly, of a tap with one row for every ``block`` tokens.
 
-        Of compressed entries: for each position the last entry that it sees, which is of the last complete block.
+        For compressed entries this is the last entry that each position sees, the entry of the last complete block.
         """
         return tuple(sorted({(position + 1) // block - 1 for position in self.positions} - {-1}))
 

@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.noise import noise_name, noise_shape
 from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.spec.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
+from dsv4_convert.spec.taps import Tap, TapKey, Values, Where, state_of, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +26,7 @@ DTYPES: dict[Values, np.dtype[np.generic]] = {
 
 
 class StoredShape(NamedTuple):
-    """What a stored array has to be; ``layer`` is None at the model level."""
+    """Expected layer (None at the model level), dtype and shape of a stored array."""
 
     layer: int | None
     dtype: np.dtype[np.generic]
@@ -38,8 +38,7 @@ class StoredShape(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-INPUT = "input"
-STREAMS = "hc_ffn.streams"
+INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
 
 
 def calls(tokens: int, decode: int) -> list[tuple[int, int]]:
@@ -48,14 +47,12 @@ def calls(tokens: int, decode: int) -> list[tuple[int, int]]:
     return [(0, prefill), *((token, token + 1) for token in range(prefill, tokens))]
 
 
-def tap_shape(
-    tap: Tap, config: Config, layer: int | None, *, batch: int, tokens: int, decode: int = 0
-) -> tuple[int, ...]:
-    """The numbers behind ``tap.shape`` for ``batch`` prompts of ``tokens`` tokens; model-level taps have no layer.
+def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: int = 0) -> tuple[int, ...]:
+    """The sizes of a tap for ``batch`` prompts of ``tokens`` tokens.
 
-    Of the state they are those after the tokens that are not decoded one by one.
+    A tap of the state has its shape at the end of the prefill, before the ``decode`` tokens.
     """
-    kind = config.attention[layer] if layer is not None else AttentionKind.SLIDING
+    kind = config.attention[key.layer] if key.layer is not None else AttentionKind.SLIDING
     ratio = config.ratio(kind)
     entries = tokens // ratio if ratio else 0  # a block that is not complete makes no entry
     sizes = {
@@ -81,21 +78,21 @@ def tap_shape(
         "p": (tokens - decode) % ratio if ratio else 0,
         "r": ratio if tokens - decode >= ratio else 0,
     }
-    return tuple(sizes[letter] for letter in tap.shape.split())
+    return tuple(sizes[letter] for letter in key.tap.shape.split())
 
 
-def rows_of(tap: Tap, config: Config, layer: int | None, start: int, stop: int) -> range:
-    """The rows (of axis 1) of a tap, none of the state, that tokens ``start:stop`` make."""
-    if tap.shape.split()[1] == "S" or layer is None:
+def rows_of(key: TapKey, config: Config, start: int, stop: int) -> range:
+    """The rows of axis 1 that tokens ``start:stop`` make of a tap; not defined for the state."""
+    if key.tap.shape.split()[1] == "S" or key.layer is None:
         return range(start, stop)
-    ratio = config.ratio(config.attention[layer])
+    ratio = config.ratio(config.attention[key.layer])
     return range(start // ratio, stop // ratio)
 
 
-def part_shape(tap: Tap, config: Config, layer: int | None, *, batch: int, start: int, stop: int) -> tuple[int, ...]:
-    """What a call on tokens ``start:stop`` makes of a tap: its rows, over the entries that there are by then."""
-    shape = tap_shape(tap, config, layer, batch=batch, tokens=stop)
-    return (shape[0], len(rows_of(tap, config, layer, start, stop)), *shape[2:])
+def part_shape(key: TapKey, config: Config, *, batch: int, start: int, stop: int) -> tuple[int, ...]:
+    """The shape of the part of a tap that a call on tokens ``start:stop`` makes: its rows, and all entries so far."""
+    shape = tap_shape(key, config, batch=batch, tokens=stop)
+    return (shape[0], len(rows_of(key, config, start, stop)), *shape[2:])
 
 
 def part_of(whole: Array, rows: range, shape: Sequence[int]) -> Array:
@@ -117,8 +114,8 @@ def joined(parts: Sequence[Array], shape: Sequence[int]) -> Array:
     return np.concatenate([padded(part) for part in parts], axis=1)
 
 
-def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> Iterator[tuple[str, Tap, int | None]]:
-    """Every tap of a golden of these layers, in order of execution: full name, tap, layer.
+def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> Iterator[TapKey]:
+    """Every tap of a golden of these layers, in order of execution.
 
     With tokens to ``decode`` one by one, each layer's state before the first of them comes after its taps. The head can
     run only when the last layer did, so its taps are there exactly when that layer is among ``layers``.
@@ -126,14 +123,14 @@ def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> 
     model = taps_of(config, None)
     for tap in model:
         if tap.where is Where.BEFORE:
-            yield full_name(tap, None), tap, None
+            yield TapKey(None, tap)
     for layer in layers:
         for tap in (*taps_of(config, layer), *(state_of(config, layer) if decode else ())):
-            yield full_name(tap, layer), tap, layer
+            yield TapKey(layer, tap)
     if config.num_hidden_layers - 1 in layers:
         for tap in model:
             if tap.where is Where.AFTER:
-                yield full_name(tap, None), tap, None
+                yield TapKey(None, tap)
 
 
 def stored_arrays(
@@ -152,16 +149,16 @@ def stored_arrays(
     some rows (:mod:`dsv4_convert.golden.compact`) instead of itself.
     """
     arrays = {}
-    for name, tap, layer in expected_taps(config, layers, decode=decode):
-        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens, decode=decode)
-        dtype = DTYPES[tap.values]
-        if compact is None or kept_whole(tap, shape, compact):
+    for key in expected_taps(config, layers, decode=decode):
+        shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=decode)
+        name, layer, dtype = str(key), key.layer, DTYPES[key.tap.values]
+        if compact is None or kept_whole(key.tap, shape, compact):
             arrays[name] = StoredShape(layer, dtype, shape)
         else:
             arrays[sketch_name(name)] = StoredShape(layer, dtype, (*shape[:2], 1 + compact.numbers))
-            if rows := exact_rows(tap, config, layer, compact):
+            if rows := exact_rows(key, config, compact):
                 arrays[exact_name(name)] = StoredShape(layer, dtype, (shape[0], len(rows), *shape[2:]))
-        if noise and tap.values is Values.REAL:
+        if noise and key.tap.values is Values.REAL:
             arrays[noise_name(name)] = StoredShape(layer, dtype, noise_shape(shape, len(noise)))
     return arrays
 
@@ -171,12 +168,12 @@ def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
     return tap.values is Values.CHOICE or compact.whole(shape)
 
 
-def exact_rows(tap: Tap, config: Config, layer: int | None, compact: Compact) -> tuple[int, ...]:
+def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]:
     """The rows of axis 1 that a compact golden keeps exactly of a tap not kept whole; of the state none."""
-    if is_state(tap.name):
+    if key.tap.is_state:
         return ()
-    of_entries = layer is not None and tap.shape.split()[1] == "T"
-    return compact.rows(block=config.ratio(config.attention[layer]) if of_entries and layer is not None else 1)
+    has_entries = key.tap.shape.split()[1] == "T"
+    return compact.rows(block=config.ratio(config.attention[key.layer]) if has_entries and key.layer is not None else 1)
 
 
 def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
@@ -188,7 +185,7 @@ def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, 
     aliases = {}
     for layer in layers:
         for spell in (str, sketch_name, exact_name):
-            mine, its = spell(f"layers.{layer}.{INPUT}"), spell(f"layers.{layer - 1}.{STREAMS}")
+            mine, its = spell(str(TapKey(layer, INPUT))), spell(str(TapKey(layer - 1, STREAMS)))
             if mine in there and its in there:
                 aliases[mine] = its
     return aliases

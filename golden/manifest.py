@@ -21,7 +21,7 @@ from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.strict_json import parse_object
 
 Array = np.ndarray[Any, Any]
@@ -67,7 +67,7 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class RecordedSource:
     """The checkpoint that a golden was computed from."""
 
     #: ``ORG/NAME`` of a Hub repository, or the name of a folder.
@@ -98,7 +98,7 @@ class StoredTap:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class RecordingRequest:
     """Everything that determines a golden. Two equal requests give the same arrays.
 
     ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
@@ -107,7 +107,7 @@ class Request:
     """
 
     reference: Reference
-    source: Source
+    source: RecordedSource
     config: Config
     tokens: tuple[tuple[int, ...], ...]
     text: tuple[str, ...] | None
@@ -133,12 +133,12 @@ class Request:
         """What is stored of taps and noises, by stored name. ``taken`` has them whole, by full name."""
         kept = {}
         for name, array in taken.items():
-            tap, layer = (None, None) if is_noise(name) else by_name(name)
-            if tap is None or self.compact is None or kept_whole(tap, array.shape, self.compact):
+            key = None if is_noise(name) else TapKey.parse(name)
+            if key is None or self.compact is None or kept_whole(key.tap, array.shape, self.compact):
                 kept[name] = array
                 continue
             kept[sketch_name(name)] = self.compact.sketch(array)
-            if rows := exact_rows(tap, self.config, layer, self.compact):
+            if rows := exact_rows(key, self.config, self.compact):
                 kept[exact_name(name)] = np.ascontiguousarray(array[:, rows])
         return kept
 
@@ -158,7 +158,7 @@ class Request:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Request:
+    def from_json(cls, document: Mapping[str, Any]) -> RecordingRequest:
         """Strict inverse of :meth:`to_json`.
 
         Raises:
@@ -172,7 +172,9 @@ class Request:
         tokens = _tokens(document["tokens"], config.vocab_size)
         return cls(
             reference=Reference(**_record(document, "reference", Reference, mappings=("versions",))),
-            source=Source(**_record(document, "source", Source, mappings=("files",), optional=("revision",))),
+            source=RecordedSource(
+                **_record(document, "source", RecordedSource, mappings=("files",), optional=("revision",))
+            ),
             config=config,
             tokens=tokens,
             text=None if text is None else _strings(text, len(document["tokens"])),
@@ -185,10 +187,10 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
+class GoldenManifest:
     """The whole manifest. ``aliases`` name taps that are the same array as another one and are stored once."""
 
-    request: Request
+    request: RecordingRequest
     taps: Mapping[str, StoredTap]
     aliases: Mapping[str, str]
 
@@ -218,7 +220,7 @@ class Manifest:
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
+    def from_bytes(cls, data: bytes, *, where: str) -> GoldenManifest:
         """Strict inverse of :meth:`to_bytes`; ``where`` names the file in messages.
 
         Raises:
@@ -240,7 +242,7 @@ class Manifest:
                 "edited, take it from where it was recorded, or record again"
             )
         try:
-            request = Request.from_json(document)
+            request = RecordingRequest.from_json(document)
             taps = {name: stored_tap(entry) for name, entry in _mapping(document["taps"]).items()}
             aliases = _mapping(document["aliases"])
         except ValueError as error:
@@ -263,7 +265,7 @@ def stored_tap(entry: object) -> StoredTap:
     return StoredTap(file=file, dtype=dtype, shape=tuple(shape), sha256=sha256)
 
 
-def _tap_problems(request: Request, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
+def _tap_problems(request: RecordingRequest, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
     wanted = request.arrays()
     wanted_aliases = expected_aliases(request.layers, wanted)
     problems = []
@@ -326,7 +328,7 @@ def _record(
             good = isinstance(value, str) or (value is None and name in optional)
         if not good:
             raise ValueError(f"{key}.{name}: not what it should be: {_shown(value)}")
-    if kind is Source and not all(map(_is_digest, entry["files"].values())):
+    if kind is RecordedSource and not all(map(_is_digest, entry["files"].values())):
         raise ValueError("source.files: expected SHA-256 digests")
     return entry
 

@@ -1,15 +1,13 @@
-"""The noise floor of a golden: how far legal rounding moves the reference away from what it recorded.
+"""The noise floor of a golden: how far legal rounding moves the reference away from the recorded values.
 
-A golden holds float32 values. Beside them the reference runs again, with the golden's discrete choices:
+A golden holds float32 values. The reference runs again with the golden's discrete choices, in two more dtypes. The run
+in float64 shows how much of the golden itself is rounding: the floor of float32. The run in bfloat16, as users run it,
+gives the floor of bfloat16. A golden of the release's own code is in bfloat16 and has one floor, measured by the same
+code with its sums in float64.
 
-* in float64, which says how much of the golden itself is rounding: the floor of float32;
-* in bfloat16, as users run it: the floor of bfloat16;
-
-(a golden of the release's own code is in bfloat16, and has one floor: the same code with its sums in float64)
-
-each of them *isolated* (every layer on the golden's own input, rounded to that dtype) and *cumulative* (from the
-tokens, on streams of its own). What is kept of a run is its distance from the golden per token: for every row of a tap,
-which is its first two axes, the rms and the largest absolute value of the difference over the remaining axes.
+Each of these runs twice: *isolated*, with every layer on the golden's own input, rounded to that dtype; and
+*cumulative*, from the tokens, on its own streams. The golden keeps the distance of each run per row (the first two axes
+of a tap): the rms and the largest absolute value of the difference over the remaining axes.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ def noise_name(tap: str) -> str:
 
 
 def is_noise(name: str) -> bool:
-    """Whether a stored name is that of a noise."""
+    """Whether a stored name belongs to a noise."""
     return name.endswith(_SUFFIX)
 
 
@@ -81,8 +79,8 @@ def row_noise(run: Array, golden: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
-    """The taps of one layer, or of the model level, by name within it, and the noise of those of real numbers."""
+class RecordedTaps:
+    """The taps of one layer, or of the model level, by name within it, and the noise of the real-valued ones."""
 
     taps: Mapping[str, Array]
     noise: Mapping[str, Array]

@@ -1,4 +1,4 @@
-"""What a recording will read, write and need, said before it starts."""
+"""The cost of a recording, known before it starts: bytes to read and to write, and memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _BASE_BYTES = 520 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class RecordingPlan:
     """Sizes of one recording, in bytes.
 
     Attributes:
-        bytes_read: all tensors of the layers that run; experts that no token reaches are hashed but not decoded.
+        bytes_read: all tensors of the layers that run. Experts that no token reaches are hashed but not decoded.
         bytes_written: all arrays of the golden.
-        bytes_whole: what they would be if all of every tap was kept; the same unless the golden is compact.
-        memory: about the most memory that is in use at a time, the mapped pages of the source not counted.
+        bytes_whole: the same if every tap was kept whole; it differs for a compact golden.
+        memory: about the peak memory, without the mapped pages of the source.
     """
 
     bytes_read: int
@@ -50,7 +50,7 @@ def plan(
     tokens: int,
     decode: int = 0,
     passes: int = 1,
-) -> Plan:
+) -> RecordingPlan:
     """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens, the last ``decode`` one by one.
 
     The weights are read ``passes`` times.
@@ -68,7 +68,7 @@ def plan(
     # In float64 weights and attention take twice the memory, and so does what is compared with the golden's taps.
     wide = 2 if "float32" in noise else 1
     working = max(wide * (weights[layer] + batch * _attention(config, layer, tokens) + taps[layer]) for layer in ran)
-    return Plan(
+    return RecordingPlan(
         bytes_read=passes * sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
         bytes_written=sum(
             array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)

@@ -17,9 +17,9 @@ from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
-from dsv4_convert.golden.manifest import Reference, Request, Source
+from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference
 from dsv4_convert.golden.noise import RUN_DTYPES
-from dsv4_convert.golden.plan import Plan, check_space, plan
+from dsv4_convert.golden.plan import RecordingPlan, check_space, plan
 from dsv4_convert.golden.tokens import check_tokens
 from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_writer
 from dsv4_convert.spec.config import Config
@@ -54,7 +54,7 @@ def record(
     release_code: Path | None = None,
     name: str | None = None,
     revision: str | None = None,
-    announce: Callable[[Plan], None] = lambda _: None,
+    announce: Callable[[RecordingPlan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
     """Run a reference over ``tokens`` and keep its activations, and how far rounding moves them.
@@ -69,14 +69,14 @@ def record(
         out: folder to create.
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
-        layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
-        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`); each runs every layer twice
-            more. None: all that the reference has.
-        first_position: of the first token in the rotary tables; checks far positions without the tokens before.
-        decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
-        compact: what to keep of every tap (:mod:`dsv4_convert.golden.compact`); None for all of it.
-        greedy: the ``decode`` tokens come after the prompt, and are those that the reference likes best; every one of
-            them takes a pass through the whole model first.
+        layers: layers to keep; None for all. The layers before them run too, to compute their streams.
+        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
+            more. None for all that the reference has.
+        first_position: position of the first token in the rotary tables, to check far positions in short prompts.
+        decode: how many of the last tokens come one by one, from the reference's cache. At least one comes before.
+        compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
+        greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
+            whole model first.
         release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
@@ -128,7 +128,7 @@ def record(
         if greedy:
             ids = model.choose_tokens(progress)
         progress("hashing the source")
-        request = Request(
+        request = RecordingRequest(
             reference=reference.described,
             source=_source(checkpoint, resolution, name, revision),
             config=config,
@@ -149,7 +149,7 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """What runs: how the manifest describes it, the dtypes whose noise it measures, and what makes its model."""
+    """A reference: its description in the manifest, the dtypes whose noise it measures, and a factory of its model."""
 
     described: Reference
     noise: tuple[str, ...]
@@ -188,11 +188,11 @@ def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
     return resolve(stored_forms(checkpoint.tensors), config, layers=range(last + 1), where=str(checkpoint.root))
 
 
-def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> Source:
-    """What was recorded from: the hash of every shard that holds a tensor of the layers that run."""
+def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> RecordedSource:
+    """The recorded checkpoint: the hash of every shard that holds a tensor of the layers that run."""
     used = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     shards = sorted({checkpoint.tensors[name].file for name in used if name is not None})
-    return Source(
+    return RecordedSource(
         name=name or checkpoint.root.resolve().name,
         revision=revision or checkpoint.revision,
         files={shard.name: checkpoint.file_sha256(shard) for shard in shards},
@@ -210,14 +210,16 @@ def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, 
     return tuple(dtype for dtype in possible if dtype in names)
 
 
-def _run(model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: Request, progress: Progress) -> None:
+def _run(
+    model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: RecordingRequest, progress: Progress
+) -> None:
     """Every layer up to the last wanted one, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     batch, tokens = request.token_array.shape
     expected: dict[int | None, dict[str, Any]] = {}
-    for _, tap, layer in expected_taps(config, wanted, decode=request.decode):
-        shape = tap_shape(tap, config, layer, batch=batch, tokens=tokens, decode=request.decode)
-        expected.setdefault(layer, {})[tap.name] = (DTYPES[tap.values], shape)
+    for key in expected_taps(config, wanted, decode=request.decode):
+        shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
+        expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
     progress("embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)

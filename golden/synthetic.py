@@ -197,7 +197,7 @@ def write_checkpoint(
         seed: chooses the weights.
         form: ``fp4``: FP8 linears and FP4 experts with E8M0 scales, as released. ``fp8``: all FP8 with float32 scales
             that are no powers of two, as the Base releases. ``bf16``: unquantised.
-        layers: write only the shards of these layers and of the model level; the index is then that of the part.
+        layers: write only the shards of these layers and of the model level, and an index of these shards.
         mtp: also write the stages after the backbone.
         progress: called after every shard.
 

@@ -39,7 +39,7 @@ def parse_prompts(argument: str) -> list[list[int]]:
 
 
 def _ids(argument: str) -> tuple[object, str]:
-    """What a command line gives, not looked at yet, and where it came from."""
+    """The parsed but unchecked argument of a command line, and its origin."""
     if argument.strip() and set(argument) <= _INLINE:
         return _from_text(argument, "token ids"), "token ids"
     path = Path(argument)
@@ -76,13 +76,13 @@ def encode_prompts(tokenizer: Path, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def text_decoder(tokenizer: Path) -> Callable[[Sequence[int]], str]:
-    """What makes a text of token ids, special tokens left out. Raises like :func:`encode_prompts`."""
+    """A function from token ids to text, without special tokens. Raises like :func:`encode_prompts`."""
     loaded = _load_tokenizer(tokenizer)
     return lambda tokens: str(loaded.decode(list(tokens)))
 
 
 def token_decoder(where: Path | None, *, required: bool) -> Callable[[int], str]:
-    """What makes a token id readable: its text in quotes where a tokenizer is at hand, else the number.
+    """A function that makes a token id readable: its text in quotes with a tokenizer, else the number.
 
     Args:
         where: ``tokenizer.json`` or the folder that may hold it; None for numbers.

@@ -29,7 +29,7 @@ from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
 from dsv4_convert.golden.archive import Array, Golden, differences, digest, open_golden
 from dsv4_convert.golden.files import read_array
 from dsv4_convert.golden.layout import expected_aliases
-from dsv4_convert.golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
+from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, RecordingRequest, StoredTap, layer_file
 from dsv4_convert.unfinished import folder_of, held
 
 REQUEST_NAME = "request.json"
@@ -52,7 +52,7 @@ class GoldenWriter:
         complete: whether only :meth:`publish` is left to do, as an earlier run ended within it.
     """
 
-    def __init__(self, folder: Path, out: Path, request: Request) -> None:
+    def __init__(self, folder: Path, out: Path, request: RecordingRequest) -> None:
         self._folder = folder
         self._out = out
         self._request = request
@@ -120,10 +120,10 @@ class GoldenWriter:
         """Write the manifest and let the golden appear at its destination."""
         try:
             if not self.complete:
-                manifest = Manifest(request=self._request, taps=self._taps, aliases=self._aliases)
+                manifest = GoldenManifest(request=self._request, taps=self._taps, aliases=self._aliases)
                 data = manifest.to_bytes()
                 file = self._folder / MANIFEST_NAME
-                Manifest.from_bytes(data, where=str(file))  # never publish what cannot be opened
+                GoldenManifest.from_bytes(data, where=str(file))  # never publish what cannot be opened
                 write_durably(file, data)
                 (self._folder / REQUEST_NAME).unlink()  # complete from here on
             for layer in self._request.layers:
@@ -155,7 +155,7 @@ class GoldenWriter:
             self._taps, self.finished = {}, ()
 
     def _intact(self, layer: int) -> dict[str, StoredTap] | None:
-        """What an earlier run stored of a layer; None unless all of it is there as it was written."""
+        """The entries of a layer that an earlier run stored; None unless all of it is there as it was written."""
         try:
             file = self._folder / layer_file(layer)
             header = read_header(file)
@@ -176,7 +176,7 @@ def check_destination(out: Path) -> None:
 
 
 @contextmanager
-def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
+def golden_writer(out: Path, request: RecordingRequest) -> Iterator[GoldenWriter]:
     """Lock the folder in which the golden of ``request`` grows, taking up what an earlier run of it finished.
 
     The destination has to be absent or an empty folder.
@@ -203,7 +203,7 @@ def golden_writer(out: Path, request: Request) -> Iterator[GoldenWriter]:
         yield GoldenWriter(folder, out, request)
 
 
-def _is_complete(folder: Path, request: Request) -> bool:
+def _is_complete(folder: Path, request: RecordingRequest) -> bool:
     """Whether all of a golden of this request is in ``folder``, as a run leaves it that ends just before its rename."""
     if (folder / REQUEST_NAME).exists() or not (folder / MANIFEST_NAME).exists():
         return False

@@ -1,4 +1,4 @@
-"""Comparing the activations of an implementation that is not ours with a golden. It brings arrays, by tap name.
+"""Comparing another implementation's activations with a golden. It brings arrays, by tap name.
 
 The other implementation runs one layer on :meth:`Expected.input` (or everything from :attr:`Expected.tokens`), keeps
 what it computes on the way, and hands over as much of it as it likes. Nothing of ours runs, and no weights are needed.
@@ -20,14 +20,14 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.reach import reach
+from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.parity.comparison import Comparison
-from dsv4_convert.parity.forward import Taken
+from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import Tap, Values, by_name, is_state
+from dsv4_convert.spec.taps import TapKey, Values, tap_named
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -35,7 +35,7 @@ _TIED = (
     "After a tie the implementation went on with its own choice, so what follows it differs rightly. Make it follow "
     "Expected.choices(layer), and nothing does."
 )
-_EXPERTS, _WEIGHTS = "ffn.gate.experts", "ffn.gate.weights"
+_EXPERTS, _WEIGHTS = tap_named("ffn.gate.experts"), tap_named("ffn.gate.weights")
 
 
 def compare_activations(
@@ -46,7 +46,7 @@ def compare_activations(
     mode: Mode | str = Mode.ISOLATED,
     dtype: str | None = None,
     name: str = "activations",
-) -> Report:
+) -> ParityReport:
     """Compare arrays of another implementation with a golden, tap by tap.
 
     The limits are those of :func:`dsv4_convert.parity.run.run`, which compares our own.
@@ -80,16 +80,15 @@ def compare_activations(
     """
     golden = golden if isinstance(golden, Golden) else open_golden(golden)
     chosen = _mode(mode, golden)
-    taken = {_full(given, layer, golden): _array(given, value) for given, value in activations.items()}
+    taken = {_key(given, layer, golden): _array(given, value) for given, value in activations.items()}
     if len(taken) < len(activations):
         raise UsageError("activations: a tap was given twice, by its full name and by that within the layer")
     dtype = _dtype(dtype, taken, golden)
     taken = _sorted_choices(taken)
     comparison = Comparison(golden, dtype)
-    names = [tap for tap in golden.names if tap in taken]
-    results = _judged(comparison, taken, chosen, names)
+    results = _judged(comparison, taken, chosen, [key for key in golden.keys if key in taken])
     layers = tuple(sorted({result.layer for result in results if result.layer is not None}))
-    return Report(
+    return ParityReport(
         modes=(chosen,),
         decode=golden.decode,
         phase=None,
@@ -97,10 +96,10 @@ def compare_activations(
         limits=LIMITS,
         layers=layers,
         taps=tuple(results),
-        descents=(),
-        growth=(),
-        reach=tuple(reach(golden, each) for each in layers),
-        require_reach=False,
+        localizations=(),
+        error_splits=(),
+        prompt_coverage=tuple(prompt_coverage(golden, each) for each in layers),
+        require_coverage=False,
         logits=None,
         checkpoint={"path": name},
         golden={"path": str(golden.path), "digest": golden.manifest.digest},
@@ -109,7 +108,7 @@ def compare_activations(
 
 
 class Expected:
-    """What a golden expects of an implementation: what to feed it with, and :meth:`check`.
+    """A golden seen from another implementation: the inputs to feed it with, and :meth:`check`.
 
     Attributes:
         golden: the open golden.
@@ -142,23 +141,24 @@ class Expected:
             UsageError: the layer was not recorded, or the golden is compact and does not hold its input.
         """
         last = self.config.num_hidden_layers - 1
-        name = f"layers.{last}.{STREAMS}" if layer is None else f"layers.{layer}.{INPUT}"
-        if name not in self.golden.names:
+        key = TapKey(last, STREAMS) if layer is None else TapKey(layer, INPUT)
+        if key not in self.golden.keys:
             raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
-        if not self.golden.whole(name):
+        if not self.golden.whole(key):
             raise UsageError(f"{_no_inputs(self.golden)}: run from the tokens, and check with mode='cumulative'")
-        return self.golden.read(name)
+        return self.golden.read(key)
 
     def choices(self, layer: int) -> dict[str, Array]:
         """The golden's chosen experts and entries in a layer by tap name within it: int32, -1 for none.
 
         For an implementation that can be made to follow them, so that a tie changes nothing that comes after it.
         """
-        return Comparison(self.golden, "float32").choices(layer)
+        choices = Comparison(self.golden, "float32").choices(layer)
+        return {key.tap.name: chosen for key, chosen in choices.items()}
 
     def names(self, layer: int | None) -> tuple[str, ...]:
         """Full names of the taps of a layer, or of the model level (None), in order of execution."""
-        return self.golden.taps(layer)
+        return tuple(map(str, self.golden.taps(layer)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tap by its full name."""
@@ -166,13 +166,13 @@ class Expected:
 
     def report(
         self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
-    ) -> Report:
+    ) -> ParityReport:
         """:func:`compare_activations` with this golden and dtype."""
         return compare_activations(activations, self.golden, layer=layer, mode=mode, dtype=self.dtype)
 
     def check(
         self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
-    ) -> Report:
+    ) -> ParityReport:
         """The report of :meth:`report`, if it passes.
 
         Raises:
@@ -186,12 +186,12 @@ class Expected:
         return report
 
 
-def as_text(report: Report, *, width: int = 100) -> str:
+def as_text(report: ParityReport, *, width: int = 100) -> str:
     """The verdict, then the tables of what does not pass: plain text."""
     from rich.console import Console
 
-    from dsv4_convert.parity.explain import verdict
-    from dsv4_convert.parity.render import render
+    from dsv4_convert.parity.report.tables import render
+    from dsv4_convert.parity.report.words import verdict
 
     out = StringIO()
     console = Console(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
@@ -203,29 +203,28 @@ def as_text(report: Report, *, width: int = 100) -> str:
     return "\n".join([verdict(report), "", *lines]).rstrip()
 
 
-def _judged(comparison: Comparison, taken: Taken, mode: Mode, names: Iterable[str]) -> list[TapResult]:
+def _judged(comparison: Comparison, taken: Activations, mode: Mode, keys: Iterable[TapKey]) -> list[TapResult]:
     """Judge in order of execution. After a tie the implementation went on with its own choice, which is not wrong: in
     isolated mode the tokens concerned are left out of what follows in the layer."""
     golden = comparison.golden
     tied: dict[int | None, Array] = {}
     results = []
-    for name in names:
-        tap, layer = by_name(name)
+    for key in keys:
         given = taken
-        if (rows := tied.get(layer)) is not None and _follows(tap, layer, golden.config):
-            given = {**taken, name: _left_out(taken[name], golden.read(name), rows)}
-        (result,) = comparison.judge(given, mode, [name])
+        if (rows := tied.get(key.layer)) is not None and _follows(key, golden.config):
+            given = {**taken, key: _left_out(taken[key], golden.read(key), rows)}
+        (result,) = comparison.judge(given, mode, [key])
         if result.verdict is Verdict.TIE and mode is Mode.ISOLATED:
-            differs = (np.sort(given[name], axis=-1) != np.sort(golden.read(name), axis=-1)).any(axis=-1)
-            tied[layer] = differs | tied.get(layer, np.zeros_like(differs))
+            differs = (np.sort(given[key], axis=-1) != np.sort(golden.read(key), axis=-1)).any(axis=-1)
+            tied[key.layer] = differs | tied.get(key.layer, np.zeros_like(differs))
         results.append(_explained(result, golden))
     return results
 
 
-def _follows(tap: Tap, layer: int | None, config: Config) -> bool:
+def _follows(key: TapKey, config: Config) -> bool:
     """Whether a tap depends on a choice before it: not the state that was there before, nor a choice by table."""
-    by_table = tap.values is Values.CHOICE and layer is not None and config.hash_routed[layer]
-    return not (by_table or is_state(tap.name))
+    by_table = key.tap.values is Values.CHOICE and key.layer is not None and config.hash_routed[key.layer]
+    return not (by_table or key.tap.is_state)
 
 
 def _left_out(found: Array, golden: Array, rows: Array) -> Array:
@@ -239,11 +238,10 @@ def _left_out(found: Array, golden: Array, rows: Array) -> Array:
 
 def _explained(result: TapResult, golden: Golden) -> TapResult:
     """Say what a shape stands for where it is another one."""
-    expected = golden.shape(result.name)
+    expected = golden.shape(result.key)
     if result.verdict is not Verdict.FAIL or result.shape == expected:
         return result
-    tap, _ = by_name(result.name)
-    letters = ", ".join(f"{letter} {size}" for letter, size in zip(tap.shape.split(), expected, strict=True))
+    letters = ", ".join(f"{letter} {size}" for letter, size in zip(result.key.tap.shape.split(), expected, strict=True))
     hint = ""
     if sorted(result.shape) == sorted(expected):
         hint = "; the axes are in another order"
@@ -270,24 +268,25 @@ def _no_inputs(golden: Golden) -> str:
     return f"{golden.path}: a compact golden, which does not hold the inputs of layers"
 
 
-def _full(name: str, layer: int | None, golden: Golden) -> str:
-    """The full name of a tap that the golden has. Raises :class:`UsageError`."""
-    outer = name in golden.names and by_name(name)[1] is None
+def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
+    """The tap of the golden that a user means by ``name``. Raises :class:`UsageError`."""
+    outer = name in map(str, golden.taps(None))
     full = name if layer is None or outer or name.startswith("layers.") else f"layers.{layer}.{name}"
     if layer is None and f"layers.{golden.layers[0]}.{name}" in golden.names:
         raise UsageError(f"{name}: of which layer? Say layer=, or the full name, such as layers.0.{name}")
-    tap, number = by_name(full)
+    key = TapKey.parse(full)
+    number = key.layer
     if number is not None:
         golden.taps(number)  # refuses one that was not recorded
-    if full not in golden.names:
+    if key not in golden.keys:
         if number is None:
             why = "the head was not recorded, since that takes the last layer"
-        elif is_state(tap.name):
+        elif key.tap.is_state:
             why = "no token came one by one, so there is no state between calls"
         else:
             why = f"layer {number}, of {golden.config.attention[number].value}, has no such tap"
         raise UsageError(f"{full}: not in {golden.path}: {why}")
-    return full
+    return key
 
 
 def _array(name: str, value: Any) -> Array:
@@ -314,7 +313,7 @@ def _array(name: str, value: Any) -> Array:
     return array
 
 
-def _dtype(dtype: str | None, taken: Taken, golden: Golden) -> str:
+def _dtype(dtype: str | None, taken: Activations, golden: Golden) -> str:
     if dtype is None:
         bfloat16 = golden.numerics != "plain" or any(array.dtype == _BFLOAT16 for array in taken.values())
         dtype = "bfloat16" if bfloat16 else "float32"
@@ -323,22 +322,22 @@ def _dtype(dtype: str | None, taken: Taken, golden: Golden) -> str:
     return dtype
 
 
-def _sorted_choices(taken: Taken) -> Taken:
+def _sorted_choices(taken: Activations) -> Activations:
     """Experts ascending and their weights with them, as in the golden; everything as float32 or int32 would be.
 
     Raises:
         UsageError: weights without the experts that they belong to.
     """
-    found = {name: array.astype(np.float32) if array.dtype == _BFLOAT16 else array for name, array in taken.items()}
-    for name in taken:
-        stem, is_weights = name.removesuffix(_WEIGHTS), name.endswith(_WEIGHTS)
-        if not is_weights:
+    found = {key: array.astype(np.float32) if array.dtype == _BFLOAT16 else array for key, array in taken.items()}
+    for weights in taken:
+        if weights.tap is not _WEIGHTS:
             continue
-        experts = taken.get(stem + _EXPERTS)
+        chosen = TapKey(weights.layer, _EXPERTS)
+        experts = taken.get(chosen)
         if experts is None:
-            raise UsageError(f"{name}: in the order of {stem}{_EXPERTS}, which has to be handed over too")
-        if experts.shape == found[name].shape:
+            raise UsageError(f"{weights}: in the order of {chosen}, which has to be handed over too")
+        if experts.shape == found[weights].shape:
             order = np.argsort(experts, axis=-1, kind="stable")
-            found[name] = np.take_along_axis(found[name], order, axis=-1)
-            found[stem + _EXPERTS] = np.take_along_axis(experts, order, axis=-1)
+            found[weights] = np.take_along_axis(found[weights], order, axis=-1)
+            found[chosen] = np.take_along_axis(experts, order, axis=-1)
     return found

@@ -1,4 +1,4 @@
-"""A baseline: the errors that a healthy implementation had, in a file that is committed and only ever gets stricter.
+"""A baseline: the errors of a healthy implementation, in a committed file that only gets stricter.
 
 ::
 
@@ -38,23 +38,23 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.parity.metrics import Multiples
 from dsv4_convert.parity.tolerances import BANDS, UNIT
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 1
-#: Of a golden whose tokens were all compared.
+#: The phase of a run that compared all tokens.
 ALL = "all"
 _PHASES = (ALL, "prefill", "decode")
 _ROOT = ("schema_version", "golden", "measured", "history")
 _REAL = tuple(field.name for field in dataclasses.fields(Multiples))
-#: What may be measured of a tap: its multiples of the noise floor, or of a choice the share of tokens with ties.
+#: The measures that a tap may have: multiples of the noise floor, or for a choice the share of tokens with ties.
 _FORMS = (_REAL, ("tokens",))
 
-#: What was measured of a tap, by measure.
+#: The errors of a tap, by measure.
 Numbers = Mapping[str, float]
 
 
-class Key(NamedTuple):
-    """What errors depend on besides the golden: where, in which dtype, how, and which tokens."""
+class BaselineKey(NamedTuple):
+    """The circumstances that errors depend on, besides the golden: platform, dtype, mode, and phase."""
 
     platform: str
     dtype: str
@@ -68,13 +68,13 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """What a baseline file says: by key and full tap name, and its history as plain JSON values."""
+    """The content of a baseline file: numbers by key and tap, and its history as plain JSON values."""
 
     golden: str
-    measured: Mapping[Key, Mapping[str, Numbers]]
+    measured: Mapping[BaselineKey, Mapping[TapKey, Numbers]]
     history: tuple[Mapping[str, Any], ...] = ()
 
-    def with_taps(self, key: Key, taps: Mapping[str, Numbers]) -> Baseline:
+    def with_taps(self, key: BaselineKey, taps: Mapping[TapKey, Numbers]) -> Baseline:
         """The same with these numbers for these taps."""
         mine = {**self.measured.get(key, {}), **taps}
         return dataclasses.replace(self, measured={**self.measured, key: mine})
@@ -90,7 +90,7 @@ class Baseline:
         for at, (key, taps) in enumerate(sorted(self.measured.items())):
             head = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in key._asdict().items())
             lines.append(f'  {{{head}, "taps": {{')
-            rows = [f"   {json.dumps(name)}: {json.dumps(dict(taps[name]))}" for name in sorted(taps, key=_order)]
+            rows = [f"   {json.dumps(str(tap))}: {json.dumps(dict(taps[tap]))}" for tap in sorted(taps, key=_order)]
             lines.append(",\n".join(rows))
             lines.append("  }}" + ("," if at + 1 < len(self.measured) else ""))
         past = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in self.history)
@@ -168,27 +168,29 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
         raise ResourceError(f"{path}: the baseline cannot be written ({error.strerror})") from None
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(key: TapKey) -> tuple[float, str]:
     """By layer, the model level last, then by name."""
-    layer = by_name(name)[1]
-    return (1 << 30 if layer is None else layer, name)
+    return (math.inf if key.layer is None else key.layer, str(key))
 
 
-def _entry(value: object, golden: Golden) -> tuple[Key, dict[str, Numbers]]:
+def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Numbers]]:
     entry = _mapping(value)
-    if set(entry) != {*Key._fields, "taps"}:
-        raise ValueError(f"measured: expected {', '.join(Key._fields)} and taps, found {', '.join(sorted(entry))}")
-    key = Key(*(entry[field] for field in Key._fields))
+    if set(entry) != {*BaselineKey._fields, "taps"}:
+        raise ValueError(
+            f"measured: expected {', '.join(BaselineKey._fields)} and taps, found {', '.join(sorted(entry))}"
+        )
+    key = BaselineKey(*(entry[field] for field in BaselineKey._fields))
     if not (isinstance(entry["platform"], str) and entry["platform"]):
         raise ValueError(f"measured: platform is {key.platform!r}, expected its name")
     for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
         if getattr(key, field) not in allowed:
             raise ValueError(f"measured: {field} is {getattr(key, field)!r}, expected one of {', '.join(allowed)}")
+    known = {str(tap): tap for tap in golden.keys}
     taps = {}
     for name, numbers in _mapping(entry["taps"]).items():
-        if name not in golden.names:
+        if name not in known:
             raise ValueError(f"{key}: the golden has no tap {name!r}")
-        taps[name] = _numbers(f"{key}: {name}", numbers)
+        taps[known[name]] = _numbers(f"{key}: {name}", numbers)
     return key, taps
 
 

@@ -25,11 +25,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a choice was made by: the golden's scores ``[B, S, candidates]``, their noise floor, and our own scores.
+    """The scores behind a choice: the golden's ``[B, S, candidates]``, their noise floor, and our own.
 
     A compact golden does not hold all scores; then ``golden`` is None, and our own decide how close the candidates are.
-    ``visible`` ``[B, S]`` is the number of candidates that a token may choose from: the first ones. None: all.
-    ``ours`` is None where only our choice is known.
+    A token may choose from the first ``visible`` ``[B, S]`` candidates; None: from all. ``ours`` is None if only our
+    choice is known.
     """
 
     golden: Array | None
@@ -38,7 +38,7 @@ class Scores:
     visible: Array | None = None
 
     def at(self, rows: Sequence[int]) -> Scores:
-        """Those of some tokens."""
+        """The scores of some tokens."""
         picked = (None if part is None else part[:, rows] for part in (self.golden, self.ours, self.visible))
         golden, ours, visible = picked
         return Scores(golden, self.floor.at(rows), ours, visible)
@@ -46,12 +46,12 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flips:
-    """``tokens``: tokens whose set differs, of ``of`` tokens. ``ties``: those of them that are ties.
+    """``tokens`` of ``of`` tokens chose another set than the golden; ``ties`` of these are ties.
 
-    ``margin``: the golden's score of what it chose minus its score of what was chosen instead (of a compact golden: our
-    score of what we chose minus that of what it chose), at the token ``worst``,
-    ``(b, s)``, where it is the largest multiple ``noise`` of the scores' noise floor; over the failing tokens, or over
-    the ties if none fails. All are 0 without flips.
+    ``worst``, ``(b, s)``, is the token whose swapped candidates are farthest apart in noise floors: among the failing
+    tokens, or among the ties if none fails. ``margin`` is the distance there: the golden's score of its choice minus
+    its score of ours (with a compact golden: our score of our choice minus our score of the golden's). ``noise`` is
+    ``margin`` in noise floors of the scores. All are 0 without flips.
     """
 
     tokens: int

@@ -1,7 +1,7 @@
-"""What pictures of a parity run need beyond its report: errors token by token, and numbers out of taps that fail.
+"""Numbers that only the figures of a report need: errors token by token, and samples of failing taps.
 
-Collected while the run goes on, and only if it is asked for. Memory does not grow with the width of a tap: of every
-layer two numbers per token are kept, and of a few failing taps a sample.
+A run collects them only if it is asked to. Memory does not grow with the width of a tap: each layer keeps two numbers
+per token, and a few failing taps keep a sample.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.golden.archive import Form, Golden
+from dsv4_convert.golden.archive import Golden, TapForm
 from dsv4_convert.golden.layout import STREAMS
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.floor import Floor
@@ -21,36 +21,38 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import element_multiples, row_multiples
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import by_name, is_state
+from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
-#: Taps of each mode of which a sample is kept: the first that fails of each layer, of so many layers.
+#: Samples kept in each mode: of the first failing tap of a layer, for so many layers.
 SAMPLES = 4
-#: Points of a sample, and how many of them are the farthest off.
+#: Points of a sample; this many of them are those with the largest errors.
 POINTS = 1500
 _FARTHEST = 250
-#: Rows in which the farthest are looked for, since a tap of a long prompt has more elements than can be sorted.
+#: Rows that are searched for them, since a tap of a long prompt has too many elements to sort.
 _ROWS = 64
 #: Edges between which errors are counted, in noise floors: quarters of decades.
 EDGES = 10.0 ** (np.arange(-8, 49) / 4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """What was compared of a tap: ``found`` and ``golden`` ``[B, rows, ...]``, the floor there, which rows of axis 1
-    these are (None: all), and the form in which the golden keeps them."""
+class ComparedPart:
+    """The compared part of a tap: ``found`` and ``golden`` ``[B, rows, ...]``, and their noise floor.
+
+    ``rows`` are its rows of axis 1 (None: all), ``form`` is the form in which the golden keeps them.
+    """
 
     found: Array
     golden: Array
     floor: Floor
     rows: Sequence[int] | None
-    form: Form
+    form: TapForm
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the positions of a prompt mean to a model; ``decode`` of its last tokens came one by one."""
+    """The shape of the prompts, and the model that read them; the last ``decode`` tokens came one by one."""
 
     prompts: int
     tokens: int
@@ -61,9 +63,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class TokenErrors:
-    """Of one layer, float32 ``[B, S]``, NaN where nothing is known: the multiple of the noise floor at each token.
+    """Errors of one layer at each token, in noise floors: float32 ``[B, S]``, NaN where nothing was compared.
 
-    ``streams``: of the streams that leave the layer. ``worst``: of its tap that is farthest off there.
+    ``streams``: the error of the streams that leave the layer. ``worst``: the largest error of its taps.
     """
 
     streams: Array
@@ -74,14 +76,14 @@ class TokenErrors:
 class Sample:
     """Numbers of a failing tap, compared in ``form``.
 
-    ``counts``: elements whose error is between two of :data:`EDGES`, the first count being below all of them and the
-    last beyond. ``exact``: elements without an error; ``infinite``: with one that is no number. Of some elements,
-    the farthest off among them, ``found``, ``golden`` and their ``multiples``, float64 ``[points]``, farthest first.
+    ``counts``: elements whose error is between two of :data:`EDGES`; the first count is below all edges, the last above
+    all. ``exact``: elements without an error; ``infinite``: elements whose error is not finite. ``found``, ``golden``
+    and ``multiples``, float64 ``[points]``, are values and errors of some elements, the largest errors first.
     """
 
-    name: str
+    key: TapKey
     mode: Mode
-    form: Form
+    form: TapForm
     counts: Array
     exact: int
     infinite: int
@@ -91,12 +93,12 @@ class Sample:
 
     @property
     def elements(self) -> int:
-        """How many there are in the tap."""
+        """Number of elements in the tap."""
         return int(self.counts.sum()) + self.exact + self.infinite
 
 
 class Detail:
-    """Filled by :func:`dsv4_convert.parity.run.run` as it goes.
+    """Filled by :class:`dsv4_convert.parity.run.ParityRun` as it goes.
 
     Attributes:
         prompt: what the positions mean.
@@ -113,34 +115,32 @@ class Detail:
         self.samples: list[Sample] = []
         self.positions: dict[Mode, Sequence[Position]] = {}
 
-    def add(self, name: str, mode: Mode, pieces: Sequence[Piece], *, failing: Form | None) -> None:
+    def add(self, key: TapKey, mode: Mode, parts: Sequence[ComparedPart], *, failing: TapForm | None) -> None:
         """One tap of real numbers; ``failing``: the form in which it fails, None if it does not."""
-        if not pieces:
+        if not parts:
             return
-        self._add_tokens(name, mode, pieces)
-        layer = by_name(name)[1]
+        self._add_tokens(key, mode, parts)
         of_mode = [sample for sample in self.samples if sample.mode is mode]
-        if failing is None or len(of_mode) >= SAMPLES or layer in (by_name(sample.name)[1] for sample in of_mode):
+        if failing is None or len(of_mode) >= SAMPLES or key.layer in (sample.key.layer for sample in of_mode):
             return
-        (piece,) = (piece for piece in pieces if piece.form is failing)
-        self.samples.append(_sample(name, mode, piece))
+        (part,) = (part for part in parts if part.form is failing)
+        self.samples.append(_sample(key, mode, part))
 
-    def _add_tokens(self, name: str, mode: Mode, pieces: Sequence[Piece]) -> None:
-        tap, layer = by_name(name)
-        if is_state(tap.name):
-            return  # its rows are those of a few tokens, which have them already
-        errors = self.tokens.setdefault((mode, layer), self._nothing())
+    def _add_tokens(self, key: TapKey, mode: Mode, parts: Sequence[ComparedPart]) -> None:
+        if key.tap.is_state:
+            return  # the tokens that its rows belong to have them already
+        errors = self.tokens.setdefault((mode, key.layer), self._nothing())
         ratio = 1
-        if tap.shape.split()[1] == "T":
-            assert layer is not None
-            ratio = self.prompt.config.ratio(self.prompt.config.attention[layer])
-        for piece in pieces:
-            multiples = _largest(piece)
-            kept = np.arange(multiples.shape[1]) if piece.rows is None else np.asarray(piece.rows, np.int64)
+        if key.tap.shape.split()[1] == "T":
+            assert key.layer is not None
+            ratio = self.prompt.config.ratio(self.prompt.config.attention[key.layer])
+        for part in parts:
+            multiples = _largest(part)
+            kept = np.arange(multiples.shape[1]) if part.rows is None else np.asarray(part.rows, np.int64)
             # A compressed entry stands at the last token of its block, from which on it is there.
             at = (kept + 1) * ratio - 1
             errors.worst[:, at] = np.fmax(errors.worst[:, at], multiples)
-            if tap.name == STREAMS:
+            if key.tap is STREAMS:
                 errors.streams[:, at] = np.fmax(errors.streams[:, at], multiples)
 
     def _nothing(self) -> TokenErrors:
@@ -148,26 +148,26 @@ class Detail:
         return TokenErrors(np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32))
 
 
-def _largest(piece: Piece) -> Array:
-    """Of each row the larger of its two measures, on the scale of the limit of rows: float32 ``[B, rows]``."""
-    rows, elements = row_multiples(piece.found, piece.golden, piece.floor)
+def _largest(part: ComparedPart) -> Array:
+    """The larger of each row's two measures, on the scale of the row limit: float32 ``[B, rows]``."""
+    rows, elements = row_multiples(part.found, part.golden, part.floor)
     return np.maximum(rows, elements * (LIMITS.row / LIMITS.element)).astype(np.float32)
 
 
-def _sample(name: str, mode: Mode, piece: Piece) -> Sample:
-    multiples = element_multiples(piece.found, piece.golden, piece.floor).reshape(-1)
+def _sample(key: TapKey, mode: Mode, part: ComparedPart) -> Sample:
+    multiples = element_multiples(part.found, part.golden, part.floor).reshape(-1)
     finite = multiples[np.isfinite(multiples)]
     counts = np.bincount(np.searchsorted(EDGES, finite[finite > 0]), minlength=len(EDGES) + 1)
-    at = _chosen(multiples, math.prod(piece.golden.shape[:2]))
+    at = _chosen(multiples, math.prod(part.golden.shape[:2]))
     return Sample(
-        name=name,
+        key=key,
         mode=mode,
-        form=piece.form,
+        form=part.form,
         counts=counts,
         exact=int(np.count_nonzero(finite == 0)),
         infinite=multiples.size - finite.size,
-        found=piece.found.reshape(-1)[at].astype(np.float64),
-        golden=piece.golden.reshape(-1)[at].astype(np.float64),
+        found=part.found.reshape(-1)[at].astype(np.float64),
+        golden=part.golden.reshape(-1)[at].astype(np.float64),
         multiples=multiples[at],
     )
 

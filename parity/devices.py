@@ -1,4 +1,4 @@
-"""What a parity run computes on: one device, or a mesh over all devices of all processes.
+"""The devices of a parity run: one, or a mesh over all devices of all processes.
 
 On a mesh the dense parts of a layer are one program over all of it, whose weights lie as the model's axes say. Its
 other operands and its results are whole on every process, so that each of them can go on, and judge, as if it were
@@ -51,7 +51,7 @@ class Devices:
         return cls(make_mesh(sizes or suitable_mesh(config, len(devices)), devices), processes)
 
     def describe(self) -> dict[str, Any]:
-        """What reports say of it; nothing of a single device."""
+        """The devices as the report states them; empty for a single device."""
         if self.mesh is None:
             return {}
         return {"devices": self.mesh.size, "mesh": dict(self.mesh.shape), "processes": self.processes.count}
@@ -61,7 +61,7 @@ class Devices:
         return self.processes.step(name)
 
     def mine(self, items: Sequence[Any]) -> Sequence[Any]:
-        """The items that fall to this process."""
+        """The items that this process handles."""
         return items[self.processes.index :: self.processes.count]
 
     def sum(self, part: Array) -> Array:

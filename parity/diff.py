@@ -1,6 +1,6 @@
 """Comparing two goldens: what was recorded differently, and where the second leaves the noise floor of the first.
 
-Of use when a reference, its version or its machine changes: the same checkpoint and prompt, recorded twice.
+This helps when a reference, its version or its machine changes: record the same checkpoint and prompt twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.parity.comparison import Comparison
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import TapResult
+from dsv4_convert.parity.report.data import TapResult
+from dsv4_convert.spec.taps import TapKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class GoldenDiff:
         return not self.beyond and bool(self.equal + len(self.differing))
 
 
-#: What two goldens have to share, by field of their requests, in words.
+#: Fields of their requests that two goldens must share, in words.
 _SAME = {
     "config": "architectures",
     "tokens": "tokens",
@@ -84,12 +85,13 @@ def diff(first: Golden, second: Golden, progress: Callable[[str], None] = lambda
     if first.compact is None and second.compact is not None:
         raise UsageError(f"{second.path}: a compact golden; give it first, and {first.path} second")
     comparison = Comparison(first, "float32")
-    shared = [name for name in first.names if name in set(second.names)]
-    unequal = [name for name in shared if first.sha256(name) != second.sha256(name)]
+    theirs = set(second.keys)
+    shared = [key for key in first.keys if key in theirs]
+    unequal = [key for key in shared if first.sha256(key) != second.sha256(key)]
 
-    def judge(name: str) -> TapResult:
-        progress(name)
-        return comparison.judge_golden(second, name)
+    def judge(key: TapKey) -> TapResult:
+        progress(str(key))
+        return comparison.judge_golden(second, key)
 
     judged = map(judge, unequal)
     # Whole and compact have different bytes even where they say the same.

@@ -1,11 +1,9 @@
-"""The noise floor of one tap, made fit to divide by: what the golden measured, smoothed over its rows.
+"""The noise floor of one tap as a divisor: the measured noise, smoothed over the rows.
 
-One run of the reference is one sample of its rounding. In a row of few elements that sample is small by luck now and
-then, and an exact zero says nothing. So a row's floor is the largest of
-
-* what was measured in the row itself;
-* its magnitude times the relative noise of the whole tap, which is at least one rounding of the dtype;
-* the median of what was measured in the rows, which stands in for rows whose magnitude is zero.
+One run of the reference is one sample of its rounding. A row of few elements may have little noise by luck, and a zero
+says nothing. A row's floor is therefore the largest of three values. The first is the noise that was measured in the
+row. The second is the row's magnitude times the relative noise of the whole tap, which is at least one rounding of the
+dtype. The third is the median of the noise measured in the rows; it serves rows whose magnitude is zero.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class Floor:
     """``rms`` and ``peak``: rms and largest error of the reference in each row, float64 ``[B, S]``.
 
     ``unit`` is the unit roundoff of the dtype: an element's own rounding is never below ``unit * |element|``.
-    ``whole`` is ``rms`` where the tap is judged as a whole, in which single values count for less.
+    ``whole`` replaces ``rms`` when the tap is judged as a whole, in which single values count for less.
     """
 
     rms: Array

@@ -24,7 +24,7 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import by_name, is_state
+from dsv4_convert.spec.taps import TapKey, tap_named
 from dsv4_convert.store.layout import Region
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.restore import restore_block
@@ -34,16 +34,16 @@ _FLOAT32 = np.dtype(np.float32)
 #: Columns of the output head that are in memory at a time; at V4-Pro's width 235 MB in float32.
 HEAD_WORDS = 8192
 _HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
-_LOGITS = "logits"
-#: Taps by full name, in float32 or int32 whatever the model computes in.
-Taken = dict[str, Array]
+_LOGITS = TapKey(None, tap_named("logits"))
+#: Activations by tap, in float32 or int32 whatever the model computes in.
+Activations = dict[TapKey, Array]
 
 
 class Forward:
     """The model over one batch of prompts of equal length, with weights and activations in one dtype.
 
-    Parameters that the release keeps in float32 stay so, whatever the dtype. Every method returns the taps that it
-    passed, by full name, and what the next one needs. Layers of one kind share one compiled program.
+    Parameters that the release keeps in float32 stay so, whatever the dtype. Every method returns the activations, and
+    what the next one needs. Layers of one kind share one compiled program.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Forward:
         self._positions = jnp.broadcast_to(positions, tokens.shape)
         self._calls = calls(tokens.shape[1], decode)
 
-    def embed(self) -> tuple[Taken, jax.Array]:
+    def embed(self) -> tuple[Activations, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
         used, where = np.unique(np.asarray(self._tokens), return_inverse=True)
         rows = self._weights.read_rows("embed", used, self._dtype)
@@ -82,25 +82,25 @@ class Forward:
             self._dtype,
             taps,
         )
-        return _taken(taps.values, ""), streams
+        return _activations(None, taps.values), streams
 
     def layer(
-        self, layer: int, entering: jax.Array | Array, forced: Mapping[str, Array] | None = None
-    ) -> tuple[Taken, jax.Array]:
-        """One layer. ``forced`` replaces taps by name within the layer, such as ``ffn.gate.experts``."""
+        self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, jax.Array]:
+        """Run one layer. ``overrides`` replace the activations that it goes on with."""
         graph, state = self._block(layer)
         entering = jnp.asarray(entering, self._dtype)
         config, kind = self._weights.config, self._weights.config.attention[layer]
         batch, tokens = self._tokens.shape
         cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if len(self._calls) > 1 else None
         # The state follows from taps that can be replaced themselves.
-        given = {name: value for name, value in (forced or {}).items() if not is_state(name)}
-        parts: dict[str, list[Array]] = {}
-        leaving, held = [], {}
+        given = {key: value for key, value in (overrides or {}).items() if not key.tap.is_state}
+        parts: dict[TapKey, list[Array]] = {}
+        leaving, state_taps = [], {}
         for start, stop in self._calls:
             now = slice(start, stop)
-            replace = {name: jnp.asarray(self._part(value, name, layer, now)) for name, value in given.items()}
-            past = None if cache is None else (cache, jnp.full(batch, start), jnp.full(batch, stop - start))
+            replace = {key.tap.name: jnp.asarray(self._part(value, key, now)) for key, value in given.items()}
+            past = None if cache is None else Past(cache, jnp.full(batch, start), jnp.full(batch, stop - start))
             streams, routed, first, cache = self._devices.run(
                 _to_experts,
                 graph,
@@ -114,35 +114,32 @@ class Forward:
             output = self._experts(layer, routed)
             left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
             leaving.append(left)
-            for name, value in _taken({**first, **second}, "").items():
-                parts.setdefault(name, []).append(self._made(value, name, layer, now))
+            for key, value in _activations(layer, {**first, **second}).items():
+                rows = rows_of(key, config, start, stop)
+                parts.setdefault(key, []).append(value[:, : len(rows)])  # a block that is not complete has no entry
             if start == 0 and cache is not None:
-                held = state_after(nnx.merge(graph, state).attn, cache, stop)
-        taken = {name: joined(values, values[0].shape) for name, values in parts.items()} | held
-        return {f"layers.{layer}.{name}": value for name, value in taken.items()}, jnp.concatenate(leaving, axis=1)
+                state_taps = _activations(layer, state_after(nnx.merge(graph, state).attn, cache, stop))
+        whole = {key: joined(values, values[0].shape) for key, values in parts.items()}
+        return whole | state_taps, jnp.concatenate(leaving, axis=1)
 
-    def _part(self, whole: Array, name: str, layer: int, now: slice) -> Array:
-        """What a call takes of a tap that is replaced; new entries are filled up to as many as it may make."""
-        tap, _ = by_name(f"layers.{layer}.{name}")
-        rows = rows_of(tap, self._weights.config, layer, now.start, now.stop)
+    def _part(self, whole: Array, key: TapKey, now: slice) -> Array:
+        """The part of an override that a call takes; new entries are padded to as many as the call may make."""
+        assert key.layer is not None
+        config = self._weights.config
+        rows = rows_of(key, config, now.start, now.stop)
         part = whole[:, rows.start : rows.stop]
-        if len(self._calls) == 1 or tap.shape.split()[1] == "S":
+        if len(self._calls) == 1 or key.tap.shape.split()[1] == "S":
             return part
-        ratio = self._weights.config.ratio(self._weights.config.attention[layer])
+        ratio = config.ratio(config.attention[key.layer])
         missing = -(-(now.stop - now.start) // ratio) - len(rows)
         return np.pad(part, [(0, 0), (0, missing), *((0, 0) for _ in part.shape[2:])])
 
-    def _made(self, value: Array, name: str, layer: int, now: slice) -> Array:
-        """The rows of a tap that a call made: of entries those of complete blocks."""
-        tap, _ = by_name(f"layers.{layer}.{name}")
-        return value[:, : len(rows_of(tap, self._weights.config, layer, now.start, now.stop))]
-
-    def head(self, streams: jax.Array | Array, forced: Mapping[str, Array] | None = None) -> Taken:
+    def head(self, streams: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None) -> Activations:
         """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
         config = self._weights.config
         with self._devices.step("read the model level"):
             fixed = tuple(self._devices.put(self._weights.read(path)) for path in _HEAD)
-        given = {name: jnp.asarray(value) for name, value in (forced or {}).items() if name != _LOGITS}
+        given = {key.tap.name: jnp.asarray(value) for key, value in (overrides or {}).items() if key != _LOGITS}
         entering = jnp.asarray(streams, self._dtype)
         logits = []
         step = self._devices.multiple(HEAD_WORDS, "vocab")
@@ -152,10 +149,10 @@ class Forward:
                 words = self._devices.read(
                     HEAD_AXES, (config.hidden_size, stop - start), _FLOAT32, partial(self._words, start), "head"
                 )
-            # What comes before the matrix is small, so it is computed again for every piece.
+            # The operations before the matrix are small, so they run again for every piece.
             values = self._devices.run(_to_logits, config, (*fixed, words), entering, given)
-            logits.append(np.asarray(values[_LOGITS]))
-        return {**_taken(values, ""), _LOGITS: np.concatenate(logits, axis=-1)}
+            logits.append(np.asarray(values[_LOGITS.tap.name]))
+        return {**_activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
 
     def _words(self, start: int, region: Region) -> Array:
         """A part of the output head's columns from ``start`` on."""
@@ -222,13 +219,13 @@ def _to_experts(
     streams: jax.Array,
     token_ids: jax.Array,
     positions: jax.Array,
-    forced: dict[str, jax.Array],
-    past: tuple[LayerCache, jax.Array, jax.Array] | None,
+    overrides: dict[str, jax.Array],
+    past: Past[LayerCache] | None,
 ) -> tuple[jax.Array, Routed, dict[str, jax.Array], LayerCache | None]:
     """The attention half, and the expert half up to the routing."""
     block = nnx.merge(graph, state)
-    taps = Taps(_everything, forced)
-    streams, cache = block.attend(taps("input", streams), positions, taps, None if past is None else Past(*past))
+    taps = Taps(_everything, overrides)
+    streams, cache = block.attend(taps("input", streams), positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache
 
 
@@ -239,18 +236,18 @@ def _from_experts(
     streams: jax.Array,
     routed: Routed,
     experts: jax.Array,
-    forced: dict[str, jax.Array],
+    overrides: dict[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The expert half from the routed experts' output on."""
-    taps = Taps(_everything, forced)
+    taps = Taps(_everything, overrides)
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
 
 
 def _to_logits(
-    config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, forced: dict[str, jax.Array]
+    config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, overrides: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The taps of the model level after the layers, for some words."""
-    taps = Taps(_everything, forced)
+    taps = Taps(_everything, overrides)
     fn, base, scale, norm, words = weights
     head(streams, fn, base, scale, norm, words, config, taps)
     return taps.values
@@ -259,9 +256,7 @@ def _to_logits(
 _expert = jax.jit(weighted, static_argnums=(5, 6))
 
 
-def _taken(values: Mapping[str, jax.Array], prefix: str) -> Taken:
-    return {prefix + name: _widened(np.asarray(value)) for name, value in values.items()}
-
-
-def _widened(value: Array) -> Array:
-    return value if value.dtype.kind in "if" else value.astype(np.float32)
+def _activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
+    """Recorded values, by name within the layer, as NumPy arrays; bfloat16 becomes float32."""
+    arrays = {TapKey(layer, tap_named(name)): np.asarray(value) for name, value in values.items()}
+    return {key: array if array.dtype.kind in "if" else array.astype(np.float32) for key, array in arrays.items()}

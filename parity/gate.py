@@ -1,4 +1,4 @@
-"""Judging a run by a baseline (:mod:`dsv4_convert.parity.baseline`): what has grown, although it is within tolerance.
+"""Judging a run by a baseline (:mod:`dsv4_convert.parity.baseline`): errors that grew, although within tolerance.
 
 Tolerances hold for every healthy model on every machine, so they are wide. A baseline knows what *this* model's errors
 were with this golden, on this platform, and so notices a computation that became a few times less exact.
@@ -14,23 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.golden.archive import Form, Golden
-from dsv4_convert.parity.baseline import ALL, Baseline, Key, Numbers, open_baseline, rounded, tightened, write_baseline
-from dsv4_convert.parity.report import Gate, Grown, Report, TapResult, Unrecorded
+from dsv4_convert.golden.archive import Golden, TapForm
+from dsv4_convert.parity.baseline import (
+    ALL,
+    Baseline,
+    BaselineKey,
+    Numbers,
+    open_baseline,
+    rounded,
+    tightened,
+    write_baseline,
+)
+from dsv4_convert.parity.report.data import Gate, GrownError, ParityReport, TapInMode, TapResult
 from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, FEW, Band
+from dsv4_convert.spec.taps import TapKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is wanted of a baseline: the file, and whether it is written, and why it may record larger errors."""
+class BaselineRequest:
+    """How to use a baseline: its file, whether to update it, and why it may record larger errors."""
 
     path: Path
     update: bool = False
     reason: str | None = None
 
 
-def request(path: Path | None, *, update: bool, reason: str | None) -> Request | None:
-    """What the options of a command ask for; None where no baseline is given.
+def baseline_request(path: Path | None, *, update: bool, reason: str | None) -> BaselineRequest | None:
+    """The request that the options of a command make; None without a baseline.
 
     Raises:
         UsageError: an option without the one that it belongs to.
@@ -41,18 +51,18 @@ def request(path: Path | None, *, update: bool, reason: str | None) -> Request |
         raise UsageError("--reason: belongs to --update-baseline, which it allows to record larger errors")
     if reason is not None and not reason.strip():
         raise UsageError("--reason: expected a few words, which are kept in the file")
-    return None if path is None else Request(path=path, update=update, reason=reason)
+    return None if path is None else BaselineRequest(path=path, update=update, reason=reason)
 
 
 def gated(
-    report: Report,
+    report: ParityReport,
     golden: Golden,
-    request: Request,
+    request: BaselineRequest,
     *,
     partial: bool,
     write: bool = True,
     today: datetime.date | None = None,
-) -> Report:
+) -> ParityReport:
     """The report, with what its baseline says of it; the file is written where that is wanted and allowed.
 
     Args:
@@ -77,15 +87,15 @@ def gated(
     return dataclasses.replace(report, gate=gate)
 
 
-def key_of(report: Report, tap: TapResult) -> Key:
+def key_of(report: ParityReport, tap: TapResult) -> BaselineKey:
     """Where the numbers of a tap belong. CPUs count as one platform, accelerators by their kind."""
     backend = report.platform["backend"]
     platform = backend if backend == "cpu" else f"{backend} {report.platform['device']}"
-    return Key(platform, report.dtype, tap.mode.value, report.phase or ALL)
+    return BaselineKey(platform, report.dtype, tap.mode.value, report.phase or ALL)
 
 
 def numbers_of(tap: TapResult) -> Numbers | None:
-    """What was measured of a tap; None where nothing was: it is empty, or its shape is another."""
+    """The errors of a tap by measure; None if it is empty or has another shape."""
     if tap.distance is not None:
         return dataclasses.asdict(tap.distance.noise)
     if tap.flips is not None:
@@ -94,43 +104,43 @@ def numbers_of(tap: TapResult) -> Numbers | None:
 
 
 def bands_of(tap: TapResult) -> Mapping[str, Band]:
-    """How far the numbers of a tap may move. Of a compact golden, which of its forms is worst may change too."""
+    """How far the numbers of a tap may move. With a compact golden the worst form may change as well."""
     if tap.distance is None:
         return BANDS
     elements = tap.distance.rows * math.prod(tap.shape[2:])
-    return BANDS if elements >= FEW and tap.form is Form.WHOLE else BANDS_OF_FEW
+    return BANDS if elements >= FEW and tap.form is TapForm.WHOLE else BANDS_OF_FEW
 
 
-def _measured(report: Report) -> Iterator[tuple[Key, TapResult, Numbers]]:
+def _measured(report: ParityReport) -> Iterator[tuple[BaselineKey, TapResult, Numbers]]:
     for tap in report.taps:
         if (numbers := numbers_of(tap)) is not None:
             yield key_of(report, tap), tap, numbers
 
 
-def _judged(report: Report, baseline: Baseline, path: Path, *, partial: bool) -> Gate:
+def _judged(report: ParityReport, baseline: Baseline, path: Path, *, partial: bool) -> Gate:
     """Every tap against its record, and every record against the taps."""
-    grown: list[Grown] = []
-    unrecorded: list[Unrecorded] = []
+    grown: list[GrownError] = []
+    unrecorded: list[TapInMode] = []
     compared = 0
-    seen: dict[Key, set[str]] = {}
+    seen: dict[BaselineKey, set[TapKey]] = {}
     for key, tap, numbers in _measured(report):
-        seen.setdefault(key, set()).add(tap.name)
-        record = baseline.measured.get(key, {}).get(tap.name)
+        seen.setdefault(key, set()).add(tap.key)
+        record = baseline.measured.get(key, {}).get(tap.key)
         if record is None or record.keys() != numbers.keys():
-            unrecorded.append(Unrecorded(name=tap.name, mode=tap.mode))
+            unrecorded.append(TapInMode(key=tap.key, mode=tap.mode))
             continue
         compared += 1
         if tap.passes:
             grown += _growth(tap, record, numbers)
     absent = [
-        Unrecorded(name=name, mode=mode)
+        TapInMode(key=tap, mode=mode)
         for mode in report.modes
-        for key, names in seen.items()
+        for key, taps in seen.items()
         if key.mode == mode
-        for name in baseline.measured.get(key, {})
-        if name not in names
+        for tap in baseline.measured.get(key, {})
+        if tap not in taps
     ]
-    # What the modes that did not run have of the same platform, dtype and phase.
+    # Records of the same platform, dtype and phase in modes that did not run.
     alike = {key._replace(mode="") for key in seen}
     not_run = sum(
         len(taps)
@@ -148,13 +158,13 @@ def _judged(report: Report, baseline: Baseline, path: Path, *, partial: bool) ->
     )
 
 
-def _growth(tap: TapResult, record: Numbers, numbers: Numbers) -> Iterator[Grown]:
+def _growth(tap: TapResult, record: Numbers, numbers: Numbers) -> Iterator[GrownError]:
     bands = bands_of(tap)
     for measure, found in numbers.items():
         allowed = bands[measure].allowed(record[measure])
         if found > allowed:
-            yield Grown(
-                name=tap.name,
+            yield GrownError(
+                key=tap.key,
                 mode=tap.mode,
                 measure=measure,
                 recorded=record[measure],
@@ -164,26 +174,26 @@ def _growth(tap: TapResult, record: Numbers, numbers: Numbers) -> Iterator[Grown
 
 
 def _updated(
-    report: Report, gate: Gate, baseline: Baseline, reason: str | None, today: datetime.date
+    report: ParityReport, gate: Gate, baseline: Baseline, reason: str | None, today: datetime.date
 ) -> tuple[Gate, Baseline]:
     """The stricter baseline, or the same one where that is refused: a failure, or a growth without a reason."""
-    if not (report.agrees and report.reached) or gate.missing or (gate.grown and reason is None):
+    if not (report.agrees and report.covered) or gate.missing or (gate.grown and reason is None):
         return gate, baseline
-    raised = {(tap.mode, tap.name) for tap in gate.grown}
+    raised = {(tap.mode, tap.key) for tap in gate.grown}
     changed, added, tighter = baseline, 0, 0
-    history: dict[Key, list[dict[str, Any]]] = {}
-    taps: dict[Key, dict[str, Numbers]] = {}
+    history: dict[BaselineKey, list[dict[str, Any]]] = {}
+    taps: dict[BaselineKey, dict[TapKey, Numbers]] = {}
     for key, tap, numbers in _measured(report):
-        old = baseline.measured.get(key, {}).get(tap.name)
+        old = baseline.measured.get(key, {}).get(tap.key)
         fresh = {measure: rounded(number) for measure, number in numbers.items()}
         if old is None or old.keys() != numbers.keys():
             added += 1
-        elif (tap.mode, tap.name) in raised:
+        elif (tap.mode, tap.key) in raised:
             history.setdefault(key, []).append({"tap": tap.name, "from": dict(old), "to": fresh})
         else:
             fresh = tightened(old, numbers)
             tighter += fresh != old
-        taps.setdefault(key, {})[tap.name] = fresh
+        taps.setdefault(key, {})[tap.key] = fresh
     for key, mine in taps.items():
         changed = changed.with_taps(key, mine)
     if history:
@@ -195,7 +205,7 @@ def _updated(
 
 
 def _entry(
-    key: Key, grown: list[dict[str, Any]], reason: str, platform: Mapping[str, Any], today: datetime.date
+    key: BaselineKey, grown: list[dict[str, Any]], reason: str, platform: Mapping[str, Any], today: datetime.date
 ) -> dict[str, Any]:
     return {
         "date": today.isoformat(),

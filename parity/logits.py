@@ -47,17 +47,11 @@ class LogitsComparison:
     worst: tuple[Position, ...]
 
 
-def compare_logits(found: Array, golden: View, tokens: Array) -> LogitsComparison | None:
-    """Compare the logits ``[B, S, V]`` of the prompt ``tokens`` ``[B, S]`` with what a golden keeps of its own.
+def compare_logits(found: Array, golden: View, tokens: Array) -> tuple[LogitsComparison, Sequence[Position]] | None:
+    """Compare the logits ``[B, S, V]`` of the prompt ``tokens`` ``[B, S]`` with a golden's: in short, and by position.
 
-    Of a compact golden that is some positions; None where it keeps none. Computed in float64, row by row.
+    A compact golden keeps some positions exactly; None if it keeps none. Computed in float64, row by row.
     """
-    compared = every_position(found, golden, tokens)
-    return None if compared is None else summary(*compared)
-
-
-def every_position(found: Array, golden: View, tokens: Array) -> tuple[Sequence[Position], float] | None:
-    """:func:`compare_logits` position by position, and the share of the golden's TOP tokens that are among ours."""
     rows = range(tokens.shape[1]) if golden.rows is None else golden.rows
     if golden.sketched is not None or not rows:
         return None
@@ -80,11 +74,10 @@ def every_position(found: Array, golden: View, tokens: Array) -> tuple[Sequence[
             )
         )
         overlap += len(np.intersect1d(np.argpartition(its, -k)[-k:], np.argpartition(ours, -k)[-k:]))
-    return positions, overlap / (k * len(positions))
+    return _summary(positions, overlap / (k * len(positions))), positions
 
 
-def summary(positions: Sequence[Position], topk: float) -> LogitsComparison:
-    """What :func:`every_position` found, in a few numbers."""
+def _summary(positions: Sequence[Position], topk: float) -> LogitsComparison:
     kl = np.array([position.kl for position in positions])
     order = sorted(positions, key=lambda position: -position.kl if position.kl == position.kl else -np.inf)
     return LogitsComparison(

@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Verdict(StrEnum):
-    """What a comparison says."""
+    """The outcome of a comparison."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -49,7 +49,7 @@ class Multiples:
         return tuple(sorted(over, key=lambda name: -shares[name]))
 
     def largest_share(self, limits: Limits) -> float:
-        """Of what is allowed, by the measure that comes closest to its limit or is farthest beyond it."""
+        """The largest error as a share of its limit."""
         shares = self._shares(limits).values()
         return float("inf") if any(share != share for share in shares) else max(shares)
 
@@ -116,7 +116,7 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
     allowed = getattr(limits, over[0])
-    return Verdict.FAIL, distance, f"{_short(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
+    return Verdict.FAIL, distance, f"{shown(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
 
 
 def mismatch(found: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
@@ -136,10 +136,7 @@ def rows_beyond(found: Array, golden: Array, floor: Floor, limits: Limits) -> Ar
 
 
 def row_multiples(found: Array, golden: Array, floor: Floor) -> tuple[Array, Array]:
-    """Of every row of two comparable arrays, in multiples of the floor: its rms error, and that of its worst element.
-
-    Both are float64 ``[B, S]``.
-    """
+    """The rms error of each row and the error of its worst element, in noise floors: two float64 ``[B, S]``."""
     difference = _difference(found.astype(np.float64), golden.astype(np.float64)).reshape(*golden.shape[:2], -1)
     rows = _multiple(np.sqrt(np.mean(np.square(difference), axis=-1)), floor.rms)
     elements = _multiple(difference, floor.elements(golden).reshape(difference.shape)).max(axis=-1)
@@ -203,5 +200,6 @@ def _distance(
     )
 
 
-def _short(multiple: float) -> str:
+def shown(multiple: float) -> str:
+    """A multiple of the noise floor for people: ``24.3``, ``1.4e+05``."""
     return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}"

@@ -16,23 +16,23 @@ from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.reach import reach
+from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.comparison import Comparison, Phase
-from dsv4_convert.parity.descent import blame_first, descend
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
-from dsv4_convert.parity.forward import Forward, Taken
-from dsv4_convert.parity.gate import Request, gated
-from dsv4_convert.parity.logits import LogitsComparison, every_position, summary
+from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.gate import BaselineRequest, gated
+from dsv4_convert.parity.localization import Localizer
+from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
-from dsv4_convert.parity.report import Descent, Growth, Report, TapResult
+from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
-from dsv4_convert.spec.taps import full_name, select, taps_of
+from dsv4_convert.spec.taps import TapKey, select, tap_named
 from dsv4_convert.store import ALONE, Processes
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import Parameters
@@ -40,56 +40,72 @@ from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
 
-#: Of float32 products, as JAX names them.
+#: float32 matmul precision, as JAX names it.
 Precision: TypeAlias = Literal["highest", "high", "default"]
 
 #: Called with the layer that is about to run (None: the model level).
 Progress = Callable[[int | None], None]
 
+_EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
-def run(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityOptions:
+    """The scope of a parity run, and how it computes.
+
+    Attributes:
+        layers: layers to compare; None for all of them and the model level: embedding, head, logits.
+        taps: patterns of the taps to compare; none for all.
+        modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
+            inputs of layers.
+        phase: for a golden whose last tokens came one by one, the tokens to compare; None for all.
+        dtype: float32 or bfloat16, for weights and activations; None for float32, or bfloat16 with a golden of the
+            release's own code.
+        precision: float32 matmul precision. The limits assume ``highest``; accelerators use fewer bits otherwise.
+        mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
+            it; None for a mesh that divides everything.
+        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
+        detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
+            memory for a few numbers per token and layer.
+    """
+
+    layers: Sequence[int] | None = None
+    taps: Sequence[str] = ()
+    modes: Sequence[Mode] | None = None
+    phase: Phase | None = None
+    dtype: str | None = None
+    precision: Precision = "highest"
+    mesh: str | None = None
+    require_coverage: bool = False
+    detail: bool = False
+
+
+_DEFAULTS = ParityOptions()
+
+
+def run_parity(
     checkpoint: Path | None,
     golden: Path | str,
+    options: ParityOptions = _DEFAULTS,
     *,
     source: Path | None = None,
-    layers: Iterable[int] | None = None,
-    taps: Iterable[str] = (),
-    modes: Sequence[Mode] | None = None,
-    phase: Phase | None = None,
-    dtype: str | None = None,
     against: Path | None = None,
-    require_reach: bool = False,
-    mesh: str | None = None,
+    baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
-    precision: Precision = "highest",
-    baseline: Request | None = None,
     progress: Progress = lambda _: None,
-    detail: bool = False,
-) -> Report:
+) -> ParityReport:
     """Compare a converted checkpoint, or a published one before it is converted, with a golden.
 
     Args:
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
-        source: folder of a published checkpoint, whose weights are decoded as they are needed.
-        layers: layers to compare; None for all of them and the model level: embedding, head, logits.
-        taps: patterns of the taps to compare; none for all.
-        modes: isolated, cumulative, or both; None for isolated, or cumulative where the golden is compact and holds no
-            inputs of layers.
-        phase: of a golden whose last tokens came one by one, the tokens to compare; None for all.
-        dtype: of weights and activations, float32 or bfloat16; None for float32, or bfloat16 where the golden is one of
-            the release's own code.
+        options: what to compare, and how to compute.
+        source: folder of a published checkpoint. Its weights are decoded as they are needed.
         against: the published checkpoint; the weights of wrong operations are compared with it.
-        require_reach: whether a golden that leaves an operation or an expert unchecked is a failure.
-        mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
-            it; None for one that divides everything.
-        processes: those of ``jax.distributed`` that call this with the same arguments. They share the experts, too, and
-            all of them get the report.
-        precision: of float32 products. The limits are for ``highest``; accelerators use fewer bits for the others.
         baseline: the errors that are recorded of this golden; what has grown beyond them fails.
+        processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
+            experts, too, and all of them get the report.
         progress: called before each layer.
-        detail: whether the report gets what pictures need, in ``Report.detail``. Takes time, and some numbers of memory
-            for every token and layer.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
@@ -99,271 +115,233 @@ def run(
             written.
 
     Examples:
-        >>> run_parity(Path("orbax"), "golden/data/tiny", layers=[0]).passed
+        >>> run_parity(Path("orbax"), "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
-    sizes = None if mesh is None else parse_mesh(mesh)
+    mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
-    wanted = None if layers is None else check_layers(recorded.config, layers)
+    layers = None if options.layers is None else check_layers(recorded.config, options.layers)
     weights: Parameters
     if checkpoint is not None and source is None:
-        weights, place = Weights.open(checkpoint), checkpoint
+        weights = Weights.open(checkpoint)
     elif source is not None and checkpoint is None:
-        up_to = _up_to(wanted, _modes(recorded, modes))
-        weights, place = PublishedWeights.open(source, layers=up_to), source
+        weights = PublishedWeights.open(source, layers=_layers_up_to(layers, _modes(recorded, options.modes)))
     else:
         raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
-    _same_architecture(weights.config, recorded.config, recorded.path)
-    published = None if against is None else PublishedWeights.open(against, layers=wanted)
-    if baseline is not None:  # what is wrong with it is said before anything runs
-        if baseline.update and precision != "highest":
-            raise UsageError(
-                f"--update-baseline: expected --precision highest, found {precision}; a baseline has one record for "
-                "all precisions, and errors of fewer bits are no measure for runs with all of them"
-            )
-        open_baseline(baseline.path, recorded, create=baseline.update)
-        if baseline.update and processes.first:
-            check_writable(baseline.path)
-    report = compare_model(
+    _check_architecture(weights.config, recorded)
+    published = None if against is None else PublishedWeights.open(against, layers=layers)
+    if baseline is not None:
+        _check_baseline(baseline, recorded, options, write=processes.first)
+    report = ParityRun(
         weights,
         recorded,
-        layers=wanted,
-        taps=taps,
-        modes=modes,
-        phase=phase,
-        dtype=dtype,
+        options,
         against=published,
-        require_reach=require_reach,
-        devices=Devices.all(weights.config, processes, sizes),
-        precision=precision,
+        devices=Devices.all(weights.config, processes, mesh),
         progress=progress,
-        name=str(place),
-        detail=detail,
-    )
+        name=str(checkpoint or source),
+    ).run()
     if baseline is None:
         return report
     with processes.step("baseline"):
-        return gated(report, recorded, baseline, partial=wanted is not None or bool(taps), write=processes.first)
+        partial = layers is not None or bool(options.taps)
+        return gated(report, recorded, baseline, partial=partial, write=processes.first)
 
 
-def compare_model(
-    weights: Parameters,
-    golden: Golden,
-    *,
-    layers: Iterable[int] | None = None,
-    taps: Iterable[str] = (),
-    modes: Sequence[Mode] | None = None,
-    phase: Phase | None = None,
-    dtype: str | None = None,
-    against: PublishedWeights | None = None,
-    require_reach: bool = False,
-    devices: Devices | None = None,
-    precision: Precision = "highest",
-    progress: Progress = lambda _: None,
-    name: str = "weights",
-    detail: bool = False,
-) -> Report:
-    """:func:`run` for weights and a golden that are open already; ``name`` is what the report calls the weights."""
-    release = golden.numerics == "release"
-    dtype = dtype or ("bfloat16" if release else "float32")
-    if dtype not in UNIT:
-        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}{did_you_mean(dtype, UNIT)}")
-    if release and dtype != "bfloat16":
-        raise UsageError(f"--dtype {dtype}: {golden.path} is of the release's own code, which runs in bfloat16")
-    if phase is Phase.DECODE and not golden.decode:
-        raise UsageError(f"{golden.path}: all tokens at once; record one with `dsv4 golden record --decode N`")
-    ordered = _modes(golden, modes)
-    config = golden.config
-    chosen = check_layers(config, layers)
-    _check_recorded(golden, chosen)
-    names = _names(golden, chosen, model_level=layers is None)
-    devices = devices or Devices()
-    wanted = list(select(names, taps)) if taps else names
-    collected = Detail(golden) if detail else None
-    running = _Run(weights, golden, dtype, wanted, against, progress, phase, devices, collected)
-    needed = {mode: running.needed(mode, chosen) for mode in ordered}
-    weights.check_layers(tuple(sorted({layer for layers in needed.values() for layer in layers})))
-    with jax.default_matmul_precision(precision):
-        running.forward(needed)
-    return Report(
-        modes=ordered,
-        decode=golden.decode,
-        phase=None if phase is None else phase.value,
-        dtype=dtype,
-        limits=LIMITS,
-        layers=chosen,
-        taps=tuple(result for mode in ordered for result in running.results[mode]),
-        descents=tuple(running.descents),
-        growth=tuple(running.growth),
-        reach=tuple(reach(golden, layer) for layer in chosen),
-        require_reach=require_reach,
-        logits=running.logits,
-        checkpoint={"path": name, **{key: weights.metadata[key] for key in ("source", "storage")}},
-        golden={
-            "path": str(golden.path),
-            "digest": golden.manifest.digest,
-            "reference": dataclasses.asdict(golden.manifest.request.reference),
-            "source": dataclasses.asdict(golden.manifest.request.source),
-        },
-        platform=_platform(dtype, precision) | devices.describe(),
-        detail=collected,
-    )
+class ParityRun:
+    """Runs the model layer by layer and compares every wanted tap with a golden.
 
-
-class _Run:
-    """The state of one run: what was found so far, and the streams that go from layer to layer."""
+    Everything that can be refused is refused when it is made; :meth:`run` then computes.
+    """
 
     def __init__(
         self,
         weights: Parameters,
         golden: Golden,
-        dtype: str,
-        wanted: Sequence[str],
-        against: PublishedWeights | None,
-        progress: Progress,
-        phase: Phase | None,
-        devices: Devices,
-        detail: Detail | None,
+        options: ParityOptions = _DEFAULTS,
+        *,
+        against: PublishedWeights | None = None,
+        devices: Devices | None = None,
+        progress: Progress = lambda _: None,
+        name: str = "weights",
     ) -> None:
-        self._detail = detail
-        self._weights = weights
-        self._golden = golden
-        self._config = golden.config
-        self._wanted = wanted
-        self._against = against
-        self._progress = progress
-        self._comparison = Comparison(golden, dtype, phase)
-        # Where activations are quantised, one rounding grows to the size of a fault within a layer: isolate operations.
-        self._fed = golden.numerics == "release"
-        self._model = Forward(
+        """``name`` is what the report calls the weights. Raises as :func:`run_parity`."""
+        self._weights, self._golden, self._options = weights, golden, options
+        self._against, self._progress, self._name = against, progress, name
+        self._devices = devices or Devices()
+        self._dtype = _dtype(golden, options.dtype)
+        if options.phase is Phase.DECODE and not golden.decode:
+            raise UsageError(f"{golden.path}: all tokens at once; record one with `dsv4 golden record --decode N`")
+        self._modes = _modes(golden, options.modes)
+        self._layers = check_layers(golden.config, options.layers)
+        _check_recorded(golden, self._layers)
+        keys = _keys(golden, self._layers, model_level=options.layers is None)
+        self._wanted = list(select(keys, options.taps)) if options.taps else keys
+        self._wanted_layers = {key.layer for key in self._wanted}
+        self._wants_head = any(key.layer is None and key != _EMBED for key in self._wanted)
+        # With quantised activations one rounding grows to the size of a fault within a layer, so every operation gets
+        # the golden's own inputs.
+        self._teacher_forced = golden.numerics == "release"
+        self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._forward = Forward(
             weights,
             golden.tokens,
-            jnp.dtype(dtype),
+            jnp.dtype(self._dtype),
             first_position=golden.manifest.request.first_position,
             decode=golden.decode,
-            numerics=Numerics.of_release(golden.config) if self._fed else PLAIN,
-            devices=devices,
+            numerics=Numerics.of_release(golden.config) if self._teacher_forced else PLAIN,
+            devices=self._devices,
         )
+        #: The layers that each mode has to run.
+        self._needed = {mode: self._layers_of(mode) for mode in self._modes}
+        weights.check_layers(tuple(sorted({layer for layers in self._needed.values() for layer in layers})))
         self._streams: Any = None
-        self.results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
-        self.descents: list[Descent] = []
-        self.growth: list[Growth] = []
-        self.logits: LogitsComparison | None = None
+        self._detail = Detail(golden) if options.detail else None
+        self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
+        self._localizations: list[Localization] = []
+        self._error_splits: list[ErrorSplit] = []
+        self._logits: LogitsComparison | None = None
 
-    def needed(self, mode: Mode, chosen: Sequence[int]) -> tuple[int, ...]:
-        """The layers that have to run for what is wanted."""
+    def run(self) -> ParityReport:
+        """Compare everything. Raises :class:`BadInput` if golden or weights are damaged."""
+        golden, options = self._golden, self._options
+        with jax.default_matmul_precision(options.precision):
+            self._run_all()
+        return ParityReport(
+            modes=self._modes,
+            decode=golden.decode,
+            phase=None if options.phase is None else options.phase.value,
+            dtype=self._dtype,
+            limits=LIMITS,
+            layers=self._layers,
+            taps=tuple(result for mode in self._modes for result in self._results[mode]),
+            localizations=tuple(self._localizations),
+            error_splits=tuple(self._error_splits),
+            prompt_coverage=tuple(prompt_coverage(golden, layer) for layer in self._layers),
+            require_coverage=options.require_coverage,
+            logits=self._logits,
+            checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
+            golden={
+                "path": str(golden.path),
+                "digest": golden.manifest.digest,
+                "reference": dataclasses.asdict(golden.manifest.request.reference),
+                "source": dataclasses.asdict(golden.manifest.request.source),
+            },
+            platform=_platform(self._dtype, options.precision) | self._devices.describe(),
+            detail=self._detail,
+        )
+
+    def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
-            return tuple(layer for layer in chosen if self._wants(layer))
-        last = self._config.num_hidden_layers - 1 if self._wants_head() else max(chosen)
+            return tuple(layer for layer in self._layers if layer in self._wanted_layers)
+        last = self._golden.config.num_hidden_layers - 1 if self._wants_head else max(self._layers)
         return tuple(range(last + 1))
 
-    def forward(self, needed: Mapping[Mode, Sequence[int]]) -> None:
-        """Run everything, layer by layer."""
-        if Mode.CUMULATIVE in needed or self._wants(None):
-            self._embed(needed)
-        for layer in sorted({layer for layers in needed.values() for layer in layers}):
+    def _run_all(self) -> None:
+        if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
+            self._run_embedding()
+        for layer in sorted({layer for layers in self._needed.values() for layer in layers}):
             self._progress(layer)
-            self._layer(layer, [mode for mode, layers in needed.items() if layer in layers])
-        if self._wants_head():
+            self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
+        if self._wants_head:
             self._progress(None)
-            self._head(list(needed))
+            self._run_head()
 
-    def _wants(self, layer: int | None) -> bool:
-        return any(name in self._wanted for name in self._golden.taps(layer))
-
-    def _wants_head(self) -> bool:
-        return any(full_name(tap, None) in self._wanted for tap in taps_of(self._config, None) if tap.name != "embed")
-
-    def _embed(self, needed: Mapping[Mode, Sequence[int]]) -> None:
+    def _run_embedding(self) -> None:
         self._progress(None)
-        taken, self._streams = self._model.embed()
-        for mode in needed:
-            self._judge(taken, mode)
+        activations, self._streams = self._forward.embed()
+        for mode in self._modes:
+            self._judge(activations, mode)
 
-    def _layer(self, layer: int, modes: Sequence[Mode]) -> None:
+    def _run_layer(self, layer: int, modes: Sequence[Mode]) -> None:
         """One layer in every mode that needs it."""
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
-            taken, streams = self._run_layer(layer, mode)
-            failed |= self._judge(taken, mode)
+            activations, streams = self._run_mode(layer, mode)
+            failed |= self._judge(activations, mode)
             leaving[mode] = np.asarray(streams, np.float32)
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
         if failed:
-            self._descend(layer, taken, modes[-1])
-        if len(leaving) == len(MODES) and not self._fed:
-            self.growth.append(self._grown(layer, leaving))
+            self._localize(layer, activations, modes[-1])
+        if len(leaving) == len(MODES) and not self._teacher_forced:
+            self._error_splits.append(self._split(layer, leaving))
 
-    def _run_layer(self, layer: int, mode: Mode) -> tuple[Taken, Any]:
+    def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
         """A layer with the golden's choices, because a tie must not change what follows it.
 
         In cumulative mode a choice that fails is the model's own instead, so that its consequences show.
         """
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
-            given = self._comparison.everything(layer) if self._fed else choices
-            return self._model.layer(layer, self._golden.read(f"layers.{layer}.{INPUT}"), given)
-        taken, streams = self._model.layer(layer, self._streams, choices)
-        names = [f"layers.{layer}.{tap}" for tap in choices]
-        results = self._comparison.judge(taken, mode, names)
-        failing = {result.short for result in results if result.verdict is Verdict.FAIL}
+            overrides = self._comparison.everything(layer) if self._teacher_forced else choices
+            return self._forward.layer(layer, self._golden.read(TapKey(layer, INPUT)), overrides)
+        activations, streams = self._forward.layer(layer, self._streams, choices)
+        results = self._comparison.judge(activations, mode, choices)
+        failing = {result.key for result in results if result.verdict is Verdict.FAIL}
         if not failing:
-            return taken, streams
-        followed = {tap: choice for tap, choice in choices.items() if tap not in failing}
-        return self._model.layer(layer, self._streams, followed)
+            return activations, streams
+        followed = {key: choice for key, choice in choices.items() if key not in failing}
+        return self._forward.layer(layer, self._streams, followed)
 
-    def _head(self, modes: Sequence[Mode]) -> None:
-        last = self._config.num_hidden_layers - 1
-        failed = False
-        for mode in modes:
+    def _run_head(self) -> None:
+        last = self._golden.config.num_hidden_layers - 1
+        failed = any(
+            result.verdict is Verdict.FAIL and result.key == _EMBED for result in self._results[self._modes[0]]
+        )
+        for mode in self._modes:
             isolated = mode is Mode.ISOLATED
-            given = self._comparison.everything(None) if isolated and self._fed else None
-            streams = self._golden.read(f"layers.{last}.{STREAMS}") if isolated else self._streams
-            taken = self._model.head(streams, given)
-            failed |= self._judge(taken, mode)
-            view = self._golden.views("logits")[-1]
-            _, view = self._comparison.within_phase("logits", view.of(taken["logits"]), view)
-            if (compared := every_position(taken["logits"], view, self._golden.tokens)) is not None:
-                self.logits = summary(*compared)
-                if self._detail is not None:
-                    self._detail.positions[mode] = compared[0]
-        if failed or any(
-            result.verdict is Verdict.FAIL and result.name == "embed" for result in self.results[modes[0]]
-        ):
-            self._descend(None, taken, modes[-1])
+            overrides = self._comparison.everything(None) if isolated and self._teacher_forced else None
+            streams = self._golden.read(TapKey(last, STREAMS)) if isolated else self._streams
+            activations = self._forward.head(streams, overrides)
+            failed |= self._judge(activations, mode)
+            self._compare_logits(activations[_LOGITS], mode)
+        if failed:
+            self._localize(None, activations, self._modes[-1])
 
-    def _judge(self, taken: Taken, mode: Mode) -> bool:
-        """Judge what is wanted; whether anything fails."""
-        fed = self._fed and mode is Mode.ISOLATED
-        results = self._comparison.judge(taken, mode, self._wanted, fed=fed, detail=self._detail)
-        self.results[mode] += results
+    def _compare_logits(self, logits: Array, mode: Mode) -> None:
+        """Compare the next-token distributions. The last mode's are reported."""
+        view = self._golden.views(_LOGITS)[-1]
+        _, view = self._comparison.within_phase(_LOGITS, view.of(logits), view)
+        if (compared := compare_logits(logits, view, self._golden.tokens)) is not None:
+            self._logits, positions = compared
+            if self._detail is not None:
+                self._detail.positions[mode] = positions
+
+    def _judge(self, activations: Activations, mode: Mode) -> bool:
+        """Judge the wanted taps; whether any fails."""
+        teacher_forced = self._teacher_forced and mode is Mode.ISOLATED
+        results = self._comparison.judge(
+            activations, mode, self._wanted, teacher_forced=teacher_forced, detail=self._detail
+        )
+        self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 
-    def _descend(self, layer: int | None, taken: Taken, mode: Mode) -> None:
-        """Look for the operation that is wrong. ``taken``: the taps of the layer's last run, which was in ``mode``."""
-        sides = (self._comparison, self._weights, self._against)
+    def _localize(self, layer: int | None, activations: Activations, mode: Mode) -> None:
+        """Look for the operation that is wrong. ``activations`` are those of the layer's last run, in ``mode``."""
+        localizer = Localizer(self._forward, self._comparison, self._weights, self._against)
         if self._golden.compact is None:
-            fed = taken if self._fed and layer is not None and mode is Mode.ISOLATED else None
-            self.descents.append(descend(layer, self._model, *sides, fed))
-        elif not self.descents:
-            results = self.results[Mode.CUMULATIVE]
+            isolated = self._teacher_forced and layer is not None and mode is Mode.ISOLATED
+            self._localizations.append(localizer.localize(layer, activations if isolated else None))
+        elif not self._localizations:
+            results = self._results[Mode.CUMULATIVE]
             first = next(result for result in results if result.verdict is Verdict.FAIL)
-            self.descents.append(blame_first(first, taken, *sides))
+            self._localizations.append(localizer.localize_first(first, activations))
 
-    def _grown(self, layer: int, leaving: Mapping[Mode, Array]) -> Growth:
+    def _split(self, layer: int, leaving: Mapping[Mode, Array]) -> ErrorSplit:
         """Split the error of the streams that leave a layer."""
-        name = f"layers.{layer}.{STREAMS}"
-        views = self._golden.views(name)
+        key = TapKey(layer, STREAMS)
+        views = self._golden.views(key)
         golden = views[0].values.astype(np.float64)
-        floors = {mode: self._comparison.floor(name, views, mode) for mode in MODES}
+        floors = {mode: self._comparison.floor(key, views, mode) for mode in MODES}
         size = float(np.sqrt(np.mean(np.square(golden)))) or 1.0
 
         def relative(difference: Array) -> float:
             return float(np.sqrt(np.mean(np.square(difference)))) / size
 
         isolated, cumulative = (leaving[mode].astype(np.float64) for mode in MODES)
-        return Growth(
+        return ErrorSplit(
             layer=layer,
             inherited=relative(cumulative - isolated),
             added=relative(isolated - golden),
@@ -373,10 +351,21 @@ class _Run:
         )
 
 
-def _names(golden: Golden, layers: Iterable[int], *, model_level: bool) -> list[str]:
-    """Full names of every tap of the chosen layers, in order of execution."""
+def _keys(golden: Golden, layers: Iterable[int], *, model_level: bool) -> list[TapKey]:
+    """Every tap of the chosen layers, in order of execution."""
     outer = golden.taps(None) if model_level else ()
-    return [*outer[:1], *(name for layer in layers for name in golden.taps(layer)), *outer[1:]]
+    return [*outer[:1], *(key for layer in layers for key in golden.taps(layer)), *outer[1:]]
+
+
+def _dtype(golden: Golden, dtype: str | None) -> str:
+    """The dtype to compute in. Raises :class:`UsageError`."""
+    release = golden.numerics == "release"
+    dtype = dtype or ("bfloat16" if release else "float32")
+    if dtype not in UNIT:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(UNIT)}{did_you_mean(dtype, UNIT)}")
+    if release and dtype != "bfloat16":
+        raise UsageError(f"--dtype {dtype}: {golden.path} is of the release's own code, which runs in bfloat16")
+    return dtype
 
 
 def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:
@@ -392,8 +381,20 @@ def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:
     return tuple(mode for mode in MODES if mode in modes)
 
 
-def _up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[int, ...] | None:
-    """The layers that run: those that are wanted, and in cumulative mode those before them; None for all."""
+def _check_baseline(baseline: BaselineRequest, golden: Golden, options: ParityOptions, *, write: bool) -> None:
+    """Raise before the run for a baseline that could not be compared with, or not be written."""
+    if baseline.update and options.precision != "highest":
+        raise UsageError(
+            f"--update-baseline: expected --precision highest, found {options.precision}; a baseline has one record "
+            "for all precisions, and errors of fewer bits are no measure for runs with all of them"
+        )
+    open_baseline(baseline.path, golden, create=baseline.update)
+    if baseline.update and write:
+        check_writable(baseline.path)
+
+
+def _layers_up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[int, ...] | None:
+    """The layers that run: the wanted ones, and in cumulative mode all before them; None for all."""
     if layers is None:
         return None
     return tuple(range(max(layers) + 1)) if Mode.CUMULATIVE in modes else tuple(layers)
@@ -405,18 +406,18 @@ def _check_recorded(golden: Golden, layers: Iterable[int]) -> None:
         raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
 
 
-def _same_architecture(ours: Config, theirs: Config, golden: Path | str) -> None:
-    """Raises :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
+def _check_architecture(ours: Config, golden: Golden) -> None:
+    """Raise :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
     storage = {"expert_dtype", "weight_block_size", "num_mtp_stages"}
     pairs = [
-        (field.name, getattr(ours, field.name), getattr(theirs, field.name))
+        (field.name, getattr(ours, field.name), getattr(golden.config, field.name))
         for field in dataclasses.fields(Config)
         if field.name not in storage
     ]
     problems = [f"{name}: checkpoint {mine!r}, golden {its!r}" for name, mine, its in pairs if mine != its]
     if problems:
         raise BadInput(
-            f"{golden}: recorded from another architecture:\n{listed(problems)}\n"
+            f"{golden.path}: recorded from another architecture:\n{listed(problems)}\n"
             "Record a golden of this checkpoint's source with `dsv4 golden record`."
         )
 

@@ -1,4 +1,4 @@
-"""What our cache holds of one layer, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
+"""The state of one layer in our cache, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def state_after(attention: Attention, cache: LayerCache, tokens: int) -> dict[st
 
 
 def _compressed(path: str, compressor: Compressor, cache: Compressed, tokens: int) -> dict[str, Any]:
-    """Rows of the block that is not complete, and what the one before it has for it."""
+    """Rows of the incomplete block, and the overlap that the block before it leaves."""
     end, ratio = cache.values.shape[1], compressor.ratio
     pending = end - tokens % ratio
     found = {f"{path}.values": cache.values[:, pending:], f"{path}.gates": cache.gates[:, pending:]}

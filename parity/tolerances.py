@@ -10,9 +10,9 @@ every tap, dtype, mode and width:
   wrong channel.
 
 Derivation. Two healthy implementations differ in the order of summation, in where they round to the dtype, and in
-their exp, cos and rsqrt, so their errors are of one size but not equal. Over 200 random architectures, prompts of 1 to
-301 tokens, isolated and cumulative, 79,000 taps that are not empty in each dtype, the multiples of a healthy model had
-these quantiles (``python -m benchmarks.false_alarms``):
+their exp, cos and rsqrt, so their errors are of one size but not equal. ``python -m benchmarks.false_alarms`` compared
+healthy models of 200 random architectures on prompts of 1 to 301 tokens, isolated and cumulative: 79,000 taps with
+elements in each dtype. Their errors, in noise floors, had these quantiles:
 
     ========  =======  ======  =====  =======  =======
     dtype     measure  median    99%    99.9%  largest
@@ -26,7 +26,7 @@ these quantiles (``python -m benchmarks.false_alarms``):
     bfloat16  tie        0.49   1.61     2.52     2.80
     ========  =======  ======  =====  =======  =======
 
-The limits are twice the largest. What a fault does is of another order: in float32 the mildest of the catalogue in
+The limits are twice the largest. Faults are of another order: in float32 the mildest fault of the catalogue in
 ``tests/parity/faults`` is 170, 1,400 and 1,800 times the floor (``python -m benchmarks.faults``).
 
 A tie: two candidates may swap if the golden's scores of them are closer than ``tie`` times the largest error of the
@@ -69,10 +69,10 @@ class Band:
 #: Bands of a baseline (:mod:`dsv4_convert.parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the
 #: share of its tokens that chose otherwise, all of them ties.
 #:
-#: Derivation. One machine was made to compute as others do: one thread or core, a mesh of two devices, levels of
-#: XLA's optimisation, SSE4.2 (which has no fused multiply-add), AVX, AVX2 and AVX-512, three widths of vectors, other
-#: code for fusions, fast math; 16 ways, the committed golden, both modes and dtypes. Of every tap the largest of these
-#: errors over the smallest was at most (``python -m benchmarks.gate``):
+#: Derivation. ``python -m benchmarks.gate`` makes one machine compute as others do, in 16 ways: one thread or core, a
+#: mesh of two devices, levels of XLA's optimisation, SSE4.2 (which has no fused multiply-add), AVX, AVX2 and AVX-512,
+#: three widths of vectors, other code for fusions, fast math. Each runs the committed golden in both modes and dtypes.
+#: The largest error of a tap over its smallest was at most:
 #:
 #:     ==================  ====  ====  =======  ======
 #:     elements of a tap    tap   row  element  tokens
@@ -82,9 +82,9 @@ class Band:
 #:     ==================  ====  ====  =======  ======
 #:
 #: ``times`` is a quarter more, rounded up to a half. An error far below the floor says that the tap is computed with
-#: more digits than its dtype has, or copied: such ones moved by less than 0.01, and ``least`` is where rounding to the
-#: dtype begins to show. Of a few elements all may be exact by luck, so ``least`` is what 99 of 100 healthy taps stay
-#: below (see above).
+#: more digits than its dtype has, or copied: such errors moved by less than 0.01, and ``least`` is where rounding to
+#: the dtype begins to show. A tap of few elements may be exact by luck, so its ``least`` is the error that 99 of 100
+#: healthy taps stay below (see above).
 BANDS: dict[str, Band] = {
     "tap": Band(times=1.5, least=0.1),
     "row": Band(times=3.0, least=0.25),
@@ -116,7 +116,7 @@ class Least:
 #: inner value does to its row when it becomes another FP8 number is of that size, too. So a row may move by a value or
 #: two, while the tap as a whole hardly moves: rounding once too often everywhere is beyond its limit.
 _RELEASE = Least(tap=2.0**-14, row=2.0**-10)
-#: What ends in FP4 moves by up to half of itself.
+#: Values that end in FP4 move by up to half of themselves.
 _RELEASE_FP4 = Least(tap=2.0**-10, row=2.0**-5)
 _FP4_TAPS = ("attn.indexer.q_rope", "attn.indexer.compressor.entries")
 #: From the tokens on, roundings multiply: keys become other FP8 numbers, here and there.
@@ -124,7 +124,7 @@ _RELEASE_CUMULATIVE = Least(tap=2.0**-8, row=2.0**-5)
 
 
 def release_unit(tap: str, mode: Mode) -> Least:
-    """What takes the place of :data:`UNIT` for a tap, by its name within its layer, in release numerics."""
+    """The least noise of a tap, by its name within its layer, in release numerics, where it replaces :data:`UNIT`."""
     if mode is Mode.CUMULATIVE:
         return _RELEASE_CUMULATIVE
     return _RELEASE_FP4 if tap in _FP4_TAPS else _RELEASE

@@ -50,9 +50,9 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "huggingface_hub": "dsv4_convert/checkpoint/hub",
     "typer": "dsv4_convert/cli/",
     "click": "nowhere",
-    "matplotlib": "parity/html/",
-    "jinja2": "parity/html/",
-    "markupsafe": "parity/html/",
+    "matplotlib": "parity/report/html/",
+    "jinja2": "parity/report/html/",
+    "markupsafe": "parity/report/html/",
     "pytest": "dsv4_convert/pytest_plugin.py",
     # Only the name of an exception that Numba's own cache raises.
     "pickle": "dsv4_convert/formats/kernels.py",
@@ -142,7 +142,7 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
         "import dsv4_convert.convert, dsv4_convert.weights.restore, dsv4_convert.store.orbax_commit\n"
-        "import dsv4_convert.parity.run, dsv4_convert.parity.render\n"
+        "import dsv4_convert.parity.run, dsv4_convert.parity.report.tables\n"
         "import dsv4_convert.golden.archive, dsv4_convert.golden.synthetic"
     )
     assert {"jax", "flax", "orbax"} <= loaded

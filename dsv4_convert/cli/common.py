@@ -1,4 +1,4 @@
-"""What the commands share: reporting errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
+"""Shared parts of the commands: errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """What the shell offers for the beginning of a word."""
+    """The completion that the shell offers for the beginning of a word."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
@@ -101,7 +101,8 @@ def complete_generations(incomplete: str) -> list[str]:
 
 
 Platform = Annotated[
-    str | None, typer.Option(**one_of("cpu", "gpu", "tpu"), help="What computes. What JAX finds first, if not given.")
+    str | None,
+    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes; by default the first that JAX finds."),
 ]
 
 
@@ -115,7 +116,7 @@ def _dumb() -> bool:
 
 
 def console(*, err: bool = False) -> Console:
-    """Where results are printed, or what goes to stderr: as wide as the window, styled where that is wanted."""
+    """The console for results, or for stderr: as wide as the window, styled unless plain text is wanted."""
     from rich.console import Console, ConsoleDimensions
 
     screen = Console(stderr=err, color_system=None if plain() else "auto")
@@ -180,7 +181,7 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
             if (complaint := _environment(error)) is not None:
                 say_error(complaint)
                 raise typer.Exit(UsageError.exit_code) from None
-            # What the variables held may be of no business to whoever reads the report, so they are not shown.
+            # The values of variables may be private, so the traceback does not show them.
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
@@ -207,7 +208,7 @@ def _environment(error: Exception) -> str | None:
 
 
 def _let_go_of_stdout() -> None:
-    """Where what is left to print cannot be written: Python would try again when it ends, and end with 120."""
+    """Drop unprinted output that cannot be written: Python would retry when it ends, and exit with 120."""
     try:
         sys.stdout.flush()
     except OSError:

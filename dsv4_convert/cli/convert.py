@@ -104,7 +104,7 @@ def hf_to_orbax(
     refused before anything is written. DEST is absent, resumable or complete: an interrupted run is continued by the
     same command.
 
-    Of a repository only the headers are read for the plan. The shards are then fetched while earlier ones are
+    For a Hub repository, the plan reads only the headers. The shards are then fetched while earlier ones are
     converted, and their hashes compared with those that the Hub states.
 
     Several machines share the work when each runs the same command with its own --process-id, on a file system that

@@ -28,7 +28,7 @@ def check_destination(option: str, target: str | Path | None) -> None:
 
 
 def write_text(option: str, target: str | Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed. What is no plain file is written to.
+    """Write a file whole or not at all: beside its place first, then renamed. Pipes and devices are written in place.
 
     Raises:
         ResourceError: it cannot be written.

@@ -25,12 +25,12 @@ from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
     from dsv4_convert.golden.archive import Golden as Opened
-    from dsv4_convert.golden.plan import Plan
-    from dsv4_convert.golden.reach import LayerReach
+    from dsv4_convert.golden.plan import RecordingPlan
+    from dsv4_convert.golden.prompt_coverage import LayerCoverage
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
-_EXACT_HELP = "Of a compact golden: tokens that are kept exactly, such as 0,128,-1 (-1 is the last)."
+_EXACT_HELP = "Tokens that a compact golden keeps exactly, such as 0,128,-1 (-1 is the last)."
 
 
 @resumable
@@ -132,7 +132,7 @@ def record(
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
 
 
-def _print_plan(planned: Plan) -> None:
+def _print_plan(planned: RecordingPlan) -> None:
     """The plan in a few lines, on stderr."""
     typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
     share = planned.bytes_written / planned.bytes_whole
@@ -189,7 +189,7 @@ def show(
     Example: dsv4 golden show ./flash-golden
     """
     from dsv4_convert.golden.archive import open_golden
-    from dsv4_convert.golden.reach import reach
+    from dsv4_convert.golden.prompt_coverage import prompt_coverage
 
     with status("golden") as say:
         say("opening")
@@ -197,7 +197,7 @@ def show(
         reached = []
         for layer in opened.layers:
             say(f"layer {layer}")
-            reached.append(reach(opened, layer))
+            reached.append(prompt_coverage(opened, layer))
     document = {
         "schema_version": 1,
         "reference": dataclasses.asdict(opened.manifest.request.reference),
@@ -217,7 +217,7 @@ def show(
     write_json(document, json)
 
 
-def _print_golden(opened: Opened, reached: list[LayerReach]) -> None:
+def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer."""
     request = opened.manifest.request
     reference, source = request.reference, request.source

@@ -23,8 +23,8 @@ def inspect(
 ) -> None:
     """Say what something is: its layers in one picture, parameters and bytes by part and dtype, and anything odd.
 
-    Of a repository only headers are fetched, and nothing else is read either but headers, manifests and sizes: whether
-    the bytes are right is what dsv4 verify asks.
+    It reads only headers, manifests and sizes, and of a repository it fetches only headers; dsv4 verify checks the
+    bytes.
 
     Example: dsv4 inspect deepseek-ai/DeepSeek-V4-Flash
 

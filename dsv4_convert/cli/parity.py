@@ -35,7 +35,7 @@ def parity(
     checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the way, before it is converted."),
+        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the fly, before it is converted."),
     ] = None,
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
@@ -49,46 +49,44 @@ def parity(
         str | None,
         typer.Option(
             **one_of("isolated", "cumulative", "both"),
-            help="isolated: every layer runs on the golden's own input. cumulative: from the tokens, so errors add up. "
-            "both: and the error of every layer split into what it inherits and what it adds. Isolated, if not given, "
-            "and cumulative with a compact golden.",
+            help="isolated: every layer runs on the golden's own input. cumulative: the model runs from the tokens, so "
+            "errors add up. both: runs both and splits the error of every layer into an inherited and an added part. "
+            "Default: isolated, or cumulative with a compact golden.",
         ),
     ] = None,
     phase: Annotated[
         str | None,
         typer.Option(
             **one_of("prefill", "decode"),
-            help="Of a golden whose last tokens came one by one (golden record --decode): compare only the tokens "
-            "before, or only these and the state that they start from. Both, if not given.",
+            help="For goldens recorded with --decode: compare only the prefill, or only the decoded tokens and the "
+            "state that they start from. Default: both.",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             **one_of("float32", "bfloat16"),
-            help="Weights and activations; judged by the noise floor of that dtype. float32, if not given, and "
-            "bfloat16 with a golden of the release's own code.",
+            help="Dtype of weights and activations; its noise floor is the measure. Default: float32, or bfloat16 with "
+            "a golden of the release's own code.",
         ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="The published checkpoint: the weights of wrong operations are compared with its tensors."),
+        typer.Option(help="The published checkpoint, to compare the weights of wrong operations with its tensors."),
     ] = None,
-    require_reach: Annotated[
+    require_coverage: Annotated[
         bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
     ] = False,
     baseline: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Fail if an error has grown beyond what FILE records of it, although it is within tolerance.",
+            help="Fail if an error grew beyond its record in FILE, even within tolerance.",
         ),
     ] = None,
     update_baseline: Annotated[
         bool,
-        typer.Option(
-            "--update-baseline", help="Write this run's errors to --baseline: what is new, and what is smaller."
-        ),
+        typer.Option("--update-baseline", help="Write this run's errors to --baseline: new taps, and smaller errors."),
     ] = False,
     reason: Annotated[
         str | None,
@@ -99,7 +97,7 @@ def parity(
     ] = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="tokenizer.json, or its folder, to show tokens as text; that of --against if not given."),
+        typer.Option(help="tokenizer.json, or its folder, to show tokens as text. Default: the one in --against."),
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="One line per layer, and the taps that do not pass.")
@@ -109,8 +107,8 @@ def parity(
         str,
         typer.Option(
             **one_of("highest", "high", "default"),
-            help="Of float32 products: accelerators use fewer bits for the others than for highest. The limits are "
-            "those of highest, whatever this says.",
+            help="float32 matmul precision; accelerators compute with fewer bits below highest. The limits assume "
+            "highest.",
         ),
     ] = "highest",
     mesh: Annotated[
@@ -118,7 +116,7 @@ def parity(
         typer.Option(
             metavar="AXIS=SIZE,…",
             help="How all devices share the dense parts of a layer, such as fsdp=2,tensor=4; axes are data, fsdp, "
-            "expert, sequence, tensor. If not given, one that divides everything.",
+            "expert, sequence, tensor. Default: a mesh that divides everything.",
         ),
     ] = None,
     coordinator: Coordinator = None,
@@ -136,7 +134,7 @@ def parity(
     the tensor. Exits 1 if anything diverges. Only the weights that the prompt reaches are read.
 
     With several devices the dense parts of a layer run on all of them. Several processes run the same command, each
-    with its own --process-id; each reads and computes its part, process 0 says how it went, and all exit alike.
+    with its own --process-id. Each reads and computes its part, process 0 reports, and all exit alike.
 
     Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12 --against ./DeepSeek-V4-Flash
     """
@@ -152,12 +150,12 @@ def parity(
     from dsv4_convert.golden.noise import MODES, Mode
     from dsv4_convert.golden.tokens import token_decoder
     from dsv4_convert.parity.comparison import Phase
-    from dsv4_convert.parity.gate import request
-    from dsv4_convert.parity.run import run
+    from dsv4_convert.parity.gate import baseline_request
+    from dsv4_convert.parity.run import ParityOptions, run_parity
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
     outputs = Outputs(json=json, junit=junit, github=github, page=page)
-    gate = request(baseline, update=update_baseline, reason=reason)
+    gate = baseline_request(baseline, update=update_baseline, reason=reason)
     processes = join_processes(coordinator, num_processes, process_id)
     with processes.together():
         check_platform(platform)
@@ -167,23 +165,26 @@ def parity(
             outputs.check()
         decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
-            report = run(
-                checkpoint,
-                golden,
-                source=source,
+            options = ParityOptions(
                 layers=layers,
                 taps=taps or (),
                 modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
                 phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
                 dtype=dtype,
-                against=against,
-                require_reach=require_reach,
-                mesh=mesh,
-                processes=processes,
                 precision=bits,
-                baseline=gate,
-                progress=lambda at: say("model level" if at is None else f"layer {at}"),
+                mesh=mesh,
+                require_coverage=require_coverage,
                 detail=processes.first and page is not None,
+            )
+            report = run_parity(
+                checkpoint,
+                golden,
+                options,
+                source=source,
+                against=against,
+                baseline=gate,
+                processes=processes,
+                progress=lambda at: say("model level" if at is None else f"layer {at}"),
             )
         with processes.step("report"):
             if processes.first:

@@ -8,9 +8,9 @@ from pathlib import Path
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import is_kept_part
-from dsv4_convert.golden.manifest import Reference, Request, Source, layer_file
+from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference, layer_file
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
-from dsv4_convert.golden.reach import reach
+from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.strict_json import parse_object
 from dsv4_convert.unfinished import destination_of
@@ -49,7 +49,7 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
     every = golden.config.num_hidden_layers
     for layer in golden.layers:
         say(f"layer {layer}")
-        reached = reach(golden, layer)
+        reached = prompt_coverage(golden, layer)
         odd += [f"layer {layer}: {missed}" for missed in reached.missed]
         if reached.experts < reached.of:
             odd.append(f"layer {layer}: {reached.of - reached.experts} of {reached.of} experts are reached by no token")
@@ -73,7 +73,7 @@ def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
     """
     file = folder / known_by
     try:
-        request = Request.from_json(parse_object(file.read_bytes(), where="JSON"))
+        request = RecordingRequest.from_json(parse_object(file.read_bytes(), where="JSON"))
     except (BadInput, ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{file}: not the request of a recording: {error}; record again") from error
     finished: Sequence[int] = [layer for layer in request.layers if (folder / layer_file(layer)).is_file()]
@@ -94,7 +94,7 @@ def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
     )
 
 
-def _origin(reference: Reference, source: Source) -> dict[str, str]:
+def _origin(reference: Reference, source: RecordedSource) -> dict[str, str]:
     versions = ", ".join(f"{package} {version}" for package, version in reference.versions.items())
     return {
         "source": source.name,

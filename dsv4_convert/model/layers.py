@@ -20,7 +20,7 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
-from dsv4_convert.spec.taps import full_name, taps_of
+from dsv4_convert.spec.taps import TapKey, taps_of
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:
@@ -92,7 +92,7 @@ class ScannedLayers(nnx.Module):
     ) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
         """:func:`through` them. Raises :class:`ValueError` if a tap of a layer is recorded or replaced."""
         layers = range(self.config.num_hidden_layers)
-        if any(taps.uses(full_name(tap, layer)) for layer in layers for tap in taps_of(self.config, layer)):
+        if any(taps.uses(str(TapKey(layer, tap))) for layer in layers for tap in taps_of(self.config, layer)):
             raise ValueError("taps of scanned layers cannot be recorded: one program serves many of them")
         states = []
         for index, segment in enumerate(segments(self.config)):

@@ -58,9 +58,9 @@ class Where(StrEnum):
                 return False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tap:
-    """One row: name within its layer, shape letters, meaning."""
+    """One row: name within its layer, shape letters, meaning. There is one object per row, so identity is equality."""
 
     name: str
     shape: str
@@ -71,6 +71,35 @@ class Tap:
     scores: str | None = None
     #: Parameters that its operation uses itself, named as in its layer; those that a layer lacks do not count.
     weights: tuple[str, ...] = ()
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is one of :data:`STATE`."""
+        return is_state(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class TapKey:
+    """A tap of one layer, or of the model level (``layer`` None). ``str`` gives its full name."""
+
+    layer: int | None
+    tap: Tap
+
+    @classmethod
+    def parse(cls, name: str) -> TapKey:
+        """The key of a full name such as ``layers.12.attn.wq_a``. Raises :class:`UsageError` for an unknown one."""
+        layer: int | None = None
+        rest = name
+        if name.startswith("layers.") and name.count(".") >= 2:
+            _, number, rest = name.split(".", 2)
+            layer = int(number) if number.isascii() and number.isdecimal() else None
+        tap = _BY_NAME.get(rest)
+        if tap is None or (layer is None) != (tap.where in (Where.BEFORE, Where.AFTER)):
+            raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
+        return cls(layer, tap)
+
+    def __str__(self) -> str:
+        return self.tap.name if self.layer is None else f"layers.{self.layer}.{self.tap.name}"
 
 
 def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:
@@ -190,22 +219,9 @@ def is_state(name: str) -> bool:
     return name.startswith("cache.")
 
 
-def full_name(tap: Tap, layer: int | None) -> str:
-    """``layers.12.attn.wq_a`` or ``embed``."""
-    return tap.name if layer is None else f"layers.{layer}.{tap.name}"
-
-
-def by_name(name: str) -> tuple[Tap, int | None]:
-    """The tap and layer of a full name. Raises :class:`UsageError` for an unknown one."""
-    layer: int | None = None
-    rest = name
-    if name.startswith("layers."):
-        _, number, rest = name.split(".", 2) if name.count(".") >= 2 else (None, "", name)
-        layer = int(number) if number.isascii() and number.isdecimal() else None
-    tap = _BY_NAME.get(rest)
-    if tap is None or (layer is None) != (tap.where in (Where.BEFORE, Where.AFTER)):
-        raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
-    return tap, layer
+def tap_named(name: str) -> Tap:
+    """The tap with this name within its layer. Raises :class:`KeyError` for an unknown one."""
+    return _BY_NAME[name]
 
 
 def shape_of(name: str) -> tuple[str, ...] | None:
@@ -214,31 +230,25 @@ def shape_of(name: str) -> tuple[str, ...] | None:
     return None if tap is None else tuple(tap.shape.split())
 
 
-def select(names: Iterable[str], patterns: Iterable[str]) -> Iterator[str]:
-    """The full names that match any pattern, by shell rules, against the full name or the name within the layer.
+def select(keys: Iterable[TapKey], patterns: Iterable[str]) -> Iterator[TapKey]:
+    """The taps that match any pattern, by shell rules, against the full name or the name within the layer.
 
     Raises:
         UsageError: a pattern that matches nothing, with close names.
     """
-    names = list(names)
-    patterns = list(patterns)
-    matched = {pattern: [name for name in names if _matches(name, pattern)] for pattern in patterns}
+    keys = list(keys)
+    matched = {pattern: {key for key in keys if _matches(key, pattern)} for pattern in patterns}
     for pattern, found in matched.items():
         if not found:
             known = ", a tap of other layers or of the model level" if pattern in _BY_NAME else ""
-            close = _close(pattern, dict.fromkeys(map(_short, names)))
+            close = _close(pattern, dict.fromkeys(key.tap.name for key in keys))
             raise UsageError(f"{pattern}{known}: matches no tap of this run; close ones: {', '.join(close)}")
-    chosen = {name for found in matched.values() for name in found}
-    yield from (name for name in names if name in chosen)
+    chosen = set().union(*matched.values())
+    yield from (key for key in keys if key in chosen)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_short(name), pattern)
-
-
-def _short(name: str) -> str:
-    """The name within the layer."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
+def _matches(key: TapKey, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(str(key), pattern) or fnmatch.fnmatchcase(key.tap.name, pattern)
 
 
 def _close(name: str, names: Iterable[str] = _BY_NAME) -> list[str]:

@@ -1,9 +1,8 @@
 """Running transformers' modules in another dtype than float32, with the golden's discrete choices.
 
-bfloat16 is what ``from_pretrained(dtype=torch.bfloat16)`` makes of a module: the parts that transformers keeps in
-float32 stay so. float64 is what no user runs: the modules cast to float32 in many places, and those casts are
-redirected while they run. Rotary tables are the exception: their float32 is part of the model's definition, not
-rounding.
+bfloat16 modules are the ones of ``from_pretrained(dtype=torch.bfloat16)``: the parts that transformers keeps in float32
+stay so. No user runs float64. The modules cast to float32 in many places, and these casts are redirected while they
+run. Rotary tables are the exception: their float32 is part of the model's definition, not rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where each tap is found in transformers' DeepSeek-V4 modules, and the hooks that take it from there.
+"""The place of each tap in transformers' DeepSeek-V4 modules, and the hooks that record it there.
 
 Written for ``transformers/models/deepseek_v4/modeling_deepseek_v4.py`` of transformers 5.23. Observing changes nothing:
-hooks look at values and return none, and what no module returns is seen by watching the calls that a module makes.
+hooks look at values and return none. Values that no module returns are seen by watching the calls that a module makes.
 Every expected tap must turn up exactly once and in the shape of the table, so a reference that computes differently
 than these probes assume is an error, never a wrong golden.
 """
@@ -73,7 +73,7 @@ def _ascending(value: Tensor, shape: Shape) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a module returns, or one part of it."""
+    """The result of a module, or one part of it."""
 
     module: str
     part: int | None = None
@@ -99,7 +99,7 @@ class FirstArgument:
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class AttentionValue:
     """A value at the attention function: its ``query`` or ``key`` argument, or its result (``context``)."""
 
     module: str
@@ -107,7 +107,7 @@ class Attention:
     layout: Layout = _same
 
 
-Probe: TypeAlias = Output | Input | FirstArgument | Attention
+Probe: TypeAlias = Output | Input | FirstArgument | AttentionValue
 
 
 def _hyper_connection(tap: str, module: str) -> dict[str, Probe]:
@@ -140,17 +140,17 @@ LAYER_PROBES: dict[str, Probe] = {
     "attn.q_norm": Output(f"{_ATTN}.q_a_norm"),
     "attn.wq_b": Output(f"{_ATTN}.q_b_proj", layout=_split_channels),
     "attn.q": Output(f"{_ATTN}.q_b_norm", layout=_heads_first),
-    "attn.q_rope": Attention(_ATTN, "query", _heads_first),
+    "attn.q_rope": AttentionValue(_ATTN, "query", _heads_first),
     "attn.wkv": Output(f"{_ATTN}.kv_proj"),
     "attn.kv_norm": Output(f"{_ATTN}.kv_norm"),
-    "attn.kv_rope": Attention(_ATTN, "key", _window_keys),
+    "attn.kv_rope": AttentionValue(_ATTN, "key", _window_keys),
     **_compressor("attn.compressor", _COMPRESSOR, Output(_COMPRESSOR, 0, _newest_of_one_head)),
     **_compressor("attn.indexer.compressor", _INDEXER, Input(f"{_INDEXER}.scorer", 1, _newest)),
     "attn.indexer.q_rope": Input(f"{_INDEXER}.scorer", 0),
     "attn.indexer.weights_proj": Output(f"{_INDEXER}.scorer.weights_proj"),
     "attn.indexer.scores": Output(f"{_INDEXER}.scorer"),
     "attn.indexer.chosen": Output(_INDEXER, layout=_ascending),
-    "attn.context": Attention(_ATTN, "context"),
+    "attn.context": AttentionValue(_ATTN, "context"),
     "attn.context_unrotated": Input(f"{_ATTN}.o_a_proj", layout=_split_channels),
     "attn.wo_a": Output(f"{_ATTN}.o_a_proj"),
     "attn.wo_b": Output(f"{_ATTN}.o_b_proj"),
@@ -170,7 +170,7 @@ LAYER_PROBES: dict[str, Probe] = {
 
 def layer_probes(before: int) -> Mapping[str, Probe]:
     """:data:`LAYER_PROBES` of a call that continues a prompt, with ``before`` keys kept of the tokens before."""
-    key = Attention(_ATTN, "key", partial(_window_keys, before=before))
+    key = AttentionValue(_ATTN, "key", partial(_window_keys, before=before))
     return LAYER_PROBES if not before else LAYER_PROBES | {"attn.kv_rope": key}
 
 
@@ -284,7 +284,7 @@ def _attached(module: nn.Module, probe: Probe, keep: Callable[[object], None]) -
             with _Watch(function, keep).of(module):
                 yield
             return
-        case Attention(value=value):
+        case AttentionValue(value=value):
             with _attention_seen(module, value, keep):
                 yield
             return

@@ -1,4 +1,4 @@
-"""What transformers' cache holds of one layer, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
+"""The state of one layer in transformers' cache, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
 
 from __future__ import annotations
 

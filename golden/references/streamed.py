@@ -1,8 +1,8 @@
 """transformers' DeepSeek-V4 on a prompt, one layer at a time: in float32, and in other dtypes for its noise floor.
 
-Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. What is ours is
-when weights are there. A layer is built without memory, filled from the checkpoint, run and dropped; of the routed
-experts, which are nearly all of a layer, only the one that is being computed is in memory. The result is bit-equal to
+Every computation is the reference's own: its decoder layer, hyper-head, norms, rotary tables and masks. This module
+only decides when weights are in memory. It builds a layer without memory, fills it from the checkpoint, runs it and
+drops it. Routed experts are nearly all of a layer, and only the one that runs is in memory. The result is bit-equal to
 the whole model's.
 """
 
@@ -29,7 +29,7 @@ from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of
 from dsv4_convert.golden.manifest import Reference
-from dsv4_convert.golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise
+from dsv4_convert.golden.noise import MODES, RUN_DTYPES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.precision import (
     CHOICES,
     TORCH,
@@ -44,7 +44,7 @@ from dsv4_convert.golden.references.state import state_after
 from dsv4_convert.spec.config import AttentionKind, Config, Yarn
 from dsv4_convert.spec.coverage import Leaf, Resolution, Source
 from dsv4_convert.spec.names import Kind
-from dsv4_convert.spec.taps import by_name, is_state
+from dsv4_convert.spec.taps import TapKey, is_state, tap_named
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +57,7 @@ HEAD_ROWS = 8192
 
 
 def describe() -> Reference:
-    """What the manifest says of this reference."""
+    """This reference as the manifest describes it."""
     return Reference(
         name="transformers",
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
@@ -74,7 +74,7 @@ State = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What one call of a layer in one dtype is given beside streams, weights and cache."""
+    """The arguments of one call of a layer in one dtype, besides streams, weights and cache."""
 
     ids: Tensor
     positions: Tensor
@@ -88,7 +88,7 @@ _Forward = Callable[[str, Tensor, int, DynamicCache | None], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A layer (None: the head): its module, a call of it, and what changes its dtype to that of a run."""
+    """A layer (None: the head): its module, a call of it, and a function that converts it to the dtype of a run."""
 
     module: nn.Module
     layer: int | None
@@ -148,7 +148,7 @@ class StreamedModel:
         return DynamicCache(config=self._hf) if len(self._calls) > 1 else None
 
     def _prepare(self, dtype: torch.dtype) -> list[_Given]:
-        """What every call is given, as the reference's own model makes it."""
+        """The arguments of every call, as the reference's own model makes them."""
         seen, given = self._cache(), []
         for start, stop in self._calls:
             ids, positions = self._ids[:, start:stop], torch.arange(start, stop).unsqueeze(0)
@@ -172,12 +172,12 @@ class StreamedModel:
         return given
 
     @torch.no_grad()
-    def embed(self) -> Taken:
+    def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
         embedded = self._embedded(self._ids)
         runs = {dtype: as_array(torch.from_numpy(embedded).to(TORCH[dtype])) for dtype in self._noise.values()}
         noise = [[row_noise(runs[run], embedded)] * len(MODES) for run in self._noise.values()]
-        return Taken({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
+        return RecordedTaps({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
 
     def _embedded(self, ids: Tensor) -> Array:
         (source,) = self._leaf("embed").sources
@@ -204,13 +204,13 @@ class StreamedModel:
             self._ids[:, stop] = logits[:, -1].argmax(dim=-1)  # what the next call is given is a view of it
         return self._ids.numpy()
 
-    def spread(self, embedded: Taken) -> State:
+    def spread(self, embedded: RecordedTaps) -> State:
         """The streams entering layer 0: the embedding in each of them."""
         streams = torch.from_numpy(np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2))
         return {dtype: as_array(streams.to(TORCH[dtype])) for dtype in self._given}
 
     @torch.no_grad()
-    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, Taken]:
+    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
         return self._run(self._layer(layer), state, expected)
 
@@ -247,7 +247,7 @@ class StreamedModel:
         return _Part(module, layer, forward, convert)
 
     @torch.no_grad()
-    def run_head(self, state: State, expected: Expected) -> Taken:
+    def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
         _, taken = self._run(self._head(), state, expected)
         return taken
@@ -273,7 +273,7 @@ class StreamedModel:
 
         return _Part(root, None, forward, partial(_converted, root))
 
-    def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, Taken]:
+    def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         streams, taps = self._pass(part, _GOLDEN, as_tensor(state[_GOLDEN]), expected)
         leaving = {_GOLDEN: streams.numpy()}
@@ -292,7 +292,7 @@ class StreamedModel:
                     rows.append(found[name])
         shape = (len(self._noise), len(MODES))
         stacked = {name: np.array(rows).reshape(*shape, *rows[0].shape) for name, rows in noise.items() if rows}
-        return leaving, Taken(taps, stacked)
+        return leaving, RecordedTaps(taps, stacked)
 
     def _pass(
         self, part: _Part, run: str, entering: Tensor, expected: Expected, golden: Mapping[str, Array] | None = None
@@ -336,10 +336,9 @@ class StreamedModel:
 
     def _place(self, name: str, layer: int | None, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
         """The rows of a tap that a call makes, and the shape of what it makes."""
-        tap, _ = by_name(name if layer is None else f"layers.{layer}.{name}")
-        batch = self._ids.shape[0]
-        shape = part_shape(tap, self._config, layer, batch=batch, start=start, stop=stop)
-        return rows_of(tap, self._config, layer, start, stop), shape
+        key = TapKey(layer, tap_named(name))
+        shape = part_shape(key, self._config, batch=self._ids.shape[0], start=start, stop=stop)
+        return rows_of(key, self._config, start, stop), shape
 
     def _leaf(self, path: str) -> Leaf:
         return next(leaf for leaf in self._leaves if leaf.path == path)
@@ -418,14 +417,14 @@ def _distance(
 
 
 def _joined_noise(parts: Sequence[Array]) -> Array:
-    """The row noise of a tap, ``[2, B, S]``, of those of its parts."""
+    """The row noise of a tap, ``[2, B, S]``, joined from its parts."""
     return np.concatenate(parts, axis=2)
 
 
 def _moved(
     first: int, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a rotary table is asked for, ``first`` positions further on."""
+    """The arguments of a rotary table, with positions moved on by ``first``."""
     return args, kwargs | {"position_ids": kwargs["position_ids"] + first}
 
 

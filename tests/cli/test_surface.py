@@ -31,7 +31,7 @@ from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.inspect import Inspection
 from dsv4_convert.parity.detail import Detail
-from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.spec.config import Config
 
 from ..checkpoint.hub_server import LoopbackHub
@@ -170,7 +170,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(dsv4_convert.golden.tokens, "tokenizer_file", lambda path: path)
     monkeypatch.setattr(dsv4_convert.golden.tokens, "text_decoder", lambda file: str)
-    monkeypatch.setattr(dsv4_convert.parity.run._Run, "forward", lambda self, needed: None)
+    monkeypatch.setattr(dsv4_convert.parity.run.ParityRun, "_run_all", lambda self: None)
     monkeypatch.setattr(dsv4_convert.aot.search, "compile_model", lambda *_, **__: samples(CompileReport, SLICE)[0])
     done = SimpleNamespace(returncode=0, stdout='["cpu", 1, "cpu"]\n')
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
@@ -180,7 +180,7 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
     config = Path(__file__).parents[1] / "data" / "configs" / "DeepSeek-V4-Flash.json"
     orbax = tmp_path / "orbax"
     hub.add(REPO, COMMIT, {file.name: file.read_bytes() for file in hf.iterdir()})
-    report = samples(Report, {Detail: None})  # which is not in the JSON
+    report = samples(ParityReport, {Detail: None})  # which is not in the JSON
     whole = [dataclasses.replace(one, checkpoint={}, golden={}, platform={}).to_json("sentence") for one in report]
     damaged = tmp_path / "damaged"
 

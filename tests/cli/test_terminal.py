@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app, common
 from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
-from dsv4_convert.parity.render import render
-from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.tables import render
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.tables import fitted
 
 from .samples import samples
@@ -95,7 +96,8 @@ def test_pipes_get_text_alone() -> None:
 
 @pytest.mark.parametrize("width", [80, 50])
 def test_parity_tables_fit_and_lose_columns_not_letters(width: int) -> None:
-    (report, *_) = samples(Report, {Detail: None, str: "layers.60.attn.indexer.compressor.entries"})
+    longest = "layers.60.attn.indexer.compressor.entries"
+    (report, *_) = samples(ParityReport, {Detail: None, str: longest, TapKey: TapKey.parse(longest)})
     report = dataclasses.replace(report, phase=None, dtype="float32")
     for quick in (False, True):
         written = io.StringIO()

@@ -28,7 +28,7 @@ from dsv4_convert.convert.sources import Shard, Sources, SourceTensor
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
 from dsv4_convert.golden.archive import Golden, digest
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact
-from dsv4_convert.golden.manifest import Manifest, StoredTap, layer_file
+from dsv4_convert.golden.manifest import GoldenManifest, StoredTap, layer_file
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.writer import REQUEST_NAME
 from dsv4_convert.inspect.converted import inspect_conversion
@@ -254,7 +254,7 @@ def _request(data: bytes, folder: Path) -> bool:
 
 
 def _request_seeds() -> list[bytes]:
-    return [json.dumps(Manifest.from_bytes(_small_golden()[0], where="").request.to_json()).encode()]
+    return [json.dumps(GoldenManifest.from_bytes(_small_golden()[0], where="").request.to_json()).encode()]
 
 
 def _export(data: bytes, folder: Path) -> bool:
@@ -280,7 +280,7 @@ def _journal_seeds() -> list[bytes]:
 
 
 def _golden_manifest(data: bytes, folder: Path) -> bool:
-    written = Manifest.from_bytes(data, where="manifest.json").to_bytes()
+    written = GoldenManifest.from_bytes(data, where="manifest.json").to_bytes()
     _agree(_same(json.loads(written), json.loads(data)), "accepted, and writes another manifest")
     _agree(_keys_are_unique(data), "accepted, and a key occurs twice")
     return True
@@ -297,7 +297,9 @@ def _golden_manifest_seeds() -> list[bytes]:
 def _golden_file(data: bytes, folder: Path) -> bool:
     """One file of a golden, of which nothing but what was recorded may be accepted."""
     manifest, files = _small_golden()
-    golden = Golden(Path("golden"), _Files({**files, layer_file(0): data}), Manifest.from_bytes(manifest, where="x"))
+    golden = Golden(
+        Path("golden"), _Files({**files, layer_file(0): data}), GoldenManifest.from_bytes(manifest, where="x")
+    )
     golden.check_files()
     if problems := golden.verify():
         raise BadInput(listed(problems))
@@ -331,7 +333,7 @@ def _small_golden() -> tuple[bytes, dict[str, bytes]]:
 
     A mutation of the whole one takes fifty times as long, and its last part differs from the first in nothing.
     """
-    committed = Manifest.from_bytes((GOLDEN / "manifest.json").read_bytes(), where="manifest.json").request
+    committed = GoldenManifest.from_bytes((GOLDEN / "manifest.json").read_bytes(), where="manifest.json").request
     request = dataclasses.replace(
         committed, tokens=((1, 2),), layers=(0,), noise=(), compact=Compact(positions=(1,), numbers=MAX_NUMBERS)
     )
@@ -342,7 +344,7 @@ def _small_golden() -> tuple[bytes, dict[str, bytes]]:
         array = random.integers(0, 9, shape).astype(dtype)
         files.setdefault(layer_file(layer), {})[name] = array
         taps[name] = StoredTap(file=layer_file(layer), dtype=dtype.name, shape=shape, sha256=digest(array))
-    manifest = Manifest(request=request, taps=taps, aliases={})
+    manifest = GoldenManifest(request=request, taps=taps, aliases={})
     return manifest.to_bytes(), {name: safetensors.numpy.save(arrays) for name, arrays in files.items()}
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.golden.manifest import Manifest
+from dsv4_convert.golden.manifest import GoldenManifest
 from dsv4_convert.strict_json import parse_object
 
 from .mutation import mutate
@@ -32,7 +32,7 @@ def test_seeds_are_accepted(name: str, tmp_path: Path) -> None:
 
 def test_the_committed_golden_is_accepted() -> None:
     data = (GOLDEN / "manifest.json").read_bytes()
-    assert Manifest.from_bytes(data, where="manifest.json").to_bytes() == data
+    assert GoldenManifest.from_bytes(data, where="manifest.json").to_bytes() == data
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -19,7 +19,14 @@ from safetensors.numpy import load_file
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
+from dsv4_convert.golden.manifest import (
+    GoldenManifest,
+    RecordedSource,
+    RecordingRequest,
+    Reference,
+    StoredTap,
+    layer_file,
+)
 from dsv4_convert.golden.noise import MODES, noise_name
 from dsv4_convert.golden.synthetic import random_architecture, tiny_config
 from dsv4_convert.golden.writer import golden_writer
@@ -36,12 +43,14 @@ _REFERENCE = Reference(
 )
 
 
-def _request(config: dict[str, Any] | None = None, layers: tuple[int, ...] = (0, 1, 2, 3), length: int = 9) -> Request:
+def _request(
+    config: dict[str, Any] | None = None, layers: tuple[int, ...] = (0, 1, 2, 3), length: int = 9
+) -> RecordingRequest:
     parsed = Config.from_hf(config or tiny_config())
     tokens = np.random.default_rng(length).integers(0, parsed.vocab_size, (2, length))
-    return Request(
+    return RecordingRequest(
         reference=_REFERENCE,
-        source=Source(name="org/model", revision=None, files={"model.safetensors": "ab" * 32}),
+        source=RecordedSource(name="org/model", revision=None, files={"model.safetensors": "ab" * 32}),
         config=parsed,
         tokens=tuple(tuple(map(int, row)) for row in tokens),
         text=None,
@@ -50,7 +59,7 @@ def _request(config: dict[str, Any] | None = None, layers: tuple[int, ...] = (0,
     )
 
 
-def _arrays(request: Request) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(request: RecordingRequest) -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.default_rng(7)
     arrays = {name: random.standard_normal(array.shape).astype(array.dtype) for name, array in request.arrays().items()}
     for layer in request.layers:
@@ -59,7 +68,7 @@ def _arrays(request: Request) -> dict[str, np.ndarray[Any, Any]]:
     return arrays
 
 
-def _written(out: Path, request: Request, arrays: dict[str, np.ndarray[Any, Any]]) -> Golden:
+def _written(out: Path, request: RecordingRequest, arrays: dict[str, np.ndarray[Any, Any]]) -> Golden:
     with golden_writer(out, request) as writer:
         for layer in (*request.layers, None):
             if layer not in writer.finished:
@@ -67,7 +76,7 @@ def _written(out: Path, request: Request, arrays: dict[str, np.ndarray[Any, Any]
         return writer.publish()
 
 
-def _of(request: Request, arrays: dict[str, np.ndarray[Any, Any]], layer: int | None) -> dict[str, Any]:
+def _of(request: RecordingRequest, arrays: dict[str, np.ndarray[Any, Any]], layer: int | None) -> dict[str, Any]:
     return {name: arrays[name] for name, array in request.arrays().items() if array.layer == layer}
 
 
@@ -105,8 +114,8 @@ def test_a_manifest_survives_its_file(seed: int, data: st.DataObject) -> None:
         if not (name.endswith(".input") and array.layer is not None and array.layer - 1 in layers)
     }
     aliases = {f"layers.{i}.input": f"layers.{i - 1}.hc_ffn.streams" for i in sorted(layers) if i - 1 in layers}
-    manifest = Manifest(request=request, taps=taps, aliases=aliases)
-    assert Manifest.from_bytes(manifest.to_bytes(), where="here") == manifest
+    manifest = GoldenManifest(request=request, taps=taps, aliases=aliases)
+    assert GoldenManifest.from_bytes(manifest.to_bytes(), where="here") == manifest
 
 
 def _redigested(document: dict[str, Any]) -> bytes:
@@ -293,7 +302,7 @@ def _refuse(*_: object) -> None:
     raise OSError(errno.EIO, "Input/output error")
 
 
-def _written_anew(folder: Path, request: Request, arrays: dict[str, np.ndarray[Any, Any]]) -> list[Path]:
+def _written_anew(folder: Path, request: RecordingRequest, arrays: dict[str, np.ndarray[Any, Any]]) -> list[Path]:
     return list(Path(_written(folder / "anew", request, arrays).path).iterdir())
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.golden.archive import Form, Golden, open_golden
+from dsv4_convert.golden.archive import Golden, TapForm, open_golden
 from dsv4_convert.golden.compact import NUMBERS, Compact
 from dsv4_convert.golden.layout import expected_aliases, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, Mode
@@ -19,7 +19,7 @@ from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import Values, by_name
+from dsv4_convert.spec.taps import TapKey, Values
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 140)).astype(np.int32)
@@ -98,7 +98,8 @@ def test_every_tap_is_there_in_a_smaller_form(whole: Golden, compact: Golden) ->
     forms = set()
     for name in whole.names:
         array, views = whole.read(name), compact.views(name)
-        tap, layer = by_name(name)
+        key = TapKey.parse(name)
+        tap, layer = key.tap, key.layer
         forms |= {view.form for view in views}
         assert compact.shape(name) == array.shape
         if tap.values is Values.CHOICE or array[0, 0].size <= 1 + NUMBERS:
@@ -119,7 +120,7 @@ def test_every_tap_is_there_in_a_smaller_form(whole: Golden, compact: Golden) ->
             for dtype in RUN_DTYPES:
                 noise = compact.noise(name, dtype, Mode.CUMULATIVE)
                 np.testing.assert_array_equal(noise, whole.noise(name, dtype, Mode.CUMULATIVE))
-    assert forms == set(Form)
+    assert forms == set(TapForm)
 
 
 def _rms(array: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from dsv4_convert.golden.noise import MODES, PEAK, RMS, Mode, row_noise
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.references import precision
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.taps import Values, by_name
+from dsv4_convert.spec.taps import TapKey, Values
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (2, 140)).astype(np.int32)
 
@@ -47,7 +47,7 @@ def test_rows_by_hand() -> None:
 
 def test_every_real_tap_has_noise_and_no_choice_has(golden: Golden) -> None:
     for name in golden.names:
-        if by_name(name)[0].values is Values.CHOICE:
+        if TapKey.parse(name).tap.values is Values.CHOICE:
             with pytest.raises(UsageError, match="is a choice"):
                 golden.noise(name, "float32", Mode.ISOLATED)
             continue

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.plan import Plan
+from dsv4_convert.golden.plan import RecordingPlan
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.references.probes import (
     HEAD_PROBES,
@@ -35,7 +35,7 @@ from dsv4_convert.golden.references.probes import (
 )
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import by_name, full_name, taps_of
+from dsv4_convert.spec.taps import TapKey, taps_of
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
 
@@ -100,9 +100,9 @@ def _logits(model: torch.nn.Module) -> np.ndarray[Any, Any]:
 
 
 def _expected(golden: Golden, layer: int | None) -> dict[str, Any]:
-    """What the probes of one layer, or of the head, have to find; embedding and logits are not theirs."""
+    """The taps that the probes of one layer, or of the head, must find; embedding and logits are not theirs."""
     arrays = golden.manifest.request.arrays()
-    wanted = {by_name(name)[0].name: arrays[name] for name in golden.taps(layer)}
+    wanted = {key.tap.name: arrays[str(key)] for key in golden.taps(layer)}
     return {name: (array.dtype, array.shape) for name, array in wanted.items() if name not in ("embed", "logits")}
 
 
@@ -114,11 +114,11 @@ def golden(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_every_tap_is_there_in_order_of_execution(golden: Golden) -> None:
     config = Config.from_hf(tiny_config())
     for layer in range(config.num_hidden_layers):
-        assert golden.taps(layer) == tuple(full_name(tap, layer) for tap in taps_of(config, layer))
-        for name in golden.taps(layer):
-            array = golden.read(name)
-            assert np.isfinite(array).all(), name
-            assert array.size, name
+        assert golden.taps(layer) == tuple(TapKey(layer, tap) for tap in taps_of(config, layer))
+        for key in golden.taps(layer):
+            array = golden.read(key)
+            assert np.isfinite(array).all(), key
+            assert array.size, key
     assert golden.verify() == []
     assert np.array_equal(golden.tokens, TOKENS)
 
@@ -183,7 +183,7 @@ def test_the_head_in_pieces_gives_the_same_logits(
 
 
 def test_the_plan_is_what_happens(folders: dict[str, Path], tmp_path: Path) -> None:
-    plans: list[Plan] = []
+    plans: list[RecordingPlan] = []
     done = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS, layers=[0, 1, 3], announce=plans.append)
     (plan,) = plans
     arrays = [array for file in done.path.glob("*.safetensors") for array in load_file(file).values()]
@@ -219,8 +219,9 @@ def test_chosen_layers_only_and_no_head_before_the_end(
     part = record(folders["fp4"], tmp_path / "part", tokens=TOKENS, layers=[1])
     assert part.layers == (1,)
     assert "logits" not in part.names
-    for name in part.taps(1):
-        assert np.array_equal(part.read(name), golden.read(name)), name
+    assert part.taps(1)
+    for key in part.taps(1):
+        assert np.array_equal(part.read(key), golden.read(key)), key
 
 
 def test_an_interrupted_recording_goes_on(

@@ -25,7 +25,8 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.spec.taps import TapKey, tap_named
 from dsv4_convert.weights.published import PublishedWeights
 
 from ..model.test_numerics import RELEASE
@@ -85,7 +86,7 @@ def test_the_golden_is_what_the_whole_model_computes(folder: Path, golden: Golde
 
 def test_parity_in_both_modes(golden: Golden, weights: PublishedWeights) -> None:
     """All taps within the floor; operation by operation nearly all values are equal to the last bit."""
-    report = compare_model(weights, golden, modes=MODES)
+    report = ParityRun(weights, golden, ParityOptions(modes=MODES)).run()
     assert report.passed, [result.name for result in report.taps if result.verdict is Verdict.FAIL]
     assert report.dtype == "bfloat16"
     isolated = [result for result in report.taps if result.mode is Mode.ISOLATED and result.distance is not None]
@@ -104,7 +105,7 @@ def test_other_forms_of_weights(folder: Path, form: str) -> None:
     """FP8 experts with scales that are no powers of two; and unquantised weights, whose inputs are not quantised."""
     write_checkpoint(folder / form, RAW, seed=2, form=form)  # type: ignore[arg-type]
     golden = record(folder / form, folder / f"golden-{form}", tokens=TOKENS[:, :30], layers=[0, 1], release_code=CODE)
-    report = compare_model(PublishedWeights.open(folder / form), golden, layers=[0, 1])
+    report = ParityRun(PublishedWeights.open(folder / form), golden, ParityOptions(layers=[0, 1])).run()
     assert report.passed, [result.name for result in report.taps if result.verdict is Verdict.FAIL]
 
 
@@ -148,9 +149,9 @@ def test_a_step_left_out_is_named(
         if layer != kind:
             continue
         with subtests.test(name), uncompiled(), patch.object(owner, attribute, replacement):
-            report = compare_model(weights, golden, layers=[layer])
+            report = ParityRun(weights, golden, ParityOptions(layers=[layer])).run()
             assert not report.passed
-            assert f"layers.{layer}.{tap}" in [result.name for result in report.descents[0].wrong]
+            assert f"layers.{layer}.{tap}" in [result.name for result in report.localizations[0].wrong]
 
 
 def test_the_command(folder: Path, golden: Golden) -> None:
@@ -229,12 +230,13 @@ def test_decoding_rounds_at_the_same_places(golden: Golden, weights: PublishedWe
     rounding = Numerics.of_release(golden.config)
     entering = golden.read(f"layers.{layer}.input")[:, :128]
 
-    def taps(decode: int) -> dict[str, np.ndarray]:
+    def taps(decode: int) -> dict[TapKey, np.ndarray]:
         model = Forward(weights, golden.tokens[:, :128], jnp.dtype("bfloat16"), decode=decode, numerics=rounding)
         return model.layer(layer, entering)[0]
 
     whole, parts = taps(0), taps(5)
+    assert TapKey(layer, tap_named("attn.context")) in whole
     for name in ("compressor.entries", "indexer.compressor.entries", "kv_rope", "context"):
-        if (full := f"layers.{layer}.attn.{name}") in whole:
+        if (full := TapKey(layer, tap_named(f"attn.{name}"))) in whole:
             assert whole[full].size
-            assert (whole[full] != parts[full]).mean() < 1e-3, full
+            assert (whole[full] != parts[full]).mean() < 1e-3, str(full)

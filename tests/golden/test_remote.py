@@ -20,7 +20,7 @@ from dsv4_convert.golden import files
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.parity.run import run
+from dsv4_convert.parity.run import ParityOptions, run_parity
 from tests.memory_bucket import MemoryBucket
 
 COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny"
@@ -125,10 +125,10 @@ def test_only_what_is_read_is_fetched(server: Server, monkeypatch: pytest.Monkey
 def test_parity_with_a_golden_behind_a_url(server: Server, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", tiny_config(), seed=0)
     hf_to_orbax(tmp_path / "hf", tmp_path / "orbax")
-    report = run(tmp_path / "orbax", server.url, layers=[1])
+    report = run_parity(tmp_path / "orbax", server.url, ParityOptions(layers=[1]))
     assert report.passed
     assert report.golden["path"] == server.url
-    assert report.taps == run(tmp_path / "orbax", COMMITTED, layers=[1]).taps
+    assert report.taps == run_parity(tmp_path / "orbax", COMMITTED, ParityOptions(layers=[1])).taps
     assert "layer-00003.safetensors" not in server.sent
 
 

@@ -41,7 +41,7 @@ MODULES = (
     "dsv4_convert.golden.shrink",
     "dsv4_convert.golden.tokens",
     "orbax.checkpoint",
-    "dsv4_convert.parity.explain",
+    "dsv4_convert.parity.report.words",
     "dsv4_convert.parity.run",
     "rich.console",
     "rich.progress",

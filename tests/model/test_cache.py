@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model, Taps
 from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.spec.taps import TapKey
 
 from .weights import random_model
 
@@ -63,11 +63,11 @@ def _check(
 ) -> None:
     """The taps of tokens ``start:stop`` of one prompt; of entries those that became complete among them."""
     for name, value in found.items():
-        tap, layer = by_name(name)
-        axes, expected, value = tap.shape.split(), np.asarray(whole[name])[row], np.asarray(value)[row]
+        key = TapKey.parse(name)
+        axes, expected, value = key.tap.shape.split(), np.asarray(whole[name])[row], np.asarray(value)[row]
         first, last = start, stop
         if axes[1] == "T":
-            ratio = small.config.ratio(small.config.attention[layer])
+            ratio = small.config.ratio(small.config.attention[key.layer])
             first, last = start // ratio, stop // ratio
         expected, value = expected[first:last], value[: last - first]
         if axes[2:] == ["T"]:  # index scores: only those of complete blocks mean something

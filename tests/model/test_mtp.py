@@ -45,9 +45,8 @@ class Setting:
 
     def _run(self, streams: Any, ids: Any, positions: Any, past: Any = None) -> Any:
         taps = Taps(lambda _: True)
-        given = None if past is None else Past(*past)
         model = nnx.merge(self.graph, self.state)
-        logits, after = model.draft(streams, ids, positions, taps=taps, past=given)
+        logits, after = model.draft(streams, ids, positions, taps=taps, past=past)
         return logits, after, taps.values
 
     def inputs(self, tokens: int, first: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,7 +107,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     for count, keep in steps:
         numbers = (np.full(BATCH, number, np.int32) for number in (start, count, keep))
         part = slice(start, start + most)
-        found, cache, _ = setting.run(streams[:, part], ids[:, part], positions[:, part], (cache, *numbers))
+        found, cache, _ = setting.run(streams[:, part], ids[:, part], positions[:, part], Past(cache, *numbers))
         logits.append(np.asarray(found)[:, :keep])
         start += keep
     return np.concatenate(logits, axis=1), cache

@@ -13,7 +13,7 @@ from flax import nnx
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
-from dsv4_convert.spec.taps import full_name, taps_of
+from dsv4_convert.spec.taps import TapKey, taps_of
 
 from .weights import random_model
 
@@ -56,7 +56,7 @@ def test_recording_changes_no_bit_and_records_every_tap(model, tokens: int) -> N
     assert np.array_equal(bare, recorded)
     assert not nothing
     layers = [None, *range(config.num_hidden_layers)]
-    assert set(taps) == {full_name(tap, layer) for layer in layers for tap in taps_of(config, layer)}
+    assert set(taps) == {str(TapKey(layer, tap)) for layer in layers for tap in taps_of(config, layer)}
 
 
 def test_taps_come_with_the_shapes_that_their_table_says(model) -> None:
@@ -64,7 +64,7 @@ def test_taps_come_with_the_shapes_that_their_table_says(model) -> None:
     _, taps = run(jnp.zeros((2, 130), jnp.int32), record=True)
     for layer in (None, *range(config.num_hidden_layers)):
         for tap in taps_of(config, layer):
-            assert taps[full_name(tap, layer)].ndim == len(tap.shape.split()), tap.name
+            assert taps[str(TapKey(layer, tap))].ndim == len(tap.shape.split()), tap.name
 
 
 def test_an_override_is_followed_and_the_own_value_recorded() -> None:

@@ -22,7 +22,7 @@ LENGTHS = (1, 3, 4, 5, 127, 128, 129, 257, 301)
 
 @dataclasses.dataclass(frozen=True)
 class Healthy:
-    """What parity compares, and what it was drawn from."""
+    """Two sides for parity to compare, and the draw that they came from."""
 
     raw: dict[str, Any]
     length: int

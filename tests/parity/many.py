@@ -1,4 +1,4 @@
-"""What tests/parity/test_many.py runs in each of several processes: ``python -m tests.parity.many OUT GOLDEN …``."""
+"""The program of each process of tests/parity/test_many.py: ``python -m tests.parity.many OUT GOLDEN …``."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity import forward
 from dsv4_convert.parity.devices import Devices
-from dsv4_convert.parity.explain import verdict
-from dsv4_convert.parity.report import Report
-from dsv4_convert.parity.run import run
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, run_parity
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.store import ALONE
 from dsv4_convert.store.orbax_processes import join
 from dsv4_convert.weights.converted import Weights
 
 #: A CSA layer with learned routing, which has every operation but the hash table's. One, because programs take seconds.
 LAYERS = (3,)
+OPTIONS = ParityOptions(layers=LAYERS, modes=[Mode.ISOLATED])
 
 
-def found(report: Report) -> dict[str, Any]:
-    """What must not depend on the devices."""
+def found(report: ParityReport) -> dict[str, Any]:
+    """The results that must not depend on the devices."""
     document = report.to_json(verdict(report))
     return {
         "verdict": document["verdict"],
         "taps": [(tap.name, tap.mode.value, tap.verdict.value) for tap in report.taps],
         "first": [document["first_diverging"], document["first_wrong_operation"]],
-        "descents": [
-            (descent["layer"], [tap["name"] for tap in descent["wrong"]], descent["weights"], descent["experts"])
-            for descent in document["descents"]
+        "localizations": [
+            (layer["layer"], [tap["name"] for tap in layer["wrong"]], layer["weights"], layer["experts"])
+            for layer in document["descents"]
         ],
     }
 
@@ -47,7 +49,7 @@ def same_taps(checkpoint: Path) -> None:
     meshes = [Devices(), Devices.all(weights.config, ALONE, parse_mesh("expert=2,fsdp=2,tensor=2"))]
     models = [forward.Forward(weights, tokens, decode=1, devices=devices) for devices in meshes]
     (embedded, streams), _ = (model.embed() for model in models)
-    assert embedded["embed"].shape == (3, 23, weights.config.hidden_size)
+    assert embedded[TapKey.parse("embed")].shape == (3, 23, weights.config.hidden_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "HEAD_WORDS", 41)
         for one, many in (
@@ -55,8 +57,8 @@ def same_taps(checkpoint: Path) -> None:
             tuple(model.head(streams) for model in models),
         ):
             assert one.keys() == many.keys()
-            for name in one:
-                np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-4, err_msg=name)
+            for key in one:
+                np.testing.assert_allclose(many[key], one[key], rtol=1e-4, atol=1e-4, err_msg=str(key))
 
 
 def main(given: argparse.Namespace) -> None:
@@ -77,7 +79,7 @@ def main(given: argparse.Namespace) -> None:
         patch.setattr(Weights, "read_expert", counted)
         for checkpoint in given.checkpoints:
             read = 0
-            report = run(checkpoint, given.golden, layers=LAYERS, modes=[Mode.ISOLATED], processes=processes)
+            report = run_parity(checkpoint, given.golden, OPTIONS, processes=processes)
             results.append({**found(report), "read": read, "platform": dict(report.platform)})
     if given.taps:
         same_taps(given.checkpoints[0])

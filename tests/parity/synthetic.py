@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.metrics import Distance, Multiples, Verdict
-from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS
+from dsv4_convert.spec.taps import TapKey
 
 VERSIONS = {"dsv4": "0.1.0", "jax": "0.10.2"}
 
@@ -32,19 +33,21 @@ def real(name: str, *multiples: float, mode: Mode = Mode.ISOLATED, verdict: Verd
         golden=0.25,
     )
     reason = "40.0 times the noise floor, 24 allowed" if verdict is Verdict.FAIL else ""
-    return TapResult(name=name, mode=mode, verdict=verdict, reason=reason, shape=(1, 300, 32), distance=distance)
+    return TapResult(
+        key=TapKey.parse(name), mode=mode, verdict=verdict, reason=reason, shape=(1, 300, 32), distance=distance
+    )
 
 
 def choice(name: str, tokens: int, *, mode: Mode = Mode.ISOLATED) -> TapResult:
     """A choice in which some of 300 tokens are tied."""
     flips = Flips(tokens=tokens, of=300, ties=tokens, margin=1e-7, noise=0.5, worst=(0, 9) if tokens else ())
     verdict = Verdict.TIE if tokens else Verdict.PASS
-    return TapResult(name=name, mode=mode, verdict=verdict, reason="", shape=(1, 300, 5), flips=flips)
+    return TapResult(key=TapKey.parse(name), mode=mode, verdict=verdict, reason="", shape=(1, 300, 5), flips=flips)
 
 
 def empty(name: str) -> TapResult:
     """A tap without elements."""
-    return TapResult(name=name, mode=Mode.ISOLATED, verdict=Verdict.EMPTY, reason="", shape=(1, 0, 16))
+    return TapResult(key=TapKey.parse(name), mode=Mode.ISOLATED, verdict=Verdict.EMPTY, reason="", shape=(1, 0, 16))
 
 
 def report(
@@ -52,12 +55,12 @@ def report(
     *,
     platform: Mapping[str, Any] | None = None,
     missed: Sequence[str] = (),
-    require_reach: bool = False,
-) -> Report:
+    require_coverage: bool = False,
+) -> ParityReport:
     """A run that had these results."""
     modes = tuple(mode for mode in Mode if any(tap.mode is mode for tap in taps)) or (Mode.ISOLATED,)
     layers = tuple(sorted({tap.layer for tap in taps if tap.layer is not None}))
-    return Report(
+    return ParityReport(
         modes=modes,
         decode=0,
         phase=None,
@@ -65,10 +68,10 @@ def report(
         limits=LIMITS,
         layers=layers,
         taps=tuple(taps),
-        descents=(),
-        growth=(),
-        reach=tuple(LayerReach(layer=layer, missed=tuple(missed), experts=6, of=6) for layer in layers),
-        require_reach=require_reach,
+        localizations=(),
+        error_splits=(),
+        prompt_coverage=tuple(LayerCoverage(layer=layer, missed=tuple(missed), experts=6, of=6) for layer in layers),
+        require_coverage=require_coverage,
         logits=None,
         checkpoint={"path": "orbax"},
         golden={"path": "golden", "digest": "0" * 64},

@@ -34,14 +34,14 @@ def archive(golden: Path) -> Golden:
 @pytest.fixture
 def layer(archive: Golden) -> dict[str, Array]:
     """Everything that the golden has of layer 3, as another implementation might hand it over; free to be changed."""
-    return {name.split(".", 2)[2]: archive.read(name).copy() for name in archive.taps(3)}
+    return {key.tap.name: archive.read(key).copy() for key in archive.taps(3)}
 
 
 def test_the_reference_itself_agrees(archive: Golden, layer: dict[str, Array]) -> None:
     report = Expected(archive).check(layer, layer=3)
     assert report.count(Verdict.PASS) == len(layer) == 46
     assert all(tap.distance is None or tap.distance.max_abs == 0 for tap in report.taps)
-    assert [tap.name for tap in report.taps] == list(archive.taps(3))  # in order of execution, whatever came first
+    assert [tap.key for tap in report.taps] == list(archive.taps(3))  # in order of execution, whatever came first
     assert Expected(archive).check({"logits": archive.read("logits")}, mode="cumulative").passed
     assert Expected(archive).check({"layers.3.ffn": layer["ffn"]}).passed
 
@@ -126,7 +126,7 @@ def test_experts_may_come_in_any_order_with_their_weights(archive: Golden, layer
 
 def test_a_tie_of_the_indexer_may_change_the_experts_of_its_token_unless_a_table_chooses_them(archive: Golden) -> None:
     for number, by_table in ((3, False), (1, True)):
-        layer = {name.split(".", 2)[2]: archive.read(name).copy() for name in archive.taps(number)}
+        layer = {key.tap.name: archive.read(key).copy() for key in archive.taps(number)}
         token = swapped_entries(layer)
         del layer["attn.indexer.scores"]  # they would say that the golden's choice is the better one
         names = list(layer)
@@ -194,7 +194,7 @@ def test_what_makes_no_sense_is_refused(
 
 def test_a_compact_golden_is_for_runs_from_the_tokens(archive: Golden, tmp_path: Path) -> None:
     compact = Expected(shrink(archive, tmp_path / "compact", Compact.of([-1], archive.tokens.shape[1])))
-    given = {name: archive.read(name) for name in archive.taps(3)}
+    given = {str(key): archive.read(key) for key in archive.taps(3)}
     with pytest.raises(UsageError, match="mode='cumulative'"):
         compact.check(given)
     with pytest.raises(UsageError, match="does not hold the inputs of layers"):

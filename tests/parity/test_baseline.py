@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.baseline import Baseline, open_baseline, rounded, tightened
-from dsv4_convert.parity.explain import verdict
-from dsv4_convert.parity.gate import Request, gated, request
+from dsv4_convert.parity.baseline import Baseline, BaselineKey, open_baseline, rounded, tightened
+from dsv4_convert.parity.gate import BaselineRequest, baseline_request, gated
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, TapResult
-from dsv4_convert.parity.run import run as run_parity
+from dsv4_convert.parity.report.data import ParityReport, TapResult
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, run_parity
 from dsv4_convert.parity.tolerances import BANDS
+from dsv4_convert.spec.taps import TapKey
 
 from .synthetic import choice, empty, real, report
 
@@ -40,7 +41,7 @@ def archive(golden: Path) -> Golden:
 
 
 @pytest.fixture
-def judge(archive: Golden, tmp_path: Path) -> Callable[..., Report]:
+def judge(archive: Golden, tmp_path: Path) -> Callable[..., ParityReport]:
     """Judge a run by one file; with ``update`` or a ``reason`` the file is written."""
 
     def judged(
@@ -51,14 +52,16 @@ def judge(archive: Golden, tmp_path: Path) -> Callable[..., Report]:
         partial: bool = False,
         platform: dict[str, Any] | None = None,
         **options: Any,
-    ) -> Report:
-        wanted = Request(path=tmp_path / "b.json", update=update or reason is not None, reason=reason)
+    ) -> ParityReport:
+        wanted = BaselineRequest(path=tmp_path / "b.json", update=update or reason is not None, reason=reason)
         return gated(report(taps, platform=platform, **options), archive, wanted, partial=partial, today=DAY)
 
     return judged
 
 
-def test_a_run_passes_its_own_baseline_and_writes_the_same_bytes(judge: Callable[..., Report], tmp_path: Path) -> None:
+def test_a_run_passes_its_own_baseline_and_writes_the_same_bytes(
+    judge: Callable[..., ParityReport], tmp_path: Path
+) -> None:
     first = judge(HEALTHY, update=True)
     assert first.passed
     assert "3 taps added" in verdict(first)
@@ -73,7 +76,7 @@ def test_a_run_passes_its_own_baseline_and_writes_the_same_bytes(judge: Callable
 
 @pytest.mark.parametrize("measure", ["tap", "row", "element"])
 def test_an_error_beyond_its_band_fails_though_tolerance_lets_it_pass(
-    judge: Callable[..., Report], tmp_path: Path, measure: str
+    judge: Callable[..., ParityReport], tmp_path: Path, measure: str
 ) -> None:
     judge(HEALTHY, update=True)
     old = {"tap": 1.0, "row": 2.0, "element": 2.5}
@@ -92,14 +95,14 @@ def test_an_error_beyond_its_band_fails_though_tolerance_lets_it_pass(
     assert (tmp_path / "b.json").read_bytes() == written
 
 
-def test_choices_have_a_band_too(judge: Callable[..., Report]) -> None:
+def test_choices_have_a_band_too(judge: Callable[..., ParityReport]) -> None:
     judge(HEALTHY, update=True)
     assert judge([*HEALTHY[:2], choice(CHOSEN, 16)]).passed
     more = judge([*HEALTHY[:2], choice(CHOSEN, 17)])
     assert "5.7% of the tokens choose otherwise, where 2.7% are recorded" in verdict(more)
 
 
-def test_a_reason_raises_and_is_kept(judge: Callable[..., Report], tmp_path: Path) -> None:
+def test_a_reason_raises_and_is_kept(judge: Callable[..., ParityReport], tmp_path: Path) -> None:
     judge(HEALTHY, update=True)
     raised = judge([real(Q, 5.0, 6.1, 2.0), *HEALTHY[1:]], reason="three passes of bfloat16")
     assert raised.passed
@@ -126,7 +129,7 @@ def test_a_reason_raises_and_is_kept(judge: Callable[..., Report], tmp_path: Pat
     assert [entry["reason"] for entry in history] == ["three passes of bfloat16", "once more"]
 
 
-def test_other_platforms_are_left_alone(judge: Callable[..., Report], tmp_path: Path) -> None:
+def test_other_platforms_are_left_alone(judge: Callable[..., ParityReport], tmp_path: Path) -> None:
     judge(HEALTHY, update=True)
     kept = json.loads((tmp_path / "b.json").read_text())["measured"]
     gpu = {"backend": "gpu", "device": "NVIDIA H200"}
@@ -140,7 +143,7 @@ def test_other_platforms_are_left_alone(judge: Callable[..., Report], tmp_path: 
     assert document["measured"][:1] == kept
 
 
-def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., Report]) -> None:
+def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., ParityReport]) -> None:
     judge(HEALTHY[:2], update=True)
     new = judge(HEALTHY)
     assert not new.passed
@@ -154,7 +157,7 @@ def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., Re
     assert judge([*HEALTHY[:2], empty("layers.1.attn.compressor.pooled")]).passed
 
 
-def test_what_fails_is_never_recorded(judge: Callable[..., Report], tmp_path: Path) -> None:
+def test_what_fails_is_never_recorded(judge: Callable[..., ParityReport], tmp_path: Path) -> None:
     failing = judge([real(Q, 1.0, 40.0, 2.0, verdict=Verdict.FAIL)], reason="it is fine")
     assert not failing.passed
     assert "b.json is unchanged: only what is within tolerance is recorded" in verdict(failing)
@@ -162,8 +165,10 @@ def test_what_fails_is_never_recorded(judge: Callable[..., Report], tmp_path: Pa
     assert not (tmp_path / "b.json").exists()
 
 
-def test_a_run_that_does_not_reach_everything_is_not_recorded(judge: Callable[..., Report], tmp_path: Path) -> None:
-    lacking = {"missed": ["no block is complete"], "require_reach": True}
+def test_a_run_that_does_not_reach_everything_is_not_recorded(
+    judge: Callable[..., ParityReport], tmp_path: Path
+) -> None:
+    lacking = {"missed": ["no block is complete"], "require_coverage": True}
     first = judge(HEALTHY, update=True, **lacking)
     assert not first.passed
     assert not (tmp_path / "b.json").exists()
@@ -205,18 +210,13 @@ def test_tightening_is_monotone_and_a_run_twice_changes_nothing(runs: list[tuple
 @given(st.dictionaries(st.sampled_from([Q, KV, "logits", "layers.0.ffn"]), st.tuples(multiples, multiples, multiples)))
 def test_a_file_says_what_was_written(numbers: dict[str, tuple[float, float, float]]) -> None:
     digest = "a" * 64
-    key = ("cpu", "float32", "isolated", "all")
+    where = BaselineKey("cpu", "float32", "isolated", "all")
     taps = {name: dict(zip(("tap", "row", "element"), values, strict=True)) for name, values in numbers.items()}
-    text = Baseline(digest, {}).with_taps(_key(key), taps).to_text()
+    by_key = {TapKey.parse(name): values for name, values in taps.items()}
+    text = Baseline(digest, {}).with_taps(where, by_key).to_text()
     document = json.loads(text)
     assert document["measured"][0]["taps"] == taps
-    assert Baseline(digest, {_key(key): dict(reversed(taps.items()))}).to_text() == text
-
-
-def _key(parts: tuple[str, ...]) -> Any:
-    from dsv4_convert.parity.baseline import Key
-
-    return Key(*parts)
+    assert Baseline(digest, {where: dict(reversed(by_key.items()))}).to_text() == text
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -243,7 +243,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ],
 )
 def test_a_file_that_no_run_wrote_is_refused(
-    judge: Callable[..., Report], tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+    judge: Callable[..., ParityReport], tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     judge(HEALTHY, update=True)
     _edit(tmp_path / "b.json", change)
@@ -252,7 +252,7 @@ def test_a_file_that_no_run_wrote_is_refused(
     assert message in str(refused.value)
 
 
-def test_a_number_too_large_for_a_float_is_refused(judge: Callable[..., Report], tmp_path: Path) -> None:
+def test_a_number_too_large_for_a_float_is_refused(judge: Callable[..., ParityReport], tmp_path: Path) -> None:
     judge(HEALTHY, update=True)
     text = (tmp_path / "b.json").read_text().replace('{"tap": 1.0', '{"tap": 1e999')
     (tmp_path / "b.json").write_text(text)
@@ -264,21 +264,21 @@ def test_files_that_are_not_there_or_cannot_be_written(archive: Golden, tmp_path
     with pytest.raises(BadInput, match="no such baseline; record one with --update-baseline"):
         open_baseline(tmp_path / "none.json", archive)
     (tmp_path / "file").write_text("")
-    wanted = Request(path=tmp_path / "file" / "b.json", update=True)
+    wanted = BaselineRequest(path=tmp_path / "file" / "b.json", update=True)
     with pytest.raises(ResourceError, match="the baseline cannot be written"):
         gated(report(HEALTHY), archive, wanted, partial=False)
     for options in ({"update": True, "reason": None}, {"update": False, "reason": "why"}):
         with pytest.raises(UsageError, match="--update-baseline"):
-            request(None, **options)  # type: ignore[arg-type]
+            baseline_request(None, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a few words"):
-        request(tmp_path / "b.json", update=True, reason=" ")
+        baseline_request(tmp_path / "b.json", update=True, reason=" ")
 
 
 def test_what_could_not_be_recorded_is_refused_before_the_run(tiny: Path, golden: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    wanted = Request(path=tmp_path / "deep" / "b.json", update=True)
+    wanted = BaselineRequest(path=tmp_path / "deep" / "b.json", update=True)
     absent = dataclasses.replace(wanted, path=tmp_path / "file" / "b.json")
-    with patch("dsv4_convert.parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.ParityRun", side_effect=AssertionError("it is refused before the run")):
         with pytest.raises(ResourceError, match=r"b\.json: the baseline cannot be written \(.*file is no folder\)"):
             run_parity(None, golden, source=tiny, baseline=absent)
         with (
@@ -287,12 +287,12 @@ def test_what_could_not_be_recorded_is_refused_before_the_run(tiny: Path, golden
         ):
             run_parity(None, golden, source=tiny, baseline=wanted)
         with pytest.raises(UsageError, match="expected --precision highest, found default"):
-            run_parity(None, golden, source=tiny, baseline=wanted, precision="default")
+            run_parity(None, golden, ParityOptions(precision="default"), source=tiny, baseline=wanted)
         with pytest.raises(AssertionError, match="before the run"):  # whose folder is made when it is written
             run_parity(None, golden, source=tiny, baseline=wanted)
 
 
-def test_the_modes_have_records_of_their_own(judge: Callable[..., Report]) -> None:
+def test_the_modes_have_records_of_their_own(judge: Callable[..., ParityReport]) -> None:
     both = [*HEALTHY, *(dataclasses.replace(tap, mode=Mode.CUMULATIVE) for tap in HEALTHY)]
     judge(HEALTHY, update=True)
     assert "3 taps have no record" in verdict(judge(both))

@@ -135,7 +135,7 @@ def test_distances_by_hand() -> None:
 
 
 def test_a_floor_is_smoothed_over_its_rows() -> None:
-    """What was measured, but never less than one rounding, nor than is usual for the magnitude, nor zero by luck."""
+    """The measured noise, but at least one rounding, at least the usual noise of the magnitude, never zero by luck."""
     unit = 2.0**-24
     golden = np.array([[[1.0, 1.0], [1.0, 1.0], [100.0, 100.0], [0.0, 0.0]]], np.float32)
     measured = np.array([[[4e-7, 0.0, 4e-5, 0.0]], [[8e-7, 0.0, 8e-5, 0.0]]], np.float32)

@@ -27,9 +27,9 @@ from dsv4_convert.parity import forward
 from dsv4_convert.parity.activations import compare_activations
 from dsv4_convert.parity.comparison import Phase
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report
-from dsv4_convert.parity.run import compare_model
-from dsv4_convert.spec.taps import full_name, state_of
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.spec.taps import TapKey, state_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .ties import swapped_expert
@@ -51,7 +51,7 @@ def golden(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     return record(source, tmp_path_factory.mktemp("golden") / "golden", tokens=IDS, decode=DECODE)
 
 
-def _failing(report: Report) -> list[str]:
+def _failing(report: ParityReport) -> list[str]:
     return [result.name for result in report.taps if result.verdict is Verdict.FAIL]
 
 
@@ -60,12 +60,12 @@ def _failing(report: Report) -> list[str]:
     [("float32", MODES), pytest.param("bfloat16", MODES[1:], marks=pytest.mark.thorough)],
 )
 def test_every_step_agrees(source: Path, golden: Golden, dtype: str, modes: tuple[Mode, ...]) -> None:
-    report = compare_model(PublishedWeights.open(source), golden, modes=modes, dtype=dtype)
+    report = ParityRun(PublishedWeights.open(source), golden, ParityOptions(modes=modes, dtype=dtype)).run()
     assert not _failing(report)
     assert report.decode == DECODE
     compared = {result.name for result in report.taps}
     config = golden.config
-    state = {full_name(tap, layer) for layer in range(config.num_hidden_layers) for tap in state_of(config, layer)}
+    state = {str(TapKey(layer, tap)) for layer in range(config.num_hidden_layers) for tap in state_of(config, layer)}
     assert state
     assert state <= compared
 
@@ -90,7 +90,7 @@ def test_the_recording_is_the_whole_model_on_its_cache(source: Path, golden: Gol
 
 
 def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
-    """What the reference's cache held is what its taps say of the tokens that it holds."""
+    """The reference's cache holds the values that its taps have for the same tokens."""
     first, config = TOKENS - DECODE, golden.config
     for layer in range(1, 4):
         ratio = config.ratio(config.attention[layer])
@@ -107,7 +107,7 @@ def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
 
 def test_a_tie_of_another_implementation_leaves_the_state_as_it_is(golden: Golden) -> None:
     """The state has rows of its own, and was there before the choice."""
-    layer = {name.split(".", 2)[2]: golden.read(name).copy() for name in golden.taps(3)}
+    layer = {key.tap.name: golden.read(key).copy() for key in golden.taps(3)}
     swapped_expert(layer, closest=True)
     del layer["ffn.gate.scores"]  # they would say that the golden's choice is the better one
     report = compare_activations(layer, golden, layer=3, dtype="bfloat16")
@@ -150,16 +150,16 @@ def test_a_fault_of_the_cache_shows_in_decoding_only(
     }
     monkeypatch.setattr(where, name, faults.get(how, how) if isinstance(how, str) else how)
     weights = PublishedWeights.open(source)
-    report = compare_model(weights, golden, layers=[layer], modes=MODES[:1], phase=Phase.PREFILL)
+    report = ParityRun(weights, golden, ParityOptions(layers=[layer], modes=MODES[:1], phase=Phase.PREFILL)).run()
     assert not _failing(report)
-    report = compare_model(weights, golden, layers=[layer], modes=MODES[:1], phase=Phase.DECODE)
+    report = ParityRun(weights, golden, ParityOptions(layers=[layer], modes=MODES[:1], phase=Phase.DECODE)).run()
     assert f"layers.{layer}.{tap}" in _failing(report)
 
 
 def test_a_compact_golden_of_decoding(source: Path, golden: Golden, tmp_path: Path) -> None:
     made = shrink(golden, tmp_path / "compact", Compact.of([-1, 3], TOKENS))
     for phase in Phase:
-        report = compare_model(PublishedWeights.open(source), made, phase=phase)
+        report = ParityRun(PublishedWeights.open(source), made, ParityOptions(phase=phase)).run()
         assert not _failing(report)
         assert report.count(Verdict.PASS) > 100
 
@@ -167,7 +167,7 @@ def test_a_compact_golden_of_decoding(source: Path, golden: Golden, tmp_path: Pa
 def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Path) -> None:
     plain = record(source, tmp_path / "golden", tokens=IDS[:, :9], noise=["float32"])
     with pytest.raises(UsageError, match="golden record --decode"):
-        compare_model(PublishedWeights.open(source), plain, phase=Phase.DECODE)
+        ParityRun(PublishedWeights.open(source), plain, ParityOptions(phase=Phase.DECODE)).run()
     for decode in (-1, 9):
         with pytest.raises(UsageError, match="so 0 to 8"):
             record(source, tmp_path / "none", tokens=IDS[:, :9], decode=decode)
@@ -177,7 +177,7 @@ def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Pat
 def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens: int, decode: int) -> None:
     """No block is complete at all; and one is, in the middle of the steps."""
     short = record(source, tmp_path / "golden", tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
-    report = compare_model(PublishedWeights.open(source), open_golden(short.path), modes=MODES)
+    report = ParityRun(PublishedWeights.open(source), open_golden(short.path), ParityOptions(modes=MODES)).run()
     assert not _failing(report)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityRun
 
 from .faults.catalogue import CATALOGUE
 from .faults.fault import CSA, MAIN, MANY, Fault, Patient, examine, patient
@@ -22,11 +22,11 @@ def patients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Patient]:
 
 @pytest.mark.parametrize("model", ["main", "many"])
 def test_the_healthy_models_pass(patients: dict[str, Patient], model: str) -> None:
-    report = compare_model(patients[model].held, patients[model].golden)
+    report = ParityRun(patients[model].held, patients[model].golden).run()
     assert report.passed, verdict(report)
-    assert not report.descents
+    assert not report.localizations
     if model == "main":
-        assert not report.unreached, "a fault in what is not reached cannot show"
+        assert not report.uncovered, "a fault in what is not reached cannot show"
 
 
 def test_the_catalogue_is_large_and_covers_every_kind() -> None:
@@ -44,7 +44,7 @@ def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> No
     assert report.first_diverging is not None
     assert report.first_diverging.name == fault.full_tap
     assert report.first_wrong is not None
-    assert report.first_wrong.name == fault.full_tap, "the descent names the same operation"
+    assert report.first_wrong.name == fault.full_tap, "the localization names the same operation"
     failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
     assert failing <= {fault.layer, *fault.also}, "other layers are clean"
     where = "at the model level" if fault.layer is None else f"in layer {fault.layer}"
@@ -79,7 +79,7 @@ def test_a_compact_golden_leads_to_the_expert_and_the_tensor(compact: dict[str, 
 
 
 def test_two_faults_in_one_layer_are_both_found(patients: dict[str, Patient]) -> None:
-    """The second lies behind the first, where everything is wrong already; the descent finds it all the same."""
+    """The second lies behind the first, where everything is wrong already; the localization finds it all the same."""
 
     def both(arrays: dict[str, object]) -> None:
         for name in ("square wq_a transposed", "router experts rolled by one"):
@@ -88,8 +88,8 @@ def test_two_faults_in_one_layer_are_both_found(patients: dict[str, Patient]) ->
             plant(arrays)
 
     report = examine(patients["main"], Fault(name="both", layer=CSA, tap="attn.wq_a", arrays=both))
-    (descent,) = report.descents
-    assert [result.short for result in descent.wrong] == ["attn.wq_a", "ffn.gate.logits"]
+    (localization,) = report.localizations
+    assert [result.short for result in localization.wrong] == ["attn.wq_a", "ffn.gate.logits"]
     assert len([tap for tap in report.taps if tap.verdict is Verdict.FAIL]) > 20
 
 
@@ -97,7 +97,7 @@ def test_the_layer_that_adds_the_error_is_named(patients: dict[str, Patient]) ->
     """Isolated and cumulative in one run: layer 1 adds, the layers after it inherit; the two parts make the whole."""
     report = examine(patients["main"], CATALOGUE["output groups of wo_a swapped"], modes=tuple(Mode))
     assert "Layer 1 adds error. Layers 2-3 inherit it and add none." in verdict(report)
-    before, faulty, *after = report.growth
+    before, faulty, *after = report.error_splits
     assert before.added_noise < 4
     assert before.inherited == 0
     assert faulty.added > 0.05
@@ -112,8 +112,8 @@ def test_a_fault_in_cumulative_mode_alone_is_descended_to(patients: dict[str, Pa
     report = examine(patients["main"], CATALOGUE["router bias dropped"], modes=(Mode.CUMULATIVE,))
     assert report.first_wrong is not None
     assert report.first_wrong.name == "layers.3.ffn.gate.scores"
-    assert [descent.layer for descent in report.descents] == [3, None]
-    assert not report.descents[1].wrong, "the head only inherits"
+    assert [localization.layer for localization in report.localizations] == [3, None]
+    assert not report.localizations[1].wrong, "the head only inherits"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ import pytest
 
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import UsageError
-from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.ops import einsum_f32
-from dsv4_convert.parity.run import run
+from dsv4_convert.parity.run import run_parity
 from dsv4_convert.platforms import check_platform, select_platform
 
 from ..processes import end, start, together
-from .many import LAYERS, found
+from .many import OPTIONS, found
 
 #: Expert whose second matrix is another's in the faulty checkpoint.
 WRONG = 4
@@ -39,13 +38,12 @@ def checkpoints(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_one_process_or_many_say_the_same(checkpoints: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:
     healthy, faulty = (
-        json.loads(json.dumps(found(run(checkpoint, golden, layers=LAYERS, modes=[Mode.ISOLATED]))))
-        for checkpoint in checkpoints
+        json.loads(json.dumps(found(run_parity(checkpoint, golden, OPTIONS)))) for checkpoint in checkpoints
     )
     assert healthy["verdict"] == "pass"
     assert {verdict for *_, verdict in healthy["taps"]} == {"pass"}
     assert faulty["first"] == ["layers.3.ffn.experts"] * 2
-    assert faulty["descents"][0][3] == [WRONG]
+    assert faulty["localizations"][0][3] == [WRONG]
 
     arguments = ["-m", "tests.parity.many", str(tmp_path / "out"), str(golden), *map(str, checkpoints)]
     runs: list[tuple[int, int]] = [(1, 8), (2, 1), (4, 1)]

@@ -1,4 +1,4 @@
-"""What programs read of a parity report: JUnit XML, GitHub's commands and summary."""
+"""A parity report for programs: JUnit XML, GitHub's commands and summary."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from junitparser import Failure, JUnitXml, Skipped
 
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import verdict
-from dsv4_convert.parity.gate import Request, gated
-from dsv4_convert.parity.github import command, commands, summary
-from dsv4_convert.parity.junit import junit
+from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.github import command, commands, summary
+from dsv4_convert.parity.report.junit import junit
+from dsv4_convert.parity.report.words import verdict
 
 from .synthetic import choice, empty, real, report
 
@@ -39,7 +39,7 @@ def _cases(text: str, path: Path) -> dict[tuple[str, str], list[object]]:
 
 
 @pytest.fixture
-def failing() -> Report:
+def failing() -> ParityReport:
     """A tap that fails, one with ties, an empty one, in both modes, and one of the model level."""
     taps = [
         real("embed", 0, 0, 0),
@@ -50,7 +50,7 @@ def failing() -> Report:
     return report([*taps, *(dataclasses.replace(tap, mode=Mode.CUMULATIVE) for tap in taps)])
 
 
-def test_junit_has_a_case_for_each_layer_and_tap(failing: Report, tmp_path: Path) -> None:
+def test_junit_has_a_case_for_each_layer_and_tap(failing: ParityReport, tmp_path: Path) -> None:
     text = junit(failing)
     cases = _cases(text, tmp_path / "junit.xml")
     assert list(cases)[:4] == [
@@ -73,7 +73,7 @@ def test_junit_has_a_case_for_each_layer_and_tap(failing: Report, tmp_path: Path
 
 def test_junit_says_what_is_wrong_with_a_run_as_a_whole(golden: Path, tmp_path: Path) -> None:
     healthy = [real(Q, 1, 2, 2), choice(CHOSEN, 0)]
-    wanted = Request(path=tmp_path / "b.json", update=True)
+    wanted = BaselineRequest(path=tmp_path / "b.json", update=True)
     archive = open_golden(golden)
     gated(report(healthy), archive, wanted, partial=False)
     worse = report([real(Q, 4, 2, 2), real("layers.1.attn.kv_norm", 1, 2, 2)])
@@ -92,7 +92,7 @@ def test_junit_says_what_is_wrong_with_a_run_as_a_whole(golden: Path, tmp_path: 
     assert not nothing.passed
     (failure,) = _cases(junit(nothing), tmp_path / "junit.xml")["run", "taps"]
     assert isinstance(failure, Failure)
-    missed = report([real(Q, 1, 2, 2)], missed=["no block is complete"], require_reach=True)
+    missed = report([real(Q, 1, 2, 2)], missed=["no block is complete"], require_coverage=True)
     assert ("run", "reach of layer 1") in _cases(junit(missed), tmp_path / "junit.xml")
 
 
@@ -127,7 +127,7 @@ def _undone(command: str) -> tuple[str, dict[str, str], str]:
     return kind, properties, message
 
 
-def test_github_gets_the_verdict_and_the_taps_that_fail(failing: Report) -> None:
+def test_github_gets_the_verdict_and_the_taps_that_fail(failing: ParityReport) -> None:
     lines = list(commands(failing))
     first, second, third = map(_undone, lines)
     assert first[:2] == ("error", {"title": "dsv4 parity"})
@@ -139,7 +139,7 @@ def test_github_gets_the_verdict_and_the_taps_that_fail(failing: Report) -> None
     assert len(list(commands(report(many)))) == 10
 
 
-def test_what_a_command_says_survives_the_runner(failing: Report) -> None:
+def test_what_a_command_says_survives_the_runner(failing: ParityReport) -> None:
     named = dataclasses.replace(failing.taps[1], reason="50% off: a,\nb %0A :: c\r")
     (_, line, *_) = commands(dataclasses.replace(failing, taps=(named,)))
     assert len(line.splitlines()) == 1
@@ -151,7 +151,7 @@ def test_what_a_command_says_survives_the_runner(failing: Report) -> None:
     assert _undone(command("error", strange, strange)) == ("error", {"title": strange}, strange)
 
 
-def test_the_summary_is_markdown(failing: Report) -> None:
+def test_the_summary_is_markdown(failing: ParityReport) -> None:
     text = summary(dataclasses.replace(failing, golden={"path": "a|b"}))
     assert "## dsv4 parity\n\n❌ FAIL: layers.1.attn.q is the first" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]

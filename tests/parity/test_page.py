@@ -22,32 +22,31 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.golden.archive import Form, open_golden
+from dsv4_convert.golden.archive import TapForm, open_golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.shrink import shrink
-from dsv4_convert.parity.advice import next_steps
 from dsv4_convert.parity.choices import Flips
-from dsv4_convert.parity.detail import EDGES, POINTS, Detail, Piece
-from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.detail import EDGES, POINTS, ComparedPart, Detail
 from dsv4_convert.parity.floor import floor_of
-from dsv4_convert.parity.html.data import page_data
-from dsv4_convert.parity.html.page import Run, page
-from dsv4_convert.parity.html.scale import Scale
-from dsv4_convert.parity.html.words import short
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Gate, Grown, Report, Unrecorded
-from dsv4_convert.parity.run import compare_model
-from dsv4_convert.parity.secrets import without_secrets
+from dsv4_convert.parity.report.data import Gate, GrownError, ParityReport, TapInMode
+from dsv4_convert.parity.report.html.data import page_data
+from dsv4_convert.parity.report.html.marks import short
+from dsv4_convert.parity.report.html.page import RunInfo, page
+from dsv4_convert.parity.report.html.scale import Scale
+from dsv4_convert.parity.report.secrets import without_secrets
+from dsv4_convert.parity.report.words import next_steps, verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
-from dsv4_convert.spec.taps import is_state
+from dsv4_convert.spec.taps import TapKey, is_state
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
 from .synthetic import real
 from .synthetic import report as synthetic
 
-RUN = Run(
+RUN = RunInfo(
     command="dsv4 parity ./orbax --golden ./golden --report x.html",
     date=datetime.datetime(2026, 9, 1, tzinfo=datetime.UTC),
 )
@@ -67,18 +66,18 @@ def held(tiny: Path) -> Held:
 
 
 @pytest.fixture(scope="module")
-def report(held: Held, golden: Path) -> Report:
+def report(held: Held, golden: Path) -> ParityReport:
     """A failing run in both modes, with what pictures need."""
-    return compare_model(held, open_golden(golden), modes=MODES, detail=True)
+    return ParityRun(held, open_golden(golden), ParityOptions(modes=MODES, detail=True)).run()
 
 
 @pytest.fixture(scope="module")
-def text(report: Report) -> str:
+def text(report: ParityReport) -> str:
     return page(report, RUN)
 
 
 class _Page(HTMLParser):
-    """What is on a page; fails where an element is closed that is not open, or never is."""
+    """The content of a page. Fails if an element is closed that is not open, or never closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ def test_figures_are_text_in_the_colours_of_the_theme(text: str) -> None:
         assert not re.search(r"#0\d0\d0\d|DejaVu|fill: #|stroke: #", figure), "no colour of its own"
 
 
-def test_the_data_are_the_reports(report: Report, text: str) -> None:
+def test_the_data_are_the_reports(report: ParityReport, text: str) -> None:
     data = _embedded(text)
     assert data["report"] == json.loads(json.dumps(report.to_json(verdict(report))))
     assert data["command"] == RUN.command
@@ -160,7 +159,7 @@ def test_the_data_are_the_reports(report: Report, text: str) -> None:
     assert data["figures"]["depth"][0]["first"] == LAYER
 
 
-def test_errors_by_token_are_those_that_are_judged(report: Report, golden: Path) -> None:
+def test_errors_by_token_are_those_that_are_judged(report: ParityReport, golden: Path) -> None:
     """Summarised again they give the report's own largest row and element; and the wrong expert's tokens are wrong."""
     assert report.detail is not None
     for (mode, layer), errors in report.detail.tokens.items():
@@ -176,7 +175,7 @@ def test_errors_by_token_are_those_that_are_judged(report: Report, golden: Path)
     np.testing.assert_array_equal(wrong, sent)
 
 
-def test_a_sample_holds_every_element_in_a_bin_and_the_worst_first(report: Report) -> None:
+def test_a_sample_holds_every_element_in_a_bin_and_the_worst_first(report: ParityReport) -> None:
     assert report.detail is not None
     samples = report.detail.samples
     assert [(sample.mode, sample.name) for sample in samples] == [
@@ -206,20 +205,23 @@ def test_entries_stand_at_the_last_token_of_their_block(golden: Path) -> None:
     floor = floor_of(np.ones(value.shape[:2]), np.ones((2, *value.shape[:2])), 2.0**-24)
     found = value.copy()
     found[0, 5] += 100
-    detail.add(name, Mode.ISOLATED, [Piece(found, value, floor, None, Form.WHOLE)], failing=None)
+    detail.add(
+        TapKey.parse(name), Mode.ISOLATED, [ComparedPart(found, value, floor, None, TapForm.WHOLE)], failing=None
+    )
     worst = detail.tokens[Mode.ISOLATED, 1].worst[0]
     ratio = recorded.config.csa_ratio
     assert np.flatnonzero(worst > 50).tolist() == [6 * ratio - 1]
     assert np.flatnonzero(~np.isnan(worst)).tolist() == list(range(ratio - 1, 300, ratio))
 
 
-def test_hostile_text_stays_text(report: Report) -> None:
+def test_hostile_text_stays_text(report: ParityReport) -> None:
     hostile = dataclasses.replace(
         report,
         detail=None,  # pictures hold no text of others
         checkpoint={"path": HOSTILE, "source": {HOSTILE: HOSTILE}, "storage": "x"},
-        descents=tuple(
-            dataclasses.replace(descent, damaged=(HOSTILE,), weights=(HOSTILE,)) for descent in report.descents
+        localizations=tuple(
+            dataclasses.replace(localization, damaged=(HOSTILE,), weights=(HOSTILE,))
+            for localization in report.localizations
         ),
     )
     text = page(hostile, dataclasses.replace(RUN, command=HOSTILE), lambda token: f"{token} {HOSTILE}")
@@ -233,12 +235,12 @@ def test_hostile_text_stays_text(report: Report) -> None:
     assert _embedded(text)["report"]["checkpoint"]["path"] == HOSTILE
 
 
-def test_the_same_report_gives_the_same_bytes(report: Report, text: str) -> None:
+def test_the_same_report_gives_the_same_bytes(report: ParityReport, text: str) -> None:
     with patch.dict(os.environ, {"SOURCE_DATE_EPOCH": "1"}):
         assert page(report, RUN) == text
 
 
-def test_what_is_zero_or_no_number_has_its_place(report: Report) -> None:
+def test_what_is_zero_or_no_number_has_its_place(report: ParityReport) -> None:
     """Infinite errors in one layer, no error in the next; NaN in the logits."""
     assert report.detail is not None
 
@@ -262,8 +264,10 @@ def test_what_is_zero_or_no_number_has_its_place(report: Report) -> None:
     ]
     nan = [dataclasses.replace(position, kl=math.nan) for position in report.detail.positions[Mode.ISOLATED]]
     detail.positions = {Mode.ISOLATED: nan, Mode.CUMULATIVE: [dataclasses.replace(p, kl=0.0) for p in nan]}
-    growth = tuple(dataclasses.replace(layer, added=math.nan, total=math.inf, inherited=0.0) for layer in report.growth)
-    strange = dataclasses.replace(report, taps=tuple(map(changed, report.taps)), growth=growth, detail=detail)
+    growth = tuple(
+        dataclasses.replace(layer, added=math.nan, total=math.inf, inherited=0.0) for layer in report.error_splits
+    )
+    strange = dataclasses.replace(report, taps=tuple(map(changed, report.taps)), error_splits=growth, detail=detail)
     text = page(strange, RUN)
     _Page(text)
     assert ">✕ ∞</td>" in text
@@ -296,10 +300,10 @@ def test_scales_hold_everything() -> None:
     ]  # fmt: skip
 
 
-def test_other_runs_have_pages_too(report: Report, held: Held, golden: Path, tmp_path: Path) -> None:
+def test_other_runs_have_pages_too(report: ParityReport, held: Held, golden: Path, tmp_path: Path) -> None:
     """Compact goldens, nothing at all, no detail, a run that passes."""
     compact = shrink(open_golden(golden), tmp_path / "compact", Compact.of([0, 128, -1], 300))
-    small = compare_model(held, compact, layers=[LAYER], detail=True)
+    small = ParityRun(held, compact, ParityOptions(layers=[LAYER], detail=True)).run()
     assert small.detail is not None
     assert not np.isnan(small.detail.tokens[Mode.CUMULATIVE, LAYER].streams).any(), "of every token there is a sketch"
     text = page(small, RUN)
@@ -309,14 +313,14 @@ def test_other_runs_have_pages_too(report: Report, held: Held, golden: Path, tmp
         report,
         taps=tuple(tap for tap in report.taps if tap.mode is Mode.ISOLATED and tap.layer == 1),
         modes=(Mode.ISOLATED,),
-        descents=(),
+        localizations=(),
         detail=None,
     )
     text = page(passing, RUN)
     assert "<title>PASS" in text
     assert 'id="failing"' not in text
     assert "No error is known token by token" in text
-    empty = dataclasses.replace(passing, taps=(), growth=(), reach=(), layers=(), logits=None)
+    empty = dataclasses.replace(passing, taps=(), error_splits=(), prompt_coverage=(), layers=(), logits=None)
     text = page(empty, RUN)
     assert "Nothing was compared" in _Page(text).words.__str__()
     assert "<title>FAIL" in text
@@ -324,14 +328,14 @@ def test_other_runs_have_pages_too(report: Report, held: Held, golden: Path, tmp
 
 def test_a_baseline_that_is_not_passed_is_shown_with_what_to_do() -> None:
     q, kv, gone = "layers.1.attn.q", "layers.1.attn.kv_norm", "layers.1.attn.wkv"
-    grown = Grown(name=q, mode=Mode.ISOLATED, measure="row", recorded=2.0, allowed=3.0, found=4.5)
+    grown = GrownError(key=TapKey.parse(q), mode=Mode.ISOLATED, measure="row", recorded=2.0, allowed=3.0, found=4.5)
     gate = Gate(
         path=f"b{HOSTILE}.json",
         platforms=("cpu, float32, isolated",),
         compared=2,
         grown=(grown,),
-        unrecorded=(Unrecorded(name=kv, mode=Mode.ISOLATED),),
-        missing=(Unrecorded(name=gone, mode=Mode.ISOLATED),),
+        unrecorded=(TapInMode(key=TapKey.parse(kv), mode=Mode.ISOLATED),),
+        missing=(TapInMode(key=TapKey.parse(gone), mode=Mode.ISOLATED),),
         left_out=0,
     )
     run = dataclasses.replace(synthetic([real(q, 1, 4.5, 2), real(kv, 1, 2, 2)]), gate=gate)
@@ -360,16 +364,16 @@ def test_a_baseline_that_is_not_passed_is_shown_with_what_to_do() -> None:
     assert "<h3>Raised</h3>" in text
     assert "1 taps raised (other hardware)" in text
     assert 'id="baseline"' not in page(dataclasses.replace(run, gate=None), RUN)
-    lacking = synthetic([real(q, 1, 2, 2)], missed=["no block is complete"], require_reach=True)
+    lacking = synthetic([real(q, 1, 2, 2)], missed=["no block is complete"], require_coverage=True)
     assert next_steps(lacking) == [step for step in next_steps(lacking) if "golden with more tokens" in step]
 
 
-def test_urls_lose_their_secrets(report: Report) -> None:
+def test_urls_lose_their_secrets(report: ParityReport) -> None:
     url = "https://user:secret@host/golden?X-Amz-Signature=secret"
     assert without_secrets(f"{url} --report x.html") == "https://…@host/golden?… --report x.html"
     assert without_secrets("'s3://me:p@ss:w@rd@host/a@b#token=x' ./a@b#c") == "'s3://…@host/a@b#…' ./a@b#c"
     assert without_secrets("hf://datasets/x/y@main/golden") == "hf://datasets/x/y@main/golden"
-    bare = dataclasses.replace(report, golden={**report.golden, "path": url}, taps=(), growth=(), detail=None)
+    bare = dataclasses.replace(report, golden={**report.golden, "path": url}, taps=(), error_splits=(), detail=None)
     text = page(bare, dataclasses.replace(RUN, command=f"dsv4 parity . --golden {url} --report x.html"))
     assert "secret" not in text
     assert text.count("https://…@host/golden?…") == 4, "twice to be read, twice in the data"
@@ -383,7 +387,7 @@ def test_the_command_writes_it(tiny: Path, golden: Path, tmp_path: Path) -> None
     text = target.read_text(encoding="utf-8")
     assert _embedded(text)["report"]["sentence"].startswith("PASS")
     assert "tokens</dt><dd>300" in text
-    with patch("dsv4_convert.parity.run.run", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.run_parity", side_effect=AssertionError("it is refused before the run")):
         for place in (tmp_path / "nowhere" / "x.html", tmp_path):
             refused = CliRunner().invoke(app, [*arguments, "--report", str(place)])
             assert refused.exit_code == 2

@@ -15,7 +15,7 @@ from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.parity.diff import diff
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.weights.published import PublishedWeights
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (1, 40)).astype(np.int32)
@@ -37,12 +37,12 @@ def test_far_positions_agree_and_near_ones_would_not(source: Path, tmp_path: Pat
     """Around the end of the original context, and up to the last position that there is."""
     golden = _recorded(source, tmp_path / "golden", first)
     weights = PublishedWeights.open(source)
-    report = compare_model(weights, golden, modes=MODES)
+    report = ParityRun(weights, golden, ParityOptions(modes=MODES)).run()
     assert report.passed, [result for result in report.taps if result.verdict is Verdict.FAIL]
 
     request = dataclasses.replace(golden.manifest.request, first_position=first - 16)
     golden.manifest = dataclasses.replace(golden.manifest, request=request)
-    report = compare_model(weights, golden, modes=MODES[:1], layers=[1])
+    report = ParityRun(weights, golden, ParityOptions(modes=MODES[:1], layers=[1])).run()
     failed = [result.name for result in report.taps if result.verdict is Verdict.FAIL]
     assert failed[0] == "layers.1.attn.q_rope"
 

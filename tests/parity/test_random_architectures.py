@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.parity.explain import verdict
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, Limits
 
 from .healthy import LENGTHS, Healthy, healthy
@@ -34,7 +34,7 @@ ALLCLOSE = {Mode.ISOLATED: 1e-5, Mode.CUMULATIVE: 1e-4}
 def test_every_tap_of_a_random_architecture(case: int, tmp_path: Path) -> None:
     made = healthy(case, tmp_path)
     for dtype in UNIT:
-        report = compare_model(made.weights, made.golden, modes=MODES, dtype=dtype)
+        report = ParityRun(made.weights, made.golden, ParityOptions(modes=MODES, dtype=dtype)).run()
         assert report.passed, f"{dtype}: {verdict(report)}\n{made.raw}"
         _covers(report, made)
         if dtype == "float32":
@@ -42,7 +42,7 @@ def test_every_tap_of_a_random_architecture(case: int, tmp_path: Path) -> None:
                 assert tap.distance is None or tap.distance.allclose <= ALLCLOSE[tap.mode], tap.name
 
 
-def _covers(report: Report, made: Healthy) -> None:
+def _covers(report: ParityReport, made: Healthy) -> None:
     """Nothing was left out, and every choice is the golden's, but for ties between equal scores."""
     assert report.logits is not None
     for mode in MODES:

@@ -17,17 +17,17 @@ from dsv4_convert import restore_model
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import digest, open_golden
-from dsv4_convert.golden.manifest import Manifest, StoredTap
+from dsv4_convert.golden.manifest import GoldenManifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.parity.comparison import Comparison
-from dsv4_convert.parity.explain import verdict, why
-from dsv4_convert.parity.gate import Request
+from dsv4_convert.parity.gate import BaselineRequest
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.run import compare_model, run
+from dsv4_convert.parity.report.words import verdict, why
+from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
 from dsv4_convert.spec.names import parameters
-from dsv4_convert.spec.taps import Values, by_name
+from dsv4_convert.spec.taps import TapKey, Values
 from dsv4_convert.store import open_store
 from dsv4_convert.weights.converted import Weights
 
@@ -60,7 +60,7 @@ def _planted(plain: Path, where: Path, path: str, change: Callable[[np.ndarray],
 def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path, golden: Path, tmp_path: Path) -> None:
     """As a faulty converter would have left it: the whole way from the stored bytes to the sentence."""
     faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
-    report = run(faulty, golden, layers=[1], against=tiny)
+    report = run_parity(faulty, golden, ParityOptions(layers=[1]), against=tiny)
     assert "The stored bytes of layers.1.attn.wo_a are not those that were converted" in verdict(report)
     assert report.first_diverging is not None
     assert report.first_diverging.name == "layers.1.attn.wo_a"
@@ -71,7 +71,7 @@ def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path,
 
 def test_in_cumulative_mode_the_fault_is_inherited(plain: Path, golden: Path, tmp_path: Path) -> None:
     faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
-    report = run(faulty, golden, modes=[Mode.CUMULATIVE])
+    report = run_parity(faulty, golden, ParityOptions(modes=[Mode.CUMULATIVE]))
     assert report.first_diverging is not None
     assert report.first_diverging.name == "layers.1.attn.wo_a"
     verdicts = {other.name: other.verdict for other in report.taps}
@@ -85,7 +85,7 @@ def test_in_cumulative_mode_the_fault_is_inherited(plain: Path, golden: Path, tm
 def test_a_wrong_choice_has_its_consequences_in_cumulative_mode_only(plain: Path, golden: Path, tmp_path: Path) -> None:
     """Isolated, the golden's choice is followed, so that nothing but the choice is wrong."""
     faulty = _planted(plain, tmp_path / "orbax", "layers.0.ffn.gate.tid2eid", lambda a: np.roll(a, 1, 0))
-    report = run(faulty, golden, modes=MODES)
+    report = run_parity(faulty, golden, ParityOptions(modes=MODES))
     failing = {(tap.mode, tap.name) for tap in report.taps if tap.verdict is Verdict.FAIL}
     assert {name for mode, name in failing if mode is Mode.ISOLATED} == {"layers.0.ffn.gate.experts"}
     assert (Mode.CUMULATIVE, "layers.0.ffn.experts") in failing
@@ -94,47 +94,47 @@ def test_a_wrong_choice_has_its_consequences_in_cumulative_mode_only(plain: Path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_in_every_dtype(plain: Path, golden: Path, dtype: str) -> None:
-    committed = Request(path=golden.with_name("tiny.baseline.json"))
-    report = run(plain, golden, modes=MODES, dtype=dtype, baseline=committed)
+    committed = BaselineRequest(path=golden.with_name("tiny.baseline.json"))
+    report = run_parity(plain, golden, ParityOptions(modes=MODES, dtype=dtype), baseline=committed)
     assert report.passed, verdict(report)
     assert report.gate is not None
     assert report.gate.compared == 328
     assert {tap.mode for tap in report.taps} == set(MODES)
-    assert [layer.layer for layer in report.growth] == [0, 1, 2, 3]
+    assert [layer.layer for layer in report.error_splits] == [0, 1, 2, 3]
     assert "PASS: all 328 taps agree" in verdict(report)
 
 
 def test_layers_and_taps_can_be_chosen(plain: Path, golden: Path) -> None:
-    one = run(plain, golden, layers=[2])
+    one = run_parity(plain, golden, ParityOptions(layers=[2]))
     assert {tap.layer for tap in one.taps} == {2}
-    some = run(plain, golden, taps=["attn.q*", "logits"])
+    some = run_parity(plain, golden, ParityOptions(taps=["attn.q*", "logits"]))
     assert {tap.name.split(".", 2)[-1] for tap in some.taps} == {"attn.q_norm", "attn.q", "attn.q_rope", "logits"}
     assert some.passed
 
 
 def test_unknown_layers_and_taps_are_refused(plain: Path, golden: Path) -> None:
     with pytest.raises(UsageError, match="layer 9: this model has the layers 0 to 3"):
-        run(plain, golden, layers=[9])
+        run_parity(plain, golden, ParityOptions(layers=[9]))
     with pytest.raises(UsageError, match=r"attn\.wq_c: matches no tap"):
-        run(plain, golden, taps=["attn.wq_c"])
+        run_parity(plain, golden, ParityOptions(taps=["attn.wq_c"]))
 
 
 def test_a_golden_of_another_architecture_is_refused(plain: Path, golden: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", tiny_config(sliding_window=17), seed=0)
     hf_to_orbax(tmp_path / "hf", tmp_path / "orbax")
     with pytest.raises(BadInput, match="sliding_window: checkpoint 17, golden 16"):
-        run(tmp_path / "orbax", golden)
+        run_parity(tmp_path / "orbax", golden)
 
 
 def test_a_partial_conversion_serves_its_layers(tiny: Path, golden: Path, tmp_path: Path) -> None:
     hf_to_orbax(tiny, tmp_path / "orbax", layers=[1, 2])
-    assert run(tmp_path / "orbax", golden, layers=[2]).passed
+    assert run_parity(tmp_path / "orbax", golden, ParityOptions(layers=[2])).passed
     with pytest.raises(UsageError, match="holds the layers 1-2, not 0, 3"):
-        run(tmp_path / "orbax", golden)
+        run_parity(tmp_path / "orbax", golden)
 
 
 def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
-    report = run(plain, golden, modes=MODES)
+    report = run_parity(plain, golden, ParityOptions(modes=MODES))
     document = json.loads(json.dumps(report.to_json(verdict(report)), allow_nan=False))
     assert document["schema_version"] == 3
     assert document["verdict"] == "pass"
@@ -149,13 +149,15 @@ def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
 
 
 def test_every_tap_is_explained(plain: Path, golden: Path, tmp_path: Path) -> None:
-    healthy = run(plain, golden, layers=[3])
+    healthy = run_parity(plain, golden, ParityOptions(layers=[3]))
     for tap in healthy.taps:
         assert tap.name in why(tap, healthy)
         assert "the noise floor over the whole tap (12 allowed)" in why(tap, healthy) or "what the golden chose" in why(
             tap, healthy
         )
-    faulty = run(_planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, layers=[3])
+    faulty = run_parity(
+        _planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, ParityOptions(layers=[3])
+    )
     words = {tap.short: why(tap, faulty) for tap in faulty.taps if tap.verdict is Verdict.FAIL}
     assert "300 of 300 rows are beyond a limit; rounding does not explain that." in words["ffn.gate.scores"]
     assert "tokens choose otherwise, beyond any tie" in words["ffn.gate.experts"]
@@ -167,26 +169,32 @@ def test_from_the_published_shards_it_is_the_same(
     plain: Path, tiny: Path, golden: Path, modes: tuple[Mode, ...]
 ) -> None:
     """Before it is converted: the same results to the last digit, and only the layers that run have to be there."""
-    converted, published = run(plain, golden, modes=modes), run(None, golden, source=tiny, modes=modes)
+    converted, published = (
+        run_parity(plain, golden, ParityOptions(modes=modes)),
+        run_parity(None, golden, ParityOptions(modes=modes), source=tiny),
+    )
     assert published.taps == converted.taps
     assert published.growth == converted.growth
     assert published.logits == converted.logits
     assert published.checkpoint["storage"] == "published"
-    one = run(None, golden, source=tiny, layers=[2], modes=modes)
+    one = run_parity(None, golden, ParityOptions(layers=[2], modes=modes), source=tiny)
     assert one.passed
     with pytest.raises(UsageError, match="expected a converted CHECKPOINT, or --source"):
-        run(None, golden)
+        run_parity(None, golden)
     with pytest.raises(UsageError, match="expected a converted CHECKPOINT, or --source"):
-        run(plain, golden, source=tiny)
+        run_parity(plain, golden, source=tiny)
 
 
 def test_streamed_it_is_the_same_as_with_everything_in_memory(plain: Path, golden: Path) -> None:
     """To the last digit: layer by layer and expert by expert from the disk, or all weights at hand."""
     weights = Weights.open(plain)
     held = Held(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
-    streamed, resident = run(plain, golden, modes=MODES), compare_model(held, open_golden(golden), modes=MODES)
+    streamed, resident = (
+        run_parity(plain, golden, ParityOptions(modes=MODES)),
+        ParityRun(held, open_golden(golden), ParityOptions(modes=MODES)).run(),
+    )
     assert streamed.taps == resident.taps
-    assert streamed.growth == resident.growth
+    assert streamed.error_splits == resident.error_splits
     assert streamed.logits == resident.logits
 
 
@@ -195,27 +203,27 @@ def test_the_whole_model_as_one_program_agrees_as_well(plain: Path, golden: Path
     recorded = open_golden(golden)
     comparison = Comparison(recorded, "float32")
     model = restore_model(Weights.open(plain))
-    choices = [name for name in recorded.names if by_name(name)[0].values is Values.CHOICE]
-    forced = {name: jnp.asarray(recorded.read(name)) for name in choices}
+    choices = {str(key): jnp.asarray(recorded.read(key)) for key in recorded.keys if key.tap.values is Values.CHOICE}
 
     @jax.jit
-    def taken(tokens: jax.Array) -> dict[str, jax.Array]:
-        taps = Taps(lambda _: True, forced)
+    def run_whole(tokens: jax.Array) -> dict[str, jax.Array]:
+        taps = Taps(lambda _: True, choices)
         model(tokens, taps=taps)
         return taps.values
 
-    arrays = {name: np.asarray(array) for name, array in taken(jnp.asarray(recorded.tokens)).items()}
-    results = comparison.judge(arrays, Mode.CUMULATIVE, recorded.names)
-    assert [result.name for result in results] == list(recorded.names)
+    values = run_whole(jnp.asarray(recorded.tokens))
+    activations = {TapKey.parse(name): np.asarray(value) for name, value in values.items()}
+    results = comparison.judge(activations, Mode.CUMULATIVE, recorded.keys)
+    assert [result.key for result in results] == list(recorded.keys)
     assert {result.verdict for result in results} == {Verdict.PASS}
 
 
 def test_a_head_in_pieces_gives_the_same_logits(plain: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_convert.parity import forward
 
-    whole = run(plain, golden, taps=["logits", "hc_head*", "norm"])
+    whole = run_parity(plain, golden, ParityOptions(taps=["logits", "hc_head*", "norm"]))
     monkeypatch.setattr(forward, "HEAD_WORDS", 40)  # of 96: two whole pieces and a shorter one
-    pieces = run(plain, golden, taps=["logits", "hc_head*", "norm"])
+    pieces = run_parity(plain, golden, ParityOptions(taps=["logits", "hc_head*", "norm"]))
     assert pieces.passed
     assert [tap.name for tap in pieces.taps] == [tap.name for tap in whole.taps]
     assert pieces.logits is not None
@@ -224,9 +232,9 @@ def test_a_head_in_pieces_gives_the_same_logits(plain: Path, golden: Path, monke
 
 def test_a_dtype_that_the_golden_has_no_noise_of_is_refused(plain: Path, golden: Path) -> None:
     with pytest.raises(UsageError, match="--dtype float16: expected one of float32, bfloat16"):
-        run(plain, golden, dtype="float16")
+        run_parity(plain, golden, ParityOptions(dtype="float16"))
     with pytest.raises(UsageError, match="no mode"):
-        run(plain, golden, modes=())
+        run_parity(plain, golden, ParityOptions(modes=()))
 
 
 def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int]:
@@ -254,7 +262,7 @@ def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int
         tap: dataclasses.replace(entry, sha256=digest(arrays[tap])) if tap in arrays else entry
         for tap, entry in manifest.taps.items()
     }
-    changed = Manifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
+    changed = GoldenManifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
     (where / "manifest.json").write_bytes(changed.to_bytes())
     return where, name, query
 
@@ -262,7 +270,7 @@ def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int
 def test_a_tie_is_reported_and_followed(plain: Path, golden: Path, tmp_path: Path) -> None:
     """Our choice differs where the golden's scores are equal: a tie; what comes after it uses the golden's choice."""
     tied, name, query = _golden_with_equal_scores(golden, tmp_path / "golden")
-    report = run(plain, tied, taps=[name, "layers.3.attn.context"])
+    report = run_parity(plain, tied, ParityOptions(taps=[name, "layers.3.attn.context"]))
     verdicts = {tap.name: tap for tap in report.taps}
     assert verdicts[name].verdict is Verdict.TIE
     assert verdicts[name].flips is not None
@@ -273,4 +281,4 @@ def test_a_tie_is_reported_and_followed(plain: Path, golden: Path, tmp_path: Pat
     assert context.distance is not None
     assert context.distance.worst[:2] == (0, query)
     assert context.distance.rows_outside == 1
-    assert run(plain, golden, taps=["layers.3.attn.context"]).passed
+    assert run_parity(plain, golden, ParityOptions(taps=["layers.3.attn.context"])).passed

@@ -22,7 +22,7 @@ from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model, Taps
-from dsv4_convert.parity.run import run
+from dsv4_convert.parity.run import ParityOptions, run_parity
 from dsv4_convert.serve import speculate
 from dsv4_convert.serve.generate import Generator, Sampling
 from dsv4_convert.serve.speculate import Drafts
@@ -189,7 +189,7 @@ def test_a_conversion_of_an_earlier_version_lacks_its_stage(folders: tuple[Path,
     with pytest.raises(UsageError, match="an earlier version of dsv4 left it out; convert the source again"):
         restore_model(weights, drafts=True)
     golden = Path(__file__).parents[2] / "golden" / "data" / "tiny"
-    assert run(tmp_path / "old", golden, layers=[1], taps=["attn_norm"]).passed
+    assert run_parity(tmp_path / "old", golden, ParityOptions(layers=[1], taps=["attn_norm"])).passed
     assert compare_with_source(open_store(tmp_path / "old"), tmp_path / "hf") == []
     orbax_to_hf(tmp_path / "old", tmp_path / "back")
 

@@ -24,7 +24,7 @@ from dsv4_convert.golden.references.release import kernels
 from dsv4_convert.spec.config import Config
 
 _MODEL = "model.py"
-#: What the code imports that only runs on a GPU -> what it gets instead.
+#: GPU functions that the code imports; it gets the CPU stand-ins of :mod:`kernels` instead.
 _KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
 _HADAMARD = ("hadamard_transform",)
 #: SHA-256 of a published ``model.py`` that computes otherwise than today's -> what to know of it.
@@ -45,7 +45,7 @@ class Code:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What identifies it in a manifest."""
+        """The code's identity in a manifest."""
         known = _REVISIONS.get(self.sha256)
         return {"model.py": f"sha256:{self.sha256}"} | ({"revision": known} if known else {})
 

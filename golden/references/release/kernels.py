@@ -1,8 +1,8 @@
 """CPU stand-ins for the GPU kernels that DeepSeek's inference code imports from ``kernel`` and a Hadamard package.
 
-Names, arguments and results are those of the published ``inference/kernel.py``; what is computed, and where it is
-rounded, is that of its current revision (published with V4-Flash-0731): simulated FP8 really rounds to FP8. Sums are
-float32, or float64 within :func:`exact_sums`, which is how much another order of summation may change.
+They have the names, arguments and results of the published ``inference/kernel.py``. They compute and round as its
+current revision does (published with V4-Flash-0731): simulated FP8 really rounds to FP8. Sums are float32, or float64
+within :func:`exact_sums`; the difference shows how much another order of summation may change.
 """
 
 from __future__ import annotations

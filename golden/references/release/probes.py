@@ -1,4 +1,4 @@
-"""Where each tap is found while DeepSeek's inference code runs.
+"""The place of each tap in DeepSeek's inference code, and hooks that visit it there.
 
 Nothing in the code is changed: hooks see what modules get and give, and functions and methods are watched from outside.
 A visitor gets the very tensor that the code goes on with, so it may look at it, or put something else into it.
@@ -171,7 +171,7 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
 
 @contextmanager
 def _attention(code: Code, visit: Visit) -> Iterator[None]:
-    """What the attention kernel gets and gives, and what is rotated in place: first the queries, last the context."""
+    """Visit inputs and result of the attention kernel, and tensors rotated in place: queries first, context last."""
     module = code.module
     rotate, attend, quantize = module.apply_rotary_emb, module.sparse_attn, module.fp4_act_quant
     started = False

@@ -1,12 +1,12 @@
-"""DeepSeek's inference code on a prompt, one layer at a time: what it computes, and how far its rounding may move it.
+"""DeepSeek's inference code on a prompt, one layer at a time: its activations, and how far rounding may move them.
 
-Every operation is the code's own. What is ours is when weights are there: a block is built, filled from the published
-bytes, run and dropped; of the routed experts only the one that runs is in memory.
+Every operation is the code's own. This module only decides when weights are in memory: it builds a block, fills it from
+the published bytes, runs it and drops it, and holds only the routed expert that runs.
 
-In these numerics a layer makes a rounding error larger than the faults that are looked for: a key that changes by one
-part in 256 may become another FP8 number, which is one part in 8. So the isolated mode is one of *operations*: every
-operation of a layer gets the golden's own values. Its noise is what changes there when sums are float64 instead of
-float32; cumulative noise is the same from the tokens on, with the golden's discrete choices.
+In these numerics a layer amplifies a rounding error beyond the size of the faults to find: a key that changes by one
+part in 256 may become another FP8 number, which is one part in 8. So the isolated mode isolates *operations*: every
+operation of a layer gets the golden's own values. Its noise is the change when sums are float64 instead of float32;
+cumulative noise is the same change from the tokens on, with the golden's discrete choices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.golden.manifest import Reference
-from dsv4_convert.golden.noise import MODES, Mode, Taken, row_noise
+from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.release.code import Code, complaint
 from dsv4_convert.golden.references.release.kernels import exact_sums
 from dsv4_convert.golden.references.release.probes import (
@@ -54,7 +54,7 @@ _CODES = {torch.float8_e4m3fn: "F8_E4M3", torch.float4_e2m1fn_x2: "I8", torch.fl
 
 
 def describe(code: Code) -> Reference:
-    """What the manifest says of this reference."""
+    """This reference as the manifest describes it."""
     return Reference(
         name="release",
         versions={"torch": torch.__version__, **code.versions},
@@ -105,7 +105,7 @@ class ReleasedModel:
                 float_scales=any(stored[name].dtype == "F32" for name in scales),
             )
 
-    def embed(self) -> Taken:
+    def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
         (source,) = self._leaves["embed"].sources
         used, places = np.unique(self._ids.numpy(), return_inverse=True)
@@ -113,14 +113,14 @@ class ReleasedModel:
         self._checkpoint.release(source.weight)
         embedded = _array(rows[torch.from_numpy(places.reshape(self._ids.shape))])
         none = np.zeros((1, len(MODES), 2, *embedded.shape[:2]), np.float32)
-        return Taken({"embed": embedded}, {"embed": none} if self._noise else {})
+        return RecordedTaps({"embed": embedded}, {"embed": none} if self._noise else {})
 
-    def spread(self, embedded: Taken) -> State:
+    def spread(self, embedded: RecordedTaps) -> State:
         """The streams entering layer 0: the embedding in each of them."""
         streams = np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2)
         return {_GOLDEN: streams} | ({_NOISE: streams} if self._noise else {})
 
-    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, Taken]:
+    def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
         with self._code.active():
             block = self._block(layer)
@@ -134,7 +134,7 @@ class ReleasedModel:
 
             return self._run(forward, watching, state, expected)
 
-    def run_head(self, state: State, expected: Expected) -> Taken:
+    def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
         with self._code.active():
             head, norm, collapse = self._head()
@@ -161,19 +161,19 @@ class ReleasedModel:
         expected: Expected,
         *,
         of_visits: bool = False,
-    ) -> tuple[State, Taken]:
+    ) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         run = partial(_observed, self._code, forward, watching, expected, of_visits=of_visits)
         entering = _tensor(state[_GOLDEN])
         leaving, taps = run(entering)
         if not self._noise:
-            return {_GOLDEN: _array(leaving)}, Taken(taps, {})
+            return {_GOLDEN: _array(leaving)}, RecordedTaps(taps, {})
         noise: dict[Mode, dict[str, Array]] = {}
         with exact_sums(), exact_functions():
             _, noise[Mode.ISOLATED] = run(entering, golden=taps, feed=True)
             apart, noise[Mode.CUMULATIVE] = run(_tensor(state[_NOISE]), golden=taps)
         stacked = {name: np.array([[noise[mode][name] for mode in MODES]]) for name in noise[Mode.ISOLATED]}
-        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, Taken(taps, stacked)
+        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, RecordedTaps(taps, stacked)
 
     def _block(self, layer: int) -> Any:
         """The code's block of a layer with its weights; of the experts each while it runs."""

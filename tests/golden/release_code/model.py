@@ -26,7 +26,7 @@ scale_dtype: torch.dtype = torch.float32
 
 @dataclass
 class ModelArgs:
-    """What inference/config.json holds; the sizes default to those of DeepSeek-V4-Flash."""
+    """The fields of inference/config.json; sizes default to DeepSeek-V4-Flash."""
 
     max_batch_size: int = 4
     max_seq_len: int = 4096

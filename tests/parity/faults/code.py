@@ -140,7 +140,7 @@ def _all_blocks(token: Any, ratio: int) -> Any:
 
 
 def _shared_choice(chosen: Any, entries: int) -> Any:
-    """What any query chose, every query sees: transformers 45758."""
+    """Every query sees the entries that any query chose: transformers 45758."""
     mask = _chosen_mask(chosen, entries)
     return jnp.broadcast_to(mask.any(axis=1, keepdims=True), mask.shape)
 

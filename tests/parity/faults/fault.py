@@ -1,4 +1,4 @@
-"""What a planted fault is, and how it is planted: one small, named change in one layer of a healthy model."""
+"""Planting a fault: one small, named change in one layer of a healthy model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import experts
-from dsv4_convert.parity.forward import Forward, Taken
-from dsv4_convert.parity.report import Report
-from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import layer_of, parameters
 from dsv4_convert.weights.published import PublishedWeights
@@ -147,14 +147,14 @@ def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patie
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
 
-def examine(patient: Patient, fault: Fault, **options: Any) -> Report:
-    """The isolated parity report of the faulty model, or what ``options`` of ``compare_model`` ask for.
+def examine(patient: Patient, fault: Fault, *, against: PublishedWeights | None = None, **options: Any) -> ParityReport:
+    """The isolated parity report of the faulty model, or what :class:`ParityOptions` ask for.
 
     Raises:
         AssertionError: the fault changes nothing, or a layer that it is not in.
     """
     with _planted(patient, fault) as held, patch.object(run_module, "Forward", partial(_FaultyForward, fault)):
-        return compare_model(held, patient.golden, **options)
+        return ParityRun(held, patient.golden, ParityOptions(**options), against=against).run()
 
 
 @contextmanager
@@ -201,17 +201,17 @@ class _FaultyForward(Forward):
         self._fault = fault
         self._held = weights
 
-    def embed(self) -> tuple[Taken, jax.Array]:
+    def embed(self) -> tuple[Activations, jax.Array]:
         with self._active(None):
             return super().embed()
 
-    def layer(self, layer: int, entering: Any, forced: Any = None) -> tuple[Taken, jax.Array]:
+    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, jax.Array]:
         with self._active(layer):
-            return super().layer(layer, entering, forced)
+            return super().layer(layer, entering, overrides)
 
-    def head(self, streams: Any, forced: Any = None) -> Taken:
+    def head(self, streams: Any, overrides: Any = None) -> Activations:
         with self._active(None):
-            return super().head(streams, forced)
+            return super().head(streams, overrides)
 
     def _active(self, layer: int | None) -> Any:
         fault = self._fault

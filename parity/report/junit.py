@@ -2,8 +2,8 @@
 
 A test suite for each mode. A case's class is its mode and layer (``isolated.layers.3``, ``isolated.model``: some
 systems forget the suite), its name the tap. A tap with ties passes and says so in its output; an empty one is skipped.
-An error that grew beyond its baseline fails its tap. What is wrong with the run as a whole is a case of the class
-``run``. Times are not in it: taps are not run one by one.
+An error that grew beyond its baseline fails its tap. Problems of the run as a whole are cases of the class ``run``.
+There are no times, since taps are not run one by one.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable, Mapping
 from xml.etree import ElementTree as ET
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth, missed, verdict, why
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Grown, Report, TapResult
+from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
+from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
 
-#: What XML 1.0 cannot hold, not even escaped.
+#: Characters that XML 1.0 cannot hold, not even escaped.
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(report: Report) -> str:
+def junit(report: ParityReport) -> str:
     """The report as a JUnit XML document."""
     root = ET.Element("testsuites", name="dsv4 parity")
-    grown: dict[tuple[Mode, str], list[Grown]] = {}
+    grown: dict[tuple[Mode, str], list[GrownError]] = {}
     for growth_of_tap in report.gate.grown if report.gate is not None and not report.gate.updated else ():
         grown.setdefault((growth_of_tap.mode, growth_of_tap.name), []).append(growth_of_tap)
     for mode in report.modes:
@@ -53,20 +53,19 @@ def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]
     return suite
 
 
-def _properties(report: Report) -> dict[str, str]:
-    """What was compared with what."""
-    versions = report.platform.get("versions", {})
+def _properties(report: ParityReport) -> dict[str, str]:
+    """The two sides of the comparison, and the machine."""
     return {
         "verdict": verdict(report),
         "checkpoint": str(report.checkpoint.get("path", "")),
         "golden": str(report.golden.get("path", "")),
         "golden digest": str(report.golden.get("digest", "")),
         "device": f"{report.platform.get('backend', '')} {report.platform.get('device', '')}".strip(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": report.versions,
     }
 
 
-def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
+def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError]) -> ET.Element:
     case = _case(f"{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
     explanation = why(tap, report)
     if tap.verdict is Verdict.EMPTY:
@@ -74,19 +73,19 @@ def _tap(tap: TapResult, report: Report, grown: Iterable[Grown]) -> ET.Element:
     elif tap.verdict is Verdict.FAIL:
         _fail(case, " ".join(tap.exceeded(report.limits)), tap.reason, explanation)
     elif beyond := list(grown):
-        sentences = [growth(measure) for measure in beyond]
+        sentences = [grown_by(measure) for measure in beyond]
         _fail(case, "baseline", sentences[0], "\n".join([*sentences, explanation]))
     elif tap.verdict is Verdict.TIE:
         ET.SubElement(case, "system-out").text = _clean(explanation)
     return case
 
 
-def _whole(report: Report) -> Iterable[ET.Element]:
+def _whole(report: ParityReport) -> Iterable[ET.Element]:
     """A failing case for everything that is wrong with the run and not with one of its taps."""
     if report.first_diverging is None and not report.agrees:  # no taps, or all of them empty
         yield _broken("taps", "empty", "nothing was compared")
-    if report.require_reach:
-        for layer in report.unreached:
+    if report.require_coverage:
+        for layer in report.uncovered:
             yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
     gate = report.gate
     if gate is None or gate.passed:

@@ -1,4 +1,4 @@
-"""What the prompt of a golden reaches: an operation that never runs, or has nothing to decide, is not checked by it."""
+"""Coverage of a golden's prompt: it cannot check an operation that never runs or has nothing to decide."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dsv4_convert.spec.config import AttentionKind, Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerReach:
-    """One layer: what the golden leaves unchecked, in words, and how many routed experts its tokens reach."""
+class LayerCoverage:
+    """One layer: the unchecked operations, in words, and how many routed experts the tokens reach."""
 
     layer: int
     missed: tuple[str, ...]
@@ -25,11 +25,11 @@ class LayerReach:
         return not self.missed and self.experts == self.of
 
 
-def reach(golden: Golden, layer: int) -> LayerReach:
-    """What a golden reaches in one recorded layer."""
+def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
+    """The coverage of one recorded layer."""
     config, tokens = golden.config, golden.tokens.shape[1]
     chosen = golden.read(f"layers.{layer}.ffn.gate.experts")
-    return LayerReach(
+    return LayerCoverage(
         layer=layer,
         missed=tuple(_missed(config, layer, tokens)),
         experts=len(np.unique(chosen)),
@@ -38,7 +38,7 @@ def reach(golden: Golden, layer: int) -> LayerReach:
 
 
 def _missed(config: Config, layer: int, tokens: int) -> list[str]:
-    """What ``tokens`` tokens do not reach in a layer."""
+    """The operations of a layer that ``tokens`` tokens leave unchecked."""
     kind = config.attention[layer]
     missed = []
     if tokens <= config.sliding_window:

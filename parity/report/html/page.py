@@ -6,51 +6,57 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.advice import next_steps
-from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
-from dsv4_convert.parity.html import figures
-from dsv4_convert.parity.html.data import PageData, page_data
-from dsv4_convert.parity.html.shades import SHADES
-from dsv4_convert.parity.html.table import tables
-from dsv4_convert.parity.html.words import GLYPHS, broken, coded, flat, short
 from dsv4_convert.parity.logits import TOP
-from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, plain
-from dsv4_convert.parity.secrets import without_secrets
+from dsv4_convert.parity.report.data import SEVERITY, ParityReport, plain
+from dsv4_convert.parity.report.html import figures
+from dsv4_convert.parity.report.html.data import PageData, page_data
+from dsv4_convert.parity.report.html.marks import GLYPHS, SHADES, short
+from dsv4_convert.parity.report.html.table import tables
+from dsv4_convert.parity.report.secrets import without_secrets
+from dsv4_convert.parity.report.words import (
+    Decode,
+    baseline_sentences,
+    grown_numbers,
+    missed,
+    next_steps,
+    noise_floor,
+    operation,
+    position_cells,
+    verdict,
+    why,
+)
+from dsv4_convert.units import ranges
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60
 _HERE = Path(__file__).parent
-#: Of the figures' numbers; the report beside them has a version of its own.
+#: Version of the figures' numbers; the report beside them has its own.
 SCHEMA_VERSION = 1
-
-#: Decodes one token id, or says that it cannot.
-Decode = Callable[[int], str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a report does not know of its own run: the command line, and when it ended."""
+class RunInfo:
+    """The command line of a run, and when it ended."""
 
     command: str
     date: datetime.datetime
 
     @classmethod
-    def now(cls) -> Run:
+    def now(cls) -> RunInfo:
         """This process, at this moment."""
         return cls(command=shlex.join(["dsv4", *sys.argv[1:]]), date=datetime.datetime.now().astimezone())
 
 
-def page(report: Report, run: Run, decode: Decode = str) -> str:
+def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     """The report as one HTML document; the same bytes for the same arguments.
 
     Without ``report.detail`` the figures that need it are left out, and the page says so.
@@ -69,13 +75,13 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"short": short, "coded": coded, "broken": broken}
+    environment.filters |= {"short": short, "coded": _coded, "broken": _broken}
     document = {
         "schema_version": SCHEMA_VERSION,
         "command": without_secrets(run.command),
         "date": run.date.isoformat(timespec="seconds"),
         "report": report.to_json(verdict(report)),
-        "figures": plain(dataclasses.asdict(_lean(data))),
+        "figures": plain(_lean(data)),
     }
     headline, _, rest = verdict(report).partition(": ")[2].partition(". ")
     return environment.get_template("page.html.j2").render(
@@ -96,12 +102,15 @@ def page(report: Report, run: Run, decode: Decode = str) -> str:
         drawn=_drawn(data),
         tables=tables(report),
         reasons=[why(item.result, report) for item in data.failing],
-        findings=[(descent, list(operation(descent))) for descent in report.descents if descent.wrong],
+        findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
         clean=_clean(report),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
         baseline=_baseline(report),
-        missed=[missed(layer) for layer in report.unreached],
-        worst=_worst(report, decode),
+        missed=[missed(layer) for layer in report.uncovered],
+        worst=[
+            (*position_cells(position, decode), position.golden == position.found)
+            for position in (() if report.logits is None else report.logits.worst)
+        ],
         provenance=_provenance(report, run),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         document=htmlsafe_json_dumps(
@@ -136,14 +145,13 @@ def _drawn(data: PageData) -> dict[str, Any]:
     }
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def _facts(report: ParityReport) -> list[tuple[str, str]]:
     """The run in a few numbers."""
     measured = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
-    order = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
-    counts = [f"{GLYPHS[kind]} {report.count(kind)} {kind}" for kind in order if report.count(kind)]
+    counts = [f"{GLYPHS[kind]} {report.count(kind)} {kind}" for kind in SEVERITY if report.count(kind)]
     facts = [
         ("taps", " · ".join(counts) or "none"),
-        ("layers", _layers(report.layers)),
+        ("layers", _dashed(report.layers)),
         ("mode", " and ".join(report.modes)),
         ("numbers", report.arithmetic),
     ]
@@ -159,32 +167,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def _layers(layers: tuple[int, ...]) -> str:
-    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}–{layers[-1]}"
-    return ", ".join(map(str, layers))
-
-
-def _worst(report: Report, decode: Decode) -> list[dict[str, Any]]:
-    """The positions whose next token is farthest off, readable."""
-    if report.logits is None:
-        return []
-    return [
-        {
-            "at": "{}, {}".format(*position.at),
-            "token": decode(position.token),
-            "kl": position.kl,
-            "golden": decode(position.golden),
-            "found": decode(position.found),
-            "same": position.golden == position.found,
-            "gap": position.gap,
-        }
-        for position in report.logits.worst
-    ]
-
-
-def _baseline(report: Report) -> dict[str, Any] | None:
-    """What the baseline says, what has grown beyond it, and the taps that only one side has."""
+def _baseline(report: ParityReport) -> dict[str, Any] | None:
+    """The baseline's verdict, the errors that grew beyond it, and the taps that only one side has."""
     gate = report.gate
     if gate is None:
         return None
@@ -192,23 +176,23 @@ def _baseline(report: Report) -> dict[str, Any] | None:
     absent = (("without a record", gate.unrecorded), ("recorded, but not compared", gate.missing))
     return {
         "compared": f"{gate.path}: {gate.compared} taps compared{platforms}.",
-        "sentences": of_baseline(report),
-        "grown": [(one.name, one.mode.value, one.measure, *growth_numbers(one)) for one in gate.grown[:_MOST]],
+        "sentences": baseline_sentences(report),
+        "grown": [(one.name, one.mode.value, one.measure, *grown_numbers(one)) for one in gate.grown[:_MOST]],
         "more": max(0, len(gate.grown) - _MOST),
         "raised": gate.updated,
         "absent": [(what, [f"{tap.name}, {tap.mode}" for tap in taps]) for what, taps in absent if taps],
     }
 
 
-def _clean(report: Report) -> str:
+def _clean(report: ParityReport) -> str:
     """The layers that ran again without any operation being wrong by itself."""
-    clean = [descent.layer for descent in report.descents if not descent.wrong]
+    clean = [found.layer for found in report.localizations if not found.wrong]
     layers = tuple(layer for layer in clean if layer is not None)
-    parts = [f"layer{'s' if len(layers) > 1 else ''} {_layers(layers)}"] if layers else []
+    parts = [f"layer{'s' if len(layers) > 1 else ''} {_dashed(layers)}"] if layers else []
     return " and ".join([*parts, *(["the model level"] if None in clean else [])])
 
 
-def _provenance(report: Report, run: Run) -> list[tuple[str, list[tuple[str, str]], bool]]:
+def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tuple[str, str]], bool]]:
     """Groups of lines, and whether they are folded: the files of a checkpoint can be many."""
     run_lines = [
         ("command", without_secrets(run.command)),
@@ -217,11 +201,40 @@ def _provenance(report: Report, run: Run) -> list[tuple[str, list[tuple[str, str
         ("numbers", report.arithmetic),
         *((f"limit, {name}", f"{value:g} × noise floor") for name, value in dataclasses.asdict(report.limits).items()),
     ]
-    groups = [("Run", run_lines, False), ("Machine", list(flat(report.platform)), False)]
+    groups = [("Run", run_lines, False), ("Machine", list(_flat(report.platform)), False)]
     for title, facts in (("Checkpoint", report.checkpoint), ("Golden", report.golden)):
-        lines = list(flat(facts))
+        lines = list(_flat(facts))
         files = [line for line in lines if ".shards." in line[0] or ".files." in line[0]]
         groups.append((title, [line for line in lines if line not in files], False))
         if files:
             groups.append((f"{title}: {len(files)} files of its source", files, True))
     return groups
+
+
+def _dashed(layers: Iterable[int]) -> str:
+    return ranges(layers).replace("-", "–")
+
+
+def _coded(text: str) -> Markup:
+    """Text with the parts between backticks as code; everything is escaped."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
+
+
+def _broken(name: str) -> Markup:
+    """A dotted name that may continue on the next line after a dot."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested JSON values as lines: ``reference.versions.torch``, and the value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        for number, item in enumerate(value):
+            yield from _flat(item, f"{name}.{number}")
+    elif value is not None and value != () and value != []:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,72 +1,89 @@
-"""The outcome of a parity run, as data.
-
-Words are in :mod:`dsv4_convert.parity.explain`, tables in :mod:`dsv4_convert.parity.render`.
-"""
+"""The outcome of a parity run, as data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from dsv4_convert.golden.archive import Form
+from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.blame import WeightDifference
 from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.secrets import all_without_secrets
+from dsv4_convert.parity.report.secrets import all_without_secrets
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 3
 #: The most severe first.
-_SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
+SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TapResult:
+class TapInMode:
+    """A tap in one of the modes: the subject of a result, or a tap that only the run or only its baseline has."""
+
+    key: TapKey
+    mode: Mode
+
+    @property
+    def name(self) -> str:
+        """The full name."""
+        return str(self.key)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, None for the model level."""
+        return self.key.layer
+
+    @property
+    def short(self) -> str:
+        """The name within its layer."""
+        return self.key.tap.name
+
+    @property
+    def meaning(self) -> str:
+        """The tap's meaning, in words."""
+        return self.key.tap.meaning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TapResult(TapInMode):
     """One compared tap. ``distance`` for real numbers, ``flips`` for choices; neither where shapes differ.
 
-    ``form``: what of the tap the numbers are about. Of a compact golden it is the form that came out worst; the worst
-    "element" of a sketch is a number of the sketch, the first one the rms of the row.
+    ``form``: the form of the tap that the numbers are about. A compact golden keeps a tap in two forms, and the one
+    that came out worst is reported. The worst "element" of a sketch is a number of the sketch, whose first number is
+    the rms of the row.
     """
 
-    name: str
-    mode: Mode
     verdict: Verdict
     reason: str
     shape: tuple[int, ...]
     distance: Distance | None = None
     flips: Flips | None = None
-    form: Form = Form.WHOLE
-
-    @property
-    def layer(self) -> int | None:
-        """The layer, None for the model level."""
-        return by_name(self.name)[1]
-
-    @property
-    def short(self) -> str:
-        """The name within its layer."""
-        return by_name(self.name)[0].name
-
-    @property
-    def meaning(self) -> str:
-        """What the tap is, in words."""
-        return by_name(self.name)[0].meaning
+    form: TapForm = TapForm.WHOLE
 
     @property
     def passes(self) -> bool:
-        """It agrees; a tie does, too."""
+        """Whether it agrees, as a tie does."""
         return self.verdict in (Verdict.PASS, Verdict.TIE)
 
+    @property
+    def multiple(self) -> float | None:
+        """The error in multiples of the noise floor, as one number; None if nothing was measured."""
+        if self.distance is not None:
+            return self.distance.noise.largest
+        return None if self.flips is None else self.flips.noise
+
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
-        """By which measures it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
+        """The measures by which it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
         if self.verdict is not Verdict.FAIL:
             return ()
         if self.distance is not None:
@@ -75,20 +92,19 @@ class TapResult:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Descent:
-    """A failing layer (None: the model level) run again with every operation fed with the golden's own inputs.
+class Localization:
+    """The wrong operations of a failing layer (None: the model level), and the weights and experts that they involve.
 
-    ``fed``: whether it was. A compact golden does not hold these inputs, and then only the operation of the first
-    failing tap is here, from the run itself.
-    ``wrong``: the operations whose result differs even so, in order of execution: each of them is a fault of its own.
-    ``weights``: the parameters that these operations use. ``damaged``: those of them whose stored bytes are not
-    what was converted. ``differing``: those of them that differ from the source;
-    None where no source was at hand. ``experts``: experts that all failing tokens of ``ffn.experts`` share with no
-    passing one.
+    ``teacher_forced``: the layer ran again with every operation on the golden's own inputs. A compact golden does not
+    hold these inputs; then only the operation of the first failing tap is here, from the run itself.
+    ``wrong``: the operations whose result differs even so, in order of execution: each is a fault of its own.
+    ``weights``: the parameters that these operations use. ``damaged``: the weights whose stored bytes changed after the
+    conversion. ``differing``: the weights that differ from the source; None if no source was given. ``experts``: the
+    experts that all failing tokens of ``ffn.experts`` share with no passing one.
     """
 
     layer: int | None
-    fed: bool
+    teacher_forced: bool
     wrong: tuple[TapResult, ...]
     weights: tuple[str, ...]
     damaged: tuple[str, ...]
@@ -97,7 +113,7 @@ class Descent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Growth:
+class ErrorSplit:
     """The error of the streams that leave a layer, as rms relative to the golden's, split into two.
 
     ``total`` (cumulative) is, element by element, the sum of ``inherited``, which the layer makes of the error that
@@ -114,23 +130,13 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unrecorded:
-    """A tap that only one side has: the run, or its baseline."""
-
-    name: str
-    mode: Mode
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grown:
+class GrownError(TapInMode):
     """An error within tolerance, but beyond what its baseline allows.
 
     ``measure``: ``tap``, ``row`` or ``element``, in multiples of the noise floor, or of a choice ``tokens``, the share
     of tokens that chose otherwise.
     """
 
-    name: str
-    mode: Mode
     measure: str
     recorded: float
     allowed: float
@@ -150,9 +156,9 @@ class Gate:
     path: str
     platforms: tuple[str, ...]
     compared: int
-    grown: tuple[Grown, ...]
-    unrecorded: tuple[Unrecorded, ...]
-    missing: tuple[Unrecorded, ...]
+    grown: tuple[GrownError, ...]
+    unrecorded: tuple[TapInMode, ...]
+    missing: tuple[TapInMode, ...]
     left_out: int
     update: bool = False
     updated: bool = False
@@ -167,7 +173,7 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfLayer:
+class LayerSummary:
     """The taps of one layer (None: the model level) in one mode.
 
     ``worst``: the measured one that is farthest off. ``severe``: the most severe verdict.
@@ -184,12 +190,12 @@ class OfLayer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """A whole run: taps in order of execution, isolated before cumulative, and what was compared with what.
+class ParityReport:
+    """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
-    ``detail``: what pictures need beyond it, if that was asked for; no part of the JSON.
+    ``detail``: numbers for figures, if asked for; not part of the JSON.
     """
 
     modes: tuple[Mode, ...]
@@ -199,10 +205,10 @@ class Report:
     limits: Limits
     layers: tuple[int, ...]
     taps: tuple[TapResult, ...]
-    descents: tuple[Descent, ...]
-    growth: tuple[Growth, ...]
-    reach: tuple[LayerReach, ...]
-    require_reach: bool
+    localizations: tuple[Localization, ...]
+    error_splits: tuple[ErrorSplit, ...]
+    prompt_coverage: tuple[LayerCoverage, ...]
+    require_coverage: bool
     logits: LogitsComparison | None
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
@@ -211,7 +217,7 @@ class Report:
     detail: Detail | None = None
 
     def __post_init__(self) -> None:
-        """Once, for whatever is made of a report."""
+        """Remove secrets once, for every presentation of the report."""
         for name in ("checkpoint", "golden"):
             object.__setattr__(self, name, all_without_secrets(getattr(self, name)))
 
@@ -219,16 +225,16 @@ class Report:
         """Number of taps with this verdict."""
         return sum(tap.verdict is verdict for tap in self.taps)
 
-    def by_layer(self, mode: Mode) -> Iterator[OfLayer]:
-        """What was compared in a mode, layer by layer, in order of execution."""
+    def by_layer(self, mode: Mode) -> Iterator[LayerSummary]:
+        """The results of a mode, layer by layer, in order of execution."""
         for layer, group in groupby((tap for tap in self.taps if tap.mode is mode), key=lambda tap: tap.layer):
             taps = tuple(group)
             measured = [tap for tap in taps if tap.distance is not None]
-            yield OfLayer(
+            yield LayerSummary(
                 layer=layer,
                 taps=taps,
                 worst=max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None),
-                severe=min((tap.verdict for tap in taps), key=_SEVERITY.index),
+                severe=min((tap.verdict for tap in taps), key=SEVERITY.index),
             )
 
     @property
@@ -238,6 +244,16 @@ class Report:
         return self.dtype if numerics == "plain" else f"{self.dtype} in {numerics} numerics"
 
     @property
+    def versions(self) -> str:
+        """The versions of the packages that computed, in one line."""
+        return ", ".join(f"{name} {version}" for name, version in self.platform.get("versions", {}).items())
+
+    @cached_property
+    def wrong(self) -> frozenset[TapKey]:
+        """The operations that a localization found wrong by themselves."""
+        return frozenset(tap.key for found in self.localizations for tap in found.wrong)
+
+    @property
     def first_diverging(self) -> TapResult | None:
         """The first failing tap in order of execution; isolated ones first, because they have inherited nothing."""
         return next((tap for tap in self.taps if tap.verdict is Verdict.FAIL), None)
@@ -245,12 +261,12 @@ class Report:
     @property
     def first_wrong(self) -> TapResult | None:
         """The first operation that is wrong on the golden's own inputs, if there is one."""
-        return next((tap for descent in self.descents for tap in descent.wrong), None)
+        return next((tap for localization in self.localizations for tap in localization.wrong), None)
 
     @property
-    def unreached(self) -> tuple[LayerReach, ...]:
+    def uncovered(self) -> tuple[LayerCoverage, ...]:
         """The layers of which the golden leaves something unchecked."""
-        return tuple(layer for layer in self.reach if not layer.complete)
+        return tuple(layer for layer in self.prompt_coverage if not layer.complete)
 
     @property
     def agrees(self) -> bool:
@@ -258,14 +274,14 @@ class Report:
         return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
 
     @property
-    def reached(self) -> bool:
+    def covered(self) -> bool:
         """The golden reaches everything, if that is required."""
-        return not (self.require_reach and self.unreached)
+        return not (self.require_coverage and self.uncovered)
 
     @property
     def passed(self) -> bool:
         """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
-        return self.agrees and self.reached and (self.gate is None or self.gate.passed)
+        return self.agrees and self.covered and (self.gate is None or self.gate.passed)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
@@ -280,16 +296,16 @@ class Report:
             "decode": self.decode,
             "phase": self.phase,
             "dtype": self.dtype,
-            "limits": dataclasses.asdict(self.limits),
+            "limits": self.limits,
             "layers": list(self.layers),
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
-            "taps": [dataclasses.asdict(tap) for tap in self.taps],
-            "descents": [dataclasses.asdict(descent) for descent in self.descents],
-            "growth": [dataclasses.asdict(layer) for layer in self.growth],
-            "require_reach": self.require_reach,
-            "reach": [dataclasses.asdict(layer) for layer in self.reach],
-            "baseline": None if self.gate is None else {"passed": self.gate.passed, **dataclasses.asdict(self.gate)},
-            "logits": None if self.logits is None else dataclasses.asdict(self.logits),
+            "taps": self.taps,
+            "descents": self.localizations,
+            "growth": self.error_splits,
+            "require_reach": self.require_coverage,
+            "reach": self.prompt_coverage,
+            "baseline": None if self.gate is None else {"passed": self.gate.passed, **plain(self.gate)},
+            "logits": self.logits,
             "checkpoint": dict(self.checkpoint),
             "golden": dict(self.golden),
             "platform": dict(self.platform),
@@ -297,8 +313,17 @@ class Report:
         return {key: plain(value) for key, value in document.items()}
 
 
+#: Fields whose name in JSON is another one.
+_IN_JSON = {"key": "name", "teacher_forced": "fed"}
+
+
 def plain(value: Any) -> Any:
-    """Nested values as JSON holds them: tuples to lists, non-finite numbers to strings."""
+    """Nested values as JSON holds them: dataclasses to objects, tuples to lists, non-finite numbers to strings."""
+    if isinstance(value, TapKey):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        fields = (field.name for field in dataclasses.fields(value))
+        return {_IN_JSON.get(name, name): plain(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

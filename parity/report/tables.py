@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console, Group
@@ -10,25 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, verdict, why
 from dsv4_convert.parity.logits import TOP, LogitsComparison
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Gate, Growth, Report, TapResult
+from dsv4_convert.parity.report.data import ErrorSplit, Gate, ParityReport, TapResult
+from dsv4_convert.parity.report.words import Decode, grown_numbers, missed, noise_floor, position_cells, verdict, why
 from dsv4_convert.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
-#: Taps that are listed of a layer where not all are.
+#: Taps listed per layer, unless all are.
 _FEW = 6
-#: Columns that a narrow window loses, the first one first.
+#: Columns that a narrow window drops, in this order.
 _DISPENSABLE = ("1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
 #: Errors beyond their record that are listed.
 _MOST = 12
-#: Decodes one token id, or says that it cannot.
-Decode = Callable[[int], str]
 
 
 def render(
-    report: Report,
+    report: ParityReport,
     console: Console,
     *,
     every_tap: bool = True,
@@ -39,12 +37,12 @@ def render(
     """Print the report.
 
     Args:
-        report: what to print.
-        console: where.
-        every_tap: all taps; otherwise one line per layer, and only the taps that do not simply pass.
-        explained: a paragraph on every tap that would be in a table, instead of the table.
+        report: the report.
+        console: the console to print to.
+        every_tap: list all taps. Otherwise print one line per layer, and list only failures and ties.
+        explained: print a paragraph for each tap instead of the tables.
         decode: makes a token id readable.
-        sentence: whether the verdict comes last.
+        sentence: print the verdict at the end.
     """
     shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
     if not every_tap:
@@ -57,11 +55,11 @@ def render(
     else:
         for table in _tables(shown, report, len(shown) if every_tap else _FEW):
             _print(console, table)
-    if report.growth:
-        _print(console, _growth(report.growth))
+    if report.error_splits:
+        _print(console, _growth(report.error_splits))
     if report.logits is not None:
         _print(console, _logits(report.logits, decode))
-    for layer in report.unreached:
+    for layer in report.uncovered:
         console.print(Text(f"not reached, {missed(layer)}", style="yellow"))
     for table in () if report.gate is None else _grown(report.gate):
         _print(console, table)
@@ -70,7 +68,7 @@ def render(
 
 
 def _print(console: Console, titled: Group) -> None:
-    """A table under its title, without what a narrow window has no room for."""
+    """Print a table under its title, without the columns that a narrow window has no room for."""
     for part in titled.renderables:
         console.print(fitted(part, console, dispensable=_DISPENSABLE) if isinstance(part, Table) else part)
 
@@ -87,7 +85,7 @@ def _titled(title: str, table: Table) -> Group:
     return Group(Text(title, style="italic"), table)
 
 
-def _summary(report: Report, mode: Mode) -> Group:
+def _summary(report: ParityReport, mode: Mode) -> Group:
     """One line per layer: how many taps, and the one that is farthest off."""
     table = _table(
         ("layer", "left"),
@@ -98,7 +96,7 @@ def _summary(report: Report, mode: Mode) -> Group:
         ("experts", "right"),
         ("verdict", "left"),
     )
-    experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.reach}
+    experts = {layer.layer: f"{layer.experts}/{layer.of}" for layer in report.prompt_coverage}
     for of in report.by_layer(mode):
         numbers = ("", "")
         if of.worst is not None and of.worst.distance is not None:
@@ -114,10 +112,9 @@ def _summary(report: Report, mode: Mode) -> Group:
     return _titled(f"{report.arithmetic}, {mode}: worst tap of each layer", table)
 
 
-def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[Group]:
+def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iterator[Group]:
     """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
-    wrong = {result.name for descent in report.descents for result in descent.wrong}
     for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
         listed = list(group)
         title = "model level" if layer is None else f"layer {layer}"
@@ -130,7 +127,7 @@ def _tables(taps: Sequence[TapResult], report: Report, limit: int) -> Iterator[G
             text = Text(tap.verdict.value, style=_STYLE[tap.verdict])
             if tap is first:
                 text.append(" < first")
-            if tap.verdict is Verdict.FAIL and tap.name in wrong:
+            if tap.verdict is Verdict.FAIL and tap.key in report.wrong:
                 text.append(", wrong by itself")
             table.add_row(tap.short, *_numbers(tap), text)
         if len(listed) > limit:
@@ -162,13 +159,13 @@ def _grown(gate: Gate) -> Iterator[Group]:
         listed = list(group)
         for at, grown in enumerate(listed[:_MOST]):
             same = at > 0 and listed[at - 1].name == grown.name
-            table.add_row("" if same else grown.name, grown.measure, *growth_numbers(grown))
+            table.add_row("" if same else grown.name, grown.measure, *grown_numbers(grown))
         if len(listed) > _MOST:
             table.add_row(f"and {len(listed) - _MOST} more")
         yield _titled(f"within tolerance, but grown since it was recorded, {mode}", table)
 
 
-def _growth(growth: Sequence[Growth]) -> Group:
+def _growth(growth: Sequence[ErrorSplit]) -> Group:
     """Error of the streams that leave each layer: what came in, what the layer added."""
     table = _table(
         ("layer", "left"),
@@ -196,14 +193,7 @@ def _logits(logits: LogitsComparison, decode: Decode) -> Group:
         ("gap", "right"),
     )
     for position in logits.worst:
-        table.add_row(
-            "{}, {}".format(*position.at),
-            decode(position.token),
-            f"{position.kl:.1e}",
-            decode(position.golden),
-            decode(position.found),
-            f"{position.gap:.1e}",
-        )
+        table.add_row(*position_cells(position, decode))
     title = (
         f"next token at {logits.positions} positions: same first choice {logits.top1:.2%}, top {TOP} "
         f"{logits.topk:.2%}, KL mean {logits.kl_mean:.1e}, largest {logits.kl_max:.1e} nats"

@@ -6,11 +6,10 @@ import dataclasses
 from collections import Counter
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.html.data import kind, multiple
-from dsv4_convert.parity.html.shades import shade
-from dsv4_convert.parity.html.words import GLYPHS, short
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.report.data import ParityReport, TapResult
+from dsv4_convert.parity.report.html.data import kind
+from dsv4_convert.parity.report.html.marks import GLYPHS, shade, short
 from dsv4_convert.spec.taps import STATE, TAPS
 
 _ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
@@ -36,7 +35,7 @@ class Table:
     failing: tuple[tuple[str, int], ...]
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: ParityReport) -> list[Table]:
     """For each mode a table of the layers, then for each one of the model level; those that have something."""
     layers, outer = [], []
     for mode in report.modes:
@@ -48,10 +47,9 @@ def tables(report: Report) -> list[Table]:
     return [table for table in (*layers, *outer) if table.rows]
 
 
-def _table(report: Report, mode: Mode, taps: list[TapResult], columns: list[int] | list[None]) -> Table:
+def _table(report: ParityReport, mode: Mode, taps: list[TapResult], columns: list[int] | list[None]) -> Table:
     first = report.first_diverging
-    wrong = {result.name for descent in report.descents for result in descent.wrong}
-    cells = {(tap.short, tap.layer): _cell(tap, first=tap is first, wrong=tap.name in wrong) for tap in taps}
+    cells = {(tap.short, tap.layer): _cell(tap, first=tap is first, wrong=tap.key in report.wrong) for tap in taps}
     failing = Counter(tap.layer for tap in taps if tap.verdict is Verdict.FAIL)
     meanings = {tap.short: tap.meaning for tap in taps}
     names = sorted(meanings, key=_ORDER.__getitem__)
@@ -65,7 +63,7 @@ def _table(report: Report, mode: Mode, taps: list[TapResult], columns: list[int]
     )
 
 
-def _column(report: Report, layer: int | None) -> tuple[str, str]:
+def _column(report: ParityReport, layer: int | None) -> tuple[str, str]:
     if layer is None:
         return "model", ""
     return str(layer), "" if report.detail is None else kind(report.detail.prompt, layer)
@@ -73,7 +71,7 @@ def _column(report: Report, layer: int | None) -> tuple[str, str]:
 
 def _cell(tap: TapResult, *, first: bool, wrong: bool) -> Cell:
     fails = tap.verdict is Verdict.FAIL
-    number = multiple(tap)
+    number = tap.multiple
     glyph = "" if tap.verdict is Verdict.PASS else GLYPHS[tap.verdict]
     classes = []
     if tap.verdict is Verdict.TIE:

@@ -10,13 +10,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsv4_convert.parity.html.data import Course, Depth, Divergence, Failing, TokenMap
-from dsv4_convert.parity.html.scale import Scale, power
-from dsv4_convert.parity.html.shades import shade
-from dsv4_convert.parity.html.svg import ROLES, new_figure, settings, to_svg
-from dsv4_convert.parity.html.words import short
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Growth
+from dsv4_convert.parity.report.data import ErrorSplit
+from dsv4_convert.parity.report.html.data import Course, Depth, Divergence, Failing, TokenMap
+from dsv4_convert.parity.report.html.marks import shade, short
+from dsv4_convert.parity.report.html.scale import Scale, power
+from dsv4_convert.parity.report.html.svg import ROLES, new_figure, settings, to_svg
 from dsv4_convert.parity.tolerances import LIMITS
 
 #: Units, which a phone shows as about 0.9 pixels and a desk as 1.2; the wide ones scroll.
@@ -119,8 +118,8 @@ def course(data: Course, name: str) -> Markup:
         return to_svg(figure, name, f"Error through {where}, {data.mode}", words)
 
 
-def growth(data: Sequence[Growth], name: str) -> Markup:
-    """What the error of the streams is made of: inherited by a layer, and added by it."""
+def growth(data: Sequence[ErrorSplit], name: str) -> Markup:
+    """The error of the streams that leave each layer, split into an inherited and an added part."""
     with settings():
         figure = new_figure(_WIDTH, 260)
         axes = figure.subplots()
@@ -184,7 +183,7 @@ def token_map(data: TokenMap, name: str) -> Markup:
         return to_svg(figure, name, f"Error by token and layer, {MAPS[data.what]}, {data.mode}", words)
 
 
-#: What the maps over tokens show.
+#: Titles of the maps over tokens.
 MAPS = {"worst": "the worst tap of each layer", "streams": "the streams that leave each layer"}
 
 

@@ -1,7 +1,8 @@
-"""The colours of the maps: five shades of blue within the limits, four from amber to brown beyond them.
+"""How the page shows a verdict and a multiple of the noise floor: a glyph, a short number, a shade.
 
-Blue and amber differ for every kind of colour blindness, and each step in lightness as well. Within the limits the
-colour is laid over the page, so it follows its theme.
+There are five shades of blue within the limits and four from amber to brown beyond them. Blue and amber differ for all
+kinds of colour blindness, and so does the lightness of each step. Within the limits the colour is translucent, so it
+follows the page's theme.
 """
 
 from __future__ import annotations
@@ -9,7 +10,24 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.tolerances import LIMITS
+
+#: A shape and a word beside every colour.
+GLYPHS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.TIE: "≈", Verdict.EMPTY: "–"}
+
+
+def short(multiple: float) -> str:
+    """``0``, ``0.3``, ``2.8``, ``24``, ``140``, ``1e7``; ``∞`` for what is no number."""
+    if not math.isfinite(multiple):
+        return "∞"
+    if multiple == 0:
+        return "0"
+    if multiple < 0.05:
+        return f"{multiple:.0e}".replace("e-0", "e-")
+    if multiple < 9.95:
+        return f"{multiple:.1f}"
+    return f"{multiple:.0f}" if multiple < 999.5 else f"{multiple:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 @dataclasses.dataclass(frozen=True)

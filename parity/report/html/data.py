@@ -17,15 +17,14 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.detail import EDGES, Detail, Prompt, Sample
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Growth, Report, TapResult
+from dsv4_convert.parity.report.data import ErrorSplit, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.spec.config import AttentionKind
-from dsv4_convert.spec.taps import Values, by_name
 
 Array = np.ndarray[Any, Any]
 
 #: The lines over depth, by tap.
-LINES = {"attn.wo_b": "attention", "ffn": "experts", STREAMS: "streams"}
+LINES = {"attn.wo_b": "attention", "ffn": "experts", STREAMS.name: "streams"}
 #: Columns of a map over tokens, and points over positions; a longer prompt is binned by its largest.
 COLUMNS = 384
 #: Blocks whose ends are marked in a map, at most.
@@ -130,20 +129,20 @@ class PageData:
 
     depth: tuple[Depth, ...]
     course: Course | None
-    growth: tuple[Growth, ...]
+    growth: tuple[ErrorSplit, ...]
     maps: tuple[TokenMap, ...]
     failing: tuple[Failing, ...]
     agreements: tuple[Agreement, ...]
     divergences: tuple[Divergence, ...]
 
 
-def page_data(report: Report) -> PageData:
+def page_data(report: ParityReport) -> PageData:
     """The numbers of all figures."""
     detail = report.detail
     return PageData(
         depth=tuple(depth for mode in report.modes if (depth := _depth(report, mode)) is not None),
         course=_course(report),
-        growth=report.growth,
+        growth=report.error_splits,
         maps=() if detail is None else tuple(_maps(report, detail)),
         failing=tuple(_failing(report)),
         agreements=tuple(_agreement(tap, detail) for tap in report.taps if tap.flips is not None),
@@ -157,14 +156,7 @@ def kind(prompt: Prompt, layer: int) -> str:
     return short[prompt.config.attention[layer]] + ("*" if prompt.config.hash_routed[layer] else "")
 
 
-def multiple(tap: TapResult) -> float | None:
-    """The number that stands for a tap, as in the terminal; None where it has none."""
-    if tap.distance is not None:
-        return tap.distance.noise.largest
-    return None if tap.flips is None else tap.flips.noise
-
-
-def _depth(report: Report, mode: Mode) -> Depth | None:
+def _depth(report: ParityReport, mode: Mode) -> Depth | None:
     taps = {(tap.layer, tap.short): tap for tap in report.taps if tap.mode is mode and tap.layer is not None}
     layers = tuple(sorted({tap.layer for tap in taps.values() if tap.layer is not None}))
     if len(layers) < 2:
@@ -177,27 +169,27 @@ def _depth(report: Report, mode: Mode) -> Depth | None:
             for layer, tap in zip(layers, there, strict=True)
             if tap is not None and tap.verdict is Verdict.FAIL
         )  # fmt: skip
-        multiples = tuple(None if tap is None else multiple(tap) for tap in there)
+        multiples = tuple(None if tap is None else tap.multiple for tap in there)
         if any(value is not None for value in multiples):
             lines.append(Line(name, short, multiples, failing))
     first = next((tap.layer for tap in report.taps if tap.mode is mode and tap.verdict is Verdict.FAIL), None)
     return Depth(mode, layers, tuple(lines), first) if lines else None
 
 
-def _course(report: Report) -> Course | None:
+def _course(report: ParityReport) -> Course | None:
     """Through the layer that diverges first, or else the one that comes closest to a limit."""
-    measured = [tap for tap in report.taps if multiple(tap) is not None]
+    measured = [tap for tap in report.taps if tap.multiple is not None]
     shown = report.first_diverging or max(measured, key=lambda tap: _share(tap, report.limits), default=None)
     if shown is None:
         return None
     taps = [tap for tap in measured if (tap.layer, tap.mode) == (shown.layer, shown.mode)]
-    descents = (descent for descent in report.descents if descent.layer == shown.layer)
-    wrong = tuple(result.short for descent in descents for result in descent.wrong)
+    localizations = (localization for localization in report.localizations if localization.layer == shown.layer)
+    wrong = tuple(result.short for localization in localizations for result in localization.wrong)
     return Course(
         mode=shown.mode,
         layer=shown.layer,
         taps=tuple(tap.short for tap in taps),
-        multiples=tuple(value for tap in taps if (value := multiple(tap)) is not None),
+        multiples=tuple(value for tap in taps if (value := tap.multiple) is not None),
         verdicts=tuple(tap.verdict for tap in taps),
         wrong=wrong,
     )
@@ -207,7 +199,7 @@ def _share(tap: TapResult, limits: Limits) -> float:
     return 0.0 if tap.distance is None else tap.distance.noise.largest_share(limits)
 
 
-def _maps(report: Report, detail: Detail) -> list[TokenMap]:
+def _maps(report: ParityReport, detail: Detail) -> list[TokenMap]:
     maps = []
     prompt = detail.prompt
     step = max(1, math.ceil(prompt.tokens / COLUMNS))
@@ -254,17 +246,17 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _failing(report: Report) -> list[Failing]:
+def _failing(report: ParityReport) -> list[Failing]:
     """The first tap that diverges, and the first of further layers; those with a sample before those without."""
     first = report.first_diverging
     if first is None:
         return []
-    results = {(tap.name, tap.mode): tap for tap in report.taps}
+    results = {(tap.key, tap.mode): tap for tap in report.taps}
     samples = [] if report.detail is None else report.detail.samples
     # Behind the first fault a cumulative run only inherits it.
     of_first_mode = [sample for sample in samples if sample.mode is first.mode]
     kept = of_first_mode[:SHOWN] if first.mode is Mode.ISOLATED else of_first_mode[:1]
-    shown = [_drawn(results[sample.name, sample.mode], sample) for sample in kept]
+    shown = [_drawn(results[sample.key, sample.mode], sample) for sample in kept]
     return shown if any(item.result is first for item in shown) else [Failing(first), *shown]
 
 
@@ -293,7 +285,6 @@ def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
     assert tap.layer is not None
     experts = tap.short.startswith("ffn.")
     hashed = experts and detail is not None and detail.prompt.config.hash_routed[tap.layer]
-    assert by_name(tap.name)[0].values is Values.CHOICE
     return Agreement(
         layer=tap.layer,
         mode=tap.mode,

@@ -1,4 +1,4 @@
-"""What a prompt reaches, by architectures where it is plain to see."""
+"""Coverage of a prompt, for architectures where it is plain to see."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.reach import reach
+from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.golden.recorder import record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
@@ -39,7 +39,7 @@ def _golden(folder: Path, length: int) -> Golden:
 def test_operations_that_are_not_reached(tmp_path: Path, length: int, missed: dict[int, list[str]]) -> None:
     golden = _golden(tmp_path, length)
     for layer, expected in missed.items():
-        found = reach(golden, layer).missed
+        found = prompt_coverage(golden, layer).missed
         assert len(found) == len(expected), found
         for words, sentence in zip(expected, found, strict=True):
             assert words in sentence
@@ -48,6 +48,6 @@ def test_operations_that_are_not_reached(tmp_path: Path, length: int, missed: di
 def test_experts_are_counted(tmp_path: Path) -> None:
     golden = _golden(tmp_path, 3)
     for layer in golden.layers:
-        found = reach(golden, layer)
+        found = prompt_coverage(golden, layer)
         assert (found.experts, found.of) == (len(set(golden.read(f"layers.{layer}.ffn.gate.experts").ravel())), 6)
         assert not found.complete

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.explain import growth, growth_numbers, verdict, why
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.report.data import ParityReport, TapResult
+from dsv4_convert.parity.report.words import grown_by, grown_numbers, verdict, why
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9
@@ -21,7 +21,7 @@ _ROWS = 20
 _MARK = {Verdict.FAIL: "❌", Verdict.TIE: "≈", Verdict.PASS: "✅", Verdict.EMPTY: "∅"}
 
 
-def commands(report: Report) -> Iterator[str]:
+def commands(report: ParityReport) -> Iterator[str]:
     """One line each: the verdict, and the first taps that fail."""
     kind = "notice" if report.passed else "error"
     yield command(kind, "dsv4 parity", verdict(report))
@@ -30,12 +30,12 @@ def commands(report: Report) -> Iterator[str]:
     taps = [(f"{tap.name} ({tap.mode})", why(tap, report)) for tap in report.taps if tap.verdict is Verdict.FAIL]
     if report.gate is not None and not report.gate.passed:
         for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
-            taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(growth, group))}."))
+            taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(grown_by, group))}."))
     for title, message in taps[:_ANNOTATIONS]:
         yield command("error", title, message)
 
 
-def summary(report: Report) -> str:
+def summary(report: ParityReport) -> str:
     """What ``$GITHUB_STEP_SUMMARY`` gets."""
     lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(verdict(report))}", ""]
     for mode in report.modes:
@@ -46,18 +46,17 @@ def summary(report: Report) -> str:
     if report.gate is not None and report.gate.grown:
         lines += [f"### Grown beyond {_code(report.gate.path)}", "", *_grown(report), ""]
     golden, device = report.golden.get("path", ""), report.platform.get("device", "")
-    versions = ", ".join(f"{name} {version}" for name, version in report.platform.get("versions", {}).items())
     about = [
         _code(str(report.checkpoint.get("path", ""))),
         f"golden {_code(str(golden))}",
         _escaped(str(device)),
-        versions,
+        report.versions,
     ]
     lines += [" · ".join(part for part in about if part), ""]
     return "\n".join(lines)
 
 
-def _layers(report: Report, mode: Mode) -> Iterator[str]:
+def _layers(report: ParityReport, mode: Mode) -> Iterator[str]:
     yield from _header(("layer", "taps", "fail", "ties", "worst tap", "noise floors", "verdict"))
     for of in report.by_layer(mode):
         yield _row(
@@ -79,12 +78,12 @@ def _failing(failing: list[TapResult]) -> Iterator[str]:
         yield _row(f"and {len(failing) - _ROWS} more", "", "", "")
 
 
-def _grown(report: Report) -> Iterator[str]:
+def _grown(report: ParityReport) -> Iterator[str]:
     assert report.gate is not None
     yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
     grown = report.gate.grown
     for one in grown[:_ROWS]:
-        yield _row(_code(one.name), one.mode.value, one.measure, *growth_numbers(one))
+        yield _row(_code(one.name), one.mode.value, one.measure, *grown_numbers(one))
     if len(grown) > _ROWS:
         yield _row(f"and {len(grown) - _ROWS} more", *[""] * 5)
 

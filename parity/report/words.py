@@ -1,27 +1,36 @@
-"""A parity report in words: the verdict, and why a tap passes or fails."""
+"""A parity report in words: the verdict, why a tap passes or fails, and what to do next.
+
+In the advice, text between backticks is to be typed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from dsv4_convert.golden.archive import Form
+from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
-from dsv4_convert.golden.reach import LayerReach
-from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.report import Descent, Gate, Grown, Report, TapResult
-from dsv4_convert.spec.taps import by_name
+from dsv4_convert.golden.prompt_coverage import LayerCoverage
+from dsv4_convert.parity.logits import Position
+from dsv4_convert.parity.metrics import Distance, Verdict, shown
+from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
 
+#: Makes a token id readable, or says that it cannot.
+Decode = Callable[[int], str]
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3
-#: What an index points at, by the form in which the golden keeps the tap.
+#: The thing that an index points at, by the form in which the golden keeps the tap.
 _PART = {
-    Form.WHOLE: "element",
-    Form.ROWS: "element of the rows that are kept exactly",
-    Form.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
+    TapForm.WHOLE: "element",
+    TapForm.ROWS: "element of the rows that are kept exactly",
+    TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
+_MORE_TOKENS = (
+    "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
+    "reach says what is missing."
+)
 
 
-def verdict(report: Report) -> str:
+def verdict(report: ParityReport) -> str:
     """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why."""
     first = report.first_diverging
     if first is not None:
@@ -35,8 +44,8 @@ def verdict(report: Report) -> str:
     if report.passed:
         return f"PASS: {agreement}." if gate is None else f"PASS: {agreement}. {_baseline(gate)}"
     objections = []
-    if not report.reached:
-        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.unreached))}")
+    if not report.covered:
+        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.uncovered))}")
     if gate is not None and not gate.passed:
         objections += _worse(gate)
     if gate is not None:
@@ -44,7 +53,7 @@ def verdict(report: Report) -> str:
     return f"FAIL: {agreement}, but {'; and '.join(objections)}."
 
 
-def _steps(report: Report) -> str:
+def _steps(report: ParityReport) -> str:
     """Which tokens were compared, where some came one by one."""
     if not report.decode:
         return ""
@@ -53,7 +62,7 @@ def _steps(report: Report) -> str:
     return f", {one_by_one}{', ' if report.phase else ''}{only[report.phase]}"
 
 
-def growth(grown: Grown) -> str:
+def grown_by(grown: GrownError) -> str:
     """How far an error is beyond its record."""
     if grown.measure == "tokens":
         return (
@@ -67,14 +76,14 @@ def growth(grown: Grown) -> str:
     )
 
 
-def growth_numbers(grown: Grown) -> tuple[str, str, str]:
+def grown_numbers(grown: GrownError) -> tuple[str, str, str]:
     """What is recorded, allowed and found, for a table."""
     show = "{:.1%}".format if grown.measure == "tokens" else "{:.2f}x".format
     return show(grown.recorded), show(grown.allowed), show(grown.found)
 
 
-def of_baseline(report: Report) -> list[str]:
-    """What a baseline says of a run; nothing without one."""
+def baseline_sentences(report: ParityReport) -> list[str]:
+    """The baseline's verdict on a run; empty without a baseline."""
     gate = report.gate
     if gate is None:
         return []
@@ -94,7 +103,7 @@ def _worse(gate: Gate) -> Iterator[str]:
             f"{names} taps have errors beyond their record" if names > 1 else "one tap has an error beyond its record"
         )
         which = ", the first of them" if names > 1 else ":"
-        yield f"{more}{which} {first.name} ({by_name(first.name)[0].meaning}), {first.mode}: {growth(first)}"
+        yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {grown_by(first)}"
     if gate.missing:
         yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
     if gate.update:
@@ -107,18 +116,18 @@ def _worse(gate: Gate) -> Iterator[str]:
         yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
 
 
-def _unchanged(report: Report, gate: Gate) -> Iterator[str]:
+def _unchanged(report: ParityReport, gate: Gate) -> Iterator[str]:
     """That a baseline was not written although that was wanted, of a run within tolerance."""
     if not gate.update or gate.updated:
         return
-    if not report.reached or gate.missing:
+    if not report.covered or gate.missing:
         yield f"{gate.path} is unchanged, since only a run that reaches and compares everything is recorded"
     else:
         yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
 
 
 def _baseline(gate: Gate) -> str:
-    """What a baseline that is passed says, and what became of it."""
+    """The verdict of a baseline that the run passes, and whether its file changed."""
     aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
     if not gate.updated:
         return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
@@ -132,20 +141,20 @@ def _baseline(gate: Gate) -> str:
     return f"{gate.path}: {', '.join(changes) or 'nothing to change'}{because}{aside}."
 
 
-def _untouched(report: Report) -> Iterator[str]:
+def _untouched(report: ParityReport) -> Iterator[str]:
     """A run that fails records nothing."""
     if report.gate is not None and report.gate.update:
         yield f"{report.gate.path} is unchanged: only what is within tolerance is recorded."
 
 
-def missed(layer: LayerReach) -> str:
-    """What the golden leaves unchecked in a layer."""
+def missed(layer: LayerCoverage) -> str:
+    """The part of a layer that the golden leaves unchecked."""
     experts = [f"{layer.experts} of {layer.of} experts are reached"] if layer.experts < layer.of else []
     return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
 
 
-def noise_floor(report: Report) -> str:
-    """What errors are measured by, for a reader who sees it for the first time."""
+def noise_floor(report: ParityReport) -> str:
+    """Explains the noise floor to a first-time reader."""
     return (
         f"In {report.arithmetic} rounding moves the reference itself; how far, token by token, is the noise floor. "
         "Errors are multiples of it: over the whole tap, in its worst row (a token, or a compressed entry), at its "
@@ -153,7 +162,7 @@ def noise_floor(report: Report) -> str:
     )
 
 
-def why(result: TapResult, report: Report) -> str:
+def why(result: TapResult, report: ParityReport) -> str:
     """Why one tap passes or fails, for a reader who does not know the measures."""
     head = f"{result.name} ({result.meaning}), {result.mode}: {result.verdict}."
     if result.verdict is Verdict.EMPTY:
@@ -165,32 +174,42 @@ def why(result: TapResult, report: Report) -> str:
     return f"{head} {_real(result, result.distance, report)}"
 
 
-def operation(descent: Descent) -> Iterator[str]:
-    """What descending into a layer found: operations, weights, experts."""
-    names = [result.name for result in descent.wrong]
+def position_cells(position: Position, decode: Decode) -> tuple[str, ...]:
+    """A position for a table: where, its token, KL, the most likely next token in the golden and in ours, their gap."""
+    return (
+        "{}, {}".format(*position.at),
+        decode(position.token),
+        f"{position.kl:.1e}",
+        decode(position.golden),
+        decode(position.found),
+        f"{position.gap:.1e}",
+    )
+
+
+def operation(found: Localization) -> Iterator[str]:
+    """The findings of a localization: operations, weights, experts."""
+    names = [result.name for result in found.wrong]
     if not names:
         yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
         return
-    if descent.fed:
+    if found.teacher_forced:
         yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
-    if descent.experts:
-        who = (
-            f"expert {descent.experts[0]}" if len(descent.experts) == 1 else f"one of experts {_list(descent.experts)}"
-        )
+    if found.experts:
+        who = f"expert {found.experts[0]}" if len(found.experts) == 1 else f"one of experts {_list(found.experts)}"
         yield f"Exactly the tokens that were sent to {who} are wrong."
-    if descent.damaged:
-        yield f"The stored bytes of {_list(descent.damaged)} are not those that were converted: see dsv4 verify."
-    if not descent.weights:
+    if found.damaged:
+        yield f"The stored bytes of {_list(found.damaged)} are not those that were converted: see dsv4 verify."
+    if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
-    elif descent.differing is None:
-        yield f"It uses {_list(descent.weights)}; with --against SOURCE its weights are compared with the published."
-    elif not descent.differing:
-        yield f"Its weights ({_list(descent.weights)}) are those of the source: look at the configuration and the code."
-    for difference in (descent.differing or ())[:_NAMED]:
+    elif found.differing is None:
+        yield f"It uses {_list(found.weights)}; with --against SOURCE its weights are compared with the published."
+    elif not found.differing:
+        yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
+    for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
-    if (more := len(descent.differing or ()) - _NAMED) > 0:
+    if (more := len(found.differing or ()) - _NAMED) > 0:
         yield f"{more} more weights differ."
 
 
@@ -199,30 +218,30 @@ def _first(first: TapResult) -> str:
     return f"{first.name} is the first tap that diverges, {where} ({first.meaning}): {first.reason}."
 
 
-def _counts(report: Report) -> str:
+def _counts(report: ParityReport) -> str:
     return f"{report.count(Verdict.FAIL)} of {len(report.taps)} taps fail{_aside(report)}."
 
 
-def _aside(report: Report) -> str:
+def _aside(report: ParityReport) -> str:
     """Ties and empty taps, in brackets."""
     ties, empty = report.count(Verdict.TIE), report.count(Verdict.EMPTY)
     notes = [text for count, text in ((ties, f"{ties} with ties"), (empty, f"{empty} empty")) if count]
     return f" ({', '.join(notes)})" if notes else ""
 
 
-def _largest(report: Report) -> str:
+def _largest(report: ParityReport) -> str:
     rows = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
     return f", errors at most {max(rows):.1f} times the noise floor, {report.limits.row:g} allowed" if rows else ""
 
 
-def _operation(report: Report, first: TapResult) -> Iterator[str]:
-    """What the descent into the layer of the first diverging tap says, or the first that found an operation."""
-    descents = sorted(report.descents, key=lambda descent: (not descent.wrong, descent.layer != first.layer))
-    for descent in descents[:1]:
-        yield from operation(descent)
+def _operation(report: ParityReport, first: TapResult) -> Iterator[str]:
+    """The localization that found an operation, that of the first diverging layer before others."""
+    ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
+    for found in ranked[:1]:
+        yield from operation(found)
 
 
-def _added(report: Report) -> Iterator[str]:
+def _added(report: ParityReport) -> Iterator[str]:
     """Which layers add error, and which only inherit it, where both modes ran."""
     if len(report.modes) < len(Mode):
         return
@@ -235,8 +254,8 @@ def _added(report: Report) -> Iterator[str]:
         yield f"{_layers(adds)} {_verb('add', adds)} error."
         if inherits:
             yield f"{_layers(inherits)} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
-    elif inherits and report.growth:
-        most = max(report.growth, key=lambda layer: layer.added_noise)
+    elif inherits and report.error_splits:
+        most = max(report.error_splits, key=lambda layer: layer.added_noise)
         yield f"No layer adds more than its noise; layer {most.layer} adds most, {_times(most.added_noise)} the floor."
 
 
@@ -251,7 +270,7 @@ def _layers(layers: list[int]) -> str:
     return f"Layers {layers[0]}-{layers[-1]}" if consecutive else f"Layers {_list(layers, limit=8)}"
 
 
-def _real(result: TapResult, distance: Distance, report: Report) -> str:
+def _real(result: TapResult, distance: Distance, report: ParityReport) -> str:
     noise, limits = distance.noise, report.limits
     floor = (
         f"The error is {_times(noise.tap)} the noise floor over the whole tap ({limits.tap:g} allowed), "
@@ -268,7 +287,7 @@ def _real(result: TapResult, distance: Distance, report: Report) -> str:
     return f"{floor} {worst} {rows}"
 
 
-def _choices(result: TapResult, report: Report) -> str:
+def _choices(result: TapResult, report: ParityReport) -> str:
     flips = result.flips
     assert flips is not None
     if not flips.tokens:
@@ -280,7 +299,7 @@ def _choices(result: TapResult, report: Report) -> str:
     if result.verdict is Verdict.TIE:
         return (
             f"{flips.tokens} of {flips.of} tokens choose otherwise, all of them between scores that rounding can swap. "
-            f"{scores} What follows was computed with the golden's choice."
+            f"{scores} The taps after it were computed with the golden's choice."
         )
     if flips.margin == float("inf"):
         scores = (
@@ -290,10 +309,103 @@ def _choices(result: TapResult, report: Report) -> str:
 
 
 def _times(multiple: float) -> str:
-    return f"{multiple:.1f} times" if multiple < 1000 else f"{multiple:.1e} times"
+    return f"{shown(multiple)} times"
 
 
 def _list(items: Iterable[object], *, limit: int = _NAMED) -> str:
     names = [str(item) for item in items]
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
+
+
+def next_steps(report: ParityReport) -> list[str]:
+    """The next steps, the most useful one first; never none."""
+    if report.first_diverging is not None:
+        return list(_after_failure(report))
+    if not report.agrees:
+        return [
+            "Nothing was compared: see with `dsv4 golden show` what the golden holds, and ask for taps and layers that "
+            "its prompt reaches."
+        ]
+    if not report.passed:
+        return list(_after_objections(report))
+    return list(_after_success(report)) or ["Nothing: every layer, the logits and every expert were compared."]
+
+
+def _after_failure(report: ParityReport) -> Iterator[str]:
+    first = report.first_diverging
+    assert first is not None
+    yield from _at_highest_precision(report)
+    wrong = [found for found in report.localizations if found.wrong]
+    for found in wrong[:1]:
+        yield from _after_localization(found)
+    if not wrong and Mode.ISOLATED in report.modes:
+        yield (
+            "No operation is wrong by itself, so errors add up: look at which operations of the layer amplify them, "
+            "and whether weights and activations have the dtype that they should have."
+        )
+    if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
+        yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
+    if any(not found.teacher_forced for found in report.localizations):
+        yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
+    if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
+        yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
+
+
+def _at_highest_precision(report: ParityReport) -> Iterator[str]:
+    if report.platform.get("precision", "highest") != "highest":
+        yield "Repeat with `--precision highest`: the limits are those of float32 products with all their bits."
+
+
+def _after_objections(report: ParityReport) -> Iterator[str]:
+    """Everything is within tolerance, but not reached, or not as its baseline has it."""
+    if not report.covered:
+        yield _MORE_TOKENS
+    gate = report.gate
+    if gate is None or gate.passed:
+        return
+    if gate.grown:
+        yield from _at_highest_precision(report)
+        first = gate.grown[0].name
+        yield (
+            f"Find what made `{first}` less exact since it was recorded: its code, a version (the baseline's history "
+            "and its commits say which were there), or flags of XLA. Later taps may only inherit the error."
+        )
+        yield f"If that is meant, record it: `--baseline {gate.path} --update-baseline --reason WHY`."
+    if gate.missing:
+        yield (
+            f"Find out why `{gate.missing[0].name}` was not compared although it is recorded. If it is gone for good, "
+            f"take its lines out of `{gate.path}`."
+        )
+    if gate.unrecorded and not gate.update:
+        where = "" if gate.compared else f" It has none of {'; '.join(gate.platforms)}."
+        yield f"Record what has no record, and commit it: `--baseline {gate.path} --update-baseline`.{where}"
+
+
+def _after_localization(found: Localization) -> Iterator[str]:
+    names = ", ".join(result.name for result in found.wrong[:3])
+    if found.damaged:
+        yield "Stored bytes changed after the conversion: `dsv4 verify` lists them. Convert again."
+    if found.differing:
+        yield (
+            f"Convert again with this version of dsv4. If the weight differs again, `dsv4 names "
+            f"{found.differing[0].path}` shows the rule that made it."
+        )
+    elif found.weights and found.differing is None:
+        yield "Repeat with `--against SOURCE`, the published checkpoint: it compares the weights that are used there."
+    else:
+        yield f"Read the code of {names}, and the numbers of the configuration that it uses."
+
+
+def _after_success(report: ParityReport) -> Iterator[str]:
+    if report.uncovered:
+        yield _MORE_TOKENS
+    if report.logits is None:
+        yield "Compare everything, logits included: leave out `--layer` and `--taps`."
+    if report.modes == (Mode.ISOLATED,):
+        yield "Every layer ran on the golden's own input: `--mode both` also shows how errors add up from the tokens."
+    if report.count(Verdict.TIE):
+        yield (
+            "Ties need nothing: two candidates whose scores rounding can swap. The taps after them were "
+            "computed with the golden's choice."
+        )

@@ -1,0 +1,96 @@
+"""Naming the operation: a failing layer runs once more, every operation on the golden's own inputs.
+
+A result that still differs then is wrong by itself; one that agrees only inherited its error. So faults after the first
+are found as well. A compact golden does not hold these inputs; there the first tap that diverges is blamed, since all
+before it agrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.blame import differing_weights
+from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.data import Localization, TapResult
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.weights.parameters import Parameters
+from dsv4_convert.weights.published import PublishedWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Localizer:
+    """Finds the wrong operations of a failing layer, and the weights and experts that they involve.
+
+    ``weights`` are the model's. The weights of wrong operations are compared with the tensors of ``against``, the
+    published checkpoint, if it is given.
+    """
+
+    forward: Forward
+    comparison: Comparison
+    weights: Parameters
+    against: PublishedWeights | None
+
+    def localize(self, layer: int | None, activations: Activations | None = None) -> Localization:
+        """Run a layer, or the model level after the layers (None), operation by operation.
+
+        ``activations`` are those of the layer if it ran this way already. Raises :class:`BadInput` if golden or weights
+        are damaged.
+        """
+        golden, comparison = self.comparison.golden, self.comparison
+        if layer is None:
+            last = golden.config.num_hidden_layers - 1
+            embedded, _ = self.forward.embed()
+            activations = embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), comparison.everything(None))
+        elif activations is None:
+            activations, _ = self.forward.layer(layer, golden.read(TapKey(layer, INPUT)), comparison.everything(layer))
+        results = comparison.judge(activations, Mode.ISOLATED, golden.taps(layer), teacher_forced=True)
+        wrong = [result for result in results if result.verdict is Verdict.FAIL]
+        return self._explain(layer, wrong, activations, teacher_forced=True)
+
+    def localize_first(self, first: TapResult, activations: Activations) -> Localization:
+        """Blame the operation of the first failing tap. ``activations`` are those of its layer. Raises likewise."""
+        return self._explain(first.layer, [first], activations, teacher_forced=False)
+
+    def _explain(
+        self, layer: int | None, wrong: Sequence[TapResult], activations: Activations, *, teacher_forced: bool
+    ) -> Localization:
+        paths = _weights_of(layer, wrong, self.comparison.golden.config)
+        source = self.against
+        return Localization(
+            layer=layer,
+            teacher_forced=teacher_forced,
+            wrong=tuple(wrong),
+            weights=paths,
+            damaged=tuple(path for path in paths if self.weights.damaged(path)),
+            differing=None if source is None else tuple(differing_weights(self.weights, source, paths)),
+            experts=self._suspects(layer, wrong, activations),
+        )
+
+    def _suspects(self, layer: int | None, wrong: Iterable[TapResult], activations: Activations) -> tuple[int, ...]:
+        """If the routed experts are wrong: the experts that every failing token, and no passing one, was sent to."""
+        key = TapKey(layer, tap_named("ffn.experts"))
+        result = next((result for result in wrong if result.key == key), None)
+        if result is None:
+            return ()
+        failing = self.comparison.rows_beyond(key, activations[key], result.mode)
+        chosen = self.comparison.golden.read(TapKey(layer, tap_named("ffn.gate.experts")))
+        suspects = np.setdiff1d(chosen[failing], chosen[~failing])
+        explained = np.isin(chosen[failing], suspects).any(axis=-1).all()
+        return tuple(int(expert) for expert in suspects) if explained else ()
+
+
+def _weights_of(layer: int | None, wrong: Iterable[TapResult], config: Config) -> tuple[str, ...]:
+    """The parameters that the wrong operations use, each once, in order of execution."""
+    exist = {path for path, _, owner in parameters(config, () if layer is None else (layer,)) if owner == layer}
+    prefix = "" if layer is None else f"layers.{layer}."
+    used = (prefix + weight for result in wrong for weight in result.key.tap.weights)
+    return tuple(dict.fromkeys(path for path in used if path in exist))
