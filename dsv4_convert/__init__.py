@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv4_convert.config import Config
-    from dsv4_convert.convert import Storage, hf_to_orbax
+    from dsv4_convert.convert import ConversionOptions, Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.converted import Weights
     from dsv4_convert.model import Cache, Model
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "Config",
+    "ConversionOptions",
     "Golden",
     "Model",
     "Storage",
@@ -42,6 +43,7 @@ __all__ = [
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
     "Config": ("dsv4_convert.config", "Config"),
+    "ConversionOptions": ("dsv4_convert.convert", "ConversionOptions"),
     "Golden": ("golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),

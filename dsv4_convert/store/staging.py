@@ -4,7 +4,7 @@
 
     DEST.dsv4-partial/
       lock            held with flock while a process writes; the system releases it when the process ends
-      journal*.jsonl  the plan, then one line for every finished chunk and note; one file for each writing process
+      journal*.jsonl  the plan, then a line for every finished chunk and side record; one file for each writing process
       leaves/PATH/    arrays, finished or not
       commit*         the checkpoint while Orbax builds it (with Orbax's suffix) and until it is published
       replaced        the former destination while it is being overwritten
@@ -219,7 +219,7 @@ def staging_area(destination: Path) -> Iterator[Staging]:
 
 @dataclass
 class Journal:
-    """The record of finished chunks and notes.
+    """The record of finished chunks, and of JSON that was found out on the way (side records).
 
     A line is written after its chunk is on the disk, so that no power cut leaves a line without its chunk. The lines
     themselves are not waited for: one that is lost costs the work of a chunk. The first line of every file holds the
@@ -231,7 +231,7 @@ class Journal:
     #: Number of the process that appends; each has a file of its own.
     member: int = 0
     chunks: dict[str, dict[Index, str]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    side_records: dict[str, Any] = field(default_factory=dict)
     _stream: FileIO | None = None
 
     @classmethod
@@ -306,22 +306,22 @@ class Journal:
         """Take up one line. Raises :class:`ValueError`."""
         match entry:
             case {"note": str(name), "value": value}:
-                self.notes[name] = value
+                self.side_records[name] = value
             case {"leaf": str(path), "chunk": [*index], "digest": str(digest)} if is_digest(digest) and all(
                 type(at) is int and at >= 0 for at in index
             ):
                 self.chunks.setdefault(path, {})[tuple(index)] = digest
             case _:
-                raise ValueError(f"neither a chunk nor a note: {shown(str(entry))}")
+                raise ValueError(f"neither a chunk nor a side record: {shown(str(entry))}")
 
     def first_line(self) -> bytes:
         """The line that every file begins with."""
         return _line(self.plan)
 
     def whole(self) -> bytes:
-        """One file of all that ``chunks`` and ``notes`` say now."""
+        """One file of all that ``chunks`` and ``side_records`` say now."""
         lines = [_chunk_line(path, index, digest) for path, of in self.chunks.items() for index, digest in of.items()]
-        lines += [_note_line(name, value) for name, value in self.notes.items()]
+        lines += [_side_line(name, value) for name, value in self.side_records.items()]
         return b"".join([self.first_line(), *lines])
 
     def rewrite(self) -> None:
@@ -337,7 +337,7 @@ class Journal:
 
     @contextmanager
     def appending(self) -> Iterator[None]:
-        """Chunks and notes can be added in this block."""
+        """Chunks and side records can be added in this block."""
         with writing(self._file):
             stream = FileIO(self._file, "a")  # unbuffered: what was added survives a kill of the process
         with stream:
@@ -351,10 +351,10 @@ class Journal:
         self.chunks.setdefault(path, {})[index] = digest
         self._append(_chunk_line(path, index, digest))
 
-    def add_note(self, name: str, value: Any) -> None:
-        """Record a note: JSON."""
-        self.notes[name] = value
-        self._append(_note_line(name, value))
+    def add_side_record(self, name: str, value: Any) -> None:
+        """Record JSON under a name."""
+        self.side_records[name] = value
+        self._append(_side_line(name, value))
 
     def _append(self, line: bytes) -> None:
         stream, left = self._stream, memoryview(line)
@@ -373,7 +373,7 @@ def _chunk_line(path: str, index: Index, digest: str) -> bytes:
     return _line({"leaf": path, "chunk": list(index), "digest": digest})
 
 
-def _note_line(name: str, value: Any) -> bytes:
+def _side_line(name: str, value: Any) -> bytes:
     return _line({"note": name, "value": value})
 
 
