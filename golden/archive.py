@@ -27,8 +27,8 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.files.workspace import stage_of
 from dsv4_convert.taps import by_name
-from dsv4_convert.unfinished import folder_of
 from golden.compact import Compact, exact_name, sketch_name
 from golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from golden.layout import exact_rows, expected_taps, tap_shape
@@ -281,7 +281,7 @@ def open_golden(path: Path | str) -> Golden:
     files: Files = RemoteFiles(str(where)) if remote else LocalFiles(Path(where))
     data = files.content(MANIFEST_NAME)
     if data is None:
-        partial = None if remote else folder_of(Path(where))
+        partial = None if remote else stage_of(Path(where))
         if partial is not None and partial.is_dir():
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"

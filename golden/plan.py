@@ -11,8 +11,8 @@ from pathlib import Path
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution
-from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
+from dsv4_convert.files.limits import free_bytes
 from golden.compact import Compact
 from golden.layout import StoredShape, expected_aliases, stored_arrays
 

@@ -15,10 +15,7 @@ PACKAGES = ("dsv4_convert", "parity", "golden")
 
 #: Room -> rooms that it may import from, besides itself. Rooms are the packages below dsv4_convert, its plain modules
 #: (``facts``), and the two packages beside it.
-FACTS = frozenset(
-    {"config", "coverage", "disk", "errors", "foreign", "limits", "locks", "maxtext", "names", "strict_json", "tables"}
-    | {"taps", "unfinished", "units"}
-)
+FACTS = frozenset({"config", "coverage", "errors", "files", "foreign", "maxtext", "names", "tables", "taps", "units"})
 ALLOWED: dict[str, frozenset[str]] = {
     "facts": frozenset(),
     "formats": frozenset({"facts"}),
@@ -57,6 +54,7 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "transformers": "golden/references/",
     "orbax": "dsv4_convert/store/orbax_",
     "etils": ("dsv4_convert/store/bucket.py", "dsv4_convert/checkpoint/bucket.py"),
+    "filelock": "dsv4_convert/files/",
     "fsspec": "golden/files.py",
     "numba": "dsv4_convert/formats/",
     "huggingface_hub": "dsv4_convert/checkpoint/hub",

@@ -98,7 +98,7 @@ def hf_to_orbax(
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
-    from dsv4_convert.limits import TO_CONVERT, require_address_space
+    from dsv4_convert.files.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
     # Orbax starts JAX's default backend; a conversion has no use for an accelerator.

@@ -240,7 +240,7 @@ def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _metadata(planned: Plan, origin: Mapping[str, Any], accounts: Mapping[str, Account]) -> dict[str, Any]:
-    """What travels in the manifest: enough to read the checkpoint without its source, and to find that source again."""
+    """The manifest's metadata: enough to read the checkpoint without its source, and to find that source again."""
     return {
         "format": "dsv4",
         "dsv4_version": importlib.metadata.version("dsv4"),

@@ -98,8 +98,7 @@ def in_order(planned: Plan, weights: Iterable[str], chunks: Iterable[Chunk]) -> 
 
 
 class ShardUse:
-    """The shards that some tasks read. Those of an arriving source come in their order; each is given up after its
-    last task.
+    """The shards that some tasks read. An arriving source fetches them in order and gives up each after its last task.
 
     A context manager: a failure in its block ends what readers of the source may be waiting for.
     """

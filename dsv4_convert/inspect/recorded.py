@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.workspace import destination_of
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.strict_json import parse_object
-from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges
 from golden.archive import Golden
 from golden.compact import is_kept_part

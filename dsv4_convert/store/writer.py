@@ -18,12 +18,13 @@ from typing import Any, Self
 import numpy as np
 
 from dsv4_convert.errors import listed
-from dsv4_convert.store.arrays import Array, Compression, sync, write_file
+from dsv4_convert.files.writing import sync
+from dsv4_convert.store.arrays import Array, Compression, write_file
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
 from dsv4_convert.store.manifest import LeafRecord, Manifest
 from dsv4_convert.store.places import place_of
 from dsv4_convert.store.processes import ALONE, Processes
-from dsv4_convert.store.staging import Journal
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -197,7 +198,7 @@ class CheckpointWriter:
 
     @property
     def side_records(self) -> Mapping[str, Any]:
-        """What :meth:`add_side_record` has kept so far, by name; of an interrupted run too."""
+        """The side records of this run and of an interrupted one, by name."""
         return self._journal.side_records
 
     def write(self, chunk: Chunk, array: Array) -> None:
@@ -231,7 +232,7 @@ class CheckpointWriter:
         """Wait until all processes have written what they had to write.
 
         Returns:
-            What the checkpoint consists of: the same in every process, but for the bytes kept.
+            The summary, the same in every process but for the bytes kept.
 
         Raises:
             ValueError: a chunk is missing.

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from dsv4_convert.limits import TO_COMPUTE, TO_CONVERT
+from dsv4_convert.files.limits import TO_COMPUTE, TO_CONVERT
 from golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[2]

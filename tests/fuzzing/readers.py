@@ -33,8 +33,8 @@ from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
 from dsv4_convert.store.arrays import StoredArray, encoded_metadata
 from dsv4_convert.store.export_state import read_export_state
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
-from dsv4_convert.store.staging import Journal
 from golden.archive import Golden, digest
 from golden.compact import MAX_NUMBERS, Compact
 from golden.manifest import Manifest, StoredTap, layer_file

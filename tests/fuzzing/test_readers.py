@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.strict_json import parse_object
+from dsv4_convert.files.strict_json import parse_object
 from golden.manifest import Manifest
 
 from .mutation import mutate

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, places, staging, verify
+from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, places, verify
 from dsv4_convert.store.arrays import ArrayWriter, create_array
 from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout, chunk_file
 
@@ -346,8 +344,11 @@ def check(event_number):
     assert all(np.array_equal(store.read(path), array) for path, array in arrays.items())
     return store.manifest.leaves
 
+def clear():
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
 whole = None
-outcomes = {}
 for overwrite in (False, True):
     kills = 0
     for event_number in range(first, 10_000, step):
@@ -365,12 +366,10 @@ for overwrite in (False, True):
         whole = check(event_number) if whole is None else whole
         assert check(event_number) == whole
         assert overwrite or not (folder / "checkpoint.dsv4-partial").exists() or destination.exists()
-        for entry in folder.iterdir():
-            shutil.rmtree(entry)
+        clear()
     else:
         raise AssertionError("never finished")
-    for entry in folder.iterdir():
-        shutil.rmtree(entry)
+    clear()
     print(kills)
 """
 
@@ -492,57 +491,16 @@ def test_a_destination_that_appears_before_the_lock_is_held_is_not_replaced(
 ) -> None:
     destination = tmp_path / "checkpoint"
 
-    def staging_area(target: Path) -> Any:
-        destination.mkdir()
-        return staging.staging_area(target)
+    held = places.Folder.held
 
-    monkeypatch.setattr(places, "staging_area", staging_area)
+    def late(self: places.Folder) -> Any:
+        destination.mkdir()
+        return held(self)
+
+    monkeypatch.setattr(places.Folder, "held", late)
     with pytest.raises(UsageError, match="exists already"):
         write(destination, make_leaves(arrays))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
-
-
-@pytest.mark.parametrize("during", [1, 2], ids=["folder", "file"])
-def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: int
-) -> None:
-    """The other writer finishes, and removes its folder, between our opening of folder or file and our locking it."""
-    destination = tmp_path / "checkpoint"
-    flock = fcntl.flock
-    locked: list[int] = []
-
-    def remove_first(descriptor: int, operation: int) -> None:
-        locked.append(descriptor)
-        if len(locked) == during:
-            shutil.rmtree(partial(destination))
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", remove_first)
-    with staging.staging_area(destination):
-        assert len(locked) == during + 2
-        with pytest.raises(ResourceError), staging.staging_area(destination):
-            pass
-    assert not partial(destination).exists()
-
-
-def test_a_folder_for_a_moment_that_another_process_holds_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its making and its locking another process may take it for left, and be about to remove it."""
-    flock = fcntl.flock
-    held: list[Path] = []
-
-    def taken_once(descriptor: int, operation: int) -> None:
-        if not held:
-            held.extend(tmp_path.iterdir())
-            raise BlockingIOError
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", taken_once)
-    with places._scratch(tmp_path) as folder:
-        assert folder.is_dir()
-        assert folder not in held
-    assert list(tmp_path.iterdir()) == held
 
 
 # What is refused
