@@ -38,7 +38,7 @@ _MAX_BYTES = 64 << 10
 #: Whose branches lead the search.
 _INSTRUMENTED = (
     *("checkpoint", "config", "convert.sources", "convert.to_hf", "store.arrays", "store.layout", "store.manifest"),
-    *("store.staging", "strict_json"),
+    *("store.journal", "files.strict_json"),
 )
 _DONE = re.compile(r"^#\d+\s+(INITED|DONE)\s+cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
 

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_convert.convert import Storage, hf_to_orbax
+    from dsv4_convert.convert import ConversionOptions, Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.golden.archive import Golden, open_golden
     from dsv4_convert.golden.recorder import record as record_golden
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "Config",
+    "ConversionOptions",
     "Golden",
     "Model",
     "ParityOptions",
@@ -43,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
     "Config": ("dsv4_convert.spec.config", "Config"),
+    "ConversionOptions": ("dsv4_convert.convert", "ConversionOptions"),
     "Golden": ("dsv4_convert.golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "ParityOptions": ("dsv4_convert.parity.run", "ParityOptions"),

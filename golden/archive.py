@@ -26,6 +26,7 @@ import numpy as np
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.files.workspace import stage_of
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
@@ -33,7 +34,6 @@ from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTa
 from dsv4_convert.golden.noise import MODES, Mode, noise_name
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.unfinished import folder_of
 
 Array = np.ndarray[Any, Any]
 
@@ -283,7 +283,7 @@ def open_golden(path: Path | str) -> Golden:
     files: Files = RemoteFiles(str(where)) if remote else LocalFiles(Path(where))
     data = files.content(MANIFEST_NAME)
     if data is None:
-        partial = None if remote else folder_of(Path(where))
+        partial = None if remote else stage_of(Path(where))
         if partial is not None and partial.is_dir():
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.strict_json import parse_object
 
 Array = np.ndarray[Any, Any]
 

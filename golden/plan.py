@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
+from dsv4_convert.files.limits import free_bytes
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import StoredShape, expected_aliases, stored_arrays
 from dsv4_convert.spec.config import Config

@@ -85,7 +85,7 @@ def record(
 
     Raises:
         UsageError: the destination exists, tokens, layers or dtypes are impossible, torch or transformers is missing,
-            or transformers is not the release that the recorder is written for.
+            transformers is not the release that the recorder is written for, or an interrupted run had other options.
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         ResourceError: the disk is too small or cannot be written to, or another process records the same.
         Dsv4Error: transformers computes otherwise than the recorder knows.

@@ -25,12 +25,12 @@ import numpy as np
 
 from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.checkpoint.index import INDEX_NAME
-from dsv4_convert.checkpoint.strict_json import read_object
-from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.golden.writer import write_durably
+from dsv4_convert.errors import UsageError
+from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.workspace import Workspace
+from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
-from dsv4_convert.unfinished import folder_of, held
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -224,29 +224,25 @@ def write_checkpoint(
     chosen = check_layers(config, layers)
     shards = [list(shard) for shard in _shards(config, chosen, form, seed, mtp=mtp)]
     total = sum(size for shard in shards for _, size in shard)
-    partial = folder_of(dest)
-    with held(partial, _OWN):
+    with Workspace(dest, _OWN) as workspace:
+        stage = workspace.stage
         weight_map: dict[str, str] = {}
         done = 0
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(partial / file, [entry for entry, _ in shard])
+            write_safetensors(stage / file, [entry for entry, _ in shard])
             weight_map |= {entry.name: file for entry, _ in shard}
             done += sum(size for _, size in shard)
             if progress is not None:
                 progress(done, total, file)
-        write_index(partial, weight_map, total)
-        try:
-            write_durably(partial / "config.json", f"{json.dumps(raw, indent=2)}\n".encode())
-            names = {"config.json", INDEX_NAME, *weight_map.values()}
-            for entry in partial.iterdir():  # of an interrupted run with other arguments
+        write_index(stage, weight_map, total)
+        write_atomically(stage / "config.json", f"{json.dumps(raw, indent=2)}\n".encode())
+        names = {"config.json", INDEX_NAME, *weight_map.values()}
+        with writing(stage):
+            for entry in stage.iterdir():  # of an interrupted run with other arguments
                 if entry.name not in names:
                     entry.unlink()
-            partial.rename(dest)
-        except OSError as error:
-            raise ResourceError(
-                f"{dest}: cannot write ({error.strerror}); fix the cause and run the same command again"
-            ) from error
+        workspace.publish()
     return total
 
 

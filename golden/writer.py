@@ -2,13 +2,13 @@
 
 ::
 
-    OUT.dsv4-partial/           locked while a process writes it
+    OUT.dsv4-partial/
       request.json              what is being recorded; other contents belong to it
       layer-00000.safetensors   finished layers; the digest of every array is in the header's metadata
       state-00000.safetensors   the streams that leave the last finished layer, in every dtype that runs
 
-A run that was cut off goes on after its last finished layer if it is asked for the same again; otherwise what is there
-is discarded.
+A run that was cut off goes on after its last finished layer if it is asked for the same again. Asked for something else
+it refuses, and says what differs: a recording may be the work of hours.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
-from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.workspace import Workspace, refuse_other_settings
+from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Array, Golden, differences, digest, open_golden
 from dsv4_convert.golden.files import read_array
 from dsv4_convert.golden.layout import expected_aliases
 from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, RecordingRequest, StoredTap, layer_file
-from dsv4_convert.unfinished import folder_of, held
 
 REQUEST_NAME = "request.json"
 #: Every name that a recording uses in its folder.
@@ -52,15 +55,15 @@ class GoldenWriter:
         complete: whether only :meth:`publish` is left to do, as an earlier run ended within it.
     """
 
-    def __init__(self, folder: Path, out: Path, request: RecordingRequest) -> None:
-        self._folder = folder
-        self._out = out
+    def __init__(self, workspace: Workspace, request: RecordingRequest) -> None:
+        self._workspace = workspace
+        self._folder = workspace.stage
         self._request = request
         self._arrays = request.arrays()
         self._aliases = expected_aliases(request.layers, self._arrays)
         self._taps: dict[str, StoredTap] = {}
         self.finished: tuple[int, ...] = ()
-        self.complete = _is_complete(folder, request)
+        self.complete = _is_complete(self._folder, request)
         if not self.complete:
             self._take_up()
 
@@ -102,11 +105,9 @@ class GoldenWriter:
         self._write(self._folder / layer_file(layer), {name: taps[name] for name in digests}, digests)
         self._taps |= self._stored(layer, digests)
         if layer is not None:
-            try:
+            with writing(self._folder):
                 for earlier in self.finished[-1:]:
                     self._state_file(earlier).unlink(missing_ok=True)
-            except OSError as error:
-                raise _cannot_write(self._folder, error) from error
             self.finished += (layer,)
 
     def _write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -118,22 +119,18 @@ class GoldenWriter:
 
     def publish(self) -> Golden:
         """Write the manifest and let the golden appear at its destination."""
-        try:
-            if not self.complete:
-                manifest = GoldenManifest(request=self._request, taps=self._taps, aliases=self._aliases)
-                data = manifest.to_bytes()
-                file = self._folder / MANIFEST_NAME
-                GoldenManifest.from_bytes(data, where=str(file))  # never publish what cannot be opened
-                write_durably(file, data)
-                (self._folder / REQUEST_NAME).unlink()  # complete from here on
+        if not self.complete:
+            manifest = GoldenManifest(request=self._request, taps=self._taps, aliases=self._aliases)
+            data = manifest.to_bytes()
+            file = self._folder / MANIFEST_NAME
+            GoldenManifest.from_bytes(data, where=str(file))  # never publish what cannot be opened
+            write_atomically(file, data)
+        with writing(self._folder):
+            (self._folder / REQUEST_NAME).unlink(missing_ok=True)  # complete from here on
             for layer in self._request.layers:
                 self._state_file(layer).unlink(missing_ok=True)
-            _sync(self._folder)
-            self._folder.rename(self._out)
-            _sync(self._out.parent)
-        except OSError as error:
-            raise _cannot_write(self._out, error) from error
-        return open_golden(self._out)
+        self._workspace.publish()
+        return open_golden(self._workspace.destination)
 
     def _stored(self, layer: int | None, digests: Mapping[str, str]) -> dict[str, StoredTap]:
         """The manifest's entries of one file, in order of execution."""
@@ -182,25 +179,41 @@ def golden_writer(out: Path, request: RecordingRequest) -> Iterator[GoldenWriter
     The destination has to be absent or an empty folder.
 
     Raises:
-        UsageError: something else is at the destination, or what another command began is in the folder.
+        UsageError: something else is at the destination, or what another command began is in the folder, or an earlier
+            run recorded with other settings.
+        BadInput: what an earlier run left is damaged.
         ResourceError: another process writes the same destination, or the folder cannot be written to.
     """
-    out = Path(os.path.abspath(out))
-    folder = folder_of(out)
     check_destination(out)
-    with held(folder, _OWN):
+    with Workspace(out, _OWN) as workspace:
         check_destination(out)  # again, for a run that finished while the lock was awaited
-        text = json.dumps(request.to_json(), sort_keys=True).encode()
-        stored = folder / REQUEST_NAME
-        try:
-            begun = stored.read_bytes() == text if stored.exists() else _is_complete(folder, request)
-            if not begun:
-                for entry in folder.iterdir():
-                    entry.unlink()
-                write_durably(stored, text)
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        yield GoldenWriter(folder, out, request)
+        stage, now = workspace.stage, json.loads(json.dumps(request.to_json()))
+        if (begun := _begun(stage)) is not None:
+            refuse_other_settings(stage, "recording", then=begun, now=now, discard="remove that folder")
+        else:
+            write_atomically(stage / REQUEST_NAME, json.dumps(now, sort_keys=True).encode())
+        yield GoldenWriter(workspace, request)
+
+
+def _begun(stage: Path) -> dict[str, Any] | None:
+    """The request of an earlier run; None if there is none.
+
+    Raises:
+        BadInput: the stage does not say what was recorded.
+    """
+    try:
+        if (stage / REQUEST_NAME).exists():
+            return read_object(stage / REQUEST_NAME)
+        if (stage / MANIFEST_NAME).exists():  # all but renamed
+            return dict(json.loads(json.dumps(open_golden(stage).manifest.request.to_json())))
+    except BadInput as error:
+        raise BadInput(f"{error}. Remove {stage} to record again from the beginning.") from None
+    if left := sorted(entry.name for entry in stage.iterdir()):
+        raise BadInput(
+            f"{stage}: no {REQUEST_NAME} says what was recorded here ({left[0]} and others); remove the folder to "
+            "record again"
+        )
+    return None
 
 
 def _is_complete(folder: Path, request: RecordingRequest) -> bool:
@@ -212,26 +225,3 @@ def _is_complete(folder: Path, request: RecordingRequest) -> bool:
         return golden.manifest.request == request and not golden.verify()
     except BadInput:
         return False
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk. Raises ``OSError``."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"{path}: cannot write ({error.strerror or error}). Finished layers are kept; make room (or fix the cause) and "
-        "run the same command again."
-    )

@@ -26,14 +26,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv4_convert.checkpoint.strict_json import read_object
-from dsv4_convert.disk import nearest_folder
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
+from dsv4_convert.files.limits import nearest_folder
+from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.parity.metrics import Multiples
@@ -154,18 +154,9 @@ def check_writable(path: Path) -> None:
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file whole or not at all. Raises :class:`ResourceError` if it cannot be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w", encoding="utf-8") as stream:
-            stream.write(baseline.to_text())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise ResourceError(f"{path}: the baseline cannot be written ({error.strerror})") from None
+    write_atomically(path, baseline.to_text().encode())
 
 
 def _order(key: TapKey) -> tuple[float, str]:

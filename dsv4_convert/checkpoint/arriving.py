@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4_convert.checkpoint.files import file_digest, set_aside, stamp_of, stat_regular
 from dsv4_convert.checkpoint.folder import Checkpoint
 from dsv4_convert.checkpoint.header import Header
 from dsv4_convert.checkpoint.hub_progress import Meter, Stopped
 from dsv4_convert.checkpoint.index import SHARD_SUFFIX
 from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.reading import file_digest, set_aside, stamp_of, stat_regular
 
 #: Shards that are on disk, or on their way, and not given up yet, where each is given up after its use.
 AHEAD = 3

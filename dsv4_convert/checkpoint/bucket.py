@@ -21,8 +21,8 @@ from dsv4_convert.checkpoint.header import Header, read_header_by_ranges
 from dsv4_convert.checkpoint.hub_progress import Meter
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, read_weight_map
 from dsv4_convert.checkpoint.planned import SMALL_FILES, PlannedFile
-from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.files.strict_json import read_object
 
 _PIECE_BYTES = 16 << 20
 _PROBE_BYTES = 8 << 20

@@ -18,15 +18,14 @@ from typing import Any, Self
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
-from dsv4_convert.checkpoint.files import file_digest, stamp_of, stat_regular
 from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name, read_weight_map
 from dsv4_convert.checkpoint.provenance import recorded, snapshot_commit
-from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.files.reading import file_digest, stamp_of, stat_regular
+from dsv4_convert.files.strict_json import read_object, shown
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.unsupported import refuse_unsupported
-from dsv4_convert.strict_json import shown
 
 
 class Checkpoint:

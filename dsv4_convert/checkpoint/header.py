@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
-from dsv4_convert.checkpoint.files import Stamp, foreign_content, read_start, stamp_of, stat_regular
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.files.reading import Stamp, foreign_content, read_start, stamp_of, stat_regular
+from dsv4_convert.files.strict_json import parse_object, shown
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.strict_json import parse_object, shown
 
 #: The limit of the format; a header of V4-Pro's fullest shard has 0.4 MB.
 MAX_HEADER_BYTES = 100_000_000

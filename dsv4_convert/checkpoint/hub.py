@@ -17,14 +17,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from dsv4_convert.checkpoint.files import WRONG_SUFFIX, file_digest, set_aside
 from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
 from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import BadInput, ResourceError, listed
-from dsv4_convert.locks import lock
+from dsv4_convert.files.limits import free_bytes
+from dsv4_convert.files.reading import WRONG_SUFFIX, file_digest, set_aside
+from dsv4_convert.files.workspace import locked
 
 __all__ = [
     "DownloadPlan",
@@ -149,16 +149,8 @@ def _held(local_dir: Path | None) -> Iterator[None]:
         return
     file = local_dir / ".cache" / "huggingface" / "dsv4.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not lock(descriptor, file):
-            raise ResourceError(
-                f"{local_dir}: another process is downloading to it and holds {file}. Wait for it, or end it and run "
-                "the same command again."
-            )
+    with locked(file, local_dir):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_disk(plan: DownloadPlan) -> None:

@@ -19,7 +19,7 @@ from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter
 from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.checkpoint.strict_json import read_object
+from dsv4_convert.files.strict_json import read_object
 
 _PROBE_BYTES = 8 << 20
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.strict_json import shown
+from dsv4_convert.files.strict_json import read_object, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv4_convert.checkpoint.header import MAX_HEADER_BYTES, METADATA_KEY, check_name, stored_nbytes
 from dsv4_convert.checkpoint.index import INDEX_NAME, is_shard_name
-from dsv4_convert.disk import free_bytes
-from dsv4_convert.errors import ResourceError
+from dsv4_convert.files.writing import atomic_write, write_atomically
 
 Chunk = bytes | bytearray | memoryview | np.ndarray
 #: The bytes of one tensor: at once, in pieces, or made by a call at the moment they are needed.
@@ -53,7 +49,7 @@ def write_safetensors(
     tensors = [TensorEntry(*entry) for entry in entries]
     sizes = [stored_nbytes(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
     header = _header(tensors, sizes, metadata or {})
-    with _atomic(path, nbytes=len(header) + sum(sizes)) as stream:
+    with atomic_write(path, nbytes=len(header) + sum(sizes)) as stream:
         stream.write(header)
         for tensor, size in zip(tensors, sizes, strict=True):
             written = 0
@@ -80,8 +76,7 @@ def write_index(folder: Path | str, weight_map: Mapping[str, str], total_size: i
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     text = f"{json.dumps(content, indent=2)}\n".encode()
     path = Path(folder) / INDEX_NAME
-    with _atomic(path, nbytes=len(text)) as stream:
-        stream.write(text)
+    write_atomically(path, text)
     return path
 
 
@@ -112,41 +107,3 @@ def _raw_chunks(chunks: Chunks) -> Iterator[memoryview]:
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         else:
             yield memoryview(chunk).cast("B")
-
-
-@contextmanager
-def _atomic(path: Path, *, nbytes: int) -> Iterator[BinaryIO]:
-    """A stream to a temporary neighbour of ``path`` that takes its name once everything is on disk."""
-    # Always the same name: what a killed process left is written over by the next one, and does not stay for ever.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"{path}: cannot be written ({error.strerror}); fix the cause or choose another folder"
-            ) from error
-        free = free_bytes(path.parent)
-        raise ResourceError(
-            f"{path}: {error.strerror}: {nbytes:,} bytes are needed, {free:,} are free; "
-            "make room or choose another folder"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -112,7 +112,7 @@ def hf_to_orbax(
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
-    from dsv4_convert.limits import TO_CONVERT, require_address_space
+    from dsv4_convert.files.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
     # Orbax starts JAX's default backend. A conversion has no use for an accelerator, whatever the environment says.
@@ -125,7 +125,9 @@ def hf_to_orbax(
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
     tree = convert.Layout(parse_choice("--layout", layout, convert.Layout))
     packing = parse_choice("--compression", compression, ("none", "zstd"))
-    allowed = parse_bytes("--max-memory", max_memory)
+    options = convert.ConversionOptions(
+        max_memory=parse_bytes("--max-memory", max_memory), workers=workers, restart=restart, overwrite=overwrite
+    )
     processes = join_processes(coordinator, num_processes, process_id)
     if discard_source and processes.count > 1:
         raise UsageError("--discard-source: a shard is used by several processes; leave one of the two out")
@@ -140,7 +142,7 @@ def hf_to_orbax(
             config = checkpoint.architecture()
             say("every tensor and where it goes")
             planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
-            threads = planned.workers(allowed, workers)
+            threads = planned.workers(options.max_memory, options.workers)
             say("memory, disk and time")
             costs = None
             if processes.first:
@@ -155,21 +157,12 @@ def hf_to_orbax(
         if dry_run:
             return
         with conversion_progress() as progress:
-            summary = convert.carry_out(
-                planned,
-                checkpoint,
-                dest,
-                workers=threads,
-                processes=processes,
-                restart=restart,
-                overwrite=overwrite,
-                progress=progress,
-            )
+            summary = convert.carry_out(planned, checkpoint, dest, options, processes=processes, progress=progress)
     if not processes.first:
         return
     kept = f", {size(summary.kept_bytes)} of them by an interrupted run" if summary.kept_bytes else ""
     typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
-    typer.echo(convert.describe_rounding(planned, summary.notes), err=json == "-")
+    typer.echo(convert.describe_rounding(planned, summary.side_records), err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
 
 

@@ -68,7 +68,7 @@ def generate(
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
-    from dsv4_convert.limits import TO_COMPUTE, require_address_space
+    from dsv4_convert.files.limits import TO_COMPUTE, require_address_space
 
     require_address_space(TO_COMPUTE)
     from dsv4_convert.platforms import check_platform, select_platform

@@ -138,7 +138,7 @@ def parity(
 
     Example: dsv4 parity ./flash-orbax --golden ./flash-golden --layer 12 --against ./DeepSeek-V4-Flash
     """
-    from dsv4_convert.limits import TO_COMPUTE, require_address_space
+    from dsv4_convert.files.limits import TO_COMPUTE, require_address_space
 
     require_address_space(TO_COMPUTE)
     from dsv4_convert.errors import CheckFailed

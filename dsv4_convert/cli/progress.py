@@ -25,7 +25,7 @@ LINE_EVERY = 30.0
 
 
 @dataclass
-class Meter:
+class SpeedMeter:
     """Rates since the start of this run, from what it has done itself."""
 
     clock: Callable[[], float] = time.monotonic
@@ -73,7 +73,7 @@ def resident_bytes() -> int:
 def conversion_progress() -> Iterator[Callable[[Advance], None]]:
     """Show how far a conversion is, on stderr."""
     screen = console(err=True)
-    meter = Meter()
+    meter = SpeedMeter()
     if not screen.is_terminal:
         yield _lines(meter)
         return
@@ -95,7 +95,7 @@ def conversion_progress() -> Iterator[Callable[[Advance], None]]:
         yield show
 
 
-def _lines(meter: Meter) -> Callable[[Advance], None]:
+def _lines(meter: SpeedMeter) -> Callable[[Advance], None]:
     last = meter.begun
 
     def show(now: Advance) -> None:

@@ -1,11 +1,11 @@
-"""What is found out about every source tensor while it is converted: its digest, and what rounding did to it."""
+"""The account of a source tensor: its digest, and what rounding did to it. Made while the tensor is converted."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _PART_BYTES = 32 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Of one source tensor and its scales."""
+    """The account of one source tensor and its scales."""
 
     digests: Mapping[str, str]
     rounding: Rounding
@@ -40,14 +40,14 @@ class Account:
         return cls(entry["digests"], Rounding(**entry["rounding"]))
 
 
-def accounts_of(notes: Mapping[str, Any]) -> dict[str, Account]:
-    """The accounts among the notes of a run, by weight."""
-    return {weight: Account.from_json(entry) for weight, entry in notes.items()}
+def accounts_of(side_records: Mapping[str, Any]) -> dict[str, Account]:
+    """The accounts by weight, out of the side records of a run."""
+    return {weight: Account.from_json(entry) for weight, entry in side_records.items()}
 
 
 def account(checkpoint: Checkpoint, source: Source, rule: Rule, storage: Storage) -> Account:
     """Hash a tensor and its scales; count the values that the conversion rounds."""
-    digests = {name: tensor_digest(checkpoint, name) for name in _names(source)}
+    digests = {name: tensor_digest(checkpoint, name) for name in source.names}
     converted = storage is not Storage.SOURCE and rule.kind.follows_dtype
     return Account(digests, _rounding(checkpoint, source, storage.dtype) if converted else Rounding())
 
@@ -75,15 +75,9 @@ def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> R
         rows = slice(start, start + step)
         scales = slice(start // tile, -(-(start + step) // tile)) if tall else rows
         total += rounding(stored[rows], scale[scales] if scale is not None else None, dtype=dtype)
-        for name in _names(source):
+        for name in source.names:
             checkpoint.release(name)
     return total
-
-
-def _names(source: Source) -> Iterator[str]:
-    yield source.weight
-    if source.scale is not None:
-        yield source.scale
 
 
 def to_account(planned: Plan) -> frozenset[str]:
@@ -153,11 +147,11 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
     }
 
 
-def describe_rounding(planned: Plan, notes: Mapping[str, Any]) -> str:
+def describe_rounding(planned: Plan, side_records: Mapping[str, Any]) -> str:
     """What a run has found out about rounding, in one sentence."""
     if planned.storage is Storage.SOURCE:
         return "exact: the published bytes"
-    entry = rounding_summary(planned, accounts_of(notes))
+    entry = rounding_summary(planned, accounts_of(side_records))
     if not entry["rounded"]:
         return f"exact: none of {entry['values']:,} converted values is rounded"
     return (

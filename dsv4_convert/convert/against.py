@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from dsv4_convert.errors import BadInput
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import Store, chunk_digest
 from dsv4_convert.store.layout import Index, raw_bytes
-from dsv4_convert.store.threads import work_through
+from dsv4_convert.store.threads import in_threads
 
 #: Called after every chunk with (bytes compared, bytes in total, path of the leaf).
 Progress = Callable[[int, int, str], None]
@@ -64,22 +64,14 @@ class _Comparison:
         problems = self._differing_leaves()
         pieces = [piece for piece in self.planned.pieces if self._has(piece)]
         total = sum(piece.nbytes for piece in pieces)
-        done = 0
-
-        def chunks() -> Iterator[tuple[Piece, Index]]:
-            for piece in pieces:
-                for index in piece.layout.chunk_indices():
-                    yield piece, index
-
-        def note(task: tuple[Piece, Index], result: tuple[str | None, int]) -> None:
-            nonlocal done
-            problem, nbytes = result
-            if problem is not None:
-                problems.append(problem)
-            done += nbytes
-            progress(done, total, task[0].path)
-
-        work_through(chunks(), lambda task: self._compare(*task), note, workers=workers)
+        chunks = ((piece, index) for piece in pieces for index in piece.layout.chunk_indices())
+        compared = 0
+        with in_threads(lambda task: self._compare(*task), chunks, workers=workers) as done:
+            for (piece, _), (problem, nbytes) in done:
+                if problem is not None:
+                    problems.append(problem)
+                compared += nbytes
+                progress(compared, total, piece.path)
         return problems
 
     def _differing_leaves(self) -> list[str]:

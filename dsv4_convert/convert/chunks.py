@@ -118,6 +118,5 @@ class ChunkMaker:
         return rows[:middle] if half == 0 else rows[middle:]
 
     def _release(self, source: Source) -> None:
-        for name in (source.weight, source.scale):
-            if name is not None:
-                self._checkpoint.release(name)
+        for name in source.names:
+            self._checkpoint.release(name)

@@ -16,8 +16,8 @@ from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
 from dsv4_convert.convert.plan import Described, Plan
 from dsv4_convert.convert.shards import Arriving, as_arriving
 from dsv4_convert.convert.storage import Form, Piece
-from dsv4_convert.disk import free_bytes, nearest_folder
 from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Place, chunk_digest, place_of
 

@@ -1,4 +1,4 @@
-"""``dsv4 convert hf-to-orbax``: a checkpoint becomes an Orbax checkpoint, chunk by chunk."""
+"""``dsv4 convert hf-to-orbax``: order, threads, accounts and progress of a conversion to Orbax, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,14 @@ from dsv4_convert.convert.account import Account, account, accounts_of, assemble
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
-from dsv4_convert.convert.shards import ShardUse, as_arriving
+from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Piece, Storage
 from dsv4_convert.errors import printable
 from dsv4_convert.spec.names import TABLE_VERSION
-from dsv4_convert.store import Compression, LeafSpec, Note, Processes, WriteSummary, write_checkpoint
-from dsv4_convert.store.arrays import Array
-from dsv4_convert.store.layout import Index
+from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
+from dsv4_convert.store.threads import in_threads
 
 #: Small files of the source that go along; they are copied as they are where they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -44,6 +44,32 @@ class Advance:
     fetched: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """How a plan is carried out.
+
+    Attributes:
+        max_memory: bytes beyond the interpreter with its imports.
+        workers: threads, at most; None for two more than there are cores, so that these have work while some threads
+            wait for the disk.
+        name: what the manifest calls the source, such as its repository; the folder's name if None.
+        revision: the source's commit; what the folder itself says if None.
+        restart: discard an interrupted run instead of going on with it.
+        overwrite: replace a finished conversion at the destination.
+    """
+
+    max_memory: int = MAX_MEMORY
+    workers: int | None = None
+    name: str | None = None
+    revision: str | None = None
+    restart: bool = False
+    overwrite: bool = False
+
+
+#: Called with how far the conversion is, one call at a time, from any thread.
+Progress = Callable[[Advance], None]
+
+
 def hf_to_orbax(
     source: Path,
     destination: str | os.PathLike[str],
@@ -52,13 +78,8 @@ def hf_to_orbax(
     layers: Iterable[int] | None = None,
     layout: Layout = Layout.DSV4,
     compression: Compression = "none",
-    max_memory: int = MAX_MEMORY,
-    workers: int | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[Advance], None] = lambda _: None,
+    options: ConversionOptions = ConversionOptions(),
+    progress: Progress = lambda _: None,
 ) -> tuple[Plan, WriteSummary]:
     """Convert a local checkpoint folder: :func:`plan` and :func:`carry_out`.
 
@@ -68,10 +89,9 @@ def hf_to_orbax(
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.
         layout: whose parameter tree is written.
-        compression: see :func:`dsv4_convert.store.write_checkpoint`.
-        max_memory: bytes beyond the interpreter with its imports.
-        workers: threads, at most; None for what cores and memory allow.
-        name, revision, restart, overwrite, progress: see :func:`carry_out`.
+        compression: see :class:`dsv4_convert.store.CheckpointWriter`.
+        options: how the plan is carried out.
+        progress: see :func:`carry_out`.
 
     Raises:
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
@@ -84,17 +104,7 @@ def hf_to_orbax(
     with open_checkpoint(source, partial=layers is not None) as checkpoint:
         config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
-        summary = carry_out(
-            planned,
-            checkpoint,
-            destination,
-            name=name,
-            revision=revision,
-            workers=planned.workers(max_memory, workers),
-            restart=restart,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        summary = carry_out(planned, checkpoint, destination, options, progress=progress)
     return planned, summary
 
 
@@ -102,14 +112,10 @@ def carry_out(
     planned: Plan,
     checkpoint: Checkpoint,
     destination: str | os.PathLike[str],
+    options: ConversionOptions = ConversionOptions(),
     *,
-    name: str | None = None,
-    revision: str | None = None,
-    workers: int = 4,
     processes: Processes | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[Advance], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> WriteSummary:
     """Carry out a plan; memory holds one chunk per worker, never a layer.
 
@@ -118,83 +124,30 @@ def carry_out(
         checkpoint: the source that the plan was made of, open.
         destination: folder to create, or URL of a bucket such as ``gs://bucket/model``; an interrupted run leaves it
             absent and is continued by the same call.
-        name: what the manifest calls the source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
-        workers: threads; see :meth:`Plan.workers`.
+        options: how.
         processes: those that share the work; those of ``jax.distributed`` if None, where it is initialised.
-        restart: discard an interrupted run instead of going on with it.
-        overwrite: replace a finished conversion at ``destination``.
         progress: called at the start, with what an interrupted run has done, and after every chunk.
 
     Raises:
         BadInput: the source is corrupt or changed.
         UsageError: the destination exists, or an interrupted run had another source or other settings.
-        ResourceError: the disk is full, or another process writes the same destination.
+        ResourceError: the disk is full, the memory allowed is too small, or another process writes the same
+            destination.
     """
+    workers = planned.workers(options.max_memory, options.workers)
     arriving = as_arriving(checkpoint)
     if arriving is not None:
         arriving.fetch_small_files()
-    maker = ChunkMaker(checkpoint, experts=planned.config.n_routed_experts)
-    weights = sorted(to_account(planned))
-    sharing = processes or current_processes()
-    shards = ShardUse(planned, weights, checkpoint, ahead=sharing.count == 1)
-    described = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
-    origin = {
-        "name": name or checkpoint.repository or printable(checkpoint.root.resolve().name),
-        "revision": revision or checkpoint.revision,
-        "shards": {name: shard.size for name, shard in described.items()},
-    }
     companions = _companions(checkpoint)
-
-    now = Advance(0, planned.bytes_read, 0, planned.bytes_written, "", None if arriving is None else 0)
-
-    def advance(written: int, total: int, path: str) -> None:
-        nonlocal now
-        now = dataclasses.replace(now, read=shards.read, written=written, to_write=total, path=path or now.path)
-        progress(now)
-
-    def more_fetched() -> None:
-        nonlocal now
-        if arriving is not None:
-            now = dataclasses.replace(now, fetched=arriving.fetched)
-            progress(now)
-
-    if arriving is not None:
-        arriving.on_bytes = more_fetched
-
-    def spec(piece: Piece) -> LeafSpec:
-        def chunk(index: Index) -> Array:
-            shards.begin()
-            return maker.chunk(piece, index)
-
-        return LeafSpec(
-            path=piece.path,
-            shape=piece.shape,
-            dtype=piece.dtype,
-            chunk_shape=piece.chunk_shape,
-            chunks=chunk,
-            rank=lambda index: shards.rank(piece, index),
-            sources=piece.sources,
-            rule=piece.rule_name,
-        )
-
-    def note(weight: str) -> Note:
-        source, rule = planned.sources[weight]
-
-        def value() -> dict[str, Any]:
-            shards.begin()
-            return account(checkpoint, source, rule, planned.storage).to_json()
-
-        return Note(name=weight, value=value, rank=shards.rank_of_note(weight))
-
-    def files(summary: WriteSummary) -> dict[str, bytes]:
-        sources = assemble(planned, accounts_of(summary.notes), summary.records, described)
-        return {**companions, SOURCES_FILE: sources.to_bytes()}
-
-    return write_checkpoint(
+    shards = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
+    origin = {
+        "name": options.name or checkpoint.repository or printable(checkpoint.root.resolve().name),
+        "revision": options.revision or checkpoint.revision,
+        "shards": {name: shard.size for name, shard in shards.items()},
+    }
+    writer = CheckpointWriter(
         destination,
-        [spec(piece) for piece in planned.pieces],
-        notes=[note(weight) for weight in weights],
+        [_leaf(piece) for piece in planned.pieces],
         fingerprint={
             "source": origin,
             # A commit says more than times do, where it is known.
@@ -204,17 +157,81 @@ def carry_out(
             "layout": planned.layout.value,
             "names_table": TABLE_VERSION,
         },
-        metadata=lambda summary: _metadata(planned, origin, accounts_of(summary.notes)),
-        extra_files=files,
         compression=planned.compression,
-        workers=workers,
-        processes=sharing,
-        progress=advance,
-        committed=shards.committed,
-        stopping=arriving.stop if arriving is not None else lambda: None,
-        restart=restart,
-        overwrite=overwrite,
+        processes=processes or current_processes(),
+        restart=options.restart,
+        overwrite=options.overwrite,
     )
+    with writer:
+        _write_chunks(planned, checkpoint, writer, workers, progress)
+        summary = writer.finish()
+        accounts = accounts_of(summary.side_records)
+        sources = assemble(planned, accounts, summary.records, shards)
+        writer.commit(_metadata(planned, origin, accounts), {**companions, SOURCES_FILE: sources.to_bytes()})
+    return summary
+
+
+def _leaf(piece: Piece) -> LeafSpec:
+    return LeafSpec(
+        path=piece.path,
+        shape=piece.shape,
+        dtype=piece.dtype,
+        chunk_shape=piece.chunk_shape,
+        sources=piece.sources,
+        rule=piece.rule_name,
+    )
+
+
+def _write_chunks(
+    planned: Plan, checkpoint: Checkpoint, writer: CheckpointWriter, workers: int, progress: Progress
+) -> None:
+    """Write the chunks that are missing, and account for the weights, in the order of the source."""
+    weights = sorted(to_account(planned) - writer.side_records.keys())
+    missing = in_order(planned, weights, writer.pending())
+    mine = writer.processes.share(missing, lambda task: task.written)
+    pieces = {piece.path: piece for piece in planned.pieces}
+    maker = ChunkMaker(checkpoint, experts=planned.config.n_routed_experts)
+
+    def work(task: Task) -> None:
+        if isinstance(task.what, Chunk):
+            writer.write(task.what, maker.chunk(pieces[task.what.leaf.path], task.what.index))
+        else:
+            source, rule = planned.sources[task.what]
+            writer.add_side_record(task.what, account(checkpoint, source, rule, planned.storage).to_json())
+
+    arriving = as_arriving(checkpoint)
+    every = (planned.bytes_of(piece, index) for piece in planned.pieces for index in piece.layout.chunk_indices())
+    read = sum(every) - sum(task.read for task in missing)
+    written = writer.kept_bytes
+    to_write = written + sum(task.written for task in mine)
+    fetched = None if arriving is None else 0
+    telling = _Telling(Advance(read, planned.bytes_read, written, to_write, "", fetched), progress)
+    if arriving is not None:
+        arriving.on_bytes = lambda: telling.update(fetched=arriving.fetched)
+    used = {planned.infos[name].file.name for source, _ in planned.sources.values() for name in source.names}
+    shards = ShardUse(arriving, used, mine)
+    with in_threads(work, mine, workers=workers) as done, shards:
+        for task, _ in done:
+            shards.done(task)
+            if isinstance(task.what, Chunk):
+                read, written = read + task.read, written + task.written
+                telling.update(read=read, written=written, path=task.what.leaf.path)
+
+
+class _Telling:
+    """Tells progress, one call at a time, what the thread that writes and those that fetch have done."""
+
+    def __init__(self, now: Advance, progress: Progress) -> None:
+        self._now = now
+        self._progress = progress
+        self._lock = threading.Lock()
+        self.update()
+
+    def update(self, **changes: Any) -> None:
+        """Some fields of the :class:`Advance` have changed."""
+        with self._lock:
+            self._now = dataclasses.replace(self._now, **changes)
+            self._progress(self._now)
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -223,7 +240,7 @@ def _companions(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _metadata(planned: Plan, origin: Mapping[str, Any], accounts: Mapping[str, Account]) -> dict[str, Any]:
-    """What travels in the manifest: enough to read the checkpoint without its source, and to find that source again."""
+    """The manifest's metadata: enough to read the checkpoint without its source, and to find that source again."""
     return {
         "format": "dsv4",
         "dsv4_version": importlib.metadata.version("dsv4-convert"),

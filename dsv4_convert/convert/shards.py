@@ -1,17 +1,15 @@
-"""Which shards a conversion still needs: the order of the work, and the moment at which a shard is done with."""
+"""The order in which a conversion works through the shards of its source, and when it is done with one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from threading import Lock
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
 
 from dsv4_convert.convert.plan import Plan
-from dsv4_convert.convert.storage import Piece
-from dsv4_convert.store.writer import Rank
-
-Index = tuple[int, ...]
+from dsv4_convert.store import Chunk
 
 
 @runtime_checkable
@@ -52,73 +50,81 @@ def as_arriving(source: object) -> Arriving | None:
     return source if isinstance(source, Arriving) else None
 
 
-class ShardUse:
-    """Ranks the work by the place of its source, and counts down what is left to do with each shard.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One step of a conversion.
 
-    The source is then read from its first byte to its last, and shards can be fetched, and given up, one by one.
+    Attributes:
+        what: a chunk to write, or the name of a weight to account for.
+        shards: the files of the source that it reads.
+        order: its place in the order of the work.
+        read: bytes of the source, as progress counts them.
+        written: canonical bytes of the destination.
     """
 
-    def __init__(self, planned: Plan, notes: Sequence[str], source: object, *, ahead: bool = True) -> None:
-        """``ahead`` fetches shards before they are asked for; not so where others do a part of the work."""
-        self._planned = planned
-        self._source = as_arriving(source)
-        self._pieces = {piece.path: piece for piece in planned.pieces}
-        names = sorted({info.file.name for info in planned.infos.values()})
-        self._number = {name: number for number, name in enumerate(names)}
-        self._left: Counter[str] = Counter()
-        for piece in planned.pieces:
-            for index in piece.layout.chunk_indices():
-                self._left.update(self._shards_of(planned.names_of(piece, index)))
-        for note in notes:
-            self._left.update(self._shards_of(self._names_of_note(note)))
-        self._ahead = ahead
-        self._begun = False
-        self._lock = Lock()
-        #: Bytes of the source whose chunks are written.
-        self.read = 0
+    what: Chunk | str
+    shards: tuple[str, ...]
+    order: tuple[int, ...]
+    read: int = 0
+    written: int = 0
 
-    def rank(self, piece: Piece, index: Index) -> Rank:
-        """Of a chunk: shard and offset of the last byte that it needs."""
-        names = self._planned.names_of(piece, index)
-        if not names:
-            return (0,)
-        shard, start = self._place(names)
-        part = piece.part(index)
-        return shard, start, part.expert if part.expert is not None else part.rows.start
 
-    def rank_of_note(self, weight: str) -> Rank:
-        """Of the account of a tensor: just before its chunks."""
-        return *self._place(self._names_of_note(weight)), -1
+def in_order(planned: Plan, weights: Iterable[str], chunks: Iterable[Chunk]) -> list[Task]:
+    """The tasks in the order of the source, so that it is read from its first byte to its last.
 
-    def begin(self) -> None:
-        """Before anything is read: let the shards come that are still needed."""
-        if self._source is None or self._begun:
-            return
-        with self._lock:
-            if not self._begun:
-                self._source.start([name for name in self._number if self._ahead and self._left[name] > 0])
-                self._begun = True
+    A chunk comes when the last byte that it needs does, the account of a weight just before its chunks.
+    """
+    pieces = {piece.path: piece for piece in planned.pieces}
+    number = {name: number for number, name in enumerate(sorted({info.file.name for info in planned.infos.values()}))}
 
-    def committed(self, name: str, index: Index | None) -> None:
-        """A chunk (leaf, index) or an account (weight, None) is safe on the disk. One call at a time."""
-        if index is None:
-            names = self._names_of_note(name)
-        else:
-            piece = self._pieces[name]
-            names = self._planned.names_of(piece, index)
-            self.read += self._planned.bytes_of(piece, index)
-        for shard in self._shards_of(names):
+    def files(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple({planned.infos[name].file.name for name in names})
+
+    def last(names: Sequence[str]) -> tuple[int, int]:
+        return max((number[planned.infos[name].file.name], planned.infos[name].start) for name in names)
+
+    tasks = []
+    for weight in weights:
+        names = planned.sources[weight][0].names
+        tasks.append(Task(weight, files(names), (*last(names), -1)))
+    for chunk in chunks:
+        piece, index = pieces[chunk.leaf.path], chunk.index
+        order: tuple[int, ...] = (0,)
+        if names := planned.names_of(piece, index):
+            part = piece.part(index)
+            order = (*last(names), part.expert if part.expert is not None else part.rows.start)
+        tasks.append(Task(chunk, files(names), order, planned.bytes_of(piece, index), chunk.nbytes))
+    return sorted(tasks, key=lambda task: task.order)
+
+
+class ShardUse:
+    """The shards that some tasks read. An arriving source fetches them in order and gives up each after its last task.
+
+    A context manager: a failure in its block ends what readers of the source may be waiting for.
+    """
+
+    def __init__(self, source: Arriving | None, shards: Iterable[str], tasks: Sequence[Task]) -> None:
+        """``shards`` are those of the whole conversion. One that no task reads is given up at once."""
+        self._source = source
+        self._left = Counter(shard for task in tasks for shard in task.shards)
+        if source is not None:
+            for shard in sorted(set(shards) - self._left.keys()):
+                source.finish(shard)
+            if self._left:
+                source.start(sorted(self._left))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._source is not None:
+            self._source.stop()
+
+    def done(self, task: Task) -> None:
+        """A task is done, and what it made is safe on the disk."""
+        for shard in task.shards:
             self._left[shard] -= 1
             if not self._left[shard] and self._source is not None:
                 self._source.finish(shard)
-
-    def _place(self, names: Sequence[str]) -> tuple[int, int]:
-        infos = [self._planned.infos[name] for name in names]
-        return max((self._number[info.file.name], info.start) for info in infos)
-
-    def _names_of_note(self, weight: str) -> Sequence[str]:
-        source, _ = self._planned.sources[weight]
-        return (weight,) if source.scale is None else (weight, source.scale)
-
-    def _shards_of(self, names: Sequence[str]) -> set[str]:
-        return {self._planned.infos[name].file.name for name in names}

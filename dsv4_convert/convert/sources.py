@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import parse_object, shown
 from dsv4_convert.spec.names import stage_of
 from dsv4_convert.store import Store
-from dsv4_convert.strict_json import parse_object, shown
 
 SOURCES_FILE = "dsv4_sources.json"
 SCHEMA_VERSION = 1

@@ -15,13 +15,13 @@ from dsv4_convert.convert.run import COMPANIONS
 from dsv4_convert.convert.sources import Sources, read_sources
 from dsv4_convert.convert.storage import Storage
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
+from dsv4_convert.files.workspace import refuse_other_settings
+from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.store import Store, open_store
-from dsv4_convert.store.arrays import Array, write_file, writing
-from dsv4_convert.store.export_state import Written, read_export_state, write_export_state
+from dsv4_convert.store.arrays import Array
+from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
 from dsv4_convert.store.layout import raw_bytes
-from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import Folder
-from dsv4_convert.store.staging import EXPORT_STATE, staging_area
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -95,34 +95,33 @@ def orbax_to_hf(
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
     place = Folder(destination.absolute())
-    target = place.target
     place.check(overwrite=False)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)
     done = 0
-    with staging_area(target) as staging:
+    identity = {"manifest": hashlib.sha256(store.manifest.to_bytes()).hexdigest(), "requantize": requantize}
+    with place.workspace as workspace:
         place.check(overwrite=False)
         if restart:
-            staging.clear()
-        kept = _begin(staging.folder / EXPORT_STATE, staging.commit, store, requantize=requantize)
+            workspace.clear()
+        state, content = workspace.stage / EXPORT_STATE, workspace.content
+        kept = _begin(state, content, identity)
         for shard, group in groups.items():
-            if shard not in kept or not (staging.commit / shard).is_file():
+            if shard not in kept or not (content / shard).is_file():
                 checked = [_Checked(tensor, sources) for tensor in group]
-                write_safetensors(staging.commit / shard, [one.entry() for one in checked], metadata={"format": "pt"})
+                write_safetensors(content / shard, [one.entry() for one in checked], metadata={"format": "pt"})
                 identical = sum(one.identical for one in checked)
                 kept[shard] = Written(identical, dict(emitter.fidelity.changed))
                 emitter.fidelity.changed.clear()
-                write_export_state(staging.folder / EXPORT_STATE, _identity(store, requantize=requantize), kept)
+                write_export_state(state, identity, kept)
             done += sum(tensor.nbytes for tensor in group)
             progress(done, total, shard)
         if set(groups) != {"model.safetensors"}:
             weight_map = {tensor.name: shard for shard, group in groups.items() for tensor in group}
-            write_index(staging.commit, weight_map, total)
-        for name, content in _companions(store, plain=emitter.storage is not Storage.SOURCE and not requantize):
-            write_file(staging.commit / name, content)
-        with writing(staging.leaves):
-            staging.leaves.mkdir(exist_ok=True)
-        staging.publish(target)
+            write_index(content, weight_map, total)
+        for name, companion in _companions(store, plain=emitter.storage is not Storage.SOURCE and not requantize):
+            write_atomically(content / name, companion)
+        workspace.publish()
     dropped: dict[str, int] = {}
     for tensor in sources.tensors.values():
         if tensor.dropped is not None:
@@ -191,7 +190,7 @@ class _Checked:
         self.identical = found == self._known
 
 
-def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict[str, Written]:
+def _begin(state: Path, folder: Path, identity: Mapping[str, Any]) -> dict[str, Written]:
     """The shards that an interrupted run has finished."""
     if any(state.parent.glob("journal*.jsonl")):
         raise UsageError(f"{state.parent}: an unfinished conversion is here; finish it, or --restart to discard it")
@@ -200,17 +199,8 @@ def _begin(state: Path, folder: Path, store: Store, *, requantize: bool) -> dict
     if not state.exists():
         return {}
     of, shards = read_export_state(state)
-    if of != _identity(store, requantize=requantize):
-        raise UsageError(
-            f"{state.parent}: an unfinished export of another checkpoint, or with other options, is here. "
-            "Finish that one, or --restart to discard it."
-        )
+    refuse_other_settings(state.parent, "export", then=of, now=identity)
     return shards
-
-
-def _identity(store: Store, *, requantize: bool) -> dict[str, Any]:
-    manifest: Manifest = store.manifest
-    return {"manifest": hashlib.sha256(manifest.to_bytes()).hexdigest(), "requantize": requantize}
 
 
 def _companions(store: Store, *, plain: bool) -> Iterator[tuple[str, bytes]]:

@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dsv4_convert.disk import free_bytes, nearest_folder
 from dsv4_convert.doctor.finding import Diagnosis, Finding, State
+from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.units import size
 
 #: Seconds that the Hub, and that JAX's search for devices, may take.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.workspace import destination_of, stage_of
 from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.config import Config
@@ -14,9 +15,9 @@ from dsv4_convert.spec.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.staging import Journal, Staging, staged_bytes
-from dsv4_convert.unfinished import destination_of
+from dsv4_convert.store.places import leaves_of, staged_bytes
 from dsv4_convert.units import ranges, size
 
 
@@ -59,9 +60,9 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     Raises:
         BadInput: the journal is damaged, or not that of a conversion.
     """
-    staging, journal = Staging(folder), Journal.found(folder)
+    journal = Journal.found(folder)
     plan = journal.plan
-    arrays = [StoredArray.open(leaf) for leaf in sorted(staging.leaves.iterdir())] if staging.leaves.is_dir() else []
+    arrays = [StoredArray.open(leaf) for leaf in leaves_of(folder)]
     done, chunks = sum(map(len, journal.chunks.values())), sum(array.layout.chunk_count for array in arrays)
     source = plan.get("fingerprint.source") or {}
     if not isinstance(source, dict):
@@ -90,8 +91,7 @@ def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
         BadInput: its state is damaged.
     """
     of, shards = read_export_state(folder / known_by)
-    commit = Staging(folder).commit
-    finished = [commit / shard for shard in shards if (commit / shard).is_file()]
+    finished = [folder / "commit" / shard for shard in shards if (folder / "commit" / shard).is_file()]
     destination = destination_of(folder)
     facts = {
         "source": f"the converted checkpoint whose {MANIFEST_FILE} has the SHA-256 {of.get('manifest')}",
@@ -151,7 +151,7 @@ def _disagreeing(store: Store, say: Callable[[str], None]) -> list[str]:
             continue
         if missing:
             odd.append(f"{path}: {len(missing)} chunks are missing or of another size, such as {missing[0]}")
-    beside = Staging.beside(store.folder).folder
+    beside = stage_of(store.folder)
     if beside.is_dir():
         odd.append(f"{beside}: an unfinished conversion that is to replace this one")
     return odd

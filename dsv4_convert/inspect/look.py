@@ -8,6 +8,7 @@ from pathlib import Path
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.files.workspace import stage_of
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.manifest import MANIFEST_NAME
 from dsv4_convert.golden.writer import REQUEST_NAME
@@ -17,9 +18,8 @@ from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
+from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.staging import EXPORT_STATE
-from dsv4_convert.unfinished import folder_of
 
 #: Called with what is being done, for somebody who waits.
 Say = Callable[[str], None]
@@ -56,7 +56,7 @@ def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: Non
         return _file(path)
     if path.is_dir():
         return _folder(path, say)
-    if (partial := folder_of(path)).is_dir():
+    if (partial := stage_of(path)).is_dir():
         return _folder(partial, say)
     say("reading headers")
     with open_source(place, revision=revision) as checkpoint:

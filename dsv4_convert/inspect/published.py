@@ -9,8 +9,8 @@ from typing import Any
 from dsv4_convert.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
-from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.inspect.parts import count_published
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.config import Config

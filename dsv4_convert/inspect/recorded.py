@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.workspace import destination_of
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import is_kept_part
 from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference, layer_file
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.strict_json import parse_object
-from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges
 
 

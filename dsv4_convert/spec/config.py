@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.strict_json import parse_object
+from dsv4_convert.files.strict_json import parse_object
 
 _V = TypeVar("_V")
 

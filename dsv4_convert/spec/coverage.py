@@ -57,6 +57,11 @@ class Source:
     weight: str
     scale: str | None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weight, and its scales where it has some."""
+        return (self.weight,) if self.scale is None else (self.weight, self.scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:

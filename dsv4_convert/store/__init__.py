@@ -8,16 +8,17 @@ from dsv4_convert.store.manifest import LeafRecord, Manifest
 from dsv4_convert.store.places import Place, as_path, place_of
 from dsv4_convert.store.processes import ALONE, Processes
 from dsv4_convert.store.reader import Store, open_store, verify
-from dsv4_convert.store.writer import LeafSpec, Note, WriteSummary, write_checkpoint
+from dsv4_convert.store.writer import CheckpointWriter, Chunk, LeafSpec, WriteSummary
 
 __all__ = [
     "ALONE",
     "ArrayLayout",
+    "CheckpointWriter",
+    "Chunk",
     "Compression",
     "LeafRecord",
     "LeafSpec",
     "Manifest",
-    "Note",
     "Place",
     "Processes",
     "Store",
@@ -28,5 +29,4 @@ __all__ = [
     "place_of",
     "row_chunks",
     "verify",
-    "write_checkpoint",
 ]

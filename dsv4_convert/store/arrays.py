@@ -22,8 +22,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.writing import writing
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, Region, chunk_file, raw_bytes
-from dsv4_convert.strict_json import parse_object
 
 Compression: TypeAlias = Literal["none", "zstd"]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -41,18 +42,6 @@ _MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB per call
 def is_local(path: object) -> bool:
     """Whether a path is one of this machine, not of a bucket, whose type is not pathlib's."""
     return isinstance(path, Path)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an operating-system error while ``path`` is written into a :class:`ResourceError` that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"{path}: cannot write: {error.strerror or error}. What was finished is kept; "
-            "make room (or fix the cause) and run the same command again."
-        ) from error
 
 
 def write_file(path: Path, data: bytes | memoryview, *, size: int | None = None) -> None:
@@ -100,16 +89,6 @@ def _write_all(descriptor: int, view: memoryview) -> None:
 
 def _is_page_aligned(view: memoryview) -> bool:
     return hasattr(os, "O_DIRECT") and np.frombuffer(view, np.uint8).ctypes.data % mmap.PAGESIZE == 0
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk, so that they survive a power loss."""
-    with writing(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def create_array(folder: Path, layout: ArrayLayout, compression: Compression) -> None:
@@ -372,6 +351,6 @@ def _tensorstore_writing(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk is a ValueError here: tensorstore maps its own status codes
         raise ResourceError(
-            f"{folder}: cannot write: {error}. What was finished is kept; "
+            f"{folder}: cannot write: {error}. Finished work is kept; "
             "make room (or fix the cause) and run the same command again."
         ) from error

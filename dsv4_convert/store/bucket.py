@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata, writing
+from dsv4_convert.files.workspace import SUFFIX
+from dsv4_convert.files.writing import writing
+from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
 from dsv4_convert.store.places import AnyPath, ChunkWriter, timed_writes
-from dsv4_convert.store.staging import Journal
-from dsv4_convert.unfinished import SUFFIX
 
 _SCHEME = "gs://"
 #: Written last, in this order.
@@ -66,7 +67,7 @@ def _uploading(path: AnyPath) -> Iterator[None]:
         yield
     except Exception as error:
         raise ResourceError(
-            f"{path}: cannot write: {error}. What was finished is kept; fix the cause and run the same command again."
+            f"{path}: cannot write: {error}. Finished work is kept; fix the cause and run the same command again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What an export has finished: ``export.json`` in its staging folder."""
+"""What an unfinished export has finished: ``export.json`` in its stage."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.store.arrays import write_file, writing
-from dsv4_convert.strict_json import parse_object, shown
+from dsv4_convert.files.strict_json import parse_object, shown
+from dsv4_convert.files.writing import write_atomically
+
+#: Name of the file.
+EXPORT_STATE = "export.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,5 @@ def _heard(shard: str, entry: Any) -> Written:
 
 def write_export_state(state: Path, of: Mapping[str, Any], shards: Mapping[str, Written]) -> None:
     """Record what :func:`read_export_state` reads. Raises :class:`ResourceError` if the disk is full or failing."""
-    new = state.with_suffix(".new")
     entries = {shard: dataclasses.asdict(written) for shard, written in shards.items()}
-    write_file(new, json.dumps({"of": dict(of), "shards": entries}).encode())
-    with writing(state):
-        new.replace(state)
+    write_atomically(state, json.dumps({"of": dict(of), "shards": entries}).encode())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.store.layout import (
     DTYPES,
     ArrayLayout,
@@ -21,7 +22,6 @@ from dsv4_convert.store.layout import (
     leaf_digest,
     path_problems,
 )
-from dsv4_convert.strict_json import parse_object
 
 SCHEMA_VERSION = 1
 

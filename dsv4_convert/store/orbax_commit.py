@@ -27,7 +27,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
-from dsv4_convert.store.arrays import writing
+from dsv4_convert.files.writing import writing
 from dsv4_convert.store.layout import nested
 
 

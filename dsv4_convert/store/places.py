@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from dsv4_convert.disk import free_bytes, nearest_folder
-from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.locks import lock
-from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, create_array, is_local, sync, writing
-from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index
-from dsv4_convert.store.staging import Journal, Staging, staged_bytes, staging_area
+from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.files.limits import free_bytes, nearest_folder
+from dsv4_convert.files.workspace import Workspace, scratch_folder, stage_of
+from dsv4_convert.files.writing import sync, writing
+from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array, is_local
+from dsv4_convert.store.export_state import EXPORT_STATE
+from dsv4_convert.store.journal import Journal
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
 
 #: A local path, or the path in a bucket that etils.epath makes of a URL, which has the methods used here.
 AnyPath: TypeAlias = Path
 
-#: Name of a folder for a moment, before its random part.
-_SCRATCH = ".dsv4-probe-"
+#: Every name in the stage of a conversion or an export; of earlier versions too.
+_OWN = re.compile(r"lock|journal.*\.jsonl|journal\.new|leaves|commit.*|replaced|export\.json|export\.new")
 
 
 class ChunkWriter(Protocol):
@@ -42,7 +44,7 @@ class Place(Protocol):
     def check(self, *, overwrite: bool) -> None:
         """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
 
-    def held(self) -> AbstractContextManager[None]:
+    def held(self) -> AbstractContextManager[object]:
         """Keep others from writing the same destination. Raises :class:`ResourceError` if one does."""
 
     def clear(self) -> None:
@@ -52,10 +54,10 @@ class Place(Protocol):
         """Make an array for every leaf, and journal and arrays agree, whatever an interrupted run left."""
 
     def journal(self, plan: Mapping[str, Any], member: int) -> Journal:
-        """What all processes have recorded so far, for process ``member`` to go on."""
+        """Read the record of all processes so far; process ``member`` goes on with it."""
 
     def writer(self, path: str, layout: ArrayLayout, compression: Compression) -> ChunkWriter:
-        """Of the chunks of a leaf."""
+        """Give the writer of a leaf's chunks."""
 
     def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> AbstractContextManager[Path]:
         """Let Orbax make a checkpoint of the leaves; its local folder can be added to before all of it appears."""
@@ -64,18 +66,29 @@ class Place(Protocol):
         """Bytes that are free, those written by an interrupted run included; None where there is no end."""
 
     def device(self) -> int | None:
-        """What tells whether something else is on the same disk; None for a bucket."""
+        """Give the number of the disk; None for a bucket."""
 
     def probe(self, chunk: Array, count: int, compression: Compression) -> tuple[float, int]:
         """Write a chunk ``count`` times and remove it again: seconds, and bytes that were stored."""
 
 
 class Folder:
-    """A local destination: everything is written beside it, and it appears by one rename."""
+    """A local destination, with the stage of a conversion or an export beside it::
+
+        journal*.jsonl  the plan, then a line for every finished chunk and side record; one file for each process
+        leaves/PATH/    arrays, finished or not
+        commit*         the checkpoint while Orbax builds it (with Orbax's suffix) and until it is published
+        export.json     of an export, whose shards grow in ``commit``: what is finished
+
+    A kill at any moment leaves one of these states, and :meth:`prepare` leads every one of them back to "the chunks of
+    the journal in ``leaves/``".
+    """
 
     def __init__(self, target: Path) -> None:
+        self.workspace = Workspace(target, _OWN, content="commit")
         self._target = target
-        self._staging = Staging.beside(target)
+        self._stage = self.workspace.stage
+        self._leaves = self._stage / "leaves"
 
     @property
     def target(self) -> Path:
@@ -93,34 +106,64 @@ class Folder:
                 f"{self._target}: not overwritten, because it is not a checkpoint of dsv4 (no {MANIFEST_FILE})."
             )
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        with staging_area(self._target):
-            yield
+    def held(self) -> Workspace:
+        return self.workspace
 
     def clear(self) -> None:
-        self._staging.clear()
+        self.workspace.clear()
 
     def prepare(self, layouts: Mapping[str, ArrayLayout], *, plan: Mapping[str, Any], compression: Compression) -> None:
-        self._staging.prepare(layouts, plan=plan, compression=compression)
+        """As :meth:`Place.prepare`.
+
+        Raises:
+            UsageError: an unfinished export is here; or as :meth:`Journal.open`.
+            BadInput: as :meth:`Journal.open`.
+            ResourceError: the disk is full or failing.
+        """
+        if os.path.lexists(self._stage / EXPORT_STATE):
+            raise UsageError(
+                f"{self._stage}: an unfinished export is here ({EXPORT_STATE}). Finish it with the same `dsv4 convert "
+                "orbax-to-hf`, choose another destination, or --restart to discard it."
+            )
+        journal = Journal.open(self._stage, plan=plan)
+        self._take_back_leaves()
+        chunks: dict[str, dict[Index, str]] = {}
+        for path, layout in layouts.items():
+            kept = _reconcile(self._leaves / path, layout, compression, journal.chunks.get(path, {}))
+            if kept:
+                chunks[path] = kept
+        journal.chunks = chunks
+        journal.rewrite()
+
+    def _take_back_leaves(self) -> None:
+        """Undo an unfinished commit: arrays go back to ``leaves/``, Orbax's own files are removed."""
+        with writing(self._stage):
+            self._leaves.mkdir(exist_ok=True)
+            for commit in self._stage.glob("commit*"):
+                for entry in commit.iterdir():
+                    if entry.is_dir() and not (self._leaves / entry.name).exists():
+                        entry.rename(self._leaves / entry.name)
+                shutil.rmtree(commit)
 
     def journal(self, plan: Mapping[str, Any], member: int) -> Journal:
-        return Journal.open(self._staging.folder, plan=plan, member=member)
+        return Journal.open(self._stage, plan=plan, member=member)
 
     def writer(self, path: str, layout: ArrayLayout, compression: Compression) -> ChunkWriter:
-        return ArrayWriter(self._staging.leaf(path), layout, compression)
+        return ArrayWriter(self._leaves / path, layout, compression)
 
     @contextmanager
     def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> Iterator[Path]:
         from dsv4_convert.store.orbax_commit import commit_arrays
 
-        folders = {path: self._staging.leaf(path) for path in layouts}
+        folders = {path: self._leaves / path for path in layouts}
         for folder in folders.values():
             sync(folder)
-        sync(self._staging.leaves)
-        commit_arrays(folders, self._staging.commit)
-        yield self._staging.commit
-        self._staging.publish(self._target)
+        sync(self._leaves)
+        commit_arrays(folders, self.workspace.content)
+        yield self.workspace.content
+        with writing(self._leaves):
+            self._leaves.rmdir()  # empty, for the arrays are in the content
+        self.workspace.publish()
 
     def free(self) -> int | None:
         return free_bytes(self._target.parent) + staged_bytes(self._target)
@@ -130,50 +173,49 @@ class Folder:
 
     def probe(self, chunk: Array, count: int, compression: Compression) -> tuple[float, int]:
         layout = ArrayLayout(shape=(count, *chunk.shape), dtype=chunk.dtype, chunk_shape=(1, *chunk.shape))
-        with _scratch(nearest_folder(self._target.parent)) as scratch:
+        with scratch_folder(nearest_folder(self._target.parent)) as scratch:
             create_array(scratch / "probe", layout, compression)
             seconds = timed_writes(ArrayWriter(scratch / "probe", layout, compression), layout.chunk_indices(), chunk)
             return seconds, sum(file.stat().st_size for file in (scratch / "probe").iterdir())
 
 
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A folder for a moment. Those that killed processes left are removed, which their free locks tell."""
-    for left in parent.glob(f"{_SCRATCH}*"):
-        with suppress(OSError, ResourceError), _open_folder(left) as descriptor:
-            if lock(descriptor, left):
-                shutil.rmtree(left)
-    with ExitStack() as opened:
-        folder = None
-        while folder is None:
-            with writing(parent):
-                made = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-            with writing(made), suppress(FileNotFoundError):
-                descriptor = opened.enter_context(_open_folder(made))
-                # Another process may take it for left before it is locked, and hold it to remove it, or have done so.
-                if _ours(descriptor, made) and made.exists():
-                    folder = made
+def _reconcile(
+    folder: Path, layout: ArrayLayout, compression: Compression, digests: Mapping[Index, str]
+) -> dict[Index, str]:
+    """Find the chunks with these digests that are there; remove whatever else lies in the leaf's folder."""
+    with writing(folder):
+        if not folder.exists():
+            create_array(folder, layout, compression)
+            return {}
         try:
-            yield folder
-        finally:
-            with writing(folder):
-                shutil.rmtree(folder)
+            stored = StoredArray.open(folder)
+            intact = stored.layout == layout and stored.compression == compression
+        except BadInput:
+            intact = False
+        if not intact:
+            shutil.rmtree(folder)
+            create_array(folder, layout, compression)
+            return {}
+        missing = set(stored.missing_chunks())
+        kept = {index: digest for index, digest in digests.items() if chunk_file(index) not in missing}
+        names = {ARRAY_METADATA_FILE, *map(chunk_file, kept)}
+        for entry in folder.iterdir():
+            if entry.name not in names:
+                entry.unlink()
+        return kept
 
 
-def _ours(descriptor: int, folder: Path) -> bool:
+def leaves_of(stage: Path) -> list[Path]:
+    """The folders of the arrays that a conversion has in its stage, finished or not."""
     try:
-        return lock(descriptor, folder)
-    except ResourceError:  # where there are no locks nothing is removed either
-        return True
+        return sorted(Path(entry) for entry in os.scandir(stage / "leaves") if entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
-@contextmanager
-def _open_folder(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def staged_bytes(destination: Path) -> int:
+    """Bytes of the chunks that an interrupted run has left for ``destination``."""
+    return sum(entry.stat().st_size for folder in leaves_of(stage_of(destination)) for entry in os.scandir(folder))
 
 
 def timed_writes(writer: ChunkWriter, indices: Iterable[Index], chunk: Array) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from dsv4_convert.errors import BadInput, CheckFailed, ResourceError, UsageError
 
@@ -15,6 +15,8 @@ _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
 #: What one process says to the others by its name.
 _ERRORS = {kind.__name__: kind for kind in (BadInput, CheckFailed, ResourceError, UsageError)}
+
+Task = TypeVar("Task")
 
 
 class KeyValues(Protocol):
@@ -40,6 +42,16 @@ class Processes:
     def first(self) -> bool:
         """Whether this one does what is done once."""
         return self.index == 0
+
+    def share(self, tasks: Sequence[Task], nbytes: Callable[[Task], int]) -> list[Task]:
+        """The tasks of this process: neighbours with its part of the bytes, so that it reads a part of the source."""
+        total = sum(map(nbytes, tasks)) or 1
+        mine, before = [], 0
+        for task in tasks:
+            if min(before * self.count // total, self.count - 1) == self.index:
+                mine.append(task)
+            before += nbytes(task)
+        return mine
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -27,7 +27,7 @@ from dsv4_convert.store.layout import (
 )
 from dsv4_convert.store.manifest import Manifest
 from dsv4_convert.store.places import as_path
-from dsv4_convert.store.threads import work_through
+from dsv4_convert.store.threads import in_threads
 
 #: Called after every chunk with (bytes checked, bytes in total, path of the leaf).
 VerifyProgress = Callable[[int, int, str], None]
@@ -194,15 +194,13 @@ def verify(
             for index, digest in zip(stored.layout.chunk_indices(), digests, strict=True):
                 yield _ChunkTask(path, stored, index, digest)
 
-    def note(task: _ChunkTask, problem: str | None) -> None:
-        nonlocal checked
-        if problem is not None:
-            problems.append(problem)
-        checked += math.prod(task.stored.layout.clipped_shape(task.index)) * task.stored.layout.dtype.itemsize
-        if progress is not None:
-            progress(checked, total, task.path)
-
-    work_through(chunks(), _ChunkTask.problem, note, workers=workers)
+    with in_threads(_ChunkTask.problem, chunks(), workers=workers) as done:
+        for task, problem in done:
+            if problem is not None:
+                problems.append(problem)
+            checked += math.prod(task.stored.layout.clipped_shape(task.index)) * task.stored.layout.dtype.itemsize
+            if progress is not None:
+                progress(checked, total, task.path)
     return sorted(problems)
 
 

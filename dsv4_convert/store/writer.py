@@ -6,29 +6,27 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from dsv4_convert.errors import listed
-from dsv4_convert.store.arrays import Array, Compression, sync, write_file
+from dsv4_convert.files.writing import sync
+from dsv4_convert.store.arrays import Array, Compression, write_file
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
 from dsv4_convert.store.manifest import LeafRecord, Manifest
-from dsv4_convert.store.places import ChunkWriter, Place, place_of
+from dsv4_convert.store.places import place_of
 from dsv4_convert.store.processes import ALONE, Processes
-from dsv4_convert.store.staging import Journal
-from dsv4_convert.store.threads import work_through
 
-#: Where a task stands in the order of the work: smaller ones first, equal ones in the order of the leaves.
-Rank: TypeAlias = tuple[int, ...]
-
-#: Called after every chunk with (bytes done, bytes in total, path of the leaf), one call at a time, from any thread.
-Progress = Callable[[int, int, str], None]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +38,6 @@ class LeafSpec:
         shape: shape of the whole leaf.
         dtype: one of :data:`~dsv4_convert.store.layout.DTYPES`.
         chunk_shape: shape of a chunk, of the same rank; see :func:`~dsv4_convert.store.layout.row_chunks`.
-        chunks: gives chunk ``index`` of the grid as a C-contiguous array of ``dtype``, clipped to ``shape``. Called
-            from several threads at once; the array may be a buffer that the same thread's next call overwrites.
-        rank: when a chunk is written.
         sources: names of the tensors that it is made of, for the manifest.
         rule: name of how it is made, for the manifest.
     """
@@ -51,8 +46,6 @@ class LeafSpec:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk_shape: tuple[int, ...]
-    chunks: Callable[[Index], Array]
-    rank: Callable[[Index], Rank] = lambda _: ()
     sources: tuple[str, ...] = ()
     rule: str = ""
 
@@ -62,19 +55,22 @@ class LeafSpec:
         return ArrayLayout(shape=self.shape, dtype=self.dtype, chunk_shape=self.chunk_shape)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """Something to find out while the leaves are written, and kept over interruptions as they are.
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk to write: its leaf, and its index in the leaf's grid."""
 
-    Attributes:
-        name: unique among the notes.
-        value: finds it out: JSON. Called from any thread.
-        rank: when.
-    """
+    leaf: LeafSpec
+    index: Index
 
-    name: str
-    value: Callable[[], Any]
-    rank: Rank = ()
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without padding."""
+        return self.leaf.layout.clipped_shape(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        """Canonical bytes."""
+        return math.prod(self.shape) * self.leaf.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +79,13 @@ class WriteSummary:
 
     Attributes:
         records: the manifest's record of every leaf, in the order of the paths.
-        notes: the value of every note by its name.
+        side_records: what :meth:`CheckpointWriter.add_side_record` kept, by name.
         total_bytes: canonical bytes of all leaves.
         kept_bytes: those of them that an earlier, interrupted run had written.
     """
 
     records: Mapping[str, LeafRecord]
-    notes: Mapping[str, Any]
+    side_records: Mapping[str, Any]
     total_bytes: int
     kept_bytes: int
 
@@ -99,103 +95,195 @@ class WriteSummary:
         return self.total_bytes - self.kept_bytes
 
 
-def write_checkpoint(
-    destination: str | os.PathLike[str],
-    leaves: Sequence[LeafSpec],
-    *,
-    fingerprint: Mapping[str, Any],
-    notes: Sequence[Note] = (),
-    metadata: Callable[[WriteSummary], Mapping[str, Any]] = lambda _: {},
-    extra_files: Callable[[WriteSummary], Mapping[str, bytes]] = lambda _: {},
-    compression: Compression = "none",
-    workers: int = 4,
-    processes: Processes = ALONE,
-    progress: Progress | None = None,
-    committed: Callable[[str, Index | None], None] = lambda name, index: None,
-    stopping: Callable[[], None] = lambda: None,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> WriteSummary:
-    """Write ``leaves`` as an Orbax checkpoint at ``destination``, a folder that must not exist.
+class CheckpointWriter:
+    """Writes an Orbax checkpoint::
 
-    Chunks are written in the order of their ranks into ``destination + ".dsv4-partial"``; the destination appears by
-    one rename when all is on the disk. After an interruption of any kind the same call goes on with the chunks that
-    are missing. Peak memory is what ``leaves[i].chunks`` uses in ``workers`` threads; see
-    :class:`~dsv4_convert.store.arrays.ArrayWriter` for the cases in which a chunk is copied.
+        with CheckpointWriter(destination, leaves, fingerprint=settings) as writer:
+            for chunk in writer.pending():
+                writer.write(chunk, make(chunk))
+            summary = writer.commit()
 
-    Args:
-        destination: of the checkpoint: a local path, or a URL such as ``gs://bucket/model`` (see :mod:`.bucket`).
-        leaves: what to write.
-        fingerprint: JSON that identifies the content besides paths, shapes, dtypes, sources and rules, such as the
-            source's revision and the options; an interrupted run is only continued when it is the same.
-        notes: what to find out on the way.
-        metadata: JSON for the manifest, asked for when all leaves are written.
-        extra_files: contents of further files of the checkpoint's folder by name, asked for at the same time.
-        compression: ``"zstd"`` writes less and is several times slower.
-        workers: threads that make, hash and write chunks. More than there are cores, so that these have work while
-            some threads wait for the disk.
-        processes: those that share the work, each calling this with the same arguments. Every one writes its share of
-            the bytes, and the first one commits. They see the same file system.
-        progress: see :data:`Progress`; of the share of this process. Called with no path at the start, when the bytes
-            that are kept are known.
-        committed: called with (path of the leaf, index) of every chunk, and (name, None) of every note, that is safe
-            on the disk, those of an earlier run included; one call at a time, from any thread.
-        stopping: called after a failure or an interrupt, to end what ``leaves[i].chunks`` may be waiting for.
-        restart: discard what an interrupted run left.
-        overwrite: replace an existing checkpoint of dsv4 at ``destination``, when the new one is complete.
+    Chunks grow in ``destination + ".dsv4-partial"``; the destination appears by one rename when all is on the disk.
+    After an interruption of any kind, the same program goes on with the chunks that are missing. The writer holds no
+    chunk in memory; see :class:`~dsv4_convert.store.arrays.ArrayWriter` for the cases in which one is copied.
 
-    Returns:
-        The same in every process, but for the bytes kept.
-
-    Raises:
-        ValueError: leaves do not form a tree, a layout or an extra file's name is impossible, or ``chunks`` gave an
-            array of another shape or dtype.
-        UsageError: the destination exists, is a URL of nothing known, or an interrupted run had other settings.
-        ResourceError: the disk is full or failing, another process writes the same destination, or one of the
-            ``processes`` failed.
-        BadInput: the journal of an interrupted run is damaged.
+    Several processes write one checkpoint together when each uses a writer with the same arguments, writes some of the
+    pending chunks, and commits. They see the same file system. A failure of one process is a failure of all.
     """
-    place = place_of(destination)
-    if problems := path_problems([leaf.path for leaf in leaves]):
-        raise ValueError(f"the leaves do not form a tree:\n{listed(problems)}")
-    if not leaves:
-        raise ValueError("a checkpoint needs at least one leaf")
-    plan = _plan(leaves, fingerprint, compression)
-    layouts = {leaf.path: leaf.layout for leaf in leaves}
-    place.check(overwrite=overwrite)
-    with ExitStack() as held:
-        with processes.step("prepare"):
-            if processes.first:
-                held.enter_context(place.held())
-                place.check(overwrite=overwrite)  # again: another writer may have published meanwhile
-                if restart:
-                    place.clear()
-                place.prepare(layouts, plan=plan, compression=compression)
-        with processes.step("look"):
-            journal = place.journal(plan, processes.index)
-        with processes.step("write"):
-            for path, digests in journal.chunks.items():
-                for index in digests:
-                    committed(path, index)
-            for name in journal.notes:
-                committed(name, None)
-            tasks = _in_order(leaves, notes, place, journal, compression)
-            total = sum(layout.nbytes for layout in layouts.values())
-            kept = total - sum(task.nbytes for task in tasks)
-            mine = _share(tasks, processes)
-            _work(mine, journal, workers=workers, kept=kept, progress=progress, committed=committed, stopping=stopping)
-        with processes.step("commit"):
-            journal = place.journal(plan, processes.index)
-            summary = WriteSummary(
-                records={leaf.path: _record(leaf, journal) for leaf in sorted(leaves, key=lambda leaf: leaf.path)},
-                notes={note.name: journal.notes[note.name] for note in notes},
-                total_bytes=total,
-                kept_bytes=kept,
+
+    def __init__(
+        self,
+        destination: str | os.PathLike[str],
+        leaves: Sequence[LeafSpec],
+        *,
+        fingerprint: Mapping[str, Any],
+        compression: Compression = "none",
+        processes: Processes = ALONE,
+        restart: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """
+        Args:
+            destination: a local path, or a URL such as ``gs://bucket/model`` (see :mod:`.bucket`).
+            leaves: the tree to write.
+            fingerprint: JSON that identifies the content besides paths, shapes, dtypes, sources and rules, such as the
+                source's revision and the options; only a run with the same fingerprint is continued.
+            compression: ``"zstd"`` writes less and is several times slower.
+            processes: the processes that share the work.
+            restart: discard what an interrupted run left.
+            overwrite: replace an existing checkpoint of dsv4 at ``destination`` when the new one is complete.
+
+        Raises:
+            ValueError: the leaves do not form a tree, or a layout is impossible.
+            UsageError: the destination exists, or is a URL that dsv4 cannot write to.
+        """
+        self._place = place_of(destination)
+        if problems := path_problems([leaf.path for leaf in leaves]):
+            raise ValueError(f"the leaves do not form a tree:\n{listed(problems)}")
+        if not leaves:
+            raise ValueError("a checkpoint needs at least one leaf")
+        self._leaves = tuple(leaves)
+        self._layouts = {leaf.path: leaf.layout for leaf in leaves}
+        self._plan = _plan(leaves, fingerprint, compression)
+        self._compression = compression
+        self.processes = processes
+        self._restart = restart
+        self._overwrite = overwrite
+        self._place.check(overwrite=overwrite)
+        self._lock = threading.Lock()
+        self._summary: WriteSummary | None = None
+
+    def __enter__(self) -> Self:
+        """Take the lock and find out what an interrupted run has left.
+
+        Raises:
+            UsageError: the destination appeared meanwhile, or an interrupted run had other settings.
+            ResourceError: the disk is full or failing, or another process writes the same destination.
+            BadInput: the journal of an interrupted run is damaged.
+        """
+        with ExitStack() as held:
+            held.enter_context(self.processes.together())
+            with self.processes.step("prepare"):
+                if self.processes.first:
+                    held.enter_context(self._place.held())
+                    self._place.check(overwrite=self._overwrite)  # again: another writer may have published meanwhile
+                    if self._restart:
+                        self._place.clear()
+                    self._place.prepare(self._layouts, plan=self._plan, compression=self._compression)
+            with self.processes.step("look"):
+                self._journal = self._read_journal()
+            self._writers = {
+                path: self._place.writer(path, layout, self._compression) for path, layout in self._layouts.items()
+            }
+            self.total_bytes = sum(layout.nbytes for layout in self._layouts.values())
+            self.kept_bytes = self.total_bytes - sum(chunk.nbytes for chunk in self.pending())
+            self._appending = held.enter_context(ExitStack())
+            self._appending.enter_context(self._journal.appending())
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+    def pending(self) -> list[Chunk]:
+        """The chunks that neither this writer nor an interrupted run has written, leaf by leaf."""
+        return [
+            Chunk(leaf, index)
+            for leaf in self._leaves
+            for index in leaf.layout.chunk_indices()
+            if index not in self._journal.chunks.get(leaf.path, ())
+        ]
+
+    @property
+    def side_records(self) -> Mapping[str, Any]:
+        """The side records of this run and of an interrupted one, by name."""
+        return self._journal.side_records
+
+    def write(self, chunk: Chunk, array: Array) -> None:
+        """Hash a chunk and write it durably. Threads may write at once.
+
+        Args:
+            chunk: one of :meth:`pending`.
+            array: C-contiguous, of the chunk's shape and the leaf's dtype; may be overwritten afterwards.
+
+        Raises:
+            ValueError: an array of another shape, dtype or order.
+            ResourceError: the disk is full or failing.
+        """
+        leaf, index = chunk.leaf, chunk.index
+        if array.shape != chunk.shape or array.dtype != leaf.dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"{leaf.path}, chunk {index}: got {array.dtype} {array.shape}"
+                f"{'' if array.flags.c_contiguous else ', not C-contiguous'}; expected {leaf.dtype} {chunk.shape}"
             )
-            if processes.first:
-                with place.committing(layouts, compression) as folder:
-                    _complete(folder, summary, metadata(summary), extra_files(summary))
-    return summary
+        digest = chunk_digest(array)
+        self._writers[leaf.path].write_chunk(index, array)
+        with self._lock:
+            self._journal.add_chunk(leaf.path, index, digest)
+
+    def add_side_record(self, name: str, value: Any) -> None:
+        """Keep JSON that was found out on the way, so that an interrupted run need not find it out again."""
+        with self._lock:
+            self._journal.add_side_record(name, value)
+
+    def finish(self) -> WriteSummary:
+        """Wait until all processes have written what they had to write.
+
+        Returns:
+            The summary, the same in every process but for the bytes kept.
+
+        Raises:
+            ValueError: a chunk is missing.
+            Dsv4Error: another process failed.
+        """
+        if self._summary is None:
+            with self.processes.step("write"):
+                self._appending.close()
+            self._journal = self._read_journal()
+            if missing := self.pending():
+                raise ValueError(
+                    f"{len(missing)} chunks were not written, such as {missing[0].index} of {missing[0].leaf.path}"
+                )
+            self._summary = WriteSummary(
+                records={leaf.path: self._record(leaf) for leaf in sorted(self._leaves, key=lambda leaf: leaf.path)},
+                side_records=dict(self.side_records),
+                total_bytes=self.total_bytes,
+                kept_bytes=self.kept_bytes,
+            )
+        return self._summary
+
+    def commit(self, metadata: Mapping[str, Any] = _NOTHING, files: Mapping[str, bytes] = _NOTHING) -> WriteSummary:
+        """:meth:`finish`, and let the checkpoint appear at its destination. The first process does so.
+
+        Args:
+            metadata: JSON for the manifest.
+            files: contents of further files of the checkpoint's folder by name.
+
+        Raises:
+            ValueError: a chunk is missing, or the name of a file is impossible.
+            ResourceError: the disk is full or failing.
+            Dsv4Error: another process failed.
+        """
+        summary = self.finish()
+        with self.processes.step("commit"):
+            if self.processes.first:
+                with self._place.committing(self._layouts, self._compression) as folder:
+                    _complete(folder, summary, metadata, files)
+        return summary
+
+    def _read_journal(self) -> Journal:
+        return self._place.journal(self._plan, self.processes.index)
+
+    def _record(self, leaf: LeafSpec) -> LeafRecord:
+        digests = self._journal.chunks.get(leaf.path, {})
+        return LeafRecord(
+            layout=leaf.layout,
+            chunk_digests=tuple(digests[index] for index in leaf.layout.chunk_indices()),
+            sources=leaf.sources,
+            rule=leaf.rule,
+        )
 
 
 def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compression: Compression) -> dict[str, Any]:
@@ -213,139 +301,17 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
     return dict(json.loads(json.dumps(plan)))  # tuples become lists, as they will when the journal is read
 
 
-@dataclass(frozen=True)
-class _ChunkTask:
-    """A chunk to write."""
-
-    spec: LeafSpec
-    index: Index
-    writer: ChunkWriter
-
-    @property
-    def nbytes(self) -> int:
-        spec = self.spec
-        return math.prod(spec.layout.clipped_shape(self.index)) * spec.dtype.itemsize
-
-    def run(self) -> str:
-        """Make, hash and write the chunk; its digest."""
-        spec, index = self.spec, self.index
-        chunk = spec.chunks(index)
-        expected = spec.layout.clipped_shape(index)
-        if chunk.shape != expected or chunk.dtype != spec.dtype or not chunk.flags.c_contiguous:
-            raise ValueError(
-                f"{spec.path}, chunk {index}: got {chunk.dtype} {chunk.shape}"
-                f"{'' if chunk.flags.c_contiguous else ', not C-contiguous'}; expected {spec.dtype} {expected}"
-            )
-        digest = chunk_digest(chunk)
-        self.writer.write_chunk(index, chunk)
-        return digest
-
-    def enter(self, journal: Journal, result: str) -> tuple[str, Index | None]:
-        journal.add_chunk(self.spec.path, self.index, result)
-        return self.spec.path, self.index
-
-
-@dataclass(frozen=True)
-class _NoteTask:
-    """A note to find out."""
-
-    note: Note
-    #: Nothing is written for it.
-    nbytes: int = 0
-
-    def run(self) -> Any:
-        return self.note.value()
-
-    def enter(self, journal: Journal, result: Any) -> tuple[str, Index | None]:
-        journal.add_note(self.note.name, result)
-        return self.note.name, None
-
-
-_Task: TypeAlias = _ChunkTask | _NoteTask
-
-
-def _in_order(
-    leaves: Sequence[LeafSpec], notes: Sequence[Note], place: Place, journal: Journal, compression: Compression
-) -> list[_Task]:
-    """Everything that is not in the journal yet, by rank."""
-    ranked: list[tuple[Rank, _Task]] = [
-        (note.rank, _NoteTask(note)) for note in notes if note.name not in journal.notes
-    ]
-    for spec in leaves:
-        writer = place.writer(spec.path, spec.layout, compression)
-        done = journal.chunks.get(spec.path, {})
-        ranked += [
-            (spec.rank(index), _ChunkTask(spec, index, writer))
-            for index in spec.layout.chunk_indices()
-            if index not in done
-        ]
-    return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]
-
-
-def _share(tasks: Sequence[_Task], processes: Processes) -> list[_Task]:
-    """The tasks of this process: a run of neighbours with its part of the bytes, which reads a part of the source."""
-    if processes.count == 1:
-        return list(tasks)
-    total = sum(task.nbytes for task in tasks) or 1
-    mine, before = [], 0
-    for task in tasks:
-        if min(before * processes.count // total, processes.count - 1) == processes.index:
-            mine.append(task)
-        before += task.nbytes
-    return mine
-
-
-def _work(
-    tasks: Sequence[_Task],
-    journal: Journal,
-    *,
-    workers: int,
-    kept: int,
-    progress: Progress | None,
-    committed: Callable[[str, Index | None], None],
-    stopping: Callable[[], None],
-) -> None:
-    """Do the tasks; each is in the journal as soon as it is on the disk."""
-    total = kept + sum(task.nbytes for task in tasks)
-    done = kept
-    if progress is not None:
-        progress(done, total, "")
-
-    def note(task: _Task, result: Any) -> None:
-        nonlocal done
-        name, index = task.enter(journal, result)
-        committed(name, index)
-        done += task.nbytes
-        if progress is not None and index is not None:
-            progress(done, total, name)
-
-    with journal.appending():
-        work_through(iter(tasks), lambda task: task.run(), note, workers=workers, stopping=stopping)
-
-
-def _record(leaf: LeafSpec, journal: Journal) -> LeafRecord:
-    digests = journal.chunks.get(leaf.path, {})
-    return LeafRecord(
-        layout=leaf.layout,
-        chunk_digests=tuple(digests[index] for index in leaf.layout.chunk_indices()),
-        sources=leaf.sources,
-        rule=leaf.rule,
-    )
-
-
-def _complete(
-    folder: Path, summary: WriteSummary, metadata: Mapping[str, Any], extra_files: Mapping[str, bytes]
-) -> None:
-    """Add to what Orbax has made: the extra files, and the manifest as the last one."""
-    for name, content in extra_files.items():
+def _complete(folder: Path, summary: WriteSummary, metadata: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Add to what Orbax has made: the further files, and the manifest as the last one."""
+    for name, content in files.items():
         if not is_file_name(name) or name == MANIFEST_FILE or (folder / name).exists():
             raise ValueError(f"extra file {name!r}: not a plain name, or the name of a file or leaf of the checkpoint")
         write_file(folder / name, content)
-    files = {}
+    digests = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_file():
             sync(entry)  # Orbax does not wait for the disk
-            files[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest()
-    manifest = Manifest(leaves=summary.records, files=files, metadata=metadata)
+            digests[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+    manifest = Manifest(leaves=summary.records, files=digests, metadata=metadata)
     write_file(folder / MANIFEST_FILE, manifest.to_bytes())
     sync(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.store.staging import staging_area
+from dsv4_convert.store.places import Folder
 
 from .case import (
     AGAINST,
@@ -110,7 +110,7 @@ def _in_empty(place: Place) -> Iterator[None]:
 @contextmanager
 def _held(place: Place) -> Iterator[None]:
     """Another process is writing the same destination."""
-    with staging_area(place.dest):
+    with Folder(place.dest).workspace:
         yield
 
 

@@ -22,6 +22,7 @@ from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.checkpoint.hub import DownloadPlan, download, plan_download, verify_download
 from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
+from dsv4_convert.files.workspace import locked
 
 from .hub_server import HubFile, LoopbackHub
 from .safetensors_files import raw_file, u8_header
@@ -520,5 +521,7 @@ def test_a_folder_in_the_home_is_held_where_it_is(
     monkeypatch.setenv("HOME", str(tmp_path))
     result = download(REPO, local_dir="~/here", want=layer(0))
     assert result.path == tmp_path / "here"
-    assert (tmp_path / "here" / ".cache" / "huggingface" / "dsv4.lock").is_file()
+    lock = tmp_path / "here" / ".cache" / "huggingface" / "dsv4.lock"
+    with locked(lock, lock), pytest.raises(ResourceError, match="here: another process"):
+        download(REPO, local_dir="~/here", want=layer(0))
     assert not list((tmp_path / "elsewhere").iterdir())

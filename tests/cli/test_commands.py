@@ -261,4 +261,4 @@ def test_where_json_cannot_go_is_told_before_the_work(tmp_path: Path, words: tup
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_disk_that_refuses_a_result_is_a_matter_of_resources(tmp_path: Path) -> None:
     _, err = dsv4("names", "head", "--json", "/dev/full", exit_code=4)
-    assert "--json /dev/full: cannot be written (No space left on device)" in err
+    assert "--json /dev/full: cannot write: No space left on device" in err

@@ -118,7 +118,7 @@ class Clock:
 def test_rates_are_those_of_this_run() -> None:
     """What an interrupted run had done does not count as speed."""
     clock = Clock()
-    meter = progress.Meter(clock)
+    meter = progress.SpeedMeter(clock)
     meter.reading(Advance(50, 100, 400, 800, ""))
     clock.now = 10.0
     reading = meter.reading(Advance(75, 100, 600, 800, "layers.3.attn.wq_a"))
@@ -137,7 +137,7 @@ def test_rates_are_those_of_this_run() -> None:
 def test_lines_of_json_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stderr = Clock(), io.StringIO()
     monkeypatch.setattr(progress.sys, "stderr", stderr)
-    show = progress._lines(progress.Meter(clock))
+    show = progress._lines(progress.SpeedMeter(clock))
     for second in range(0, 100, 5):
         clock.now = float(second)
         show(Advance(second, 100, second, 100, "embed"))

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
-from dsv4_convert.convert import Advance, Storage, hf_to_orbax, plan
+from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orbax, plan
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
@@ -239,7 +239,7 @@ print(json.dumps([str(experts.dtype), list(experts.shape), float(experts.astype(
 
 def test_what_travels_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
     """The config, the version of the names table and where the source is from."""
-    hf_to_orbax(folders["fp4"], tmp_path / "orbax", name="acme/v4", revision="ab" * 20)
+    hf_to_orbax(folders["fp4"], tmp_path / "orbax", options=ConversionOptions(name="acme/v4", revision="ab" * 20))
     metadata = open_store(tmp_path / "orbax").metadata
     assert (tmp_path / "orbax" / "config.json").read_bytes() == (folders["fp4"] / "config.json").read_bytes()
     assert metadata["source"]["name"] == "acme/v4"

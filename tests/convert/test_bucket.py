@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,12 +16,13 @@ from typer.testing import CliRunner
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.checkpoint.arriving import AHEAD
 from dsv4_convert.checkpoint.bucket import BucketCheckpoint, open_bucket
+from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.cli import app
-from dsv4_convert.convert import hf_to_orbax
+from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.store import open_store, verify
+from dsv4_convert.store import arrays, open_store, verify
 
 URL = "gs://bucket/hf"
 pytestmark = pytest.mark.usefixtures("bucket")
@@ -96,3 +101,63 @@ def test_what_is_refused(uploaded: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no config\.json"):
         open_bucket(URL)
     assert not list(uploaded.iterdir())
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_full_disk_is_what_is_told_while_another_thread_waits_for_a_shard(
+    uploaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Whichever of the two threads fails: the failure of the other, which the end of the work brings, is not raised."""
+    waits = threading.Event()
+    arrive, fetch, write = BucketCheckpoint._arrive, BucketCheckpoint._fetch, arrays._write_all
+
+    def arriving(self: BucketCheckpoint, file: Path) -> None:
+        if file.name.startswith("model-00003"):
+            waits.set()
+        arrive(self, file)
+
+    def stalled(self: BucketCheckpoint, file: PlannedFile, *, force: bool = False) -> Path:
+        if file.name.startswith("model-00003"):
+            with self._change:
+                assert self._change.wait_for(lambda: self._failure is not None, timeout=60)
+        return fetch(self, file, force=force)
+
+    def full(descriptor: int, view: memoryview) -> None:
+        if threading.current_thread().name == f"dsv4-store_{failing}":
+            assert waits.wait(60)
+            time.sleep(0.1)  # the other thread is about to wait
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor, view)
+
+    monkeypatch.setattr(BucketCheckpoint, "_arrive", arriving)
+    monkeypatch.setattr(BucketCheckpoint, "_fetch", stalled)
+    monkeypatch.setattr(arrays, "_write_all", full)
+    said = convert(URL, tmp_path / "orbax", "--workers", "2", exit_code=4)
+    assert "No space left on device" in said
+    assert "run the same command again" in said
+
+
+def test_progress_is_told_one_call_at_a_time_and_only_grows(uploaded: Path, tmp_path: Path) -> None:
+    alone = threading.Lock()
+    told: list[Advance] = []
+
+    def progress(now: Advance) -> None:
+        assert alone.acquire(blocking=False), "two calls at once"
+        told.append(now)
+        time.sleep(0.002)
+        alone.release()
+
+    with open_bucket(URL) as checkpoint:
+        planned = plan(checkpoint, checkpoint.architecture(), Storage.BFLOAT16)
+        summary = carry_out(planned, checkpoint, tmp_path / "orbax", progress=progress)
+        fetched = checkpoint.fetched
+    first, last = told[0], told[-1]
+    assert (first.read, first.written, first.path) == (0, 0, "")
+    assert (last.written, last.to_write) == (summary.total_bytes, summary.total_bytes)
+    assert last.read == pytest.approx(last.to_read, rel=1e-3)
+    assert last.fetched == fetched > 0
+    for earlier, later in itertools.pairwise(told):
+        assert (earlier.read, earlier.written) <= (later.read, later.written)
+        assert earlier.fetched is not None
+        assert later.fetched is not None
+        assert earlier.fetched <= later.fetched

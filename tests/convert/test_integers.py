@@ -16,9 +16,9 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.golden.synthetic import write_checkpoint as write_source
-from dsv4_convert.store import LeafSpec, Store, open_store, verify, write_checkpoint
+from dsv4_convert.store import CheckpointWriter, LeafSpec, Store, open_store, verify
 from dsv4_convert.weights.converted import Weights
+from golden.synthetic import write_checkpoint
 
 TABLE = "layers.0.ffn.gate.tid2eid"
 
@@ -26,7 +26,7 @@ TABLE = "layers.0.ffn.gate.tid2eid"
 def test_tables_keep_their_64_bits(tmp_path: Path) -> None:
     assert jnp.asarray(np.int64([2**40])).dtype == jnp.int32 or jax.config.jax_enable_x64  # what must not happen
     changes: dict[str, Any] = {"num_hidden_layers": 1, "compress_ratios": [0], "num_hash_layers": 1}
-    write_source(tmp_path / "hf", tiny_config(**changes), seed=0)
+    write_checkpoint(tmp_path / "hf", tiny_config(**changes), seed=0)
     published = _table(tmp_path / "hf")
     assert published.dtype == np.int64
     for storage in Storage:
@@ -49,8 +49,11 @@ def _table(folder: Path) -> Any:
 
 def test_numbers_beyond_32_bits_survive_orbax(tmp_path: Path) -> None:
     wide = np.int64([2**31 - 1, 2**31, 2**32 + 3, -(2**40), 2**63 - 1, -(2**63)])
-    leaf = LeafSpec(path="a.wide", shape=wide.shape, dtype=wide.dtype, chunk_shape=wide.shape, chunks=lambda _: wide)
-    write_checkpoint(tmp_path / "out", [leaf], fingerprint={})
+    leaf = LeafSpec(path="a.wide", shape=wide.shape, dtype=wide.dtype, chunk_shape=wide.shape)
+    with CheckpointWriter(tmp_path / "out", [leaf], fingerprint={}) as writer:
+        for chunk in writer.pending():
+            writer.write(chunk, wide)
+        writer.commit()
     assert verify(open_store(tmp_path / "out")) == []
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "out")["a"]["wide"]
@@ -64,7 +67,7 @@ def test_an_expert_that_is_none_is_refused_and_not_wrapped(
 ) -> None:
     """2**32 + 1 would be expert 1 in 32 bits, and XLA takes the nearest there is for one out of range."""
     changes: dict[str, Any] = {"num_hidden_layers": 1, "compress_ratios": [0], "num_hash_layers": 1}
-    write_source(tmp_path / "hf", tiny_config(**changes), seed=0)
+    write_checkpoint(tmp_path / "hf", tiny_config(**changes), seed=0)
     hf_to_orbax(tmp_path / "hf", tmp_path / "out", layers=[0])
     weights = Weights.open(tmp_path / "out")
     everything = (slice(None), slice(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_convert.convert import Advance, Storage, hf_to_orbax
+from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orbax
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
@@ -61,7 +62,7 @@ def rewrite_a_shard(hf: Path) -> None:
         (lambda hf: None, {"storage": Storage.FLOAT32}, "fingerprint.storage: 'bfloat16' then, 'float32' now"),
         (lambda hf: None, {"layers": [0, 1]}, "leaves: "),
         (lambda hf: None, {"compression": "zstd"}, "compression: 'none' then, 'zstd' now"),
-        (lambda hf: None, {"name": "another"}, "fingerprint.source: "),
+        (lambda hf: None, {"options": ConversionOptions(name="another")}, "fingerprint.source: "),
     ],
 )
 def test_another_source_config_or_option_is_refused_with_the_reason(
@@ -72,12 +73,13 @@ def test_another_source_config_or_option_is_refused_with_the_reason(
     with pytest.raises(UsageError, match=rf"(?s)an unfinished conversion with other settings is here.*{reason}"):
         hf_to_orbax(hf, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    hf_to_orbax(hf, tmp_path / "out", restart=True, **options)
+    chosen = dataclasses.replace(options.pop("options", ConversionOptions()), restart=True)
+    hf_to_orbax(hf, tmp_path / "out", options=chosen, **options)
 
 
 def test_memory_and_threads_may_change(hf: Path, tmp_path: Path) -> None:
-    interrupted(hf, tmp_path / "out", workers=1)
-    _, summary = hf_to_orbax(hf, tmp_path / "out", workers=3, max_memory=1 << 30)
+    interrupted(hf, tmp_path / "out", options=ConversionOptions(workers=1))
+    _, summary = hf_to_orbax(hf, tmp_path / "out", options=ConversionOptions(workers=3, max_memory=1 << 30))
     assert summary.kept_bytes > summary.total_bytes / 4
     hf_to_orbax(hf, tmp_path / "whole")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -38,8 +38,8 @@ from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
 from dsv4_convert.store.arrays import StoredArray, encoded_metadata
 from dsv4_convert.store.export_state import read_export_state
+from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
-from dsv4_convert.store.staging import Journal
 
 from .mutation import header_of
 
@@ -234,7 +234,7 @@ def _journal(data: bytes, folder: Path) -> bool:
         for index, sha256 in chunks.items():
             _agree(type(path) is str and all(type(at) is int for at in index), "accepted what is no chunk")
             _agree(is_digest(sha256), "accepted what is no digest")
-    _agree(all(type(name) is str for name in journal.notes), "accepted what is no note")
+    _agree(all(type(name) is str for name in journal.side_records), "accepted what is no note")
     return bool(journal.chunks)
 
 
@@ -272,7 +272,7 @@ def _export_seeds() -> list[bytes]:
 def _journal_seeds() -> list[bytes]:
     journal = Journal(Path(), _PLAN)
     journal.chunks = {"layers.0.w": {(0, 0): SHA[0], (1, 0): SHA[1]}, "head": {(): SHA[2]}}
-    journal.notes = {"a.weight": {"digests": {"a.weight": SHA[3]}, "rounding": {"values": 6}}}
+    journal.side_records = {"a.weight": {"digests": {"a.weight": SHA[3]}, "rounding": {"values": 6}}}
     return [journal.whole()]
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.golden.manifest import GoldenManifest
-from dsv4_convert.strict_json import parse_object
 
 from .mutation import mutate
 from .readers import GOLDEN, READERS, Disagreement, accepts

@@ -268,12 +268,36 @@ def test_an_interrupted_run_is_taken_up_after_its_last_layer(tmp_path: Path) -> 
     file.write_bytes(content)
     with golden_writer(tmp_path / "golden", request) as writer:
         assert writer.finished == (), "the streams that left layer 0 are kept only until layer 2 is finished"
-    other = dataclasses.replace(request, text=("a", "b"))
-    with golden_writer(tmp_path / "golden", other) as writer:
-        assert writer.finished == ()
-        assert writer.last_state() is None
     golden = _written(tmp_path / "golden", request, arrays)
     assert golden.verify() == []
+
+
+def test_another_request_is_refused_with_the_reason_and_deletes_nothing(tmp_path: Path) -> None:
+    request = _request(layers=(0, 2))
+    arrays = _arrays(request)
+    with golden_writer(tmp_path / "golden", request) as writer:
+        writer.write(0, _of(request, arrays, 0), _state(0))
+    stage = tmp_path / "golden.dsv4-partial"
+    before = {file.name: file.read_bytes() for file in stage.iterdir()}
+    for other, reason in (
+        (dataclasses.replace(request, text=("a", "b")), r"text: None then, \['a', 'b'\] now"),
+        (_request(layers=(0, 2, 3)), r"layers: \[0, 2\] then, \[0, 2, 3\] now"),
+    ):
+        refused = pytest.raises(UsageError, match=rf"(?s)an unfinished recording with other settings.*{reason}.*remove")
+        with refused, golden_writer(tmp_path / "golden", other):
+            pass
+    (stage / "request.json").write_bytes(b"{")
+    with pytest.raises(BadInput, match=r"request\.json: not JSON.*Remove .* to record again"):  # noqa: SIM117
+        with golden_writer(tmp_path / "golden", request):
+            pass
+    (stage / "request.json").unlink()
+    with pytest.raises(BadInput, match=r"no request\.json says what was recorded here"):  # noqa: SIM117
+        with golden_writer(tmp_path / "golden", request):
+            pass
+    (stage / "request.json").write_bytes(before["request.json"])
+    assert {file.name: file.read_bytes() for file in stage.iterdir()} == before
+    with golden_writer(tmp_path / "golden", request) as writer:
+        assert writer.finished == (0,)
 
 
 def test_a_golden_that_lacks_only_its_rename_is_not_recorded_again(
@@ -283,7 +307,7 @@ def test_a_golden_that_lacks_only_its_rename_is_not_recorded_again(
     arrays = _arrays(request)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", _refuse)
-        with pytest.raises(ResourceError, match=r"golden: cannot write .Input/output error"):
+        with pytest.raises(ResourceError, match=r"golden: cannot write: Input/output error"):
             _written(out, request, arrays)
     with golden_writer(out, request) as writer:
         assert writer.complete
@@ -294,8 +318,9 @@ def test_a_golden_that_lacks_only_its_rename_is_not_recorded_again(
         patched.setattr(Path, "rename", _refuse)
         with pytest.raises(ResourceError):
             _written(tmp_path / "other", request, arrays)
-    with golden_writer(tmp_path / "other", dataclasses.replace(request, text=("a", "b"))) as writer:
-        assert not writer.complete
+    another = golden_writer(tmp_path / "other", dataclasses.replace(request, text=("a", "b")))
+    with pytest.raises(UsageError, match=r"(?s)an unfinished recording with other settings.*text: "), another:
+        pass
 
 
 def _refuse(*_: object) -> None:
@@ -310,7 +335,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     request = _request()
     with golden_writer(tmp_path / "golden", request):
         second = golden_writer(tmp_path / "golden", request)
-        with pytest.raises(ResourceError, match="another process is writing it"), second:
+        with pytest.raises(ResourceError, match=r"another process .* is writing it"), second:
             pass
     with golden_writer(tmp_path / "golden", request):
         pass

@@ -248,7 +248,7 @@ def test_an_interrupted_recording_goes_on(
         assert np.array_equal(again.read(name), golden.read(name)), name
 
 
-def test_another_request_discards_what_an_interrupted_one_left(
+def test_another_request_is_refused_and_what_an_interrupted_one_left_stays(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsv4_convert.golden.references import streamed
@@ -257,8 +257,13 @@ def test_another_request_discards_what_an_interrupted_one_left(
         patch.setattr(streamed.StreamedModel, "run_head", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
-    other = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
-    assert other.tokens.shape == (1, 20)
+    stage = tmp_path / "golden.dsv4-partial"
+    left = {file.name: file.read_bytes() for file in stage.iterdir()}
+    assert len(left) > 3
+    with pytest.raises(UsageError, match=r"(?s)an unfinished recording with other settings.*tokens: .* then.*remove"):
+        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
+    assert {file.name: file.read_bytes() for file in stage.iterdir()} == left
+    assert record(folders["fp4"], tmp_path / "golden", tokens=TOKENS).verify() == []
 
 
 def test_a_changed_reference_is_an_error_and_never_a_golden(

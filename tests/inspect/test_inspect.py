@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dsv4_convert.checkpoint.header import stored_nbytes
-from dsv4_convert.convert import Advance, Storage, hf_to_orbax
+from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
@@ -285,7 +285,9 @@ def test_an_interrupted_conversion_says_how_far_it_is(whole: Path, tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hf_to_orbax(whole, tmp_path / "orbax", storage=Storage.SOURCE, workers=1, progress=stop)
+        hf_to_orbax(
+            whole, tmp_path / "orbax", storage=Storage.SOURCE, options=ConversionOptions(workers=1), progress=stop
+        )
     # By the name of the destination, which is not there, and by that of the folder that is.
     found = inspect(str(tmp_path / "orbax"))
     assert found.what is What.CONVERTING

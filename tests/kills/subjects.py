@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import golden
+from dsv4_convert.files.workspace import stage_of
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.unfinished import folder_of
 from tests.kills.runs import Zygote, digests
 
 REPOSITORY_NAME = "org/micro"
@@ -56,7 +56,7 @@ class Subject:
     def half(self, root: Path) -> list[Path]:
         """The folders that nothing may accept while the work is half done."""
         out = self.out(root)
-        return [out, folder_of(out)] if self.appears else [out]
+        return [out, stage_of(out)] if self.appears else [out]
 
     def command(self, inputs: Path, root: Path) -> Sequence[object]:
         """What to run."""

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv4_convert.store import ArrayLayout, LeafSpec
+from dsv4_convert.store import ArrayLayout
 from dsv4_convert.store.layout import DTYPES
 
+from .writing import FilledLeaf
+
 Arrays = dict[str, np.ndarray[Any, Any]]
-MakeLeaves = Callable[[Mapping[str, np.ndarray[Any, Any]]], list[LeafSpec]]
+MakeLeaves = Callable[[Mapping[str, np.ndarray[Any, Any]]], list[FilledLeaf]]
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +42,9 @@ def make_leaves() -> MakeLeaves:
     """Specs of a tree. Chunks: one entry of a stacked array, three rows (an uneven number) of the others."""
     chunk_shapes = {0: lambda _: (), 2: lambda shape: (3, shape[1]), 3: lambda shape: (1, *shape[1:])}
 
-    def leaf(path: str, array: np.ndarray[Any, Any]) -> LeafSpec:
+    def leaf(path: str, array: np.ndarray[Any, Any]) -> FilledLeaf:
         layout = ArrayLayout(shape=array.shape, dtype=array.dtype, chunk_shape=chunk_shapes[array.ndim](array.shape))
-        return LeafSpec(
+        return FilledLeaf(
             path=path,
             shape=layout.shape,
             dtype=layout.dtype,

@@ -21,16 +21,17 @@ from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.synthetic import write_checkpoint as write_published
-from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, verify, write_checkpoint
+from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, verify
 
 from ..memory_bucket import MemoryBucket
+from .writing import FilledLeaf, write_leaves, write_pending
 
 URL = "gs://bucket/models/tiny"
 pytestmark = pytest.mark.usefixtures("bucket")
 
 
-def write(leaves: list[LeafSpec], **options: Any) -> WriteSummary:
-    return write_checkpoint(URL, leaves, fingerprint={"revision": "r1"}, **options)
+def write(leaves: list[FilledLeaf], **options: Any) -> WriteSummary:
+    return write_leaves(URL, leaves, fingerprint={"revision": "r1"}, **options)
 
 
 def downloaded(folder: Path) -> Path:
@@ -41,12 +42,14 @@ def downloaded(folder: Path) -> Path:
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_the_checkpoint_is_that_of_a_folder(tmp_path: Path, arrays, make_leaves, compression, bucket) -> None:
-    notes = [Note(name="n", value=lambda: {"found": 1})]
-    remote = write(make_leaves(arrays), compression=compression, notes=notes)
-    local = write_checkpoint(
-        tmp_path / "local", make_leaves(arrays), fingerprint={"revision": "r1"}, compression=compression, notes=notes
-    )
-    assert remote == local
+    summaries = []
+    for destination in (URL, tmp_path / "local"):
+        with CheckpointWriter(destination, make_leaves(arrays), fingerprint={}, compression=compression) as writer:
+            writer.add_side_record("n", {"found": 1})
+            write_pending(writer)
+            summaries.append(writer.commit())
+    assert summaries[0] == summaries[1]
+    assert summaries[0].side_records == {"n": {"found": 1}}
     copy = downloaded(tmp_path / "copy")
     there, here = (
         {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
@@ -66,7 +69,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, arrays, make_leaves, bucket)
     leaves = make_leaves(arrays)
     made: list[str] = []
 
-    def noted(leaf: LeafSpec) -> LeafSpec:
+    def noted(leaf: FilledLeaf) -> FilledLeaf:
         return replace(leaf, chunks=lambda index: (made.append(leaf.path), leaf.chunks(index))[1])
 
     def fail(_: object) -> np.ndarray:
@@ -81,7 +84,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, arrays, make_leaves, bucket)
     assert "/bucket/models/tiny.dsv4-partial/lock" not in bucket
     first = list(made)
     with pytest.raises(UsageError, match="other settings"):
-        write_checkpoint(URL, leaves, fingerprint={"revision": "r2"})
+        write_leaves(URL, leaves, fingerprint={"revision": "r2"})
     summary = write([noted(leaf) for leaf in leaves])
     assert not set(first) & set(made[len(first) :])
     assert summary.kept_bytes == sum(leaf.layout.nbytes for leaf in leaves[:middle])

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.store import LeafSpec, Processes, WriteSummary, open_store, verify, write_checkpoint
+from dsv4_convert.store import Processes, WriteSummary, open_store, verify
+
+from .writing import FilledLeaf, write_leaves
 
 
 class Service:
@@ -49,12 +51,12 @@ def together(count: int, action: Callable[[Processes], Any]) -> list[Any]:
         return list(pool.map(one, range(count)))
 
 
-def leaf(made: list[int], rows: int = 24) -> LeafSpec:
+def leaf(made: list[int], rows: int = 24) -> FilledLeaf:
     def chunks(index: tuple[int, ...]) -> np.ndarray:
         made.append(index[0])
         return np.full((1, 5), index[0], np.int32)
 
-    return LeafSpec(path="w", shape=(rows, 5), dtype=np.dtype("<i4"), chunk_shape=(1, 5), chunks=chunks)
+    return FilledLeaf(path="w", shape=(rows, 5), dtype=np.dtype("<i4"), chunk_shape=(1, 5), chunks=chunks)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -62,12 +64,10 @@ def test_each_writes_its_share_and_the_result_is_that_of_one(tmp_path: Path, cou
     made: list[list[int]] = [[] for _ in range(count)]
 
     def write(processes: Processes) -> WriteSummary:
-        return write_checkpoint(
-            tmp_path / "shared", [leaf(made[processes.index])], fingerprint={}, processes=processes, workers=1
-        )
+        return write_leaves(tmp_path / "shared", [leaf(made[processes.index])], processes=processes, workers=1)
 
     summaries = together(count, write)
-    write_checkpoint(tmp_path / "alone", [leaf([])], fingerprint={})
+    write_leaves(tmp_path / "alone", [leaf([])])
     assert sorted(row for rows in made for row in rows) == list(range(24))
     assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in made)
     assert max(map(len, made)) - min(map(len, made)) <= 1
@@ -91,10 +91,8 @@ def test_a_failure_of_one_stops_all_and_what_was_written_is_kept(tmp_path: Path)
                     raise RuntimeError("source lost")
                 return spec.chunks(index)
 
-            return write_checkpoint(
-                tmp_path / "out", [replace(spec, chunks=fail)], fingerprint={}, processes=processes, workers=1
-            )
-        return write_checkpoint(tmp_path / "out", [spec], fingerprint={}, processes=processes, workers=1)
+            return write_leaves(tmp_path / "out", [replace(spec, chunks=fail)], processes=processes, workers=1)
+        return write_leaves(tmp_path / "out", [spec], processes=processes, workers=1)
 
     first, second = together(2, write)
     assert isinstance(second, RuntimeError)
@@ -102,7 +100,7 @@ def test_a_failure_of_one_stops_all_and_what_was_written_is_kept(tmp_path: Path)
     assert "process 1 of 2 failed in step 'write': RuntimeError: source lost" in str(first)
     assert not (tmp_path / "out").exists()
     made: list[int] = []
-    summary = write_checkpoint(tmp_path / "out", [leaf(made)], fingerprint={})
+    summary = write_leaves(tmp_path / "out", [leaf(made)])
     assert sorted(made) == [20, 21, 22, 23]
     assert summary.kept_bytes == 20 * 5 * 4
     assert verify(open_store(tmp_path / "out")) == []
@@ -112,7 +110,7 @@ def test_an_existing_destination_is_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     results = together(
         2,
-        lambda processes: write_checkpoint(tmp_path / "out", [leaf([])], fingerprint={}, processes=processes),
+        lambda processes: write_leaves(tmp_path / "out", [leaf([])], processes=processes),
     )
     assert all(isinstance(result, UsageError) for result in results), results
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

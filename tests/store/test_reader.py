@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.store import LeafSpec, Store, open_store, verify, write_checkpoint
+from dsv4_convert.store import ArrayLayout, Store, open_store, verify
 from dsv4_convert.store.layout import MANIFEST_FILE
+
+from .writing import FilledLeaf, write_leaves
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=["none", "zstd"])
 def checkpoint(request, tmp_path: Path, arrays, make_leaves) -> Path:
-    write_checkpoint(
+    write_leaves(
         tmp_path / "checkpoint",
         make_leaves(arrays),
-        fingerprint={},
         compression=request.param,
-        metadata=lambda _: {"revision": "abc"},
-        extra_files=lambda _: {"config.json": b'{"model_type": "x"}'},
+        metadata={"revision": "abc"},
+        files={"config.json": b'{"model_type": "x"}'},
     )
     return tmp_path / "checkpoint"
 
@@ -40,15 +41,13 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, np
     chunk_shapes = {"rows": (3, 4, 6), "blocks": (4, 3, 5), "whole": (11, 4, 6), "vector": (4,)}
     leaves = []
     for path, chunk_shape in chunk_shapes.items():
-        leaf = LeafSpec(
-            path=path, shape=arrays[path].shape, dtype=array.dtype, chunk_shape=chunk_shape, chunks=lambda _: array
-        )
-        layout, whole = leaf.layout, arrays[path]
+        whole = arrays[path]
+        layout = ArrayLayout(shape=whole.shape, dtype=whole.dtype, chunk_shape=chunk_shape)
         leaves.append(
-            LeafSpec(
+            FilledLeaf(
                 path=path,
-                shape=leaf.shape,
-                dtype=leaf.dtype,
+                shape=whole.shape,
+                dtype=whole.dtype,
                 chunk_shape=chunk_shape,
                 chunks=lambda index, layout=layout, whole=whole: np.ascontiguousarray(
                     whole[layout.chunk_region(index)]
@@ -56,7 +55,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, np
             )
         )
     destination = tmp_path_factory.mktemp("grids") / "checkpoint"
-    write_checkpoint(destination, leaves, fingerprint={})
+    write_leaves(destination, leaves)
     return open_store(destination), arrays
 
 

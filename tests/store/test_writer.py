@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,16 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, places, staging, verify, write_checkpoint
+from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, places, verify
 from dsv4_convert.store.arrays import ArrayWriter, create_array
 from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout, chunk_file
+
+from .writing import FilledLeaf, write_leaves, write_pending
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BF16 = DTYPES["bfloat16"]
 
 
-def write(destination: Path, leaves: list[LeafSpec], **options: Any) -> WriteSummary:
-    return write_checkpoint(destination, leaves, fingerprint={"revision": "r1"}, **options)
+def write(destination: Path, leaves: list[FilledLeaf], **options: Any) -> WriteSummary:
+    return write_leaves(destination, leaves, fingerprint={"revision": "r1"}, **options)
 
 
 def partial(destination: Path) -> Path:
@@ -47,7 +47,7 @@ def array_files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*/*") if file.is_file()}
 
 
-def failing_at(leaves: list[LeafSpec], path: str, error: BaseException) -> list[LeafSpec]:
+def failing_at(leaves: list[FilledLeaf], path: str, error: BaseException) -> list[FilledLeaf]:
     def fail(_: object) -> np.ndarray:
         raise error
 
@@ -107,7 +107,7 @@ def test_plain_orbax_restores_every_bit_without_dsv4(tmp_path: Path, arrays, mak
         tmp_path / "checkpoint",
         make_leaves(arrays),
         compression=compression,
-        extra_files=lambda summary: {"config.json": b"{}", "tokenizer.json": b"[]"},
+        files={"config.json": b"{}", "tokenizer.json": b"[]"},
     )
     expected = {
         path: np.frombuffer(f"{array.dtype} {array.shape}".encode() + array.tobytes(), np.uint8)
@@ -119,21 +119,18 @@ def test_plain_orbax_restores_every_bit_without_dsv4(tmp_path: Path, arrays, mak
     assert result.stdout == f"{len(arrays)}\n", result.stderr
 
 
-def test_summary_manifest_and_progress(tmp_path: Path, arrays, make_leaves) -> None:
-    calls: list[tuple[int, int, str]] = []
-    summary = write(
-        tmp_path / "checkpoint",
-        make_leaves(arrays),
-        metadata=lambda summary: {"leaves": len(summary.records)},
-        extra_files=lambda summary: {"sizes.json": json.dumps(summary.total_bytes).encode()},
-        progress=lambda *call: calls.append(call),
-    )
+def test_summary_and_manifest(tmp_path: Path, arrays, make_leaves) -> None:
     nbytes = sum(array.nbytes for array in arrays.values())
+    with CheckpointWriter(tmp_path / "checkpoint", make_leaves(arrays), fingerprint={}) as writer:
+        assert (writer.total_bytes, writer.kept_bytes) == (nbytes, 0)
+        assert sum(chunk.nbytes for chunk in writer.pending()) == nbytes
+        write_pending(writer)
+        assert writer.pending() == []
+        summary = writer.finish()
+        assert not (tmp_path / "checkpoint").exists()
+        files = {"sizes.json": json.dumps(summary.total_bytes).encode()}
+        assert writer.commit({"leaves": len(summary.records)}, files) == summary
     assert (summary.total_bytes, summary.written_bytes, summary.kept_bytes) == (nbytes, nbytes, 0)
-    assert [done for done, _, _ in calls] == sorted({done for done, _, _ in calls})
-    assert calls[-1][:2] == (nbytes, nbytes)
-    assert calls[0] == (0, nbytes, "")
-    assert {path for _, _, path in calls[1:]} == set(arrays) - {"empty"}
     store = open_store(tmp_path / "checkpoint")
     assert store.manifest.leaves == summary.records
     assert store.metadata == {"leaves": len(arrays)}
@@ -141,6 +138,18 @@ def test_summary_manifest_and_progress(tmp_path: Path, arrays, make_leaves) -> N
     assert store.manifest.leaves["hc_head_scale"].sources == ("source.hc_head_scale",)
     assert {"_METADATA", "_CHECKPOINT_METADATA", "sizes.json"} <= set(store.manifest.files)
     assert not partial(tmp_path / "checkpoint").exists()
+
+
+def test_what_is_not_all_written_is_not_committed(tmp_path: Path, arrays, make_leaves) -> None:
+    leaves = make_leaves(arrays)
+    with CheckpointWriter(tmp_path / "checkpoint", leaves, fingerprint={"revision": "r1"}) as writer:
+        first, *others = writer.pending()
+        for chunk in others:
+            writer.write(chunk, chunk.leaf.chunks(chunk.index))
+        with pytest.raises(ValueError, match=rf"1 chunks were not written, such as .* of {first.leaf.path}"):
+            writer.commit()
+    assert not (tmp_path / "checkpoint").exists()
+    assert write(tmp_path / "checkpoint", leaves).written_bytes == first.nbytes
 
 
 @settings(max_examples=25, deadline=None)
@@ -167,7 +176,7 @@ def test_any_shape_and_chunk_shape_round_trips(sizes, dtype, compression, worker
         view[...] = array[layout.chunk_region(index)]
         return view
 
-    leaf = LeafSpec(path="a.b", shape=shape, dtype=layout.dtype, chunk_shape=chunk_shape, chunks=chunks)
+    leaf = FilledLeaf(path="a.b", shape=shape, dtype=layout.dtype, chunk_shape=chunk_shape, chunks=chunks)
     with tempfile.TemporaryDirectory() as folder:
         destination = Path(folder) / "checkpoint"
         write(destination, [leaf], compression=compression, workers=workers)
@@ -193,12 +202,10 @@ def test_a_failure_leaves_a_resumable_folder(tmp_path: Path, arrays, make_leaves
     assert not destination.exists()
     made: list[str] = []
 
-    def noted(leaf: LeafSpec) -> LeafSpec:
+    def noted(leaf: FilledLeaf) -> FilledLeaf:
         return replace(leaf, chunks=lambda index: (made.append(leaf.path), leaf.chunks(index))[1])
 
-    calls: list[tuple[int, int, str]] = []
-    summary = write(destination, [noted(leaf) for leaf in leaves], progress=lambda *call: calls.append(call))
-    assert calls[0][:2] == (summary.total_bytes - summary.written_bytes, summary.total_bytes)
+    summary = write(destination, [noted(leaf) for leaf in leaves])
     assert summary.kept_bytes == sum(leaf.layout.nbytes for leaf in leaves[: len(leaves) // 2])
     assert set(made) == {leaf.path for leaf in leaves[len(leaves) // 2 :] if leaf.layout.chunk_count}
     assert summary.written_bytes == sum(leaf.layout.nbytes for leaf in leaves[len(leaves) // 2 :])
@@ -227,7 +234,7 @@ def test_what_is_lost_or_foreign_in_a_leaf_is_made_good(tmp_path: Path, arrays, 
     assert array_files(destination).keys() == array_files_of(leaves)
 
 
-def array_files_of(leaves: list[LeafSpec]) -> set[str]:
+def array_files_of(leaves: list[FilledLeaf]) -> set[str]:
     """Names of the files that a checkpoint of these leaves has."""
     chunks = {f"{leaf.path}/{chunk_file(index)}" for leaf in leaves for index in leaf.layout.chunk_indices()}
     return chunks | {f"{leaf.path}/.zarray" for leaf in leaves}
@@ -244,7 +251,7 @@ def test_an_interrupted_leaf_keeps_its_finished_chunks(tmp_path: Path) -> None:
         made.append(index[0])
         return np.full((1, 4), index[0], np.int32)
 
-    leaf = LeafSpec(path="w", shape=(8, 4), dtype=np.dtype("<i4"), chunk_shape=(1, 4), chunks=chunks)
+    leaf = FilledLeaf(path="w", shape=(8, 4), dtype=np.dtype("<i4"), chunk_shape=(1, 4), chunks=chunks)
     with pytest.raises(RuntimeError):
         write(tmp_path / "checkpoint", [leaf], workers=1)
     write(tmp_path / "checkpoint", [leaf], workers=1)
@@ -252,52 +259,17 @@ def test_an_interrupted_leaf_keeps_its_finished_chunks(tmp_path: Path) -> None:
     assert verify(open_store(tmp_path / "checkpoint")) == []
 
 
-def test_work_is_done_by_rank_and_notes_are_kept(tmp_path: Path) -> None:
-    log: list[str] = []
-    failing = True
-
-    def leaf(name: str) -> LeafSpec:
-        def chunks(index: tuple[int, ...]) -> np.ndarray:
-            if failing and (name, index) == ("b", (1,)):
-                raise RuntimeError
-            log.append(f"{name}{index[0]}")
-            return np.full(1, 7, np.int32)
-
-        return LeafSpec(
-            path=name,
-            shape=(2,),
-            dtype=np.dtype("<i4"),
-            chunk_shape=(1,),
-            chunks=chunks,
-            rank=lambda index: (index[0],),
-        )
-
-    def note(name: str, rank: int) -> Note:
-        return Note(name=name, value=lambda: (log.append(name), {"found": [name]})[1], rank=(rank,))
-
-    committed: list[tuple[str, Any]] = []
-
-    def run() -> WriteSummary:
-        return write(
-            tmp_path / "checkpoint",
-            [leaf("a"), leaf("b")],
-            notes=[note("early", 0), note("late", 1)],
-            workers=1,
-            committed=lambda *what: committed.append(what),
-        )
-
-    with pytest.raises(RuntimeError):
-        run()
-    assert log == ["early", "a0", "b0", "late", "a1"]
-    assert committed == [("early", None), ("a", (0,)), ("b", (0,)), ("late", None), ("a", (1,))]
-    failing = False
-    committed.clear()
-    summary = run()
-    assert log[5:] == ["b1"]
-    assert summary.notes == {"early": {"found": ["early"]}, "late": {"found": ["late"]}}
-    assert sorted(committed, key=str) == sorted(
-        [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,)), ("early", None), ("late", None)], key=str
-    )
+def test_what_was_found_out_is_kept_over_interruptions(tmp_path: Path, arrays, make_leaves) -> None:
+    leaves = make_leaves(arrays)
+    with CheckpointWriter(tmp_path / "out", leaves, fingerprint={}) as writer:
+        assert writer.side_records == {}
+        writer.add_side_record("early", {"found": [1]})
+    with CheckpointWriter(tmp_path / "out", leaves, fingerprint={}) as writer:
+        assert writer.side_records == {"early": {"found": [1]}}
+        writer.add_side_record("late", None)
+        write_pending(writer)
+        summary = writer.commit()
+    assert summary.side_records == {"early": {"found": [1]}, "late": None}
 
 
 def test_the_same_leaves_give_the_same_files(tmp_path: Path, arrays, make_leaves) -> None:
@@ -323,20 +295,21 @@ import os, shutil, signal, sys
 import numpy as np
 import orbax.checkpoint  # imported before the fork, to save the children the time
 from pathlib import Path
-from dsv4_convert.store import LeafSpec, open_store, verify, write_checkpoint
+from dsv4_convert.store import open_store, verify
+from tests.store.writing import FilledLeaf, write_leaves
 
 folder, first, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 destination = folder / "checkpoint"
 rng = np.random.default_rng(0)
 arrays = {f"layers.{n}.w": rng.random((5, 3), np.float32) for n in range(3)}
 leaves = [
-    LeafSpec(path=path, shape=(5, 3), dtype=np.dtype("<f4"), chunk_shape=(2, 3),
+    FilledLeaf(path=path, shape=(5, 3), dtype=np.dtype("<f4"), chunk_shape=(2, 3),
              chunks=lambda index, array=array: array[2 * index[0]:2 * index[0] + 2])
     for path, array in arrays.items()
 ]
 
 def write(overwrite):
-    write_checkpoint(destination, leaves, fingerprint={}, overwrite=overwrite, workers=1)
+    write_leaves(destination, leaves, overwrite=overwrite, workers=1)
 
 def in_child(action):
     pid = os.fork()
@@ -371,8 +344,11 @@ def check(event_number):
     assert all(np.array_equal(store.read(path), array) for path, array in arrays.items())
     return store.manifest.leaves
 
+def clear():
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
 whole = None
-outcomes = {}
 for overwrite in (False, True):
     kills = 0
     for event_number in range(first, 10_000, step):
@@ -390,12 +366,10 @@ for overwrite in (False, True):
         whole = check(event_number) if whole is None else whole
         assert check(event_number) == whole
         assert overwrite or not (folder / "checkpoint.dsv4-partial").exists() or destination.exists()
-        for entry in folder.iterdir():
-            shutil.rmtree(entry)
+        clear()
     else:
         raise AssertionError("never finished")
-    for entry in folder.iterdir():
-        shutil.rmtree(entry)
+    clear()
     print(kills)
 """
 
@@ -434,13 +408,13 @@ def test_other_settings_do_not_continue_an_interrupted_run(tmp_path: Path, array
     with pytest.raises(RuntimeError):
         write(destination, failing_at(leaves, leaves[-2].path, RuntimeError()))
     with pytest.raises(UsageError, match=r"fingerprint\.revision: 'r1' then, 'r2' now"):
-        write_checkpoint(destination, leaves, fingerprint={"revision": "r2"})
+        write_leaves(destination, leaves, fingerprint={"revision": "r2"})
     with pytest.raises(UsageError, match="compression: 'none' then, 'zstd' now"):
         write(destination, leaves, compression="zstd")
     for changed in (leaves[:-1], [replace(leaf, rule="other") for leaf in leaves]):
         with pytest.raises(UsageError, match="leaves: "):
             write(destination, changed)
-    summary = write_checkpoint(destination, leaves, fingerprint={"revision": "r2"}, restart=True)
+    summary = write_leaves(destination, leaves, fingerprint={"revision": "r2"}, restart=True)
     assert summary.kept_bytes == 0
     assert verify(open_store(destination)) == []
 
@@ -517,57 +491,16 @@ def test_a_destination_that_appears_before_the_lock_is_held_is_not_replaced(
 ) -> None:
     destination = tmp_path / "checkpoint"
 
-    def staging_area(target: Path) -> Any:
-        destination.mkdir()
-        return staging.staging_area(target)
+    held = places.Folder.held
 
-    monkeypatch.setattr(places, "staging_area", staging_area)
+    def late(self: places.Folder) -> Any:
+        destination.mkdir()
+        return held(self)
+
+    monkeypatch.setattr(places.Folder, "held", late)
     with pytest.raises(UsageError, match="exists already"):
         write(destination, make_leaves(arrays))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
-
-
-@pytest.mark.parametrize("during", [1, 2], ids=["folder", "file"])
-def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: int
-) -> None:
-    """The other writer finishes, and removes its folder, between our opening of folder or file and our locking it."""
-    destination = tmp_path / "checkpoint"
-    flock = fcntl.flock
-    locked: list[int] = []
-
-    def remove_first(descriptor: int, operation: int) -> None:
-        locked.append(descriptor)
-        if len(locked) == during:
-            shutil.rmtree(partial(destination))
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", remove_first)
-    with staging.staging_area(destination):
-        assert len(locked) == during + 2
-        with pytest.raises(ResourceError), staging.staging_area(destination):
-            pass
-    assert not partial(destination).exists()
-
-
-def test_a_folder_for_a_moment_that_another_process_holds_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its making and its locking another process may take it for left, and be about to remove it."""
-    flock = fcntl.flock
-    held: list[Path] = []
-
-    def taken_once(descriptor: int, operation: int) -> None:
-        if not held:
-            held.extend(tmp_path.iterdir())
-            raise BlockingIOError
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", taken_once)
-    with places._scratch(tmp_path) as folder:
-        assert folder.is_dir()
-        assert folder not in held
-    assert list(tmp_path.iterdir()) == held
 
 
 # What is refused
@@ -582,7 +515,7 @@ def test_a_folder_for_a_moment_that_another_process_holds_is_not_used(
     ],
 )
 def test_a_wrong_chunk_is_refused(tmp_path: Path, chunk, message) -> None:
-    leaf = LeafSpec(path="a.b", shape=(6, 5), dtype=BF16, chunk_shape=(3, 5), chunks=lambda _: chunk)
+    leaf = FilledLeaf(path="a.b", shape=(6, 5), dtype=BF16, chunk_shape=(3, 5), chunks=lambda _: chunk)
     with pytest.raises(ValueError, match=rf"a\.b, chunk \(0, 0\): {message}.*expected bfloat16 \(3, 5\)"):
         write(tmp_path / "checkpoint", [leaf], workers=1)
 
@@ -599,7 +532,7 @@ def test_leaves_that_form_no_tree_are_refused(tmp_path: Path, arrays, make_leave
 def test_extra_files_cannot_replace_anything(tmp_path: Path, arrays, make_leaves, name) -> None:
     destination = tmp_path / "checkpoint"
     with pytest.raises(ValueError, match="extra file"):
-        write(destination, make_leaves(arrays), extra_files=lambda _: {name: b""})
+        write(destination, make_leaves(arrays), files={name: b""})
     assert not destination.exists()
     assert write(destination, make_leaves(arrays)).written_bytes == 0
     assert verify(open_store(destination)) == []
@@ -609,7 +542,7 @@ def test_extra_files_cannot_replace_anything(tmp_path: Path, arrays, make_leaves
 def test_a_full_disk_is_a_resource_error_that_can_be_resumed(tmp_path: Path, arrays, make_leaves, compression) -> None:
     """A file-size limit makes the system refuse the write of the last, large leaf."""
     big = np.frombuffer(np.random.default_rng(0).bytes(1 << 20), np.uint8)
-    leaf = LeafSpec(path="z", shape=big.shape, dtype=big.dtype, chunk_shape=big.shape, chunks=lambda _: big)
+    leaf = FilledLeaf(path="z", shape=big.shape, dtype=big.dtype, chunk_shape=big.shape, chunks=lambda _: big)
     leaves = [*make_leaves(arrays), leaf]
     destination = tmp_path / "checkpoint"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -635,7 +568,8 @@ _LARGE = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from dsv4_convert.store import LeafSpec, open_store, row_chunks, verify, write_checkpoint
+from dsv4_convert.store import open_store, row_chunks, verify
+from tests.store.writing import FilledLeaf, write_leaves
 
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -648,9 +582,9 @@ def chunks(index):
     return buffers.buffer
 
 def write(name, experts):
-    leaf = LeafSpec(path="experts", shape=(experts, 1024, 1024), dtype=np.dtype("<f4"), chunk_shape=(1, 1024, 1024),
+    leaf = FilledLeaf(path="experts", shape=(experts, 1024, 1024), dtype=np.dtype("<f4"), chunk_shape=(1, 1024, 1024),
                     chunks=chunks)
-    write_checkpoint(Path(sys.argv[1], name), [leaf], fingerprint={})
+    write_leaves(Path(sys.argv[1], name), [leaf])
 
 write("small", 2)
 verify(open_store(Path(sys.argv[1], "small")))
@@ -688,14 +622,14 @@ def test_the_log_level_of_others_is_left_alone(tmp_path: Path, arrays, make_leav
 def test_a_sigkill_from_outside_is_survived(tmp_path: Path) -> None:
     """The real thing, once: the process ends in the middle of a chunk and the lock is free at once."""
     script = (
-        "import sys, time, numpy as np\nfrom dsv4_convert.store import *\n"
+        "import sys, time, numpy as np\nfrom tests.store.writing import *\n"
         "def chunks(index):\n"
         "    print(index[0], flush=True)\n"
         "    time.sleep(0 if index[0] < 3 or sys.argv[2] == 'whole' else 60)\n"
         "    return np.full((1, 4), index[0], np.int32)\n"
-        "leaves = [LeafSpec(path=f'l{n}', shape=(s, 4), dtype=np.dtype('<i4'), chunk_shape=(1, 4), chunks=chunks)"
+        "leaves = [FilledLeaf(path=f'l{n}', shape=(s, 4), dtype=np.dtype('<i4'), chunk_shape=(1, 4), chunks=chunks)"
         " for n, s in enumerate((2, 6))]\n"
-        "print(write_checkpoint(sys.argv[1], leaves, fingerprint={}, workers=1).kept_bytes)\n"
+        "print(write_leaves(sys.argv[1], leaves, workers=1).kept_bytes)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     destination = tmp_path / "checkpoint"

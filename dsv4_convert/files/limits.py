@@ -1,9 +1,11 @@
-"""The process's own limits, asked before work begins: where they are too small, XLA and its threads abort or wait."""
+"""Disk and address space, asked before work begins."""
 
 from __future__ import annotations
 
 import os
 import resource
+import shutil
+from pathlib import Path
 
 from dsv4_convert.errors import ResourceError
 
@@ -12,6 +14,19 @@ TO_CONVERT = 2 << 30
 TO_COMPUTE = 3 << 30
 #: For every further core: stack and arena of its threads.
 _PER_CORE = 128 << 20
+
+
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the nearest above it that exists."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that are free where ``path`` lies or would lie."""
+    return shutil.disk_usage(nearest_folder(path)).free
 
 
 def require_address_space(needed: int) -> None:

@@ -6,14 +6,34 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.reading import foreign_content, read_start, stat_regular
 
+#: The largest published index is 14 MB; a config.json has a few KB.
+MAX_JSON_BYTES = 100_000_000
 #: No document of ours comes near; what writes or digests one again ends at some more.
 _MAX_DEPTH = 200
 #: A lone surrogate can come from an escape alone, as bytes that are not UTF-8 are refused.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file of at most 100 MB whose root is an object.
+
+    Raises:
+        BadInput: missing, not a regular file, too large, or refused by :func:`parse_object`.
+    """
+    size = stat_regular(path).st_size
+    if size > MAX_JSON_BYTES:
+        raise BadInput(f"{path}: {size:,} bytes, where at most {MAX_JSON_BYTES:,} are expected of a JSON file")
+    text = read_start(path, MAX_JSON_BYTES)
+    is_json = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+    if not is_json and (found := foreign_content(text[:512])) is not None:
+        raise BadInput(f"{path}: expected a JSON object, found {found}")
+    return parse_object(text, where=str(path))
 
 
 def parse_object(

@@ -1,4 +1,4 @@
-"""Files as they come: what a path really is, and the same words for it everywhere."""
+"""Reading files as they come: the kind of a path, and one wording for it everywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """What identifies one state of a file: size in bytes, modification time in ns, device and inode."""
+    """The identity of one state of a file: size in bytes, modification time in ns, device and inode."""
 
     size: int
     mtime_ns: int
@@ -87,7 +87,7 @@ def read_start(path: Path, length: int) -> bytes:
 
 
 def foreign_content(head: bytes) -> str | None:
-    """What a file that is not safetensors seems to be, with the way out; None if its first bytes say nothing."""
+    """Guess the kind of a file that is not safetensors, with the way out; None if its first bytes say nothing."""
     for magic, description in _FOREIGN:
         if head.startswith(magic):
             return description
