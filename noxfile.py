@@ -1,8 +1,9 @@
 """Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code, ``docs`` makes the site.
 
-Each sets itself up from nothing. Versions are pinned by ``constraints.txt``. ``torch`` comes from the index in
-DSV4_TORCH_INDEX where that is set, such as https://download.pytorch.org/whl/cpu for the small CPU build; otherwise from
-the default index.
+Each sets itself up from nothing. Versions are pinned by ``constraints.txt``; ``versions`` has pins of its own.
+``versions`` and ``witnesses`` need uv (``pip install 'nox[uv]'``) and several Pythons on PATH. ``torch`` comes from the
+index in DSV4_TORCH_INDEX where that is set, such as https://download.pytorch.org/whl/cpu for the small CPU build;
+otherwise from the default index.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ ATHERIS, PIP_AUDIT = "atheris==3.0.0", "pip-audit>=2.9"
 #: XLA without LLVM's optimisations.
 UNOPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
+#: Python -> the pins that ``versions`` installs there.
+VERSIONS = {
+    "3.11": ROOT / "constraints-oldest.txt",
+    "3.12": ROOT / "constraints-newest.txt",
+    "3.13": ROOT / "constraints-newest.txt",
+}
+#: What ``versions`` runs of the tests: none of it needs torch or transformers.
+CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py", "tests/cli/test_surface.py")
+
+#: Project compared with -> the Python that it needs.
+WITNESSES = {"maxtext": "3.12", "tokamax": "3.12", "automodel": "3.11"}
+
 
 def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     """Install dsv4 itself and more, at the pinned versions."""
@@ -41,11 +54,8 @@ def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     session.install(*pinned, ".[reference]" if reference else ".", *what)
 
 
-@nox.session
-def demo(session: nox.Session) -> None:
-    """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden."""
-    _install(session)
-    work = Path(session.create_tmp()).resolve()
+def _main_job(session: nox.Session, work: Path) -> None:
+    """Make a checkpoint in ``work``, convert it, verify that, and compare every layer with the committed golden."""
     for name in ("checkpoint", "orbax"):
         shutil.rmtree(work / name, ignore_errors=True)
     session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"))
@@ -54,6 +64,13 @@ def demo(session: nox.Session) -> None:
     golden = ROOT / "golden" / "data" / "tiny"
     baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
     session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet", *baseline)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden."""
+    _install(session)
+    _main_job(session, Path(session.create_tmp()).resolve())
 
 
 @nox.session
@@ -82,6 +99,50 @@ def tests(session: nox.Session) -> None:
     """
     _install(session, *TEST, reference=True)
     session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=UNOPTIMISED)
+
+
+@nox.session(python=list(VERSIONS), venv_backend="uv", download_python="never")
+def versions(session: nox.Session) -> None:
+    """The wheel with the oldest and the newest versions that it admits: the main job, and what we rely on in others.
+
+    With the newest, deprecation warnings are errors in the commands too; in the tests every warning is.
+    """
+    assert isinstance(session.python, str)
+    pins = VERSIONS[session.python]
+    work = Path(session.create_tmp()).resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    session.install("--constraint", str(pins), ".", *TEST)
+    if pins == VERSIONS["3.13"]:
+        session.env["PYTHONWARNINGS"] = (
+            "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
+        )
+    _main_job(session, work)
+    session.run("pytest", *CONTRACTS, *session.posargs, env=UNOPTIMISED)
+
+
+@nox.session(venv_backend="uv", download_python="never")
+@nox.parametrize(
+    ("witness", "python"), [nox.param(witness, python, id=witness) for witness, python in WITNESSES.items()]
+)
+def witnesses(session: nox.Session, witness: str) -> None:
+    """Other implementations of DeepSeek-V4 beside ours, each in the environment that it needs; from PyPI, on a CPU."""
+    packages = Path(session.virtualenv.location, "lib", f"python{session.python}", "site-packages")
+    tests = ROOT / "tests" / "witnesses"
+    match witness:
+        case "maxtext":
+            # Its dependencies stand in a file of the wheel, made for machines without Google Cloud.
+            session.install("--no-deps", "maxtext==0.2.5")
+            needed = packages / "dependencies/requirements/generated_requirements/decoupled-requirements.txt"
+            session.install("--resolution=lowest", "--requirement", str(needed))
+            session.env["DECOUPLE_GCLOUD"] = "TRUE"
+        case "tokamax":
+            session.install("--constraint", str(VERSIONS["3.12"]), "tokamax==0.0.17", ".")
+        case "automodel":
+            _install(session, reference=True)
+            session.install("--no-deps", "--requirement", str(tests / "automodel-requirements.txt"))
+    session.install(".", *TEST)
+    session.env["JAX_PLATFORMS"] = "cpu"
+    session.run("pytest", "-m", "witness", *map(str, sorted(tests.glob(f"test_{witness}*.py"))), *session.posargs)
 
 
 @nox.session

@@ -65,7 +65,7 @@ class Transformers:
         seen: dict[str, Any] = {}
 
         def see(_: Any, args: Any, kwargs: Any) -> None:
-            seen.update(args=args, kwargs={**kwargs, "past_key_values": None})
+            seen.update(args=args, kwargs=kwargs)
 
         handle = layer.register_forward_pre_hook(see, with_kwargs=True)
         with torch.no_grad():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from packaging.specifiers import SpecifierSet
 
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-#: The release of transformers that the probes are written for.
-_TRANSFORMERS = "5.23"
+#: The releases of transformers that the probes are written for, as in pyproject.toml.
+TRANSFORMERS = ">=5.23,<5.25"
 _INSTALL = "pip install 'dsv4-convert[reference]'"
 #: Called with what is done next, in words.
 Progress = Callable[[str], None]
@@ -85,7 +86,7 @@ def record(
 
     Raises:
         UsageError: the destination exists, tokens, layers or dtypes are impossible, torch or transformers is missing,
-            transformers is not the release that the recorder is written for, or an interrupted run had other options.
+            transformers is not a release that the recorder is written for, or an interrupted run had other options.
         BadInput: the source is corrupt, incomplete or not a DeepSeek-V4 text model.
         ResourceError: the disk is too small or cannot be written to, or another process records the same.
         Dsv4Error: transformers computes otherwise than the recorder knows.
@@ -165,10 +166,9 @@ def _reference(release_code: Path | None, *, first_position: int, decode: int) -
         loaded = code.load(release_code)
         return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
     version = _installed("transformers")
-    if version.split(".")[:2] != _TRANSFORMERS.split("."):
+    if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise UsageError(
-            f"recording looks into transformers' model as release {_TRANSFORMERS} computes it, found {version}: "
-            f"{_INSTALL}"
+            f"recording looks inside transformers' model and knows releases {TRANSFORMERS}, found {version}: {_INSTALL}"
         )
     from dsv4_convert.golden.references import streamed
 

@@ -127,7 +127,7 @@ def _run(command: Command) -> None:
         assert sessions, f"{command.where}: {command.line}"
         assert set(sessions) <= _sessions(), f"{command.where}: {command.line}"
     elif words[:4] == ("python", "-m", "pip", "install"):
-        wanted = re.findall(r"dsv4\[([\w,]+)\]", command.line)
+        wanted = re.findall(r"'\.\[([\w,]+)\]'", command.line)
         assert not {extra for each in wanted for extra in each.split(",")} - _extras(), command.line
     elif words[0] == "pytest":
         said = _said_against_pytest(words[1:])

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx2  # the HTTP client of huggingface_hub 2, whose connection errors it passes on as they are
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
     XetDownloadError,
 )
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the client: httpx2 in huggingface_hub 2
 
 from dsv4_convert.checkpoint.hub_health import endpoint, misconfigured
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
@@ -69,7 +69,7 @@ def unusable_token() -> UsageError:
 
 def _quotes_a_header(error: BaseException | None) -> bool:
     """Whether a header could not be sent. The text says which, and the one with the token is the only candidate."""
-    while error is not None and not isinstance(error, httpx2.LocalProtocolError):
+    while error is not None and not isinstance(error, httpx.LocalProtocolError):
         error = error.__cause__ or error.__context__
     return error is not None
 
@@ -100,9 +100,9 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
             return _translated(error.__cause__, repo_id, revision, folder)  # what kept the client from asking the Hub
         case FileMetadataError():
             return ResourceError(f"{what}: {endpoint()} does not answer like the Hub; check HF_ENDPOINT")
-        case httpx2.HTTPError():
+        case httpx.HTTPError():
             # Of these only connection errors carry a text that is safe to show: the system's.
-            reason = str(error) if isinstance(error, httpx2.ConnectError) else type(error).__name__
+            reason = str(error) if isinstance(error, httpx.ConnectError) else type(error).__name__
             return ResourceError(
                 f"{what}: {endpoint()} cannot be reached ({reason}); check network, proxy and HF_ENDPOINT, "
                 "then run the same command again: finished files are kept"

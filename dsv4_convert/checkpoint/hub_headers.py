@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx2
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported, but not marked as such
     build_hf_headers,
     hf_raise_for_status,
     http_stream_backoff,
+    httpx,
 )
 
 from dsv4_convert.checkpoint.header import Header, read_header, read_header_by_ranges
@@ -48,7 +48,7 @@ class Ranges:
         with hub_errors(self._plan.repo_id, self._plan.revision):
             raise content
 
-    def _once(self, name: str, start: int, stop: int) -> bytes | httpx2.TransportError:
+    def _once(self, name: str, start: int, stop: int) -> bytes | httpx.TransportError:
         """One try; what broke the connection while the bytes came."""
         headers = build_hf_headers(token=self._token, library_name="dsv4")
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -68,7 +68,7 @@ class Ranges:
                     length += len(part)
                     if length >= skip + stop - start:
                         break
-            except httpx2.TransportError as error:  # the client can begin a request anew, but not this block
+            except httpx.TransportError as error:  # the client can begin a request anew, but not this block
                 return error
         return b"".join(parts)[skip : skip + stop - start]
 

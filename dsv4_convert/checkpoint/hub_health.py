@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import constants, get_token
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 
 def cache_folder() -> Path:
@@ -29,12 +29,12 @@ def unreachable(timeout: float) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        httpx2.head(constants.ENDPOINT, timeout=timeout)
-    except httpx2.HTTPError as error:
+        httpx.head(constants.ENDPOINT, timeout=timeout)
+    except httpx.HTTPError as error:
         return str(error) or type(error).__name__
     except OSError as error:  # it names no file, and looks for no other one
         return f"{error.strerror or error}; check SSL_CERT_FILE and SSL_CERT_DIR"
-    except (httpx2.InvalidURL, ValueError, ImportError) as error:
+    except (httpx.InvalidURL, ValueError, ImportError) as error:
         return misconfigured(error) or f"the client cannot ask ({type(error).__name__})"
     return None
 
@@ -44,7 +44,7 @@ def misconfigured(error: BaseException) -> str | None:
 
     No value is quoted, as the URLs of proxies hold passwords.
     """
-    if isinstance(error, httpx2.InvalidURL):
+    if isinstance(error, httpx.InvalidURL):
         return "HF_ENDPOINT, or the proxy in HTTPS_PROXY or ALL_PROXY, is not a URL"
     if type(error) is ValueError and "proxy" in str(error):
         return "the proxy in HTTPS_PROXY or ALL_PROXY is of a kind that the client does not know"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from dsv4_convert.checkpoint.hub_errors import check_token, hub_errors
 from dsv4_convert.checkpoint.hub_progress import Meter
@@ -164,7 +164,7 @@ def _available(api: HfApi, target: _Target) -> tuple[dict[str, PlannedFile], boo
     """Files by name, and whether they are the ones on disk because the Hub could not be asked."""
     try:
         return {file.name: file for file in _listed(api, target)}, False
-    except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError) as error:
+    except (OfflineModeIsEnabled, httpx.TransportError, HfHubHTTPError) as error:
         answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         present = {file.name: file for file in target.present()}
         if answered or CONFIG_NAME not in present:

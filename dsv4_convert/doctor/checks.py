@@ -61,7 +61,7 @@ def _unloadable(check: str, error: ImportError) -> Finding:
         check=check,
         state=State.MISSING,
         found=str(error),
-        way_out="python -m pip install --force-reinstall dsv4, in a new environment",
+        way_out="python -m pip install ., in a checkout of dsv4 and a new environment",
         core=True,
     )
 
@@ -87,7 +87,7 @@ def _packages() -> Iterator[Finding]:
             check="dsv4",
             state=State.MISSING,
             found="neither installed nor beside its pyproject.toml",
-            way_out="python -m pip install .",
+            way_out="python -m pip install ., in a checkout of dsv4",
             core=True,
         )
         return
@@ -112,7 +112,7 @@ def _devices() -> Iterator[Finding]:
             check="jax",
             state=State.MISSING,
             found=next(iter(run.stderr.strip().splitlines()[-1:]), "the core does not load"),
-            way_out="python -m pip install --force-reinstall dsv4, in a new environment",
+            way_out="python -m pip install ., in a checkout of dsv4 and a new environment",
             core=True,
         )
         return

@@ -4,7 +4,7 @@ Orbax writes its own metadata for a tree of stand-in leaves; a type handler of o
 place that Orbax gives the leaf, so no array passes through memory. The result is an ordinary checkpoint of NumPy
 arrays without OCDBT, which any Orbax restores without dsv4.
 
-What of Orbax this relies on (checked against 0.12.8; ``tests/store/test_orbax_contract.py`` fails if it changes):
+What of Orbax this relies on (checked with 0.12.4 to 0.12.8; ``tests/contracts/test_orbax.py`` fails if it changes):
 
 - public: ``Checkpointer``, ``PyTreeCheckpointHandler`` with ``use_ocdbt``, ``use_zarr3``, ``type_handler_registry`` and
   ``enable_pinned_host_transfer``, ``args.PyTreeSave``, ``type_handlers.TypeHandler`` and

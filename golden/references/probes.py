@@ -1,7 +1,8 @@
 """The place of each tap in transformers' DeepSeek-V4 modules, and the hooks that record it there.
 
-Written for ``transformers/models/deepseek_v4/modeling_deepseek_v4.py`` of transformers 5.23. Observing changes nothing:
-hooks look at values and return none. Values that no module returns are seen by watching the calls that a module makes.
+Written for ``transformers/models/deepseek_v4/modeling_deepseek_v4.py`` of transformers 5.23 and 5.24. Observing changes
+nothing: hooks look at values and return none. Values that no module returns are seen by watching the calls that a
+module makes.
 Every expected tap must turn up exactly once and in the shape of the table, so a reference that computes differently
 than these probes assume is an error, never a wrong golden.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -54,6 +55,8 @@ _GOLDEN = "float32"
 _FLOAT32 = np.dtype(np.float32)
 #: Rows of the output head that are in memory at a time; at V4-Flash's width 128 MiB.
 HEAD_ROWS = 8192
+#: The keyword by which a layer gets its cache: ``past_key_values`` in transformers 5.23, ``cache`` in 5.24.
+(_CACHE,) = {"past_key_values", "cache"} & set(inspect.signature(modeling.DeepseekV4Attention.forward).parameters)
 
 
 def describe() -> Reference:
@@ -153,13 +156,7 @@ class StreamedModel:
         for start, stop in self._calls:
             ids, positions = self._ids[:, start:stop], torch.arange(start, stop).unsqueeze(0)
             like_embeddings = torch.empty(*ids.shape, 1, dtype=dtype)  # only its batch, length and dtype matter
-            mask = create_sliding_window_causal_mask(
-                config=self._hf,
-                inputs_embeds=like_embeddings,
-                attention_mask=None,
-                past_key_values=seen,
-                position_ids=positions,
-            )
+            mask = create_sliding_window_causal_mask(self._hf, like_embeddings, None, seen, positions)
             angles = {
                 label: self._rotary(like_embeddings, position_ids=positions, layer_type=label)
                 for label in ("main", "compress")
@@ -235,7 +232,7 @@ class StreamedModel:
                 position_embeddings=given.angles,
                 position_ids=given.positions,
                 attention_mask=given.mask,
-                past_key_values=cache,
+                **{_CACHE: cache},
             )
             return result
 

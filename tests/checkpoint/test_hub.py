@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
 import pytest
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import httpx
 
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.checkpoint.hub import DownloadPlan, download, plan_download, verify_download
@@ -357,8 +357,8 @@ def test_hash_that_is_none(served: LoopbackHub, monkeypatch: pytest.MonkeyPatch)
         (OSError(errno.EDQUOT, "Quota", "/cache/x", None, "/folder/x"), ResourceError, "/folder/x: Quota; make room"),
         (OSError("Consistency check failed"), ResourceError, "the download failed .OSError"),
         (LocalEntryNotFoundError("gone"), ResourceError, "the download failed .LocalEntryNotFoundError"),
-        (httpx2.ReadTimeout("slow"), ResourceError, "cannot be reached .ReadTimeout"),
-        (httpx2.LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}'"), UsageError, "cannot be sent"),
+        (httpx.ReadTimeout("slow"), ResourceError, "cannot be reached .ReadTimeout"),
+        (httpx.LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}'"), UsageError, "cannot be sent"),
     ],
 )
 def test_errors_of_the_client(error: Exception, kind: type[Dsv4Error], expected: str) -> None:

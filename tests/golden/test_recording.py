@@ -304,7 +304,8 @@ def test_what_a_probe_finds_has_to_be_the_tap(
 @pytest.mark.parametrize(
     ("package", "version", "problem"),
     [
-        ("transformers", "5.24.0", "as release 5.23 computes it, found 5.24.0"),
+        ("transformers", "5.22.1", "knows releases >=5.23,<5.25, found 5.22.1"),
+        ("transformers", "5.25.0", "knows releases >=5.23,<5.25, found 5.25.0"),
         ("transformers", None, "transformers is missing"),
         ("torch", None, "torch is missing"),
     ],
@@ -325,7 +326,7 @@ def test_without_the_right_reference_it_says_what_to_install(
         return version if name == package and version is not None else real(name)
 
     monkeypatch.setattr(metadata, "version", pretended)
-    with pytest.raises(UsageError, match=rf"{problem}.*dsv4\[reference\]"):
+    with pytest.raises(UsageError, match=rf"{problem}.*dsv4-convert\[reference\]"):
         record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
 
 

@@ -82,7 +82,7 @@ def test_the_recording_is_the_whole_model_on_its_cache(source: Path, golden: Gol
     first = TOKENS - DECODE
     with torch.no_grad():
         parts_of_ids = (ids[:, :first], *ids[:, first:].split(1, dim=1))
-        logits = [model(part, past_key_values=cache, use_cache=True).logits.numpy() for part in parts_of_ids]
+        logits = [model(part, None, None, cache, use_cache=True).logits.numpy() for part in parts_of_ids]
     for layer, parts in streams.items():
         recorded = golden.read(f"layers.{layer}.hc_ffn.streams")
         assert np.array_equal(np.concatenate(parts, axis=1), recorded)
