@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import verdict
@@ -64,7 +64,7 @@ def one(case: int, code: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "hf"
         write_checkpoint(source, raw, seed=case, form=form)
-        golden = record(source, Path(folder) / "golden", tokens=tokens, release_code=code)
+        golden = record(source, Path(folder) / "golden", RecordingOptions(tokens=tokens, release_code=code))
         report = ParityRun(PublishedWeights.open(source), golden, ParityOptions(modes=MODES)).run()
     largest = {
         mode: {

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dsv4_convert.convert import ConversionOptions, Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.golden.archive import Golden, open_golden
+    from dsv4_convert.golden.recorder import RecordingOptions
     from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.model import Cache, Model
     from dsv4_convert.parity.activations import compare_activations
@@ -28,6 +29,7 @@ __all__ = [
     "Golden",
     "Model",
     "ParityOptions",
+    "RecordingOptions",
     "Storage",
     "Weights",
     "__version__",
@@ -48,6 +50,7 @@ _HOMES = {
     "Golden": ("dsv4_convert.golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "ParityOptions": ("dsv4_convert.parity.run", "ParityOptions"),
+    "RecordingOptions": ("dsv4_convert.golden.recorder", "RecordingOptions"),
     "Storage": ("dsv4_convert.convert", "Storage"),
     "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.files.limits import free_bytes
-from dsv4_convert.golden.compact import Compact
-from dsv4_convert.golden.layout import StoredShape, expected_aliases, stored_arrays
+from dsv4_convert.golden.layout import StoredShape, expected_aliases
+from dsv4_convert.golden.manifest import RecordingRequest
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution
 
@@ -39,58 +38,34 @@ class RecordingPlan:
 
 
 def plan(
-    checkpoint: Checkpoint,
-    config: Config,
-    resolution: Resolution,
-    *,
-    layers: Sequence[int],
-    noise: Sequence[str],
-    compact: Compact | None,
-    batch: int,
-    tokens: int,
-    decode: int = 0,
-    passes: int = 1,
+    checkpoint: Checkpoint, resolution: Resolution, request: RecordingRequest, *, passes: int = 1
 ) -> RecordingPlan:
-    """Plan a recording of ``layers`` over ``batch`` prompts of ``tokens`` tokens, the last ``decode`` one by one.
-
-    The weights are read ``passes`` times.
-
-    ``resolution`` covers every layer that runs.
-    """
+    """Plan a recording that reads the weights ``passes`` times; ``resolution`` covers every layer that runs."""
+    batch, tokens = request.token_array.shape
     names = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     taps: dict[int | None, int] = defaultdict(int)
-    for array in _stored(config, layers, noise, None, batch=batch, tokens=tokens, decode=decode):
+    for array in _stored(dataclasses.replace(request, compact=None)):
         taps[array.layer] += array.nbytes
     weights: dict[int | None, int] = defaultdict(int)
     for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
         weights[leaf.layer] += math.prod(leaf.source_shape) * _FLOAT32_BYTES
     ran = [layer for layer in weights if layer is not None]
     # In float64 weights and attention take twice the memory, and so does what is compared with the golden's taps.
-    wide = 2 if "float32" in noise else 1
-    working = max(wide * (weights[layer] + batch * _attention(config, layer, tokens) + taps[layer]) for layer in ran)
+    wide = 2 if "float32" in request.noise else 1
+    attention = {layer: batch * _attention(request.config, layer, tokens) for layer in ran}
+    working = max(wide * (weights[layer] + attention[layer] + taps[layer]) for layer in ran)
     return RecordingPlan(
         bytes_read=passes * sum(checkpoint.tensors[name].nbytes for name in names if name is not None),
-        bytes_written=sum(
-            array.nbytes for array in _stored(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)
-        ),
+        bytes_written=sum(array.nbytes for array in _stored(request)),
         bytes_whole=sum(taps.values()),
         memory=_BASE_BYTES + max(working, 2 * wide * taps[None]),
     )
 
 
-def _stored(
-    config: Config,
-    layers: Sequence[int],
-    noise: Sequence[str],
-    compact: Compact | None,
-    *,
-    batch: int,
-    tokens: int,
-    decode: int,
-) -> list[StoredShape]:
+def _stored(request: RecordingRequest) -> list[StoredShape]:
     """Every array that is written."""
-    arrays = stored_arrays(config, layers, noise, compact, batch=batch, tokens=tokens, decode=decode)
-    aliases = expected_aliases(layers, arrays)
+    arrays = request.arrays()
+    aliases = expected_aliases(request.layers, arrays)
     return [array for name, array in arrays.items() if name not in aliases]
 
 

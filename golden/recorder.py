@@ -40,25 +40,46 @@ _INSTALL = "pip install 'dsv4-convert[reference]'"
 Progress = Callable[[str], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordingOptions:
+    """What to record.
+
+    Attributes:
+        tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
+        text: the prompts, where the tokens come from text; kept for the reader.
+        layers: layers to keep; None for all. The layers before them run too, to compute their streams.
+        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
+            more. None for all that the reference has.
+        compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
+        first_position: position of the first token in the rotary tables, to check far positions in short prompts.
+        decode: how many of the last tokens come one by one, from the reference's cache. At least one comes before.
+        greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
+            whole model first.
+        release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
+    """
+
+    tokens: Any
+    text: Iterable[str] | None = None
+    layers: Iterable[int] | None = None
+    noise: Iterable[str] | None = None
+    compact: Compact | None = None
+    first_position: int = 0
+    decode: int = 0
+    greedy: bool = False
+    release_code: Path | None = None
+
+
 def record(
     source: Path,
     out: Path,
+    options: RecordingOptions,
     *,
-    tokens: Array,
-    text: Iterable[str] | None = None,
-    layers: Iterable[int] | None = None,
-    noise: Iterable[str] | None = None,
-    compact: Compact | None = None,
-    first_position: int = 0,
-    decode: int = 0,
-    greedy: bool = False,
-    release_code: Path | None = None,
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
-    """Run a reference over ``tokens`` and keep its activations, and how far rounding moves them.
+    """Run a reference over a prompt and keep its activations, and how far rounding moves them.
 
     The reference is transformers' model in float32, or with ``release_code`` DeepSeek's own inference code in bfloat16,
     which quantises activations on the way.
@@ -68,17 +89,7 @@ def record(
     Args:
         source: checkpoint folder, in any dialect and any of the published storages.
         out: folder to create.
-        tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
-        text: the prompts, where the tokens come from text; kept for the reader.
-        layers: layers to keep; None for all. The layers before them run too, to compute their streams.
-        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
-            more. None for all that the reference has.
-        first_position: position of the first token in the rotary tables, to check far positions in short prompts.
-        decode: how many of the last tokens come one by one, from the reference's cache. At least one comes before.
-        compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
-        greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
-            whole model first.
-        release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
+        options: prompt, layers, dtypes, and the reference that runs.
         name: what the golden calls its source, such as its repository; the folder's name if None.
         revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
@@ -92,60 +103,60 @@ def record(
         Dsv4Error: transformers computes otherwise than the recorder knows.
 
     Examples:
-        >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), tokens=[[3, 1, 4, 1, 5]], layers=[0])
+        >>> options = RecordingOptions(tokens=[[3, 1, 4, 1, 5]], layers=[0])
+        >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), options)
     """
     check_destination(out)
-    if release_code is not None and (first_position or decode):
-        raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
-    reference = _reference(release_code, first_position=first_position, decode=decode)
-    with open_checkpoint(source, partial=layers is not None) as checkpoint:
+    reference = _reference(options)
+    with open_checkpoint(source, partial=options.layers is not None) as checkpoint:
         config = checkpoint.architecture()
-        wanted = check_layers(config, layers)
-        if first_position < 0:
-            raise UsageError(f"first position {first_position}: expected 0 or more")
-        room = config.max_position_embeddings - first_position
-        ids = check_tokens(tokens, vocab_size=config.vocab_size, max_length=room)
-        if greedy and decode > 0:  # places for the tokens that are to come
-            ids = check_tokens(np.pad(ids, ((0, 0), (0, decode))), vocab_size=config.vocab_size, max_length=room)
-        if not 0 <= decode < ids.shape[1]:
-            raise UsageError(f"--decode {decode}: the prompt has {ids.shape[1]} tokens, so 0 to {ids.shape[1] - 1}")
-        measured = _noise_dtypes(reference.noise if noise is None else noise, reference.noise)
-        resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if greedy else max(wanted))
-        batch, length = ids.shape
-        planned = plan(
-            checkpoint,
-            config,
-            resolution,
-            layers=wanted,
-            noise=measured,
-            compact=compact,
-            batch=batch,
-            tokens=length,
-            decode=decode,
-            passes=decode + 1 if greedy else 1,
-        )
-        announce(planned)
-        model = reference.model(checkpoint, config, resolution, ids, noise=measured)
-        if greedy:
-            ids = model.choose_tokens(progress)
-        progress("hashing the source")
+        wanted = check_layers(config, options.layers)
+        ids = _prompt(options, config)
+        resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
         request = RecordingRequest(
             reference=reference.described,
-            source=_source(checkpoint, resolution, name, revision),
+            source=RecordedSource(
+                name=name or checkpoint.root.resolve().name, revision=revision or checkpoint.revision, files={}
+            ),
             config=config,
-            tokens=tuple(tuple(int(token) for token in row) for row in ids),
-            text=None if text is None else tuple(text),
+            tokens=_rows(ids),
+            text=None if options.text is None else tuple(options.text),
             layers=wanted,
-            noise=measured,
-            compact=compact,
-            first_position=first_position,
-            decode=decode,
+            noise=_noise_dtypes(reference.noise if options.noise is None else options.noise, reference.noise),
+            compact=options.compact,
+            first_position=options.first_position,
+            decode=options.decode,
         )
+        planned = plan(checkpoint, resolution, request, passes=options.decode + 1 if options.greedy else 1)
+        announce(planned)
+        model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
+        if options.greedy:
+            request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
+        progress("hashing the source")
+        hashed = dataclasses.replace(request.source, files=_digests(checkpoint, resolution))
+        request = dataclasses.replace(request, source=hashed)
         with golden_writer(out, request) as writer:
             if not writer.complete:
                 check_space(out, planned.bytes_written - writer.bytes_written)
                 _run(model, writer, request, progress)
             return writer.publish()
+
+
+def _prompt(options: RecordingOptions, config: Config) -> Array:
+    """The tokens as int32 ``[B, S]``, with places for those that are still to be chosen. Raises :class:`UsageError`."""
+    if options.first_position < 0:
+        raise UsageError(f"first position {options.first_position}: expected 0 or more")
+    room = config.max_position_embeddings - options.first_position
+    ids = check_tokens(options.tokens, vocab_size=config.vocab_size, max_length=room)
+    if options.greedy and options.decode > 0:
+        ids = check_tokens(np.pad(ids, ((0, 0), (0, options.decode))), vocab_size=config.vocab_size, max_length=room)
+    if not 0 <= options.decode < ids.shape[1]:
+        raise UsageError(f"--decode {options.decode}: the prompt has {ids.shape[1]} tokens, so 0 to {ids.shape[1] - 1}")
+    return ids
+
+
+def _rows(ids: Array) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(token) for token in row) for row in ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +168,15 @@ class _Reference:
     model: Callable[..., Any]
 
 
-def _reference(release_code: Path | None, *, first_position: int, decode: int) -> _Reference:
+def _reference(options: RecordingOptions) -> _Reference:
     """transformers' model, or the release's code; imports torch."""
+    if options.release_code is not None and (options.first_position or options.decode):
+        raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
     _installed("torch")
-    if release_code is not None:
+    if options.release_code is not None:
         from dsv4_convert.golden.references.release import code, released
 
-        loaded = code.load(release_code)
+        loaded = code.load(options.release_code)
         return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
     version = _installed("transformers")
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
@@ -172,7 +185,7 @@ def _reference(release_code: Path | None, *, first_position: int, decode: int) -
         )
     from dsv4_convert.golden.references import streamed
 
-    model = partial(streamed.StreamedModel, first_position=first_position, decode=decode)
+    model = partial(streamed.StreamedModel, first_position=options.first_position, decode=options.decode)
     return _Reference(streamed.describe(), tuple(RUN_DTYPES), model)
 
 
@@ -188,15 +201,11 @@ def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
     return resolve(stored_forms(checkpoint.tensors), config, layers=range(last + 1), where=str(checkpoint.root))
 
 
-def _source(checkpoint: Checkpoint, resolution: Resolution, name: str | None, revision: str | None) -> RecordedSource:
-    """The recorded checkpoint: the hash of every shard that holds a tensor of the layers that run."""
+def _digests(checkpoint: Checkpoint, resolution: Resolution) -> dict[str, str]:
+    """SHA-256 of every shard that holds a tensor of the layers that run, by file name."""
     used = {name for leaf in resolution.leaves for source in leaf.sources for name in (source.weight, source.scale)}
     shards = sorted({checkpoint.tensors[name].file for name in used if name is not None})
-    return RecordedSource(
-        name=name or checkpoint.root.resolve().name,
-        revision=revision or checkpoint.revision,
-        files={shard.name: checkpoint.file_sha256(shard) for shard in shards},
-    )
+    return {shard.name: checkpoint.file_sha256(shard) for shard in shards}
 
 
 def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, ...]:

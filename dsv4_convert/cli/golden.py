@@ -95,6 +95,7 @@ def record(
     from dsv4_convert.checkpoint import open_checkpoint
     from dsv4_convert.errors import UsageError
     from dsv4_convert.golden.compact import Compact
+    from dsv4_convert.golden.recorder import RecordingOptions
     from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.golden.tokens import prompt_tokens
 
@@ -112,15 +113,17 @@ def record(
         done = record_golden(
             origin.path,
             out,
-            tokens=ids,
-            text=None if text is None else [text],
-            layers=chosen,
-            first_position=first_position,
-            decode=decode,
-            greedy=greedy,
-            noise=None if noise is None else [dtype.strip() for dtype in noise.split(",") if dtype.strip()],
-            release_code=release_code,
-            compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
+            RecordingOptions(
+                tokens=ids,
+                text=None if text is None else [text],
+                layers=chosen,
+                first_position=first_position,
+                decode=decode,
+                greedy=greedy,
+                noise=None if noise is None else [dtype.strip() for dtype in noise.split(",") if dtype.strip()],
+                release_code=release_code,
+                compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
+            ),
             name=origin.repository,
             revision=origin.revision,
             announce=_print_plan,

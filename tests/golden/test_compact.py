@@ -15,7 +15,7 @@ from dsv4_convert.golden.archive import Golden, TapForm, open_golden
 from dsv4_convert.golden.compact import NUMBERS, Compact
 from dsv4_convert.golden.layout import expected_aliases, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, Mode
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    return record(checkpoint, tmp_path_factory.mktemp("whole") / "golden", tokens=TOKENS)
+    return record(checkpoint, tmp_path_factory.mktemp("whole") / "golden", RecordingOptions(tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,9 @@ def _rms(array: np.ndarray) -> np.ndarray:
 
 
 def test_recorded_and_made_of_a_whole_one_are_the_same(checkpoint: Path, compact: Golden, tmp_path: Path) -> None:
-    recorded = record(checkpoint, tmp_path / "golden", tokens=TOKENS, compact=Compact.of([0, 129, -1], 140))
+    recorded = record(
+        checkpoint, tmp_path / "golden", RecordingOptions(tokens=TOKENS, compact=Compact.of([0, 129, -1], 140))
+    )
     assert isinstance(recorded.path, Path)
     assert isinstance(compact.path, Path)
     files = sorted(file.name for file in recorded.path.iterdir())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import MODES, PEAK, RMS, Mode, row_noise
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references import precision
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.taps import TapKey, Values
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def golden(checkpoint: Path) -> Golden:
-    return record(checkpoint, checkpoint.parent / "golden", tokens=TOKENS)
+    return record(checkpoint, checkpoint.parent / "golden", RecordingOptions(tokens=TOKENS))
 
 
 def test_rows_by_hand() -> None:
@@ -82,7 +82,7 @@ def test_nothing_but_the_rotary_tables_is_float32_in_the_float64_run(
         return result
 
     monkeypatch.setattr(precision._Widen, "__torch_function__", watching)
-    record(checkpoint, tmp_path / "golden", tokens=TOKENS[:1, :20], noise=["float32"])
+    record(checkpoint, tmp_path / "golden", RecordingOptions(tokens=TOKENS[:1, :20], noise=["float32"]))
     narrow = {function for dtype, function in found if dtype is not torch.float64}
     # The experts are decoded to float32 before they are widened, exactly.
     assert narrow <= {"empty", "split", "__getitem__", "__get__", "view", "chunk"}, narrow
@@ -105,7 +105,7 @@ def test_the_float64_run_is_more_exact_than_float32(golden: Golden, checkpoint: 
 def test_the_bfloat16_run_is_the_model_that_users_load(tmp_path: Path) -> None:
     """Same dtypes as from_pretrained(dtype=bfloat16), and bit-equal streams where no choice could differ."""
     write_checkpoint(tmp_path / "hf", tiny_config(), seed=0, form="bf16")
-    golden = record(tmp_path / "hf", tmp_path / "golden", tokens=TOKENS, noise=["bfloat16"])
+    golden = record(tmp_path / "hf", tmp_path / "golden", RecordingOptions(tokens=TOKENS, noise=["bfloat16"]))
 
     def load(dtype: torch.dtype) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=dtype, attn_implementation="eager")
@@ -138,10 +138,10 @@ def test_runs_follow_the_choices_of_the_golden(golden: Golden) -> None:
 
 
 def test_recording_noise_does_not_change_the_golden(checkpoint: Path, golden: Golden, tmp_path: Path) -> None:
-    plain = record(checkpoint, tmp_path / "plain", tokens=TOKENS, noise=())
+    plain = record(checkpoint, tmp_path / "plain", RecordingOptions(tokens=TOKENS, noise=()))
     for name in golden.names:
         assert np.array_equal(plain.read(name), golden.read(name)), name
     with pytest.raises(UsageError, match=r"carries no noise floor of bfloat16, only of .*--noise bfloat16"):
         open_golden(plain.path).noise("layers.0.attn.q", "bfloat16", Mode.ISOLATED)
     with pytest.raises(UsageError, match="--noise float16: expected some of float32, bfloat16"):
-        record(checkpoint, tmp_path / "x", tokens=TOKENS, noise=["float16"])
+        record(checkpoint, tmp_path / "x", RecordingOptions(tokens=TOKENS, noise=["float16"]))

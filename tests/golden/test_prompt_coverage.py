@@ -9,14 +9,14 @@ import pytest
 
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
 def _golden(folder: Path, length: int) -> Golden:
     write_checkpoint(folder / "hf", tiny_config(), seed=0)
     tokens = np.random.default_rng(0).integers(0, 96, (1, length)).astype(np.int32)
-    return record(folder / "hf", folder / "golden", tokens=tokens, noise=())
+    return record(folder / "hf", folder / "golden", RecordingOptions(tokens=tokens, noise=()))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.plan import RecordingPlan
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references.probes import (
     HEAD_PROBES,
     LAYER_PROBES,
@@ -62,7 +62,7 @@ def _whole(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("source", ["fp4", "fp8", "saved"])
 def test_streamed_is_the_whole_model_bit_for_bit(folders: dict[str, Path], tmp_path: Path, source: str) -> None:
-    golden = record(folders[source], tmp_path / "golden", tokens=TOKENS)
+    golden = record(folders[source], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     model = _whole(folders[source])
     streams: list[np.ndarray[Any, Any]] = []
     handles = [
@@ -108,7 +108,7 @@ def _expected(golden: Golden, layer: int | None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def golden(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    return record(folders["fp4"], tmp_path_factory.mktemp("golden") / "g", tokens=TOKENS)
+    return record(folders["fp4"], tmp_path_factory.mktemp("golden") / "g", RecordingOptions(tokens=TOKENS))
 
 
 def test_every_tap_is_there_in_order_of_execution(golden: Golden) -> None:
@@ -167,7 +167,7 @@ def test_module_names_and_fused_experts_give_the_same_golden(
     source.mkdir()
     shutil.copy(folders["saved"] / "config.json", source)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, source / "model.safetensors")
-    again = record(source, tmp_path / "golden", tokens=TOKENS)
+    again = record(source, tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     for name in golden.names:
         assert np.array_equal(again.read(name), golden.read(name)), name
 
@@ -178,13 +178,15 @@ def test_the_head_in_pieces_gives_the_same_logits(
     from dsv4_convert.golden.references import streamed
 
     monkeypatch.setattr(streamed, "HEAD_ROWS", 40)  # of 96: two whole pieces and a shorter one
-    pieces = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    pieces = record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     np.testing.assert_allclose(pieces.read("logits"), golden.read("logits"), atol=1e-5)
 
 
 def test_the_plan_is_what_happens(folders: dict[str, Path], tmp_path: Path) -> None:
     plans: list[RecordingPlan] = []
-    done = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS, layers=[0, 1, 3], announce=plans.append)
+    done = record(
+        folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS, layers=[0, 1, 3]), announce=plans.append
+    )
     (plan,) = plans
     arrays = [array for file in done.path.glob("*.safetensors") for array in load_file(file).values()]
     assert plan.bytes_written == sum(array.nbytes for array in arrays)
@@ -200,13 +202,13 @@ def test_a_full_disk_is_said_before_the_first_layer(
     said: list[str] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="1,000 are free"):
-        record(folders["fp4"], tmp_path / "deep" / "golden", tokens=TOKENS, progress=said.append)
+        record(folders["fp4"], tmp_path / "deep" / "golden", RecordingOptions(tokens=TOKENS), progress=said.append)
     assert not any("layer" in what for what in said)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 127])
 def test_short_prompts_have_empty_taps_not_missing_ones(folders: dict[str, Path], tmp_path: Path, length: int) -> None:
-    golden = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[0, :length])
+    golden = record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS[0, :length]))
     assert golden.tokens.shape == (1, length)
     assert golden.read("layers.1.attn.compressor.entries").shape == (1, length // 4, 16)
     assert golden.read("layers.2.attn.compressor.entries").shape == (1, 0, 16)
@@ -216,7 +218,7 @@ def test_short_prompts_have_empty_taps_not_missing_ones(folders: dict[str, Path]
 def test_chosen_layers_only_and_no_head_before_the_end(
     folders: dict[str, Path], golden: Golden, tmp_path: Path
 ) -> None:
-    part = record(folders["fp4"], tmp_path / "part", tokens=TOKENS, layers=[1])
+    part = record(folders["fp4"], tmp_path / "part", RecordingOptions(tokens=TOKENS, layers=[1]))
     assert part.layers == (1,)
     assert "logits" not in part.names
     assert part.taps(1)
@@ -240,9 +242,9 @@ def test_an_interrupted_recording_goes_on(
 
     monkeypatch.setattr(streamed.StreamedModel, "run_layer", failing)
     with pytest.raises(KeyboardInterrupt):
-        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+        record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     assert not (tmp_path / "golden").exists()
-    again = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+    again = record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     assert ran == [0, 1, 2, 2, 3], "finished layers are not run again"
     for name in golden.names:
         assert np.array_equal(again.read(name), golden.read(name)), name
@@ -256,14 +258,14 @@ def test_another_request_is_refused_and_what_an_interrupted_one_left_stays(
     with monkeypatch.context() as patch:
         patch.setattr(streamed.StreamedModel, "run_head", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+            record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     stage = tmp_path / "golden.dsv4-partial"
     left = {file.name: file.read_bytes() for file in stage.iterdir()}
     assert len(left) > 3
     with pytest.raises(UsageError, match=r"(?s)an unfinished recording with other settings.*tokens: .* then.*remove"):
-        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
+        record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS[:1, :20]))
     assert {file.name: file.read_bytes() for file in stage.iterdir()} == left
-    assert record(folders["fp4"], tmp_path / "golden", tokens=TOKENS).verify() == []
+    assert record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS)).verify() == []
 
 
 def test_a_changed_reference_is_an_error_and_never_a_golden(
@@ -274,7 +276,7 @@ def test_a_changed_reference_is_an_error_and_never_a_golden(
 
     monkeypatch.setitem(probes.LAYER_PROBES, "hc_attn.pre", probes.FirstArgument("attn_hc", torch.erf))
     with pytest.raises(Dsv4Error, match=r"hc_attn\.pre: not computed"):
-        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+        record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     assert not (tmp_path / "golden").exists()
 
 
@@ -298,7 +300,7 @@ def test_what_a_probe_finds_has_to_be_the_tap(
 ) -> None:
     monkeypatch.setitem(LAYER_PROBES, tap, probe)
     with pytest.raises(Dsv4Error, match=rf"{re.escape(tap)}: .*{problem}"):
-        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+        record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -327,12 +329,12 @@ def test_without_the_right_reference_it_says_what_to_install(
 
     monkeypatch.setattr(metadata, "version", pretended)
     with pytest.raises(UsageError, match=rf"{problem}.*dsv4-convert\[reference\]"):
-        record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
+        record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_damage_is_noticed(folders: dict[str, Path], tmp_path: Path, damage: str) -> None:
-    record(folders["fp4"], tmp_path / "golden", tokens=TOKENS[:1, :20])
+    record(folders["fp4"], tmp_path / "golden", RecordingOptions(tokens=TOKENS[:1, :20]))
     file = tmp_path / "golden" / ("manifest.json" if damage == "manifest" else "layer-00001.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "remove":
@@ -356,10 +358,10 @@ def _read_everything(path: Path) -> None:
 
 def test_impossible_requests(folders: dict[str, Path], golden: Golden, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="outside the vocabulary of 96"):
-        record(folders["fp4"], tmp_path / "x", tokens=np.array([[96]]))
+        record(folders["fp4"], tmp_path / "x", RecordingOptions(tokens=np.array([[96]])))
     with pytest.raises(UsageError, match="exists already"):
-        record(folders["fp4"], golden.path, tokens=TOKENS)
+        record(folders["fp4"], golden.path, RecordingOptions(tokens=TOKENS))
     with pytest.raises(UsageError, match="layers 0 to 3"):
-        record(folders["fp4"], tmp_path / "x", tokens=TOKENS, layers=[4])
+        record(folders["fp4"], tmp_path / "x", RecordingOptions(tokens=TOKENS, layers=[4]))
     with pytest.raises(UsageError, match="no tap"):
         golden.read("layers.0.attn.wq_c")

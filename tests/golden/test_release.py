@@ -19,7 +19,7 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references.release import code as release_code
 from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def golden(folder: Path) -> Golden:
     write_checkpoint(folder / "fp4", RAW, seed=1)
-    return record(folder / "fp4", folder / "golden", tokens=TOKENS, release_code=CODE)
+    return record(folder / "fp4", folder / "golden", RecordingOptions(tokens=TOKENS, release_code=CODE))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,11 @@ def _is_rounded(values: np.ndarray) -> bool:
 def test_other_forms_of_weights(folder: Path, form: str) -> None:
     """FP8 experts with scales that are no powers of two; and unquantised weights, whose inputs are not quantised."""
     write_checkpoint(folder / form, RAW, seed=2, form=form)  # type: ignore[arg-type]
-    golden = record(folder / form, folder / f"golden-{form}", tokens=TOKENS[:, :30], layers=[0, 1], release_code=CODE)
+    golden = record(
+        folder / form,
+        folder / f"golden-{form}",
+        RecordingOptions(tokens=TOKENS[:, :30], layers=[0, 1], release_code=CODE),
+    )
     report = ParityRun(PublishedWeights.open(folder / form), golden, ParityOptions(layers=[0, 1])).run()
     assert report.passed, [result.name for result in report.taps if result.verdict is Verdict.FAIL]
 
@@ -179,7 +183,7 @@ def test_the_command(folder: Path, golden: Golden) -> None:
 @pytest.mark.parametrize("options", [{"decode": 1}, {"first_position": 3}, {"noise": ["float32"]}])
 def test_what_the_code_is_not_recorded_with(folder: Path, golden: Golden, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        record(folder / "fp4", folder / "never", tokens=TOKENS, release_code=CODE, **options)
+        record(folder / "fp4", folder / "never", RecordingOptions(tokens=TOKENS, release_code=CODE, **options))
     assert not (folder / "never").exists()
 
 
@@ -203,7 +207,7 @@ def test_code_that_computes_otherwise_is_an_error_not_a_golden(folder: Path, tmp
     assert changed != text
     (tmp_path / "model.py").write_text(changed)
     with pytest.raises(Exception, match="not computed"):
-        record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=tmp_path)
+        record(folder / "fp4", tmp_path / "golden", RecordingOptions(tokens=TOKENS, release_code=tmp_path))
     assert not (tmp_path / "golden").exists()
 
 
@@ -216,8 +220,8 @@ def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: 
             raise Stop
 
     with pytest.raises(Stop):
-        record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=CODE, progress=stop)
-    again = record(folder / "fp4", tmp_path / "golden", tokens=TOKENS, release_code=CODE)
+        record(folder / "fp4", tmp_path / "golden", RecordingOptions(tokens=TOKENS, release_code=CODE), progress=stop)
+    again = record(folder / "fp4", tmp_path / "golden", RecordingOptions(tokens=TOKENS, release_code=CODE))
     assert again.manifest.taps == golden.manifest.taps
 
 

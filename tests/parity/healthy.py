@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import Form, random_architecture, write_checkpoint
 from dsv4_convert.spec.config import Config
 from dsv4_convert.weights.converted import Weights
@@ -46,6 +46,6 @@ def healthy(case: int, folder: Path) -> Healthy:
     raw = random_architecture(case)
     write_checkpoint(folder / "hf", raw, seed=case, form=form)
     tokens = np.random.default_rng(case).integers(0, raw["vocab_size"], (batch, length)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", tokens=tokens)
+    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=tokens))
     hf_to_orbax(folder / "hf", folder / "orbax", storage=storage)
     return Healthy(raw, length, Weights.open(folder / "orbax"), golden)

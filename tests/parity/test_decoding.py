@@ -19,7 +19,7 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import attention, compressor
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def golden(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """125 tokens at once, then 6: a block of HCA and one of CSA become complete among them."""
-    return record(source, tmp_path_factory.mktemp("golden") / "golden", tokens=IDS, decode=DECODE)
+    return record(source, tmp_path_factory.mktemp("golden") / "golden", RecordingOptions(tokens=IDS, decode=DECODE))
 
 
 def _failing(report: ParityReport) -> list[str]:
@@ -165,24 +165,28 @@ def test_a_compact_golden_of_decoding(source: Path, golden: Golden, tmp_path: Pa
 
 
 def test_a_golden_without_decoding_has_no_such_phase(source: Path, tmp_path: Path) -> None:
-    plain = record(source, tmp_path / "golden", tokens=IDS[:, :9], noise=["float32"])
+    plain = record(source, tmp_path / "golden", RecordingOptions(tokens=IDS[:, :9], noise=["float32"]))
     with pytest.raises(UsageError, match="golden record --decode"):
         ParityRun(PublishedWeights.open(source), plain, ParityOptions(phase=Phase.DECODE)).run()
     for decode in (-1, 9):
         with pytest.raises(UsageError, match="so 0 to 8"):
-            record(source, tmp_path / "none", tokens=IDS[:, :9], decode=decode)
+            record(source, tmp_path / "none", RecordingOptions(tokens=IDS[:, :9], decode=decode))
 
 
 @pytest.mark.parametrize(("tokens", "decode"), [pytest.param(2, 1, marks=pytest.mark.thorough), (9, 4)])
 def test_short_prompts_and_edges_of_blocks(source: Path, tmp_path: Path, tokens: int, decode: int) -> None:
     """No block is complete at all; and one is, in the middle of the steps."""
-    short = record(source, tmp_path / "golden", tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
+    short = record(
+        source, tmp_path / "golden", RecordingOptions(tokens=IDS[:1, :tokens], decode=decode, noise=["float32"])
+    )
     report = ParityRun(PublishedWeights.open(source), open_golden(short.path), ParityOptions(modes=MODES)).run()
     assert not _failing(report)
 
 
 def test_greedy_tokens_are_those_of_the_whole_model(source: Path, tmp_path: Path) -> None:
-    chosen = record(source, tmp_path / "golden", tokens=IDS[:, :9], decode=3, greedy=True, layers=[1], noise=[])
+    chosen = record(
+        source, tmp_path / "golden", RecordingOptions(tokens=IDS[:, :9], decode=3, greedy=True, layers=[1], noise=[])
+    )
     model = DeepseekV4ForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").float()
     ids = torch.from_numpy(IDS[:, :9].astype(np.int64))
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -9,7 +9,7 @@ import pytest
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
 from dsv4_convert.parity.diff import diff
 
@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (1, 40)).astype(np.int32)
 
 def _golden(folder: Path, *, seed: int = 0, form: Form = "fp4", tokens: np.ndarray = TOKENS) -> Golden:
     write_checkpoint(folder / "hf", tiny_config(), seed=seed, form=form)
-    return record(folder / "hf", folder / "golden", tokens=tokens, noise=["float32"])
+    return record(folder / "hf", folder / "golden", RecordingOptions(tokens=tokens, noise=["float32"]))
 
 
 def test_recorded_twice_they_are_equal(tmp_path: Path, golden: Path) -> None:
@@ -26,7 +26,9 @@ def test_recorded_twice_they_are_equal(tmp_path: Path, golden: Path) -> None:
     found = diff(first, second)
     assert found.agrees
     assert (found.equal, found.differing, found.only, found.recorded) == (len(first.names), (), (), ())
-    part = record(tmp_path / "a" / "hf", tmp_path / "part", tokens=TOKENS, layers=[1], noise=["float32"])
+    part = record(
+        tmp_path / "a" / "hf", tmp_path / "part", RecordingOptions(tokens=TOKENS, layers=[1], noise=["float32"])
+    )
     assert "layers.0.attn.q" in diff(first, part).only
     with pytest.raises(UsageError, match="recorded from other tokens"):
         diff(first, open_golden(golden))

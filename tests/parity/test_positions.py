@@ -11,7 +11,7 @@ import pytest
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.parity.diff import diff
 from dsv4_convert.parity.metrics import Verdict
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _recorded(source: Path, out: Path, first_position: int) -> Golden:
-    return record(source, out, tokens=TOKENS, noise=["float32"], first_position=first_position)
+    return record(source, out, RecordingOptions(tokens=TOKENS, noise=["float32"], first_position=first_position))
 
 
 @pytest.mark.parametrize("first", [65_521, (1 << 20) - 40], ids=["65k", "last"])
@@ -64,7 +64,7 @@ def test_goldens_of_other_positions_are_not_compared(source: Path, tmp_path: Pat
 def test_goldens_of_other_steps_are_not_compared(source: Path, tmp_path: Path) -> None:
     """Index scores of entries that came later are not there in one of them."""
     one, other = (
-        record(source, tmp_path / str(decode), tokens=TOKENS[:, :9], noise=["float32"], decode=decode)
+        record(source, tmp_path / str(decode), RecordingOptions(tokens=TOKENS[:, :9], noise=["float32"], decode=decode))
         for decode in (0, 2)
     )
     with pytest.raises(UsageError, match="recorded from other numbers of tokens one by one"):

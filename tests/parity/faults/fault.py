@@ -19,7 +19,7 @@ import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
-from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import experts
@@ -143,7 +143,7 @@ def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patie
     """Make a healthy model in ``folder`` and record it."""
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", tokens=ids, noise=["float32"])
+    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=["float32"]))
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
 
