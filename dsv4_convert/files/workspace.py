@@ -112,8 +112,9 @@ class Workspace:
             ResourceError: another process writes the same destination, or the stage cannot be made or locked.
         """
         with ExitStack() as held:
-            with writing(self.stage):
-                self.stage.parent.mkdir(parents=True, exist_ok=True)
+            if not self.stage.parent.is_dir():
+                with writing(self.stage):
+                    self.stage.parent.mkdir(parents=True, exist_ok=True)
             lock = self.destination.with_name(self.destination.name + _LOCK_SUFFIX)
             held.enter_context(locked(lock, self.destination))
             with writing(self.stage):
