@@ -211,6 +211,8 @@ def watch(event, details):
         path, mode, flags = details
         if (mode and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             note(path)
+    elif event == "os.mkdir" and os.path.isdir(details[0]):
+        pass  # asked for where it is there already, which changes nothing
     elif event in CHANGES:
         note(details[0], *details[CHANGES[event]:][:1])
     elif event in ("os.rename", "os.link"):

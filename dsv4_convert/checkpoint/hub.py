@@ -148,7 +148,6 @@ def _held(local_dir: Path | None) -> Iterator[None]:
         yield
         return
     file = local_dir / ".cache" / "huggingface" / "dsv4.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file, local_dir):
         yield
 

@@ -112,8 +112,6 @@ class Workspace:
             ResourceError: another process writes the same destination, or the stage cannot be made or locked.
         """
         with ExitStack() as held:
-            with writing(self.stage):
-                self.stage.parent.mkdir(parents=True, exist_ok=True)
             lock = self.destination.with_name(self.destination.name + _LOCK_SUFFIX)
             held.enter_context(locked(lock, self.destination))
             with writing(self.stage):
@@ -186,7 +184,7 @@ def locked(lock: Path, guarded: Path) -> Iterator[None]:
     """Hold a lock file, which is removed at the end; the system releases it if the process dies.
 
     Args:
-        lock: the file, in a folder that exists.
+        lock: the file; its folder is made if needed.
         guarded: what nobody else may write meanwhile.
 
     Raises:
