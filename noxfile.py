@@ -113,7 +113,9 @@ def versions(session: nox.Session) -> None:
     shutil.rmtree(work, ignore_errors=True)
     session.install("--constraint", str(pins), ".", *TEST)
     if pins == VERSIONS["3.13"]:
-        session.env["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
+        session.env["PYTHONWARNINGS"] = (
+            "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
+        )
     _main_job(session, work)
     session.run("pytest", *CONTRACTS, *session.posargs, env=UNOPTIMISED)
 
@@ -132,14 +134,14 @@ def witnesses(session: nox.Session, witness: str) -> None:
             session.install("--no-deps", "maxtext==0.2.5")
             needed = packages / "dependencies/requirements/generated_requirements/decoupled-requirements.txt"
             session.install("--resolution=lowest", "--requirement", str(needed))
-            session.env |= {"DECOUPLE_GCLOUD": "TRUE"}
+            session.env["DECOUPLE_GCLOUD"] = "TRUE"
         case "tokamax":
             session.install("--constraint", str(VERSIONS["3.12"]), "tokamax==0.0.17", ".")
         case "automodel":
             _install(session, reference=True)
             session.install("--no-deps", "--requirement", str(tests / "automodel-requirements.txt"))
     session.install(".", *TEST)
-    session.env |= {"JAX_PLATFORMS": "cpu"}
+    session.env["JAX_PLATFORMS"] = "cpu"
     session.run("pytest", "-m", "witness", *map(str, sorted(tests.glob(f"test_{witness}*.py"))), *session.posargs)
 
 
