@@ -172,7 +172,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsv4_convert.golden.tokens, "text_decoder", lambda file: str)
     monkeypatch.setattr(dsv4_convert.parity.run.ParityRun, "_run_all", lambda self: None)
     monkeypatch.setattr(dsv4_convert.aot.search, "compile_model", lambda *_, **__: samples(CompileReport, SLICE)[0])
-    done = SimpleNamespace(returncode=0, stdout='["cpu", 1, "cpu"]\n')
+    done = SimpleNamespace(returncode=0, stdout='["cpu", 1, "cpu"]\n', stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
 
 
