@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsv4_convert.config import Config
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.errors import UsageError, listed
 
 Value = bool | int | float | str | list[int] | list[str]
 
@@ -22,6 +23,9 @@ MODEL_NAME = "deepseek4-284b"
 
 #: What a conversion writes beside the checkpoint.
 FILE = "maxtext.yml"
+
+#: What MaxText's hyper-connections add, whatever the model says.
+_EPS = 1e-6
 
 #: MaxText's field -> its value. In the order of MaxText's own ``deepseek4-284b.yml``.
 FIELDS: dict[str, Callable[[Config], Value]] = {
@@ -96,6 +100,48 @@ def model_file(config: Config, *, scanned: bool) -> bytes:
         *(f"{field}: {_text(value(config))}" for field, value in FIELDS.items()),
     ]
     return "\n".join([*lines, ""]).encode()
+
+
+def check(config: Config, *, scanned: bool) -> None:
+    """Refuse what MaxText has no field for.
+
+    Raises:
+        UsageError: every such property of the model.
+    """
+    hashed, kinds = sum(config.hash_routed), set(config.attention)
+    problems = []
+    if not all(config.hash_routed[:hashed]):
+        problems.append("first_num_hash_layers: the hash-routed layers are not the first ones")
+    if Attention.CSA in kinds and config.csa_ratio != 4:
+        problems.append(f"compress_ratios: a CSA layer has the ratio 4, this model's have {config.csa_ratio}")
+    if Attention.HCA in kinds and config.hca_ratio <= 4:
+        problems.append(f"compress_ratios: an HCA layer has a ratio above 4, this model's have {config.hca_ratio}")
+    for field in ("rope_theta", "compress_rope_theta"):
+        if not getattr(config, field).is_integer():
+            problems.append(f"rotary bases are integers, {field} is {getattr(config, field)}")
+    if problems:
+        raise UsageError(f"MaxText {VERSION} cannot express this model; use --layout dsv4:\n{listed(problems)}")
+    rest = config.attention[hashed:]
+    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
+    if scanned and (not rest or len(rest) % 2 or not alternating or config.hca_ratio != 128):
+        raise UsageError(
+            "MaxText scans pairs of an HCA layer (ratio 128) and a CSA layer behind the hash-routed ones; this model's "
+            "layers do not alternate like that. Use --layout maxtext-unscanned and scan_layers=False."
+        )
+
+
+def differences(config: Config) -> list[str]:
+    """What MaxText computes otherwise than the release, for this model. The weights are right all the same."""
+    found = []
+    if config.yarn is not None and set(config.attention) != {Attention.SLIDING}:
+        found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding ignores rope_scaling)")
+    found.append(f"no clamp of the shared expert at swiglu_limit {config.swiglu_limit:g} (MlpBlock has none)")
+    if {config.hc_eps, config.rms_norm_eps} != {_EPS}:
+        found.append(
+            f"{_EPS:g} for hc_eps {config.hc_eps:g}, and for rms_norm_eps {config.rms_norm_eps:g} in the head "
+            "(constants in layers/mhc.py)"
+        )
+    return found
 
 
 def _text(value: Value) -> str:
