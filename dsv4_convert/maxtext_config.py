@@ -27,8 +27,8 @@ FILE = "maxtext.yml"
 
 #: For those who train with an older MaxText.
 OLDER = (
-    "Training with MaxText up to e591f30cb needs load_full_state_path in place of load_parameters_path, which leaves the "
-    "hash tables and the router bias at zero there, without an error."
+    "Training with MaxText up to e591f30cb needs load_full_state_path in place of load_parameters_path, which leaves "
+    "the hash tables and the router bias at zero there, without an error."
 )
 
 #: A constant of MaxText's ``layers/mhc.py``, which all releases have.
@@ -130,9 +130,9 @@ def check(config: Config, *, scanned: bool) -> None:
         problems.append(f"compress_ratios: a CSA layer has the ratio 4, this model's have {config.csa_ratio}")
     if Attention.HCA in kinds and config.hca_ratio <= 4:
         problems.append(f"compress_ratios: an HCA layer has a ratio above 4, this model's have {config.hca_ratio}")
-    for field in ("rope_theta", "compress_rope_theta"):
-        if not getattr(config, field).is_integer():
-            problems.append(f"rotary bases are integers, {field} is {getattr(config, field)}")
+    if not (config.rope_theta.is_integer() and config.compress_rope_theta.is_integer()):
+        bases = f"{config.rope_theta} and {config.compress_rope_theta}"
+        problems.append(f"rope_max_timescale and compressed_rope_max_timescale: integers, this model's are {bases}")
     if problems:
         raise UsageError(f"MaxText {VERSION} cannot express this model; use --layout dsv4:\n{listed(problems)}")
     rest = config.attention[hashed:]

@@ -103,7 +103,7 @@ def hf_to_orbax(
     require_address_space(TO_CONVERT)
     # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from dsv4_convert import convert, maxtext_config
+    from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
 
