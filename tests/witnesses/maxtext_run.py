@@ -73,7 +73,8 @@ def load_for_training(folder: Path, flag: str, *, scanned: bool) -> nnx.State:
     checkpoint has no collection for a class of variables, MaxText looks for them among the weights; here it does not,
     so that what is found stands where MaxText wants it.
     """
-    config = read_config(Config.from_file(folder / "config.json"), f"{flag}={folder}", scanned=scanned)
+    more = (f"{flag}={folder}", "enable_checkpointing=True")
+    config = read_config(Config.from_file(folder / "config.json"), *more, scanned=scanned)
     mesh = maxtext_utils.get_mesh_from_config(config)
     create, _ = model_creation_utils.create_nnx_abstract_model(config, mesh)
 

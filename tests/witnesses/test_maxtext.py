@@ -11,10 +11,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import log_softmax
 
 from dsv4_convert import Weights, maxtext, maxtext_config, restore_model
 from dsv4_convert.config import Attention, Config
@@ -30,8 +30,9 @@ DATA = Path(__file__).parents[1] / "data" / "configs"
 FLASH, PRO = (Config.from_file(DATA / f"DeepSeek-V4-{name}.json") for name in ("Flash", "Pro"))
 SMALL = Config.from_hf(small_models.CONFIGS["release"])
 
-#: Largest difference of logits that float32 rounding makes over six layers, and largest divergence at a token.
-ROUNDING, SAME = 6e-5, 1e-9
+#: What float32 rounding makes over six layers, at most: difference of logits, and divergence at a token in nats.
+#: Measured: 1.1e-5, and 7e-12.
+ROUNDING, SAME = 3e-5, 1e-10
 
 #: Which layout each of the two models is converted to.
 LAYOUTS = {"plain": Layout.MAXTEXT, "release": Layout.MAXTEXT_UNSCANNED}
@@ -44,7 +45,7 @@ def run() -> Any:
 
 
 def fields(run: Any, *arguments: str) -> dict[str, Any]:
-    """MaxText's whole config of a command line, but for how it was told, and a field that depends on what ran before."""
+    """MaxText's whole config of a command line, but for how it was told, and for one field of what ran before."""
     found = dict(run.pyconfig.initialize(["", *arguments, *run.ON_A_CPU]).get_keys())
     return {name: found[name] for name in found.keys() - {"override_model_config", "base_config", "dump_hlo_xla_flags"}}
 
@@ -142,7 +143,7 @@ def ours(converted: dict[tuple[str, Layout], Path]) -> dict[str, np.ndarray]:
 
 def compared(what: str, found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     """Largest difference, and the largest divergence of what comes next at a token, in nats; both are printed."""
-    p, q = (np.asarray(jax.nn.log_softmax(logits.astype(np.float64), axis=-1)) for logits in (expected, found))
+    p, q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (expected, found))
     divergence = (np.exp(p) * (p - q)).sum(-1)
     largest = float(np.abs(found - expected).max())
     print(f"\n{what}: max abs {largest:.1e}, KL max {divergence.max():.1e} mean {divergence.mean():.1e}", end="")
@@ -170,16 +171,16 @@ def test_maxtext_corrected_agrees_on_what_the_releases_have(
         assert divergence < SAME
 
 
-@pytest.mark.parametrize(("lacks", "rest"), [("YaRN", {"yarn": False}), ("clamp", {"clamp": False})])
+@pytest.mark.parametrize("lacking", [("yarn",), ("clamp",), ("yarn", "clamp")], ids=" and ".join)
 def test_what_the_warning_says_is_true(
-    run: Any, models: dict[str, nnx.Module], ours: dict[str, np.ndarray], lacks: str, rest: dict[str, bool]
+    run: Any, models: dict[str, nnx.Module], ours: dict[str, np.ndarray], lacking: tuple[str, ...]
 ) -> None:
     """A MaxText that passes this no more has been mended: then the warning is wrong."""
-    with run.corrected(SMALL, **rest):
+    with run.corrected(SMALL, **dict.fromkeys(lacking, False)):
         found = run.logits(models["release"], small_models.tokens())
-    _, divergence = compared(f"MaxText that lacks only the {lacks}, release", found, ours["release"])
+    _, divergence = compared(f"MaxText that lacks {' and '.join(lacking)}, release", found, ours["release"])
     assert divergence > 1e-2
-    assert lacks in maxtext_config.warning(SMALL)
+    assert all(what in maxtext_config.warning(SMALL).lower() for what in lacking)
 
 
 def test_maxtexts_rotary_frequencies_of_flash_are_those_without_yarn(run: Any) -> None:
