@@ -22,7 +22,7 @@ VERSION = "0.2.5"
 #: Whatever the size of the model: MaxText chooses its code by the first letters, ``deepseek4``.
 MODEL_NAME = "deepseek4-284b"
 
-#: What a conversion writes beside the checkpoint.
+#: A conversion writes this file beside the checkpoint.
 FILE = "maxtext.yml"
 
 #: For those who train with an older MaxText.
@@ -34,7 +34,7 @@ OLDER = (
 #: A constant of MaxText's ``layers/mhc.py``, which all releases have.
 EPS = 1e-6
 
-#: MaxText's field -> its value. In the order of MaxText's own ``deepseek4-284b.yml``.
+#: MaxText's field -> its value for a model.
 FIELDS: dict[str, Callable[[Config], Value]] = {
     "decoder_block": lambda c: "deepseek4",
     "base_emb_dim": lambda c: c.hidden_size,
@@ -77,7 +77,7 @@ FIELDS: dict[str, Callable[[Config], Value]] = {
     "original_max_position_embeddings": lambda c: (
         c.yarn.original_max_position_embeddings if c.yarn is not None else c.max_position_embeddings
     ),
-    # Of a training run; no config.json says these.
+    # Settings of training, which no config.json has.
     "enable_dropout": lambda c: False,
     "routed_bias_update_rate": lambda c: 0.001,
     "load_balance_loss_weight": lambda c: 0.0001,
@@ -145,7 +145,7 @@ def check(config: Config, *, scanned: bool) -> None:
 
 
 def differences(config: Config) -> list[str]:
-    """What MaxText computes otherwise than the release, for this model."""
+    """Computations of this model in which MaxText departs from the release."""
     found = []
     if config.yarn is not None and set(config.attention) != {Attention.SLIDING}:
         found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding)")
@@ -156,7 +156,7 @@ def differences(config: Config) -> list[str]:
 
 
 def warning(config: Config) -> str:
-    """The same in a sentence."""
+    """:func:`differences` in a sentence."""
     return f"MaxText {VERSION} computes other logits from these weights: {'; '.join(differences(config))}"
 
 

@@ -69,9 +69,9 @@ def load(folder: Path, *more: str, scanned: bool, tokens: int) -> nnx.Module:
 def load_for_training(folder: Path, flag: str, *, scanned: bool) -> nnx.State:
     """The variables of MaxText's model out of a folder that the flag names, by the loader of its training.
 
-    What its ``setup_train_loop`` hands to that loader is made here: an abstract state of model and optimizer. Where a
-    checkpoint has no collection for a class of variables, MaxText looks for them among the weights; here it does not,
-    so that what is found stands where MaxText wants it.
+    The loader gets an abstract state of model and optimizer, as from MaxText's ``setup_train_loop``. If a checkpoint
+    lacks the collection of a class of variables, MaxText looks for them among the weights. That is switched off here,
+    so a variable is found only where MaxText wants it.
     """
     more = (f"{flag}={folder}", "enable_checkpointing=True")
     config = read_config(Config.from_file(folder / "config.json"), *more, scanned=scanned)
