@@ -14,7 +14,7 @@ from typing import Any
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout
+from dsv4_convert.convert.layouts import Layout, layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
@@ -138,7 +138,7 @@ def carry_out(
     arriving = as_arriving(checkpoint)
     if arriving is not None:
         arriving.fetch_small_files()
-    companions = _companions(checkpoint)
+    companions = _companions(checkpoint) | layout_files(planned.layout, planned.config)
     shards = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
         "name": options.name or checkpoint.repository or printable(checkpoint.root.resolve().name),

@@ -201,7 +201,10 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
 
     generate = ("generate", orbax, "--tokens", "1,2", "--speculative")
     cases: dict[str, Callable[[], Iterable[Any]]] = {
-        "convert hf-to-orbax": lambda: [run("convert", "hf-to-orbax", hf, orbax, "--dtype", "source")],
+        "convert hf-to-orbax": lambda: [
+            run("convert", "hf-to-orbax", hf, orbax, "--dtype", "source"),
+            run("convert", "hf-to-orbax", hf, tmp_path / "maxtext", "--layout", "maxtext"),
+        ],
         "convert orbax-to-hf": lambda: [run("convert", "orbax-to-hf", orbax, tmp_path / "again")],
         "download": lambda: [run("download", REPO)],
         "inspect": lambda: [
