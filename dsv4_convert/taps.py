@@ -210,7 +210,7 @@ def by_name(name: str) -> tuple[Tap, int | None]:
 
 def shape_of(name: str) -> tuple[str, ...] | None:
     """The shape letters of a tap by its full name, or as ``layers.3.attn.q``; None for what is no tap."""
-    tap = _BY_NAME.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+    tap = _BY_NAME.get(short_name(name))
     return None if tap is None else tuple(tap.shape.split())
 
 
@@ -226,18 +226,18 @@ def select(names: Iterable[str], patterns: Iterable[str]) -> Iterator[str]:
     for pattern, found in matched.items():
         if not found:
             known = ", a tap of other layers or of the model level" if pattern in _BY_NAME else ""
-            close = _close(pattern, dict.fromkeys(map(_short, names)))
+            close = _close(pattern, dict.fromkeys(map(short_name, names)))
             raise UsageError(f"{pattern}{known}: matches no tap of this run; close ones: {', '.join(close)}")
     chosen = {name for found in matched.values() for name in found}
     yield from (name for name in names if name in chosen)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_short(name), pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(short_name(name), pattern)
 
 
-def _short(name: str) -> str:
-    """The name within the layer."""
+def short_name(name: str) -> str:
+    """The name within the layer: ``attn.q`` for ``layers.3.attn.q``."""
     return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
