@@ -2,21 +2,28 @@
 
 Every row says where a parameter of :mod:`dsv4_convert.names` stands in MaxText, and in which shape. Most matrices have
 the orientation that they have here (``[in, out]``, experts stacked), so a row is a renaming and a reshape; the
-parameters of a hyper-connection are turned and cut into three. Read from MaxText at :data:`COMMIT`:
-``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,nnx_decoders,nnx_scan,normalizations}.py`` for names and
-shapes, ``checkpoint_conversion/utils/param_mapping.py`` for what corresponds to what,
-``utils/model_creation_utils.py`` and ``common/{checkpointing,train_state_nnx}.py`` for where a loader looks.
+parameters of a hyper-connection are transposed and cut into three. Read from MaxText 0.2.5:
+``models/deepseek4.py``, ``layers/{attention_compressed,mhc,moe,nnx_decoders,normalizations}.py`` for names and shapes,
+``checkpoint_conversion/utils/param_mapping.py`` for what corresponds to what,
+``utils/model_creation_utils.py`` and ``common/{checkpointing,train_state_nnx}.py`` for where a loader looks. Commit
+e591f30cb (2026-08-22) has the same tree.
 
-All variables stand in one tree below ``params.params``, whatever their type: ``from_pretrained``, which decoding and
-the logit checker call, reads all of them there. Two are no weights (``nnx.Param``) but variables of types of their own:
+Two variables are not weights (``nnx.Param``) but have classes of their own, and each of MaxText's loaders looks for
+them in another place. The checkpoint has them in all three:
 
-* the routing bias, ``MoEBiasVar``;
-* the hash table, ``Tid2EidVar``, as float32: MaxText differentiates the whole tree, so it wants no integers. Expert
+===========================  =======================================  ==================================
+loader                       looks for them below                     e591f30cb
+===========================  =======================================  ==================================
+``from_pretrained``          ``params.params``, beside the weights    the same
+``load_parameters_path``     ``params.MoEBiasVar``, ``.Tid2EidVar``   nowhere; they stay zero, no error
+``load_full_state_path``     ``nnx_aux.model``                        the same
+===========================  =======================================  ==================================
+
+The first is the one of decoding, post-training and the logit checker, the others are those of training.
+
+* The routing bias is a ``MoEBiasVar``.
+* The hash table is a ``Tid2EidVar`` of float32: MaxText differentiates the whole tree, so it wants no integers. Expert
   numbers are exact in float32.
-
-A training run looks for these below ``nnx_aux.model``, and only if it loads a full state; so they stand there, too.
-MaxText's own mapping names ``Tid2EidVar`` as a Flax collection beside ``params``, where no loader of this model looks:
-DeepSeek-V4 with a routing bias exists in pure NNX only.
 
 ``mhc_norm.scale`` has no counterpart: the release's normalisation before the mixing has no weight, so it is ones.
 
@@ -30,16 +37,13 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv4_convert.config import Attention, Config
-from dsv4_convert.errors import UsageError
+from dsv4_convert.maxtext_config import check
 from dsv4_convert.names import RULES, Rule, sizes
-
-#: What this table was read from: https://github.com/AI-Hypercomputer/maxtext, 2026-08-22.
-COMMIT = "e591f30cbbf217ed67ef71263ec0538239f9c3b8"
 
 #: The axis along which the weights of scanned layers are stacked, and that of all other variables.
 SCAN_AXIS, OTHER_SCAN_AXIS = 1, 0
 
-#: Where a checkpoint has the weights, and where a full state has the other variables once more.
+#: Where a checkpoint has the weights, and where a full state has the variables of other classes.
 WEIGHTS, OTHERS = "params.params", "nnx_aux.model"
 
 
@@ -51,7 +55,7 @@ class Row:
         path: of ours, as in :data:`dsv4_convert.names.RULES`; None for a constant one.
         target: dotted path in the tree, below the layer for a parameter of a layer.
         shape: symbols of :func:`dsv4_convert.names.sizes`, of one layer.
-        weight: an ``nnx.Param``.
+        variable: its class in MaxText, which is also the name of a collection; None for a weight, an ``nnx.Param``.
         rows: of the published tensor, as symbols of first and last; None for all.
         turned: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
         dtype: where it is not that of the storage or of the source.
@@ -61,11 +65,16 @@ class Row:
     path: str | None
     target: str
     shape: str
-    weight: bool = True
+    variable: str | None = None
     rows: tuple[str, str] | None = None
     turned: bool = False
     dtype: str | None = None
     when: str | None = None
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Every place of the checkpoint that has it."""
+        return (WEIGHTS,) if self.variable is None else (WEIGHTS, f"params.{self.variable}", OTHERS)
 
 
 def _hyper_connection(path: str, target: str) -> tuple[Row, ...]:
@@ -123,8 +132,8 @@ LAYER: tuple[Row, ...] = (
     *_hyper_connection("hc_ffn", "mhc_mlp"),
     Row("ffn_norm", "post_self_attention_layer_norm.scale", "D"),
     Row("ffn.gate.weight", f"{_MOE}.gate.kernel", "D E"),
-    Row("ffn.gate.bias", f"{_MOE}.gate.bias", "E", weight=False),
-    Row("ffn.gate.tid2eid", f"{_MOE}.tid2eid", "V K", weight=False, dtype="float32"),
+    Row("ffn.gate.bias", f"{_MOE}.gate.bias", "E", variable="MoEBiasVar"),
+    Row("ffn.gate.tid2eid", f"{_MOE}.tid2eid", "V K", variable="Tid2EidVar", dtype="float32"),
     Row("ffn.experts.w1", f"{_MOE}.wi_0", "E D I"),
     Row("ffn.experts.w2", f"{_MOE}.wo", "E I D"),
     Row("ffn.experts.w3", f"{_MOE}.wi_1", "E D I"),
@@ -158,15 +167,16 @@ class Target:
 
 
 def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
-    """Every leaf of the tree; a variable that is no weight is there twice, with the same content.
+    """Every leaf of the tree; a variable that is not a weight is there three times, with the same content.
 
     Raises:
-        UsageError: scanned layers are asked for, but MaxText cannot scan this schedule of layers.
+        UsageError: MaxText cannot express this model, or cannot scan its layers.
     """
+    check(config, scanned=scanned)
     for row in MODEL:
         yield _target(row, f"{WEIGHTS}.{row.target}", config, (None,))
     groups: list[tuple[str, tuple[int, ...]]] = []
-    prefix = _prefix(config) if scanned else config.num_hidden_layers
+    prefix = sum(config.hash_routed) if scanned else config.num_hidden_layers
     groups += [(f"layers_{layer}", (layer,)) for layer in range(prefix)]
     if scanned:
         last = config.num_hidden_layers
@@ -177,7 +187,7 @@ def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
             rule = _RULE[f"layers.{{}}.{row.path or row.when}"]
             if rule.when.holds(config, layers[0]):
                 target = row.target.format(compressor=_COMPRESSOR[kind])
-                for root in (WEIGHTS,) if row.weight else (WEIGHTS, OTHERS):
+                for root in row.roots:
                     yield _target(row, f"{root}.decoder.{name}.{target}", config, layers, stacked="scanned" in name)
 
 
@@ -187,7 +197,7 @@ _RULE: dict[str, Rule] = {rule.path: rule for rule in RULES}
 def _target(row: Row, path: str, config: Config, layers: tuple[int | None, ...], *, stacked: bool = False) -> Target:
     known = _sizes(config, layers[0])
     shape = tuple(known[symbol] for symbol in row.shape.split())
-    axis = (SCAN_AXIS if row.weight else OTHER_SCAN_AXIS) if stacked else None
+    axis = (SCAN_AXIS if row.variable is None else OTHER_SCAN_AXIS) if stacked else None
     if axis is not None:
         shape = (*shape[:axis], len(layers), *shape[axis:])
     if row.path is None:
@@ -213,15 +223,3 @@ def _sizes(config: Config, layer: int | None) -> dict[str, int]:
         "O": config.o_lora_rank,
     }
 
-
-def _prefix(config: Config) -> int:
-    """How many layers stand alone before the scanned ones. Raises :class:`UsageError` where MaxText cannot scan."""
-    hashed = sum(config.hash_routed)
-    rest = config.attention[hashed:]
-    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
-    if not rest or len(rest) % 2 or not alternating or not all(config.hash_routed[:hashed]):
-        raise UsageError(
-            "MaxText scans pairs of an HCA and a CSA layer behind the hash-routed ones; this model's layers do not "
-            "alternate like that. Use --layout maxtext-unscanned and scan_layers=False."
-        )
-    return hashed

@@ -1,6 +1,6 @@
 """MaxText's tree, against a transcription of MaxText's own sources that knows nothing of our table.
 
-The trees below were written by hand from the module definitions of MaxText at commit e591f30cb
+The trees below were written by hand from the module definitions of MaxText 0.2.5
 (``models/deepseek4.py``, ``layers/attention_compressed.py``, ``mhc.py``, ``moe.py``, ``normalizations.py``,
 ``embeddings.py``): name and shape of every variable, for the published Flash. The formulas in ``expected_array`` are
 those of its conversion hooks (``checkpoint_conversion/utils/param_mapping.py``), said in NumPy.
@@ -9,7 +9,7 @@ those of its conversion hooks (``checkpoint_conversion/utils/param_mapping.py``)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,9 @@ LAYER = {
     "params.mlp.shared_experts.wi_1.kernel": (4096, 2048),
     "params.mlp.shared_experts.wo.kernel": (2048, 4096),
 }
-#: Variables that are no nnx.Param: they are in a full state's nnx_aux, too, and scanned along axis 0.
-HASHED = {"other.mlp.MoeBlock_0.tid2eid": (129280, 6)}
-LEARNED = {"other.mlp.MoeBlock_0.gate.bias": (256,)}
+#: Variables of other classes than nnx.Param, under the name of the class: scanned along axis 0, and in three places.
+HASHED = {"Tid2EidVar.mlp.MoeBlock_0.tid2eid": (129280, 6)}
+LEARNED = {"MoEBiasVar.mlp.MoeBlock_0.gate.bias": (256,)}
 HCA = {
     "params.self_attention.hca_compressor.kv_proj.kernel": (4096, 512),
     "params.self_attention.hca_compressor.gate_proj.kernel": (4096, 512),
@@ -103,7 +103,7 @@ RATIOS = [0, 0, *([4, 128] * 20), 4]
 
 def placed(name: str, where: str) -> list[str]:
     kind, rest = name.split(".", 1)
-    roots = ["params.params"] if kind == "params" else ["params.params", "nnx_aux.model"]
+    roots = ["params.params"] if kind == "params" else ["params.params", f"params.{kind}", "nnx_aux.model"]
     return [f"{root}.decoder.{where}.{rest}" for root in roots]
 
 
@@ -127,27 +127,30 @@ def test_the_tree_of_flash(scanned: bool) -> None:
     assert found == expected
 
 
-def recorded(model: str, *, scanned: bool) -> dict[str, tuple[bool, tuple[int, ...]]]:
-    """Name, whether it is a weight, and shape of every variable of MaxText's abstract NNX model at that commit.
+def recorded(model: str, *, scanned: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, class and shape of every variable of MaxText's abstract NNX model, of 0.2.5 as of commit e591f30cb.
 
     They came from ``model_creation_utils.create_nnx_abstract_model``, random states left out; all are float32. ``tiny``
-    is ``deepseek4-tiny`` with ``override_model_config=True`` and the sizes of the checkpoint of these tests.
+    has the sizes of the checkpoint of these tests. ``tests/witnesses`` compares them with the MaxText that is installed.
     """
     path = DATA.parent / "maxtext" / f"{model}-{'scanned' if scanned else 'unscanned'}.txt"
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    return {name: (kind == "Param", tuple(map(int, shape.split(",")))) for name, kind, shape in lines}
+    return {name: (kind, tuple(map(int, shape.split(",")))) for name, kind, shape in lines}
 
 
 @pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
 @pytest.mark.parametrize("scanned", [True, False])
 def test_the_tree_that_maxtext_itself_makes(model: str, scanned: bool) -> None:
     expected = recorded(model, scanned=scanned)
-    targets = list(maxtext.targets(Config.from_file(DATA / f"{model}.json"), scanned=scanned))
-    inside = {target.path: (target.row.weight, target.shape) for target in targets}
-    weights = {path.removeprefix("params.params."): what for path, what in inside.items() if path.startswith("params.")}
-    assert weights == expected
-    others = {path.removeprefix("nnx_aux.model."): what for path, what in inside.items() if path.startswith("nnx_aux.")}
-    assert others == {name: what for name, what in expected.items() if not what[0]}
+    found = {
+        target.path: (target.row.variable or "Param", target.shape)
+        for target in maxtext.targets(Config.from_file(DATA / f"{model}.json"), scanned=scanned)
+    }
+    assert found == {
+        f"{root}.{name}": (kind, shape)
+        for name, (kind, shape) in expected.items()
+        for root in ("params.params", *([f"params.{kind}", "nnx_aux.model"] if kind != "Param" else []))
+    }
 
 
 @pytest.mark.parametrize("model", ["DeepSeek-V4-Flash", "DeepSeek-V4-Pro"])
@@ -163,7 +166,7 @@ def test_every_parameter_is_used_and_every_row_once(model: str, scanned: bool) -
     assert rows.keys() == everything.keys()
     for path, runs in rows.items():
         if path.endswith(("gate.bias", "tid2eid")):
-            assert runs == [None, None]  # among the weights, and among the other variables of a full state
+            assert runs == [None] * 3  # among the weights, in its own collection, and in a full state
         elif runs != [None]:
             ordered = sorted(run for run in runs if run is not None)
             assert len(ordered) == len(runs) == 3
@@ -251,7 +254,7 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
     hf_to_orbax(hf, tmp_path / "orbax", storage=Storage.FLOAT32, layout=layout)
     tree = ocp.PyTreeCheckpointer().restore(tmp_path / "orbax")
     assert set(tree) == {"params", "nnx_aux"}
-    assert set(tree["params"]) == {"params"}
+    assert set(tree["params"]) == {"params", "MoEBiasVar", "Tid2EidVar"}
     store = open_store(tmp_path / "orbax")
     seen = 0
     with open_checkpoint(hf) as checkpoint:
@@ -295,20 +298,29 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
 @pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_calls_of_maxtexts_loaders_find_every_variable(hf: Path, tmp_path: Path, scanned: bool) -> None:
-    """Neither call complains of what a checkpoint lacks: MaxText goes on with zeros, or with arrays it has deleted."""
+    """No call complains of what a checkpoint lacks: MaxText goes on with zeros, or with arrays it has deleted."""
     layout = Layout.MAXTEXT if scanned else Layout.MAXTEXT_UNSCANNED
     hf_to_orbax(hf, tmp_path / "orbax", storage=Storage.FLOAT32, layout=layout)
     variables = recorded("tiny", scanned=scanned)
-    weights = {name: jnp.full(shape, jnp.nan) for name, (weight, shape) in variables.items() if weight}
-    others = {name: jnp.full(shape, jnp.nan) for name, (weight, shape) in variables.items() if not weight}
+    kinds = {name: kind for name, (kind, _) in variables.items()}
+    blank = {name: jnp.full(shape, jnp.nan) for name, (_, shape) in variables.items()}
+    by_class = {kind: {name: blank[name] for name in blank if kinds[name] == kind} for kind in set(kinds.values())}
+    weights, others = by_class["Param"], by_class["MoEBiasVar"] | by_class["Tid2EidVar"]
     # MaxText's defaults, although the store is neither.
     loader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
 
     # from_pretrained: decoding, the logit checker, post-training
-    wanted = {"params": {"params": nested(weights | others)}}
+    wanted = {"params": {"params": nested(blank)}}
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     loaded = loader.restore(tmp_path / "orbax", item=wanted, transforms={}, restore_args=arguments)
-    decoding = flat(loaded["params"]["params"])
+    found = [flat(loaded["params"]["params"])]
+
+    # load_parameters_path: training; a collection for every class, Param's being params
+    collections = {"params" if kind == "Param" else kind: nested(named) for kind, named in by_class.items()}
+    wanted = {"params": collections}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    loaded = loader.restore(tmp_path / "orbax", item=wanted, transforms={}, restore_args=arguments)
+    found.append({name: leaf for tree in loaded["params"].values() for name, leaf in flat(tree).items()})
 
     # load_full_state_path: training; the step stands for what only a training run has
     wanted = {
@@ -318,20 +330,20 @@ def test_the_calls_of_maxtexts_loaders_find_every_variable(hf: Path, tmp_path: P
     }
     options = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
     loaded = loader.restore(tmp_path / "orbax", args=options)
-    training = flat(loaded["params"]["params"]) | flat(loaded["nnx_aux"]["model"])
+    found.append(flat(loaded["params"]["params"]) | flat(loaded["nnx_aux"]["model"]))
     assert np.isnan(loaded["step"])  # a leaf that the checkpoint lacks stays what it was
 
     store = open_store(tmp_path / "orbax")
-    assert decoding.keys() == training.keys() == variables.keys()
-    for name, (_, shape) in variables.items():
-        stored = store.read(f"params.params.{name}").astype(np.float32)
-        assert stored.any(), name
-        for found in (decoding[name], training[name]):
-            assert found.shape == shape, name
-            assert np.array_equal(np.asarray(found), stored), name
+    for given in found:
+        assert given.keys() == variables.keys()
+        for name, (_, shape) in variables.items():
+            stored = store.read(f"params.params.{name}").astype(np.float32)
+            assert stored.any(), name
+            assert given[name].shape == shape, name
+            assert np.array_equal(np.asarray(given[name]), stored), name
 
 
-def nested(leaves: dict[str, jax.Array]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split(".")

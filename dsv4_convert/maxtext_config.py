@@ -1,0 +1,154 @@
+"""MaxText's config of a DeepSeek-V4 model: one table, as flags of its programs and as a model file of its own form.
+
+MaxText 0.2.5 ships configs of V4-Flash (``deepseek4-284b``) and of a tiny model, and admits no other names. With
+``override_model_config=True`` flags replace the numbers of a known model, so :func:`flags` describe any model to an
+unchanged MaxText. The fields are those of its ``configs/types.py``, and how files and flags are merged is in its
+``configs/pyconfig.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsv4_convert.config import Attention, Config
+from dsv4_convert.errors import UsageError, listed
+
+Value = bool | int | float | str | list[int] | list[str]
+
+#: The release of MaxText that the table was read from.
+VERSION = "0.2.5"
+
+#: Whatever the size of the model: MaxText chooses its code by the first letters, ``deepseek4``.
+MODEL_NAME = "deepseek4-284b"
+
+#: What a conversion writes beside the checkpoint.
+FILE = "maxtext.yml"
+
+#: What MaxText's hyper-connections add, whatever the model says.
+_EPS = 1e-6
+
+#: MaxText's field -> its value. In the order of MaxText's own ``deepseek4-284b.yml``.
+FIELDS: dict[str, Callable[[Config], Value]] = {
+    "decoder_block": lambda c: "deepseek4",
+    "base_emb_dim": lambda c: c.hidden_size,
+    "base_num_query_heads": lambda c: c.num_attention_heads,
+    "base_num_kv_heads": lambda c: 1,
+    "base_num_decoder_layers": lambda c: c.num_hidden_layers,
+    "base_mlp_dim": lambda c: c.moe_intermediate_size,
+    "base_moe_mlp_dim": lambda c: c.moe_intermediate_size,
+    "vocab_size": lambda c: c.vocab_size,
+    "head_dim": lambda c: c.head_dim,
+    "qk_rope_head_dim": lambda c: c.qk_rope_head_dim,
+    "logits_via_embedding": lambda c: False,
+    "normalization_layer_epsilon": lambda c: c.rms_norm_eps,
+    "mhc_expansion_rate": lambda c: c.hc_mult,
+    "sinkhorn_iterations": lambda c: c.hc_sinkhorn_iters,
+    "first_num_hash_layers": lambda c: sum(c.hash_routed),
+    "use_indexer": lambda c: True,
+    "indexer_head_dim": lambda c: c.index_head_dim,
+    "indexer_n_heads": lambda c: c.index_n_heads,
+    "indexer_topk": lambda c: c.index_topk,
+    "compress_ratios": lambda c: [c.ratio(kind) for kind in c.attention],
+    "mlp_activations": lambda c: ["silu", "linear"],
+    "mlp_activations_limit": lambda c: c.swiglu_limit,
+    "num_experts": lambda c: c.n_routed_experts,
+    "num_experts_per_tok": lambda c: c.num_experts_per_tok,
+    "shared_experts": lambda c: 1,
+    "routed_score_func": lambda c: "sqrtsoftplus",
+    "norm_topk_prob": lambda c: True,
+    "routed_bias": lambda c: True,
+    "routed_scaling_factor": lambda c: c.routed_scaling_factor,
+    "attention_type": lambda c: "compressed",
+    "q_lora_rank": lambda c: c.q_lora_rank,
+    "o_groups": lambda c: c.o_groups,
+    "o_lora_rank": lambda c: c.o_lora_rank,
+    "sliding_window_size": lambda c: c.sliding_window,
+    "rope_type": lambda c: "default",
+    "rope_max_timescale": lambda c: int(c.rope_theta),
+    "compressed_rope_max_timescale": lambda c: int(c.compress_rope_theta),
+    "max_position_embeddings": lambda c: c.max_position_embeddings,
+    "original_max_position_embeddings": lambda c: (
+        c.yarn.original_max_position_embeddings if c.yarn is not None else c.max_position_embeddings
+    ),
+    # Of a training run; no config.json says these.
+    "enable_dropout": lambda c: False,
+    "routed_bias_update_rate": lambda c: 0.001,
+    "load_balance_loss_weight": lambda c: 0.0001,
+}
+
+
+def flags(config: Config, *, scanned: bool) -> list[str]:
+    """Arguments of any MaxText program that describe the model, of a tree with scanned layers or without."""
+    settings: dict[str, Value] = {
+        "model_name": MODEL_NAME,
+        "override_model_config": True,
+        "scan_layers": scanned,
+        "attention": "dot_product",  # the default, autoselected, is refused for this family
+    }
+    fields = settings | {field: value(config) for field, value in FIELDS.items()}
+    return [f"{field}={_text(value)}" for field, value in fields.items()]
+
+
+def model_file(config: Config, *, scanned: bool) -> bytes:
+    """The same fields as a YAML file, in the form of MaxText's ``configs/models``; the flags stand above them."""
+    lines = [
+        f"# This model for MaxText {VERSION}, by dsv4. As flags of a MaxText program, with load_parameters_path=",
+        "# and this folder behind them:",
+        f"# {' '.join(flags(config, scanned=scanned))}",
+        f"# As a file: models/{MODEL_NAME}.yml beside the config file of the run, with model_name={MODEL_NAME},",
+        f"# scan_layers={scanned} and attention=dot_product.",
+        *(f"{field}: {_text(value(config))}" for field, value in FIELDS.items()),
+    ]
+    return "\n".join([*lines, ""]).encode()
+
+
+def check(config: Config, *, scanned: bool) -> None:
+    """Refuse what MaxText has no field for.
+
+    Raises:
+        UsageError: every such property of the model.
+    """
+    hashed, kinds = sum(config.hash_routed), set(config.attention)
+    problems = []
+    if not all(config.hash_routed[:hashed]):
+        problems.append("first_num_hash_layers: the hash-routed layers are not the first ones")
+    if Attention.CSA in kinds and config.csa_ratio != 4:
+        problems.append(f"compress_ratios: a CSA layer has the ratio 4, this model's have {config.csa_ratio}")
+    if Attention.HCA in kinds and config.hca_ratio <= 4:
+        problems.append(f"compress_ratios: an HCA layer has a ratio above 4, this model's have {config.hca_ratio}")
+    for field in ("rope_theta", "compress_rope_theta"):
+        if not getattr(config, field).is_integer():
+            problems.append(f"rotary bases are integers, {field} is {getattr(config, field)}")
+    if problems:
+        raise UsageError(f"MaxText {VERSION} cannot express this model; use --layout dsv4:\n{listed(problems)}")
+    rest = config.attention[hashed:]
+    alternating = all(kind is (Attention.CSA if at % 2 else Attention.HCA) for at, kind in enumerate(rest))
+    if scanned and (not rest or len(rest) % 2 or not alternating or config.hca_ratio != 128):
+        raise UsageError(
+            "MaxText scans pairs of an HCA layer (ratio 128) and a CSA layer behind the hash-routed ones; this model's "
+            "layers do not alternate like that. Use --layout maxtext-unscanned and scan_layers=False."
+        )
+
+
+def differences(config: Config) -> list[str]:
+    """What MaxText computes otherwise than the release, for this model. The weights are right all the same."""
+    found = []
+    if config.yarn is not None and set(config.attention) != {Attention.SLIDING}:
+        found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding ignores rope_scaling)")
+    found.append(f"no clamp of the shared expert at swiglu_limit {config.swiglu_limit:g} (MlpBlock has none)")
+    if {config.hc_eps, config.rms_norm_eps} != {_EPS}:
+        found.append(
+            f"{_EPS:g} for hc_eps {config.hc_eps:g}, and for rms_norm_eps {config.rms_norm_eps:g} in the head "
+            "(constants in layers/mhc.py)"
+        )
+    return found
+
+
+def _text(value: Value) -> str:
+    """A value as both YAML and MaxText's command line read it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, float):
+        digits, exponent, power = repr(value).partition("e")
+        return f"{digits if '.' in digits else f'{digits}.0'}{exponent}{power}"  # YAML 1.1 takes 1e-06 for a string
+    return str(value)
