@@ -222,4 +222,3 @@ def _sizes(config: Config, layer: int | None) -> dict[str, int]:
         "G": config.o_groups,
         "O": config.o_lora_rank,
     }
-

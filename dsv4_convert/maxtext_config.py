@@ -8,6 +8,7 @@ unchanged MaxText. The fields are those of its ``configs/types.py``, and how fil
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 from dsv4_convert.config import Attention, Config
@@ -21,13 +22,19 @@ VERSION = "0.2.5"
 #: Whatever the size of the model: MaxText chooses its code by the first letters, ``deepseek4``.
 MODEL_NAME = "deepseek4-284b"
 
-#: What a conversion writes beside the checkpoint.
+#: A conversion writes this file beside the checkpoint.
 FILE = "maxtext.yml"
 
-#: What MaxText's hyper-connections add, whatever the model says.
-_EPS = 1e-6
+#: For those who train with an older MaxText.
+OLDER = (
+    "Training with MaxText up to e591f30cb needs load_full_state_path in place of load_parameters_path, which leaves "
+    "the hash tables and the router bias at zero there, without an error."
+)
 
-#: MaxText's field -> its value. In the order of MaxText's own ``deepseek4-284b.yml``.
+#: A constant of MaxText's ``layers/mhc.py``, which all releases have.
+EPS = 1e-6
+
+#: MaxText's field -> its value for a model.
 FIELDS: dict[str, Callable[[Config], Value]] = {
     "decoder_block": lambda c: "deepseek4",
     "base_emb_dim": lambda c: c.hidden_size,
@@ -70,7 +77,7 @@ FIELDS: dict[str, Callable[[Config], Value]] = {
     "original_max_position_embeddings": lambda c: (
         c.yarn.original_max_position_embeddings if c.yarn is not None else c.max_position_embeddings
     ),
-    # Of a training run; no config.json says these.
+    # Settings of training, which no config.json has.
     "enable_dropout": lambda c: False,
     "routed_bias_update_rate": lambda c: 0.001,
     "load_balance_loss_weight": lambda c: 0.0001,
@@ -89,14 +96,21 @@ def flags(config: Config, *, scanned: bool) -> list[str]:
     return [f"{field}={_text(value)}" for field, value in fields.items()]
 
 
+def command(config: Config, checkpoint: str, *, scanned: bool) -> str:
+    """The line for a shell that trains from a converted checkpoint."""
+    given = [*flags(config, scanned=scanned), f"load_parameters_path={checkpoint}"]
+    return shlex.join(["python3", "-m", "maxtext.trainers.pre_train.train", *given])
+
+
 def model_file(config: Config, *, scanned: bool) -> bytes:
-    """The same fields as a YAML file, in the form of MaxText's ``configs/models``; the flags stand above them."""
+    """The same fields as a YAML file in the form of MaxText's ``configs/models``, below the flags as a comment."""
     lines = [
-        f"# This model for MaxText {VERSION}, by dsv4. As flags of a MaxText program, with load_parameters_path=",
-        "# and this folder behind them:",
-        f"# {' '.join(flags(config, scanned=scanned))}",
-        f"# As a file: models/{MODEL_NAME}.yml beside the config file of the run, with model_name={MODEL_NAME},",
+        f"# This model for MaxText {VERSION}, by dsv4.",
+        "# As flags of any of its programs, to which load_parameters_path= and the path of this folder are added:",
+        f"# {shlex.join(flags(config, scanned=scanned))}",
+        f"# As a file: models/{MODEL_NAME}.yml beside the config file of a run that has model_name={MODEL_NAME},",
         f"# scan_layers={scanned} and attention=dot_product.",
+        f"# {OLDER}",
         *(f"{field}: {_text(value(config))}" for field, value in FIELDS.items()),
     ]
     return "\n".join([*lines, ""]).encode()
@@ -116,9 +130,9 @@ def check(config: Config, *, scanned: bool) -> None:
         problems.append(f"compress_ratios: a CSA layer has the ratio 4, this model's have {config.csa_ratio}")
     if Attention.HCA in kinds and config.hca_ratio <= 4:
         problems.append(f"compress_ratios: an HCA layer has a ratio above 4, this model's have {config.hca_ratio}")
-    for field in ("rope_theta", "compress_rope_theta"):
-        if not getattr(config, field).is_integer():
-            problems.append(f"rotary bases are integers, {field} is {getattr(config, field)}")
+    if not (config.rope_theta.is_integer() and config.compress_rope_theta.is_integer()):
+        bases = f"{config.rope_theta} and {config.compress_rope_theta}"
+        problems.append(f"rope_max_timescale and compressed_rope_max_timescale: integers, this model's are {bases}")
     if problems:
         raise UsageError(f"MaxText {VERSION} cannot express this model; use --layout dsv4:\n{listed(problems)}")
     rest = config.attention[hashed:]
@@ -131,17 +145,19 @@ def check(config: Config, *, scanned: bool) -> None:
 
 
 def differences(config: Config) -> list[str]:
-    """What MaxText computes otherwise than the release, for this model. The weights are right all the same."""
+    """Computations of this model in which MaxText departs from the release."""
     found = []
     if config.yarn is not None and set(config.attention) != {Attention.SLIDING}:
-        found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding ignores rope_scaling)")
-    found.append(f"no clamp of the shared expert at swiglu_limit {config.swiglu_limit:g} (MlpBlock has none)")
-    if {config.hc_eps, config.rms_norm_eps} != {_EPS}:
-        found.append(
-            f"{_EPS:g} for hc_eps {config.hc_eps:g}, and for rms_norm_eps {config.rms_norm_eps:g} in the head "
-            "(constants in layers/mhc.py)"
-        )
+        found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding)")
+    found.append(f"no clamp of the shared expert at {config.swiglu_limit:g} (MlpBlock)")
+    if {config.hc_eps, config.rms_norm_eps} != {EPS}:
+        found.append(f"{EPS:g} for hc_eps, and for rms_norm_eps in the head (layers/mhc.py)")
     return found
+
+
+def warning(config: Config) -> str:
+    """:func:`differences` in a sentence."""
+    return f"MaxText {VERSION} computes other logits from these weights: {'; '.join(differences(config))}"
 
 
 def _text(value: Value) -> str:

@@ -17,7 +17,7 @@ PACKAGES = ("dsv4_convert", "parity", "golden")
 #: (``facts``), and the two packages beside it.
 FACTS = frozenset(
     {"config", "coverage", "disk", "errors", "foreign", "limits", "locks", "maxtext", "names", "strict_json", "tables"}
-    | {"taps", "unfinished", "units"}
+    | {"maxtext_config", "taps", "unfinished", "units"}
 )
 ALLOWED: dict[str, frozenset[str]] = {
     "facts": frozenset(),

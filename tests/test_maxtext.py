@@ -8,7 +8,9 @@ those of its conversion hooks (``checkpoint_conversion/utils/param_mapping.py``)
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import yaml
 
-from dsv4_convert import maxtext
+from dsv4_convert import maxtext, maxtext_config
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.config import Config
+from dsv4_convert.config import Attention, Config
 from dsv4_convert.convert import Layout, Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
@@ -131,7 +134,7 @@ def recorded(model: str, *, scanned: bool) -> dict[str, tuple[str, tuple[int, ..
     """Name, class and shape of every variable of MaxText's abstract NNX model, of 0.2.5 as of commit e591f30cb.
 
     They came from ``model_creation_utils.create_nnx_abstract_model``, random states left out; all are float32. ``tiny``
-    has the sizes of the checkpoint of these tests. ``tests/witnesses`` compares them with the MaxText that is installed.
+    has the sizes of the checkpoint of these tests. ``tests/witnesses`` compares them with an installed MaxText.
     """
     path = DATA.parent / "maxtext" / f"{model}-{'scanned' if scanned else 'unscanned'}.txt"
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -382,3 +385,111 @@ def test_the_mtp_stage_is_left_out_with_the_reason(hf: Path, tmp_path: Path, lay
     assert all(name.startswith("mtp.0.") for name in planned.dropped)
     assert len(planned.dropped) == 75
     assert compare_with_source(open_store(tmp_path / "orbax"), hf) == []
+
+
+#: MaxText 0.2.5's ``configs/models/deepseek4-284b.yml``, all of it but ``log_moe_bias_norms``, which is its default.
+SHIPPED: dict[str, object] = {
+    "base_emb_dim": 4096,
+    "base_num_query_heads": 64,
+    "base_num_kv_heads": 1,
+    "base_num_decoder_layers": 43,
+    "base_mlp_dim": 2048,
+    "base_moe_mlp_dim": 2048,
+    "vocab_size": 129280,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "enable_dropout": False,
+    "logits_via_embedding": False,
+    "normalization_layer_epsilon": 1e-6,
+    "decoder_block": "deepseek4",
+    "mhc_expansion_rate": 4,
+    "first_num_hash_layers": 3,
+    "indexer_head_dim": 128,
+    "indexer_n_heads": 64,
+    "indexer_topk": 512,
+    "compress_ratios": RATIOS,
+    "mlp_activations": ["silu", "linear"],
+    "num_experts": 256,
+    "num_experts_per_tok": 6,
+    "mlp_activations_limit": 10,
+    "shared_experts": 1,
+    "routed_score_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "routed_bias": True,
+    "routed_bias_update_rate": 0.001,
+    "load_balance_loss_weight": 0.0001,
+    "routed_scaling_factor": 1.5,
+    "attention_type": "compressed",
+    "use_indexer": True,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "sliding_window_size": 128,
+    "rope_type": "default",
+    "rope_max_timescale": 10000,
+    "compressed_rope_max_timescale": 160000,
+    "max_position_embeddings": 1048576,
+    "original_max_position_embeddings": 65536,
+}
+#: What it leaves to ``base.yml``, where the default is this.
+DEFAULTS: dict[str, object] = {"sinkhorn_iterations": 20}
+
+
+def test_the_config_of_flash_is_the_one_that_maxtext_ships() -> None:
+    assert yaml.safe_load(maxtext_config.model_file(FLASH, scanned=True)) == SHIPPED | DEFAULTS
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_flags_and_file_say_the_same(scanned: bool) -> None:
+    pro = Config.from_file(DATA / "DeepSeek-V4-Pro.json")
+    content = maxtext_config.model_file(pro, scanned=scanned)
+    program, flag, module, *flags = shlex.split(maxtext_config.command(pro, "gs://bucket/pro", scanned=scanned))
+    assert (program, flag, module) == ("python3", "-m", "maxtext.trainers.pre_train.train")
+    given = {name: yaml.safe_load(value) for name, _, value in (flag.partition("=") for flag in flags)}
+    assert given == yaml.safe_load(content) | {
+        "model_name": "deepseek4-284b",
+        "override_model_config": True,
+        "scan_layers": scanned,
+        "attention": "dot_product",
+        "load_parameters_path": "gs://bucket/pro",
+    }
+    # The comment has them for those who cannot read the terminal any more.
+    comment = next(line for line in content.decode().splitlines() if "model_name=" in line)
+    assert shlex.split(comment.removeprefix("# ")) == flags[:-1]
+
+
+def test_what_maxtext_has_no_field_for_is_refused_with_all_reasons() -> None:
+    tiny = Config.from_hf(scannable())
+    late = (False, *tiny.hash_routed[1:])
+    odd = dataclasses.replace(tiny, csa_ratio=8, hca_ratio=2, rope_theta=0.5, hash_routed=late)
+    with pytest.raises(UsageError, match="cannot express this model; use --layout dsv4") as caught:
+        list(maxtext.targets(odd, scanned=False))
+    for reason in ("not the first ones", "CSA layer has the ratio 4", "HCA layer has a ratio above 4", "are 0.5 and"):
+        assert reason in str(caught.value)
+    wide = dataclasses.replace(tiny, hca_ratio=64)
+    assert list(maxtext.targets(wide, scanned=False))
+    with pytest.raises(UsageError, match=r"ratio 128.*Use --layout maxtext-unscanned"):
+        list(maxtext.targets(wide, scanned=True))
+
+
+def test_what_maxtext_computes_otherwise() -> None:
+    assert maxtext_config.differences(FLASH) == [
+        "no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding)",
+        "no clamp of the shared expert at 10 (MlpBlock)",
+    ]
+    short = dataclasses.replace(FLASH, yarn=None, hc_eps=2e-3)
+    windows = dataclasses.replace(FLASH, attention=(Attention.SLIDING,) * FLASH.num_hidden_layers)
+    assert "YaRN" not in maxtext_config.warning(short)
+    assert "hc_eps" in maxtext_config.warning(short)
+    assert "YaRN" not in maxtext_config.warning(windows)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_the_file_is_written_beside_the_checkpoint(hf: Path, tmp_path: Path, layout: Layout) -> None:
+    planned, _ = hf_to_orbax(hf, tmp_path / "orbax", layout=layout)
+    file = tmp_path / "orbax" / "maxtext.yml"
+    if layout is Layout.DSV4:
+        assert not file.exists()
+    else:
+        assert file.read_bytes() == maxtext_config.model_file(planned.config, scanned=layout is Layout.MAXTEXT)
+        assert "maxtext.yml" in open_store(tmp_path / "orbax").manifest.files

@@ -129,9 +129,10 @@ def hf_to_orbax(
             threads = planned.workers(allowed, workers)
             say("memory, disk and time")
             costs = convert.estimate(planned, checkpoint, dest, workers=threads) if processes.first else None
+        maxtext = _for_maxtext(planned, dest)
         if costs is not None:
             _print_plan(checkpoint, planned, costs)
-            document = _as_json(planned, costs)
+            document = {**_as_json(planned, costs), "maxtext": maxtext}
             if dry_run:
                 write_json(document, json)
             convert.check_disk(costs, dest)
@@ -153,6 +154,9 @@ def hf_to_orbax(
     kept = f", {size(summary.kept_bytes)} of them by an interrupted run" if summary.kept_bytes else ""
     typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
     typer.echo(convert.describe_rounding(planned, summary.notes), err=json == "-")
+    if maxtext is not None:
+        typer.echo(f"MaxText trains from it by this line, whose flags are in {maxtext['file']}, too:", err=json == "-")
+        typer.echo(maxtext["command"], err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
 
 
@@ -162,6 +166,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     def by_dtype(sizes: Any) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in sorted(sizes.items()))
 
+    from dsv4_convert import maxtext_config
+    from dsv4_convert.convert import Layout
     from dsv4_convert.names import drop_reason
 
     rates = costs.rates
@@ -176,6 +182,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     for reason in planned.dropped.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
+    if planned.layout is not Layout.DSV4:
+        lines.append(f"warns   {maxtext_config.warning(planned.config)}")
     if telling := sorted(filter(drop_reason, planned.dropped)):
         lines.append(f"drafts  DSpark's, as {len(telling):,} tensors tell: {', '.join(telling)}; the backbone converts")
     if planned.inexact:
@@ -192,6 +200,23 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     ]
     width = min(80, max(console(err=True).width, 40))
     typer.echo("\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines), err=True)
+
+
+def _for_maxtext(planned: Plan, dest: str) -> dict[str, Any] | None:
+    """What a user of MaxText takes from a conversion to its tree."""
+    from dsv4_convert import maxtext_config
+    from dsv4_convert.convert import Layout
+    from dsv4_convert.store import as_path
+
+    if planned.layout is Layout.DSV4:
+        return None
+    place = as_path(dest)
+    scanned = planned.layout is Layout.MAXTEXT
+    return {
+        "file": str(place / maxtext_config.FILE),
+        "command": maxtext_config.command(planned.config, str(place), scanned=scanned),
+        "differences": maxtext_config.differences(planned.config),
+    }
 
 
 def _speeds(costs: Estimate) -> str:

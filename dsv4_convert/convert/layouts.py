@@ -13,6 +13,7 @@ from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, deco
 from dsv4_convert.coverage import Leaf, Stored
 from dsv4_convert.errors import UsageError
 from dsv4_convert.maxtext import Target, targets
+from dsv4_convert.maxtext_config import FILE, model_file
 from dsv4_convert.names import Transform
 
 
@@ -51,6 +52,11 @@ def lay_out(
     by_path = {leaf.path: leaf for leaf in leaves}
     found = targets(config, scanned=layout is Layout.MAXTEXT)
     return list(_maxtext(found, by_path, storage, stored, chunk_bytes))
+
+
+def layout_files(layout: Layout, config: Config) -> dict[str, bytes]:
+    """Files beside the checkpoint that only this layout has, by name."""
+    return {} if layout is Layout.DSV4 else {FILE: model_file(config, scanned=layout is Layout.MAXTEXT)}
 
 
 def _maxtext(

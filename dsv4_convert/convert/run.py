@@ -13,7 +13,7 @@ from typing import Any
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout
+from dsv4_convert.convert.layouts import Layout, layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, as_arriving
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
@@ -144,7 +144,7 @@ def carry_out(
         "revision": revision or checkpoint.revision,
         "shards": {name: shard.size for name, shard in described.items()},
     }
-    companions = _companions(checkpoint)
+    companions = _companions(checkpoint) | layout_files(planned.layout, planned.config)
 
     now = Advance(0, planned.bytes_read, 0, planned.bytes_written, "", None if arriving is None else 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -68,6 +69,25 @@ def test_it_says_what_was_rounded(hf: Path, tmp_path: Path) -> None:
     assert "the largest by 0.0038 of itself; --dtype float32 and source keep them exact" in out  # half a unit: 2^-8
     out, _ = convert(tmp_path / "base", tmp_path / "kept", "--dtype", "source")
     assert "exact: the published bytes" in out
+
+
+def test_a_maxtext_user_gets_a_warning_before_and_a_line_after(hf: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "for maxtext"
+    out, err = convert(hf, dest, "--layout", "maxtext-unscanned", "--json", tmp_path / "said.json")
+    said = json.loads((tmp_path / "said.json").read_text())["maxtext"]
+    assert "warns MaxText 0.2.5 computes other logits from these weights: no YaRN" in " ".join(err.split())
+    assert max(map(len, err.splitlines())) <= 80
+    line = out.splitlines()[-1]
+    assert line == said["command"]
+    assert shlex.split(line)[-1] == f"load_parameters_path={dest}"
+    assert "scan_layers=False" in shlex.split(line)
+    assert Path(said["file"]) == dest / "maxtext.yml"
+    assert Path(said["file"]).is_file()
+    assert len(said["differences"]) == 3
+
+    out, err = convert(hf, tmp_path / "dsv4", "--json", tmp_path / "said.json")
+    assert "maxtext" not in (out + err).replace(str(tmp_path), "").lower()
+    assert json.loads((tmp_path / "said.json").read_text())["maxtext"] is None
 
 
 def test_zstd_is_a_choice(hf: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,10 +18,12 @@ os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from maxtext.common import checkpointing, train_state_nnx
 from maxtext.configs import pyconfig
 from maxtext.layers import embeddings, linears
-from maxtext.utils import model_creation_utils
+from maxtext.utils import maxtext_utils, model_creation_utils
 
 from dsv4_convert.config import Attention, Config
 from dsv4_convert.maxtext_config import flags
@@ -64,6 +66,50 @@ def load(folder: Path, *more: str, scanned: bool, tokens: int) -> nnx.Module:
     return model
 
 
+def load_for_training(folder: Path, flag: str, *, scanned: bool) -> nnx.State:
+    """The variables of MaxText's model out of a folder that the flag names, by the loader of its training.
+
+    The loader gets an abstract state of model and optimizer, as from MaxText's ``setup_train_loop``. If a checkpoint
+    lacks the collection of a class of variables, MaxText looks for them among the weights. That is switched off here,
+    so a variable is found only where MaxText wants it.
+    """
+    more = (f"{flag}={folder}", "enable_checkpointing=True")
+    config = read_config(Config.from_file(folder / "config.json"), *more, scanned=scanned)
+    mesh = maxtext_utils.get_mesh_from_config(config)
+    create, _ = model_creation_utils.create_nnx_abstract_model(config, mesh)
+
+    def begin() -> nnx.Module:
+        model = create()
+        return train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param))
+
+    state, _, _ = maxtext_utils.get_abstract_state(config, mesh, begin)
+    with mock.patch.object(checkpointing, "_alias_legacy_collections", lambda wanted, stored: (wanted, {})):
+        full, weights = checkpointing.load_state_if_possible(
+            None,
+            None,
+            config.load_parameters_path,
+            config.load_full_state_path,
+            config.checkpoint_storage_concurrent_gb,
+            state,
+            use_ocdbt=config.checkpoint_storage_use_ocdbt,
+            use_zarr3=config.checkpoint_storage_use_zarr3,
+            maxtext_config=config,
+        )
+    return full["items"]["model"] if weights is None else weights
+
+
+def tree(config: Config, *, scanned: bool) -> nnx.State:
+    """The variables of MaxText's model, without their values."""
+    _, model = model_creation_utils.create_nnx_abstract_model(read_config(config, scanned=scanned))
+    return nnx.state(model)
+
+
+def variables(state: nnx.State) -> dict[str, nnx.Variable[Any]]:
+    """By name, those that MaxText's loaders read."""
+    passing = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.BatchStat)
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state) if not isinstance(leaf, passing)}
+
+
 def logits(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
     """Logits ``[B, S, V]`` of whole prompts ``[B, S]``, each one segment that starts at position 0."""
 
@@ -77,16 +123,18 @@ def logits(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def corrected(config: Config) -> Iterator[None]:
-    """MaxText with the two computations of the release that 0.2.5 lacks, for models that run in this context.
+def corrected(config: Config, *, yarn: bool = True, clamp: bool = True) -> Iterator[None]:
+    """MaxText with what 0.2.5 lacks of the release, for models that run in this context.
 
-    * ``DeepSeekV4RotaryEmbedding`` (``layers/embeddings.py``) ignores ``rope_scaling``: here the layers with a
-      compressor, which are those with its base, take the frequencies of YaRN.
-    * ``MlpBlock`` (``layers/linears.py``), the shared expert, does not clamp: here both of its activations do. The
-      routed experts take the first of them, too, behind a clamp of their own, so nothing changes for them.
+    Args:
+        config: of the model.
+        yarn: ``DeepSeekV4RotaryEmbedding`` (``layers/embeddings.py``) ignores ``rope_scaling``. Here the layers with a
+            compressor, which are those with its base, take the frequencies of YaRN.
+        clamp: ``MlpBlock`` (``layers/linears.py``), the shared expert, has no ``swiglu_limit``. Here both of its
+            activations clamp. The routed experts take ``silu`` from there, too, behind a clamp of their own.
     """
-    plain, activation = embeddings.DeepSeekV4RotaryEmbedding.inv_freq.fget, linears._convert_to_activation_function
-    limit = config.swiglu_limit
+    rotary, limit = embeddings.DeepSeekV4RotaryEmbedding, config.swiglu_limit
+    plain, activation = rotary.inv_freq.fget, linears._convert_to_activation_function
 
     def inv_freq(self: Any) -> jax.Array:
         if self.rope_theta == config.compress_rope_theta:
@@ -101,8 +149,9 @@ def corrected(config: Config) -> Iterator[None]:
             return lambda x: original(jnp.clip(x, -limit, limit))
         return original
 
-    with (
-        mock.patch.object(embeddings.DeepSeekV4RotaryEmbedding, "inv_freq", property(inv_freq)),
-        mock.patch.object(linears, "_convert_to_activation_function", clamped),
-    ):
+    with ExitStack() as patches:
+        if yarn:
+            patches.enter_context(mock.patch.object(rotary, "inv_freq", property(inv_freq)))
+        if clamp:
+            patches.enter_context(mock.patch.object(linears, "_convert_to_activation_function", clamped))
         yield
