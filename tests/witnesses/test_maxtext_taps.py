@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,34 +82,19 @@ def golden() -> Expected:
 
 
 @pytest.fixture(scope="module")
-def model(orbax: Path, golden: Expected) -> Any:
-    """MaxText's own."""
-    pytest.importorskip("maxtext")
-    run = importlib.import_module(".maxtext_run", __package__)
-    return run.load(orbax, scanned=False, tokens=golden.tokens.shape[1])
-
-
-def _example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"maxtext_example_{name}", EXAMPLE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run() -> Any:
+    """MaxText, which is imported only where a test needs it."""
+    return importlib.import_module(".maxtext_run", __package__)
 
 
 @pytest.fixture(scope="module")
-def compute(model: Any, golden: Expected) -> Callable[..., dict[str, Any]]:
+def compute(run: Any, orbax: Path, golden: Expected) -> Callable[..., dict[str, Any]]:
     """The activations of one layer, patched as the page says, with a fault or without."""
-    adapter, patches = _example("adapter"), _example("patches")
-    faults = importlib.import_module(".maxtext_faults", __package__)
+    model = run.load(orbax, scanned=False, tokens=golden.tokens.shape[1])
+    adapter, faults = run.example("adapter"), importlib.import_module(".maxtext_faults", __package__)
 
     def activations(layer: int | None, fault: str | None = None) -> dict[str, Any]:
-        with ExitStack() as stack:
-            for patch in (patches.yarn, patches.clamp):
-                stack.enter_context(patch(golden.config))
-            if fault is not None:
-                stack.enter_context(getattr(faults, fault)())
+        with run.corrected(golden.config), getattr(faults, fault)() if fault else nullcontext():
             return adapter.activations(model, layer, golden.input(layer), golden.tokens, golden.positions)
 
     return activations
@@ -133,16 +117,12 @@ def test_a_planted_fault_is_named(compute: Callable[..., dict[str, Any]], golden
     assert report.first_diverging.short == tap
 
 
-def test_the_patch_gives_the_published_table() -> None:
+def test_the_patch_gives_the_published_table(run: Any) -> None:
     """At the width of V4-Flash MaxText's ramp and ours agree, and differ from no YaRN as the page says."""
-    pytest.importorskip("maxtext")
-    from maxtext.layers.embeddings import DeepSeekV4RotaryEmbedding
-
     config = Config.from_file(ROOT / "tests" / "data" / "configs" / "DeepSeek-V4-Flash.json")
-    rotary = DeepSeekV4RotaryEmbedding(512, partial_rotary_factor=64 / 512, rope_theta=160000.0)
-    plain = np.asarray(rotary.inv_freq)
-    with _example("patches").yarn(config):
-        patched = np.asarray(rotary.inv_freq)
+    plain = run.frequencies(config)
+    with run.corrected(config):
+        patched = run.frequencies(config)
     np.testing.assert_allclose(patched, frequencies(config, Attention.CSA), rtol=1e-6)
     np.testing.assert_allclose(plain, frequencies(dataclasses.replace(config, yarn=None), Attention.CSA), rtol=1e-6)
     lower = plain / patched
@@ -162,15 +142,16 @@ def test_every_fault_is_planted_and_on_the_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [command for block in blocks(PAGE, ROOT) for command in _pytest(block)], ids=lambda run: run.where
+    "example",
+    [command for block in blocks(PAGE, ROOT) for command in _pytest(block)],
+    ids=lambda example: example.where,
 )
-def test_the_page_shows_what_is_printed(run: Command, orbax: Path) -> None:
-    pytest.importorskip("maxtext")
-    first = run.words.index("pytest")
-    given = dict(word.split("=", 1) for word in run.words[:first])
+def test_the_page_shows_what_is_printed(example: Command, orbax: Path) -> None:
+    first = example.words.index("pytest")
+    given = dict(word.split("=", 1) for word in example.words[:first])
     environment = {**os.environ, **given, "CHECKPOINT": str(orbax), "NO_COLOR": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *run.words[first + 1 :]]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *example.words[first + 1 :]]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert (done.returncode != 0) == (" failed" in run.shown), done.stdout + done.stderr
-    missing = unlike(run.shown, done.stdout)
+    assert (done.returncode != 0) == (" failed" in example.shown), done.stdout + done.stderr
+    missing = unlike(example.shown, done.stdout)
     assert missing is None, f"{done.stdout}\nand not what the page shows:\n{missing}"
