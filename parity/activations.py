@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
@@ -68,7 +69,7 @@ def compare_activations(
 
     Raises:
         UsageError: a tap that there is not, with those that come close; a mode or dtype that the golden cannot serve;
-            an array that is no array.
+            an array that is no array, or a traced one.
         BadInput: the golden is damaged.
         ResourceError: the golden is remote and cannot be reached.
 
@@ -160,9 +161,14 @@ class Expected:
         """Full names of the taps of a layer, or of the model level (None), in order of execution."""
         return tuple(map(str, self.golden.taps(layer)))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tap by its full name."""
-        return self.golden.shape(name)
+    def shape(self, name: str, *, layer: int | None = None) -> tuple[int, ...]:
+        """The shape of a tap, named as for :meth:`check`. A name without its layer will do where all layers agree.
+
+        Raises:
+            UsageError: no such tap was recorded, or its shape depends on the layer.
+        """
+        shapes = {self.golden.shape(key) for key in self.golden.keys if layer is None and key.tap.name == name}
+        return shapes.pop() if len(shapes) == 1 else self.golden.shape(_key(name, layer, self.golden))
 
     def report(
         self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
@@ -272,8 +278,9 @@ def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
     """The tap of the golden that a user means by ``name``. Raises :class:`UsageError`."""
     outer = name in map(str, golden.taps(None))
     full = name if layer is None or outer or name.startswith("layers.") else f"layers.{layer}.{name}"
-    if layer is None and f"layers.{golden.layers[0]}.{name}" in golden.names:
-        raise UsageError(f"{name}: of which layer? Say layer=, or the full name, such as layers.0.{name}")
+    inner = next((key for key in golden.keys if key.layer is not None and key.tap.name == name), None)
+    if layer is None and inner is not None:
+        raise UsageError(f"{name}: of which layer? Say layer=, or the full name, such as {inner}")
     key = TapKey.parse(full)
     number = key.layer
     if number is not None:
@@ -291,6 +298,11 @@ def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
 
 def _array(name: str, value: Any) -> Array:
     """A NumPy array of whatever has come: NumPy, JAX or PyTorch. Raises :class:`UsageError`."""
+    if isinstance(value, Tracer):
+        raise UsageError(
+            f"{name}: traced by JAX ({value.dtype} {list(value.shape)}), so it has no numbers yet. Return it from jit "
+            "(or grad, vmap, scan), and check what comes back."
+        )
     if not getattr(value, "is_fully_addressable", True):
         raise UsageError(f"{name}: spread over processes; gather it first (jax.experimental.multihost_utils)")
     try:

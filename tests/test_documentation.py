@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tomllib
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -49,7 +49,7 @@ PARSED_ONLY = {
 NOT_RUN = {
     "nox": "the sessions are there",
     "python -m pip install": "the extras are there",
-    "pytest": "the tests and the plugin's options are there; tests/test_foreign.py runs them",
+    "pytest": "the tests and the plugin's options are there; tests/test_foreign.py and tests/witnesses run them",
 }
 #: Programs that pages use between the commands, as they are.
 TOOLS = ("cp", "mv")
@@ -92,7 +92,8 @@ def test_a_page_does_what_it_says(
     assert not strange, f"{strange}: write console, sh or python, which are run, or one of {LOOKED_AT}"
     files = {file.name: file.read_bytes() for file in (small / "checkpoint").iterdir()}
     hub.add("deepseek-ai/DeepSeek-V4-Flash", "a" * 40, files)
-    (tmp_path / "golden").symlink_to(ROOT / "golden")
+    for name in ("docs", "golden"):
+        (tmp_path / name).symlink_to(ROOT / name)
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
         (tmp_path / name).symlink_to(small / "checkpoint")
     for name, pages in PREPARED.items():
@@ -117,7 +118,7 @@ def _execute(block: Block, names: dict[str, object]) -> None:
 
 
 def _run(command: Command) -> None:
-    words = tuple(word for index, word in enumerate(command.words) if "=" not in word or any(command.words[:index]))
+    words = tuple(dropwhile(lambda word: "=" in word, command.words))  # without variables of the environment
     if words[0] == "dsv4":
         _dsv4(command)
     elif words[0] in TOOLS:

@@ -12,6 +12,7 @@ from dsv4_convert.cli.common import (
     LAYERS_HELP,
     Json,
     byte_progress,
+    console,
     one_of,
     parse_choice,
     parse_layers,
@@ -24,9 +25,12 @@ from dsv4_convert.cli.download import fetch
 from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dsv4_convert.golden.archive import Golden as Opened
     from dsv4_convert.golden.plan import RecordingPlan
     from dsv4_convert.golden.prompt_coverage import LayerCoverage
+    from dsv4_convert.spec.taps import Tap
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
@@ -187,7 +191,7 @@ def show(
     golden: Golden,
     json: Json = None,
 ) -> None:
-    """Say what a golden holds, and what its prompt does not reach.
+    """Say what a golden holds, tap by tap with shapes, and what its prompt does not reach.
 
     Example: dsv4 golden show ./flash-golden
     """
@@ -213,6 +217,7 @@ def show(
         "compact": None if opened.compact is None else opened.compact.to_json(),
         "bytes": opened.nbytes,
         "taps": list(opened.names),
+        "shapes": {name: list(opened.shape(name)) for name in opened.names},
         "reach": [dataclasses.asdict(layer) for layer in reached],
     }
     if json != "-":
@@ -221,7 +226,10 @@ def show(
 
 
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
-    """One line for each fact and each layer."""
+    """One line for each fact and each layer, then the table of taps."""
+    from dsv4_convert.spec.config import AttentionKind
+    from dsv4_convert.tables import fitted
+
     request = opened.manifest.request
     reference, source = request.reference, request.source
     versions = ", ".join(f"{package} {version}" for package, version in reference.versions.items())
@@ -234,6 +242,10 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         "first position": str(request.first_position),
         "decode": str(opened.decode),
         "layers": ranges(opened.layers),
+        **{
+            f"{kind.name} layers": ranges(layer for layer in opened.layers if opened.config.attention[layer] is kind)
+            for kind in (AttentionKind.CSA, AttentionKind.HCA)
+        },
         "noise": ", ".join(request.noise) or "none",
         "compact": "no" if opened.compact is None else f"exact at {ranges(opened.compact.positions)}",
         "taps": str(len(opened.names)),
@@ -244,6 +256,27 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
         typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+    screen = console()
+    screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
+
+
+def _table_of_taps(opened: Opened) -> Table:
+    """A row for each tap; one for each kind of attention where they differ in its shape."""
+    from rich.table import Table
+
+    from dsv4_convert.spec.taps import STATE, TAPS
+
+    shapes: dict[Tap, dict[tuple[int, ...], str]] = {}
+    for key in opened.keys:
+        kind = key.tap.where.value if key.layer is None else f"{opened.config.attention[key.layer].name} layers"
+        shapes.setdefault(key.tap, {}).setdefault(opened.shape(key), kind)
+    table = Table(box=None, pad_edge=False)
+    for column in ("tap", "shape", "axes", "in"):
+        table.add_column(column, no_wrap=True)
+    for tap in (each for each in (*TAPS, *STATE) if each in shapes):
+        for shape, kind in shapes[tap].items():
+            table.add_row(tap.name, str(list(shape)), tap.shape, kind if len(shapes[tap]) > 1 else tap.where.value)
+    return table
 
 
 @reported

@@ -41,6 +41,7 @@ _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "hidden_act": "silu",
+    "is_encoder_decoder": False,
     "n_shared_experts": 1,
     "norm_topk_prob": True,
     "num_key_value_heads": 1,
@@ -56,11 +57,18 @@ _IGNORED = frozenset(
         "architectures",
         "attention_dropout",
         "bos_token_id",
+        "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "id2label",
         "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "problem_type",
+        "return_dict",
         "router_aux_loss_coef",
         "router_jitter_noise",
         "torch_dtype",
@@ -320,6 +328,22 @@ class _Reader:
     def _bad(self, problem: str) -> None:
         self.problems.append(problem)
 
+    def _agreed(self, said: Mapping[str, _V], default: _V) -> _V:
+        """What all names of one fact say; a problem that shows what each says where they differ."""
+        if len(set(said.values())) > 1:
+            each = ", ".join(f"{name} says {value}" for name, value in said.items())
+            self._bad(f"{' and '.join(said)} contradict each other: {each}")
+        return next(iter(said.values()), default)
+
+    def _agreed_layers(self, said: Mapping[str, tuple[_V, ...]], default: tuple[_V, ...]) -> tuple[_V, ...]:
+        """The same of facts about every layer; the problem is the first layer where they differ."""
+        for layer, values in enumerate(zip(*said.values(), strict=True)):
+            if len(set(values)) > 1:
+                each = ", ".join(f"{name} says {value}" for name, value in zip(said, values, strict=True))
+                self._bad(f"{' and '.join(said)} contradict each other: of layer {layer} {each}")
+                break
+        return next(iter(said.values()), default)
+
     def _refuse_other_models(self) -> None:
         if "dim" in self.left and "n_layers" in self.left:
             raise BadInput(
@@ -393,13 +417,15 @@ class _Reader:
                 spelled["layer_types"] = kinds
         if ratios is None and types is None:
             self._bad("layer schedule: expected compress_ratios or layer_types, found neither")
-        if len(set(spelled.values())) > 1:
-            self._bad("compress_ratios and layer_types contradict each other")
+        schedule = self._agreed_layers(spelled, ())
         if ratios is not None and (rates[AttentionKind.CSA], rates[AttentionKind.HCA]) != (4, 128):
-            self._bad("compress_rates and compress_ratios contradict each other: compress_ratios implies 4 and 128")
+            self._bad(
+                "compress_rates and compress_ratios contradict each other: compress_ratios says 4 and 128, "
+                f"compress_rates says {rates[AttentionKind.CSA]} and {rates[AttentionKind.HCA]}"
+            )
         if _DSPARK & self.left.keys():
             stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts
-        return next(iter(spelled.values()), ()), stages
+        return schedule, stages
 
     def _kinds(
         self, name: str, given: Any, table: Mapping[Any, _V], *, exactly: int = 0, at_least: int = 0
@@ -420,77 +446,75 @@ class _Reader:
         return tuple(table[value] for value in given)
 
     def _hash_routed(self, layers: int) -> tuple[bool, ...]:
-        spelled: dict[str, tuple[bool, ...]] = {}
+        spelled: dict[str, tuple[str, ...]] = {}
         count = self.left.pop("num_hash_layers", None)
         if count is not None:
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 self._bad(f"num_hash_layers: expected a count, found {_short(count)}")
             else:
-                spelled["num_hash_layers"] = tuple(layer < count for layer in range(layers))
+                spelled["num_hash_layers"] = tuple(_HASH if layer < count else _LEARNED for layer in range(layers))
         types = self.left.pop("mlp_layer_types", None)
         if types is not None:
-            kinds = self._kinds("mlp_layer_types", types, {_HASH: True, _LEARNED: False}, exactly=layers)
+            kinds = self._kinds("mlp_layer_types", types, {word: word for word in (_HASH, _LEARNED)}, exactly=layers)
             if kinds is not None:
                 spelled["mlp_layer_types"] = kinds
         if count is None and types is None:
             self._bad("routing: expected num_hash_layers or mlp_layer_types, found neither")
-        if len(set(spelled.values())) > 1:
-            self._bad("num_hash_layers and mlp_layer_types contradict each other")
-        return next(iter(spelled.values()), (False,) * layers)
+        return tuple(word == _HASH for word in self._agreed_layers(spelled, (_LEARNED,) * layers))
 
     def _rope(self, values: Mapping[str, Any]) -> dict[str, Any]:
         dims: dict[str, int] = {}
         if "qk_rope_head_dim" in self.left:
             dims["qk_rope_head_dim"] = self._size("qk_rope_head_dim")
-        factors = {"partial_rotary_factor": self.left.pop("partial_rotary_factor", None)}
+        self._take_width("partial_rotary_factor", self.left, values, dims)
         tables: dict[str, Yarn | None] = {}
-        scaling = self.left.pop("rope_scaling", None)
-        if scaling is not None:
-            tables["rope_scaling"] = self._yarn("rope_scaling", scaling)
-        parameters = self.left.pop("rope_parameters", None)
-        if parameters is not None:
-            nested = isinstance(parameters, Mapping) and {"main", "compress"} <= set(parameters)
-            if nested and all(isinstance(parameters[key], Mapping) for key in ("main", "compress")):
-                main, compress = dict(parameters["main"]), dict(parameters["compress"])
-                for key in set(parameters) - {"main", "compress"}:
-                    self._bad(f"rope_parameters.{key}: unknown field")
-                for name, table, theta in (("main", main, "rope_theta"), ("compress", compress, "compress_rope_theta")):
-                    found = table.pop("rope_theta", None)
-                    if found != values[theta]:
-                        self._bad(f"rope_parameters.{name}.rope_theta: {theta} says {values[theta]}, found {found!r}")
-                    factors[f"rope_parameters.{name}.partial_rotary_factor"] = table.pop("partial_rotary_factor", None)
-                if self._yarn("rope_parameters.main", main) is not None:
-                    self._bad("rope_parameters.main: the table of window-only layers must not be scaled (type default)")
-                tables["rope_parameters"] = self._yarn("rope_parameters.compress", compress)
-            else:
-                tables["rope_parameters"] = self._yarn("rope_parameters", parameters)
-        for name, factor in factors.items():
-            if factor is None:
+        for name in ("rope_scaling", "rope_parameters"):
+            given = self.left.pop(name, None)
+            if given is None:
                 continue
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-                self._bad(f"{name}: expected a fraction of head_dim, found {_short(factor)}")
-            else:
-                dims[name] = round(values["head_dim"] * factor)
+            thetas: tuple[str, ...] = ("rope_theta", "compress_rope_theta")  # transformers adds the first one
+            if isinstance(given, Mapping) and {"main", "compress"} <= set(given):
+                for key in set(given) - {"main", "compress"}:
+                    self._bad(f"{name}.{key}: unknown field")
+                if self._table(f"{name}.main", given["main"], values, dims, thetas=("rope_theta",)) is not None:
+                    self._bad(f"{name}.main: the table of window-only layers must not be scaled (type default)")
+                name, given, thetas = f"{name}.compress", given["compress"], ("compress_rope_theta",)
+            tables[name] = self._table(name, given, values, dims, thetas=thetas)
         if not dims:
             self._bad("qk_rope_head_dim: expected a positive integer, found nothing")
-        if len(set(dims.values())) > 1:
-            self._bad(f"rotary width: these contradict each other: {dims}")
-        if len(set(tables.values())) > 1:
-            self._bad("rope_scaling and rope_parameters contradict each other")
-        return {"qk_rope_head_dim": next(iter(dims.values()), 2), "yarn": next(iter(tables.values()), None)}
+        return {"qk_rope_head_dim": self._agreed(dims, 2), "yarn": self._agreed(tables, None)}
 
-    def _yarn(self, name: str, given: Any) -> Yarn | None:
+    def _take_width(self, name: str, left: dict[str, Any], values: Mapping[str, Any], dims: dict[str, int]) -> None:
+        """A rotary width that is said as a fraction of a head."""
+        factor = left.pop("partial_rotary_factor", None)
+        if factor is None:
+            return
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+            self._bad(f"{name}: expected a fraction of head_dim, found {_short(factor)}")
+        else:
+            dims[name] = round(values["head_dim"] * factor)
+
+    def _table(
+        self, name: str, given: Any, values: Mapping[str, Any], dims: dict[str, int], *, thetas: tuple[str, ...]
+    ) -> Yarn | None:
+        """The scaling of one rotary table. Its ``rope_theta``, if any, repeats one of the fields ``thetas``."""
         if not isinstance(given, Mapping):
             self._bad(f"{name}: expected an object, found {_short(given)}")
             return None
         left = dict(given)
-        kinds = {left.pop(key) for key in ("type", "rope_type") if isinstance(left.get(key), str)}
-        if kinds <= {"default"}:
+        self._take_width(f"{name}.partial_rotary_factor", left, values, dims)
+        theta = left.pop("rope_theta", None)
+        if theta is not None and (isinstance(theta, bool) or theta not in [values[each] for each in thetas]):
+            each = " and ".join(f"{field} says {values[field]}" for field in thetas)
+            self._bad(f"{name}.rope_theta: found {_short(theta)}, but {each}")
+        kinds = {key: left.pop(key) for key in ("type", "rope_type") if isinstance(left.get(key), str)}
+        kind = self._agreed({f"{name}.{key}": kind for key, kind in kinds.items()}, "default")
+        if kind == "default":
             for key in left:
                 self._bad(f"{name}.{key}: unknown field of an unscaled rotary table")
             return None
-        if kinds != {"yarn"}:
-            self._bad(f"{name}: expected type 'yarn' or 'default', found {sorted(kinds)}")
+        if kind != "yarn":
+            self._bad(f"{name}: expected type 'yarn' or 'default', found {_short(kind)}")
             return None
         if left.pop("attention_factor", 1.0) != 1.0:
             self._bad(f"{name}.attention_factor: the model applies none, only 1.0 is supported")
@@ -531,19 +555,19 @@ class _Reader:
             else:
                 block = (128, 128)
             # What transformers adds when it has loaded and saves: how to load, nothing about the stored bytes.
-            for key in ("dequantize", "modules_to_not_convert"):
+            for key in ("dequantize", "modules_to_convert", "modules_to_not_convert"):
                 left.pop(key, None)
             for key in left:
                 self._bad(f"quantization_config.{key}: unknown field (value {_short(left[key])})")
         elif quant is not None:
             self._bad(f"quantization_config: expected an object, found {_short(quant)}")
-        named = {name: value for name, value in spelled.items() if value is not None}
-        for name, value in named.items():
-            if value not in ("fp4", "fp8"):
+        named: dict[str, str | None] = {}
+        for name, value in spelled.items():
+            if value in ("fp4", "fp8"):
+                named[name] = value
+            elif value is not None:
                 self._bad(f"{name}: expected 'fp4' or 'fp8', found {_short(value)}")
-        if len(set(map(str, named.values()))) > 1:
-            self._bad(f"expert_dtype: these contradict each other: {named}")
-        return {"expert_dtype": next(iter(named.values()), None), "weight_block_size": block}
+        return {"expert_dtype": self._agreed(named, None), "weight_block_size": block}
 
     def _cross_check(self, values: Mapping[str, Any]) -> None:
         """Relations between fields; only worth asking when every field could be read."""

@@ -16,6 +16,7 @@ from dsv4_convert.cli.common import parse_layers
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.units import size
+from golden.archive import open_golden
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 COMMANDS = (
@@ -196,6 +197,10 @@ def test_names_explains_in_every_spelling() -> None:
 def test_the_golden_says_what_it_is() -> None:
     out, _ = dsv4("golden", "show", GOLDEN)
     assert "transformers" in out
+    rows = [line.split("  ") for line in out.splitlines()]
+    shapes = {(row[0], cell.strip()) for row in rows for cell in row[1:]}
+    opened = open_golden(GOLDEN)
+    assert all((key.tap.name, str(list(opened.read(key).shape))) in shapes for key in opened.keys)
     out, _ = dsv4("golden", "verify", GOLDEN)
     assert "every byte as recorded" in out
 

@@ -103,7 +103,8 @@ def test_every_help_has_examples_that_parse(path: tuple[str, ...]) -> None:
 
 #: Names of objects whose keys are data.
 MAPS = frozenset(
-    {"arrays", "changed", "facts", "files", "left_out", "mesh", "read", "rounded", "shards", "versions", "written"}
+    {"arrays", "changed", "facts", "files", "left_out", "mesh", "read", "rounded", "shapes", "shards", "versions"}
+    | {"written"}
 )
 
 

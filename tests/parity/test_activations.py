@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,7 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.parity.activations import Expected, compare_activations
 from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.spec.taps import TapKey
 
 from .ties import swapped_entries, swapped_expert
 
@@ -167,7 +169,8 @@ def test_a_choice_that_is_no_tie_fails_with_all_that_follows(archive: Golden, la
     ("given", "options", "message"),
     [
         ({"attn.wq_c": 0}, {"layer": 3}, r"layers\.3\.attn\.wq_c: unknown tap; close ones: .*attn\.wq_a"),
-        ({"attn.q": 0}, {}, r"of which layer\? Say layer="),
+        ({"attn.q": 0}, {}, r"of which layer\? Say layer=, or the full name, such as layers\.0\.attn\.q$"),
+        ({"attn.indexer.scores": 0}, {}, r"of which layer\? .* such as layers\.1\.attn\.indexer\.scores$"),
         ({"attn.q": 0}, {"layer": 9}, "layer 9 was not recorded"),
         ({"attn.compressor.wkv": 0}, {"layer": 0}, "layer 0, of sliding_attention, has no such tap"),
         ({"cache.window": 0}, {"layer": 0}, "no token came one by one"),
@@ -192,6 +195,17 @@ def test_what_makes_no_sense_is_refused(
         compare_activations(given, archive, **options)
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda f: jax.grad(lambda x: f(x).sum())])
+def test_a_traced_array_is_refused_by_name(archive: Golden, transform: Callable[..., Any]) -> None:
+    def check(x: jax.Array) -> jax.Array:
+        Expected(archive).check({"attn.q": x}, layer=3)
+        return x
+
+    message = r"attn\.q: traced by JAX \(float32 \[.*\]\), so it has no numbers yet\. Return it from jit "
+    with pytest.raises(UsageError, match=message):
+        transform(check)(jnp.ones((1, 300, 2, 16)))
+
+
 def test_a_compact_golden_is_for_runs_from_the_tokens(archive: Golden, tmp_path: Path) -> None:
     compact = Expected(shrink(archive, tmp_path / "compact", Compact.of([-1], archive.tokens.shape[1])))
     given = {str(key): archive.read(key) for key in archive.taps(3)}
@@ -211,6 +225,18 @@ def test_what_an_implementation_is_fed_with(archive: Golden) -> None:
     assert np.array_equal(expected.input(None), archive.read("layers.3.hc_ffn.streams"))
     assert expected.positions.tolist() == [list(range(300))]
     assert expected.choices(3).keys() == {"attn.indexer.chosen", "ffn.gate.experts"}
-    assert expected.shape("layers.3.attn.q") == (1, 300, 2, 16)
+    for number in (None, *expected.layers):
+        for name in expected.names(number):
+            assert (
+                expected.shape(name)
+                == expected.shape(TapKey.parse(name).tap.name, layer=number)
+                == archive.read(name).shape
+            )
+    assert expected.shape("attn.q") == (1, 300, 2, 16)
+    assert expected.shape("attn.indexer.scores") == (1, 300, 75)
+    with pytest.raises(UsageError, match=r"of which layer\? .* such as layers\.1\.attn\.compressor\.entries$"):
+        expected.shape("attn.compressor.entries")  # other layers have other ones
+    with pytest.raises(UsageError, match=r"close ones: attn\.q"):
+        expected.shape("attn.Q")
     with pytest.raises(UsageError, match="layer 4 was not recorded"):
         expected.input(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,52 @@ def test_the_declared_storage_of_experts() -> None:
     assert [Config.from_hf(_raw(name)).expert_dtype for name in PUBLISHED] == ["fp4", "fp4", "fp8", None, "fp4"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_what_transformers_writes_is_the_same_architecture(name: str, tmp_path: Path) -> None:
+def _saved(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """As ``save_pretrained`` writes it."""
     from transformers import DeepseekV4Config
 
-    DeepseekV4Config(**_raw(name)).save_pretrained(tmp_path)
-    ours, theirs = Config.from_file(CONFIGS / f"{name}.json"), Config.from_file(tmp_path / "config.json")
-    # transformers drops the schedule's trailing entries, and with them the number of stages.
-    assert {**theirs.to_json(), "num_mtp_stages": 0} == {**ours.to_json(), "num_mtp_stages": 0}
+    DeepseekV4Config(**raw).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def _saved_with_a_model(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """As ``save_pretrained`` of a model whose weights are FP8 writes it."""
+    from transformers import DeepseekV4Config, FineGrainedFP8Config
+
+    config = DeepseekV4Config(**raw)
+    config.quantization_config = FineGrainedFP8Config.from_dict(config.quantization_config)
+    config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Every field, those at their defaults too."""
+    from transformers import DeepseekV4Config
+
+    return json.loads(DeepseekV4Config(**raw).to_json_string(use_diff=False))
+
+
+def _completed_in_place(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What is left of the published fields after transformers has read them: it writes into ``rope_scaling``."""
+    from transformers import DeepseekV4Config
+
+    DeepseekV4Config(**raw)
+    assert raw["rope_scaling"].keys() > {"rope_theta", "rope_type", "type"}
+    return raw
+
+
+@pytest.mark.parametrize("write", [_saved, _saved_with_a_model, _complete, _completed_in_place])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_transformers_writes_is_the_same_architecture(
+    name: str, write: Callable[[dict[str, Any], Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    ours, theirs = Config.from_hf(_raw(name)), Config.from_hf(write(_raw(name), tmp_path))
+    # transformers drops the schedule's trailing entries, and with them the number of stages. Of FP8 weights it always
+    # says which dtype the experts have.
+    expected = ours.to_json() | {"num_mtp_stages": theirs.num_mtp_stages}
+    if write is _saved_with_a_model and ours.expert_dtype is None:
+        expected["expert_dtype"] = "fp8"
+    assert theirs.to_json() == expected
 
 
 def test_both_spellings_may_stand_together_if_they_agree() -> None:
@@ -69,8 +108,70 @@ def test_both_spellings_may_stand_together_if_they_agree() -> None:
     raw["layer_types"][5], raw["mlp_layer_types"][3] = "sliding_attention", "hash_moe"
     with pytest.raises(BadInput) as caught:
         Config.from_hf(raw)
-    assert "compress_ratios and layer_types contradict" in str(caught.value)
-    assert "num_hash_layers and mlp_layer_types contradict" in str(caught.value)
+    assert (
+        "compress_ratios and layer_types contradict each other: of layer 5 compress_ratios says "
+        "heavily_compressed_attention, layer_types says sliding_attention"
+    ) in str(caught.value)
+    assert (
+        "num_hash_layers and mlp_layer_types contradict each other: of layer 3 num_hash_layers says moe, "
+        "mlp_layer_types says hash_moe"
+    ) in str(caught.value)
+
+
+@pytest.mark.parametrize("theta", [10000, 160000.0])
+def test_a_rotary_table_may_repeat_what_stands_beside_it(theta: float) -> None:
+    raw = _raw()
+    raw["rope_scaling"] |= {"rope_theta": theta, "rope_type": "yarn", "partial_rotary_factor": 0.125}
+    assert Config.from_hf(raw) == Config.from_hf(_raw())
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        (
+            {"rope_theta": 500000},
+            "rope_scaling.rope_theta: found 500000, but rope_theta says 10000.0 and compress_rope_theta says 160000.0",
+        ),
+        (
+            {"rope_type": "default"},
+            "rope_scaling.type and rope_scaling.rope_type contradict each other: rope_scaling.type says yarn, "
+            "rope_scaling.rope_type says default",
+        ),
+        (
+            {"partial_rotary_factor": 0.5},
+            "qk_rope_head_dim and rope_scaling.partial_rotary_factor contradict each other: qk_rope_head_dim says 64, "
+            "rope_scaling.partial_rotary_factor says 256",
+        ),
+    ],
+)
+def test_a_contradiction_of_a_rotary_table_shows_both(table: dict[str, Any], complaint: str) -> None:
+    raw = _raw()
+    raw["rope_scaling"] |= table
+    with pytest.raises(BadInput) as caught:
+        Config.from_hf(raw)
+    assert "1 problem(s)" in str(caught.value)
+    assert complaint in str(caught.value)
+
+
+def test_contradictions_of_what_transformers_writes_show_both(tmp_path: Path) -> None:
+    raw = {**_raw(), **_saved(_raw(), tmp_path)}
+    assert Config.from_hf(raw) == Config.from_hf(_raw())
+    raw["rope_parameters"]["main"]["rope_theta"] = 160000
+    raw["rope_parameters"]["compress"] |= {"rope_theta": 10000, "factor": 32}
+    raw["compress_rates"]["heavily_compressed_attention"] = 64
+    raw["expert_dtype"] = "fp8"
+    with pytest.raises(BadInput) as caught:
+        Config.from_hf(raw)
+    for complaint in (
+        "rope_parameters.main.rope_theta: found 160000, but rope_theta says 10000.0",
+        "rope_parameters.compress.rope_theta: found 10000, but compress_rope_theta says 160000.0",
+        "rope_scaling says Yarn(factor=16.0, ",
+        "rope_parameters.compress says Yarn(factor=32.0, ",
+        "compress_ratios says 4 and 128, compress_rates says 4 and 64",
+        "expert_dtype says fp8, quantization_config.expert_dtype says fp4",
+    ):
+        assert complaint in str(caught.value)
+    assert "5 problem(s)" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +194,7 @@ def test_both_spellings_may_stand_together_if_they_agree() -> None:
         ({"qk_rope_head_dim": 256}, "must not exceed index_head_dim"),
         ({"num_attention_heads": 60}, "must be a multiple of o_groups"),
         ({"num_experts_per_tok": 300}, "must not exceed n_routed_experts"),
-        ({"partial_rotary_factor": 0.25}, "rotary width: these contradict each other"),
+        ({"partial_rotary_factor": 0.25}, "qk_rope_head_dim says 64, partial_rotary_factor says 128"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "expected type 'yarn' or 'default'"),
         ({"rope_scaling": {"type": "yarn", "factor": 16}}, "rope_scaling.beta_fast: expected a positive number"),
         ({"expert_dtype": "int8"}, "expert_dtype: expected 'fp4' or 'fp8'"),
@@ -101,6 +202,7 @@ def test_both_spellings_may_stand_together_if_they_agree() -> None:
         ({"quantization_config": {"weight_block_size": [128, 128], "fmt": "e5m2"}}, "only 'e4m3' is supported"),
         ({"vision_n_layers": 32}, "vision_n_layers: unknown field"),
         ({"n_group": 8}, "n_group: unknown field"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder: only False"),
     ],
 )  # fmt: skip
 def test_refuses_and_says_what(change: dict[str, Any], complaint: str) -> None:

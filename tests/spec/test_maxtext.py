@@ -30,7 +30,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec import maxtext, maxtext_config
-from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.store import open_store, verify
 from dsv4_convert.weights.converted import Weights
@@ -478,7 +478,7 @@ def test_what_maxtext_computes_otherwise() -> None:
         "no clamp of the shared expert at 10 (MlpBlock)",
     ]
     short = dataclasses.replace(FLASH, yarn=None, hc_eps=2e-3)
-    windows = dataclasses.replace(FLASH, attention=(Attention.SLIDING,) * FLASH.num_hidden_layers)
+    windows = dataclasses.replace(FLASH, attention=(AttentionKind.SLIDING,) * FLASH.num_hidden_layers)
     assert "YaRN" not in maxtext_config.warning(short)
     assert "hc_eps" in maxtext_config.warning(short)
     assert "YaRN" not in maxtext_config.warning(windows)

@@ -6,12 +6,13 @@ outside of :func:`corrected`. Needs ``maxtext`` 0.2.5; its Google Cloud librarie
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 
@@ -22,12 +23,13 @@ import optax
 from flax import nnx
 from maxtext.common import checkpointing, train_state_nnx
 from maxtext.configs import pyconfig
-from maxtext.layers import embeddings, linears
+from maxtext.layers import embeddings
 from maxtext.utils import maxtext_utils, model_creation_utils
 
-from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec.config import Attention, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.maxtext_config import flags
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "maxtext"
 
 #: Beside the flags of a model: no run directory, float32 throughout, and the experts by plain matrix products,
 #: as the kernels are those of TPUs.
@@ -122,36 +124,29 @@ def logits(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
+def frequencies(config: Config) -> np.ndarray:
+    """The rotary frequencies of MaxText's layers with a compressor."""
+    factor = config.qk_rope_head_dim / config.head_dim
+    rotary = embeddings.DeepSeekV4RotaryEmbedding(config.head_dim, factor, config.compress_rope_theta)
+    return np.asarray(rotary.inv_freq)
+
+
+def example(name: str) -> ModuleType:
+    """A file of the example of docs/maxtext.md."""
+    spec = importlib.util.spec_from_file_location(f"maxtext_example_{name}", EXAMPLE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextmanager
 def corrected(config: Config, *, yarn: bool = True, clamp: bool = True) -> Iterator[None]:
-    """MaxText with what 0.2.5 lacks of the release, for models that run in this context.
-
-    Args:
-        config: of the model.
-        yarn: ``DeepSeekV4RotaryEmbedding`` (``layers/embeddings.py``) ignores ``rope_scaling``. Here the layers with a
-            compressor, which are those with its base, take the frequencies of YaRN.
-        clamp: ``MlpBlock`` (``layers/linears.py``), the shared expert, has no ``swiglu_limit``. Here both of its
-            activations clamp. The routed experts take ``silu`` from there, too, behind a clamp of their own.
-    """
-    rotary, limit = embeddings.DeepSeekV4RotaryEmbedding, config.swiglu_limit
-    plain, activation = rotary.inv_freq.fget, linears._convert_to_activation_function
-
-    def inv_freq(self: Any) -> jax.Array:
-        if self.rope_theta == config.compress_rope_theta:
-            return jnp.asarray(frequencies(config, Attention.CSA))
-        return plain(self)
-
-    def clamped(name: str) -> Callable[[jax.Array], jax.Array]:
-        original = activation(name)
-        if name == "silu":
-            return lambda x: original(jnp.minimum(x, limit))
-        if name == "linear":
-            return lambda x: original(jnp.clip(x, -limit, limit))
-        return original
-
-    with ExitStack() as patches:
-        if yarn:
-            patches.enter_context(mock.patch.object(rotary, "inv_freq", property(inv_freq)))
-        if clamp:
-            patches.enter_context(mock.patch.object(linears, "_convert_to_activation_function", clamped))
+    """MaxText with the patches of docs/maxtext.md, for models that run in this context."""
+    patches = example("patches")
+    with ExitStack() as stack:
+        for wanted, patch in ((yarn, patches.yarn), (clamp, patches.clamp)):
+            if wanted:
+                stack.enter_context(patch(config))
         yield
