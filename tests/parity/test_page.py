@@ -178,20 +178,20 @@ def test_errors_by_token_are_those_that_are_judged(report: ParityReport, golden:
 def test_a_sample_holds_every_element_in_a_bin_and_the_worst_first(report: ParityReport) -> None:
     assert report.detail is not None
     samples = report.detail.samples
-    assert [(sample.mode, sample.name) for sample in samples] == [
+    assert [(sample.mode, str(sample.key)) for sample in samples] == [
         (Mode.ISOLATED, f"layers.{LAYER}.ffn.experts"),
         (Mode.CUMULATIVE, f"layers.{LAYER}.ffn.experts"),
         (Mode.CUMULATIVE, "hc_head.pre"),
     ]
     for sample in samples:
-        result = next(tap for tap in report.taps if (tap.name, tap.mode) == (sample.name, sample.mode))
+        result = next(tap for tap in report.taps if (tap.key, tap.mode) == (sample.key, sample.mode))
         assert result.distance is not None
         assert sample.elements == math.prod(result.shape)
         assert sample.multiples[0] == sample.multiples.max() == pytest.approx(result.distance.noise.element)
         assert (sample.found[0], sample.golden[0]) == (result.distance.found, result.distance.golden)
         assert len(sample.multiples) == min(POINTS, sample.elements)
     # No element of another token is far off; of those that the wrong expert computed most are.
-    result = next(tap for tap in report.taps if tap.name == samples[0].name)
+    result = next(tap for tap in report.taps if tap.key == samples[0].key)
     far = int(samples[0].counts[np.searchsorted(EDGES, 1000) :].sum())
     assert result.distance is not None
     assert 0.9 < far / (result.distance.rows_outside * result.shape[-1]) <= 1

@@ -174,7 +174,7 @@ def test_from_the_published_shards_it_is_the_same(
         run_parity(None, golden, ParityOptions(modes=modes), source=tiny),
     )
     assert published.taps == converted.taps
-    assert published.growth == converted.growth
+    assert published.error_splits == converted.error_splits
     assert published.logits == converted.logits
     assert published.checkpoint["storage"] == "published"
     one = run_parity(None, golden, ParityOptions(layers=[2], modes=modes), source=tiny)
