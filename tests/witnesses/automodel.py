@@ -74,7 +74,7 @@ class Automodel:
         """From a published checkpoint; ``tensors`` replaces the content of its shards."""
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         del raw["torch_dtype"]
-        backend = BackendConfig(attn="eager", linear="torch", rms_norm="torch_fp32", experts="torch", dispatcher="torch")
+        backend = BackendConfig(attn="eager", linear="torch", experts="torch", dispatcher="torch")
         self.model = DeepseekV4ForCausalLM.from_config(DeepseekV4Config(**raw, dtype="float32"), backend=backend).eval()
         state = self.model.state_dict_adapter.from_hf(dict(published(folder) if tensors is None else tensors))
         self.keys = self.model.load_state_dict(state, strict=False)
