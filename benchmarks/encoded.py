@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.config import Config
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.source_form import in_source_form
-from golden.synthetic import tiny_config
 
 _FORMS = ("encoded", "expanded")
 

@@ -22,13 +22,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from golden.compact import Compact
-from golden.noise import MODES
-from golden.shrink import shrink
-from parity.explain import verdict
-from parity.metrics import Verdict
-from parity.run import compare_model
-from parity.tolerances import LIMITS, UNIT
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.noise import MODES
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from tests.parity.healthy import healthy
 
 #: A process compiles anew for every architecture, and never frees what it compiled.

@@ -19,11 +19,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from golden.noise import Mode
-from parity.explain import verdict
-from parity.metrics import Verdict
-from parity.report import Report
-from parity.run import compare_model
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.run import compare_model
 from tests.parity.faults.catalogue import CATALOGUE
 from tests.parity.faults.fault import MAIN, MANY, Fault, examine, patient
 

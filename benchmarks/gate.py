@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import golden as golden_package
-from golden.synthetic import tiny_config, write_checkpoint
+import dsv4_convert.golden as golden_package
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 GOLDEN = Path(golden_package.__file__).parent / "data" / "tiny"
 BASELINE = GOLDEN.with_name("tiny.baseline.json")
@@ -219,11 +219,11 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
 
 def one(source: Path, dtype: str, baseline: Path, planted: str | None) -> dict[str, Any]:
     """One parity run in this process: what tolerance and baseline say, and every number."""
-    from golden.noise import MODES
-    from parity.explain import verdict
-    from parity.gate import Request, bands_of, numbers_of
-    from parity.run import run
-    from parity.tolerances import BANDS_OF_FEW
+    from dsv4_convert.golden.noise import MODES
+    from dsv4_convert.parity.explain import verdict
+    from dsv4_convert.parity.gate import Request, bands_of, numbers_of
+    from dsv4_convert.parity.run import run
+    from dsv4_convert.parity.tolerances import BANDS_OF_FEW
 
     if planted is not None:
         PLANTED[planted][1]()
@@ -264,7 +264,7 @@ def _recorded(baseline: Path, dtype: str) -> dict[str, dict[str, float]]:
 
 def _worst(found: dict[str, Any], recorded: dict[str, dict[str, float]]) -> dict[str, float]:
     """By measure, the largest part of what is allowed that was reached."""
-    from parity.tolerances import BANDS, BANDS_OF_FEW
+    from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW
 
     worst = dict.fromkeys(BANDS, 0.0)
     for name, numbers in found["numbers"].items():
@@ -278,7 +278,7 @@ def _worst(found: dict[str, Any], recorded: dict[str, dict[str, float]]) -> dict
 def _spread(runs: list[dict[str, Any]], *, few: bool) -> dict[str, float]:
     """By measure, the largest of all runs over the smallest, of the tap where that is most; of taps of few elements, or
     of the others."""
-    from parity.tolerances import BANDS
+    from dsv4_convert.parity.tolerances import BANDS
 
     spread = dict.fromkeys(BANDS, 1.0)
     for name, numbers in runs[0]["numbers"].items():

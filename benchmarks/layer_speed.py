@@ -29,10 +29,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from benchmarks.real_width import KINDS
+from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import restore_block
-from golden.synthetic import write_checkpoint
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
 _LAYER = {"CSA, hash": (4, 1), "CSA, learned": (4, 0), "HCA, learned": (128, 0)}

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from benchmarks.measure import dsv4
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
-from golden.synthetic import tiny_config
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -21,13 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model
 from dsv4_convert.published import PublishedWeights
-from golden.noise import MODES, Mode
-from golden.recorder import record
-from golden.synthetic import Form, tiny_config, write_checkpoint
-from parity.explain import verdict
-from parity.metrics import Verdict
-from parity.run import compare_model
 
 _STAND_IN = Path(__file__).parents[1] / "tests" / "golden" / "release_code"
 _FORMS: tuple[Form, ...] = ("fp4", "fp8", "bf16")

@@ -1,7 +1,7 @@
 """Both whole models compiled for TPU slices that are not there: what a device needs, and how long it takes.
 
 Every program in a process of its own, one after the other. Two hours of an ordinary machine at most; ``--only`` takes
-some of the rows. Needs libtpu (``pip install 'dsv4[tpu]'``) and no TPU.
+some of the rows. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
 
 Run: python -m benchmarks.topologies [--only Flash] [--json FILE]
 """

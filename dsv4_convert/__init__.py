@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from dsv4_convert.convert import Storage, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.converted import Weights
+    from dsv4_convert.golden.archive import Golden, open_golden
+    from dsv4_convert.golden.recorder import record as record_golden
     from dsv4_convert.model import Cache, Model
+    from dsv4_convert.parity.activations import compare_activations
+    from dsv4_convert.parity.run import run as run_parity
     from dsv4_convert.restore import restore_model
-    from golden.archive import Golden, open_golden
-    from golden.recorder import record as record_golden
-    from parity.activations import compare_activations
-    from parity.run import run as run_parity
 
 __all__ = [
     "Cache",
@@ -42,17 +42,17 @@ __all__ = [
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
     "Config": ("dsv4_convert.config", "Config"),
-    "Golden": ("golden.archive", "Golden"),
+    "Golden": ("dsv4_convert.golden.archive", "Golden"),
     "Model": ("dsv4_convert.model", "Model"),
     "Storage": ("dsv4_convert.convert", "Storage"),
     "Weights": ("dsv4_convert.converted", "Weights"),
-    "compare_activations": ("parity.activations", "compare_activations"),
+    "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
-    "open_golden": ("golden.archive", "open_golden"),
+    "open_golden": ("dsv4_convert.golden.archive", "open_golden"),
     "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),
-    "record_golden": ("golden.recorder", "record"),
+    "record_golden": ("dsv4_convert.golden.recorder", "record"),
     "restore_model": ("dsv4_convert.restore", "restore_model"),
-    "run_parity": ("parity.run", "run"),
+    "run_parity": ("dsv4_convert.parity.run", "run"),
 }
 
 
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("dsv4")
+        return version("dsv4-convert")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]

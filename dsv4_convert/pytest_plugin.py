@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from parity.activations import Expected
+    from dsv4_convert.parity.activations import Expected
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +49,7 @@ def dsv4_golden(request: pytest.FixtureRequest) -> Expected:
     if not where:
         pytest.skip("no golden to compare with: run pytest with --dsv4-golden PATH_OR_URL")
     from dsv4_convert.errors import Dsv4Error
-    from parity.activations import Expected
+    from dsv4_convert.parity.activations import Expected
 
     try:
         return Expected(where, dtype=request.config.getoption("--dsv4-dtype"))

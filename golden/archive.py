@@ -7,7 +7,7 @@
       layer-00012.safetensors     the taps of layer 12 under their full names
       model.safetensors           embedding, head, logits
 
-A compact golden holds sketches and some rows in place of most taps (:mod:`golden.compact`).
+A compact golden holds sketches and some rows in place of most taps (:mod:`dsv4_convert.golden.compact`).
 
 Nothing read from here is trusted: each array's bytes are compared with the manifest's digest when they are read.
 """
@@ -27,13 +27,13 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
+from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
+from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
+from dsv4_convert.golden.manifest import MANIFEST_NAME, Manifest, StoredTap
+from dsv4_convert.golden.noise import MODES, Mode, noise_name
 from dsv4_convert.taps import by_name
 from dsv4_convert.unfinished import folder_of
-from golden.compact import Compact, exact_name, sketch_name
-from golden.files import AGAIN, Files, LocalFiles, RemoteFiles
-from golden.layout import exact_rows, expected_taps, tap_shape
-from golden.manifest import MANIFEST_NAME, Manifest, StoredTap
-from golden.noise import MODES, Mode, noise_name
 
 Array = np.ndarray[Any, Any]
 
@@ -164,7 +164,9 @@ class Golden:
         return tuple(entry.sha256 for entry in entries if entry is not None)
 
     def noise(self, name: str, dtype: str, mode: Mode) -> Array:
-        """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row (:mod:`golden.noise`).
+        """The noise floor of a tap of real numbers: float32 ``[2, B, S]``, rms and peak per row.
+
+        :mod:`dsv4_convert.golden.noise` says how it is measured.
 
         Raises:
             UsageError: the noise of this dtype was not measured, or the tap is none of real numbers.

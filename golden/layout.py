@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
+from dsv4_convert.golden.noise import noise_name, noise_shape
 from dsv4_convert.taps import Tap, Values, Where, full_name, is_state, state_of, taps_of
-from golden.compact import Compact, exact_name, sketch_name
-from golden.noise import noise_name, noise_shape
 
 Array = np.ndarray[Any, Any]
 
@@ -149,7 +149,7 @@ def stored_arrays(
     """Every array of a golden by its stored name: the taps in order of execution, each followed by its noise.
 
     ``noise`` are the dtypes whose noise floor is there; choices have none. With ``compact`` a tap may be a sketch and
-    some rows (:mod:`golden.compact`) instead of itself.
+    some rows (:mod:`dsv4_convert.golden.compact`) instead of itself.
     """
     arrays = {}
     for name, tap, layer in expected_taps(config, layers, decode=decode):

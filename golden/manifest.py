@@ -18,11 +18,11 @@ import numpy as np
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
+from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
+from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.strict_json import parse_object
 from dsv4_convert.taps import by_name
-from golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
-from golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
-from golden.noise import RUN_DTYPES, is_noise
 
 Array = np.ndarray[Any, Any]
 

@@ -13,8 +13,8 @@ from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution
 from dsv4_convert.disk import free_bytes
 from dsv4_convert.errors import ResourceError
-from golden.compact import Compact
-from golden.layout import StoredShape, expected_aliases, stored_arrays
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.layout import StoredShape, expected_aliases, stored_arrays
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
-from golden.archive import Golden
+from dsv4_convert.golden.archive import Golden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,25 +16,25 @@ from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, resolve
 from dsv4_convert.errors import UsageError, did_you_mean
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
+from dsv4_convert.golden.manifest import Reference, Request, Source
+from dsv4_convert.golden.noise import RUN_DTYPES
+from dsv4_convert.golden.plan import Plan, check_space, plan
+from dsv4_convert.golden.tokens import check_tokens
+from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_writer
 from dsv4_convert.names import check_layers
-from golden.archive import Golden
-from golden.compact import Compact
-from golden.layout import DTYPES, expected_taps, tap_shape
-from golden.manifest import Reference, Request, Source
-from golden.noise import RUN_DTYPES
-from golden.plan import Plan, check_space, plan
-from golden.tokens import check_tokens
-from golden.writer import GoldenWriter, check_destination, golden_writer
 
 if TYPE_CHECKING:
-    from golden.references.release.released import ReleasedModel
-    from golden.references.streamed import StreamedModel
+    from dsv4_convert.golden.references.release.released import ReleasedModel
+    from dsv4_convert.golden.references.streamed import StreamedModel
 
 Array = np.ndarray[Any, Any]
 
 #: The release of transformers that the probes are written for.
 _TRANSFORMERS = "5.23"
-_INSTALL = "pip install 'dsv4[reference]'"
+_INSTALL = "pip install 'dsv4-convert[reference]'"
 #: Called with what is done next, in words.
 Progress = Callable[[str], None]
 
@@ -70,11 +70,11 @@ def record(
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, since their streams are needed.
-        noise: dtypes whose noise floor is measured (:mod:`golden.noise`); each runs every layer twice more. None: all
-            that the reference has.
+        noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`); each runs every layer twice
+            more. None: all that the reference has.
         first_position: of the first token in the rotary tables; checks far positions without the tokens before.
         decode: how many of the last tokens come one by one, from the reference's cache; one at least comes before.
-        compact: what to keep of every tap (:mod:`golden.compact`); None for all of it.
+        compact: what to keep of every tap (:mod:`dsv4_convert.golden.compact`); None for all of it.
         greedy: the ``decode`` tokens come after the prompt, and are those that the reference likes best; every one of
             them takes a pass through the whole model first.
         release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
@@ -160,7 +160,7 @@ def _reference(release_code: Path | None, *, first_position: int, decode: int) -
     """transformers' model, or the release's code; imports torch."""
     _installed("torch")
     if release_code is not None:
-        from golden.references.release import code, released
+        from dsv4_convert.golden.references.release import code, released
 
         loaded = code.load(release_code)
         return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
@@ -170,7 +170,7 @@ def _reference(release_code: Path | None, *, first_position: int, decode: int) -
             f"recording looks into transformers' model as release {_TRANSFORMERS} computes it, found {version}: "
             f"{_INSTALL}"
         )
-    from golden.references import streamed
+    from dsv4_convert.golden.references import streamed
 
     model = partial(streamed.StreamedModel, first_position=first_position, decode=decode)
     return _Reference(streamed.describe(), tuple(RUN_DTYPES), model)

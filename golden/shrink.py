@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv4_convert.errors import UsageError
-from golden.archive import Golden
-from golden.compact import Compact
-from golden.writer import check_destination, golden_writer
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.writer import check_destination, golden_writer
 
 
 def shrink(

@@ -28,9 +28,9 @@ from dsv4_convert.checkpoint.index import INDEX_NAME
 from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.writer import write_durably
 from dsv4_convert.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
 from dsv4_convert.unfinished import folder_of, held
-from golden.writer import write_durably
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]

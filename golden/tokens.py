@@ -113,7 +113,7 @@ def _load_tokenizer(file: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise UsageError("a text needs the package tokenizers: pip install 'dsv4[reference]'") from None
+        raise UsageError("a text needs the package tokenizers: pip install 'dsv4-convert[reference]'") from None
     if not file.is_file():
         raise BadInput(f"{file}: no such file; fetch it from the model's repository, or give token ids")
     try:

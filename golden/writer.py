@@ -26,11 +26,11 @@ import numpy as np
 from dsv4_convert.checkpoint.header import read_header
 from dsv4_convert.checkpoint.writer import write_safetensors
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.golden.archive import Array, Golden, differences, digest, open_golden
+from dsv4_convert.golden.files import read_array
+from dsv4_convert.golden.layout import expected_aliases
+from dsv4_convert.golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 from dsv4_convert.unfinished import folder_of, held
-from golden.archive import Array, Golden, differences, digest, open_golden
-from golden.files import read_array
-from golden.layout import expected_aliases
-from golden.manifest import MANIFEST_NAME, Manifest, Request, StoredTap, layer_file
 
 REQUEST_NAME = "request.json"
 #: Every name that a recording uses in its folder.

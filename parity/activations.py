@@ -18,16 +18,16 @@ import numpy as np
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.reach import reach
+from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.forward import Taken
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.taps import Tap, Values, by_name, is_state
-from golden.archive import Golden, open_golden
-from golden.layout import INPUT, STREAMS
-from golden.noise import Mode
-from golden.reach import reach
-from parity.comparison import Comparison
-from parity.forward import Taken
-from parity.metrics import Verdict
-from parity.report import Report, TapResult
-from parity.tolerances import LIMITS, UNIT
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -47,7 +47,9 @@ def compare_activations(
     dtype: str | None = None,
     name: str = "activations",
 ) -> Report:
-    """Compare arrays of another implementation with a golden, tap by tap, as :func:`parity.run.run` compares ours.
+    """Compare arrays of another implementation with a golden, tap by tap.
+
+    The limits are those of :func:`dsv4_convert.parity.run.run`, which compares our own.
 
     Args:
         activations: by tap name, full (``layers.3.attn.q_rope``, ``logits``) or, with ``layer``, within it
@@ -119,7 +121,7 @@ class Expected:
     """
 
     def __init__(self, golden: Golden | Path | str, *, dtype: str | None = None) -> None:
-        """Raises as :func:`golden.archive.open_golden`."""
+        """Raises as :func:`dsv4_convert.golden.archive.open_golden`."""
         self.golden = golden if isinstance(golden, Golden) else open_golden(golden)
         self.config: Config = self.golden.config
         self.tokens: Array = self.golden.tokens
@@ -188,8 +190,8 @@ def as_text(report: Report, *, width: int = 100) -> str:
     """The verdict, then the tables of what does not pass: plain text."""
     from rich.console import Console
 
-    from parity.explain import verdict
-    from parity.render import render
+    from dsv4_convert.parity.explain import verdict
+    from dsv4_convert.parity.render import render
 
     out = StringIO()
     console = Console(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)

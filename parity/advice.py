@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from golden.noise import Mode
-from parity.metrics import Verdict
-from parity.report import Descent, Report
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Descent, Report
 
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "

@@ -15,8 +15,8 @@
     }
 
 One line per tap, sorted, every number rounded up to three digits: a second run on the same machine writes the same
-bytes. How far a number may move before it is a growth is in :data:`parity.tolerances.BANDS`. What a run is compared
-with, and what becomes of it, is in :mod:`parity.gate`.
+bytes. :data:`dsv4_convert.parity.tolerances.BANDS` says how far a number may move before it is a growth.
+:mod:`dsv4_convert.parity.gate` compares a run with it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 from dsv4_convert.checkpoint.strict_json import read_object
 from dsv4_convert.disk import nearest_folder
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.noise import MODES
+from dsv4_convert.parity.metrics import Multiples
+from dsv4_convert.parity.tolerances import BANDS, UNIT
 from dsv4_convert.taps import by_name
-from golden.archive import Golden
-from golden.noise import MODES
-from parity.metrics import Multiples
-from parity.tolerances import BANDS, UNIT
 
 SCHEMA_VERSION = 1
 #: Of a golden whose tokens were all compared.

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from parity.floor import Floor
-from parity.metrics import Verdict
-from parity.tolerances import Limits
+from dsv4_convert.parity.floor import Floor
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 

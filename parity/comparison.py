@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.archive import Golden, View
+from dsv4_convert.golden.layout import DTYPES, calls, rows_of
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.choices import Scores, compare_choices
+from dsv4_convert.parity.detail import Detail, Piece
+from dsv4_convert.parity.floor import Floor, floor_of, row_sizes
+from dsv4_convert.parity.forward import Taken
+from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
+from dsv4_convert.parity.report import TapResult
+from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.taps import Tap, Values, by_name, full_name, is_state, taps_of
-from golden.archive import Golden, View
-from golden.layout import DTYPES, calls, rows_of
-from golden.noise import Mode
-from parity.choices import Scores, compare_choices
-from parity.detail import Detail, Piece
-from parity.floor import Floor, floor_of, row_sizes
-from parity.forward import Taken
-from parity.metrics import Verdict, compare, mismatch, rows_beyond
-from parity.report import TapResult
-from parity.tolerances import LIMITS, UNIT, release_unit
 
 Array = np.ndarray[Any, Any]
 

@@ -12,17 +12,17 @@ from collections.abc import Iterable
 import numpy as np
 
 from dsv4_convert.config import Config
+from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.noise import Mode
 from dsv4_convert.names import parameters
 from dsv4_convert.parameters import Parameters
+from dsv4_convert.parity.blame import differing_weights
+from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.forward import Forward, Taken
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Descent, TapResult
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.taps import by_name
-from golden.layout import INPUT, STREAMS
-from golden.noise import Mode
-from parity.blame import differing_weights
-from parity.comparison import Comparison
-from parity.forward import Forward, Taken
-from parity.metrics import Verdict
-from parity.report import Descent, TapResult
 
 
 def descend(

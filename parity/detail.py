@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.config import Config
+from dsv4_convert.golden.archive import Form, Golden
+from dsv4_convert.golden.layout import STREAMS
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.floor import Floor
+from dsv4_convert.parity.logits import Position
+from dsv4_convert.parity.metrics import element_multiples, row_multiples
+from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.taps import by_name, is_state
-from golden.archive import Form, Golden
-from golden.layout import STREAMS
-from golden.noise import Mode
-from parity.floor import Floor
-from parity.logits import Position
-from parity.metrics import element_multiples, row_multiples
-from parity.tolerances import LIMITS
 
 Array = np.ndarray[Any, Any]
 
@@ -96,7 +96,7 @@ class Sample:
 
 
 class Detail:
-    """Filled by :func:`parity.run.run` as it goes.
+    """Filled by :func:`dsv4_convert.parity.run.run` as it goes.
 
     Attributes:
         prompt: what the positions mean.

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsv4_convert.errors import UsageError
-from golden.archive import Golden
-from parity.comparison import Comparison
-from parity.metrics import Verdict
-from parity.report import TapResult
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import TapResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

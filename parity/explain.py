@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from dsv4_convert.golden.archive import Form
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.parity.metrics import Distance, Verdict
+from dsv4_convert.parity.report import Descent, Gate, Grown, Report, TapResult
 from dsv4_convert.taps import by_name
-from golden.archive import Form
-from golden.noise import Mode
-from golden.reach import LayerReach
-from parity.metrics import Distance, Verdict
-from parity.report import Descent, Gate, Grown, Report, TapResult
 
 #: Weights, operations or experts that a sentence names before it counts the others.
 _NAMED = 3

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.noise import PEAK, RMS
+from dsv4_convert.golden.noise import PEAK, RMS
 
 Array = np.ndarray[Any, Any]
 

@@ -1,6 +1,6 @@
 """Running the JAX model layer by layer, with one layer's weights in memory and of its routed experts one at a time.
 
-Several processes share the devices of a mesh, and the experts; see :mod:`parity.devices`.
+Several processes share the devices of a mesh, and the experts; see :mod:`dsv4_convert.parity.devices`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_convert.config import Config
+from dsv4_convert.golden.layout import calls, joined, rows_of
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.mlp import weighted
@@ -22,12 +23,11 @@ from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parameters import Parameters
+from dsv4_convert.parity.devices import Devices
+from dsv4_convert.parity.state import state_after
 from dsv4_convert.restore import restore_block
 from dsv4_convert.store.layout import Region
 from dsv4_convert.taps import by_name, is_state
-from golden.layout import calls, joined, rows_of
-from parity.devices import Devices
-from parity.state import state_after
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)

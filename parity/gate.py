@@ -1,4 +1,4 @@
-"""Judging a run by a baseline (:mod:`parity.baseline`): what has grown, although it is within tolerance.
+"""Judging a run by a baseline (:mod:`dsv4_convert.parity.baseline`): what has grown, although it is within tolerance.
 
 Tolerances hold for every healthy model on every machine, so they are wide. A baseline knows what *this* model's errors
 were with this golden, on this platform, and so notices a computation that became a few times less exact.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import UsageError
-from golden.archive import Form, Golden
-from parity.baseline import ALL, Baseline, Key, Numbers, open_baseline, rounded, tightened, write_baseline
-from parity.report import Gate, Grown, Report, TapResult, Unrecorded
-from parity.tolerances import BANDS, BANDS_OF_FEW, FEW, Band
+from dsv4_convert.golden.archive import Form, Golden
+from dsv4_convert.parity.baseline import ALL, Baseline, Key, Numbers, open_baseline, rounded, tightened, write_baseline
+from dsv4_convert.parity.report import Gate, Grown, Report, TapResult, Unrecorded
+from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, FEW, Band
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

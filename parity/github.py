@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from golden.noise import Mode
-from parity.explain import growth, growth_numbers, verdict, why
-from parity.metrics import Verdict
-from parity.report import Report, TapResult
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import growth, growth_numbers, verdict, why
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, TapResult
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from xml.etree import ElementTree as ET
 
-from golden.noise import Mode
-from parity.explain import growth, missed, verdict, why
-from parity.metrics import Verdict
-from parity.report import Grown, Report, TapResult
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import growth, missed, verdict, why
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Grown, Report, TapResult
 
 #: What XML 1.0 cannot hold, not even escaped.
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.archive import View
+from dsv4_convert.golden.archive import View
 
 Array = np.ndarray[Any, Any]
 

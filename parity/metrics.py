@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from parity.floor import Floor
-from parity.tolerances import Limits
+from dsv4_convert.parity.floor import Floor
+from dsv4_convert.parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ class Verdict(StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Multiples:
-    """An error in multiples of the noise floor, as :mod:`parity.tolerances` defines them."""
+    """An error in multiples of the noise floor, as :mod:`dsv4_convert.parity.tolerances` defines them."""
 
     tap: float
     row: float

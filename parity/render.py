@@ -9,12 +9,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, verdict, why
+from dsv4_convert.parity.logits import TOP, LogitsComparison
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Gate, Growth, Report, TapResult
 from dsv4_convert.tables import fitted
-from golden.noise import Mode
-from parity.explain import growth_numbers, missed, noise_floor, verdict, why
-from parity.logits import TOP, LogitsComparison
-from parity.metrics import Verdict
-from parity.report import Gate, Growth, Report, TapResult
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 #: Taps that are listed of a layer where not all are.

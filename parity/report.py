@@ -1,4 +1,7 @@
-"""The outcome of a parity run, as data. Words are in :mod:`parity.explain`, tables in :mod:`parity.render`."""
+"""The outcome of a parity run, as data.
+
+Words are in :mod:`dsv4_convert.parity.explain`, tables in :mod:`dsv4_convert.parity.render`.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from dsv4_convert.golden.archive import Form
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.parity.blame import WeightDifference
+from dsv4_convert.parity.choices import Flips
+from dsv4_convert.parity.detail import Detail
+from dsv4_convert.parity.logits import LogitsComparison
+from dsv4_convert.parity.metrics import Distance, Verdict
+from dsv4_convert.parity.secrets import all_without_secrets
+from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.taps import by_name
-from golden.archive import Form
-from golden.noise import Mode
-from golden.reach import LayerReach
-from parity.blame import WeightDifference
-from parity.choices import Flips
-from parity.detail import Detail
-from parity.logits import LogitsComparison
-from parity.metrics import Distance, Verdict
-from parity.secrets import all_without_secrets
-from parity.tolerances import Limits
 
 SCHEMA_VERSION = 3
 #: The most severe first.

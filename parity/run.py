@@ -15,28 +15,28 @@ import numpy as np
 from dsv4_convert.config import Config
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.reach import reach
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.names import check_layers
 from dsv4_convert.parameters import Parameters
+from dsv4_convert.parity.baseline import check_writable, open_baseline
+from dsv4_convert.parity.comparison import Comparison, Phase
+from dsv4_convert.parity.descent import blame_first, descend
+from dsv4_convert.parity.detail import Detail
+from dsv4_convert.parity.devices import Devices
+from dsv4_convert.parity.forward import Forward, Taken
+from dsv4_convert.parity.gate import Request, gated
+from dsv4_convert.parity.logits import LogitsComparison, every_position, summary
+from dsv4_convert.parity.metrics import Verdict, noise_multiple
+from dsv4_convert.parity.report import Descent, Growth, Report, TapResult
+from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.store import ALONE, Processes
 from dsv4_convert.taps import full_name, select, taps_of
-from golden.archive import Golden, open_golden
-from golden.layout import INPUT, STREAMS
-from golden.noise import MODES, Mode
-from golden.reach import reach
-from parity.baseline import check_writable, open_baseline
-from parity.comparison import Comparison, Phase
-from parity.descent import blame_first, descend
-from parity.detail import Detail
-from parity.devices import Devices
-from parity.forward import Forward, Taken
-from parity.gate import Request, gated
-from parity.logits import LogitsComparison, every_position, summary
-from parity.metrics import Verdict, noise_multiple
-from parity.report import Descent, Growth, Report, TapResult
-from parity.tolerances import LIMITS, UNIT
 
 Array = np.ndarray[Any, Any]
 
@@ -423,7 +423,8 @@ def _same_architecture(ours: Config, theirs: Config, golden: Path | str) -> None
 
 def _platform(dtype: str, precision: Precision) -> dict[str, Any]:
     device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in ("dsv4", "jax", "jaxlib", "flax")}
+    packages = {"dsv4": "dsv4-convert", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
     return {
         "backend": jax.default_backend(),
         "device": device.device_kind,

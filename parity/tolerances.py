@@ -1,8 +1,8 @@
 """How far a tap may lie from its golden, in multiples of the noise floor. The only place where a tolerance is written.
 
-A golden carries its noise floor (:mod:`golden.noise`): per token, how far legal rounding moves the reference itself. An
-error is quoted as a multiple of that floor, in three ways, and each has one limit, the same for every tap, dtype, mode
-and width:
+A golden carries its noise floor (:mod:`dsv4_convert.golden.noise`): per token, how far legal rounding moves the
+reference itself. An error is quoted as a multiple of that floor, in three ways, and each has one limit, the same for
+every tap, dtype, mode and width:
 
 * ``tap``: rms of the error over the whole tap, over rms of the floor. Finds an error that is everywhere and small.
 * ``row``: the same within the worst row, which is one token or one compressed entry. Finds a wrong token.
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from golden.noise import Mode
+from dsv4_convert.golden.noise import Mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class Band:
         return max(self.times * recorded, self.least)
 
 
-#: Bands of a baseline (:mod:`parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the share of its
-#: tokens that chose otherwise, all of them ties.
+#: Bands of a baseline (:mod:`dsv4_convert.parity.gate`): for each measure of a tap, and of a choice for ``tokens``, the
+#: share of its tokens that chose otherwise, all of them ties.
 #:
 #: Derivation. One machine was made to compute as others do: one thread or core, a mesh of two devices, levels of
 #: XLA's optimisation, SSE4.2 (which has no fused multiply-add), AVX, AVX2 and AVX-512, three widths of vectors, other

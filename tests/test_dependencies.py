@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("dsv4_convert", "parity", "golden")
 
 #: Room -> rooms that it may import from, besides itself. Rooms are the packages below dsv4_convert, its plain modules
-#: (``facts``), and the two packages beside it.
+#: (``facts``), and the two packages that are links to folders beside it.
 FACTS = frozenset(
     {"config", "coverage", "disk", "errors", "foreign", "limits", "locks", "maxtext", "names", "strict_json", "tables"}
     | {"taps", "unfinished", "units"}
@@ -91,8 +92,7 @@ def _imports(path: Path) -> Iterator[str]:
 def _room(module: str) -> str | None:
     """The room of a dotted module name; None for a foreign one."""
     parts = module.split(".")
-    if parts[0] in ("parity", "golden"):
-        return parts[0]
+    assert parts[0] not in ("parity", "golden"), f"{module}: these packages are installed as dsv4_convert.{parts[0]}"
     if parts[0] != "dsv4_convert":
         return None
     if parts[1:] == ["__main__"]:
@@ -103,7 +103,8 @@ def _room(module: str) -> str | None:
 
 
 def _module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return name if name.startswith("dsv4_convert") else f"dsv4_convert.{name}"
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -145,7 +146,8 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
         "import dsv4_convert.convert, dsv4_convert.restore, dsv4_convert.store.orbax_commit\n"
-        "import parity.run, parity.render, golden.archive, golden.synthetic"
+        "import dsv4_convert.parity.run, dsv4_convert.parity.render\n"
+        "import dsv4_convert.golden.archive, dsv4_convert.golden.synthetic"
     )
     assert {"jax", "flax", "orbax"} <= loaded
     assert not {"torch", "transformers", "matplotlib", "jinja2"} & loaded
@@ -164,7 +166,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_the_package_itself_loads_nothing() -> None:
     assert not HEAVY & _loaded("import dsv4_convert")
     # pytest loads it in every project where dsv4 is installed.
-    assert not (HEAVY | {"parity", "golden", "rich"}) & _loaded("import dsv4_convert.pytest_plugin")
+    assert not (HEAVY | {"rich"}) & _loaded("import dsv4_convert.pytest_plugin")
     assert {"jax", "flax"} <= _loaded("from dsv4_convert import Model")
 
 
@@ -185,3 +187,16 @@ def test_completion_knows_words_and_loads_nothing_heavy() -> None:
         "    assert word in out.getvalue(), (shell, out.getvalue())\n"
     )
     assert not HEAVY & _loaded(code)
+
+
+def test_a_users_own_modules_may_have_the_names_of_our_folders(tmp_path: Path) -> None:
+    """``parity`` and ``golden`` lie beside ``dsv4_convert`` here, and inside it where it is imported and installed."""
+    for name in ("parity", "golden"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import golden, parity\n"
+        "from dsv4_convert import Golden, open_golden, run_parity\n"
+        "assert golden.MINE and parity.MINE\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

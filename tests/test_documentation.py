@@ -29,9 +29,9 @@ from typer.testing import CliRunner
 import dsv4_convert
 from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.names import RULES, STAGE_RULES
 from dsv4_convert.taps import STATE, TAPS
-from golden.synthetic import tiny_config, write_checkpoint
 
 from .checkpoint.hub_server import LoopbackHub
 from .documentation import LOOKED_AT, RUN, Block, Command, blocks, commands, inline_commands, leaves, parse, unlike

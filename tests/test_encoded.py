@@ -17,12 +17,12 @@ from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.layers import ScannedLayers
 from dsv4_convert.model.segments import segments
 from dsv4_convert.restore import restore_model
-from golden.synthetic import Form, tiny_config, write_checkpoint
 
 #: Blocks of scales are cut off, and cross from one output group into the next; two layers share a program.
 CHANGES: dict[str, Any] = {

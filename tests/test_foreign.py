@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from dsv4_convert.convert import hf_to_orbax
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "golden" / "data" / "tiny"

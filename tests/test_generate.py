@@ -18,8 +18,8 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.generate import Generator, Sampling, _drawn
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.restore import restore_model
-from golden.synthetic import tiny_config, write_checkpoint
 
 #: The same for every test, so that the generator's two programs serve them all.
 NEW = 24

@@ -28,9 +28,9 @@ from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.names import parameters
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 DATA = Path(__file__).parent / "data" / "configs"
 FLASH = Config.from_file(DATA / "DeepSeek-V4-Flash.json")

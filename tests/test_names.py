@@ -97,7 +97,7 @@ def test_saved_names_are_those_of_save_pretrained(tmp_path: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, DeepseekV4Config
 
-    from golden.synthetic import tiny_config
+    from dsv4_convert.golden.synthetic import tiny_config
 
     raw = tiny_config(torch_dtype="float32")
     AutoModelForCausalLM.from_config(DeepseekV4Config(**raw)).save_pretrained(tmp_path)

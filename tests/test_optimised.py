@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "tiny"
 

@@ -11,9 +11,9 @@ import pytest
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
 from dsv4_convert.names import parameters
 from dsv4_convert.published import PublishedWeights
-from golden.synthetic import Form, tiny_config, write_checkpoint
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)

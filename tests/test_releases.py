@@ -14,7 +14,7 @@ from dsv4_convert.checkpoint import Checkpoint, TensorEntry, TensorInfo, write_i
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, plan
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 from .cli.test_commands import GOLDEN, dsv4
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv4_convert.convert import Storage, hf_to_orbax
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 from .processes import end, start, together
 

@@ -23,12 +23,12 @@ from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import UsageError
 from dsv4_convert.generate import Generator, Sampling
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model, Taps
+from dsv4_convert.parity.run import run
 from dsv4_convert.restore import restore_model
 from dsv4_convert.speculate import Drafts
 from dsv4_convert.store import open_store
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.run import run
 
 #: Past the window of 16 and blocks of 4 and 128 while the new tokens come; 1 leaves nothing to read before.
 NEW = 24

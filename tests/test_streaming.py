@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.large
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from benchmarks.audit import is_allowed, licences
 from dsv4_convert.cli import app
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dsv4_convert", "parity", "golden")

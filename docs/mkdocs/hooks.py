@@ -245,7 +245,7 @@ def _config(name: str) -> Path:
 
 
 def _limits() -> str:
-    from parity.tolerances import LIMITS
+    from dsv4_convert.parity.tolerances import LIMITS
 
     return table(["measure", "noise floors that pass"], [[k, f"{v:g}"] for k, v in dataclasses.asdict(LIMITS).items()])
 

@@ -152,7 +152,8 @@ class Slice:
             raise UsageError(f"topology {self.layout}: {error}") from error
         except RuntimeError as error:
             raise ResourceError(
-                "the compiler for TPUs is not installed; pip install 'dsv4[tpu]' brings it (libtpu, which needs no TPU)"
+                "the compiler for TPUs is not installed; pip install 'dsv4-convert[tpu]' brings it "
+                "(libtpu, which needs no TPU)"
             ) from error
         return list(found.devices)
 

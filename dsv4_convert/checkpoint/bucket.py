@@ -146,7 +146,7 @@ def _place(url: str) -> Any:
             if not place.exists():
                 raise BadInput(f"{url}: no such folder in the bucket; check the path and the permissions")
     except ImportError as error:
-        raise UsageError(f"{url}: {error}: pip install 'dsv4[gs]'") from error
+        raise UsageError(f"{url}: {error}: pip install 'dsv4-convert[gs]'") from error
     return place
 
 

@@ -80,8 +80,8 @@ def generate(
     from dsv4_convert.converted import Weights
     from dsv4_convert.errors import UsageError
     from dsv4_convert.generate import Generator, Sampling
+    from dsv4_convert.golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
     from dsv4_convert.restore import restore_model
-    from golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
 
     if (prompt is None) == (tokens is None):
         raise UsageError("a prompt is needed: --prompt TEXT or --tokens IDS")

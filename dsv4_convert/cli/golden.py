@@ -23,9 +23,9 @@ from dsv4_convert.cli.download import fetch
 from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
-    from golden.archive import Golden as Opened
-    from golden.plan import Plan
-    from golden.reach import LayerReach
+    from dsv4_convert.golden.archive import Golden as Opened
+    from dsv4_convert.golden.plan import Plan
+    from dsv4_convert.golden.reach import LayerReach
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
@@ -87,15 +87,15 @@ def record(
     Or DeepSeek's own inference code, which quantises activations on the way: --reference release --release-code DIR.
     parity then runs the model with the same numerics.
 
-    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4[reference]'.
+    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert[reference]'.
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
     from dsv4_convert.checkpoint import open_checkpoint
     from dsv4_convert.errors import UsageError
-    from golden.compact import Compact
-    from golden.recorder import record as record_golden
-    from golden.tokens import prompt_tokens
+    from dsv4_convert.golden.compact import Compact
+    from dsv4_convert.golden.recorder import record as record_golden
+    from dsv4_convert.golden.tokens import prompt_tokens
 
     if (parse_choice("--reference", reference, ("transformers", "release")) == "release") != (release_code is not None):
         raise UsageError("--reference release and --release-code DIR belong together: the folder holds the reference")
@@ -164,9 +164,9 @@ def compact(
 
     Example: dsv4 golden compact ./flash-golden --out ./flash-golden-small --exact 0,128,-1
     """
-    from golden.archive import open_golden
-    from golden.compact import Compact
-    from golden.shrink import shrink
+    from dsv4_convert.golden.archive import open_golden
+    from dsv4_convert.golden.compact import Compact
+    from dsv4_convert.golden.shrink import shrink
 
     with status("compacting") as say:
         say("opening")
@@ -187,8 +187,8 @@ def show(
 
     Example: dsv4 golden show ./flash-golden
     """
-    from golden.archive import open_golden
-    from golden.reach import reach
+    from dsv4_convert.golden.archive import open_golden
+    from dsv4_convert.golden.reach import reach
 
     with status("golden") as say:
         say("opening")
@@ -252,7 +252,7 @@ def verify(
     Example: dsv4 golden verify ./flash-golden
     """
     from dsv4_convert.errors import CheckFailed, listed
-    from golden.archive import open_golden
+    from dsv4_convert.golden.archive import open_golden
 
     opened = open_golden(golden)
     with byte_progress("verifying") as progress:
@@ -274,8 +274,8 @@ def diff(
     Example: dsv4 golden diff ./golden-5.23 ./golden-5.24
     """
     from dsv4_convert.errors import CheckFailed
-    from golden.archive import open_golden
-    from parity.diff import diff as compare
+    from dsv4_convert.golden.archive import open_golden
+    from dsv4_convert.parity.diff import diff as compare
 
     with status("comparing") as say:
         say("opening")
@@ -308,7 +308,7 @@ def make_checkpoint(
 
     Example: dsv4 golden make-checkpoint ./tiny
     """
-    from golden.synthetic import make_checkpoint as make
+    from dsv4_convert.golden.synthetic import make_checkpoint as make
 
     with byte_progress("writing") as progress:
         total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)

@@ -15,7 +15,7 @@ from dsv4_convert.cli.common import console, write_json
 from dsv4_convert.cli.destination import append_text, check_destination, write_text
 
 if TYPE_CHECKING:
-    from parity.report import Report
+    from dsv4_convert.parity.report import Report
 
 Junit = Annotated[
     Path | None,
@@ -55,16 +55,16 @@ class Outputs:
 
     def write(self, report: Report, *, every_tap: bool, explained: bool, decode: Callable[[int], str]) -> None:
         """Write a report wherever it is wanted. Raises :class:`ResourceError` for a file that cannot be written."""
-        from parity.explain import verdict
-        from parity.render import render
+        from dsv4_convert.parity.explain import verdict
+        from dsv4_convert.parity.render import render
 
         write_json(report.to_json(verdict(report)), self.json)
         if self.junit is not None:
-            from parity.junit import junit
+            from dsv4_convert.parity.junit import junit
 
             write_text("--junit", self.junit, junit(report))
         if self.page is not None:
-            from parity.html.page import Run, page
+            from dsv4_convert.parity.html.page import Run, page
 
             write_text("--report", self.page, page(report, Run.now(), decode))
         render(report, console(err=self.json == "-"), every_tap=every_tap, explained=explained, decode=decode)
@@ -72,7 +72,7 @@ class Outputs:
             self._annotate(report)
 
     def _annotate(self, report: Report) -> None:
-        from parity.github import commands, summary
+        from dsv4_convert.parity.github import commands, summary
 
         for line in commands(report):
             print(line, file=sys.stderr if self.json == "-" else sys.stdout)

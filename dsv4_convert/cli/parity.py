@@ -149,11 +149,11 @@ def parity(
     layers = parse_layers(layer)
     bits = parse_choice("--precision", precision, ("highest", "high", "default"))
     select_platform(platform)
-    from golden.noise import MODES, Mode
-    from golden.tokens import token_decoder
-    from parity.comparison import Phase
-    from parity.gate import request
-    from parity.run import run
+    from dsv4_convert.golden.noise import MODES, Mode
+    from dsv4_convert.golden.tokens import token_decoder
+    from dsv4_convert.parity.comparison import Phase
+    from dsv4_convert.parity.gate import request
+    from dsv4_convert.parity.run import run
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
     outputs = Outputs(json=json, junit=junit, github=github, page=page)

@@ -226,7 +226,7 @@ def _metadata(planned: Plan, origin: Mapping[str, Any], accounts: Mapping[str, A
     """What travels in the manifest: enough to read the checkpoint without its source, and to find that source again."""
     return {
         "format": "dsv4",
-        "dsv4_version": importlib.metadata.version("dsv4"),
+        "dsv4_version": importlib.metadata.version("dsv4-convert"),
         "names_table": TABLE_VERSION,
         "dialect": planned.dialect.value,
         "storage": planned.storage.value,

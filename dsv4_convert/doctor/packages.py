@@ -13,6 +13,9 @@ from packaging.specifiers import SpecifierSet
 
 from dsv4_convert.doctor.finding import Finding, State
 
+#: The name under which an installer knows dsv4.
+DISTRIBUTION = "dsv4-convert"
+
 #: What each extra of ``pyproject.toml`` is for. The core is for everything.
 EXTRAS: Mapping[str, str] = {
     "reference": "golden record",
@@ -39,10 +42,10 @@ class Asked:
         file = Path(__file__).parents[2] / "pyproject.toml"
         if file.is_file():
             project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-            if project["name"] == "dsv4":
+            if project["name"] == DISTRIBUTION:
                 extras = {name: tuple(lines) for name, lines in project["optional-dependencies"].items()}
                 return cls(python=project["requires-python"], core=tuple(project["dependencies"]), extras=extras)
-        metadata = importlib.metadata.metadata("dsv4")
+        metadata = importlib.metadata.metadata(DISTRIBUTION)
         lines = tuple(metadata.get_all("Requires-Dist") or ())
         return cls(
             python=metadata["Requires-Python"],
@@ -88,7 +91,7 @@ def check_packages(asked: Asked, python: str) -> Iterator[Finding]:
             state=State.MISSING if problems else State.OK,
             found="; ".join(f"{requirement.name} {found}" for requirement, found in problems) or there,
             commands=EXTRAS.get(extra, "an extra"),
-            way_out=f"python -m pip install 'dsv4[{extra}]'" if problems else None,
+            way_out=f"python -m pip install '{DISTRIBUTION}[{extra}]'" if problems else None,
         )
 
 

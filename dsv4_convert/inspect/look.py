@@ -9,6 +9,9 @@ from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.archive import open_golden
+from dsv4_convert.golden.manifest import MANIFEST_NAME
+from dsv4_convert.golden.writer import REQUEST_NAME
 from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted, inspect_export
 from dsv4_convert.inspect.published import inspect_folder, inspect_opened
 from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
@@ -17,9 +20,6 @@ from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.layout import MANIFEST_FILE
 from dsv4_convert.store.staging import EXPORT_STATE
 from dsv4_convert.unfinished import folder_of
-from golden.archive import open_golden
-from golden.manifest import MANIFEST_NAME
-from golden.writer import REQUEST_NAME
 
 #: Called with what is being done, for somebody who waits.
 Say = Callable[[str], None]

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.compact import is_kept_part
+from dsv4_convert.golden.manifest import Reference, Request, Source, layer_file
+from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
+from dsv4_convert.golden.reach import reach
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.strict_json import parse_object
 from dsv4_convert.unfinished import destination_of
 from dsv4_convert.units import ranges
-from golden.archive import Golden
-from golden.compact import is_kept_part
-from golden.manifest import Reference, Request, Source, layer_file
-from golden.noise import RUN_DTYPES, is_noise
-from golden.reach import reach
 
 
 def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:

@@ -53,7 +53,7 @@ def bucket_path(url: str) -> AnyPath:
         path = epath.Path(url)
         path.exists()
     except ImportError as error:
-        raise UsageError(f"{url}: {error}: pip install 'dsv4[gs]'") from error
+        raise UsageError(f"{url}: {error}: pip install 'dsv4-convert[gs]'") from error
     except Exception as error:
         raise ResourceError(f"{url}: cannot be reached: {error}") from error
     return path

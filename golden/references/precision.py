@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-from golden.references.probes import WithinForward
+from dsv4_convert.golden.references.probes import WithinForward
 
 Array = np.ndarray[Any, Any]
 

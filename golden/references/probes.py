@@ -252,7 +252,7 @@ def recording(
     if problems:
         raise Dsv4Error(
             "transformers computes DeepSeek-V4 in another way than the recorder knows; install the version that it was "
-            f"written for (`pip install 'dsv4[reference]'`). Taps that differ:\n{listed(problems)}"
+            f"written for (`pip install 'dsv4-convert[reference]'`). Taps that differ:\n{listed(problems)}"
         )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dsv4_convert.errors import Dsv4Error
+from dsv4_convert.golden.references.precision import as_array
+from dsv4_convert.golden.references.probes import Expected
 from dsv4_convert.taps import is_state
-from golden.references.precision import as_array
-from golden.references.probes import Expected
 
 Array = np.ndarray[Any, Any]
 

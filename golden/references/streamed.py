@@ -29,14 +29,22 @@ from dsv4_convert.config import Attention, Config, Yarn
 from dsv4_convert.coverage import Leaf, Resolution, Source
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of
+from dsv4_convert.golden.manifest import Reference
+from dsv4_convert.golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise
+from dsv4_convert.golden.references.precision import (
+    CHOICES,
+    TORCH,
+    as_array,
+    as_tensor,
+    change_dtype,
+    choosing,
+    widened,
+)
+from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
+from dsv4_convert.golden.references.state import state_after
 from dsv4_convert.names import Kind
 from dsv4_convert.taps import by_name, is_state
-from golden.layout import calls, joined, part_of, part_shape, rows_of
-from golden.manifest import Reference
-from golden.noise import MODES, RUN_DTYPES, Mode, Taken, row_noise
-from golden.references.precision import CHOICES, TORCH, as_array, as_tensor, change_dtype, choosing, widened
-from golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
-from golden.references.state import state_after
 
 Array = np.ndarray[Any, Any]
 
@@ -91,7 +99,8 @@ class _Part:
 class StreamedModel:
     """The reference for one prompt. Streams go in and out as ``[B, S, N, D]``, one array for every dtype that runs.
 
-    The golden is the run in float32. Every dtype of ``noise`` adds two runs of each layer (:mod:`golden.noise`).
+    The golden is the run in float32. Every dtype of ``noise`` adds two runs of each layer
+    (:mod:`dsv4_convert.golden.noise`).
     """
 
     def __init__(

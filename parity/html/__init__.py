@@ -1,1 +1,4 @@
-"""The report of a parity run as one page: :func:`parity.html.page.page`. Data, then figures, then the template."""
+"""The report of a parity run as one page: data, then figures, then the template.
+
+:func:`dsv4_convert.parity.html.page.page` makes it.
+"""

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.config import Attention
+from dsv4_convert.golden.layout import STREAMS
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.detail import EDGES, Detail, Prompt, Sample
+from dsv4_convert.parity.logits import Position
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Growth, Report, TapResult
+from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.taps import Values, by_name
-from golden.layout import STREAMS
-from golden.noise import Mode
-from parity.detail import EDGES, Detail, Prompt, Sample
-from parity.logits import Position
-from parity.metrics import Verdict
-from parity.report import Growth, Report, TapResult
-from parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 

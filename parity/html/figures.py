@@ -10,14 +10,14 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity.html.data import Course, Depth, Divergence, Failing, TokenMap
-from parity.html.scale import Scale, power
-from parity.html.shades import shade
-from parity.html.svg import ROLES, new_figure, settings, to_svg
-from parity.html.words import short
-from parity.metrics import Verdict
-from parity.report import Growth
-from parity.tolerances import LIMITS
+from dsv4_convert.parity.html.data import Course, Depth, Divergence, Failing, TokenMap
+from dsv4_convert.parity.html.scale import Scale, power
+from dsv4_convert.parity.html.shades import shade
+from dsv4_convert.parity.html.svg import ROLES, new_figure, settings, to_svg
+from dsv4_convert.parity.html.words import short
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Growth
+from dsv4_convert.parity.tolerances import LIMITS
 
 #: Units, which a phone shows as about 0.9 pixels and a desk as 1.2; the wide ones scroll.
 _WIDTH = 400

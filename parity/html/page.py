@@ -14,18 +14,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from golden.noise import Mode
-from parity.advice import next_steps
-from parity.explain import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
-from parity.html import figures
-from parity.html.data import PageData, page_data
-from parity.html.shades import SHADES
-from parity.html.table import tables
-from parity.html.words import GLYPHS, broken, coded, flat, short
-from parity.logits import TOP
-from parity.metrics import Verdict
-from parity.report import Report, plain
-from parity.secrets import without_secrets
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.advice import next_steps
+from dsv4_convert.parity.explain import growth_numbers, missed, noise_floor, of_baseline, operation, verdict, why
+from dsv4_convert.parity.html import figures
+from dsv4_convert.parity.html.data import PageData, page_data
+from dsv4_convert.parity.html.shades import SHADES
+from dsv4_convert.parity.html.table import tables
+from dsv4_convert.parity.html.words import GLYPHS, broken, coded, flat, short
+from dsv4_convert.parity.logits import TOP
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, plain
+from dsv4_convert.parity.secrets import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from parity.tolerances import LIMITS
+from dsv4_convert.parity.tolerances import LIMITS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.html.data import kind, multiple
+from dsv4_convert.parity.html.shades import shade
+from dsv4_convert.parity.html.words import GLYPHS, short
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, TapResult
 from dsv4_convert.taps import STATE, TAPS
-from golden.noise import Mode
-from parity.html.data import kind, multiple
-from parity.html.shades import shade
-from parity.html.words import GLYPHS, short
-from parity.metrics import Verdict
-from parity.report import Report, TapResult
 
 _ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from parity.metrics import Verdict
+from dsv4_convert.parity.metrics import Verdict
 
 #: A shape and a word beside every colour.
 GLYPHS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.TIE: "≈", Verdict.EMPTY: "–"}

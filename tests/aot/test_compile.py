@@ -16,8 +16,8 @@ from dsv4_convert.aot.search import usual_mesh
 from dsv4_convert.cli import app
 from dsv4_convert.config import Config
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model.mesh import make_mesh
-from golden.synthetic import tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = CONFIGS / "DeepSeek-V4-Flash.json"
@@ -41,7 +41,7 @@ def test_without_its_compiler_the_command_says_what_to_install(monkeypatch: pyte
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     done = CliRunner().invoke(app, ["compile", "--config", str(FLASH), "--topology", "v5p-8"])
     assert done.exit_code == ResourceError.exit_code
-    assert "pip install 'dsv4[tpu]'" in done.output
+    assert "pip install 'dsv4-convert[tpu]'" in done.output
     assert "Traceback" not in done.output
 
 

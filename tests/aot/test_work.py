@@ -12,7 +12,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4_convert.aot.work import operations
 from dsv4_convert.config import Attention, Config
-from golden.synthetic import tiny_config
+from dsv4_convert.golden.synthetic import tiny_config
 
 RAW = tiny_config(hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4)
 

@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner
 
-import golden as golden_package
+import dsv4_convert.golden as golden_package
 from dsv4_convert.cli import app
 from dsv4_convert.errors import Dsv4Error
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 from tests.checkpoint.hub_server import LoopbackHub
 
 Words = tuple[str, ...]

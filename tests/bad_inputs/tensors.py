@@ -278,7 +278,7 @@ def _wide(place: Place) -> None:
     """A model whose widths are no multiples of 128, and more than one tile."""
     import shutil
 
-    from golden.synthetic import write_checkpoint
+    from dsv4_convert.golden.synthetic import write_checkpoint
 
     from .case import SMALL
 

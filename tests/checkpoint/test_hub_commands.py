@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 from .hub_server import LoopbackHub
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.cli.common import parse_layers
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.units import size
-from golden.synthetic import tiny_config, write_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 COMMANDS = (

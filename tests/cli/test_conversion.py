@@ -15,9 +15,9 @@ from dsv4_convert.cli import app, progress
 from dsv4_convert.cli.common import parse_bytes
 from dsv4_convert.convert import Advance
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import Processes, open_store
 from dsv4_convert.store.processes import KeyValues
-from golden.synthetic import tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
 def dsv4(*arguments: object, exit_code: int = 0) -> tuple[str, str]:

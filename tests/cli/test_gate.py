@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden" / "data" / "tiny"

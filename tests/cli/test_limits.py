@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.limits import TO_COMPUTE, TO_CONVERT
-from golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden" / "data" / "tiny"

@@ -28,11 +28,11 @@ from dsv4_convert.aot.report import Report as CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
 from dsv4_convert.config import Config
+from dsv4_convert.golden.archive import open_golden
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.inspect import Inspection
-from golden.archive import open_golden
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.detail import Detail
-from parity.report import Report
+from dsv4_convert.parity.detail import Detail
+from dsv4_convert.parity.report import Report
 
 from ..checkpoint.hub_server import LoopbackHub
 from .samples import samples
@@ -154,10 +154,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does nothing; what it would give is made up, of its type."""
     import dsv4_convert.aot.search
     import dsv4_convert.generate
+    import dsv4_convert.golden.recorder
+    import dsv4_convert.golden.tokens
+    import dsv4_convert.parity.run
     import dsv4_convert.restore
-    import golden.recorder
-    import golden.tokens
-    import parity.run
     from dsv4_convert.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 
 from dsv4_convert.cli import app, common
 from dsv4_convert.errors import UsageError
+from dsv4_convert.parity.detail import Detail
+from dsv4_convert.parity.render import render
+from dsv4_convert.parity.report import Report
 from dsv4_convert.tables import fitted
-from parity.detail import Detail
-from parity.render import render
-from parity.report import Report
 
 from .samples import samples
 
@@ -217,8 +217,8 @@ def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str, monk
 
 def test_layers_that_a_model_has_not() -> None:
     from dsv4_convert.config import Config
+    from dsv4_convert.golden.synthetic import tiny_config
     from dsv4_convert.names import check_layers
-    from golden.synthetic import tiny_config
 
     with pytest.raises(UsageError, match="layers 5, 7-8: this model has the layers 0 to 3"):
         check_layers(Config.from_hf(tiny_config()), [1, 5, 7, 8])

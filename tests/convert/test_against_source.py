@@ -15,8 +15,8 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.sources import SOURCES_FILE, read_sources
 from dsv4_convert.errors import BadInput
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")

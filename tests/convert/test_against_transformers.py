@@ -21,9 +21,9 @@ from dsv4_convert.config import Config
 from dsv4_convert.convert import Advance, Storage, hf_to_orbax, plan
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.converted import Weights
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.names import RULES, Dialect, Kind, Rule, Transform, explain, parameters, stage_of
 from dsv4_convert.store import ArrayLayout, open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
 

@@ -16,8 +16,8 @@ from dsv4_convert.cli import app
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 URL = "gs://bucket/hf"
 pytestmark = pytest.mark.usefixtures("bucket")

@@ -16,9 +16,9 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput
+from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.golden.synthetic import write_checkpoint as write_source
 from dsv4_convert.store import LeafSpec, Store, open_store, verify, write_checkpoint
-from golden.synthetic import tiny_config
-from golden.synthetic import write_checkpoint as write_source
 
 TABLE = "layers.0.ffn.gate.tid2eid"
 

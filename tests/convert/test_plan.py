@@ -12,7 +12,7 @@ from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Plan, Storage, check_disk, estimate, hf_to_orbax, plan
 from dsv4_convert.errors import ResourceError
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")

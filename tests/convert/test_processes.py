@@ -8,8 +8,8 @@ import pytest
 
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 from ..processes import Ended, together
 

@@ -18,8 +18,8 @@ from dsv4_convert.config import Config
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.sources import read_sources
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 from ..checkpoint.hub_server import LoopbackHub
 

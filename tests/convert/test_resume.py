@@ -17,8 +17,8 @@ import pytest
 
 from dsv4_convert.convert import Advance, Storage, hf_to_orbax
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.store import open_store, verify
-from golden.synthetic import tiny_config, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

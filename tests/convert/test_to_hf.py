@@ -22,8 +22,8 @@ from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.formats import quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.names import Dialect, explain
-from golden.synthetic import tiny_config, write_checkpoint
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 TOKENS = torch.arange(1, 24)[None]

@@ -82,7 +82,7 @@ def test_packages_that_are_absent_old_or_without_their_extra() -> None:
     except importlib.metadata.PackageNotFoundError:
         assert (said["[tpu]"].state, said["[tpu]"].core) == (State.MISSING, False)
         assert "libtpu" in said["[tpu]"].found
-        assert said["[tpu]"].way_out == "python -m pip install 'dsv4[tpu]'"
+        assert said["[tpu]"].way_out == "python -m pip install 'dsv4-convert[tpu]'"
         assert said["[tpu]"].commands == "compile, --platform tpu"
 
 
@@ -107,7 +107,7 @@ def test_an_absent_extra_is_told_and_exits_0(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.metadata, "version", version)
     result = CliRunner().invoke(app, ["doctor", "--offline"])
     assert result.exit_code == 0, result.output
-    assert "[gs]: python -m pip install 'dsv4[gs]'" in result.stdout
+    assert "[gs]: python -m pip install 'dsv4-convert[gs]'" in result.stdout
     assert "the core commands work" in result.stdout
 
 

@@ -27,6 +27,11 @@ from dsv4_convert.checkpoint.index import is_shard_name, read_weight_map
 from dsv4_convert.config import Config
 from dsv4_convert.convert.sources import Shard, Sources, SourceTensor
 from dsv4_convert.errors import BadInput, Dsv4Error, listed
+from dsv4_convert.golden.archive import Golden, digest
+from dsv4_convert.golden.compact import MAX_NUMBERS, Compact
+from dsv4_convert.golden.manifest import Manifest, StoredTap, layer_file
+from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.golden.writer import REQUEST_NAME
 from dsv4_convert.inspect.converted import inspect_conversion
 from dsv4_convert.inspect.recorded import inspect_recording
 from dsv4_convert.store import ArrayLayout, LeafRecord
@@ -35,11 +40,6 @@ from dsv4_convert.store.arrays import StoredArray, encoded_metadata
 from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
 from dsv4_convert.store.staging import Journal
-from golden.archive import Golden, digest
-from golden.compact import MAX_NUMBERS, Compact
-from golden.manifest import Manifest, StoredTap, layer_file
-from golden.synthetic import tiny_config
-from golden.writer import REQUEST_NAME
 
 from .mutation import header_of
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.golden.manifest import Manifest
 from dsv4_convert.strict_json import parse_object
-from golden.manifest import Manifest
 
 from .mutation import mutate
 from .readers import GOLDEN, READERS, Disagreement, accepts

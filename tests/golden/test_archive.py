@@ -19,11 +19,11 @@ from safetensors.numpy import load_file
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from golden.archive import Golden, open_golden
-from golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
-from golden.noise import MODES, noise_name
-from golden.synthetic import random_architecture, tiny_config
-from golden.writer import golden_writer
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.manifest import Manifest, Reference, Request, Source, StoredTap, layer_file
+from dsv4_convert.golden.noise import MODES, noise_name
+from dsv4_convert.golden.synthetic import random_architecture, tiny_config
+from dsv4_convert.golden.writer import golden_writer
 
 _RUN = ("float32", "float64", "bfloat16")
 _REFERENCE = Reference(

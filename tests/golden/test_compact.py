@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.archive import Form, Golden, open_golden
+from dsv4_convert.golden.compact import NUMBERS, Compact
+from dsv4_convert.golden.layout import expected_aliases, stored_arrays
+from dsv4_convert.golden.noise import RUN_DTYPES, Mode
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.taps import Values, by_name
-from golden.archive import Form, Golden, open_golden
-from golden.compact import NUMBERS, Compact
-from golden.layout import expected_aliases, stored_arrays
-from golden.noise import RUN_DTYPES, Mode
-from golden.recorder import record
-from golden.shrink import shrink
-from golden.synthetic import tiny_config, write_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 140)).astype(np.int32)

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.noise import MODES, PEAK, RMS, Mode, row_noise
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.references import precision
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.taps import Values, by_name
-from golden.archive import Golden, open_golden
-from golden.noise import MODES, PEAK, RMS, Mode, row_noise
-from golden.recorder import record
-from golden.references import precision
-from golden.synthetic import tiny_config, write_checkpoint
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (2, 140)).astype(np.int32)
 

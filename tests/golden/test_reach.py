@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from golden.archive import Golden
-from golden.reach import reach
-from golden.recorder import record
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.reach import reach
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
 def _golden(folder: Path, length: int) -> Golden:

@@ -20,12 +20,11 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
-from dsv4_convert.taps import by_name, full_name, taps_of
-from golden.archive import Golden, open_golden
-from golden.noise import Mode
-from golden.plan import Plan
-from golden.recorder import record
-from golden.references.probes import (
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.plan import Plan
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.references.probes import (
     HEAD_PROBES,
     LAYER_PROBES,
     FirstArgument,
@@ -35,7 +34,8 @@ from golden.references.probes import (
     _split_tokens,
     recording,
 )
-from golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.taps import by_name, full_name, taps_of
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
 
@@ -175,7 +175,7 @@ def test_module_names_and_fused_experts_give_the_same_golden(
 def test_the_head_in_pieces_gives_the_same_logits(
     folders: dict[str, Path], golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from golden.references import streamed
+    from dsv4_convert.golden.references import streamed
 
     monkeypatch.setattr(streamed, "HEAD_ROWS", 40)  # of 96: two whole pieces and a shorter one
     pieces = record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
@@ -226,7 +226,7 @@ def test_chosen_layers_only_and_no_head_before_the_end(
 def test_an_interrupted_recording_goes_on(
     folders: dict[str, Path], golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from golden.references import streamed
+    from dsv4_convert.golden.references import streamed
 
     ran: list[int] = []
     original = streamed.StreamedModel.run_layer
@@ -250,7 +250,7 @@ def test_an_interrupted_recording_goes_on(
 def test_another_request_discards_what_an_interrupted_one_left(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from golden.references import streamed
+    from dsv4_convert.golden.references import streamed
 
     with monkeypatch.context() as patch:
         patch.setattr(streamed.StreamedModel, "run_head", lambda *_: 1 / 0)
@@ -264,7 +264,7 @@ def test_a_changed_reference_is_an_error_and_never_a_golden(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if a later transformers did not call the function that a probe watches."""
-    from golden.references import probes
+    from dsv4_convert.golden.references import probes
 
     monkeypatch.setitem(probes.LAYER_PROBES, "hc_attn.pre", probes.FirstArgument("attn_hc", torch.erf))
     with pytest.raises(Dsv4Error, match=r"hc_attn\.pre: not computed"):

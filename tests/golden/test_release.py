@@ -17,16 +17,16 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.references.release import code as release_code
+from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, indexer, mlp, numerics
+from dsv4_convert.parity.forward import Forward
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model
 from dsv4_convert.published import PublishedWeights
-from golden.archive import Golden, open_golden
-from golden.noise import MODES, Mode
-from golden.recorder import record
-from golden.references.release import code as release_code
-from golden.synthetic import write_checkpoint
-from parity.forward import Forward
-from parity.metrics import Verdict
-from parity.run import compare_model
 
 from ..model.test_numerics import RELEASE
 from ..parity.faults.fault import uncompiled

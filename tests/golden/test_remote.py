@@ -13,14 +13,14 @@ import fsspec
 import numpy as np
 import pytest
 
-import golden as golden_package
+import dsv4_convert.golden as golden_package
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from golden import files
-from golden.archive import open_golden
-from golden.noise import Mode
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.run import run
+from dsv4_convert.golden import files
+from dsv4_convert.golden.archive import open_golden
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.parity.run import run
 from tests.memory_bucket import MemoryBucket
 
 COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny"

@@ -12,7 +12,7 @@ from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Stored, resolve
 from dsv4_convert.errors import BadInput, UsageError
-from golden.synthetic import make_checkpoint, random_architecture, tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import make_checkpoint, random_architecture, tiny_config, write_checkpoint
 
 
 def _digest(folder: Path) -> str:
@@ -22,7 +22,7 @@ def _digest(folder: Path) -> str:
 
 def test_the_same_bytes_everywhere(tmp_path: Path) -> None:
     """The committed golden was recorded from these very bytes; its manifest has the hash of every shard."""
-    from golden.archive import open_golden
+    from dsv4_convert.golden.archive import open_golden
 
     write_checkpoint(tmp_path / "tiny", tiny_config(), seed=0)
     recorded = open_golden(Path(__file__).parents[2] / "golden" / "data" / "tiny").manifest.request.source.files

@@ -9,7 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsv4_convert.errors import BadInput, UsageError
-from golden.tokens import check_tokens, encode_text, parse_tokens, prompt_tokens, random_tokens, token_decoder
+from dsv4_convert.golden.tokens import (
+    check_tokens,
+    encode_text,
+    parse_tokens,
+    prompt_tokens,
+    random_tokens,
+    token_decoder,
+)
 
 
 @pytest.mark.parametrize(

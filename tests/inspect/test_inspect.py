@@ -19,14 +19,14 @@ from dsv4_convert.config import Config
 from dsv4_convert.convert import Advance, Storage, hf_to_orbax
 from dsv4_convert.coverage import Stored
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.archive import open_golden
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.inspect import Inspection, Part, Totals, What, inspect
 from dsv4_convert.inspect.parts import PARTS, count_published, part_of
 from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
 from dsv4_convert.names import RULES, STAGE_RULES, Dialect
 from dsv4_convert.store.export_state import Written, write_export_state
-from golden.archive import open_golden
-from golden.synthetic import tiny_config, write_checkpoint
 
 from ..checkpoint.hub_server import LoopbackHub
 

@@ -47,7 +47,7 @@ def exported(*folders: str) -> list[str]:
 
 def golden(*folders: str) -> list[str]:
     """A golden. One that is whole but for its last rename is no half of one."""
-    from golden.archive import open_golden
+    from dsv4_convert.golden.archive import open_golden
 
     def half(folder: str) -> None:
         if not open_golden(folder).verify():

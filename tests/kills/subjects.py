@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import golden
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.unfinished import folder_of
-from golden.synthetic import tiny_config, write_checkpoint
 from tests.kills.runs import Zygote, digests
 
 REPOSITORY_NAME = "org/micro"

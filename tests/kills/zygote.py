@@ -36,18 +36,18 @@ MODULES = (
     "dsv4_convert.generate",
     "dsv4_convert.store.orbax_commit",
     "dsv4_convert.store.orbax_processes",
-    "golden.recorder",
-    "golden.shrink",
-    "golden.tokens",
+    "dsv4_convert.golden.recorder",
+    "dsv4_convert.golden.shrink",
+    "dsv4_convert.golden.tokens",
     "orbax.checkpoint",
-    "parity.explain",
-    "parity.run",
+    "dsv4_convert.parity.explain",
+    "dsv4_convert.parity.run",
     "rich.console",
     "rich.progress",
     "safetensors.numpy",
     "tensorstore",
 )
-REFERENCE = ("torch", "transformers", "golden.references.streamed", "transformers.models.deepseek_v4")
+REFERENCE = ("torch", "transformers", "dsv4_convert.golden.references.streamed", "transformers.models.deepseek_v4")
 
 
 def _prepare(settings: dict[str, Any]) -> None:

@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from dsv4_convert.config import Config
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.axes import partition
 from dsv4_convert.model.mesh import make_mesh
 from dsv4_convert.model.segments import segments
-from golden.synthetic import tiny_config
 from tests.model.weights import random_model
 
 TOKENS, ROOM = 48, 56

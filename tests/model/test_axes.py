@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.synthetic import random_architecture, tiny_config
 from dsv4_convert.model import Model
 from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition
 from dsv4_convert.model.segments import segments
 from dsv4_convert.taps import STATE, TAPS
-from golden.synthetic import random_architecture, tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model, Taps
 from dsv4_convert.taps import by_name
-from golden.synthetic import tiny_config
 
 from .weights import random_model
 

@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
 from dsv4_convert.formats import decode_fp4, decode_fp8
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, Encoded, partitions
 from dsv4_convert.model.routed import ACCELERATOR_TILES, CPU_TILES, packed
 from dsv4_convert.model.source_form import in_source_form
-from golden.synthetic import tiny_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BFLOAT16]

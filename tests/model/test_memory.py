@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
-from golden.synthetic import tiny_config
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))
 

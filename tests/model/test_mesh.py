@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model.mesh import describe_mesh, make_mesh, parse_mesh, suitable_mesh
-from golden.synthetic import tiny_config
 
 
 def test_a_mesh_is_read_in_its_order() -> None:

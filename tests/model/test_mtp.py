@@ -15,13 +15,13 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from dsv4_convert.config import Attention, Config
+from dsv4_convert.golden.references.mtp import StageReference
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.mtp import Stage
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import restore_model
-from golden.references.mtp import StageReference
-from golden.synthetic import tiny_config, write_checkpoint
 
 BATCH = 3
 #: Below the window of 16 tokens, at it, and beyond it by more than as much.

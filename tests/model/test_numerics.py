@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.references.release import kernels
+from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Numerics, numerics
 from dsv4_convert.model.attention import attend_as_released
-from golden.references.release import kernels
-from golden.synthetic import tiny_config
 
 RELEASE = tiny_config(
     hidden_size=128,

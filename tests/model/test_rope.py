@@ -17,7 +17,7 @@ from dsv4_convert.model.rope import frequencies, rotate
 
 @pytest.fixture(scope="module")
 def raw() -> dict[str, Any]:
-    from golden.synthetic import tiny_config
+    from dsv4_convert.golden.synthetic import tiny_config
 
     return tiny_config()
 

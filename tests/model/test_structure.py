@@ -19,7 +19,7 @@ from .weights import random_model
 
 
 def _configs() -> list[Config]:
-    from golden.synthetic import random_architecture, tiny_config
+    from dsv4_convert.golden.synthetic import random_architecture, tiny_config
 
     return [Config.from_hf(raw) for raw in (tiny_config(), *(random_architecture(seed) for seed in range(6)))]
 
@@ -34,7 +34,7 @@ def test_parameters_are_those_of_the_names_table(config: Config) -> None:
 @pytest.fixture(scope="module")
 def model() -> tuple[Config, Callable[..., jax.Array]]:
     """A small model with random weights, as a jitted function of (tokens, taps wanted)."""
-    from golden.synthetic import tiny_config
+    from dsv4_convert.golden.synthetic import tiny_config
 
     config = Config.from_hf(tiny_config())
     graph, weights = random_model(config)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import golden as golden_package
-from golden.synthetic import tiny_config, write_checkpoint
+import dsv4_convert.golden as golden_package
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import numpy as np
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
-from golden.archive import Golden
-from golden.recorder import record
-from golden.synthetic import Form, random_architecture, write_checkpoint
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.synthetic import Form, random_architecture, write_checkpoint
 
 #: Lengths around every boundary: one token, a CSA block, an HCA block, two of them, and longer than any window.
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 257, 301)

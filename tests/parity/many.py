@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from dsv4_convert.converted import Weights
+from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.mesh import parse_mesh
+from dsv4_convert.parity import forward
+from dsv4_convert.parity.devices import Devices
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.run import run
 from dsv4_convert.store import ALONE
 from dsv4_convert.store.orbax_processes import join
-from golden.noise import Mode
-from parity import forward
-from parity.devices import Devices
-from parity.explain import verdict
-from parity.report import Report
-from parity.run import run
 
 #: A CSA layer with learned routing, which has every operation but the hash table's. One, because programs take seconds.
 LAYERS = (3,)

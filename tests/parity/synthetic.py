@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from golden.noise import Mode
-from golden.reach import LayerReach
-from parity.choices import Flips
-from parity.metrics import Distance, Multiples, Verdict
-from parity.report import Report, TapResult
-from parity.tolerances import LIMITS
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.reach import LayerReach
+from dsv4_convert.parity.choices import Flips
+from dsv4_convert.parity.metrics import Distance, Multiples, Verdict
+from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.tolerances import LIMITS
 
 VERSIONS = {"dsv4": "0.1.0", "jax": "0.10.2"}
 

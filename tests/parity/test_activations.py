@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dsv4_convert.errors import UsageError
-from golden.archive import Golden, open_golden
-from golden.compact import Compact
-from golden.shrink import shrink
-from parity.activations import Expected, compare_activations
-from parity.metrics import Verdict
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.parity.activations import Expected, compare_activations
+from dsv4_convert.parity.metrics import Verdict
 
 from .ties import swapped_entries, swapped_expert
 

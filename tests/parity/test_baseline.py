@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from golden.archive import Golden, open_golden
-from golden.noise import Mode
-from parity.baseline import Baseline, open_baseline, rounded, tightened
-from parity.explain import verdict
-from parity.gate import Request, gated, request
-from parity.metrics import Verdict
-from parity.report import Report, TapResult
-from parity.run import run as run_parity
-from parity.tolerances import BANDS
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.baseline import Baseline, open_baseline, rounded, tightened
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.gate import Request, gated, request
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report, TapResult
+from dsv4_convert.parity.run import run as run_parity
+from dsv4_convert.parity.tolerances import BANDS
 
 from .synthetic import choice, empty, real, report
 
@@ -214,7 +214,7 @@ def test_a_file_says_what_was_written(numbers: dict[str, tuple[float, float, flo
 
 
 def _key(parts: tuple[str, ...]) -> Any:
-    from parity.baseline import Key
+    from dsv4_convert.parity.baseline import Key
 
     return Key(*parts)
 
@@ -278,7 +278,7 @@ def test_what_could_not_be_recorded_is_refused_before_the_run(tiny: Path, golden
     (tmp_path / "file").write_text("")
     wanted = Request(path=tmp_path / "deep" / "b.json", update=True)
     absent = dataclasses.replace(wanted, path=tmp_path / "file" / "b.json")
-    with patch("parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.compare_model", side_effect=AssertionError("it is refused before the run")):
         with pytest.raises(ResourceError, match=r"b\.json: the baseline cannot be written \(.*file is no folder\)"):
             run_parity(None, golden, source=tiny, baseline=absent)
         with (

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from parity.choices import Scores, compare_choices
-from parity.floor import Floor, floor_of, row_sizes
-from parity.metrics import Verdict, compare
-from parity.tolerances import LIMITS
+from dsv4_convert.parity.choices import Scores, compare_choices
+from dsv4_convert.parity.floor import Floor, floor_of, row_sizes
+from dsv4_convert.parity.metrics import Verdict, compare
+from dsv4_convert.parity.tolerances import LIMITS
 
 finite = hnp.arrays(
     np.float32,

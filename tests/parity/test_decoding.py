@@ -16,21 +16,21 @@ from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import attention, compressor
+from dsv4_convert.parity import forward
+from dsv4_convert.parity.activations import compare_activations
+from dsv4_convert.parity.comparison import Phase
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.run import compare_model
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.taps import full_name, state_of
-from golden.archive import Golden, open_golden
-from golden.compact import Compact
-from golden.noise import MODES, Mode
-from golden.recorder import record
-from golden.shrink import shrink
-from golden.synthetic import tiny_config, write_checkpoint
-from parity import forward
-from parity.activations import compare_activations
-from parity.comparison import Phase
-from parity.metrics import Verdict
-from parity.report import Report
-from parity.run import compare_model
 
 from .ties import swapped_expert
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dsv4_convert.errors import UsageError
-from golden.archive import Golden, open_golden
-from golden.recorder import record
-from golden.synthetic import Form, tiny_config, write_checkpoint
-from parity.diff import diff
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
+from dsv4_convert.parity.diff import diff
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (1, 40)).astype(np.int32)
 
@@ -44,7 +44,7 @@ def test_another_order_of_summation_is_within_it(tmp_path: Path, monkeypatch: py
     """As if recorded on another machine: one thread, and the head in pieces."""
     import torch
 
-    from golden.references import streamed
+    from dsv4_convert.golden.references import streamed
 
     first = _golden(tmp_path / "a")
     threads = torch.get_num_threads()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from golden.noise import Mode
-from parity.explain import verdict
-from parity.metrics import Verdict
-from parity.run import compare_model
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model
 
 from .faults.catalogue import CATALOGUE
 from .faults.fault import CSA, MAIN, MANY, Fault, Patient, examine, patient

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from golden.archive import View
-from parity.logits import TOP, compare_logits
+from dsv4_convert.golden.archive import View
+from dsv4_convert.parity.logits import TOP, compare_logits
 
 
 def test_against_torch() -> None:

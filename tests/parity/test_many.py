@@ -14,10 +14,10 @@ import pytest
 
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.parameters import contract
+from dsv4_convert.parity.run import run
 from dsv4_convert.platforms import check_platform, select_platform
-from golden.noise import Mode
-from parity.run import run
 
 from ..processes import end, start, together
 from .many import LAYERS, found

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
-from golden.archive import open_golden
-from golden.noise import Mode
-from parity.explain import verdict
-from parity.gate import Request, gated
-from parity.github import command, commands, summary
-from parity.junit import junit
-from parity.metrics import Verdict
-from parity.report import Report
+from dsv4_convert.golden.archive import open_golden
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.gate import Request, gated
+from dsv4_convert.parity.github import command, commands, summary
+from dsv4_convert.parity.junit import junit
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report
 
 from .synthetic import choice, empty, real, report
 

@@ -22,26 +22,26 @@ from typer.testing import CliRunner
 from dsv4_convert.cli import app
 from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.archive import Form, open_golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.parity.advice import next_steps
+from dsv4_convert.parity.choices import Flips
+from dsv4_convert.parity.detail import EDGES, POINTS, Detail, Piece
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.floor import floor_of
+from dsv4_convert.parity.html.data import page_data
+from dsv4_convert.parity.html.page import Run, page
+from dsv4_convert.parity.html.scale import Scale
+from dsv4_convert.parity.html.words import short
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Gate, Grown, Report, Unrecorded
+from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.secrets import without_secrets
+from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.taps import is_state
-from golden.archive import Form, open_golden
-from golden.compact import Compact
-from golden.noise import MODES, Mode
-from golden.shrink import shrink
-from parity.advice import next_steps
-from parity.choices import Flips
-from parity.detail import EDGES, POINTS, Detail, Piece
-from parity.explain import verdict
-from parity.floor import floor_of
-from parity.html.data import page_data
-from parity.html.page import Run, page
-from parity.html.scale import Scale
-from parity.html.words import short
-from parity.metrics import Verdict
-from parity.report import Gate, Grown, Report, Unrecorded
-from parity.run import compare_model
-from parity.secrets import without_secrets
-from parity.tolerances import LIMITS
 
 from .faults.fault import Held
 from .synthetic import real
@@ -383,7 +383,7 @@ def test_the_command_writes_it(tiny: Path, golden: Path, tmp_path: Path) -> None
     text = target.read_text(encoding="utf-8")
     assert _embedded(text)["report"]["sentence"].startswith("PASS")
     assert "tokens</dt><dd>300" in text
-    with patch("parity.run.run", side_effect=AssertionError("it is refused before the run")):
+    with patch("dsv4_convert.parity.run.run", side_effect=AssertionError("it is refused before the run")):
         for place in (tmp_path / "nowhere" / "x.html", tmp_path):
             refused = CliRunner().invoke(app, [*arguments, "--report", str(place)])
             assert refused.exit_code == 2

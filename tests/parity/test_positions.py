@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from dsv4_convert.errors import UsageError
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.noise import MODES
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.parity.diff import diff
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model
 from dsv4_convert.published import PublishedWeights
-from golden.archive import Golden
-from golden.noise import MODES
-from golden.recorder import record
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.diff import diff
-from parity.metrics import Verdict
-from parity.run import compare_model
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (1, 40)).astype(np.int32)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from golden.noise import MODES, Mode
-from parity.explain import verdict
-from parity.metrics import Verdict
-from parity.report import Report
-from parity.run import compare_model
-from parity.tolerances import LIMITS, UNIT, Limits
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.parity.explain import verdict
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.run import compare_model
+from dsv4_convert.parity.tolerances import LIMITS, UNIT, Limits
 
 from .healthy import LENGTHS, Healthy, healthy
 

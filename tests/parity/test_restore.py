@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsv4_convert import Storage, Weights, hf_to_orbax, restore_model
 from dsv4_convert.errors import BadInput, UsageError
-from golden.archive import open_golden
+from dsv4_convert.golden.archive import open_golden
 
 
 @pytest.mark.parametrize("storage", Storage)

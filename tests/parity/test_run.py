@@ -17,19 +17,19 @@ from dsv4_convert import restore_model
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.converted import Weights
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.golden.archive import digest, open_golden
+from dsv4_convert.golden.manifest import Manifest, StoredTap
+from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.names import parameters
+from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.explain import verdict, why
+from dsv4_convert.parity.gate import Request
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.run import compare_model, run
 from dsv4_convert.store import open_store
 from dsv4_convert.taps import Values, by_name
-from golden.archive import digest, open_golden
-from golden.manifest import Manifest, StoredTap
-from golden.noise import MODES, Mode
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.comparison import Comparison
-from parity.explain import verdict, why
-from parity.gate import Request
-from parity.metrics import Verdict
-from parity.run import compare_model, run
 
 from .faults.fault import Held
 
@@ -211,7 +211,7 @@ def test_the_whole_model_as_one_program_agrees_as_well(plain: Path, golden: Path
 
 
 def test_a_head_in_pieces_gives_the_same_logits(plain: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parity import forward
+    from dsv4_convert.parity import forward
 
     whole = run(plain, golden, taps=["logits", "hc_head*", "norm"])
     monkeypatch.setattr(forward, "HEAD_WORDS", 40)  # of 96: two whole pieces and a shorter one

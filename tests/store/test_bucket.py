@@ -19,9 +19,9 @@ from etils import epath
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.golden.synthetic import write_checkpoint as write_published
 from dsv4_convert.store import LeafSpec, Note, WriteSummary, open_store, verify, write_checkpoint
-from golden.synthetic import tiny_config
-from golden.synthetic import write_checkpoint as write_published
 
 from ..memory_bucket import MemoryBucket
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dsv4_convert.config import Config
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
-from golden.references.release import kernels
+from dsv4_convert.golden.references.release import kernels
 
 _MODEL = "model.py"
 #: What the code imports that only runs on a GPU -> what it gets instead.

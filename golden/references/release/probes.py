@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from golden.references.release.code import Code
+from dsv4_convert.golden.references.release.code import Code
 
 Array = np.ndarray[Any, Any]
 #: Called with a tap's name and its tensor, in order of execution.

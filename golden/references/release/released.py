@@ -25,12 +25,11 @@ from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.config import Config
 from dsv4_convert.coverage import Resolution, Source
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.names import Dialect
-from golden.manifest import Reference
-from golden.noise import MODES, Mode, Taken, row_noise
-from golden.references.release.code import Code, complaint
-from golden.references.release.kernels import exact_sums
-from golden.references.release.probes import (
+from dsv4_convert.golden.manifest import Reference
+from dsv4_convert.golden.noise import MODES, Mode, Taken, row_noise
+from dsv4_convert.golden.references.release.code import Code, complaint
+from dsv4_convert.golden.references.release.kernels import exact_sums
+from dsv4_convert.golden.references.release.probes import (
     CHOSEN,
     EXPERTS,
     WEIGHTS,
@@ -38,6 +37,7 @@ from golden.references.release.probes import (
     watching_block,
     watching_head,
 )
+from dsv4_convert.names import Dialect
 
 Array = np.ndarray[Any, Any]
 #: Tap (name within the layer, or of the model level) -> dtype and shape that it must have.

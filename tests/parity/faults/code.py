@@ -20,7 +20,7 @@ from dsv4_convert.model.parameters import contract as _contract
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
-from parity import forward
+from dsv4_convert.parity import forward
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 

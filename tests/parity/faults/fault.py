@@ -14,21 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import parity.forward as forward_module
-import parity.run as run_module
+import dsv4_convert.parity.forward as forward_module
+import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.config import Config
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.recorder import record
+from dsv4_convert.golden.shrink import shrink
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import mlp
 from dsv4_convert.names import layer_of, parameters
+from dsv4_convert.parity.forward import Forward, Taken
+from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.run import compare_model
 from dsv4_convert.published import PublishedWeights
-from golden.archive import Golden
-from golden.compact import Compact
-from golden.recorder import record
-from golden.shrink import shrink
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.forward import Forward, Taken
-from parity.report import Report
-from parity.run import compare_model
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
