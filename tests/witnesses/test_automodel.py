@@ -16,13 +16,13 @@ from flax import nnx
 
 from dsv4_convert.checkpoint import open_checkpoint
 from dsv4_convert.formats.weight import decode_weight
+from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
+from dsv4_convert.parity.activations import compare_activations
+from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.published import PublishedWeights
 from dsv4_convert.restore import restore_model
-from golden.archive import Golden, open_golden
-from golden.synthetic import tiny_config, write_checkpoint
-from parity.activations import compare_activations
-from parity.metrics import Verdict
 
 if TYPE_CHECKING:
     from .automodel import Automodel, Tensors
