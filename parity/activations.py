@@ -171,13 +171,23 @@ class Expected:
         return shapes.pop() if len(shapes) == 1 else self.golden.shape(_key(name, layer, self.golden))
 
     def report(
-        self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
+        self,
+        activations: Mapping[str, Any],
+        *,
+        layer: int | None = None,
+        mode: Mode | str = Mode.ISOLATED,
+        dtype: str | None = None,
     ) -> ParityReport:
-        """:func:`compare_activations` with this golden and dtype."""
-        return compare_activations(activations, self.golden, layer=layer, mode=mode, dtype=self.dtype)
+        """:func:`compare_activations` with this golden; ``dtype``: this object's, if not given."""
+        return compare_activations(activations, self.golden, layer=layer, mode=mode, dtype=dtype or self.dtype)
 
     def check(
-        self, activations: Mapping[str, Any], *, layer: int | None = None, mode: Mode | str = Mode.ISOLATED
+        self,
+        activations: Mapping[str, Any],
+        *,
+        layer: int | None = None,
+        mode: Mode | str = Mode.ISOLATED,
+        dtype: str | None = None,
     ) -> ParityReport:
         """The report of :meth:`report`, if it passes.
 
@@ -186,7 +196,7 @@ class Expected:
                 ``dsv4 parity``.
         """
         __tracebackhide__ = True  # of pytest: the failure is the caller's
-        report = self.report(activations, layer=layer, mode=mode)
+        report = self.report(activations, layer=layer, mode=mode, dtype=dtype)
         if not report.passed:
             raise AssertionError(as_text(report))
         return report

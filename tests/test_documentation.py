@@ -138,7 +138,10 @@ def _run(command: Command) -> None:
 
 
 def _said_against_pytest(words: tuple[str, ...]) -> str:
-    """What is wrong with the arguments of a ``pytest`` of the repository: a path or an option that is not there."""
+    """What is wrong with the arguments of a ``pytest`` of the repository: a path or an option that is not there.
+
+    A golden may also be one that the page has recorded.
+    """
     parser = Mock()
     pytest_plugin.pytest_addoption(parser)
     ours = {call.args[0] for call in parser.getgroup.return_value.addoption.call_args_list}
@@ -149,7 +152,8 @@ def _said_against_pytest(words: tuple[str, ...]) -> str:
     ]
     absent = [path for path in paths if not (ROOT / path).exists()]
     unknown = [word for word in words if word.startswith("--dsv4") and word.partition("=")[0] not in ours]
-    absent += [value for option, value in pairwise(words) if option == "--dsv4-golden" and not (ROOT / value).exists()]
+    goldens = [value for option, value in pairwise(words) if option == "--dsv4-golden"]
+    absent += [value for value in goldens if not ((ROOT / value).exists() or Path(value).exists())]
     return " ".join([*absent, *unknown]) if paths else "no tests"
 
 
