@@ -16,10 +16,10 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from dsv4_convert import Weights, maxtext_config, restore_model
+from dsv4_convert import Weights, restore_model
 from dsv4_convert.convert import Layout, Storage, hf_to_orbax
 from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec import maxtext
+from dsv4_convert.spec import maxtext, maxtext_config
 from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.store import open_store
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from dsv4_convert import Weights
 from dsv4_convert.cli import app
 from dsv4_convert.parity.activations import Expected, as_text
-from dsv4_convert.parity.report import Report
+from dsv4_convert.parity.report.data import ParityReport
 
 if TYPE_CHECKING:
     from docs.examples.tokamax_ops.ops import Layer, Op
@@ -80,7 +80,7 @@ class Prepared:
         layers = (Layer(self.expected, self.read, number, "xla") for number in self.expected.layers)
         return [layer for layer in layers if layer.kind in op.kinds]
 
-    def report(self, op: Op, layer: Layer, dtype: str) -> Report:
+    def report(self, op: Op, layer: Layer, dtype: str) -> ParityReport:
         found = {tap: np.asarray(value)[None] for tap, value in op.run(layer, dtype).items()}
         return self.expected.report(found, layer=layer.number, dtype=dtype)
 

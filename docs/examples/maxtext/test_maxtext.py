@@ -16,7 +16,7 @@ from flax import nnx
 from maxtext.configs import pyconfig
 from maxtext.utils import model_creation_utils
 
-from dsv4_convert.maxtext_config import flags
+from dsv4_convert.spec.maxtext_config import flags
 from dsv4_convert.spec.taps import TapKey
 from parity.activations import Expected
 

@@ -14,7 +14,7 @@ import numpy as np
 from tokamax import ops
 
 from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec.config import Attention
+from dsv4_convert.spec.config import AttentionKind
 
 from .caches import (
     PAGE,
@@ -33,7 +33,7 @@ from .caches import (
 
 #: Rows that csa_gather and sparse_mla take at a time; fewer are filled up.
 BLOCK = 128
-CSA, HCA = Attention.CSA, Attention.HCA
+CSA, HCA = AttentionKind.CSA, AttentionKind.HCA
 #: Where an op has another name for an implementation than the others.
 SPELLED = {(ops.lightning_indexer, "mosaic_tpu"): "mosaic"}
 
@@ -80,7 +80,7 @@ class Op:
     """How an op is checked: ``run(layer, dtype)`` gives taps by name; in layers of these kinds, in these dtypes."""
 
     run: Callable[[Layer, Any], dict[str, Any]]
-    kinds: tuple[Attention, ...] = (CSA, HCA)
+    kinds: tuple[AttentionKind, ...] = (CSA, HCA)
     dtypes: tuple[str, ...] = ("bfloat16",)
 
 
