@@ -65,7 +65,6 @@ def download(
     want: Callable[[str], bool] | None = None,
     cache_dir: Path | str | None = None,
     local_dir: Path | str | None = None,
-    token: str | None = None,
     force: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
@@ -80,14 +79,12 @@ def download(
             another process downloads to the same folder.
         UsageError: as :func:`plan_download`.
     """
-    plan = plan_download(
-        repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, token=token, force=force
-    )
+    plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, force=force)
     _check_disk(plan)
     if not plan.offline:
         local = None if local_dir is None else plan.folder
         with hub_errors(repo_id, plan.revision, plan.folder), _held(local):
-            _fetch(plan, cache_dir=cache_dir, local_dir=local, token=token, force=force, progress=progress)
+            _fetch(plan, cache_dir=cache_dir, local_dir=local, force=force, progress=progress)
     unverified = tuple(file.name for file in plan.files if file.oid is None or not verify)
     if verify:
         verify_download(plan, progress=progress)
@@ -168,12 +165,11 @@ def _fetch(
     *,
     cache_dir: Path | str | None,
     local_dir: Path | None,
-    token: str | None,
     force: bool,
     progress: Progress | None,
 ) -> None:
     """Fetch the files of the plan, eight at a time; the first failure stops the others at their next piece."""
-    api = HfApi(token=token, library_name="dsv4")
+    api = HfApi(library_name="dsv4")
     meter = Meter("download", plan.to_download_bytes, progress)
     bar_class = meter.bar_class()
 

@@ -51,13 +51,13 @@ def hub_errors(repo_id: str, revision: str, folder: Path | None = None) -> Itera
         raise ours from error
 
 
-def check_token(token: str | None) -> None:
-    """Refuse a token that no HTTP header can carry, before a library quotes it in its own error.
+def check_token() -> None:
+    """Refuse an access token that no HTTP header can carry, before a library quotes it in its own error.
 
     Raises:
-        UsageError: the token given, or else the one that the client finds by itself, has illegal characters.
+        UsageError: the token that the client finds (HF_TOKEN, or a login) has illegal characters.
     """
-    used = get_token() if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else token
+    used = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     if used is not None and re.fullmatch(r"[!-~]+", used) is None:
         raise unusable_token()
 

@@ -28,9 +28,8 @@ _TRIES = 4
 class Ranges:
     """Reads ranges of the files of one repository at one commit, with the Hub client's own session."""
 
-    def __init__(self, plan: DownloadPlan, token: str | None) -> None:
+    def __init__(self, plan: DownloadPlan) -> None:
         self._plan = plan
-        self._token = token
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``start:stop`` of a file; fewer only where it ends before.
@@ -50,7 +49,7 @@ class Ranges:
 
     def _once(self, name: str, start: int, stop: int) -> bytes | httpx.TransportError:
         """One try; what broke the connection while the bytes came."""
-        headers = build_hf_headers(token=self._token, library_name="dsv4")
+        headers = build_hf_headers(library_name="dsv4")
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         url = hf_hub_url(self._plan.repo_id, name, revision=self._plan.revision)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -73,14 +72,14 @@ class Ranges:
         return b"".join(parts)[skip : skip + stop - start]
 
 
-def read_headers(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: str | None) -> list[Header]:
+def read_headers(plan: DownloadPlan, shards: Sequence[PlannedFile]) -> list[Header]:
     """The headers of these shards: from the disk where they are there already, else from the Hub.
 
     Raises:
         BadInput: a header is damaged, or the Hub refuses it.
         ResourceError: the Hub cannot be reached.
     """
-    ranges = Ranges(plan, token)
+    ranges = Ranges(plan)
 
     def header(shard: PlannedFile) -> Header:
         file = plan.folder / shard.name
@@ -92,13 +91,13 @@ def read_headers(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: st
         return list(pool.map(header, shards))
 
 
-def measured_rate(plan: DownloadPlan, shards: Sequence[PlannedFile], *, token: str | None, nbytes: int) -> float:
+def measured_rate(plan: DownloadPlan, shards: Sequence[PlannedFile], *, nbytes: int) -> float:
     """Bytes per second that the Hub sends of these shards at once, ``nbytes`` of each.
 
     Raises:
         ResourceError: nothing came.
     """
-    ranges = Ranges(plan, token)
+    ranges = Ranges(plan)
     start = time.perf_counter()
     with ThreadPoolExecutor(max(1, len(shards))) as pool:
         count = sum(map(len, pool.map(lambda shard: ranges.read(shard.name, 0, min(shard.size, nbytes)), shards)))

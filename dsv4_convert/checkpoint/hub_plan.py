@@ -104,7 +104,6 @@ def plan_download(
     want: Callable[[str], bool] | None = None,
     cache_dir: Path | str | None = None,
     local_dir: Path | str | None = None,
-    token: str | None = None,
     force: bool = False,
 ) -> DownloadPlan:
     """Find out what a download would fetch. Of the repository only the index is fetched for that, to the cache.
@@ -115,7 +114,6 @@ def plan_download(
         want: says of a tensor name whether the shard that holds it is needed; None for all shards.
         cache_dir: instead of HF_HUB_CACHE.
         local_dir: a plain folder for the files, instead of the cache.
-        token: instead of HF_TOKEN and of the token that ``hf auth login`` stored.
         force: plan to fetch what is on disk again, and fetch the index again now.
 
     Raises:
@@ -124,10 +122,10 @@ def plan_download(
         UsageError: not a repository name, an unusable token, ``want`` wants nothing, or ``force`` while the Hub cannot
             be reached.
     """
-    check_token(token)
+    check_token()
     asked = revision or constants.DEFAULT_REVISION
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    api = HfApi(token=token, library_name="dsv4")
+    api = HfApi(library_name="dsv4")
     with hub_errors(repo_id, asked):
         commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache).resolved
     if not is_commit(commit):

@@ -31,12 +31,11 @@ class _Source:
     plan: DownloadPlan
     cache_dir: Path | None
     local_dir: Path | None
-    token: str | None
 
     def fetch(self, file: PlannedFile, *, bar_class: Any, force: bool = False) -> Path:
         """The file on disk, fetched if it is not there yet."""
         with hub_errors(self.plan.repo_id, self.plan.revision):
-            fetched = HfApi(token=self.token, library_name="dsv4").hf_hub_download(
+            fetched = HfApi(library_name="dsv4").hf_hub_download(
                 self.plan.repo_id,
                 file.name,
                 revision=self.plan.revision,
@@ -80,7 +79,7 @@ class HubCheckpoint(ArrivingCheckpoint):
     def rate(self) -> float:
         """Bytes per second that the Hub sends, from a short try."""
         missing = [file for file in self.shard_files if not file.cached] or list(self.shard_files)
-        return measured_rate(self.plan, missing[:TRANSFERS], token=self._source.token, nbytes=_PROBE_BYTES)
+        return measured_rate(self.plan, missing[:TRANSFERS], nbytes=_PROBE_BYTES)
 
     def _fetch(self, file: PlannedFile, *, force: bool = False) -> Path:
         if self.discard and not file.cached and file.name.endswith(SHARD_SUFFIX):
@@ -112,12 +111,11 @@ def open_repository(
     discard: bool = False,
     cache_dir: Path | None = None,
     local_dir: Path | None = None,
-    token: str | None = None,
 ) -> Checkpoint:
     """Open a repository by its config, its index and the headers of its shards; no weight is fetched.
 
     Args:
-        repo_id, revision, want, cache_dir, local_dir, token: as for :func:`dsv4_convert.checkpoint.hub.plan_download`.
+        repo_id, revision, want, cache_dir, local_dir: as for :func:`dsv4_convert.checkpoint.hub.plan_download`.
         discard: delete each shard after its use, unless it was on disk before. What an interrupted run with
             ``discard`` has fetched counts as fetched by this one.
 
@@ -128,14 +126,14 @@ def open_repository(
         BadInput, ResourceError, UsageError: as ``plan_download``.
         BadInput: damaged headers, or headers that contradict the index.
     """
-    plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, token=token)
+    plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir)
     if plan.offline:
         checkpoint = open_checkpoint(plan.folder, partial=want is not None)
         checkpoint.repository = repo_id
         return checkpoint
     shards = [file for file in plan.files if file.name.endswith(SHARD_SUFFIX)]
-    headers = read_headers(plan, shards, token=token)
-    source = _Source(plan, cache_dir, local_dir, token)
+    headers = read_headers(plan, shards)
+    source = _Source(plan, cache_dir, local_dir)
     (config,) = (file for file in plan.files if file.name == CONFIG_NAME)
     return HubCheckpoint(
         plan,

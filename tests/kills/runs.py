@@ -48,12 +48,19 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What happens, at which event (from 1; 0 for none) of which kind."""
+    """What happens, at which event (from 1; 0 for none) of which kind, and where the system refuses from the start.
+
+    Attributes:
+        file_size: the largest file that the run may write.
+        stdout: file in place of the run's stdout.
+    """
 
     at: int = 0
     action: Action = Action.NOTHING
     value: int = 0
     scope: Scope = Scope.CHANGES
+    file_size: int | None = None
+    stdout: str | None = None
 
     def __str__(self) -> str:
         what = f" {errno.errorcode.get(self.value)}" if self.action in (Action.FAIL, Action.FAIL_FROM) else ""
@@ -81,8 +88,6 @@ class Zygote:
         check: tuple[str, Sequence[object]] | None = None,
         log: Path | None = None,
         signals: Sequence[tuple[float, int]] = (),
-        file_size: int | None = None,
-        stdout: str | None = None,
         timeout: float = _SEVERAL_SECONDS,
     ) -> Ended:
         """Run one command to its end.
@@ -94,12 +99,10 @@ class Zygote:
             check: a function of :mod:`.acceptors` and its arguments, called first.
             log: file for a line of each event.
             signals: (seconds from the start, signal).
-            file_size: the largest file that it may write.
-            stdout: file to write stdout to.
             timeout: seconds after which it counts as hung.
         """
         request = self._request(root, arguments, fault, timeout)
-        request |= {"do": "run", "signals": list(signals), "file_size": file_size, "stdout": stdout}
+        request |= {"do": "run", "signals": list(signals)}
         if check is not None:
             request["check"] = {"name": check[0], "arguments": [str(argument) for argument in check[1]]}
         if log is not None:

@@ -113,7 +113,7 @@ def without_locks(shop: Workshop, tally: Tally, subjects: Sequence[Subject]) -> 
 def full_output(shop: Workshop, tally: Tally) -> None:
     """stdout is a full disk."""
     for command in (["verify", shop.inputs / "source"], ["names"], ["verify", shop.inputs / "source", "--json", "-"]):
-        ended = shop.zygote.run(shop.inputs, command, stdout="/dev/full")
+        ended = shop.zygote.run(shop.inputs, command, Fault(stdout="/dev/full"))
         tally.counts["faults"] += 1
         if ended.code != 4 or "Traceback" in ended.err or "No space left" not in ended.err:
             tally.fail(f"{command}: into a full disk", ended)

@@ -159,7 +159,7 @@ class Sweep:
 
     def limit_file_size(self, nbytes: int) -> None:
         """No file may be larger: what a quota looks like to the writer."""
-        ended = self._run(Fault(), file_size=nbytes)
+        ended = self._run(Fault(file_size=nbytes))
         self.tally.counts["faults"] += 1
         if ended.code == 0:
             self.tally.fail(f"RLIMIT_FSIZE {nbytes}: no file was that large")
@@ -210,11 +210,9 @@ class Sweep:
             first.end(signal.SIGKILL)
         self._finish(f"killed while it held the lock, event {at}", ask=False)
 
-    def _run(self, fault: Fault, *, signals: Sequence[tuple[float, int]] = (), file_size: int | None = None) -> Ended:
+    def _run(self, fault: Fault, *, signals: Sequence[tuple[float, int]] = ()) -> Ended:
         root = fresh(self._root)
-        return self._zygote.run(
-            root, self._subject.command(self._inputs, root), fault, signals=signals, file_size=file_size
-        )
+        return self._zygote.run(root, self._subject.command(self._inputs, root), fault, signals=signals)
 
     def _finish(self, what: str, *, ask: bool) -> None:
         """The destination is absent, resumable or whole; the same command again makes it whole, with the same bytes."""
