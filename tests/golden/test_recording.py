@@ -320,7 +320,7 @@ def test_without_the_right_reference_it_says_what_to_install(
         return version if name == package and version is not None else real(name)
 
     monkeypatch.setattr(metadata, "version", pretended)
-    with pytest.raises(UsageError, match=rf"{problem}.*dsv4\[reference\]"):
+    with pytest.raises(UsageError, match=rf"{problem}.*dsv4-convert\[reference\]"):
         record(folders["fp4"], tmp_path / "golden", tokens=TOKENS)
 
 
