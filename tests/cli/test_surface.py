@@ -27,8 +27,8 @@ from typer.testing import CliRunner
 from dsv4_convert.aot.report import Report as CompileReport
 from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
+from dsv4_convert.config import Config
 from dsv4_convert.inspect import Inspection
-from dsv4_convert.spec.config import Config
 from golden.archive import open_golden
 from golden.synthetic import tiny_config, write_checkpoint
 from parity.detail import Detail
@@ -154,18 +154,18 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does nothing; what it would give is made up, of its type."""
     import dsv4_convert.aot.search
-    import dsv4_convert.serve.generate
-    import dsv4_convert.weights.restore
+    import dsv4_convert.generate
+    import dsv4_convert.restore
     import golden.recorder
     import golden.tokens
     import parity.run
-    from dsv4_convert.serve.speculate import Drafts
+    from dsv4_convert.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]
     monkeypatch.setattr(golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
-    monkeypatch.setattr(dsv4_convert.weights.restore, "restore_model", lambda *_, **__: None)
+    monkeypatch.setattr(dsv4_convert.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
-        dsv4_convert.serve.generate,
+        dsv4_convert.generate,
         "Generator",
         lambda *_, **__: type("Fake", (), {"drafts": drafts, "__call__": lambda *_, **__: [[1, 2]]})(),
     )
