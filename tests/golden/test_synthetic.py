@@ -14,18 +14,25 @@ from dsv4_convert.golden.synthetic import make_checkpoint, random_architecture, 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
 
+ROOT = Path(__file__).parents[2]
+
 
 def _digest(folder: Path) -> str:
     shards = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
 
 
-def test_the_same_bytes_everywhere(tmp_path: Path) -> None:
-    """The committed golden was recorded from these very bytes; its manifest has the hash of every shard."""
+@pytest.mark.parametrize(
+    ("golden", "config"),
+    [("golden/data/tiny", None), ("docs/examples/maxtext/golden", "docs/examples/maxtext/config.json")],
+)
+def test_the_same_bytes_everywhere(tmp_path: Path, golden: str, config: str | None) -> None:
+    """The committed goldens were recorded from these very bytes; their manifests have the hash of every shard."""
     from dsv4_convert.golden.archive import open_golden
 
-    write_checkpoint(tmp_path / "tiny", tiny_config(), seed=0)
-    recorded = open_golden(Path(__file__).parents[2] / "golden" / "data" / "tiny").manifest.request.source.files
+    make_checkpoint(tmp_path / "tiny", config=None if config is None else ROOT / config)
+    recorded = open_golden(ROOT / golden).manifest.request.source.files
+    assert recorded
     for name, digest in recorded.items():
         assert hashlib.sha256((tmp_path / "tiny" / name).read_bytes()).hexdigest() == digest, name
 
