@@ -92,7 +92,8 @@ def test_a_page_does_what_it_says(
     assert not strange, f"{strange}: write console, sh or python, which are run, or one of {LOOKED_AT}"
     files = {file.name: file.read_bytes() for file in (small / "checkpoint").iterdir()}
     hub.add("deepseek-ai/DeepSeek-V4-Flash", "a" * 40, files)
-    (tmp_path / "golden").symlink_to(ROOT / "golden")
+    for name in ("golden", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
         (tmp_path / name).symlink_to(small / "checkpoint")
     for name, pages in PREPARED.items():
