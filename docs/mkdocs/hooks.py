@@ -250,6 +250,13 @@ def _limits() -> str:
     return table(["measure", "noise floors that pass"], [[k, f"{v:g}"] for k, v in dataclasses.asdict(LIMITS).items()])
 
 
+#: Exit codes that belong to no error of ours.
+_ENDS = [
+    ["70", "A bug in dsv4: stderr has the traceback, and says how to report it."],
+    ["130", "Interrupted. A conversion, download or recording goes on with the same command."],
+]
+
+
 def _exit_codes() -> str:
     from dsv4_convert import errors
 
@@ -257,7 +264,7 @@ def _exit_codes() -> str:
     for error in (errors.CheckFailed, errors.UsageError, errors.BadInput, errors.ResourceError):
         said = " ".join((error.__doc__ or "").split())
         rows.append([str(error.exit_code), said.removesuffix(f" Exit code {error.exit_code}.")])
-    return table(["code", "meaning"], [*rows, ["130", "Interrupted; the same command goes on where it stopped."]])
+    return table(["code", "meaning"], [*rows, *_ENDS])
 
 
 def _commands() -> str:
@@ -284,7 +291,7 @@ def _commands() -> str:
             rows.append(
                 [_code(f"{label} {metavar}".strip()), (getattr(parameter, "help", "") or "").replace("\n", " ")]
             )
-        said = inspect.cleandoc(command.callback.__doc__ or "")
+        said = inspect.cleandoc(command.callback.__doc__ or "").replace("\\[", "[")  # as rich shows it
         said = re.sub(r"^(?!Example:).+$", lambda line: _OPTION.sub(r"`\g<0>`", line[0]), said, flags=re.MULTILINE)
         said = re.sub(r"^Example: (.+)$", r"```text\n\1\n```", said, flags=re.MULTILINE)
         parts.append(

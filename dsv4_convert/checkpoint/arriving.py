@@ -29,7 +29,7 @@ class ArrivingCheckpoint(Checkpoint):
 
     Attributes:
         files: everything that belongs to the checkpoint.
-        discard: whether shards are deleted after their use.
+        discard: whether shards that were fetched for this checkpoint are deleted after their use.
         fetched: bytes that have arrived so far.
         on_bytes: called when some more have.
     """
@@ -102,7 +102,7 @@ class ArrivingCheckpoint(Checkpoint):
                     thread.start()
 
     def finish(self, shard: str) -> None:
-        """Nothing of this shard is needed any more: with ``discard`` it is deleted."""
+        """Nothing of this shard is needed any more: with ``discard`` it is deleted, if it was fetched."""
         with self._change:
             self._finished.add(shard)
             self._change.notify_all()

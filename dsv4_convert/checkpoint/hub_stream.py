@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ class HubCheckpoint(ArrivingCheckpoint):
         self.repository = plan.repo_id
         self.plan = plan
         self._source = source
+        client = self.root.parents[1] if source.local_dir is None else self.root / ".cache" / "huggingface"
+        #: One empty file for each shard that a run with ``discard`` has begun to fetch and not deleted yet.
+        self._fetched_here = client / "dsv4-fetched"
 
     def rate(self) -> float:
         """Bytes per second that the Hub sends, from a short try."""
@@ -79,16 +83,25 @@ class HubCheckpoint(ArrivingCheckpoint):
         return measured_rate(self.plan, missing[:TRANSFERS], token=self._source.token, nbytes=_PROBE_BYTES)
 
     def _fetch(self, file: PlannedFile, *, force: bool = False) -> Path:
+        if self.discard and not file.cached and file.name.endswith(SHARD_SUFFIX):
+            self._fetched_here.mkdir(parents=True, exist_ok=True)
+            (self._fetched_here / file.name).touch()
         return self._source.fetch(file, force=force, bar_class=self._meter.bar_class())
 
     def _delete(self, shard: str) -> None:
-        """The file, what it links to in the cache, and the client's record of it."""
+        """The file, what it links to in the cache, and the client's record of it; nothing that was there before."""
+        mark = self._fetched_here / shard
+        if not mark.exists():
+            return
         path = self.root / shard
         linked = path.resolve() if path.is_symlink() else None
         path.unlink(missing_ok=True)
         if linked is not None and linked.is_relative_to(self.root.resolve().parents[1]):
             linked.unlink(missing_ok=True)
         (self.root / ".cache" / "huggingface" / "download" / f"{shard}.metadata").unlink(missing_ok=True)
+        mark.unlink()
+        with suppress(OSError):  # not empty, or another run has just put something there
+            self._fetched_here.rmdir()
 
 
 def open_repository(
@@ -105,7 +118,8 @@ def open_repository(
 
     Args:
         repo_id, revision, want, cache_dir, local_dir, token: as for :func:`dsv4_convert.checkpoint.hub.plan_download`.
-        discard: delete each shard after its use, also one that was on disk before.
+        discard: delete each shard after its use, unless it was on disk before. What an interrupted run with
+            ``discard`` has fetched counts as fetched by this one.
 
     Returns:
         A :class:`HubCheckpoint`; where the Hub cannot be reached and all files are on disk, their folder.

@@ -49,7 +49,8 @@ def open_source(
         source: folder, ``owner/name``, or ``gs://bucket/path``.
         revision: of the repository.
         layers: those whose shards are needed; None for all.
-        discard: delete every shard of a repository after its use. Copies of a bucket's shards are always deleted.
+        discard: delete every shard of a repository after its use, unless it was on disk before. Copies of a
+            bucket's shards are always deleted.
 
     Raises:
         UsageError: a revision of a local folder, or its files to be discarded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Annotated
 
 import typer
@@ -21,6 +20,7 @@ from dsv4_convert.cli import (
     verify,
 )
 from dsv4_convert.cli.common import plain
+from dsv4_convert.cli.interrupt import interruptible
 
 app = typer.Typer(
     name="dsv4",
@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Bring DeepSeek-V4 into JAX and know that it is right.\n\n"
     "[bold]convert[/bold] turns a Hugging Face checkpoint into Orbax, [bold]parity[/bold] compares every intermediate "
     "activation with a recorded golden. Exit codes: 0 fine, 1 a check failed, 2 usage, 3 bad input, 4 resources, "
-    "130 interrupted (Ctrl-C, SIGTERM) and resumable.\n\n"
+    "70 a bug in dsv4, 130 interrupted (Ctrl-C, SIGTERM).\n\n"
     "Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 2-3",
 )
 
@@ -86,8 +86,5 @@ def main() -> None:
         from typer import rich_utils
 
         rich_utils.COLOR_SYSTEM = None  # of itself rich leaves the colours out, and keeps bold and dim
-    try:
+    with interruptible():
         app()
-    finally:  # from here on a signal ends the process at once, and not with a traceback while threads end
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)

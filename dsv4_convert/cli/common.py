@@ -8,10 +8,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from dsv4_convert.cli.destination import check_destination, write_text
+from dsv4_convert.cli.interrupt import INTERRUPTED, announce, say_interrupted
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.units import size
 
@@ -35,8 +34,8 @@ R = TypeVar("R")
 
 #: Seconds between two lines of progress: in a terminal that takes no escape codes, and where stderr is no terminal.
 _LINE_EVERY, _LOG_EVERY = 2.0, 30.0
-#: The exit code of a bug is that of any uncaught exception of Python.
-_BUG = 1
+#: The exit code of a bug: EX_SOFTWARE of sysexits.h, so that CI tells it from a check that failed.
+_BUG = 70
 
 #: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
 _LAYER = r"[0-9]{1,5}"
@@ -140,22 +139,25 @@ def say_error(text: str) -> None:
     typer.echo("\n".join([styled, *lines[1:]]), err=True)
 
 
-def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors into one message on stderr and the exit code of their class; no traceback but for a bug.
+def resumable(command: Callable[P, R]) -> Callable[P, R]:
+    """:func:`reported`, for a command that goes on where an interrupted one stopped."""
+    return reported(command, interrupted="interrupted; go on with the same command")
 
-    Where ``--json`` could not be written is told before the work.
 
-    So it is with what the system refuses at a place where nobody expected it, and with SIGINT and SIGTERM, which both
-    end in 130: interrupted and resumable.
+def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Callable[P, R]:
+    """Turn errors into one message on stderr and the exit code of their class; only a bug shows a traceback.
+
+    The same holds for what the system refuses where nobody expected it, and for SIGINT and SIGTERM: exit code 130.
+    Checks that ``--json`` is writable before any work.
     """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        announce(interrupted)
         try:
-            with _terminable():
-                if kwargs.get("coordinator") is None:  # of several processes one writes, and tells the others
-                    check_json(kwargs.get("json"))
-                return command(*args, **kwargs)
+            if kwargs.get("coordinator") is None:  # of several processes one writes, and tells the others
+                check_json(kwargs.get("json"))
+            return command(*args, **kwargs)
         except Dsv4Error as error:
             say_error(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -167,14 +169,17 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             _let_go_of_stdout()
             raise typer.Exit(ResourceError.exit_code) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; conversions, downloads and recordings go on with the same command", err=True)
-            raise typer.Exit(130) from None
+            say_interrupted()
+            raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if _out_of_memory(error):
                 say_error(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'it is all in use'}")
                 raise typer.Exit(ResourceError.exit_code) from None
+            if (complaint := _environment(error)) is not None:
+                say_error(complaint)
+                raise typer.Exit(UsageError.exit_code) from None
             # What the variables held may be of no business to whoever reads the report, so they are not shown.
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             say_error(
@@ -184,6 +189,21 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(_BUG) from None
 
     return wrapper
+
+
+#: Files of libraries that read environment variables as they are imported, and the beginning of these variables' names.
+_READERS = {"jax/_src/config.py": "JAX_", "huggingface_hub/constants.py": "HF_", "matplotlib/__init__.py": "MPL"}
+
+
+def _environment(error: Exception) -> str | None:
+    """What to correct, if a library could not read an environment variable; None for any other error."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename.replace(os.sep, "/")
+    for reader, prefix in _READERS.items():
+        if file.endswith(reader):
+            # A library quotes the value and not always the name.
+            named = [name for name, value in os.environ.items() if name.startswith(prefix) and value in str(error)]
+            return f"{', '.join(named) or prefix + '*'}: {error}; correct this environment variable or unset it"
+    return None
 
 
 def _let_go_of_stdout() -> None:
@@ -197,19 +217,6 @@ def _let_go_of_stdout() -> None:
 def _out_of_memory(error: Exception) -> bool:
     """Whether Python or JAX, of a device, says that memory does not suffice."""
     return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, which batch systems send, ends what runs here as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -271,6 +278,9 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
             "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id, from 0 on; or "
             "--coordinator auto alone, where JAX knows its neighbours"
         )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UsageError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:8476")
     return join(coordinator, count, index)
 
 

@@ -69,8 +69,8 @@ def compile(
 ) -> None:
     """Compile the whole model for a TPU slice that is not there, and say whether it fits.
 
-    Real programs from the real compiler (libtpu: pip install 'dsv4-convert[tpu]'), without a TPU and without weights.
-    Prints what one device needs, the work, and what devices send each other. Exits 1 if it does not fit.
+    Real programs from the real compiler (libtpu: pip install 'dsv4-convert\\[tpu]'), without a TPU and without
+    weights. Prints what one device needs, the work, and what devices send each other. Exits 1 if it does not fit.
 
     Example: dsv4 compile --config ./DeepSeek-V4-Flash --topology v5p-512 --mesh fsdp=8,expert=32 --tokens 4096
 

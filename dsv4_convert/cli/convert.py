@@ -23,7 +23,7 @@ from dsv4_convert.cli.common import (
     parse_bytes,
     parse_choice,
     parse_layers,
-    reported,
+    resumable,
     status,
     write_json,
 )
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dsv4_convert.convert import Estimate, Plan
 
 
-@reported
+@resumable
 def hf_to_orbax(
     source: Annotated[
         str, typer.Argument(help="Folder, repository such as deepseek-ai/DeepSeek-V4-Flash, or gs://bucket/path.")
@@ -74,12 +74,26 @@ def hf_to_orbax(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     discard_source: Annotated[
         bool,
-        typer.Option("--discard-source", help="Of a repository: delete every shard once all of it is converted."),
+        typer.Option(
+            "--discard-source",
+            help="For a Hub repository: delete each shard that was fetched for this conversion once all of it is "
+            "converted. Shards that were in the cache before stay.",
+        ),
     ] = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: reads headers, writes nothing.")
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="With --dry-run: try source, processor and DEST's disk for a second, with up to 96 MB, instead of "
+            "assuming how fast they are.",
+        ),
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished conversion at DEST.")] = False,
     json: Json = None,
@@ -101,8 +115,8 @@ def hf_to_orbax(
     from dsv4_convert.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
-    # Orbax starts JAX's default backend; a conversion has no use for an accelerator.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Orbax starts JAX's default backend. A conversion has no use for an accelerator, whatever the environment says.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
@@ -128,7 +142,10 @@ def hf_to_orbax(
             planned = convert.plan(checkpoint, config, storage, layers=chosen, layout=tree, compression=packing)
             threads = planned.workers(allowed, workers)
             say("memory, disk and time")
-            costs = convert.estimate(planned, checkpoint, dest, workers=threads) if processes.first else None
+            costs = None
+            if processes.first:
+                trying = measure or not dry_run
+                costs = convert.estimate(planned, checkpoint, dest, workers=threads, measure=trying)
         if costs is not None:
             _print_plan(checkpoint, planned, costs)
             document = _as_json(planned, costs)
@@ -198,7 +215,8 @@ def _speeds(costs: Estimate) -> str:
     rates = costs.rates
     reading = f"reads {size(rates.read)}/s, " if rates.read is not None else ""
     fetching = f"fetches {size(rates.fetch)}/s, " if rates.fetch is not None else ""
-    return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s"
+    assumed = "" if rates.measured else "; assumed, --measure tries them"
+    return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s{assumed}"
 
 
 def _as_json(planned: Plan, costs: Estimate) -> dict[str, object]:

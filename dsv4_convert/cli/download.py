@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, reported, status, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, resumable, status, write_json
 from dsv4_convert.units import size
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dsv4_convert.checkpoint.locate import Origin
 
 
-@reported
+@resumable
 def download(
     repo: Annotated[str, typer.Argument(help="Repository, such as deepseek-ai/DeepSeek-V4-Flash.")],
     revision: Annotated[

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import Json, byte_progress, resumable, write_json
 from dsv4_convert.units import size
 
 
-@reported
+@resumable
 def orbax_to_hf(
     checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],

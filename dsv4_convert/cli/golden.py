@@ -16,6 +16,7 @@ from dsv4_convert.cli.common import (
     parse_choice,
     parse_layers,
     reported,
+    resumable,
     status,
     write_json,
 )
@@ -32,7 +33,7 @@ Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as 
 _EXACT_HELP = "Of a compact golden: tokens that are kept exactly, such as 0,128,-1 (-1 is the last)."
 
 
-@reported
+@resumable
 def record(
     source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
@@ -87,7 +88,7 @@ def record(
     Or DeepSeek's own inference code, which quantises activations on the way: --reference release --release-code DIR.
     parity then runs the model with the same numerics.
 
-    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert[reference]'.
+    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert\\[reference]'.
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
@@ -149,7 +150,7 @@ def _positions(text: str) -> list[int]:
         raise UsageError(f"--exact {text}: expected positions of tokens such as 0,17,-1, or nothing") from None
 
 
-@reported
+@resumable
 def compact(
     golden: Golden,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
@@ -287,7 +288,7 @@ def diff(
         raise CheckFailed(f"{first} and {second} differ beyond the noise floor")
 
 
-@reported
+@resumable
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: Annotated[

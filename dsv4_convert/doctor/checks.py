@@ -28,7 +28,7 @@ _DOWNLOADING = "download, convert, inspect"
 _LOAD = """
 import json, os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-import dsv4_convert.convert, dsv4_convert.published, dsv4_convert.restore, golden.archive, jax
+import dsv4_convert.convert, dsv4_convert.published, dsv4_convert.restore, dsv4_convert.golden.archive, jax
 found = jax.devices()
 print(json.dumps([jax.default_backend(), len(found), found[0].device_kind]))
 """

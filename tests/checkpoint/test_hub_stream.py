@@ -158,6 +158,22 @@ def test_discarding_in_a_folder_leaves_the_rest_alone(served: LoopbackHub, tmp_p
         assert not list((here / ".cache").rglob(f"{SHARDS[0]}*.metadata"))
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_was_on_disk_before_is_not_discarded(served: LoopbackHub, tmp_path: Path, in_folder: bool) -> None:
+    where = {"local_dir": tmp_path / "here"} if in_folder else {}
+    with opened(**where) as checkpoint:  # as any other program leaves it there
+        checkpoint.start(SHARDS[:1])
+        assert bytes(checkpoint.read_bytes("layers.0.w")) == content(0)
+    with opened(discard=True, **where) as checkpoint:
+        checkpoint.start(SHARDS[:2])
+        for number, shard in enumerate(SHARDS[:2]):
+            assert bytes(checkpoint.read_bytes(f"layers.{number}.w")) == content(number)
+            checkpoint.finish(shard)
+        assert bytes((checkpoint.root / SHARDS[0]).read_bytes()).endswith(content(0))
+        assert not (checkpoint.root / SHARDS[1]).exists()
+    assert not list(tmp_path.rglob("dsv4-fetched"))
+
+
 def test_a_shard_of_the_right_size_and_wrong_content_is_fetched_again_then_named(served: LoopbackHub) -> None:
     file = served.commits[REPO][COMMIT][SHARDS[1]]
     file.sent = file.content[:-1] + b"\xff"

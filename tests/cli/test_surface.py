@@ -161,16 +161,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_convert.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]
-    monkeypatch.setattr(golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
+    monkeypatch.setattr(dsv4_convert.golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
     monkeypatch.setattr(dsv4_convert.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
         dsv4_convert.generate,
         "Generator",
         lambda *_, **__: type("Fake", (), {"drafts": drafts, "__call__": lambda *_, **__: [[1, 2]]})(),
     )
-    monkeypatch.setattr(golden.tokens, "tokenizer_file", lambda path: path)
-    monkeypatch.setattr(golden.tokens, "text_decoder", lambda file: str)
-    monkeypatch.setattr(parity.run._Run, "forward", lambda self, needed: None)
+    monkeypatch.setattr(dsv4_convert.golden.tokens, "tokenizer_file", lambda path: path)
+    monkeypatch.setattr(dsv4_convert.golden.tokens, "text_decoder", lambda file: str)
+    monkeypatch.setattr(dsv4_convert.parity.run._Run, "forward", lambda self, needed: None)
     monkeypatch.setattr(dsv4_convert.aot.search, "compile_model", lambda *_, **__: samples(CompileReport, SLICE)[0])
     done = SimpleNamespace(returncode=0, stdout='["cpu", 1, "cpu"]\n')
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)

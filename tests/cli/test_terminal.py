@@ -169,7 +169,7 @@ def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(names, "explain", broken)
     result = CliRunner().invoke(app, ["names", "norm"])
-    assert result.exit_code == 1
+    assert result.exit_code == 70
     assert "ZeroDivisionError: 9" in result.stderr
     assert "this is a bug in dsv4" in result.stderr
     assert "dsv4 doctor --json -" in result.stderr

@@ -11,6 +11,7 @@ import pytest
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.config import Config
 from dsv4_convert.convert import Plan, Storage, check_disk, estimate, hf_to_orbax, plan
+from dsv4_convert.convert.estimate import ASSUMED
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
@@ -88,6 +89,20 @@ def test_an_estimate_leaves_nothing_behind(tiny: Path, tmp_path: Path, storage: 
     assert costs.rates.shared
     assert costs.rates.read is not None
     assert (costs.rates.packed == 1.0) == (compression == "none")
+
+
+def test_a_plan_without_measuring_reads_and_writes_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(tiny, tmp_path / "hf")
+    found, source = planned(copied), opened(copied)
+    for shard in copied.glob("*.safetensors"):  # the headers are known
+        shard.write_bytes(b"")
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("something is written"))
+    costs = estimate(found, source, tmp_path / "a" / "orbax", workers=2, measure=False)
+    assert not costs.rates.measured
+    assert costs.rates.write == ASSUMED["write"]
+    assert costs.needed_disk == found.bytes_on_disk
 
 
 def test_a_destination_that_cannot_be_written_is_refused_by_the_estimate(tiny: Path) -> None:

@@ -73,10 +73,15 @@ def test_a_dry_run_fetches_no_weights(served: LoopbackHub, tiny: Path, tmp_path:
     out, _ = command(REPO, tmp_path / "out", "--dry-run", "--json", "-")
     document = json.loads(out)
     assert document["estimate"]["to_fetch"] > sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
-    assert document["estimate"]["rates"]["fetch"] > 0
+    assert document["estimate"]["rates"]["measured"] is False
     assert document["tensors"] == 367
     assert not shards_on_disk(tmp_path)
     assert all(request.range for request in served.requests if "/cdn/" in request.path)
+    headers = len(served.requests)
+    out, _ = command(REPO, tmp_path / "out", "--dry-run", "--measure", "--json", "-")
+    assert json.loads(out)["estimate"]["rates"]["measured"] is True
+    assert len(served.requests) > 2 * headers  # what a measurement asks for comes on top of the same headers
+    assert not shards_on_disk(tmp_path)
 
 
 def test_shards_are_given_up_one_by_one(served: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

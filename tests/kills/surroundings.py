@@ -50,9 +50,10 @@ def interrupt_readers(shop: Workshop, tally: Tally, points: int, *, golden: bool
             at = 1 + number * whole.seen // count
             sent = (signal.SIGINT, signal.SIGTERM)[number % 2]
             fault = Fault(at, Action.SIGNAL, sent, Scope.READS)
-            _check_interrupted(tally, f"{name}: {fault}", shop.zygote.run(shop.inputs, command, fault))
+            _check_interrupted(tally, f"{name}: {fault}", shop.zygote.run(shop.inputs, command, fault), "interrupted\n")
         twice = [(whole.seconds / 2, signal.SIGINT), (whole.seconds / 2 + 0.01, signal.SIGINT)]
-        _check_interrupted(tally, f"{name}: SIGINT twice", shop.zygote.run(shop.inputs, command, signals=twice))
+        ended = shop.zygote.run(shop.inputs, command, signals=twice)
+        _check_interrupted(tally, f"{name}: SIGINT twice", ended, "interrupted\n")
 
 
 def interrupt_twice(shop: Workshop, tally: Tally, subject: Subject, count: int) -> None:
@@ -63,20 +64,20 @@ def interrupt_twice(shop: Workshop, tally: Tally, subject: Subject, count: int) 
         after = sweep.seconds * (number + 0.5) / count
         command = subject.command(shop.inputs, root)
         ended = shop.zygote.run(root, command, signals=[(after, signal.SIGINT), (after + 0.005, signal.SIGINT)])
-        _check_interrupted(tally, f"{subject.name}: SIGINT twice after {after:.2f} s", ended)
+        _check_interrupted(tally, f"{subject.name}: SIGINT twice after {after:.2f} s", ended, "with the same command")
         again = shop.zygote.run(root, command)
         if subject.content(root) != sweep.whole:
             tally.fail(f"{subject.name}: SIGINT twice after {after:.2f} s, and then the same command again", again)
 
 
-def _check_interrupted(tally: Tally, what: str, ended: Ended) -> None:
-    """130 and how to go on, or it had ended before; after a second signal the process may end by it."""
+def _check_interrupted(tally: Tally, what: str, ended: Ended, said: str) -> None:
+    """130 and what there is to say, or it had ended before; after a second signal the process may end by it."""
     tally.counts["signals"] += 1
     fine = ended.code in (0, 130) or (ended.code == -signal.SIGINT and "twice" in what)
     if "compile" in what:  # without its compiler it ends as it does
         fine = fine or ended.code in (2, 4)
-    if not fine or (ended.code == 130 and "twice" not in what and "with the same command" not in ended.err):
-        tally.fail(f"{what}: exit code 130 and how to go on expected", ended)
+    if not fine or (ended.code == 130 and "twice" not in what and said not in ended.err):
+        tally.fail(f"{what}: exit code 130 and {said!r} expected", ended)
     if "Traceback" in ended.err or ended.left:
         tally.fail(f"{what}: a traceback, or left behind: {ended.left}", ended)
 

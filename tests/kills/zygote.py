@@ -6,6 +6,7 @@ killed. Requests are lines of JSON on stdin, answers on stdout; :mod:`tests.kill
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -71,7 +72,6 @@ def _prepare(settings: dict[str, Any]) -> None:
 def _build_commands() -> None:
     """Let typer make its commands, and import what it does for that, here and once: it is most of a small run."""
     import contextlib
-    import functools
     import io
 
     import typer.main
@@ -87,8 +87,11 @@ def _build_commands() -> None:
 
 def _command(arguments: list[str]) -> int:
     """Run a command as the ``dsv4`` script does; the exit code that it ends with."""
-    from dsv4_convert.cli import main
+    from dsv4_convert.cli import interrupt, main
 
+    # What is left behind can only be seen before the process ends, so an interrupted command has to end in order.
+    interrupt.leave = functools.partial(sys.exit, interrupt.INTERRUPTED)
+    interrupt.GRACE = 60.0
     sys.argv = ["dsv4", *arguments]
     try:
         main()
