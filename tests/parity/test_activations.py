@@ -77,6 +77,9 @@ def test_bfloat16_has_the_noise_floor_of_bfloat16(
     assert report.taps[0].distance is not None
     assert report.taps[0].distance.max_abs > 0
     assert not compare_activations(given, archive, layer=3, dtype="float32").passed
+    widened = {"attn.q": layer["attn.q"].astype(ml_dtypes.bfloat16).astype(np.float32)}
+    assert Expected(archive).check(widened, layer=3, dtype="bfloat16").dtype == "bfloat16"
+    assert not Expected(archive, dtype="bfloat16").report(widened, layer=3, dtype="float32").passed
 
 
 def test_a_failure_says_what_parity_says(archive: Golden, layer: dict[str, Array]) -> None:

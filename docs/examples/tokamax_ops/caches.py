@@ -54,7 +54,7 @@ def unpack_entries(words, halves):
 
 
 def unpack_gathered(words, halves, block):
-    """What ``csa_gather`` gives, in blocks of ``block`` rows: entries i and i + block / 2 share a row."""
+    """The entries that ``csa_gather`` returns. In a block of ``block`` entries, i and i + block / 2 share a row."""
     bits = np.ascontiguousarray(halves).view(np.uint16).reshape(-1, 128, 2).swapaxes(1, 2)
     bits = bits.reshape(-1, block // 2, 2, ROPE).swapaxes(1, 2).reshape(-1, ROPE)
     packed = np.ascontiguousarray(np.stack([bits[:, :32], bits[:, 32:]], axis=-1)).view(np.int32)[..., 0]

@@ -287,7 +287,7 @@ def _indexed(layer, dtype, lengths, starts, decoding):
 
 
 def csa_gather(layer, dtype):
-    """Every entry once, last first. What the cache has rounded already is not the op's error, so it is taken off."""
+    """Every entry once, last first. The rounding of the cache is not the op's error, so it is taken off."""
     entries = layer.tap("attn.compressor.entries")
     cache = pack_entries(entries)
     order = np.arange(len(entries), dtype=np.int32)[::-1]
@@ -380,7 +380,7 @@ def ragged_dot(layer, dtype):
     return {"ffn.experts": jnp.zeros(x.shape, np.float32).at[token].add(output).astype(dtype)}
 
 
-#: What is checked, by the name of the row in docs/tokamax.md.
+#: Every check, named as its row in docs/tokamax.md.
 OPS = {
     "mhc_pre": Op(mhc_pre),
     "mhc_post": Op(mhc_post),
@@ -401,5 +401,5 @@ OPS = {
     "ragged_dot": Op(ragged_dot, dtypes=("float32", "bfloat16")),
 }
 
-#: What gives something else than the golden; docs/tokamax.md says why.
+#: Uses of ops that disagree with the golden; docs/tokamax.md says why.
 MISFITS = {"lightning_indexer, prompt": Op(lightning_indexer_of_a_prompt, (CSA,))}
