@@ -18,7 +18,7 @@ _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """What the Hub client recorded about one downloaded file."""
+    """The Hub client's record of one downloaded file."""
 
     commit: str
     oid: str

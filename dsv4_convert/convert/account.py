@@ -81,10 +81,10 @@ def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> R
 
 
 def to_account(planned: Plan) -> frozenset[str]:
-    """The weights that need an account of their own.
+    """The weights that are hashed and checked for rounding on their own.
 
-    Where a chunk of the store is a whole published tensor, byte for byte, its digest is that tensor's, and nothing
-    can round.
+    A chunk that is a whole published tensor, byte for byte, needs neither: its digest is the tensor's digest, and
+    nothing can round.
     """
     if planned.storage is not Storage.SOURCE:
         return frozenset(planned.sources)
@@ -129,7 +129,7 @@ def assemble(
 
 
 def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str, Any]:
-    """What the manifest says of rounding: in all, and the values changed in every leaf that has some."""
+    """The manifest's record of rounding: the total, and the number of changed values of every leaf that has any."""
     total = sum((entry.rounding for entry in accounts.values()), Rounding())
     leaves: dict[str, int] = {}
     for piece in planned.pieces:
@@ -148,7 +148,7 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
 
 
 def describe_rounding(planned: Plan, side_records: Mapping[str, Any]) -> str:
-    """What a run has found out about rounding, in one sentence."""
+    """One sentence about the rounding that a run counted."""
     if planned.storage is Storage.SOURCE:
         return "exact: the published bytes"
     entry = rounding_summary(planned, accounts_of(side_records))

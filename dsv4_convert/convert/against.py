@@ -51,7 +51,7 @@ def compare_with_source(
 
 
 class _Comparison:
-    """What the comparison of one checkpoint needs."""
+    """Compares the chunks of one store with its source, decoded again."""
 
     def __init__(self, store: Store, checkpoint: Checkpoint, planned: Plan, sources: Sources) -> None:
         self.store = store
@@ -89,7 +89,7 @@ class _Comparison:
         return piece.path in self.store.manifest.leaves and self.store.leaf(piece.path) == piece.layout
 
     def _compare(self, piece: Piece, index: Index) -> tuple[str | None, int]:
-        """What differs in a chunk, if anything does, and its bytes."""
+        """The difference in a chunk in words, None if there is none; and the number of bytes compared."""
         try:
             stored = self.store.open_leaf(piece.path).read_chunk(index)
             made = self.maker.chunk(piece, index)

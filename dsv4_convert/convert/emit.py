@@ -49,7 +49,7 @@ class Emitted:
 
 @dataclasses.dataclass
 class Fidelity:
-    """What quantising again did: values that decoding does not give back, by weight; all weights are in it."""
+    """Per weight that was quantised again: the number of values that decoding does not reproduce, 0 included."""
 
     changed: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -145,7 +145,7 @@ class Emitter:
                 yield partner, tensors[partner]
 
     def _runs(self) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:
-        """Of every source tensor the chunks that hold it, in its own order."""
+        """The chunks that hold each source tensor, by its name, in the order of its rows."""
         found: dict[str, list[tuple[tuple[int, int, int], Piece, tuple[int, ...]]]] = {}
         for piece in self._plan.pieces:
             for index in piece.layout.chunk_indices():

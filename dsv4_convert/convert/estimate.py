@@ -32,13 +32,13 @@ class Rates:
     """Bytes per second.
 
     Attributes:
-        read: of the source, cold; None where it is not on this machine.
-        fetch: of the source, over the network; None where it is on this machine.
-        make: of output, decoded and hashed, on one core.
-        write: to the destination, until it is on the disk.
+        read: reading the source from a cold disk; None if the source is remote.
+        fetch: reading the source over the network; None if the source is local.
+        make: decoding and hashing output on one core.
+        write: writing to the destination, until the bytes are on the disk.
         shared: source and destination are on one device, which does one thing at a time.
-        packed: the part of its bytes that compression leaves of a typical chunk; 1 where it was not measured.
-        measured: from a second's work on the real source and destination, and not assumed.
+        packed: compressed size of a typical chunk divided by its size; 1 if it was not measured.
+        measured: the rates come from a second's work on the real source and destination; otherwise they are assumed.
     """
 
     read: float | None
@@ -52,18 +52,17 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a conversion costs.
+    """Time, disk, network and memory that a conversion needs.
 
     Attributes:
-        seconds: for all of it.
-        limit: what decides the time: ``disk``, ``cores`` or ``network``.
-        needed_disk: bytes that the destination will take.
-        free_disk: bytes that are free there, those that an interrupted run has written already included; None for a
-            bucket.
+        seconds: for the whole conversion.
+        limit: the bottleneck: ``disk``, ``cores`` or ``network``.
+        needed_disk: bytes of the finished destination.
+        free_disk: free bytes there; bytes that an interrupted run has written count as free. None for a bucket.
         to_fetch: bytes that come over the network.
-        source_disk: bytes that they take on disk, at most, at a time.
-        source_free: bytes that are free there.
-        memory: peak beyond the interpreter with its imports, from above.
+        source_disk: most bytes of fetched files on disk at a time.
+        source_free: free bytes on the disk of the fetched files.
+        memory: upper bound of the peak, beyond the interpreter with its imports.
         workers: threads.
     """
 

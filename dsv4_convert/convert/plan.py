@@ -1,4 +1,4 @@
-"""What a conversion will read, write and leave out, and its memory: known before any weight is touched."""
+"""The plan of a conversion: its reads, its writes, the tensors it drops and its memory, before it reads any weight."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dsv4_convert.spec.coverage import Source, Stored, resolve
 from dsv4_convert.spec.names import Dialect, Rule, check_layers, stage_of
 from dsv4_convert.store import Compression
 
-#: Memory that a conversion may take beyond the interpreter with its imports, where nothing else is said.
+#: Default limit of a conversion's memory, beyond the interpreter with its imports.
 MAX_MEMORY = 2 << 30
 
 #: Memory per tensor of the checkpoint: its header, its rule, its place in the plan, its line in the manifest.
 _BYTES_PER_TENSOR = 4_000
-#: Whatever the size: buffers of files, the journal, Orbax at work.
+#: Memory that does not depend on the size: file buffers, the journal, Orbax.
 _FIXED_BYTES = 150 << 20
 
 
@@ -55,7 +55,7 @@ class Plan:
         written: bytes of the leaves, uncompressed, by dtype.
         tensors: number of source tensors that are used.
         dropped: every tensor that is left out, with the reason.
-        inexact: leaves whose values bfloat16 cannot promise to hold; the run counts those that it rounds.
+        inexact: leaves with values that bfloat16 may not hold exactly; the run counts those that it rounds.
     """
 
     config: Config
@@ -103,12 +103,12 @@ class Plan:
         return tuple(name for name in (source.weight, source.scale if piece.form is Form.DECODED else None) if name)
 
     def bytes_of(self, piece: Piece, index: tuple[int, ...]) -> int:
-        """Bytes of the source that a chunk is made of: its part of those of the leaf."""
+        """Bytes of the source that a chunk is made of: its share of the bytes of the leaf."""
         return self._source_bytes[piece.path] * math.prod(piece.layout.clipped_shape(index)) // math.prod(piece.shape)
 
     @cached_property
     def _source_bytes(self) -> Mapping[str, int]:
-        """Of every leaf: of tensors that several leaves share (gate and up rows, mixing weights) its part."""
+        """Source bytes of every leaf. Leaves that share a tensor (gate and up rows, mixing weights) share its bytes."""
         found = {}
         for piece in self.pieces:
             nbytes = sum(self.infos[name].nbytes for name in piece.sources)
@@ -141,7 +141,7 @@ class Plan:
         return max(1, min(limit, 1 + (max_memory - least) // more))
 
     def _memory_of(self, piece: Piece) -> int:
-        """Of one worker at one chunk: the chunk, and the pages of its source."""
+        """Memory of one worker at one chunk: the chunk, and the pages of its source."""
         layout = piece.layout
         if not layout.chunk_count:
             return 0

@@ -50,11 +50,11 @@ class ConversionOptions:
 
     Attributes:
         max_memory: bytes beyond the interpreter with its imports.
-        workers: threads, at most; None for two more than there are cores, so that these have work while some threads
-            wait for the disk.
-        name: what the manifest calls the source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
-        restart: discard an interrupted run instead of going on with it.
+        workers: maximum number of threads. None: two more than there are cores, so that cores have work while some
+            threads wait for the disk.
+        name: the source's name in the manifest, such as its repository. None: the folder's name.
+        revision: the source's commit. None: the commit that the folder records.
+        restart: discard an interrupted run instead of resuming it.
         overwrite: replace a finished conversion at the destination.
     """
 
@@ -120,13 +120,13 @@ def carry_out(
     """Carry out a plan; memory holds one chunk per worker, never a layer.
 
     Args:
-        planned: what is to be done.
+        planned: the plan.
         checkpoint: the source that the plan was made of, open.
-        destination: folder to create, or URL of a bucket such as ``gs://bucket/model``; an interrupted run leaves it
-            absent and is continued by the same call.
-        options: how.
-        processes: those that share the work; those of ``jax.distributed`` if None, where it is initialised.
-        progress: called at the start, with what an interrupted run has done, and after every chunk.
+        destination: folder to create, or URL of a bucket such as ``gs://bucket/model``. It stays absent until the
+            conversion is complete; the same call resumes an interrupted run.
+        options: memory, threads, names, and how to treat earlier results.
+        processes: the processes that share the work. None: those of ``jax.distributed``, if it is initialised.
+        progress: called at the start, with the progress of an interrupted run, and after every chunk.
 
     Raises:
         BadInput: the source is corrupt or changed.

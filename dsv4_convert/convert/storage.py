@@ -21,7 +21,7 @@ CHUNK_BYTES = 64 << 20
 
 
 class Storage(StrEnum):
-    """What ``--dtype`` may say.
+    """The values of ``--dtype``.
 
     Examples:
         >>> plan, summary = hf_to_orbax(Path("checkpoint"), "as-published", storage=Storage.SOURCE)
@@ -40,7 +40,7 @@ class Storage(StrEnum):
 
 
 class Form(StrEnum):
-    """What a leaf of the store holds of its parameter."""
+    """The part of a parameter that a leaf of the store holds."""
 
     #: Numbers, in the model's orientation.
     DECODED = "decoded"
@@ -55,7 +55,7 @@ class Form(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one chunk is made of: rows of one source tensor, or of one expert of a fused one."""
+    """The source of one chunk: rows of one source tensor, or of one expert of a fused tensor."""
 
     leaf: Leaf
     source: Source
@@ -69,13 +69,13 @@ class Piece:
 
     Attributes:
         path: dotted path in the store.
-        leaves: the parameter of the model that it holds, or those of several layers, stacked; none for ones.
-        form: what of them is stored.
-        rows_per_chunk: rows of the source (of one expert, of a stack) that go into one chunk.
-        first_row: where they begin, for a leaf that holds some rows only.
-        row_axis: the axis of the store's grid along which runs of rows follow each other; None for a single run.
+        leaves: the parameter of the model that it holds, or one per layer if layers are stacked; empty for ones.
+        form: the part of the parameters that is stored.
+        rows_per_chunk: rows of the source (of one expert, for a stack) that go into one chunk.
+        first_row: first source row, for a leaf that holds only some rows.
+        row_axis: the grid axis along which blocks of rows follow each other; None for a single block.
         layer_axis: the axis of the stacked layers; None for one layer.
-        turned: decoded matrices are ``[in, out]``, the published ones ``[out, in]``.
+        turned: the leaf holds matrices as ``[in, out]``; published matrices are ``[out, in]``.
     """
 
     path: str
@@ -102,7 +102,7 @@ class Piece:
 
     @property
     def rule_name(self) -> str:
-        """How it is made, for the manifest."""
+        """Name of its rule, for the manifest."""
         return self.leaf.rule.path if self.leaves else self.form.value
 
     @cached_property
@@ -122,7 +122,7 @@ class Piece:
         return self.layout.nbytes
 
     def part(self, index: tuple[int, ...]) -> Part:
-        """What chunk ``index`` is made of; not defined for ones."""
+        """The source of chunk ``index``; undefined for ones."""
         leaf = self.leaves[0 if self.layer_axis is None else index[self.layer_axis]]
         at = 0 if self.row_axis is None else index[self.row_axis]
         start = self.first_row + at * self.rows_per_chunk
@@ -146,7 +146,7 @@ def pieces(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_byt
 
 
 def decoded_dtype(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored]) -> np.dtype[Any]:
-    """Of the numbers of a parameter: the storage's, or the source's where the rule keeps it."""
+    """The dtype of a decoded parameter: the storage's, or the source's if the rule keeps it."""
     follows = leaf.rule.kind.follows_dtype
     return storage.dtype if follows else DTYPES[stored[leaf.sources[0].weight].dtype].array
 
@@ -184,7 +184,7 @@ def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) ->
 
 
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> int:
-    """As many rows as fit the limit, in whole FP8 tiles; all of them where they fit."""
+    """The largest number of rows within the limit: all rows, or whole FP8 tiles of them."""
     rows, columns = shape
     if rows * columns * dtype.itemsize <= limit:
         return rows

@@ -32,16 +32,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        tensors: number of tensors.
-        nbytes: their bytes.
-        shards: names of the files, in order.
-        left_out: number of tensors of the source that the converted checkpoint does not hold, by reason.
-        identical: tensors whose bytes are those of the source, as far as that was compared.
-        quantized: weights that were quantised again.
-        changed: those of them, with the number of values, that decoding does not give back.
+        tensors: number of tensors written.
+        nbytes: bytes written.
+        shards: file names, in order.
+        left_out: number of source tensors that the converted checkpoint does not hold, by reason.
+        identical: number of tensors whose bytes equal the source's, among the compared ones.
+        quantized: number of weights that were quantised again.
+        changed: number of values that decoding does not reproduce, by weight quantised again.
     """
 
     tensors: int

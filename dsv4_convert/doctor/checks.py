@@ -67,7 +67,7 @@ def _unloadable(check: str, error: ImportError) -> Finding:
 
 
 def _refused(check: str, error: OSError, commands: str = "all") -> Finding:
-    """What the system does not even let us look at."""
+    """The finding of a check that the system refused to run."""
     return Finding(
         check=check,
         state=State.MISSING,

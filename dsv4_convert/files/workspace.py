@@ -2,14 +2,14 @@
 
 ::
 
-    DEST.dsv4-lock       held while a process writes; the system releases it when the process ends, however that happens
+    DEST.dsv4-lock       locked while a process writes; the system releases the lock when the process ends or is killed
     DEST.dsv4-partial/   the stage
-      ...                what the command has finished, for the same command to go on with
+      ...                finished work, from which the same command resumes
       replaced           the former destination while it is being overwritten
 
-Conversions, exports, recordings and random checkpoints all use these names. None of them can go on with what another
-one began, nor may delete it. A run with the same settings resumes what an interrupted one has left; any other refuses.
-Only a rename makes the destination appear, so that it is absent, resumable or complete whenever a process is killed.
+Conversions, exports, recordings and random checkpoints all use these names. No command resumes or deletes the stage of
+another command. A run with the same settings resumes an interrupted run; a run with other settings refuses to start.
+Only a rename creates the destination, so a killed process leaves it absent, resumable or complete.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dsv4_convert.files.writing import sync, writing
 
 #: Added to the name of a destination.
 SUFFIX, _LOCK_SUFFIX = ".dsv4-partial", ".dsv4-lock"
-#: Files that a killed :func:`~dsv4_convert.files.writing.atomic_write` leaves, or that of an earlier version.
+#: Temporary files of a killed :func:`~dsv4_convert.files.writing.atomic_write`, of this or an earlier version.
 _HALF_WRITTEN = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp")
-#: How long the lock is tried for: its holder may be about to end, and remove it.
+#: Patience for the lock: its holder may be about to end and remove it.
 _PATIENCE_SECONDS = 0.2
-#: Beginning of the name of a folder for a moment.
+#: Prefix of the names of short-lived folders.
 _SCRATCH = ".dsv4-probe-"
 
 
@@ -54,7 +54,7 @@ def destination_of(stage: Path) -> Path:
 def refuse_other_settings(
     stage: Path, what: str, *, then: Mapping[str, Any], now: Mapping[str, Any], discard: str = "--restart"
 ) -> None:
-    """Raise :class:`UsageError` where an earlier run had other settings: which ones, and the ways out.
+    """Raise :class:`UsageError` if an earlier run had other settings; the error names them and the ways out.
 
     Args:
         stage: what the earlier run has left.

@@ -1,11 +1,11 @@
 """How many values a conversion rounds, and by how much: the account of what bfloat16 cannot hold.
 
 A code times a power of two has as few significant bits as the code (e4m3: 4, e2m1: 2), so bfloat16 with its 8 holds
-it exactly unless it leaves the range of exponents. Whether one does follows from the scale bytes alone, and is nearly
-free to prove. Under float32 scales, and in float32 weights, the values are counted.
+it exactly unless it leaves the range of exponents. The scale bytes alone decide that, so the proof is nearly free.
+With float32 scales, and for float32 weights, the values are counted.
 
-What is exact: the real product of a code and an E8M0 scale; the float32 product of a code and a float32 scale, which is
-what every implementation means by it; a float32 weight itself.
+The exact value is the real product of a code and an E8M0 scale, the float32 product of a code and a float32 scale (as
+every implementation computes it), or a float32 weight itself.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ _PIECE, _HEIGHT = 1 << 18, FP8_TILE[0]
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Of ``values`` numbers, ``rounded`` changed, the largest by ``largest_relative`` of itself.
+    """The rounding of a set of numbers.
 
-    1.0 is a number that became zero, infinity one that overflowed. NaN and infinity themselves count among the values
-    and do not change. ``largest_relative`` is as precise as float32.
+    Attributes:
+        values: number of values; NaN and infinity are among them and never change.
+        rounded: number of values that changed.
+        largest_relative: largest change relative to its value, as precise as float32. 1.0 is a value that became
+            zero, infinity one that overflowed.
     """
 
     values: int = 0
@@ -53,7 +56,7 @@ class Rounding:
 
 
 def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rounding:
-    """What decoding a stored weight to ``dtype`` changes.
+    """Count the values that decoding a stored weight to ``dtype`` changes.
 
     Args:
         stored: FP8 codes ``[R, C]`` or packed FP4 ``[R, C / 2]`` with scales; without, BF16 or F32 of any shape.
@@ -122,7 +125,7 @@ def _relative(exact: Array, found: Array) -> Array:
 
 
 def _of_products(codes: Array, scale: Array, *, packed: bool) -> Rounding:
-    """Of the float32 products, for as many rows at a time as share their FP8 scales."""
+    """Rounding of float32 products, computed for as many rows at a time as share their FP8 scales."""
     values = np.empty((_HEIGHT, codes.shape[1] * (2 if packed else 1)), np.float32)
     total = Rounding()
     for start in range(0, codes.shape[0], _HEIGHT):

@@ -33,7 +33,7 @@ FAST_E4M3, FAST_E2M1 = (10, 246), (2, 252)
 #: Numbers that :func:`count_rounded` counts in 32 bits, before it adds them up in 64.
 COUNTED = 1 << 16
 
-#: What :func:`convert` does with a bit pattern.
+#: The operations of :func:`convert` on a bit pattern.
 COPY, WIDEN, NARROW = 0, 1, 2
 
 # error_model="numpy": a division by zero gives inf or NaN, as in torch, instead of a Python exception.
@@ -71,7 +71,7 @@ def kernel(function: Callable[P, T]) -> Callable[P, T]:
 
 
 # Unsigned loop counters spare numba's check for negative indices, which costs half of the speed of these loops.
-# Integers are cast to 32 or 16 bits at every step: numba makes 64 of them, and fewer of those fit into a register.
+# Integers are cast to 32 or 16 bits at every step: numba widens them to 64, and fewer 64-bit lanes fit in a register.
 
 
 @_pasted
@@ -142,7 +142,7 @@ def _e2m1_fast(code: np.uint16, bias: np.uint16) -> np.uint16:
 
 @_pasted
 def _fill_biases(scales: Floats, biases: Bits) -> bool:
-    """What :func:`_e2m1_fast` wants of scales; False if one of them is not for it."""
+    """Fill ``biases`` with the scales as :func:`_e2m1_fast` takes them; False if it cannot take one of them."""
     bits = scales.view(np.uint32)
     fast = True
     for i in range(np.uint64(scales.size)):

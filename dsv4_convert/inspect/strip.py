@@ -15,7 +15,7 @@ _ATTENTION = {
 }
 _STAGE = ("M", "cyan")
 _HASH, _LEARNED = ("#", "yellow"), ("-", "")
-#: Of a layer that is not there.
+#: Style of an absent layer.
 _ABSENT = "dim"
 _TITLES = ("layer", "attention", "routing")
 _MARGIN = max(map(len, _TITLES)) + 2
@@ -70,7 +70,7 @@ def _lines(groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]]) -> 
 
 
 def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
-    """What the letters mean, and of how many layers each is."""
+    """The meaning of each letter, and its number of layers."""
     number = {kind: config.attention.count(kind) for kind in AttentionKind}
     words = {
         AttentionKind.SLIDING: f"sliding window of {config.sliding_window} tokens alone",

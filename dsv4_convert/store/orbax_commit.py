@@ -1,10 +1,11 @@
 """Let Orbax turn finished array folders into one of its checkpoints.
 
-Orbax writes its own metadata for a tree of stand-in leaves; a type handler of ours moves each finished folder to the
-place that Orbax gives the leaf, so no array passes through memory. The result is an ordinary checkpoint of NumPy
-arrays without OCDBT, which any Orbax restores without dsv4.
+Orbax writes its own metadata for a tree of stand-in leaves. A type handler moves each finished folder to the leaf's
+place in the checkpoint, so no array passes through memory. The result is an ordinary checkpoint of NumPy arrays without
+OCDBT, which any Orbax restores without dsv4.
 
-What of Orbax this relies on (checked with 0.12.4 to 0.12.8; ``tests/contracts/test_orbax.py`` fails if it changes):
+This module relies on the following parts of Orbax, checked with 0.12.4 to 0.12.8. ``tests/contracts/test_orbax.py``
+fails if one changes:
 
 - public: ``Checkpointer``, ``PyTreeCheckpointHandler`` with ``use_ocdbt``, ``use_zarr3``, ``type_handler_registry`` and
   ``enable_pinned_host_transfer``, ``args.PyTreeSave``, ``type_handlers.TypeHandler`` and

@@ -38,8 +38,8 @@ class LeafSpec:
         shape: shape of the whole leaf.
         dtype: one of :data:`~dsv4_convert.store.layout.DTYPES`.
         chunk_shape: shape of a chunk, of the same rank; see :func:`~dsv4_convert.store.layout.row_chunks`.
-        sources: names of the tensors that it is made of, for the manifest.
-        rule: name of how it is made, for the manifest.
+        sources: names of its source tensors, for the manifest.
+        rule: name of the rule that makes it, for the manifest.
     """
 
     path: str
