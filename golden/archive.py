@@ -77,14 +77,14 @@ class Golden:
 
     Attributes:
         path: its folder or URL.
-        manifest: everything that ``manifest.json`` says.
+        manifest: the contents of ``manifest.json``.
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
         layers: the recorded layers, ascending.
         keys: all recorded taps, in order of execution.
         names: their full names.
         compact: the kept part of each tap; None if every tap is kept whole.
-        decode: how many of the last tokens were given one by one.
+        decode: number of last tokens that were decoded one by one.
         numerics: ``plain``, or ``release`` where activations were quantised on the way.
 
     Examples:

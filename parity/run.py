@@ -100,9 +100,9 @@ def run_parity(
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint. Its weights are decoded as they are needed.
-        against: the published checkpoint; the weights of wrong operations are compared with it.
-        baseline: the errors that are recorded of this golden; what has grown beyond them fails.
+        source: folder of a published checkpoint; its weights are decoded on demand.
+        against: the published checkpoint with which the weights of wrong operations are compared.
+        baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
         progress: called before each layer.
