@@ -186,7 +186,7 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
 
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
 def test_a_stage_is_what_transformers_loads_as_a_layer(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """Those of ``mtp.0``, which transformers drops, under the names of one more window-only, score-routed layer."""
+    """transformers drops ``mtp.0``, so its tensors are renamed to one more window-only, score-routed layer."""
     raw = json.loads((folders[form] / "config.json").read_text())
     last = raw["num_hidden_layers"]
     ratios = [*raw["compress_ratios"][:last], 0]

@@ -29,7 +29,7 @@ def planned(folder: Path, storage: Storage = Storage.BFLOAT16, **options: object
 
 
 def opened(folder: Path) -> Checkpoint:
-    """Of a closed checkpoint an estimate needs the folder only."""
+    """A closed checkpoint: an estimate needs only its folder."""
     with open_checkpoint(folder) as checkpoint:
         return checkpoint
 
@@ -70,7 +70,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
     message = f"needs {found.bytes_on_disk:,} bytes and {found.bytes_on_disk - 1:,} are free.*--dtype source"
     with pytest.raises(ResourceError, match=message):
         check_disk(costs, tmp_path / "orbax")
-    # What an interrupted run has written counts as free.
+    # Bytes that an interrupted run has written count as free.
     kept = tmp_path / "orbax.dsv4-partial" / "leaves" / "embed"
     kept.mkdir(parents=True)
     (kept / "0.0").write_bytes(b"x")
