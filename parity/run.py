@@ -67,6 +67,11 @@ class ParityOptions:
         require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
+
+    Examples:
+        >>> options = ParityOptions(layers=[0], taps=["attn.*"])
+        >>> run_parity(Path("orbax"), "golden/data/tiny", options).passed
+        True
     """
 
     layers: Sequence[int] | None = None
@@ -94,7 +99,7 @@ def run_parity(
     processes: Processes = ALONE,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
-    """Compare a converted checkpoint, or a published one before it is converted, with a golden.
+    """Compare a converted checkpoint, or a published one before its conversion, with a golden.
 
     Args:
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.

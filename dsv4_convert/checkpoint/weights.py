@@ -67,7 +67,7 @@ def read_weight(
         scale = scale[rows]
     codes = stored[rows]
     decoded = decode_weight(codes, scale, dtype=dtype, transpose=transpose, out=out)
-    problem = decoded_problem(codes, scale, decoded, first_row=first, first_scale=first_scale, turned=transpose)
+    problem = decoded_problem(codes, scale, decoded, first_row=first, first_scale=first_scale, transposed=transpose)
     _refuse(checkpoint, source.weight, problem)
     return decoded
 

@@ -180,7 +180,7 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
         f"source  {checkpoint.repository or checkpoint.root}{at}, {len(checkpoint.shards)} shards, "
         f"{planned.dialect} names",
         f"reads   {planned.tensors:,} tensors, {size(planned.bytes_read)} ({by_dtype(planned.read)})",
-        f"writes  {len(planned.pieces):,} leaves, {size(planned.bytes_written)} ({by_dtype(planned.written)})",
+        f"writes  {len(planned.stored_leaves):,} leaves, {size(planned.bytes_written)} ({by_dtype(planned.written)})",
     ]
     reasons: dict[str, int] = {}
     for reason in planned.dropped.values():

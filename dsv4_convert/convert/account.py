@@ -90,9 +90,9 @@ def to_account(planned: Plan) -> frozenset[str]:
         return frozenset(planned.sources)
     return frozenset(
         source.weight
-        for piece in planned.pieces
-        for leaf in piece.leaves
-        if leaf.fused or (not leaf.stacked and piece.layout.chunk_count != 1)
+        for stored_leaf in planned.stored_leaves
+        for leaf in stored_leaf.leaves
+        if leaf.fused or (not leaf.stacked and stored_leaf.layout.chunk_count != 1)
         for source in leaf.sources
     )
 
@@ -106,11 +106,13 @@ def assemble(
     """The account of all source tensors, once everything is written."""
     digests = {name: digest for entry in accounts.values() for name, digest in entry.digests.items()}
     if planned.storage is Storage.SOURCE:
-        for piece in planned.pieces:
-            for index, digest in zip(piece.layout.chunk_indices(), records[piece.path].chunk_digests, strict=True):
-                (name,) = planned.names_of(piece, index)
+        for stored_leaf in planned.stored_leaves:
+            for index, digest in zip(
+                stored_leaf.layout.chunk_indices(), records[stored_leaf.path].chunk_digests, strict=True
+            ):
+                (name,) = planned.names_of(stored_leaf, index)
                 digests.setdefault(name, digest)
-    targets = targets_of((piece.path, piece.sources) for piece in planned.pieces)
+    targets = targets_of((stored_leaf.path, stored_leaf.sources) for stored_leaf in planned.stored_leaves)
     in_order = sorted(planned.infos.values(), key=lambda info: (info.file.name, info.start))
     return Sources(
         shards=shards,
@@ -132,11 +134,11 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
     """The manifest's record of rounding: the total, and the number of changed values of every leaf that has any."""
     total = sum((entry.rounding for entry in accounts.values()), Rounding())
     leaves: dict[str, int] = {}
-    for piece in planned.pieces:
-        weights = (source.weight for leaf in piece.leaves for source in leaf.sources)
+    for stored_leaf in planned.stored_leaves:
+        weights = (source.weight for leaf in stored_leaf.leaves for source in leaf.sources)
         changed = sum(accounts[weight].rounding.rounded for weight in weights if weight in accounts)
-        if changed and piece.form is Form.DECODED:
-            leaves[piece.path] = changed
+        if changed and stored_leaf.form is Form.DECODED:
+            leaves[stored_leaf.path] = changed
     largest = total.largest_relative
     return {
         "values": total.values,

@@ -15,7 +15,7 @@ from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
 from dsv4_convert.convert.plan import Described, Plan
 from dsv4_convert.convert.shards import Arriving, as_arriving
-from dsv4_convert.convert.storage import Form, Piece
+from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.formats.weight import decode_weight
@@ -181,7 +181,7 @@ def _on_one_device(sample: TensorInfo, place: Place) -> bool:
 
 def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
-    typical = max(planned.pieces, key=lambda piece: piece.nbytes)
+    typical = max(planned.stored_leaves, key=lambda stored_leaf: stored_leaf.nbytes)
     make, chunk = _make_rate(planned, typical)
     count = max(1, min(64, _PROBE_BYTES // max(1, chunk.nbytes)))
     seconds, stored = place.probe(chunk, count, planned.compression)
@@ -197,20 +197,20 @@ def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
     )
 
 
-def _make_rate(planned: Plan, piece: Piece) -> tuple[float, Array]:
+def _make_rate(planned: Plan, stored_leaf: StoredLeaf) -> tuple[float, Array]:
     """Bytes of output per second, and a chunk as it is stored."""
-    source = piece.leaf.sources[0]
+    source = stored_leaf.leaf.sources[0]
     rng = np.random.default_rng(0)
-    weight = _random(planned.infos[source.weight], rng, rows=piece.rows_per_chunk)
+    weight = _random(planned.infos[source.weight], rng, rows=stored_leaf.rows_per_chunk)
     scale = None
     if source.scale is not None:
         info = planned.infos[source.scale]
-        rows = -(-piece.rows_per_chunk * info.shape[0] // planned.infos[source.weight].shape[0])
+        rows = -(-stored_leaf.rows_per_chunk * info.shape[0] // planned.infos[source.weight].shape[0])
         scale = _random(info, rng, rows=rows)
 
     def make() -> Array:
-        if piece.form is Form.DECODED:
-            chunk = decode_weight(weight, scale, dtype=piece.dtype, transpose=piece.turned)
+        if stored_leaf.form is Form.DECODED:
+            chunk = decode_weight(weight, scale, dtype=stored_leaf.dtype, transpose=stored_leaf.transposed)
         else:
             chunk = weight.copy()
         chunk_digest(chunk)

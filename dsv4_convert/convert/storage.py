@@ -64,7 +64,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class StoredLeaf:
     """One leaf of the store. Every chunk of it is made of one source tensor and its scales.
 
     Attributes:
@@ -75,7 +75,7 @@ class Piece:
         first_row: first source row, for a leaf that holds only some rows.
         row_axis: the grid axis along which blocks of rows follow each other; None for a single block.
         layer_axis: the axis of the stacked layers; None for one layer.
-        turned: the leaf holds matrices as ``[in, out]``; published matrices are ``[out, in]``.
+        transposed: the leaf holds matrices as ``[in, out]``; published matrices are ``[out, in]``.
     """
 
     path: str
@@ -88,7 +88,7 @@ class Piece:
     first_row: int = 0
     row_axis: int | None = None
     layer_axis: int | None = None
-    turned: bool = False
+    transposed: bool = False
 
     @cached_property
     def layout(self) -> ArrayLayout:
@@ -132,7 +132,9 @@ class Piece:
         return Part(leaf, leaf.sources[0], rows, index[0]) if leaf.fused else Part(leaf, leaf.sources[index[0]], rows)
 
 
-def pieces(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_bytes: int = CHUNK_BYTES) -> list[Piece]:
+def stored_leaves(
+    leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_bytes: int = CHUNK_BYTES
+) -> list[StoredLeaf]:
     """The store's leaves for one parameter."""
     first = leaf.sources[0]
     if storage is not Storage.SOURCE:
@@ -151,36 +153,40 @@ def decoded_dtype(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored]) ->
     return storage.dtype if follows else DTYPES[stored[leaf.sources[0].weight].dtype].array
 
 
-def _decoded(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> Piece:
+def _decoded(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> StoredLeaf:
     """One chunk per expert and per output group; other matrices are cut along the rows of their source."""
     shape, rows = leaf.target_shape, leaf.source_shape[0]
-    piece = Piece(leaf.path, (leaf,), Form.DECODED, dtype, shape, shape, rows, turned=is_turned(leaf))
+    stored_leaf = StoredLeaf(
+        leaf.path, (leaf,), Form.DECODED, dtype, shape, shape, rows, transposed=is_transposed(leaf)
+    )
     if leaf.rule.per_expert:
-        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]))
+        return dataclasses.replace(stored_leaf, chunk_shape=(1, *shape[1:]))
     if leaf.rule.transform is Transform.GROUPED:
-        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]), rows_per_chunk=shape[2], row_axis=0)
+        return dataclasses.replace(stored_leaf, chunk_shape=(1, *shape[1:]), rows_per_chunk=shape[2], row_axis=0)
     if len(shape) != 2:
-        return piece
+        return stored_leaf
     rows = _rows_per_chunk(leaf.source_shape, dtype, limit)
-    chunk = (shape[0], rows) if piece.turned else (rows, shape[1])
-    return dataclasses.replace(piece, chunk_shape=chunk, rows_per_chunk=rows, row_axis=1 if piece.turned else 0)
+    chunk = (shape[0], rows) if stored_leaf.transposed else (rows, shape[1])
+    return dataclasses.replace(
+        stored_leaf, chunk_shape=chunk, rows_per_chunk=rows, row_axis=1 if stored_leaf.transposed else 0
+    )
 
 
-def is_turned(leaf: Leaf) -> bool:
+def is_transposed(leaf: Leaf) -> bool:
     """Whether the model has the matrix as ``[in, out]``."""
     return leaf.rule.transform is not Transform.NONE
 
 
-def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) -> Piece:
+def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) -> StoredLeaf:
     """As published, experts stacked; one chunk per expert, large matrices cut by rows."""
     shape, dtype = tensor.shape, DTYPES[tensor.dtype].array
     if leaf.rule.per_expert:
         shape = (shape[0], leaf.source_shape[0], shape[2]) if leaf.fused else (len(leaf.sources), *shape)
-        return Piece(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
+        return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
     cut = len(shape) == 2 and form is not Form.SCALE  # scales are small
     rows = _rows_per_chunk(shape, dtype, limit) if cut else (shape or (1,))[0]
     chunk = (rows, *shape[1:]) if shape else ()
-    return Piece(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
+    return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
 
 
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> int:

@@ -91,9 +91,9 @@ def narrowing_problem(stored: Array, *, dtype: np.dtype[Any], first_row: int = 0
 
 
 def decoded_problem(
-    stored: Array, scale: Array, decoded: Array, *, first_row: int = 0, first_scale: int = 0, turned: bool = False
+    stored: Array, scale: Array, decoded: Array, *, first_row: int = 0, first_scale: int = 0, transposed: bool = False
 ) -> str | None:
-    """The first problem of codes, their scales and the decoded values (``turned``: decoded as ``[in, out]``).
+    """The first problem of codes, their scales and the decoded values (``transposed``: decoded as ``[in, out]``).
 
     ``first_row`` and ``first_scale`` are the row numbers at which the given codes and scales begin.
     """
@@ -110,7 +110,7 @@ def decoded_problem(
     beyond = ~np.isfinite(decoded.astype(np.float32))
     if not beyond.any():
         return None
-    at = _first(beyond.T if turned else beyond)
+    at = _first(beyond.T if transposed else beyond)
     return f"code times scale at {_place(at, first_row)} is beyond the largest {decoded.dtype}, expected a number"
 
 
