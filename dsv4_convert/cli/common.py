@@ -51,12 +51,12 @@ Coordinator = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Share the work with other processes: where process 0 listens. auto, and nothing else, on a TPU slice or "
-        "a cluster that JAX knows.",
+        help="Share the work with other processes: the address of process 0. On a TPU slice or a cluster that JAX "
+        "knows, auto suffices.",
     ),
 ]
-NumProcesses = Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")]
-ProcessId = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")]
+NumProcesses = Annotated[int | None, typer.Option(min=1, help="Number of processes that share the work.")]
+ProcessId = Annotated[int | None, typer.Option(min=0, help="Number of this process, from 0.")]
 
 
 def one_of(*words: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def complete_generations(incomplete: str) -> list[str]:
 
 Platform = Annotated[
     str | None,
-    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes; by default the first that JAX finds."),
+    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes. Default: the first that JAX finds."),
 ]
 
 
