@@ -216,7 +216,7 @@ def _let_go_of_stdout() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether Python or JAX, of a device, says that memory does not suffice."""
+    """Whether Python, or JAX for a device, reports that memory ran out."""
     return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 

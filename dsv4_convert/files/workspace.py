@@ -159,7 +159,7 @@ class Workspace:
         names = sorted(entry.name for entry in self.stage.iterdir())
         if others := [name for name in names if not self._own.fullmatch(_HALF_WRITTEN.sub(r"\g<name>", name))]:
             raise UsageError(
-                f"{self.stage}: what this command did not write is here, perhaps the unfinished work of another one:\n"
+                f"{self.stage}: holds files that this command did not write, perhaps the unfinished work of another:\n"
                 f"{listed(others, limit=5)}\n"
                 "Choose another destination, finish it with the command that began it, or remove the folder."
             )
@@ -205,7 +205,7 @@ def locked(lock: Path, guarded: Path) -> Iterator[None]:
                 "Wait for it, or end it and run the same command again."
             ) from None
         raise ResourceError(
-            f"{lock}: cannot write and lock it ({error.strerror or error}), so that nothing would keep two runs apart; "
+            f"{lock}: cannot write and lock it ({error.strerror or error}), so nothing would keep two runs apart; "
             "make room (or fix the cause) and run the same command again, or choose another destination, on a file "
             "system that has locks"
         ) from error

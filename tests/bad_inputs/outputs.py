@@ -201,7 +201,7 @@ OUTPUTS: tuple[Case, ...] = (
         refused(
             "O03",
             f"left over: {what}",
-            "{root}/dest.dsv4-partial: what this command did not write is here",
+            "{root}/dest.dsv4-partial: holds files that this command did not write",
             name,
             "Choose another destination, finish it with the command that began it, or remove the folder",
             code=2,
