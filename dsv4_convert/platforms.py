@@ -1,4 +1,4 @@
-"""Which of JAX's platforms computes: chosen before JAX has looked for devices."""
+"""The choice of JAX's platform, made before JAX looks for devices."""
 
 from __future__ import annotations
 

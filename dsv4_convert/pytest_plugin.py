@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Which golden it is."""
+    """Show the golden in pytest's header."""
     golden = config.getoption("--dsv4-golden")
     return f"dsv4 golden: {golden}" if golden else None
 

@@ -141,7 +141,7 @@ class GoldenWriter:
         }
 
     def _take_up(self) -> None:
-        """Keep the finished layers of an earlier run of the same request, up to the first that is not intact."""
+        """Keep the finished layers of an earlier run of the same request, up to the first damaged one."""
         for layer in self._request.layers:
             stored = self._intact(layer)
             if stored is None:
@@ -152,7 +152,7 @@ class GoldenWriter:
             self._taps, self.finished = {}, ()
 
     def _intact(self, layer: int) -> dict[str, StoredTap] | None:
-        """The entries of a layer that an earlier run stored; None unless all of it is there as it was written."""
+        """The entries of a layer that an earlier run stored; None unless the layer is complete and intact."""
         try:
             file = self._folder / layer_file(layer)
             header = read_header(file)

@@ -107,7 +107,7 @@ Platform = Annotated[
 
 
 def plain() -> bool:
-    """Whether nothing but text is wanted: NO_COLOR is set, or the terminal knows no escape codes."""
+    """Whether to print plain text: NO_COLOR is set, or the terminal knows no escape codes."""
     return bool(os.environ.get("NO_COLOR")) or _dumb()
 
 
@@ -141,7 +141,7 @@ def say_error(text: str) -> None:
 
 
 def resumable(command: Callable[P, R]) -> Callable[P, R]:
-    """:func:`reported`, for a command that goes on where an interrupted one stopped."""
+    """:func:`reported`, for a command that resumes an interrupted one."""
     return reported(command, interrupted="interrupted; go on with the same command")
 
 
@@ -349,7 +349,7 @@ def _animated(screen: Console) -> bool:
 
 
 def _lines(screen: Console) -> Callable[[str], None]:
-    """Print what is said now and then: often to somebody who looks, seldom to a file."""
+    """Print status messages at intervals: often to a terminal, seldom to a file."""
     every = _LINE_EVERY if screen.is_terminal else _LOG_EVERY
     last = time.monotonic()
 

@@ -31,7 +31,7 @@ class Account:
     rounding: Rounding
 
     def to_json(self) -> dict[str, Any]:
-        """As the journal keeps it."""
+        """The account as the journal stores it."""
         return {"digests": dict(self.digests), "rounding": dataclasses.asdict(self.rounding)}
 
     @classmethod

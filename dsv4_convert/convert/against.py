@@ -112,7 +112,7 @@ class _Comparison:
         ), made.nbytes
 
     def _who(self, stored_leaf: StoredLeaf, index: Index, stored: np.ndarray, names: tuple[str, ...]) -> str:
-        """Which side is not as it was when it was converted."""
+        """The side that has changed since the conversion, in words."""
         digests = self.store.manifest.leaves[stored_leaf.path].chunk_digests
         grid = list(stored_leaf.layout.chunk_indices())
         if chunk_digest(stored) != digests[grid.index(index)]:

@@ -183,7 +183,7 @@ class Emitter:
         return np.ascontiguousarray(chunk.T) if stored_leaf.transposed else chunk
 
     def _whole_tiles(self, run: list[tuple[StoredLeaf, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
-        """Rows in runs of whole FP8 tiles: chunks as they are, or the whole tensor where they would cut a tile."""
+        """Blocks of rows in whole FP8 tiles: single chunks, or the whole tensor if chunks would cut a tile."""
         if len(run) > 1 and run[0][0].rows_per_chunk % FP8_TILE[0]:
             return lambda: iter([np.concatenate([self._rows(stored_leaf, index) for stored_leaf, index in run])])
         return self._reader(run)

@@ -35,7 +35,7 @@ class Described(Protocol):
 
     @property
     def root(self) -> Path:
-        """Where its files are, or will be."""
+        """The folder of its files, present or future."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -25,7 +25,7 @@ from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, P
 from dsv4_convert.store.orbax_processes import current_processes
 from dsv4_convert.store.threads import in_threads
 
-#: Small files of the source that go along; they are copied as they are where they exist.
+#: Small files of the source that are copied unchanged if they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 

@@ -123,7 +123,7 @@ class ShardUse:
             self._source.stop()
 
     def done(self, task: Task) -> None:
-        """A task is done, and what it made is safe on the disk."""
+        """Mark a task as done: its results are safe on the disk."""
         for shard in task.shards:
             self._left[shard] -= 1
             if not self._left[shard] and self._source is not None:

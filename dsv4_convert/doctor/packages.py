@@ -96,7 +96,7 @@ def check_packages(asked: Asked, python: str) -> Iterator[Finding]:
 
 
 def _problems(lines: Iterable[str]) -> Iterator[tuple[Requirement, str]]:
-    """The packages that are absent or of a version that is not asked for, with those of the extras asked for."""
+    """The requested packages that are absent or have another version, those of the requested extras included."""
     for line in lines:
         requirement = Requirement(line)
         version = _version(requirement.name)

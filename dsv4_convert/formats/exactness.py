@@ -91,7 +91,7 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
 
 
 def _present(scale: Array) -> Array:
-    """Which bytes occur, bool ``[256]``. In pieces, because numpy makes eight bytes of each."""
+    """The bytes that occur, as bool ``[256]``. Counted in pieces, because numpy widens each byte to eight."""
     present = np.zeros(256, np.bool_)
     for start in range(0, scale.size, _PIECE):
         present |= np.bincount(scale[start : start + _PIECE], minlength=256) > 0
@@ -99,7 +99,7 @@ def _present(scale: Array) -> Array:
 
 
 def _weighed(values: int, counts: Array, change: Array, *, packed: bool) -> Rounding:
-    """From how often each byte occurs under each scale, and what its elements change by."""
+    """Rounding from the counts of each byte under each scale, and the change of its elements."""
     byte = np.arange(256)
     elements = (byte & 7, byte >> 4 & 7) if packed else (byte & 127,)
     changes = [np.take(change, element, axis=1) for element in elements]

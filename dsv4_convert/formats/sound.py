@@ -127,7 +127,7 @@ def table_problem(table: Array, experts: int, *, first_row: int = 0) -> str | No
 
 
 def _largest(bits: Array, mask: int) -> int:
-    """The largest of the numbers that ``mask`` leaves of some bits, piece by piece; 0 of none."""
+    """The largest of ``bits & mask``, computed piece by piece; 0 if there are none."""
     flat, largest = bits.reshape(-1), 0
     kept = np.empty(min(flat.size, _PIECE), flat.dtype)
     for start in range(0, flat.size, _PIECE):

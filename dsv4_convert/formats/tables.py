@@ -49,7 +49,7 @@ def e8m0_values(scale: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def refuse_flushing() -> None:
-    """To call before products are made.
+    """Check that floats are not flushed; call it before products are computed.
 
     Raises:
         Dsv4Error: this thread flushes subnormal floats to zero, so the products would be wrong.

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of dsv4: by its manifest and the sizes of its files, or by what an unfinished run recorded."""
+"""Inspects an Orbax checkpoint of dsv4 by its manifest and file sizes, or an unfinished run by its records."""
 
 from __future__ import annotations
 

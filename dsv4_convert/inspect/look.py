@@ -21,7 +21,7 @@ from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
 
-#: Called with what is being done, for somebody who waits.
+#: Called with a message about the current step.
 Say = Callable[[str], None]
 
 _LOOKED_FOR = (

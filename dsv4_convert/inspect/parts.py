@@ -1,4 +1,4 @@
-"""Which part of the model a parameter belongs to, and how many parameters and bytes each part has."""
+"""The part of the model that a parameter belongs to, and the parameters and bytes of each part."""
 
 from __future__ import annotations
 

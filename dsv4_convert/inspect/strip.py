@@ -24,7 +24,7 @@ _MARGIN = max(map(len, _TITLES)) + 2
 def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iterator[Text]:
     """The lines of the strip, wrapped at ``width`` columns, ten layers to a group; stages come after a bar.
 
-    ``layers`` are those that are there, None for all; the others are in lower case.
+    ``layers`` are the present layers, None for all; the absent ones are in lower case.
     """
     cells = [(*_cell(config, layer, layers), layer % 10 == 0, str(layer)) for layer in range(config.num_hidden_layers)]
     cells += [(_STAGE, _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]

@@ -99,7 +99,7 @@ def _forget_when_and_where(directory: Path) -> None:
     metadata |= {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None}  # both are optional to Orbax
     file.write_text(json.dumps(metadata), encoding="utf-8")
     marker = directory / "commit_success.txt"
-    if marker.exists():  # Orbax looks only at whether it is there
+    if marker.exists():  # Orbax only checks that it exists
         marker.write_text("Checkpoint commit was successful\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Several processes that write one checkpoint together: who they are, and how they wait for each other."""
+"""Several processes that write one checkpoint together: their identity, and how they wait for each other."""
 
 from __future__ import annotations
 
