@@ -63,7 +63,7 @@ def orbax_to_hf(
 ) -> ExportSummary:
     """Write a Hugging Face folder; memory holds one chunk of one tensor, or one expert.
 
-    From ``source`` storage, it restores the published tensors byte for byte, in their shards, and compares each with the
+    From ``source`` storage, it restores the published tensors byte for byte in their shards and compares each with the
     SHA-256 that the conversion recorded. From bfloat16 or float32, it writes a folder in full precision under the
     published names, or with ``requantize`` the published FP8 and FP4 form.
 
