@@ -1,9 +1,9 @@
 """Does parity find what people get wrong? Every fault of the catalogue, planted in a small model, one table.
 
-For each: whether isolated parity fails, whether it names the faulty layer and operation (the first tap that diverges,
-and the first operation that is wrong on the golden's own inputs) and leaves every other layer clean, by which measures,
-and how many noise floors the error is. With ``--compact`` the golden is a compact one that keeps one token exactly, and
-the model runs from the tokens. Needs the ``reference`` extra.
+For each fault, the table shows four things. Does isolated parity fail? Does it name the faulty layer and operation (the
+first tap that diverges, and the first operation that is wrong on the golden's own inputs), and no other layer? Which
+measures fail? How many noise floors is the error? With ``--compact`` the golden is a compact one that keeps one token
+exactly, and the model runs from the tokens. Needs the ``reference`` extra.
 
 Run: python -m benchmarks.faults [--compact] [NAME ...]
 """

@@ -1,10 +1,9 @@
-"""Do the readers stand what nobody would write? Damaged files by the hundred thousand, led by the code that they reach.
+"""Do the readers withstand damaged files? Hundreds of thousands of them, guided by code coverage.
 
 Every reader of ``tests/fuzzing/readers.py`` runs in a process of its own under atheris, which keeps an input that
 reaches new code and goes on from it; the mutations know JSON and safetensors headers. A finding is any exception but
 dsv4's own, a message that a terminal cannot print, something accepted that the bytes do not say, an execution of more
-than 10 seconds, or 1 GiB of memory. Where atheris is not installed the same mutations are made of the seeds alone, and
-the output says so.
+than 10 seconds, or 1 GiB of memory. Without atheris, the benchmark mutates only the seeds, and its output says so.
 
 Run: nox -s fuzz, or python -m benchmarks.fuzz [--executions N] [--reader NAME ...] [--keep FOLDER]
 """

@@ -176,7 +176,7 @@ def _sinkhorn() -> None:
 
 
 def _result(home: str, name: str) -> None:
-    """What a function of the model gives, rounded to bfloat16."""
+    """Round the results of a function of the model to bfloat16."""
     import importlib
 
     function = getattr(importlib.import_module(f"dsv4_convert.model.{home}"), name)
@@ -286,7 +286,7 @@ def _spread(runs: list[dict[str, Any]], *, few: bool) -> dict[str, float]:
     for name, numbers in runs[0]["numbers"].items():
         for measure in numbers or {}:
             values = [run["numbers"][name][measure] for run in runs]
-            # What is far below the floor is what `least` is for.
+            # `least` covers errors far below the floor.
             if (name in runs[0]["few"]) is few and min(values) > (0.01 if measure != "tokens" else 0):
                 spread[measure] = max(spread[measure], max(values) / min(values))
     return spread

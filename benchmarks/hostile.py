@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.fuzz import QUICK
 
-#: Of each part its benchmark, and what makes that a sample.
+#: The benchmark of each part, and the arguments that make it run a sample.
 PARTS = {
     "bad inputs": ("benchmarks.bad_inputs", ["--quick"]),
     "kills and faults": ("benchmarks.kills", ["--quick"]),

@@ -29,7 +29,7 @@ from tests.kills.subjects import CONVERSIONS, DOWNLOADS, EXPORTS, MAKERS, RECORD
 from tests.kills.sweep import Tally
 from tests.kills.workshop import Workshop, workshop
 
-#: Of the table, beside the command and its failures.
+#: Columns of the table, between the command and its failures.
 COLUMNS = (
     "killed",
     "faults",
@@ -43,12 +43,12 @@ COLUMNS = (
 
 
 def run(quick: bool = False, *, every: bool = False, names: Sequence[str] = ()) -> dict[str, int]:
-    """All of it, with a table of each command; what was tried, and ``failures``, each of which is printed.
+    """Run the sweep and print a table per command and every failure; returns the counts, among them ``failures``.
 
     Args:
-        quick: a few points of each command.
-        every: let every call fail, where otherwise a quarter of the first command's does, and one of each kind.
-        names: parts of the names of commands, and ``surroundings``; all if there are none.
+        quick: try a few points of each command.
+        every: let every call fail; otherwise a quarter of the first command's calls, and one call of each kind.
+        names: parts of the names of commands, and ``surroundings``; empty for all.
     """
     started = time.monotonic()
     tallies: list[Tally] = []

@@ -1,7 +1,7 @@
 """Long prompts: how the memory of the forward pass grows, and one comparison where the indexer has to choose.
 
-1. What XLA's compiler plans for the temporaries of one layer's attention half at V4-Flash's full width, for each kind
-   of layer and 1k to 8k tokens, beside what the scores of all heads at once would take. Nothing is run for it.
+1. The memory that XLA plans for temporaries of one layer's attention half at V4-Flash's full width, for each kind of
+   layer and 1k to 8k tokens, beside the size of the scores of all heads at once. This part compiles and runs nothing.
 2. A model with V4-Flash's choice (512 entries) at a small width: golden and parity over 8,192 tokens, so that the
    indexer chooses 512 of 2,048 entries. Needs the ``reference`` extra.
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole commands share: time and peak memory of a process, cold files, the folder's size."""
+"""Shared by benchmarks of whole commands: time and peak memory of a process, cold files, the size of a folder."""
 
 from __future__ import annotations
 

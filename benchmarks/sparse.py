@@ -37,9 +37,9 @@ def lay_out(
     Args:
         tensors: dtype and shape by name, in the order of the files.
         config: config.json to copy.
-        folder: to create.
-        shards: number of files, of about the same size.
-        filled: says of a name whether the tensor gets plausible random content; the others read as zeros.
+        folder: the folder to create.
+        shards: number of files, of about equal size.
+        filled: whether a tensor, by name, gets plausible random content; the others read as zeros.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(config.read_bytes())

@@ -1,7 +1,7 @@
 """dsv4: DeepSeek-V4 from a Hugging Face checkpoint to Orbax and JAX, and the proof that it is right.
 
-What a user of the library needs is imported from here; every name is loaded when it is first used, so that importing
-the package costs nothing.
+The public names of the library are imported from here. Each is loaded on first use, so importing the package costs
+nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "run_parity",
 ]
 
-#: Where the names are, and what they are called there if it is something else.
+#: The module of each public name, and its name there if that differs.
 _HOMES = {
     "Cache": ("dsv4_convert.model", "Cache"),
     "Config": ("dsv4_convert.spec.config", "Config"),

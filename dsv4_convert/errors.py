@@ -38,7 +38,7 @@ class BadInput(Dsv4Error):
 
 
 class ResourceError(Dsv4Error):
-    """Disk, memory or network does not suffice. Exit code 4."""
+    """Out of disk, memory or network. Exit code 4."""
 
     exit_code = 4
 

@@ -1,4 +1,4 @@
-"""Which of JAX's platforms computes: chosen before JAX has looked for devices."""
+"""The choice of JAX's platform, made before JAX looks for devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 from dsv4_convert.errors import UsageError, did_you_mean
 
-#: What a user may say, what JAX calls it, and what makes JAX find it.
+#: Each platform as users write it: JAX's names for it, and the way to install it.
 PLATFORMS: dict[str, tuple[tuple[str, ...], str]] = {
     "cpu": (("cpu",), "JAX itself: python -m pip install jax"),
     "gpu": (

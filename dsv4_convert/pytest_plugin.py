@@ -37,14 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Which golden it is."""
+    """Show the golden in pytest's header."""
     golden = config.getoption("--dsv4-golden")
     return f"dsv4 golden: {golden}" if golden else None
 
 
 @pytest.fixture(scope="session")
 def dsv4_golden(request: pytest.FixtureRequest) -> Expected:
-    """What a golden expects of an implementation: tokens, config, inputs of layers, and ``check(activations)``."""
+    """A golden, for testing an implementation: tokens, config, inputs of layers, and ``check(activations)``."""
     where = request.config.getoption("--dsv4-golden")
     if not where:
         pytest.skip("no golden to compare with: run pytest with --dsv4-golden PATH_OR_URL")

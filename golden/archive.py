@@ -77,14 +77,14 @@ class Golden:
 
     Attributes:
         path: its folder or URL.
-        manifest: everything that ``manifest.json`` says.
+        manifest: the contents of ``manifest.json``.
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
         layers: the recorded layers, ascending.
         keys: all recorded taps, in order of execution.
         names: their full names.
         compact: the kept part of each tap; None if every tap is kept whole.
-        decode: how many of the last tokens were given one by one.
+        decode: number of last tokens that were decoded one by one.
         numerics: ``plain``, or ``release`` where activations were quantised on the way.
 
     Examples:
@@ -126,12 +126,12 @@ class Golden:
         return tuple(key for key in self.keys if key.layer == layer)
 
     def shape(self, tap: TapKey | str) -> tuple[int, ...]:
-        """The shape of a tap, whatever is kept of it. Raises :class:`UsageError`: no such tap was recorded."""
+        """The full shape of a tap, also in a compact golden. Raises :class:`UsageError`: no such tap was recorded."""
         batch, tokens = self.tokens.shape
         return tap_shape(self._key(tap), self.config, batch=batch, tokens=tokens, decode=self.decode)
 
     def whole(self, tap: TapKey | str) -> bool:
-        """Whether all of a tap is there. Raises :class:`UsageError`: no such tap was recorded."""
+        """Whether the golden holds all of a tap. Raises :class:`UsageError`: no such tap was recorded."""
         return self._entry(str(self._key(tap))) is not None
 
     def read(self, tap: TapKey | str) -> Array:
@@ -195,7 +195,7 @@ class Golden:
         return arrays
 
     def verify(self, progress: Callable[[int, int, str], None] = lambda *_: None) -> list[str]:
-        """Read every stored array; the problems found, none if the golden is what was recorded.
+        """Read every stored array; returns the problems, none if the golden is intact.
 
         ``progress`` is called after every array with (bytes read, bytes in all, its name).
         """

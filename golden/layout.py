@@ -1,4 +1,4 @@
-"""Which arrays a golden holds, in which shapes: follows from the architecture, the layers and the number of tokens.
+"""The arrays of a golden and their shapes, derived from architecture, layers and number of tokens.
 
 Names, order and shape letters come from :mod:`dsv4_convert.spec.taps` alone; this module puts numbers to the letters.
 """
@@ -54,7 +54,7 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
     """
     kind = config.attention[key.layer] if key.layer is not None else AttentionKind.SLIDING
     ratio = config.ratio(kind)
-    entries = tokens // ratio if ratio else 0  # a block that is not complete makes no entry
+    entries = tokens // ratio if ratio else 0  # an incomplete block makes no entry
     sizes = {
         "B": batch,
         "S": tokens,
@@ -164,7 +164,7 @@ def stored_arrays(
 
 
 def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
-    """Whether a compact golden keeps a tap of this shape as it is."""
+    """Whether a compact golden keeps a tap of this shape whole."""
     return tap.values is Values.CHOICE or compact.whole(shape)
 
 

@@ -1,4 +1,4 @@
-"""``manifest.json`` of a golden: who computed what from which weights and tokens, and the digest of every array.
+"""``manifest.json`` of a golden: its reference, weights, tokens and settings, and the digest of every array.
 
 Reading is strict: the taps, their shapes, dtypes and files must be exactly those that config, tokens and layers imply,
 so a golden with a hole, or one of another architecture, is refused before anything is compared with it.
@@ -80,7 +80,7 @@ class RecordedSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTap:
-    """Where one tap's array lies, and what it must be. ``sha256`` is that of its bytes: C order, little-endian."""
+    """File, shape and dtype of one tap's array. ``sha256`` is the digest of its bytes in C order, little-endian."""
 
     file: str
     dtype: str

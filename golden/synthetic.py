@@ -194,15 +194,15 @@ def write_checkpoint(
     Args:
         dest: folder to create; must not exist.
         raw: ``config.json`` in the published spelling.
-        seed: chooses the weights.
+        seed: seed of the random weights.
         form: ``fp4``: FP8 linears and FP4 experts with E8M0 scales, as released. ``fp8``: all FP8 with float32 scales
             that are no powers of two, as the Base releases. ``bf16``: unquantised.
-        layers: write only the shards of these layers and of the model level, and an index of these shards.
+        layers: write only the shards of these layers and of the model level, with an index that lists only these.
         mtp: also write the stages after the backbone.
         progress: called after every shard.
 
     Raises:
-        UsageError: the destination exists, a layer does not, or what another command began is beside the destination.
+        UsageError: the destination exists, a layer does not, or the stage of another command is beside the destination.
         ResourceError: it cannot be written, or another process does so.
     """
     if dest.exists():

@@ -1,14 +1,14 @@
-"""Writing a golden: layer by layer into a folder beside the destination, which appears only when all is there.
+"""Writing a golden: layer by layer into a folder beside the destination, which appears only when it is complete.
 
 ::
 
     OUT.dsv4-partial/
-      request.json              what is being recorded; other contents belong to it
+      request.json              the settings of the recording
       layer-00000.safetensors   finished layers; the digest of every array is in the header's metadata
-      state-00000.safetensors   the streams that leave the last finished layer, in every dtype that runs
+      state-00000.safetensors   output streams of the last finished layer, in every dtype that runs
 
-A run that was cut off goes on after its last finished layer if it is asked for the same again. Asked for something else
-it refuses, and says what differs: a recording may be the work of hours.
+The same command resumes an interrupted run after its last finished layer. A command with other settings refuses and
+names the difference, since a recording may be the work of hours.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class GoldenWriter:
         }
 
     def _take_up(self) -> None:
-        """Keep the finished layers of an earlier run of the same request, up to the first that is not intact."""
+        """Keep the finished layers of an earlier run of the same request, up to the first damaged one."""
         for layer in self._request.layers:
             stored = self._intact(layer)
             if stored is None:
@@ -152,7 +152,7 @@ class GoldenWriter:
             self._taps, self.finished = {}, ()
 
     def _intact(self, layer: int) -> dict[str, StoredTap] | None:
-        """The entries of a layer that an earlier run stored; None unless all of it is there as it was written."""
+        """The entries of a layer that an earlier run stored; None unless the layer is complete and intact."""
         try:
             file = self._folder / layer_file(layer)
             header = read_header(file)

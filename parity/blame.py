@@ -1,4 +1,4 @@
-"""Which part of a weight differs from the published tensor that it was made of, and what it looks like instead.
+"""Finds the part of a weight that differs from its published tensor, and what it looks like instead.
 
 Weights are compared bit by bit in the dtype that the checkpoint stores, and described in the published orientation
 ``[out, in]``.
@@ -24,7 +24,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightDifference:
-    """One parameter, or one expert of a stack, that is not what the source gives. ``tensor`` is its published name."""
+    """One parameter, or one expert of a stack, that differs from the source. ``tensor`` is its published name."""
 
     path: str
     expert: int | None

@@ -116,7 +116,7 @@ class Forward:
             leaving.append(left)
             for key, value in _activations(layer, {**first, **second}).items():
                 rows = rows_of(key, config, start, stop)
-                parts.setdefault(key, []).append(value[:, : len(rows)])  # a block that is not complete has no entry
+                parts.setdefault(key, []).append(value[:, : len(rows)])  # an incomplete block has no entry
             if start == 0 and cache is not None:
                 state_taps = _activations(layer, state_after(nnx.merge(graph, state).attn, cache, stop))
         whole = {key: joined(values, values[0].shape) for key, values in parts.items()}
@@ -160,7 +160,7 @@ class Forward:
         return self._weights.read_region("head", (rows, slice(start + (columns.start or 0), start + columns.stop)))
 
     def _block(self, layer: int) -> tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]:
-        """One layer's weights but for its experts; kept until another layer's are asked for."""
+        """One layer's weights without its experts; cached until another layer is requested."""
         if self._resident is None or self._resident[0] != layer:
             self._resident = None  # give the memory back first
             with self._devices.step(f"read layer {layer}"):

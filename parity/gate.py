@@ -63,7 +63,7 @@ def gated(
     write: bool = True,
     today: datetime.date | None = None,
 ) -> ParityReport:
-    """The report, with what its baseline says of it; the file is written where that is wanted and allowed.
+    """The report with the result of its baseline; writes the file if that is requested and allowed.
 
     Args:
         report: the run.
@@ -88,7 +88,7 @@ def gated(
 
 
 def key_of(report: ParityReport, tap: TapResult) -> BaselineKey:
-    """Where the numbers of a tap belong. CPUs count as one platform, accelerators by their kind."""
+    """The baseline's key of a tap's numbers. CPUs count as one platform, accelerators by their kind."""
     backend = report.platform["backend"]
     platform = backend if backend == "cpu" else f"{backend} {report.platform['device']}"
     return BaselineKey(platform, report.dtype, tap.mode.value, report.phase or ALL)

@@ -67,6 +67,11 @@ class ParityOptions:
         require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
+
+    Examples:
+        >>> options = ParityOptions(layers=[0], taps=["attn.*"])
+        >>> run_parity(Path("orbax"), "golden/data/tiny", options).passed
+        True
     """
 
     layers: Sequence[int] | None = None
@@ -94,15 +99,15 @@ def run_parity(
     processes: Processes = ALONE,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
-    """Compare a converted checkpoint, or a published one before it is converted, with a golden.
+    """Compare a converted checkpoint, or a published one before its conversion, with a golden.
 
     Args:
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint. Its weights are decoded as they are needed.
-        against: the published checkpoint; the weights of wrong operations are compared with it.
-        baseline: the errors that are recorded of this golden; what has grown beyond them fails.
+        source: folder of a published checkpoint; its weights are decoded on demand.
+        against: the published checkpoint with which the weights of wrong operations are compared.
+        baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
         progress: called before each layer.

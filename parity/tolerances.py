@@ -62,7 +62,7 @@ class Band:
     least: float
 
     def allowed(self, recorded: float) -> float:
-        """The largest value that is not a growth."""
+        """The largest value that does not count as grown."""
         return max(self.times * recorded, self.least)
 
 

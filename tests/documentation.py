@@ -70,7 +70,7 @@ def blocks(page: Path, root: Path) -> list[Block]:
 
 
 def inline_commands(page: Path) -> Iterator[str]:
-    """What a page names in its text, such as `dsv4 verify CHECKPOINT`."""
+    """The commands that a page names in its text, such as `dsv4 verify CHECKPOINT`."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     yield from (match[1] for match in _INLINE.finditer(text))
 
@@ -95,7 +95,7 @@ def commands(block: Block) -> Iterator[Command]:
 
 
 def parse(words: tuple[str, ...]) -> str:
-    """What the command line says against ``dsv4 …``, without running it; nothing if it takes it."""
+    """Parse ``dsv4 …`` without running it; returns the error, or an empty text."""
     command = typer.main.get_command(app)
     for leaf in leaves(command).values():
         leaf.callback = lambda **_: None
@@ -117,10 +117,10 @@ def leaves(command: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], An
 
 
 def unlike(shown: str, printed: str) -> str | None:
-    """What is shown but was not printed; None if all of it was, in that order.
+    """The first shown passage that was not printed; None if all were printed, in that order.
 
-    ``…`` stands for anything. Line breaks and spaces do not count, as the width of a terminal decides them. Numbers
-    that have a point or an exponent are measurements, and may be off by a factor.
+    ``…`` matches anything. Line breaks and spaces do not count, as the width of a terminal decides them. Numbers with
+    a point or an exponent are measurements, and may be off by a factor.
     """
     rest = _flat(printed)
     for part in re.split(r"…", _flat(shown)):
@@ -147,7 +147,7 @@ def _flat(text: str) -> str:
 
 
 def _search(words: str, text: str) -> int | None:
-    """Where the first passage that is like ``words`` ends in ``text``."""
+    """End of the first passage of ``text`` that matches ``words``; None if there is none."""
     numbers = [match[0] for match in _NUMBER.finditer(words)]
     pattern = "".join(
         f"({_NUMBER.pattern})" if odd else re.escape(part)

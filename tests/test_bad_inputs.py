@@ -38,7 +38,7 @@ def test_the_tests_elsewhere_exist(other: Elsewhere) -> None:
 
 
 def _brief() -> list[Case]:
-    """Of every id the quickest kind of case, and all that are refused before a weight is read, by one command."""
+    """The quickest case of every id, and every case that one command refuses before it reads a weight."""
     chosen: dict[str, Case] = {}
     for case in sorted(CATALOGUE.values(), key=lambda case: case.slow):
         if case.id not in {one.id for one in chosen.values()} or not (case.slow or case.accepted):

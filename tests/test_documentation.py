@@ -2,8 +2,8 @@
 
 README and CONTRIBUTING run with all other tests, the pages of the site with ``nox -s docs``.
 
-A page is read in the repository, with the repository ``deepseek-ai/DeepSeek-V4-Flash`` on a Hub: here that is a small
-model. What cannot be run is in a table below, with the reason; a block that is in none of them has to run.
+The commands of a page run in the repository, with ``deepseek-ai/DeepSeek-V4-Flash`` on a Hub, which is a small model
+here. The tables below list what cannot be run, with the reason; every other block has to run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .documentation import LOOKED_AT, RUN, Block, Command, blocks, commands, inl
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-#: What stands in a command line that this machine cannot run; ``dsv4`` only has to understand it.
+#: Words of commands that this machine cannot run; ``dsv4`` only has to parse those commands.
 PARSED_ONLY = {
     "--coordinator": "several processes or hosts; tests/parity/test_many.py and tests/store run them",
     "gs://": "needs a bucket; tests/store/test_bucket.py has one in memory",
@@ -55,7 +55,7 @@ NOT_RUN = {
 TOOLS = ("cp", "mv")
 #: Pages that show what a command prints of the real model; it runs on the small one, and only its exit code counts.
 OF_THE_REAL_MODEL = ("./DeepSeek-V4-Pro ./pro-orbax", "inspect deepseek-ai/DeepSeek-V4-Flash")
-#: What a page has at hand that it does not make itself.
+#: Files that a page uses and does not create itself.
 PREPARED = {"orbax": ("reference/python.md", "reference/outputs.md", "reference/orbax-format.md")}
 #: Replaced in code before it runs.
 REPLACED = {
@@ -138,7 +138,7 @@ def _run(command: Command) -> None:
 
 
 def _said_against_pytest(words: tuple[str, ...]) -> str:
-    """What is wrong with the arguments of a ``pytest`` of the repository: a path or an option that is not there.
+    """The missing path or unknown option among the arguments of a ``pytest`` command of the repository.
 
     A golden may also be one that the page has recorded.
     """
@@ -241,7 +241,7 @@ def test_tables_are_made_of_the_code_and_code_is_found() -> None:
 
 
 def _examples() -> dict[str, list[doctest.Example]]:
-    """Of every public name the examples in its docstring."""
+    """The docstring examples of every public name."""
     names = [name for name in dsv4_convert.__all__ if not name.startswith("_")]
     return {
         name: doctest.DocTestParser().get_examples(inspect.getdoc(getattr(dsv4_convert, name)) or "") for name in names
@@ -266,7 +266,7 @@ def test_examples_do_what_they_say(small: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_keys_of_all_json_are_on_their_page() -> None:
-    """Those of a command in its row, those of a parity run in the table above."""
+    """The keys of a command are in its row, the keys of a parity run in the table above."""
     page = (ROOT / "docs" / "reference" / "outputs.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `dsv4 ")}
     surface = ROOT / "tests" / "cli" / "surface" / "json"

@@ -70,7 +70,7 @@ def test_the_example_passes_and_its_bug_is_named(tmp_path: Path) -> None:
     assert lines[0].startswith("AssertionError: FAIL: layers.0.attn.q_rope is the first tap that diverges")
     assert lines[0].endswith("24 allowed. 13 of 19 taps fail.")
     assert "parity/activations.py" not in ran.stdout  # the failure is shown where the project calls
-    # What the page shows is what is printed.
+    # The page shows the printed output.
     shown = page.split("```console\n$ CHECKPOINT=./orbax pytest", 1)[1].split("```", 1)[0]
     printed = {" ".join(line.split()) for line in ran.stdout.splitlines()}
     quoted = [line for line in shown.splitlines() if line.startswith("E  ")]

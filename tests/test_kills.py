@@ -87,8 +87,8 @@ def test_a_quick_run_of_the_benchmark() -> None:
     assert counts["killed"] >= 20
 
 
-#: Calls that strace shows, by the shim's names. What both do not count alike, for the C library makes one of the other,
-#: is under one name.
+#: Calls that strace shows, by the shim's names. The C library replaces some calls by others, which strace and the shim
+#: count differently; these share one name.
 _TRACED = {
     "openat": "open",
     "write": "write",

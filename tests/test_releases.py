@@ -165,7 +165,7 @@ _VISION: dict[str, tuple[str, tuple[int, ...]]] = {
     **{f"layers.{layer}.ffn.gate.bias_vl": ("F32", (6,)) for layer in range(4)},
     **{f"layers.{layer}.ffn.gate.bias": ("F32", (6,)) for layer in range(2)},
 }
-#: Of V4-Flash-Vision-Exp, by several public notes that agree.
+#: Fields of V4-Flash-Vision-Exp, on which several public notes agree.
 _VISION_FIELDS = {
     "rms_norm_eps": 1e-20, "num_nextn_predict_layers": 3, "vision_n_layers": 32, "vision_dim": 1024,
     "vision_n_heads": 16, "vision_inter_dim": 2816, "vision_patch_size": 14, "vision_rope_theta": 10000,

@@ -1,4 +1,4 @@
-"""What comes with a checkpoint is data: no pickle is read, no code of it runs, files appear where they should."""
+"""Files of a checkpoint are data: no pickle is read, none of its code runs, output stays where it belongs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dsv4_convert", "parity", "golden")
 GOLDEN = ROOT / "golden" / "data" / "tiny"
 
-#: What runs code, or reads a format that does: names as they are called, and modules as they are imported.
+#: Names and modules that run code, or read a format that does: as they are called, and as they are imported.
 CALLS = {"eval", "exec", "compile", "__import__", "breakpoint"}
 ATTRIBUTES = {
     *("torch.load", "numpy.fromregex", "os.system", "os.popen", "os.execv", "os.spawnv", "yaml.load", "pickle.load"),
@@ -140,7 +140,7 @@ def _copy(folder: Path, to: Path) -> Path:
     return to
 
 
-#: What is no file: where nothing is kept, and the shared memory of libraries' own threads.
+#: Paths that are no lasting files: devices, and the shared memory of libraries' own threads.
 HARMLESS = ("/dev/null", "/dev/shm/", "/proc/self/")
 PLACES = (
     "config.json",
@@ -238,7 +238,7 @@ for command in json.loads(sys.argv[1]):
 def test_code_beside_weights_is_not_run_and_files_are_written_below_the_destination_only(
     folders: Path, tmp_path: Path
 ) -> None:
-    """Of the published way through all commands, recording with transformers included."""
+    """Runs the documented sequence of all commands, recording with transformers included."""
     work = tmp_path / "work"
     home, temporary, cwd, out, numba = (work / name for name in ("home", "tmp", "cwd", "out", "numba"))
     for folder in (home, temporary, cwd, out, numba):
@@ -257,7 +257,7 @@ def test_code_beside_weights_is_not_run_and_files_are_written_below_the_destinat
     ]
     listed = [[str(word) for word in command] for command in commands]
     environment = {"HOME": home, "TMPDIR": temporary, "NUMBA_CACHE_DIR": numba, "PYTHONPATH": ROOT}
-    # Whoever imports a part of torch sets this for its children.
+    # Importing some parts of torch sets this variable for child processes.
     environment["TORCHINDUCTOR_CACHE_DIR"] = temporary / "inductor"
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, json.dumps(listed)],

@@ -1,9 +1,9 @@
-"""What pages are made of besides their text: tables from the code, code beside formulas, formulas as MathML.
+"""Generated parts of pages: tables from the code, code beside formulas, formulas as MathML.
 
-A page asks for them in comments, which a reader of the plain file does not miss:
+A page asks for them in comments, so the plain file stays readable:
 
-* ``<!-- table: names -->`` becomes a table that is made of the code's own (:data:`TABLES`);
-* ``<!-- code: dsv4_convert/model/norm.py rms_scale rms_norm -->`` becomes these functions as they stand in the file.
+* ``<!-- table: names -->`` becomes a table made from the code's tables (:data:`TABLES`).
+* ``<!-- code: dsv4_convert/model/norm.py rms_scale rms_norm -->`` becomes the source of these functions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-#: What names of layers and stages begin with.
+#: Prefixes of the names of layers and stages.
 _LAYER, _STAGE = "layers.N.", "mtp.N."
-#: Code of more lines is folded away.
+#: Longer code is folded.
 _OPEN_LINES = 45
 _COMMENT = re.compile(r"^<!-- (table|code): (.+?) -->$", re.MULTILINE)
 #: A role of Sphinx, as docstrings use them, after Markdown made its text code.
@@ -44,7 +44,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def formula(match: re.Match[str]) -> str:
         block = match[1] == "div"
-        # What LaTeX calls aligned within a formula, the converter knows by the name of the formula itself.
+        # The converter knows LaTeX's `aligned` only as `align*`.
         text = html.unescape(match[2]).strip().replace("{aligned}", "{align*}")
         drawn = convert(text, display="block" if block else "inline")
         return f'<div class="formula">{drawn}</div>' if block else drawn
@@ -53,7 +53,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with what its comments ask for. Raises :class:`ValueError` or :class:`KeyError` for what is not there."""
+    """A page with its comments replaced. Raises :class:`ValueError` or :class:`KeyError` for unknown tables or code."""
 
     def fill(match: re.Match[str]) -> str:
         kind, what = match[1], match[2].split()
@@ -300,7 +300,7 @@ def _commands() -> str:
     return "\n\n".join(parts)
 
 
-#: What a page can ask for as a table.
+#: The tables that a page can ask for.
 TABLES: dict[str, Callable[..., str]] = {
     "commands": _commands,
     "configs": _configs,

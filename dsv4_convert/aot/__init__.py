@@ -1,4 +1,4 @@
-"""Ahead of time: the model compiled for TPU slices that are not there, and what it would take on them.
+"""Ahead of time: compiles the model for TPU slices without having one, and reports the resources it would need.
 
 Slices are known without JAX, so that the shell can complete their names; what compiles is in
 :mod:`dsv4_convert.aot.search`.

@@ -124,7 +124,7 @@ class Checkpoint:
         return {}
 
     def changed(self) -> Mapping[str, float]:
-        """What tells that a shard was written anew, by name: when that was."""
+        """Modification time of each shard, by file name: a shard that was written again has another one."""
         return {file.name: file.stat().st_mtime_ns for file in self.shards}
 
     def file_sha256(self, file: Path) -> str:

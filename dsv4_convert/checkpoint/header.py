@@ -1,9 +1,9 @@
 """The header of a safetensors file, read strictly.
 
 A safetensors file is an unsigned 64-bit little-endian length, a JSON header of that length and the tensor bytes:
-https://github.com/huggingface/safetensors#format. Everything that the safetensors library refuses is refused here, and
-also what it lets pass although its format description forbids it or readers disagree on it: duplicate keys, a header
-that does not begin with ``{``, unknown fields, and tensor names that no model has (empty, control characters,
+https://github.com/huggingface/safetensors#format. This reader refuses everything that the safetensors library refuses.
+It also refuses input that the library accepts although the format forbids it or readers disagree on it: duplicate keys,
+a header that does not begin with ``{``, unknown fields, and tensor names that no model has (empty, control characters,
 ``..`` as a component, absolute).
 """
 

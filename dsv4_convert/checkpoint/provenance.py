@@ -1,4 +1,4 @@
-"""Which commit of a Hub repository a downloaded file is, from what the Hub client leaves beside it.
+"""The Hub commit of a downloaded file, from the record that the Hub client keeps beside it.
 
 In its cache the client keeps ``<cache>/models--ORG--NAME/snapshots/<commit>/FILE``, a link to ``../../blobs/<oid>``.
 For a download to a folder of the user's choice it writes ``.cache/huggingface/download/FILE.metadata``, three lines:
@@ -18,7 +18,7 @@ _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """What the Hub client recorded about one downloaded file."""
+    """The Hub client's record of one downloaded file."""
 
     commit: str
     oid: str

@@ -67,13 +67,13 @@ def read_weight(
         scale = scale[rows]
     codes = stored[rows]
     decoded = decode_weight(codes, scale, dtype=dtype, transpose=transpose, out=out)
-    problem = decoded_problem(codes, scale, decoded, first_row=first, first_scale=first_scale, turned=transpose)
+    problem = decoded_problem(codes, scale, decoded, first_row=first, first_scale=first_scale, transposed=transpose)
     _refuse(checkpoint, source.weight, problem)
     return decoded
 
 
 def read_published(checkpoint: Checkpoint, name: str, *, is_scale: bool, rows: slice = slice(None)) -> Array:
-    """A tensor as it is stored, or ``rows`` of it. Raises :class:`BadInput` where it holds what is no number."""
+    """A stored tensor, or ``rows`` of it. Raises :class:`BadInput` if it holds an invalid number."""
     stored = checkpoint.read(name)
     if is_scale:
         _refuse(checkpoint, name, scale_problem(stored))
@@ -86,7 +86,7 @@ def read_published(checkpoint: Checkpoint, name: str, *, is_scale: bool, rows: s
 
 
 def read_table(checkpoint: Checkpoint, name: str, experts: int, *, rows: slice = slice(None)) -> Array:
-    """A table of experts as it is stored, or ``rows`` of it. Raises :class:`BadInput` for an expert that none has."""
+    """A stored table of experts, or ``rows`` of it. Raises :class:`BadInput` if an expert does not exist."""
     stored = checkpoint.read(name)
     table = stored[rows]
     _refuse(checkpoint, name, table_problem(table, experts, first_row=rows.indices(len(stored))[0]))

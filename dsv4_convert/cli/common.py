@@ -51,12 +51,12 @@ Coordinator = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Share the work with other processes: where process 0 listens. auto, and nothing else, on a TPU slice or "
-        "a cluster that JAX knows.",
+        help="Share the work with other processes: the address of process 0. On a TPU slice or a cluster that JAX "
+        "knows, auto suffices.",
     ),
 ]
-NumProcesses = Annotated[int | None, typer.Option(min=1, help="How many processes share the work.")]
-ProcessId = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0.")]
+NumProcesses = Annotated[int | None, typer.Option(min=1, help="Number of processes that share the work.")]
+ProcessId = Annotated[int | None, typer.Option(min=0, help="Number of this process, from 0.")]
 
 
 def one_of(*words: str) -> dict[str, Any]:
@@ -102,12 +102,12 @@ def complete_generations(incomplete: str) -> list[str]:
 
 Platform = Annotated[
     str | None,
-    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes; by default the first that JAX finds."),
+    typer.Option(**one_of("cpu", "gpu", "tpu"), help="Platform that computes. Default: the first that JAX finds."),
 ]
 
 
 def plain() -> bool:
-    """Whether nothing but text is wanted: NO_COLOR is set, or the terminal knows no escape codes."""
+    """Whether to print plain text: NO_COLOR is set, or the terminal knows no escape codes."""
     return bool(os.environ.get("NO_COLOR")) or _dumb()
 
 
@@ -141,7 +141,7 @@ def say_error(text: str) -> None:
 
 
 def resumable(command: Callable[P, R]) -> Callable[P, R]:
-    """:func:`reported`, for a command that goes on where an interrupted one stopped."""
+    """:func:`reported`, for a command that resumes an interrupted one."""
     return reported(command, interrupted="interrupted; go on with the same command")
 
 
@@ -216,7 +216,7 @@ def _let_go_of_stdout() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether Python or JAX, of a device, says that memory does not suffice."""
+    """Whether Python, or JAX for a device, reports that memory ran out."""
     return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
@@ -349,7 +349,7 @@ def _animated(screen: Console) -> bool:
 
 
 def _lines(screen: Console) -> Callable[[str], None]:
-    """Print what is said now and then: often to somebody who looks, seldom to a file."""
+    """Print status messages at intervals: often to a terminal, seldom to a file."""
     every = _LINE_EVERY if screen.is_terminal else _LOG_EVERY
     last = time.monotonic()
 

@@ -35,14 +35,14 @@ def compile(
     mesh: Annotated[
         str | None,
         typer.Option(
-            help="How the devices are used, such as fsdp=8,expert=32. Axes: data (prompts), fsdp (prompts, and "
+            help="Mesh of the devices, such as fsdp=8,expert=32. Axes: data (prompts), fsdp (prompts, and "
             "matrices along one side), expert (prompts, and the routed experts), tensor (heads, inner widths, "
-            "vocabulary), sequence (tokens of a prompt). One that suits the model, if not given."
+            "vocabulary), sequence (tokens of a prompt). Default: a mesh that suits the model."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt; room in the cache with --decode.")] = 4096,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Prompts. One for each part that the mesh makes, if not given.")
+        int | None, typer.Option(min=1, help="Number of prompts. Default: one per shard of the batch.")
     ] = None,
     decode: Annotated[
         bool, typer.Option("--decode", help="One step of decoding from the cache, instead of whole prompts.")
@@ -51,11 +51,10 @@ def compile(
         str,
         typer.Option(
             **one_of("bfloat16", "source"),
-            help="source: quantised matrices stay the codes and scales that were published, decoded where they are "
-            "used.",
+            help="source: quantised matrices stay published codes and scales, and are decoded at every use.",
         ),
     ] = "bfloat16",
-    layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first so many layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Compile only the first N layers.")] = None,
     find_mesh: Annotated[
         str | None,
         typer.Option(
@@ -67,10 +66,10 @@ def compile(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Compile the whole model for a TPU slice that is not there, and say whether it fits.
+    """Compile the whole model for a TPU slice without having one, and report whether it fits.
 
-    Real programs from the real compiler (libtpu: pip install 'dsv4-convert\\[tpu]'), without a TPU and without
-    weights. Prints what one device needs, the work, and what devices send each other. Exits 1 if it does not fit.
+    libtpu's own compiler makes the programs (pip install 'dsv4-convert\\[tpu]'), without a TPU and without weights.
+    Prints the memory and work of one device, and the communication between devices. Exits 1 if it does not fit.
 
     Example: dsv4 compile --config ./DeepSeek-V4-Flash --topology v5p-512 --mesh fsdp=8,expert=32 --tokens 4096
 

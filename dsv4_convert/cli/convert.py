@@ -54,7 +54,7 @@ def hf_to_orbax(
         str,
         typer.Option(
             **one_of("dsv4", "maxtext", "maxtext-unscanned"),
-            help="Whose parameter tree: dsv4's own, or that of MaxText with or without scan_layers.",
+            help="Parameter tree: dsv4's own, or MaxText's with or without scan_layers.",
         ),
     ] = "dsv4",
     compression: Annotated[
@@ -69,46 +69,49 @@ def hf_to_orbax(
         str, typer.Option(metavar="SIZE", help="Memory beside the interpreter, such as 800MiB or 4GiB.")
     ] = "2GiB",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads; two more than there are cores, if the memory allows.")
+        int | None,
+        typer.Option(min=1, help="Number of threads. Default: two more than there are cores, if the memory allows."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     discard_source: Annotated[
         bool,
         typer.Option(
             "--discard-source",
-            help="For a Hub repository: delete each shard that was fetched for this conversion once all of it is "
-            "converted. Shards that were in the cache before stay.",
+            help="For a Hub repository: delete each shard that this conversion fetched once all of it is converted. "
+            "Shards that were in the cache before stay.",
         ),
     ] = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop: reads headers, writes nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and stop. It reads only headers and writes nothing.")
     ] = False,
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="With --dry-run: try source, processor and DEST's disk for a second, with up to 96 MB, instead of "
-            "assuming how fast they are.",
+            help="With --dry-run: measure the speed of source, processor and DEST's disk for a second, with up to "
+            "96 MB, instead of assuming it.",
         ),
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished conversion at DEST.")] = False,
     json: Json = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to Orbax, chunk by chunk, in bounded memory.
 
-    The plan comes first: what is read, written and left out, the memory, the disk and the time; what cannot fit is
-    refused before anything is written. DEST is absent, resumable or complete: an interrupted run is continued by the
-    same command.
+    It first prints the plan: reads, writes, tensors left out, memory, disk and time. A conversion that cannot fit is
+    refused before it writes anything. DEST is absent, resumable or complete; the same command resumes an interrupted
+    run.
 
-    For a Hub repository, the plan reads only the headers. The shards are then fetched while earlier ones are
-    converted, and their hashes compared with those that the Hub states.
+    For a Hub repository, the plan reads only the headers. The conversion then fetches shards while it converts earlier
+    ones, and compares their hashes with the Hub's.
 
-    Several machines share the work when each runs the same command with its own --process-id, on a file system that
-    all of them see; process 0 says how it went.
+    Several machines with a common file system share the work if each runs the same command with its own --process-id.
+    Process 0 reports.
 
     Example: dsv4 convert hf-to-orbax deepseek-ai/DeepSeek-V4-Flash ./flash-orbax --layers 0-3
     """
@@ -186,7 +189,7 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
         f"source  {checkpoint.repository or checkpoint.root}{at}, {len(checkpoint.shards)} shards, "
         f"{planned.dialect} names",
         f"reads   {planned.tensors:,} tensors, {size(planned.bytes_read)} ({by_dtype(planned.read)})",
-        f"writes  {len(planned.pieces):,} leaves, {size(planned.bytes_written)} ({by_dtype(planned.written)})",
+        f"writes  {len(planned.stored_leaves):,} leaves, {size(planned.bytes_written)} ({by_dtype(planned.written)})",
     ]
     reasons: dict[str, int] = {}
     for reason in planned.dropped.values():

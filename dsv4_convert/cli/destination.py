@@ -41,7 +41,7 @@ def write_text(option: str, target: str | Path, text: str) -> None:
 
 
 def append_text(option: str, target: str | Path, text: str) -> None:
-    """Write at the end of a file that others write to, too. Raises :class:`ResourceError` if it cannot be written."""
+    """Append to a file that others write to as well. Raises :class:`ResourceError` if it cannot be written."""
     with writing(f"{option} {target}"), open(target, "a", encoding="utf-8") as stream:
         stream.write(text)
 

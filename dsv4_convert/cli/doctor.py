@@ -11,7 +11,7 @@ from dsv4_convert.cli.common import Json, console, reported, status, write_json
 
 @reported
 def doctor(
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask whether the Hub can be reached.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not check whether the Hub can be reached.")] = False,
     json: Json = None,
 ) -> None:
     """Check this machine: packages and extras, devices, memory, disks, the Hub. Says what is missing for which command.

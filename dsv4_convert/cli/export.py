@@ -18,17 +18,19 @@ def orbax_to_hf(
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],
     requantize: Annotated[
         bool,
-        typer.Option("--requantize", help="Quantise bfloat16 or float32 weights to the form they were published in."),
+        typer.Option("--requantize", help="Quantise bfloat16 or float32 weights to their published form."),
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of going on.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")
+    ] = False,
     json: Json = None,
 ) -> None:
-    """Make a Hugging Face folder of a converted checkpoint again.
+    """Restore a Hugging Face folder from a converted checkpoint.
 
-    From --dtype source the published tensors come back byte for byte, in their shards, each compared with the hash that
-    the conversion recorded. From bfloat16 or float32 comes a folder in full precision that transformers loads; with
-    --requantize the published FP8 and FP4 form, with the values that this changes counted: none, where they came from
-    that form.
+    From --dtype source, it restores the published tensors byte for byte, in their shards, and compares each with the
+    hash that the conversion recorded. From bfloat16 or float32, it writes a folder in full precision that transformers
+    loads. With --requantize, it writes the published FP8 and FP4 form and counts the values that this changes; if they
+    came from that form, none change.
 
     Example: dsv4 convert orbax-to-hf ./flash-orbax ./flash-again
     """

@@ -15,56 +15,57 @@ from dsv4_convert.cli.common import Json, Platform, one_of, parse_choice, report
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to go on from, through --tokenizer; repeat it for several at once.")
+        list[str] | None, typer.Option(help="Text to continue, encoded with --tokenizer; may be repeated.")
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Token ids instead of text: 1,2,3, or several prompts as 1,2;3,4, or a file.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json of the model's repository, or the folder that holds it.")
+        Path | None, typer.Option(help="tokenizer.json of the model's repository, or its folder.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token (greedy), 1 draws by the logits.")
+        float, typer.Option(help="0 takes the likeliest token (greedy), 1 samples from the logits.")
     ] = 0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample from this number of likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     stop: Annotated[list[int] | None, typer.Option(help="Token id that ends a text; may be repeated.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             **one_of("float32", "bfloat16"),
-            help="Weights, activations and cache. float32, if not given, and bfloat16 with --numerics release.",
+            help="Dtype of weights, activations and cache. Default: float32, or bfloat16 with --numerics release.",
         ),
     ] = None,
     numerics: Annotated[
         str,
         typer.Option(
             **one_of("plain", "release"),
-            help="release: quantise activations on the way, where DeepSeek's inference code does.",
+            help="release: quantise activations where DeepSeek's inference code does.",
         ),
     ] = "plain",
     weights: Annotated[
         str,
         typer.Option(
             **one_of("expanded", "source"),
-            help="source: keep FP8 and FP4 matrices as published, for V4-Flash a quarter of bfloat16's memory, and "
-            "decode each at every use, which costs time. The same numbers; needs a checkpoint of --dtype source.",
+            help="source: keep FP8 and FP4 matrices as published and decode each at every use. For V4-Flash this takes "
+            "a quarter of bfloat16's memory, costs time, and gives the same numbers. Needs a checkpoint of --dtype "
+            "source.",
         ),
     ] = "expanded",
     speculative: Annotated[
         bool,
-        typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes, greedy only."),
+        typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes. Greedy only."),
     ] = False,
     platform: Platform = None,
     json: Json = None,
 ) -> None:
-    """Let a converted model go on from a prompt, with all of its weights in memory.
+    """Generate tokens after a prompt with a converted model, with all of its weights in memory.
 
-    The prompt is taken in pieces of 128 tokens, then token by token from the cache. Several prompts, of any lengths,
-    run together. The text comes on stdout; where there is no tokenizer, token ids do. With --speculative a pass that
-    confirms the token drafted before it gives two.
+    The prompt runs in chunks of 128 tokens, then generation runs token by token from the cache. Several prompts of any
+    length run together. stdout gets the text, or token ids without a tokenizer. With --speculative, a pass that
+    confirms its draft yields two tokens.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """

@@ -44,26 +44,31 @@ def record(
     tokens: Annotated[
         str | None, typer.Option(help="Token ids: 5,17,3 or a file (.json, .npy, or text with one prompt per line).")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text, encoded with the checkpoint's own tokenizer.")] = None,
     random: Annotated[
         str | None, typer.Option(metavar="[BATCHx]LENGTH", help="Random prompts, such as 300 or 3x129.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     first_position: Annotated[
-        int, typer.Option(help="Rotary position of the first token: far positions, without the tokens before.")
+        int, typer.Option(help="Rotary position of the first token, without the tokens before it.")
     ] = 0,
     decode: Annotated[
-        int, typer.Option(help="Give the last N tokens of the prompt one by one, from the reference's cache.")
+        int, typer.Option(help="Decode the last N tokens of the prompt one by one, from the reference's cache.")
     ] = 0,
     greedy: Annotated[
         bool,
         typer.Option(
-            "--greedy", help="With --decode: N tokens after the prompt, chosen by the reference, one pass each."
+            "--greedy", help="With --decode: N more tokens after the prompt, chosen by the reference, one pass each."
         ),
     ] = False,
-    layers: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Which to keep.")] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only these are kept.")
+    ] = None,
     reference: Annotated[
-        str, typer.Option(**one_of("transformers", "release"), help="Whose model runs; release: see --release-code.")
+        str,
+        typer.Option(
+            **one_of("transformers", "release"), help="The implementation that runs. release: see --release-code."
+        ),
     ] = "transformers",
     release_code: Annotated[
         Path | None,
@@ -75,13 +80,13 @@ def record(
     noise: Annotated[
         str | None,
         typer.Option(
-            help="dtypes whose noise floor is measured, for parity in that dtype; each runs every layer twice more. "
-            "If not given float32,bfloat16, and bfloat16 for a release."
+            help="Dtypes to measure the noise floor of, for parity in these dtypes. Each runs every layer twice more. "
+            "Default: float32,bfloat16, or bfloat16 for a release."
         ),
     ] = None,
     compact: Annotated[
         bool,
-        typer.Option("--compact", help="Keep sketches and a few tokens instead of all: at most 1% of the size."),
+        typer.Option("--compact", help="Keep sketches and a few exact tokens, at most 1% of the size."),
     ] = False,
     exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
@@ -89,10 +94,10 @@ def record(
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
 
-    Or DeepSeek's own inference code, which quantises activations on the way: --reference release --release-code DIR.
+    --reference release --release-code DIR runs DeepSeek's own inference code instead, which quantises activations;
     parity then runs the model with the same numerics.
 
-    One layer is in memory at a time, and of its routed experts one. Needs: pip install 'dsv4-convert\\[reference]'.
+    One layer, and one of its routed experts, is in memory at a time. Needs: pip install 'dsv4-convert\\[reference]'.
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
@@ -166,7 +171,7 @@ def compact(
 ) -> None:
     """Make a compact golden of a whole one: small enough for a repository, at most 1% of the size at full width.
 
-    It keeps every choice, of every token of every tap a norm and a random projection, and the tokens of --exact whole.
+    It keeps every choice, a norm and a random projection of each token of each tap, and the tokens of --exact whole.
     parity compares it from the tokens (--mode cumulative), with the same limits, and names the first operation that
     diverges.
 
@@ -191,7 +196,7 @@ def show(
     golden: Golden,
     json: Json = None,
 ) -> None:
-    """Say what a golden holds, tap by tap with shapes, and what its prompt does not reach.
+    """Show every tap of a golden with its shape, and the operations that its prompt leaves unchecked.
 
     Example: dsv4 golden show ./flash-golden
     """
@@ -302,7 +307,7 @@ def verify(
 
 @reported
 def diff(
-    first: Annotated[str, typer.Argument(help="Golden whose noise floor is the measure: a folder or a URL.")],
+    first: Annotated[str, typer.Argument(help="Golden whose noise floor decides: a folder or a URL.")],
     second: Annotated[str, typer.Argument(help="Golden of the same architecture and tokens.")],
     json: Json = None,
 ) -> None:
@@ -329,7 +334,7 @@ def make_checkpoint(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="config.json to follow; a small architecture with every kind of layer if not given."),
+        typer.Option(help="config.json of the architecture. Default: a small one with every kind of layer."),
     ] = None,
     form: Annotated[
         str,

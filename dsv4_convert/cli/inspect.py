@@ -14,16 +14,16 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="Folder, config.json, repository such as deepseek-ai/DeepSeek-V4-Flash, or a URL: gs://… of anything, "
-            "https://… of a golden."
+            help="Folder, config.json, repository such as deepseek-ai/DeepSeek-V4-Flash, gs://… for any of these, or "
+            "https://… for a golden."
         ),
     ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     json: Json = None,
 ) -> None:
-    """Say what something is: its layers in one picture, parameters and bytes by part and dtype, and anything odd.
+    """Show what something is: its layers in one picture, parameters and bytes by part and dtype, and anything odd.
 
-    It reads only headers, manifests and sizes, and of a repository it fetches only headers; dsv4 verify checks the
+    It reads only headers, manifests and sizes; for a Hub repository, it fetches only headers. dsv4 verify checks the
     bytes.
 
     Example: dsv4 inspect deepseek-ai/DeepSeek-V4-Flash

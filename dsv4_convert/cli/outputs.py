@@ -1,4 +1,4 @@
-"""Where the result of ``dsv4 parity`` goes: the terminal, a page for people, and the files that programs read."""
+"""The outputs of ``dsv4 parity``: the terminal, a page for people, and files for programs."""
 
 from __future__ import annotations
 

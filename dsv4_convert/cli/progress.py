@@ -26,7 +26,7 @@ LINE_EVERY = 30.0
 
 @dataclass
 class SpeedMeter:
-    """Rates since the start of this run, from what it has done itself."""
+    """Rates since the start of this run, without the work of an interrupted one."""
 
     clock: Callable[[], float] = time.monotonic
     begun: float = field(init=False)

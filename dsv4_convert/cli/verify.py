@@ -16,14 +16,14 @@ def verify(
     checkpoint: Annotated[str, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="SOURCE", help="Checkpoint folder that it was made of: decode it again, compare bits."),
+        typer.Option(metavar="SOURCE", help="Source folder of the conversion: decode it again, compare bits."),
     ] = None,
     json: Json = None,
 ) -> None:
     """Hash every stored byte of a converted checkpoint again and compare with its manifest.
 
-    Orbax itself restores flipped bits in silence. With --against the source is decoded again, and every stored byte is
-    compared with the result. Exits 1 if anything differs.
+    Orbax itself restores flipped bits without a warning. --against decodes the source again and compares every stored
+    byte with the result. Exits 1 if anything differs.
 
     Example: dsv4 verify ./flash-orbax --against ./DeepSeek-V4-Flash
     """

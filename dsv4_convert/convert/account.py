@@ -31,7 +31,7 @@ class Account:
     rounding: Rounding
 
     def to_json(self) -> dict[str, Any]:
-        """As the journal keeps it."""
+        """The account as the journal stores it."""
         return {"digests": dict(self.digests), "rounding": dataclasses.asdict(self.rounding)}
 
     @classmethod
@@ -81,18 +81,18 @@ def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> R
 
 
 def to_account(planned: Plan) -> frozenset[str]:
-    """The weights that need an account of their own.
+    """The weights that are hashed and checked for rounding on their own.
 
-    Where a chunk of the store is a whole published tensor, byte for byte, its digest is that tensor's, and nothing
-    can round.
+    A chunk that is a whole published tensor, byte for byte, needs neither: its digest is the tensor's digest, and
+    nothing can round.
     """
     if planned.storage is not Storage.SOURCE:
         return frozenset(planned.sources)
     return frozenset(
         source.weight
-        for piece in planned.pieces
-        for leaf in piece.leaves
-        if leaf.fused or (not leaf.stacked and piece.layout.chunk_count != 1)
+        for stored_leaf in planned.stored_leaves
+        for leaf in stored_leaf.leaves
+        if leaf.fused or (not leaf.stacked and stored_leaf.layout.chunk_count != 1)
         for source in leaf.sources
     )
 
@@ -106,11 +106,13 @@ def assemble(
     """The account of all source tensors, once everything is written."""
     digests = {name: digest for entry in accounts.values() for name, digest in entry.digests.items()}
     if planned.storage is Storage.SOURCE:
-        for piece in planned.pieces:
-            for index, digest in zip(piece.layout.chunk_indices(), records[piece.path].chunk_digests, strict=True):
-                (name,) = planned.names_of(piece, index)
+        for stored_leaf in planned.stored_leaves:
+            for index, digest in zip(
+                stored_leaf.layout.chunk_indices(), records[stored_leaf.path].chunk_digests, strict=True
+            ):
+                (name,) = planned.names_of(stored_leaf, index)
                 digests.setdefault(name, digest)
-    targets = targets_of((piece.path, piece.sources) for piece in planned.pieces)
+    targets = targets_of((stored_leaf.path, stored_leaf.sources) for stored_leaf in planned.stored_leaves)
     in_order = sorted(planned.infos.values(), key=lambda info: (info.file.name, info.start))
     return Sources(
         shards=shards,
@@ -129,14 +131,14 @@ def assemble(
 
 
 def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str, Any]:
-    """What the manifest says of rounding: in all, and the values changed in every leaf that has some."""
+    """The manifest's record of rounding: the total, and the number of changed values of every leaf that has any."""
     total = sum((entry.rounding for entry in accounts.values()), Rounding())
     leaves: dict[str, int] = {}
-    for piece in planned.pieces:
-        weights = (source.weight for leaf in piece.leaves for source in leaf.sources)
+    for stored_leaf in planned.stored_leaves:
+        weights = (source.weight for leaf in stored_leaf.leaves for source in leaf.sources)
         changed = sum(accounts[weight].rounding.rounded for weight in weights if weight in accounts)
-        if changed and piece.form is Form.DECODED:
-            leaves[piece.path] = changed
+        if changed and stored_leaf.form is Form.DECODED:
+            leaves[stored_leaf.path] = changed
     largest = total.largest_relative
     return {
         "values": total.values,
@@ -148,7 +150,7 @@ def rounding_summary(planned: Plan, accounts: Mapping[str, Account]) -> dict[str
 
 
 def describe_rounding(planned: Plan, side_records: Mapping[str, Any]) -> str:
-    """What a run has found out about rounding, in one sentence."""
+    """One sentence about the rounding that a run counted."""
     if planned.storage is Storage.SOURCE:
         return "exact: the published bytes"
     entry = rounding_summary(planned, accounts_of(side_records))

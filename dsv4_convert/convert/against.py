@@ -13,7 +13,7 @@ from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, read_sources, stored_layers
-from dsv4_convert.convert.storage import Piece, Storage
+from dsv4_convert.convert.storage import Storage, StoredLeaf
 from dsv4_convert.errors import BadInput
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import Store, chunk_digest
@@ -51,7 +51,7 @@ def compare_with_source(
 
 
 class _Comparison:
-    """What the comparison of one checkpoint needs."""
+    """Compares the chunks of one store with its source, decoded again."""
 
     def __init__(self, store: Store, checkpoint: Checkpoint, planned: Plan, sources: Sources) -> None:
         self.store = store
@@ -62,37 +62,39 @@ class _Comparison:
 
     def run(self, progress: Progress, workers: int) -> list[str]:
         problems = self._differing_leaves()
-        pieces = [piece for piece in self.planned.pieces if self._has(piece)]
-        total = sum(piece.nbytes for piece in pieces)
-        chunks = ((piece, index) for piece in pieces for index in piece.layout.chunk_indices())
+        stored_leaves = [stored_leaf for stored_leaf in self.planned.stored_leaves if self._has(stored_leaf)]
+        total = sum(stored_leaf.nbytes for stored_leaf in stored_leaves)
+        chunks = ((stored_leaf, index) for stored_leaf in stored_leaves for index in stored_leaf.layout.chunk_indices())
         compared = 0
         with in_threads(lambda task: self._compare(*task), chunks, workers=workers) as done:
-            for (piece, _), (problem, nbytes) in done:
+            for (stored_leaf, _), (problem, nbytes) in done:
                 if problem is not None:
                     problems.append(problem)
                 compared += nbytes
-                progress(compared, total, piece.path)
+                progress(compared, total, stored_leaf.path)
         return problems
 
     def _differing_leaves(self) -> list[str]:
         """Leaves that only one of the two has, or has in another form."""
-        wanted = {piece.path: piece for piece in self.planned.pieces}
+        wanted = {stored_leaf.path: stored_leaf for stored_leaf in self.planned.stored_leaves}
         problems = [f"{path}: the source has nothing that fills it" for path in self.store.paths if path not in wanted]
-        for path, piece in wanted.items():
+        for path, stored_leaf in wanted.items():
             if path not in self.store.manifest.leaves:
-                problems.append(f"{path}: missing, although the source has {', '.join(piece.sources[:2])}")
-            elif self.store.leaf(path) != piece.layout:
-                problems.append(f"{path}: stored as {self.store.leaf(path)}, the source gives {piece.layout}")
+                problems.append(f"{path}: missing, although the source has {', '.join(stored_leaf.sources[:2])}")
+            elif self.store.leaf(path) != stored_leaf.layout:
+                problems.append(f"{path}: stored as {self.store.leaf(path)}, the source gives {stored_leaf.layout}")
         return problems
 
-    def _has(self, piece: Piece) -> bool:
-        return piece.path in self.store.manifest.leaves and self.store.leaf(piece.path) == piece.layout
+    def _has(self, stored_leaf: StoredLeaf) -> bool:
+        return (
+            stored_leaf.path in self.store.manifest.leaves and self.store.leaf(stored_leaf.path) == stored_leaf.layout
+        )
 
-    def _compare(self, piece: Piece, index: Index) -> tuple[str | None, int]:
-        """What differs in a chunk, if anything does, and its bytes."""
+    def _compare(self, stored_leaf: StoredLeaf, index: Index) -> tuple[str | None, int]:
+        """The difference in a chunk in words, None if there is none; and the number of bytes compared."""
         try:
-            stored = self.store.open_leaf(piece.path).read_chunk(index)
-            made = self.maker.chunk(piece, index)
+            stored = self.store.open_leaf(stored_leaf.path).read_chunk(index)
+            made = self.maker.chunk(stored_leaf, index)
         except BadInput as error:
             return str(error), 0
         if _bytes_equal(stored, made):
@@ -100,17 +102,19 @@ class _Comparison:
         width = made.dtype.itemsize
         differs = np.frombuffer(raw_bytes(stored), f"V{width}") != np.frombuffer(raw_bytes(made), f"V{width}")
         first = np.unravel_index(int(differs.argmax()), made.shape)
-        at = [int(inside) + part.start for inside, part in zip(first, piece.layout.chunk_region(index), strict=True)]
-        names = self.planned.names_of(piece, index)
+        at = [
+            int(inside) + part.start for inside, part in zip(first, stored_leaf.layout.chunk_region(index), strict=True)
+        ]
+        names = self.planned.names_of(stored_leaf, index)
         return (
-            f"{piece.path}, chunk {index}: {int(differs.sum()):,} of {made.size:,} elements are not what "
-            f"{' and '.join(names) or 'ones'} give, the first at {at}: {self._who(piece, index, stored, names)}"
+            f"{stored_leaf.path}, chunk {index}: {int(differs.sum()):,} of {made.size:,} elements are not what "
+            f"{' and '.join(names) or 'ones'} give, the first at {at}: {self._who(stored_leaf, index, stored, names)}"
         ), made.nbytes
 
-    def _who(self, piece: Piece, index: Index, stored: np.ndarray, names: tuple[str, ...]) -> str:
-        """Which side is not as it was when it was converted."""
-        digests = self.store.manifest.leaves[piece.path].chunk_digests
-        grid = list(piece.layout.chunk_indices())
+    def _who(self, stored_leaf: StoredLeaf, index: Index, stored: np.ndarray, names: tuple[str, ...]) -> str:
+        """The side that has changed since the conversion, in words."""
+        digests = self.store.manifest.leaves[stored_leaf.path].chunk_digests
+        grid = list(stored_leaf.layout.chunk_indices())
         if chunk_digest(stored) != digests[grid.index(index)]:
             return "the stored bytes have changed since"
         for name in names:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_published, read_table, read_weight
-from dsv4_convert.convert.storage import Form, Part, Piece
+from dsv4_convert.convert.storage import Form, Part, StoredLeaf
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.coverage import Source
@@ -47,45 +47,47 @@ class ChunkMaker:
         self._experts = experts
         self._buffers = _Buffers()
 
-    def chunk(self, piece: Piece, index: tuple[int, ...]) -> Array:
-        """Chunk ``index`` of ``piece``, C-contiguous; valid until the next call on the same thread.
+    def chunk(self, stored_leaf: StoredLeaf, index: tuple[int, ...]) -> Array:
+        """Chunk ``index`` of ``stored_leaf``, C-contiguous; valid until the next call on the same thread.
 
         Raises:
             BadInput: the source cannot be read, or holds what is no number or no expert.
         """
-        out = self._buffers.take(piece.layout.clipped_shape(index), piece.dtype)
-        if piece.form is Form.ONES:
+        out = self._buffers.take(stored_leaf.layout.clipped_shape(index), stored_leaf.dtype)
+        if stored_leaf.form is Form.ONES:
             out.fill(1)
             return out
-        part = piece.part(index)
-        if piece.form is Form.DECODED:
-            self._decode(piece, part, out)
+        part = stored_leaf.part(index)
+        if stored_leaf.form is Form.DECODED:
+            self._decode(stored_leaf, part, out)
         else:
             # Copied, so that the pages of the source can be given back before the chunk is hashed and written.
-            np.copyto(out, self._published(piece, part).reshape(out.shape))
+            np.copyto(out, self._published(stored_leaf, part).reshape(out.shape))
         self._release(part.source)
         return out
 
-    def _decode(self, piece: Piece, part: Part, out: Array) -> None:
+    def _decode(self, stored_leaf: StoredLeaf, part: Part, out: Array) -> None:
         rule = part.leaf.rule
-        transpose = piece.turned
+        transpose = stored_leaf.transposed
         columns = math.prod(part.leaf.source_shape[1:])
         if len(part.leaf.source_shape) == 2:  # a chunk is one matrix, whatever the axes are that it is shown with
             out = out.reshape((columns, -1) if transpose else (-1, columns))
         else:
             out = out.reshape(-1)
         if part.expert is not None:
-            plain = self._expert(piece, part.source.weight, part.expert)
-            decode_weight(plain, None, dtype=piece.dtype, transpose=transpose, out=out)
+            plain = self._expert(stored_leaf, part.source.weight, part.expert)
+            decode_weight(plain, None, dtype=stored_leaf.dtype, transpose=transpose, out=out)
         elif rule.kind is Kind.INTEGER:
             self._table(part, out)
         elif inside := part.rows.start % FP8_TILE[0]:
             # Rows that begin inside a tile, as no quantised tensor of a release has them: decode from its start.
             whole = slice(part.rows.start - inside, part.rows.stop)
-            block = read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=whole)[inside:]
+            block = read_weight(self._checkpoint, part.source, dtype=stored_leaf.dtype, rows=whole)[inside:]
             np.copyto(out, block.T if transpose else block)
         else:
-            read_weight(self._checkpoint, part.source, dtype=piece.dtype, rows=part.rows, transpose=transpose, out=out)
+            read_weight(
+                self._checkpoint, part.source, dtype=stored_leaf.dtype, rows=part.rows, transpose=transpose, out=out
+            )
 
     def _table(self, part: Part, out: Array) -> None:
         """An index table, also for a model that wants floats. Raises :class:`BadInput` if one is not exact."""
@@ -97,21 +99,21 @@ class ChunkMaker:
                 "not an index table of DeepSeek-V4"
             )
 
-    def _published(self, piece: Piece, part: Part) -> Array:
-        name = part.source.scale if piece.form is Form.SCALE else part.source.weight
+    def _published(self, stored_leaf: StoredLeaf, part: Part) -> Array:
+        name = part.source.scale if stored_leaf.form is Form.SCALE else part.source.weight
         assert name is not None
         if part.expert is not None:
-            return self._expert(piece, name, part.expert)
+            return self._expert(stored_leaf, name, part.expert)
         # The rows of a part are those of the weight; scales are never cut.
         rows = slice(None) if part.leaf.stacked else part.rows
         if part.leaf.rule.kind is Kind.INTEGER:
             return read_table(self._checkpoint, name, self._experts, rows=rows)
-        return read_published(self._checkpoint, name, is_scale=piece.form is Form.SCALE, rows=rows)
+        return read_published(self._checkpoint, name, is_scale=stored_leaf.form is Form.SCALE, rows=rows)
 
-    def _expert(self, piece: Piece, name: str, expert: int) -> Array:
+    def _expert(self, stored_leaf: StoredLeaf, name: str, expert: int) -> Array:
         """One expert of a fused tensor, or the gate (0) or up (1) half of its rows."""
         rows = read_published(self._checkpoint, name, is_scale=False, rows=slice(expert, expert + 1))[0]
-        half = piece.leaf.rule.half
+        half = stored_leaf.leaf.rule.half
         if half is None:
             return rows
         middle = rows.shape[0] // 2

@@ -19,7 +19,7 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
-from dsv4_convert.convert.storage import Form, Piece, Storage
+from dsv4_convert.convert.storage import Form, Storage, StoredLeaf
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.config import Config
@@ -49,7 +49,7 @@ class Emitted:
 
 @dataclasses.dataclass
 class Fidelity:
-    """What quantising again did: values that decoding does not give back, by weight; all weights are in it."""
+    """Per weight that was quantised again: the number of values that decoding does not reproduce, 0 included."""
 
     changed: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -100,14 +100,16 @@ class Emitter:
 
     def plain(self) -> Iterator[Emitted]:
         """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""
-        for piece in self._plan.pieces:
-            rule = piece.leaf.rule
+        for stored_leaf in self._plan.stored_leaves:
+            rule = stored_leaf.leaf.rule
             for expert in range(self._plan.config.n_routed_experts) if rule.per_expert else (None,):
-                numbers = rule.numbers(self._plan.config, piece.leaf.layer, expert)
+                numbers = rule.numbers(self._plan.config, stored_leaf.leaf.layer, expert)
                 name = rule.template(Dialect.PUBLISHED).format(*numbers)
-                run = [index for index in piece.layout.chunk_indices() if expert is None or index[0] == expert]
-                spelling = _SPELLING[piece.dtype]
-                yield Emitted(name, spelling, piece.leaf.source_shape, self._reader([(piece, index) for index in run]))
+                run = [index for index in stored_leaf.layout.chunk_indices() if expert is None or index[0] == expert]
+                spelling = _SPELLING[stored_leaf.dtype]
+                yield Emitted(
+                    name, spelling, stored_leaf.leaf.source_shape, self._reader([(stored_leaf, index) for index in run])
+                )
 
     def quantized(self) -> Iterator[Emitted]:
         """The tensors of the source in their published form, quantised again from decoded storage."""
@@ -144,46 +146,46 @@ class Emitter:
             if partner is not None and together:
                 yield partner, tensors[partner]
 
-    def _runs(self) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:
-        """Of every source tensor the chunks that hold it, in its own order."""
-        found: dict[str, list[tuple[tuple[int, int, int], Piece, tuple[int, ...]]]] = {}
-        for piece in self._plan.pieces:
-            for index in piece.layout.chunk_indices():
-                part = piece.part(index)
-                name = part.source.scale if piece.form is Form.SCALE else part.source.weight
+    def _runs(self) -> dict[str, list[tuple[StoredLeaf, tuple[int, ...]]]]:
+        """The chunks that hold each source tensor, by its name, in the order of its rows."""
+        found: dict[str, list[tuple[tuple[int, int, int], StoredLeaf, tuple[int, ...]]]] = {}
+        for stored_leaf in self._plan.stored_leaves:
+            for index in stored_leaf.layout.chunk_indices():
+                part = stored_leaf.part(index)
+                name = part.source.scale if stored_leaf.form is Form.SCALE else part.source.weight
                 assert name is not None
-                key = (part.expert or 0, piece.leaf.rule.half or 0, part.rows.start)
-                found.setdefault(name, []).append((key, piece, index))
+                key = (part.expert or 0, stored_leaf.leaf.rule.half or 0, part.rows.start)
+                found.setdefault(name, []).append((key, stored_leaf, index))
         return {
-            name: [(piece, index) for _, piece, index in sorted(run, key=lambda entry: entry[0])]
+            name: [(stored_leaf, index) for _, stored_leaf, index in sorted(run, key=lambda entry: entry[0])]
             for name, run in found.items()
         }
 
     def _reader(
-        self, run: list[tuple[Piece, tuple[int, ...]]], dtype: np.dtype[Any] | None = None
+        self, run: list[tuple[StoredLeaf, tuple[int, ...]]], dtype: np.dtype[Any] | None = None
     ) -> Callable[[], Iterator[Array]]:
         """The rows of the chunks; in ``dtype``, where the weight was published in another one than it is stored in."""
 
         def rows() -> Iterator[Array]:
-            for piece, index in run:
-                chunk = self._rows(piece, index)
+            for stored_leaf, index in run:
+                chunk = self._rows(stored_leaf, index)
                 yield chunk if dtype in (None, chunk.dtype) else cast_plain(chunk, dtype=dtype)
 
         return rows
 
-    def _rows(self, piece: Piece, index: tuple[int, ...]) -> Array:
+    def _rows(self, stored_leaf: StoredLeaf, index: tuple[int, ...]) -> Array:
         """A chunk as rows of its source."""
-        chunk = self._store.open_leaf(piece.path).read_chunk(index)
-        if piece.form is not Form.DECODED:
+        chunk = self._store.open_leaf(stored_leaf.path).read_chunk(index)
+        if stored_leaf.form is not Form.DECODED:
             return chunk
         if chunk.ndim > 2:
             chunk = chunk.reshape(chunk.shape[-2:])
-        return np.ascontiguousarray(chunk.T) if piece.turned else chunk
+        return np.ascontiguousarray(chunk.T) if stored_leaf.transposed else chunk
 
-    def _whole_tiles(self, run: list[tuple[Piece, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
-        """Rows in runs of whole FP8 tiles: chunks as they are, or the whole tensor where they would cut a tile."""
+    def _whole_tiles(self, run: list[tuple[StoredLeaf, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
+        """Blocks of rows in whole FP8 tiles: single chunks, or the whole tensor if chunks would cut a tile."""
         if len(run) > 1 and run[0][0].rows_per_chunk % FP8_TILE[0]:
-            return lambda: iter([np.concatenate([self._rows(piece, index) for piece, index in run])])
+            return lambda: iter([np.concatenate([self._rows(stored_leaf, index) for stored_leaf, index in run])])
         return self._reader(run)
 
 

@@ -15,7 +15,7 @@ from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
 from dsv4_convert.convert.plan import Described, Plan
 from dsv4_convert.convert.shards import Arriving, as_arriving
-from dsv4_convert.convert.storage import Form, Piece
+from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.formats.weight import decode_weight
@@ -32,13 +32,13 @@ class Rates:
     """Bytes per second.
 
     Attributes:
-        read: of the source, cold; None where it is not on this machine.
-        fetch: of the source, over the network; None where it is on this machine.
-        make: of output, decoded and hashed, on one core.
-        write: to the destination, until it is on the disk.
+        read: reading the source from a cold disk; None if the source is remote.
+        fetch: reading the source over the network; None if the source is local.
+        make: decoding and hashing output on one core.
+        write: writing to the destination, until the bytes are on the disk.
         shared: source and destination are on one device, which does one thing at a time.
-        packed: the part of its bytes that compression leaves of a typical chunk; 1 where it was not measured.
-        measured: from a second's work on the real source and destination, and not assumed.
+        packed: compressed size of a typical chunk divided by its size; 1 if it was not measured.
+        measured: the rates come from a second's work on the real source and destination; otherwise they are assumed.
     """
 
     read: float | None
@@ -52,18 +52,17 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a conversion costs.
+    """Time, disk, network and memory that a conversion needs.
 
     Attributes:
-        seconds: for all of it.
-        limit: what decides the time: ``disk``, ``cores`` or ``network``.
-        needed_disk: bytes that the destination will take.
-        free_disk: bytes that are free there, those that an interrupted run has written already included; None for a
-            bucket.
+        seconds: for the whole conversion.
+        limit: the bottleneck: ``disk``, ``cores`` or ``network``.
+        needed_disk: bytes of the finished destination.
+        free_disk: free bytes there; bytes that an interrupted run has written count as free. None for a bucket.
         to_fetch: bytes that come over the network.
-        source_disk: bytes that they take on disk, at most, at a time.
-        source_free: bytes that are free there.
-        memory: peak beyond the interpreter with its imports, from above.
+        source_disk: most bytes of fetched files on disk at a time.
+        source_free: free bytes on the disk of the fetched files.
+        memory: upper bound of the peak, beyond the interpreter with its imports.
         workers: threads.
     """
 
@@ -182,7 +181,7 @@ def _on_one_device(sample: TensorInfo, place: Place) -> bool:
 
 def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
-    typical = max(planned.pieces, key=lambda piece: piece.nbytes)
+    typical = max(planned.stored_leaves, key=lambda stored_leaf: stored_leaf.nbytes)
     make, chunk = _make_rate(planned, typical)
     count = max(1, min(64, _PROBE_BYTES // max(1, chunk.nbytes)))
     seconds, stored = place.probe(chunk, count, planned.compression)
@@ -198,20 +197,20 @@ def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
     )
 
 
-def _make_rate(planned: Plan, piece: Piece) -> tuple[float, Array]:
+def _make_rate(planned: Plan, stored_leaf: StoredLeaf) -> tuple[float, Array]:
     """Bytes of output per second, and a chunk as it is stored."""
-    source = piece.leaf.sources[0]
+    source = stored_leaf.leaf.sources[0]
     rng = np.random.default_rng(0)
-    weight = _random(planned.infos[source.weight], rng, rows=piece.rows_per_chunk)
+    weight = _random(planned.infos[source.weight], rng, rows=stored_leaf.rows_per_chunk)
     scale = None
     if source.scale is not None:
         info = planned.infos[source.scale]
-        rows = -(-piece.rows_per_chunk * info.shape[0] // planned.infos[source.weight].shape[0])
+        rows = -(-stored_leaf.rows_per_chunk * info.shape[0] // planned.infos[source.weight].shape[0])
         scale = _random(info, rng, rows=rows)
 
     def make() -> Array:
-        if piece.form is Form.DECODED:
-            chunk = decode_weight(weight, scale, dtype=piece.dtype, transpose=piece.turned)
+        if stored_leaf.form is Form.DECODED:
+            chunk = decode_weight(weight, scale, dtype=stored_leaf.dtype, transpose=stored_leaf.transposed)
         else:
             chunk = weight.copy()
         chunk_digest(chunk)

@@ -8,7 +8,15 @@ from enum import StrEnum
 
 import numpy as np
 
-from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage, decoded_dtype, is_turned, pieces
+from dsv4_convert.convert.storage import (
+    CHUNK_BYTES,
+    Form,
+    Storage,
+    StoredLeaf,
+    decoded_dtype,
+    is_transposed,
+    stored_leaves,
+)
 from dsv4_convert.errors import UsageError
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Leaf, Stored
@@ -37,14 +45,14 @@ def lay_out(
     *,
     layers: Sequence[int],
     chunk_bytes: int = CHUNK_BYTES,
-) -> list[Piece]:
+) -> list[StoredLeaf]:
     """The store's leaves for these parameters.
 
     Raises:
         UsageError: MaxText's tree of published bytes, of some layers only, or of layers that it cannot scan.
     """
     if layout is Layout.DSV4:
-        return [piece for leaf in leaves for piece in pieces(leaf, storage, stored, chunk_bytes)]
+        return [stored_leaf for leaf in leaves for stored_leaf in stored_leaves(leaf, storage, stored, chunk_bytes)]
     if storage is Storage.SOURCE:
         raise UsageError(f"--layout {layout}: MaxText reads numbers, not --dtype source; give bfloat16 or float32")
     if len(layers) != config.num_hidden_layers:
@@ -65,19 +73,19 @@ def _maxtext(
     storage: Storage,
     stored: Mapping[str, Stored],
     chunk_bytes: int,
-) -> Iterator[Piece]:
+) -> Iterator[StoredLeaf]:
     for target in found:
         shape = target.shape
         if not target.paths:
-            yield Piece(target.path, (), Form.ONES, np.dtype(np.float32), shape, shape, 0)
+            yield StoredLeaf(target.path, (), Form.ONES, np.dtype(np.float32), shape, shape, 0)
             continue
         leaves = tuple(by_path[path] for path in target.paths)
         leaf = leaves[0]
         natural = decoded_dtype(leaf, storage, stored)
         dtype = np.dtype(target.row.dtype) if target.row.dtype else natural
         if target.scan_axis is None and not target.row.turned and (shape, dtype) == (leaf.target_shape, natural):
-            (piece,) = pieces(leaf, storage, stored, chunk_bytes)
-            yield dataclasses.replace(piece, path=target.path)
+            (stored_leaf,) = stored_leaves(leaf, storage, stored, chunk_bytes)
+            yield dataclasses.replace(stored_leaf, path=target.path)
             continue
         first, last = target.rows or (0, leaf.source_shape[0])
         grouped = leaf.rule.transform is Transform.GROUPED
@@ -86,7 +94,7 @@ def _maxtext(
             chunk[target.scan_axis] = 1
         if leaf.rule.per_expert or grouped:
             chunk[0] = 1
-        yield Piece(
+        yield StoredLeaf(
             target.path,
             leaves,
             Form.DECODED,
@@ -97,5 +105,5 @@ def _maxtext(
             first_row=first,
             row_axis=0 if grouped else None,
             layer_axis=target.scan_axis,
-            turned=target.row.turned or is_turned(leaf),
+            transposed=target.row.turned or is_transposed(leaf),
         )

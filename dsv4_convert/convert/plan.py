@@ -1,4 +1,4 @@
-"""What a conversion will read, write and leave out, and its memory: known before any weight is touched."""
+"""The plan of a conversion: its reads, its writes, the tensors it drops and its memory, before it reads any weight."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Protocol
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.convert.layouts import Layout, lay_out
-from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Piece, Storage
+from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Storage, StoredLeaf
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Source, Stored, resolve
 from dsv4_convert.spec.names import Dialect, Rule, check_layers, stage_of
 from dsv4_convert.store import Compression
 
-#: Memory that a conversion may take beyond the interpreter with its imports, where nothing else is said.
+#: Default limit of a conversion's memory, beyond the interpreter with its imports.
 MAX_MEMORY = 2 << 30
 
 #: Memory per tensor of the checkpoint: its header, its rule, its place in the plan, its line in the manifest.
 _BYTES_PER_TENSOR = 4_000
-#: Whatever the size: buffers of files, the journal, Orbax at work.
+#: Memory that does not depend on the size: file buffers, the journal, Orbax.
 _FIXED_BYTES = 150 << 20
 
 
@@ -35,7 +35,7 @@ class Described(Protocol):
 
     @property
     def root(self) -> Path:
-        """Where its files are, or will be."""
+        """The folder of its files, present or future."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -55,7 +55,7 @@ class Plan:
         written: bytes of the leaves, uncompressed, by dtype.
         tensors: number of source tensors that are used.
         dropped: every tensor that is left out, with the reason.
-        inexact: leaves whose values bfloat16 cannot promise to hold; the run counts those that it rounds.
+        inexact: leaves with values that bfloat16 may not hold exactly; the run counts those that it rounds.
     """
 
     config: Config
@@ -64,7 +64,7 @@ class Plan:
     compression: Compression
     dialect: Dialect
     layers: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    stored_leaves: tuple[StoredLeaf, ...]
     infos: Mapping[str, TensorInfo]
     read: Mapping[str, int]
     written: Mapping[str, int]
@@ -85,43 +85,51 @@ class Plan:
     @cached_property
     def bytes_on_disk(self) -> int:
         """Bytes of all files, uncompressed: chunks at an edge are stored whole."""
-        return sum(piece.layout.chunk_count * piece.layout.chunk_nbytes for piece in self.pieces)
+        return sum(
+            stored_leaf.layout.chunk_count * stored_leaf.layout.chunk_nbytes for stored_leaf in self.stored_leaves
+        )
 
     @cached_property
     def sources(self) -> Mapping[str, tuple[Source, Rule]]:
         """Every weight of the source that is used, by name, with its scales and its rule."""
-        leaves = (leaf for piece in self.pieces for leaf in piece.leaves)
+        leaves = (leaf for stored_leaf in self.stored_leaves for leaf in stored_leaf.leaves)
         return {source.weight: (source, leaf.rule) for leaf in leaves for source in leaf.sources}
 
-    def names_of(self, piece: Piece, index: tuple[int, ...]) -> tuple[str, ...]:
+    def names_of(self, stored_leaf: StoredLeaf, index: tuple[int, ...]) -> tuple[str, ...]:
         """The tensors that a chunk is made of."""
-        if piece.form is Form.ONES:
+        if stored_leaf.form is Form.ONES:
             return ()
-        source = piece.part(index).source
-        if piece.form is Form.SCALE:
+        source = stored_leaf.part(index).source
+        if stored_leaf.form is Form.SCALE:
             return (source.scale,) if source.scale is not None else ()
-        return tuple(name for name in (source.weight, source.scale if piece.form is Form.DECODED else None) if name)
+        return tuple(
+            name for name in (source.weight, source.scale if stored_leaf.form is Form.DECODED else None) if name
+        )
 
-    def bytes_of(self, piece: Piece, index: tuple[int, ...]) -> int:
-        """Bytes of the source that a chunk is made of: its part of those of the leaf."""
-        return self._source_bytes[piece.path] * math.prod(piece.layout.clipped_shape(index)) // math.prod(piece.shape)
+    def bytes_of(self, stored_leaf: StoredLeaf, index: tuple[int, ...]) -> int:
+        """Bytes of the source that a chunk is made of: its share of the bytes of the leaf."""
+        return (
+            self._source_bytes[stored_leaf.path]
+            * math.prod(stored_leaf.layout.clipped_shape(index))
+            // math.prod(stored_leaf.shape)
+        )
 
     @cached_property
     def _source_bytes(self) -> Mapping[str, int]:
-        """Of every leaf: of tensors that several leaves share (gate and up rows, mixing weights) its part."""
+        """Source bytes of every leaf. Leaves that share a tensor (gate and up rows, mixing weights) share its bytes."""
         found = {}
-        for piece in self.pieces:
-            nbytes = sum(self.infos[name].nbytes for name in piece.sources)
-            if piece.leaves and piece.leaf.fused and piece.leaf.rule.half is not None:
+        for stored_leaf in self.stored_leaves:
+            nbytes = sum(self.infos[name].nbytes for name in stored_leaf.sources)
+            if stored_leaf.leaves and stored_leaf.leaf.fused and stored_leaf.leaf.rule.half is not None:
                 nbytes //= 2
-            elif piece.leaves and piece.row_axis is None and not piece.leaf.rule.per_expert:
-                nbytes = nbytes * piece.rows_per_chunk // max(1, piece.leaf.source_shape[0])
-            found[piece.path] = nbytes
+            elif stored_leaf.leaves and stored_leaf.row_axis is None and not stored_leaf.leaf.rule.per_expert:
+                nbytes = nbytes * stored_leaf.rows_per_chunk // max(1, stored_leaf.leaf.source_shape[0])
+            found[stored_leaf.path] = nbytes
         return found
 
     def memory(self, workers: int) -> int:
         """Peak memory beyond the interpreter with its imports, estimated from above."""
-        per_worker = max(self._memory_of(piece) for piece in self.pieces)
+        per_worker = max(self._memory_of(stored_leaf) for stored_leaf in self.stored_leaves)
         return _FIXED_BYTES + len(self.infos) * _BYTES_PER_TENSOR + workers * per_worker
 
     def workers(self, max_memory: int = MAX_MEMORY, wanted: int | None = None) -> int:
@@ -133,20 +141,20 @@ class Plan:
         limit = wanted or (os.cpu_count() or 1) + 2
         least, more = self.memory(1), self.memory(2) - self.memory(1)
         if least > max_memory:
-            largest = max(self.pieces, key=self._memory_of)
+            largest = max(self.stored_leaves, key=self._memory_of)
             raise ResourceError(
                 f"the conversion needs {least / 2**30:.2f} GiB beside the interpreter, allowed are "
                 f"{max_memory / 2**30:.2f} GiB; the largest chunk is one of {largest.path}. Raise --max-memory."
             )
         return max(1, min(limit, 1 + (max_memory - least) // more))
 
-    def _memory_of(self, piece: Piece) -> int:
-        """Of one worker at one chunk: the chunk, and the pages of its source."""
-        layout = piece.layout
+    def _memory_of(self, stored_leaf: StoredLeaf) -> int:
+        """Memory of one worker at one chunk: the chunk, and the pages of its source."""
+        layout = stored_leaf.layout
         if not layout.chunk_count:
             return 0
         padding = layout.chunk_nbytes if math.prod(layout.grid[1:]) > 1 else 0  # an edge chunk is copied
-        return layout.chunk_nbytes + padding + self.bytes_of(piece, (0,) * len(piece.shape))
+        return layout.chunk_nbytes + padding + self.bytes_of(stored_leaf, (0,) * len(stored_leaf.shape))
 
 
 def plan(
@@ -172,13 +180,13 @@ def plan(
     resolution = resolve(stored, config, layers=asked, where=str(checkpoint.root))
     config = resolution.config
     found = lay_out(layout, resolution.leaves, storage, stored, config, layers=chosen, chunk_bytes=chunk_bytes)
-    names = {name for piece in found for name in piece.sources}
+    names = {name for stored_leaf in found for name in stored_leaf.sources}
     read: Counter[str] = Counter()
     for name in names:
         read[stored[name].dtype] += checkpoint.tensors[name].nbytes
     written: Counter[str] = Counter()
-    for piece in found:
-        written[piece.dtype.name] += piece.nbytes
+    for stored_leaf in found:
+        written[stored_leaf.dtype.name] += stored_leaf.nbytes
     unused = {*checkpoint.tensors, *checkpoint.absent} - names - resolution.dropped.keys()
     return Plan(
         config=config,
@@ -187,13 +195,13 @@ def plan(
         compression=compression,
         dialect=resolution.dialect,
         layers=chosen,
-        pieces=tuple(found),
+        stored_leaves=tuple(found),
         infos=checkpoint.tensors,
         read=dict(read),
         written=dict(written),
         tensors=len(names),
         dropped={**resolution.dropped, **{name: _unused(name, layout) for name in sorted(unused)}},
-        inexact=tuple(piece.path for piece in found if _may_round(piece, storage, stored)),
+        inexact=tuple(stored_leaf.path for stored_leaf in found if _may_round(stored_leaf, storage, stored)),
     )
 
 
@@ -204,9 +212,9 @@ def _unused(name: str, layout: Layout) -> str:
     return "belongs to a layer that was not asked for"
 
 
-def _may_round(piece: Piece, storage: Storage, stored: Mapping[str, Stored]) -> bool:
+def _may_round(stored_leaf: StoredLeaf, storage: Storage, stored: Mapping[str, Stored]) -> bool:
     """Whether bfloat16 cannot promise to hold the values exactly: float32 weights, or float32 scales."""
-    if storage is not Storage.BFLOAT16 or not piece.leaves or not piece.leaf.rule.kind.follows_dtype:
+    if storage is not Storage.BFLOAT16 or not stored_leaf.leaves or not stored_leaf.leaf.rule.kind.follows_dtype:
         return False
-    source = piece.leaf.sources[0]
+    source = stored_leaf.leaf.sources[0]
     return stored[source.weight].dtype == "F32" or (source.scale is not None and stored[source.scale].dtype == "F32")

@@ -18,14 +18,14 @@ from dsv4_convert.convert.layouts import Layout, layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
-from dsv4_convert.convert.storage import Piece, Storage
+from dsv4_convert.convert.storage import Storage, StoredLeaf
 from dsv4_convert.errors import printable
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
 from dsv4_convert.store.threads import in_threads
 
-#: Small files of the source that go along; they are copied as they are where they exist.
+#: Small files of the source that are copied unchanged if they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -50,12 +50,15 @@ class ConversionOptions:
 
     Attributes:
         max_memory: bytes beyond the interpreter with its imports.
-        workers: threads, at most; None for two more than there are cores, so that these have work while some threads
-            wait for the disk.
-        name: what the manifest calls the source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
-        restart: discard an interrupted run instead of going on with it.
+        workers: maximum number of threads. None: two more than there are cores, so that cores have work while some
+            threads wait for the disk.
+        name: the source's name in the manifest, such as its repository. None: the folder's name.
+        revision: the source's commit. None: the commit that the folder records.
+        restart: discard an interrupted run instead of resuming it.
         overwrite: replace a finished conversion at the destination.
+
+    Examples:
+        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "again", options=ConversionOptions(workers=1))
     """
 
     max_memory: int = MAX_MEMORY
@@ -120,13 +123,13 @@ def carry_out(
     """Carry out a plan; memory holds one chunk per worker, never a layer.
 
     Args:
-        planned: what is to be done.
+        planned: the plan.
         checkpoint: the source that the plan was made of, open.
-        destination: folder to create, or URL of a bucket such as ``gs://bucket/model``; an interrupted run leaves it
-            absent and is continued by the same call.
-        options: how.
-        processes: those that share the work; those of ``jax.distributed`` if None, where it is initialised.
-        progress: called at the start, with what an interrupted run has done, and after every chunk.
+        destination: folder to create, or URL of a bucket such as ``gs://bucket/model``. It stays absent until the
+            conversion is complete; the same call resumes an interrupted run.
+        options: memory, threads, names, and how to treat earlier results.
+        processes: the processes that share the work. None: those of ``jax.distributed``, if it is initialised.
+        progress: called at the start, with the progress of an interrupted run, and after every chunk.
 
     Raises:
         BadInput: the source is corrupt or changed.
@@ -147,7 +150,7 @@ def carry_out(
     }
     writer = CheckpointWriter(
         destination,
-        [_leaf(piece) for piece in planned.pieces],
+        [_leaf(stored_leaf) for stored_leaf in planned.stored_leaves],
         fingerprint={
             "source": origin,
             # A commit says more than times do, where it is known.
@@ -171,14 +174,14 @@ def carry_out(
     return summary
 
 
-def _leaf(piece: Piece) -> LeafSpec:
+def _leaf(stored_leaf: StoredLeaf) -> LeafSpec:
     return LeafSpec(
-        path=piece.path,
-        shape=piece.shape,
-        dtype=piece.dtype,
-        chunk_shape=piece.chunk_shape,
-        sources=piece.sources,
-        rule=piece.rule_name,
+        path=stored_leaf.path,
+        shape=stored_leaf.shape,
+        dtype=stored_leaf.dtype,
+        chunk_shape=stored_leaf.chunk_shape,
+        sources=stored_leaf.sources,
+        rule=stored_leaf.rule_name,
     )
 
 
@@ -189,18 +192,22 @@ def _write_chunks(
     weights = sorted(to_account(planned) - writer.side_records.keys())
     missing = in_order(planned, weights, writer.pending())
     mine = writer.processes.share(missing, lambda task: task.written)
-    pieces = {piece.path: piece for piece in planned.pieces}
+    stored_leaves = {stored_leaf.path: stored_leaf for stored_leaf in planned.stored_leaves}
     maker = ChunkMaker(checkpoint, experts=planned.config.n_routed_experts)
 
     def work(task: Task) -> None:
         if isinstance(task.what, Chunk):
-            writer.write(task.what, maker.chunk(pieces[task.what.leaf.path], task.what.index))
+            writer.write(task.what, maker.chunk(stored_leaves[task.what.leaf.path], task.what.index))
         else:
             source, rule = planned.sources[task.what]
             writer.add_side_record(task.what, account(checkpoint, source, rule, planned.storage).to_json())
 
     arriving = as_arriving(checkpoint)
-    every = (planned.bytes_of(piece, index) for piece in planned.pieces for index in piece.layout.chunk_indices())
+    every = (
+        planned.bytes_of(stored_leaf, index)
+        for stored_leaf in planned.stored_leaves
+        for index in stored_leaf.layout.chunk_indices()
+    )
     read = sum(every) - sum(task.read for task in missing)
     written = writer.kept_bytes
     to_write = written + sum(task.written for task in mine)

@@ -74,7 +74,7 @@ def in_order(planned: Plan, weights: Iterable[str], chunks: Iterable[Chunk]) -> 
 
     A chunk comes when the last byte that it needs does, the account of a weight just before its chunks.
     """
-    pieces = {piece.path: piece for piece in planned.pieces}
+    stored_leaves = {stored_leaf.path: stored_leaf for stored_leaf in planned.stored_leaves}
     number = {name: number for number, name in enumerate(sorted({info.file.name for info in planned.infos.values()}))}
 
     def files(names: Sequence[str]) -> tuple[str, ...]:
@@ -88,12 +88,12 @@ def in_order(planned: Plan, weights: Iterable[str], chunks: Iterable[Chunk]) -> 
         names = planned.sources[weight][0].names
         tasks.append(Task(weight, files(names), (*last(names), -1)))
     for chunk in chunks:
-        piece, index = pieces[chunk.leaf.path], chunk.index
+        stored_leaf, index = stored_leaves[chunk.leaf.path], chunk.index
         order: tuple[int, ...] = (0,)
-        if names := planned.names_of(piece, index):
-            part = piece.part(index)
+        if names := planned.names_of(stored_leaf, index):
+            part = stored_leaf.part(index)
             order = (*last(names), part.expert if part.expert is not None else part.rows.start)
-        tasks.append(Task(chunk, files(names), order, planned.bytes_of(piece, index), chunk.nbytes))
+        tasks.append(Task(chunk, files(names), order, planned.bytes_of(stored_leaf, index), chunk.nbytes))
     return sorted(tasks, key=lambda task: task.order)
 
 
@@ -123,7 +123,7 @@ class ShardUse:
             self._source.stop()
 
     def done(self, task: Task) -> None:
-        """A task is done, and what it made is safe on the disk."""
+        """Mark a task as done: its results are safe on the disk."""
         for shard in task.shards:
             self._left[shard] -= 1
             if not self._left[shard] and self._source is not None:

@@ -101,7 +101,7 @@ def read_sources(store: Store) -> Sources:
 
 
 def stored_layers(store: Store) -> list[int] | None:
-    """The layers that were asked for when a checkpoint was converted; None, for all and the stages, if it has stages.
+    """The layers that a conversion requested. None means all layers and stages, if the checkpoint has stages.
 
     A checkpoint without stages may be one of all layers: its source had none, or it comes from a dsv4 that left them
     out.

@@ -21,7 +21,7 @@ CHUNK_BYTES = 64 << 20
 
 
 class Storage(StrEnum):
-    """What ``--dtype`` may say.
+    """The values of ``--dtype``.
 
     Examples:
         >>> plan, summary = hf_to_orbax(Path("checkpoint"), "as-published", storage=Storage.SOURCE)
@@ -40,7 +40,7 @@ class Storage(StrEnum):
 
 
 class Form(StrEnum):
-    """What a leaf of the store holds of its parameter."""
+    """The part of a parameter that a leaf of the store holds."""
 
     #: Numbers, in the model's orientation.
     DECODED = "decoded"
@@ -55,7 +55,7 @@ class Form(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one chunk is made of: rows of one source tensor, or of one expert of a fused one."""
+    """The source of one chunk: rows of one source tensor, or of one expert of a fused tensor."""
 
     leaf: Leaf
     source: Source
@@ -64,18 +64,18 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class StoredLeaf:
     """One leaf of the store. Every chunk of it is made of one source tensor and its scales.
 
     Attributes:
         path: dotted path in the store.
-        leaves: the parameter of the model that it holds, or those of several layers, stacked; none for ones.
-        form: what of them is stored.
-        rows_per_chunk: rows of the source (of one expert, of a stack) that go into one chunk.
-        first_row: where they begin, for a leaf that holds some rows only.
-        row_axis: the axis of the store's grid along which runs of rows follow each other; None for a single run.
+        leaves: the parameter of the model that it holds, or one per layer if layers are stacked; empty for ones.
+        form: the part of the parameters that is stored.
+        rows_per_chunk: rows of the source (of one expert, for a stack) that go into one chunk.
+        first_row: first source row, for a leaf that holds only some rows.
+        row_axis: the grid axis along which blocks of rows follow each other; None for a single block.
         layer_axis: the axis of the stacked layers; None for one layer.
-        turned: decoded matrices are ``[in, out]``, the published ones ``[out, in]``.
+        transposed: the leaf holds matrices as ``[in, out]``; published matrices are ``[out, in]``.
     """
 
     path: str
@@ -88,7 +88,7 @@ class Piece:
     first_row: int = 0
     row_axis: int | None = None
     layer_axis: int | None = None
-    turned: bool = False
+    transposed: bool = False
 
     @cached_property
     def layout(self) -> ArrayLayout:
@@ -102,7 +102,7 @@ class Piece:
 
     @property
     def rule_name(self) -> str:
-        """How it is made, for the manifest."""
+        """Name of its rule, for the manifest."""
         return self.leaf.rule.path if self.leaves else self.form.value
 
     @cached_property
@@ -122,7 +122,7 @@ class Piece:
         return self.layout.nbytes
 
     def part(self, index: tuple[int, ...]) -> Part:
-        """What chunk ``index`` is made of; not defined for ones."""
+        """The source of chunk ``index``; undefined for ones."""
         leaf = self.leaves[0 if self.layer_axis is None else index[self.layer_axis]]
         at = 0 if self.row_axis is None else index[self.row_axis]
         start = self.first_row + at * self.rows_per_chunk
@@ -132,7 +132,9 @@ class Piece:
         return Part(leaf, leaf.sources[0], rows, index[0]) if leaf.fused else Part(leaf, leaf.sources[index[0]], rows)
 
 
-def pieces(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_bytes: int = CHUNK_BYTES) -> list[Piece]:
+def stored_leaves(
+    leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_bytes: int = CHUNK_BYTES
+) -> list[StoredLeaf]:
     """The store's leaves for one parameter."""
     first = leaf.sources[0]
     if storage is not Storage.SOURCE:
@@ -146,45 +148,49 @@ def pieces(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored], chunk_byt
 
 
 def decoded_dtype(leaf: Leaf, storage: Storage, stored: Mapping[str, Stored]) -> np.dtype[Any]:
-    """Of the numbers of a parameter: the storage's, or the source's where the rule keeps it."""
+    """The dtype of a decoded parameter: the storage's, or the source's if the rule keeps it."""
     follows = leaf.rule.kind.follows_dtype
     return storage.dtype if follows else DTYPES[stored[leaf.sources[0].weight].dtype].array
 
 
-def _decoded(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> Piece:
+def _decoded(leaf: Leaf, dtype: np.dtype[Any], limit: int) -> StoredLeaf:
     """One chunk per expert and per output group; other matrices are cut along the rows of their source."""
     shape, rows = leaf.target_shape, leaf.source_shape[0]
-    piece = Piece(leaf.path, (leaf,), Form.DECODED, dtype, shape, shape, rows, turned=is_turned(leaf))
+    stored_leaf = StoredLeaf(
+        leaf.path, (leaf,), Form.DECODED, dtype, shape, shape, rows, transposed=is_transposed(leaf)
+    )
     if leaf.rule.per_expert:
-        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]))
+        return dataclasses.replace(stored_leaf, chunk_shape=(1, *shape[1:]))
     if leaf.rule.transform is Transform.GROUPED:
-        return dataclasses.replace(piece, chunk_shape=(1, *shape[1:]), rows_per_chunk=shape[2], row_axis=0)
+        return dataclasses.replace(stored_leaf, chunk_shape=(1, *shape[1:]), rows_per_chunk=shape[2], row_axis=0)
     if len(shape) != 2:
-        return piece
+        return stored_leaf
     rows = _rows_per_chunk(leaf.source_shape, dtype, limit)
-    chunk = (shape[0], rows) if piece.turned else (rows, shape[1])
-    return dataclasses.replace(piece, chunk_shape=chunk, rows_per_chunk=rows, row_axis=1 if piece.turned else 0)
+    chunk = (shape[0], rows) if stored_leaf.transposed else (rows, shape[1])
+    return dataclasses.replace(
+        stored_leaf, chunk_shape=chunk, rows_per_chunk=rows, row_axis=1 if stored_leaf.transposed else 0
+    )
 
 
-def is_turned(leaf: Leaf) -> bool:
+def is_transposed(leaf: Leaf) -> bool:
     """Whether the model has the matrix as ``[in, out]``."""
     return leaf.rule.transform is not Transform.NONE
 
 
-def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) -> Piece:
+def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) -> StoredLeaf:
     """As published, experts stacked; one chunk per expert, large matrices cut by rows."""
     shape, dtype = tensor.shape, DTYPES[tensor.dtype].array
     if leaf.rule.per_expert:
         shape = (shape[0], leaf.source_shape[0], shape[2]) if leaf.fused else (len(leaf.sources), *shape)
-        return Piece(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
+        return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
     cut = len(shape) == 2 and form is not Form.SCALE  # scales are small
     rows = _rows_per_chunk(shape, dtype, limit) if cut else (shape or (1,))[0]
     chunk = (rows, *shape[1:]) if shape else ()
-    return Piece(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
+    return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
 
 
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> int:
-    """As many rows as fit the limit, in whole FP8 tiles; all of them where they fit."""
+    """The largest number of rows within the limit: all rows, or whole FP8 tiles of them."""
     rows, columns = shape
     if rows * columns * dtype.itemsize <= limit:
         return rows

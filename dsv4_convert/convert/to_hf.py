@@ -32,16 +32,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        tensors: number of tensors.
-        nbytes: their bytes.
-        shards: names of the files, in order.
-        left_out: number of tensors of the source that the converted checkpoint does not hold, by reason.
-        identical: tensors whose bytes are those of the source, as far as that was compared.
-        quantized: weights that were quantised again.
-        changed: those of them, with the number of values, that decoding does not give back.
+        tensors: number of tensors written.
+        nbytes: bytes written.
+        shards: file names, in order.
+        left_out: number of source tensors that the converted checkpoint does not hold, by reason.
+        identical: number of tensors whose bytes equal the source's, among the compared ones.
+        quantized: number of weights that were quantised again.
+        changed: number of values that decoding does not reproduce, by weight quantised again.
     """
 
     tensors: int
@@ -63,9 +63,9 @@ def orbax_to_hf(
 ) -> ExportSummary:
     """Write a Hugging Face folder; memory holds one chunk of one tensor, or one expert.
 
-    From ``source`` storage the published tensors come back byte for byte, in their shards, and every one is compared
-    with the SHA-256 that the conversion recorded. From bfloat16 or float32 a folder in full precision is written, under
-    the published names; with ``requantize`` the published FP8 and FP4 form.
+    From ``source`` storage, it restores the published tensors byte for byte in their shards and compares each with the
+    SHA-256 that the conversion recorded. From bfloat16 or float32, it writes a folder in full precision under the
+    published names, or with ``requantize`` the published FP8 and FP4 form.
 
     Args:
         checkpoint: what :func:`dsv4_convert.convert.hf_to_orbax` made.

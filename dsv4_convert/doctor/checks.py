@@ -67,7 +67,7 @@ def _unloadable(check: str, error: ImportError) -> Finding:
 
 
 def _refused(check: str, error: OSError, commands: str = "all") -> Finding:
-    """What the system does not even let us look at."""
+    """The finding of a check that the system refused to run."""
     return Finding(
         check=check,
         state=State.MISSING,
@@ -210,7 +210,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Where numba may keep what it compiles. It looks in this order, and so do we."""
+    """The folder in which numba may cache compiled code, found in numba's own order."""
     beside = Path(__file__).parents[1] / "formats"
     places = [os.environ.get("NUMBA_CACHE_DIR"), str(beside), str(Path.home() / ".cache")]
     for place in filter(None, places):

@@ -1,4 +1,4 @@
-"""What one check found out."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-#: Of the JSON form.
+#: Version of the JSON form.
 SCHEMA_VERSION = 1
 
 

@@ -16,7 +16,7 @@ from dsv4_convert.doctor.finding import Finding, State
 #: The name under which an installer knows dsv4.
 DISTRIBUTION = "dsv4-convert"
 
-#: What each extra of ``pyproject.toml`` is for. The core is for everything.
+#: The commands that need each extra of ``pyproject.toml``. The core serves all of them.
 EXTRAS: Mapping[str, str] = {
     "reference": "golden record",
     "tpu": "compile, --platform tpu",
@@ -34,7 +34,7 @@ class Asked:
 
     @classmethod
     def read(cls) -> Asked:
-        """From ``pyproject.toml`` beside the sources, else from what the installer noted.
+        """Read ``pyproject.toml`` beside the sources, or else the metadata of the installed distribution.
 
         Raises:
             PackageNotFoundError: there is neither.
@@ -58,7 +58,7 @@ class Asked:
 
 
 def check_packages(asked: Asked, python: str) -> Iterator[Finding]:
-    """Python, the core packages in one line, or in one each that is not as it should be, and the extras.
+    """Findings about Python, the core packages and the extras; each faulty core package has a finding of its own.
 
     ``python`` is the version that runs.
     """
@@ -96,7 +96,7 @@ def check_packages(asked: Asked, python: str) -> Iterator[Finding]:
 
 
 def _problems(lines: Iterable[str]) -> Iterator[tuple[Requirement, str]]:
-    """The packages that are absent or of a version that is not asked for, with those of the extras asked for."""
+    """The requested packages that are absent or have another version, those of the requested extras included."""
     for line in lines:
         requirement = Requirement(line)
         version = _version(requirement.name)

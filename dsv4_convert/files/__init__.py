@@ -1,4 +1,4 @@
-"""Everything about files that is not DeepSeek's.
+"""Handling of files of any kind.
 
 - :mod:`.workspace`: where a destination grows until it is complete: its lock, its stage, resuming, publishing.
 - :mod:`.writing`: a file that appears whole or not at all, and durably.

@@ -14,7 +14,7 @@ from dsv4_convert.errors import BadInput
 
 _CHUNK_BYTES = 8 << 20
 
-#: Added to the name of a file whose content is not what it should be.
+#: Suffix for the name of a file with wrong content.
 WRONG_SUFFIX = ".wrong"
 
 #: (first bytes, what that file is and what to do about it); the first match wins.
@@ -102,7 +102,7 @@ def foreign_content(head: bytes) -> str | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file whose content is wrong, and what it links to, so that nothing takes it for the right one.
+    """Rename a file with wrong content, and its link target, so that nothing takes it for the right one.
 
     Nothing is deleted but the link. Returns the new name.
     """

@@ -2,14 +2,14 @@
 
 ::
 
-    DEST.dsv4-lock       held while a process writes; the system releases it when the process ends, however that happens
+    DEST.dsv4-lock       locked while a process writes; the system releases the lock when the process ends or is killed
     DEST.dsv4-partial/   the stage
-      ...                what the command has finished, for the same command to go on with
+      ...                finished work, from which the same command resumes
       replaced           the former destination while it is being overwritten
 
-Conversions, exports, recordings and random checkpoints all use these names. None of them can go on with what another
-one began, nor may delete it. A run with the same settings resumes what an interrupted one has left; any other refuses.
-Only a rename makes the destination appear, so that it is absent, resumable or complete whenever a process is killed.
+Conversions, exports, recordings and random checkpoints all use these names. No command resumes or deletes the stage of
+another command. A run with the same settings resumes an interrupted run; a run with other settings refuses to start.
+Only a rename creates the destination, so a killed process leaves it absent, resumable or complete.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dsv4_convert.files.writing import sync, writing
 
 #: Added to the name of a destination.
 SUFFIX, _LOCK_SUFFIX = ".dsv4-partial", ".dsv4-lock"
-#: Files that a killed :func:`~dsv4_convert.files.writing.atomic_write` leaves, or that of an earlier version.
+#: Temporary files of a killed :func:`~dsv4_convert.files.writing.atomic_write`, of this or an earlier version.
 _HALF_WRITTEN = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp")
-#: How long the lock is tried for: its holder may be about to end, and remove it.
+#: Patience for the lock: its holder may be about to end and remove it.
 _PATIENCE_SECONDS = 0.2
-#: Beginning of the name of a folder for a moment.
+#: Prefix of the names of short-lived folders.
 _SCRATCH = ".dsv4-probe-"
 
 
@@ -54,7 +54,7 @@ def destination_of(stage: Path) -> Path:
 def refuse_other_settings(
     stage: Path, what: str, *, then: Mapping[str, Any], now: Mapping[str, Any], discard: str = "--restart"
 ) -> None:
-    """Raise :class:`UsageError` where an earlier run had other settings: which ones, and the ways out.
+    """Raise :class:`UsageError` if an earlier run had other settings; the error names them and the ways out.
 
     Args:
         stage: what the earlier run has left.
@@ -157,7 +157,7 @@ class Workspace:
         names = sorted(entry.name for entry in self.stage.iterdir())
         if others := [name for name in names if not self._own.fullmatch(_HALF_WRITTEN.sub(r"\g<name>", name))]:
             raise UsageError(
-                f"{self.stage}: what this command did not write is here, perhaps the unfinished work of another one:\n"
+                f"{self.stage}: holds files that this command did not write, perhaps the unfinished work of another:\n"
                 f"{listed(others, limit=5)}\n"
                 "Choose another destination, finish it with the command that began it, or remove the folder."
             )
@@ -203,7 +203,7 @@ def locked(lock: Path, guarded: Path) -> Iterator[None]:
                 "Wait for it, or end it and run the same command again."
             ) from None
         raise ResourceError(
-            f"{lock}: cannot write and lock it ({error.strerror or error}), so that nothing would keep two runs apart; "
+            f"{lock}: cannot write and lock it ({error.strerror or error}), so nothing would keep two runs apart; "
             "make room (or fix the cause) and run the same command again, or choose another destination, on a file "
             "system that has locks"
         ) from error

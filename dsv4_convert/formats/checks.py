@@ -1,4 +1,4 @@
-"""What the codecs accept: bytes under several names, scales of two kinds, buffers to write to."""
+"""Checks of the codecs' arguments: codes as bytes of several dtypes, scales of two kinds, output buffers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """How many values a conversion rounds, and by how much: the account of what bfloat16 cannot hold.
 
 A code times a power of two has as few significant bits as the code (e4m3: 4, e2m1: 2), so bfloat16 with its 8 holds
-it exactly unless it leaves the range of exponents. Whether one does follows from the scale bytes alone, and is nearly
-free to prove. Under float32 scales, and in float32 weights, the values are counted.
+it exactly unless it leaves the range of exponents. The scale bytes alone decide that, so the proof is nearly free.
+With float32 scales, and for float32 weights, the values are counted.
 
-What is exact: the real product of a code and an E8M0 scale; the float32 product of a code and a float32 scale, which is
-what every implementation means by it; a float32 weight itself.
+The exact value is the real product of a code and an E8M0 scale, the float32 product of a code and a float32 scale (as
+every implementation computes it), or a float32 weight itself.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ _PIECE, _HEIGHT = 1 << 18, FP8_TILE[0]
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Of ``values`` numbers, ``rounded`` changed, the largest by ``largest_relative`` of itself.
+    """The rounding of a set of numbers.
 
-    1.0 is a number that became zero, infinity one that overflowed. NaN and infinity themselves count among the values
-    and do not change. ``largest_relative`` is as precise as float32.
+    Attributes:
+        values: number of values; NaN and infinity are among them and never change.
+        rounded: number of values that changed.
+        largest_relative: largest change relative to its value, as precise as float32. 1.0 is a value that became
+            zero, infinity one that overflowed.
     """
 
     values: int = 0
@@ -53,7 +56,7 @@ class Rounding:
 
 
 def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rounding:
-    """What decoding a stored weight to ``dtype`` changes.
+    """Count the values that decoding a stored weight to ``dtype`` changes.
 
     Args:
         stored: FP8 codes ``[R, C]`` or packed FP4 ``[R, C / 2]`` with scales; without, BF16 or F32 of any shape.
@@ -88,7 +91,7 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
 
 
 def _present(scale: Array) -> Array:
-    """Which bytes occur, bool ``[256]``. In pieces, because numpy makes eight bytes of each."""
+    """The bytes that occur, as bool ``[256]``. Counted in pieces, because numpy widens each byte to eight."""
     present = np.zeros(256, np.bool_)
     for start in range(0, scale.size, _PIECE):
         present |= np.bincount(scale[start : start + _PIECE], minlength=256) > 0
@@ -96,7 +99,7 @@ def _present(scale: Array) -> Array:
 
 
 def _weighed(values: int, counts: Array, change: Array, *, packed: bool) -> Rounding:
-    """From how often each byte occurs under each scale, and what its elements change by."""
+    """Rounding from the counts of each byte under each scale, and the change of its elements."""
     byte = np.arange(256)
     elements = (byte & 7, byte >> 4 & 7) if packed else (byte & 127,)
     changes = [np.take(change, element, axis=1) for element in elements]
@@ -122,7 +125,7 @@ def _relative(exact: Array, found: Array) -> Array:
 
 
 def _of_products(codes: Array, scale: Array, *, packed: bool) -> Rounding:
-    """Of the float32 products, for as many rows at a time as share their FP8 scales."""
+    """Rounding of float32 products, computed for as many rows at a time as share their FP8 scales."""
     values = np.empty((_HEIGHT, codes.shape[1] * (2 if packed else 1)), np.float32)
     total = Rounding()
     for start in range(0, codes.shape[0], _HEIGHT):

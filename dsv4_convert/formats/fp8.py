@@ -63,8 +63,8 @@ def encode_fp8(
     """The e4m3fn codes of ``values`` under given scales: the inverse of :func:`decode_fp8`.
 
     The float32 quotient ``values / scale`` is rounded to nearest even; beyond ±448, infinity included, it becomes ±448
-    (as torch has it after a clamp); a NaN becomes the NaN code of its sign. What decodes without overflow or underflow
-    is encoded to the codes that it came from, -0 included.
+    (as torch has it after a clamp); a NaN becomes the NaN code of its sign. Codes that decode without overflow or
+    underflow are reproduced, -0 included.
 
     Args:
         values: ``[R, C]`` float32 or bfloat16.

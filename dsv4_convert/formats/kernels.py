@@ -33,7 +33,7 @@ FAST_E4M3, FAST_E2M1 = (10, 246), (2, 252)
 #: Numbers that :func:`count_rounded` counts in 32 bits, before it adds them up in 64.
 COUNTED = 1 << 16
 
-#: What :func:`convert` does with a bit pattern.
+#: The operations of :func:`convert` on a bit pattern.
 COPY, WIDEN, NARROW = 0, 1, 2
 
 # error_model="numpy": a division by zero gives inf or NaN, as in torch, instead of a Python exception.
@@ -71,7 +71,7 @@ def kernel(function: Callable[P, T]) -> Callable[P, T]:
 
 
 # Unsigned loop counters spare numba's check for negative indices, which costs half of the speed of these loops.
-# Integers are cast to 32 or 16 bits at every step: numba makes 64 of them, and fewer of those fit into a register.
+# Integers are cast to 32 or 16 bits at every step: numba widens them to 64, and fewer 64-bit lanes fit in a register.
 
 
 @_pasted
@@ -142,7 +142,7 @@ def _e2m1_fast(code: np.uint16, bias: np.uint16) -> np.uint16:
 
 @_pasted
 def _fill_biases(scales: Floats, biases: Bits) -> bool:
-    """What :func:`_e2m1_fast` wants of scales; False if one of them is not for it."""
+    """Fill ``biases`` with the scales as :func:`_e2m1_fast` takes them; False if it cannot take one of them."""
     bits = scales.view(np.uint32)
     fast = True
     for i in range(np.uint64(scales.size)):
@@ -176,7 +176,7 @@ def _fill_tile(source: Bits, r0: int, r1: int, c0: int, c1: int, tile: Bits) -> 
 
 
 @_inline
-def _turn(tile: Bits, turned: Bits) -> None:
+def _transpose(tile: Bits, transposed: Bits) -> None:
     """Transpose bytes ``[R, C]``, seen as words ``[R, C / 8]``: squares of 8x8 in three steps of exchanged halves.
 
     The loops that follow then read consecutive bytes, which lets them take many at a time. So does the first loop
@@ -184,7 +184,7 @@ def _turn(tile: Bits, turned: Bits) -> None:
     """
     words = np.uint64(tile.shape[1])
     turning = np.empty((8, tile.shape[1]), np.uint64)
-    for i in range(np.uint64(turned.shape[1])):
+    for i in range(np.uint64(transposed.shape[1])):
         r = 8 * i
         for j in range(words):
             a, b, c, d = tile[r, j], tile[r + 1, j], tile[r + 2, j], tile[r + 3, j]
@@ -205,7 +205,7 @@ def _turn(tile: Bits, turned: Bits) -> None:
             turning[4, j], turning[5, j], turning[6, j], turning[7, j] = e, f, g, h
         for j in range(words):
             for k in range(np.uint64(8)):
-                turned[8 * j + k, i] = turning[k, j]
+                transposed[8 * j + k, i] = turning[k, j]
 
 
 @_inline
@@ -235,19 +235,19 @@ def decode_e4m3_rows(codes: Bits, scale: Floats, block_rows: int, block_columns:
 def decode_e4m3_columns(codes: Bits, scale: Floats, block_rows: int, block_columns: int, out: Bits) -> None:
     """:func:`decode_e4m3_rows` into the transposed ``out`` ``[C, R]``."""
     rows, columns = codes.shape
-    tile, turned = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
+    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
     for c0 in range(0, columns, TILE):
         c1 = min(c0 + TILE, columns)
         for r0 in range(0, rows, TILE):
             r1 = min(r0 + TILE, rows)
             _fill_tile(codes, r0, r1, c0, c1, tile)
-            _turn(tile.view(np.uint64), turned.view(np.uint64))
+            _transpose(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):
                 start = r0
                 while start < r1:
                     b = start // block_rows
                     stop = min((b + 1) * block_rows, r1)
-                    column = turned[c - c0, start - r0 : stop - r0]
+                    column = transposed[c - c0, start - r0 : stop - r0]
                     _decode_e4m3(column, scale[b, c // block_columns], out[c, start:stop])
                     start = stop
 
@@ -279,7 +279,7 @@ def decode_e2m1_rows(packed: Bits, scale: Floats, block_columns: int, out: Bits)
 def decode_e2m1_columns(packed: Bits, scale: Floats, block_columns: int, out: Bits) -> None:
     """:func:`decode_e2m1_rows` into the transposed ``out`` ``[2 P, R]``."""
     rows, columns = packed.shape
-    tile, turned = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
+    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
     scales, biases = np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
     fast = False
     for c0 in range(0, columns, TILE):
@@ -287,13 +287,13 @@ def decode_e2m1_columns(packed: Bits, scale: Floats, block_columns: int, out: Bi
         for r0 in range(0, rows, TILE):
             r1 = min(r0 + TILE, rows)
             _fill_tile(packed, r0, r1, c0, c1, tile)
-            _turn(tile.view(np.uint64), turned.view(np.uint64))
+            _transpose(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):
                 if c == c0 or c % block_columns == 0:
                     for r in range(r0, r1):
                         scales[r - r0] = scale[r, c // block_columns]
                     fast = out.itemsize == 2 and _fill_biases(scales[: r1 - r0], biases)
-                column, low, high = turned[c - c0], out[2 * c, r0:r1], out[2 * c + 1, r0:r1]
+                column, low, high = transposed[c - c0], out[2 * c, r0:r1], out[2 * c + 1, r0:r1]
                 if fast:
                     for i in range(np.uint64(low.size)):
                         low[i] = _e2m1_fast(np.uint16(column[i]), biases[i])

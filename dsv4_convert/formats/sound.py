@@ -1,14 +1,14 @@
-"""Is what a checkpoint stores a number? What no quantiser writes is found before it can pass for a weight.
+"""Is what a checkpoint stores a number? These checks find values that no quantiser writes.
 
-* A scale is a finite number that is not negative: E8M0 spells NaN as 0xFF, and the sign belongs to the codes. Zero is
-  what a block of zeros gets.
+* A scale is a finite number that is not negative: E8M0 spells NaN as 0xFF, and the sign belongs to the codes. A block
+  of zeros has scale zero.
 * A code of e4m3 is not NaN (0x7F, 0xFF); e2m1 has none.
 * A code times its scale, and a float32 weight that is narrowed, stays in the range of the result.
-* An unquantised tensor has no NaN. An infinity that is stored there is what it is, such as the bias of an expert that
-  must not be chosen, and is kept.
+* An unquantised tensor has no NaN. A stored infinity is kept: it may be meant, such as the bias of an expert that must
+  not be chosen.
 
-Each function gives the first problem in words, None where there is none. Looking costs two passes over stored bytes in
-the processor's cache, and of FP4 over the scales alone.
+Each function returns the first problem in words, or None. The cost is two passes over stored bytes in the processor's
+cache; for FP4, over the scales alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def code_problem(stored: Array, *, first_row: int = 0) -> str | None:
 
 
 def plain_problem(stored: Array, *, first_row: int = 0) -> str | None:
-    """What is wrong with an unquantised tensor of numbers; nothing is with one of integers."""
+    """The first NaN of an unquantised tensor; a tensor of integers has no problem."""
     if stored.dtype not in _SPECIAL:
         return None
     kind, magnitude, infinity = _SPECIAL[stored.dtype]
@@ -91,11 +91,11 @@ def narrowing_problem(stored: Array, *, dtype: np.dtype[Any], first_row: int = 0
 
 
 def decoded_problem(
-    stored: Array, scale: Array, decoded: Array, *, first_row: int = 0, first_scale: int = 0, turned: bool = False
+    stored: Array, scale: Array, decoded: Array, *, first_row: int = 0, first_scale: int = 0, transposed: bool = False
 ) -> str | None:
-    """What is wrong with codes, their scales and what they were decoded to (``turned``: as ``[in, out]``).
+    """The first problem of codes, their scales and the decoded values (``transposed``: decoded as ``[in, out]``).
 
-    ``first_row`` and ``first_scale`` are the numbers of the first row of codes and of scales that are given.
+    ``first_row`` and ``first_scale`` are the row numbers at which the given codes and scales begin.
     """
     problem = scale_problem(scale, first_row=first_scale) or code_problem(stored, first_row=first_row)
     if problem is not None or not scale.size:
@@ -110,7 +110,7 @@ def decoded_problem(
     beyond = ~np.isfinite(decoded.astype(np.float32))
     if not beyond.any():
         return None
-    at = _first(beyond.T if turned else beyond)
+    at = _first(beyond.T if transposed else beyond)
     return f"code times scale at {_place(at, first_row)} is beyond the largest {decoded.dtype}, expected a number"
 
 
@@ -127,7 +127,7 @@ def table_problem(table: Array, experts: int, *, first_row: int = 0) -> str | No
 
 
 def _largest(bits: Array, mask: int) -> int:
-    """The largest of the numbers that ``mask`` leaves of some bits, piece by piece; 0 of none."""
+    """The largest of ``bits & mask``, computed piece by piece; 0 if there are none."""
     flat, largest = bits.reshape(-1), 0
     kept = np.empty(min(flat.size, _PIECE), flat.dtype)
     for start in range(0, flat.size, _PIECE):

@@ -1,11 +1,11 @@
-"""What codes and scales stand for, and what their product is.
+"""The values of codes and scales, and the definition of their product.
 
 The product is the float32 product of code and scale, for bfloat16 rounded again to nearest even: what torch computes
 with ``(codes.float() * scale.float()).to(dtype)``. With an E8M0 scale the first product is exact or infinite, so the
 result is the exact product rounded once.
 
-Two things that IEEE 754 leaves open are fixed here: the sign bit of every result, zeros and NaN included, is that of
-the code times that of the scale, and a NaN is the quiet NaN without payload (0x7FC0 or 0x7FC00000 and the sign).
+This module fixes two things that IEEE 754 leaves open. The sign of every result, zeros and NaN included, is the product
+of the signs of code and scale. A NaN is the quiet NaN without payload (0x7FC0 or 0x7FC00000 and the sign).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Bits = NDArray[np.unsignedinteger[Any]]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 
-#: What e4m3fn expresses, by the seven bits below the sign; the last one is NaN.
+#: Magnitudes of e4m3fn, by the seven bits below the sign; the last one is NaN.
 E4M3 = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
-#: What e2m1 expresses, by the three bits below the sign.
+#: Magnitudes of e2m1, by the three bits below the sign.
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 
 _QUIET_NAN = 0x7FC00000
@@ -49,7 +49,7 @@ def e8m0_values(scale: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def refuse_flushing() -> None:
-    """To call before products are made.
+    """Check that floats are not flushed; call it before products are computed.
 
     Raises:
         Dsv4Error: this thread flushes subnormal floats to zero, so the products would be wrong.

@@ -51,14 +51,14 @@ def decode_weight(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredMatrix:
-    """A matrix as it is stored, of which parts are decoded.
+    """A stored matrix whose regions are read and decoded.
 
     Attributes:
-        read: reads rows and columns of it, packed FP4 by its bytes.
-        dtype: as it is stored.
-        scale: reads of its scales, where it has any.
-        transposed: it is stored as ``[out, in]`` and wanted as ``[in, out]``.
-        first_row: of the stored rows the first that counts, a whole number of tiles where there are scales.
+        read: reads rows and columns; for packed FP4, columns are bytes.
+        dtype: the stored dtype.
+        scale: reads the scales; None without scales.
+        transposed: it is stored as ``[out, in]`` and decoded as ``[in, out]``.
+        first_row: stored row at which the matrix begins; a whole number of tiles if there are scales.
     """
 
     read: ReadPart

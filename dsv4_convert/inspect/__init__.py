@@ -1,4 +1,4 @@
-"""What lies at a path: which kind of thing it is, the architecture in one picture, what it holds, and what is odd."""
+"""Inspection of a path: its kind, its architecture in one picture, its contents, and its oddities."""
 
 from __future__ import annotations
 

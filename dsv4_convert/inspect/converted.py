@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of dsv4: by its manifest and the sizes of its files, or by what an unfinished run recorded."""
+"""Inspects an Orbax checkpoint of dsv4 by its manifest and file sizes, or an unfinished run by its records."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[
 
 
 def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection:
-    """What an interrupted conversion has left.
+    """The stage of an interrupted conversion.
 
     Raises:
         BadInput: the journal is damaged, or not that of a conversion.
@@ -85,7 +85,7 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
 
 
 def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
-    """What an interrupted export to a Hugging Face folder has left.
+    """The stage of an interrupted export to a Hugging Face folder.
 
     Raises:
         BadInput: its state is damaged.
@@ -116,7 +116,7 @@ def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
-    """By the tensors that each leaf was made of, since layouts have paths of their own."""
+    """Count leaves by their source tensors, since layouts differ in their paths."""
     census = Census()
     for path in store.paths:
         record = store.manifest.leaves[path]
@@ -132,7 +132,7 @@ def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
 
 
 def _disagreeing(store: Store, say: Callable[[str], None]) -> list[str]:
-    """Files of another size than the manifest says, missing ones, and what lies beside them."""
+    """Files whose size differs from the manifest, missing files, and files that do not belong there."""
     if not is_local(store.folder):
         return []
     expected = {*store.paths, *store.manifest.files, MANIFEST_FILE}

@@ -1,4 +1,4 @@
-"""Which kind of thing lies at a path, by a file that only that kind has; the rest says the module of that kind."""
+"""Recognises the kind of a path by a file that only this kind has; the module of the kind does the rest."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
 
-#: Called with what is being done, for somebody who waits.
+#: Called with a message about the current step.
 Say = Callable[[str], None]
 
 _LOOKED_FOR = (
     f"{MANIFEST_FILE} (a conversion), journal.jsonl, {EXPORT_STATE} or {REQUEST_NAME} (unfinished ones), "
     f"{MANIFEST_NAME} (a golden), {CONFIG_NAME} (a checkpoint)"
 )
-#: What Orbax leaves in a checkpoint, whoever asked it to.
+#: Files that Orbax writes into every checkpoint.
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt")
 
 
 def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: None) -> Inspection:
-    """Find out what lies at ``place``; no weight is read, and of a repository nothing but headers is fetched.
+    """Find out what lies at ``place``; no weight is read; for a Hub repository, only the shard headers are fetched.
 
     Args:
         place: a folder, a ``config.json``, ``owner/name`` of a Hub repository, or a URL: ``gs://`` of anything,

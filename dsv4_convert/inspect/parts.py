@@ -1,4 +1,4 @@
-"""Which part of the model a parameter belongs to, and how many parameters and bytes each part has."""
+"""The part of the model that a parameter belongs to, and the parameters and bytes of each part."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def part_of(rule: Rule) -> ModelPart:
 
 @dataclass(frozen=True, kw_only=True)
 class PartRow:
-    """What is stored of one part in one dtype. Scales are bytes of the weights beside them, and no parameters."""
+    """The stored tensors of one part in one dtype. Scales add bytes to their weights, and no parameters."""
 
     part: ModelPart
     dtype: str
@@ -108,9 +108,9 @@ def elements(rule: Rule, shape: Iterable[int], *, packed: bool, scale: bool) -> 
 def count_published(
     stored: Mapping[str, Stored], nbytes: Mapping[str, int], dialect: Dialect | None
 ) -> tuple[PartRow, ...]:
-    """What a checkpoint holds, from its headers; unknown names, and all of them without a dialect, are their own part.
+    """Count the contents of a checkpoint by its headers; unknown names form a part of their own.
 
-    ``nbytes`` are the stored bytes of every tensor.
+    ``nbytes`` are the stored bytes of every tensor. Without a dialect, every name is unknown.
     """
     census = Census()
     drafts = any(drop_reason(name) is not None for name in stored)
@@ -129,7 +129,7 @@ def count_published(
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """How large the architecture is, whatever of it is stored.
+    """The size of the architecture, however much of it is stored.
 
     Attributes:
         total: parameters of the backbone: all layers, embedding and head.

@@ -21,7 +21,7 @@ from dsv4_convert.units import ranges, size
 
 
 def inspect_folder(path: Path, *, place: str, known_by: str) -> Inspection:
-    """A local folder. What keeps the other commands from opening it is reported, and the rest shown.
+    """A local folder. Problems that keep the other commands from opening it are reported; the rest is shown.
 
     Raises:
         BadInput: ``config.json`` is no JSON object, or no header can be read.
@@ -50,7 +50,7 @@ def inspect_folder(path: Path, *, place: str, known_by: str) -> Inspection:
 
 
 def inspect_opened(checkpoint: Checkpoint, what: What, *, place: str, known_by: str) -> Inspection:
-    """A checkpoint that is open.
+    """An open checkpoint.
 
     Raises:
         BadInput: neither its config nor any of its tensors is of DeepSeek-V4.
@@ -108,7 +108,7 @@ def _inspection(
         )
     if config is not None and dialect is not None and whole != ():
         resolution, uncovered = compare(stored, config, layers=whole, dialect=dialect)
-        # Of the model level, something may be absent too.
+        # Tensors of the model level may be absent too.
         odd += [problem for problem in uncovered if problem.partition(": ")[0] not in absent]
         odd += _left_out(config, resolution, absent)
     nbytes = {name: info.nbytes for name, info in tensors.items()}
@@ -125,7 +125,7 @@ def _inspection(
 
 
 def _left_out(config: Config, resolution: Resolution, absent: frozenset[str]) -> list[str]:
-    """What a conversion would not take along."""
+    """The tensors that a conversion would leave out."""
     if resolution.dropped:
         reason = next(iter(resolution.dropped.values()))
         return [f"{len(resolution.dropped):,} tensors below mtp. are left out of a conversion: {reason}"]

@@ -1,4 +1,4 @@
-"""A golden: by its manifest, and by which experts its tokens reach; or the request of an unfinished recording."""
+"""A golden, by its manifest and the experts that its tokens reach; or the request of an unfinished recording."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsv4_convert.units import ranges
 
 
 def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:
-    """A golden. Of its arrays only the chosen experts are read.
+    """A golden. Only the arrays of chosen experts are read.
 
     Raises:
         BadInput: these are not what was recorded.
@@ -66,7 +66,7 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
 
 
 def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
-    """What an interrupted recording has left.
+    """The stage of an interrupted recording.
 
     Raises:
         BadInput: the request is damaged.

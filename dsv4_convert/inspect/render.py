@@ -22,7 +22,7 @@ _SHOWN = 12
 
 
 def render(found: Inspection, console: Console) -> None:
-    """What it is, its architecture in one picture, what is stored, and what is odd."""
+    """Its kind, its architecture in one picture, its contents and its oddities."""
 
     def say(line: str | Text) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

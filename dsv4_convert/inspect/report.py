@@ -1,4 +1,4 @@
-"""What was found out about a path."""
+"""The result of an inspection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from dsv4_convert.inspect.parts import PartRow, Totals
 from dsv4_convert.spec.config import Config
 
-#: Of the JSON form.
+#: Version of the JSON form.
 SCHEMA_VERSION = 1
 
 
@@ -30,7 +30,7 @@ class What(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """One thing that was looked at.
+    """One inspected path.
 
     Attributes:
         place: path, URL or repository, as it was given.

@@ -15,7 +15,7 @@ _ATTENTION = {
 }
 _STAGE = ("M", "cyan")
 _HASH, _LEARNED = ("#", "yellow"), ("-", "")
-#: Of a layer that is not there.
+#: Style of an absent layer.
 _ABSENT = "dim"
 _TITLES = ("layer", "attention", "routing")
 _MARGIN = max(map(len, _TITLES)) + 2
@@ -24,7 +24,7 @@ _MARGIN = max(map(len, _TITLES)) + 2
 def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iterator[Text]:
     """The lines of the strip, wrapped at ``width`` columns, ten layers to a group; stages come after a bar.
 
-    ``layers`` are those that are there, None for all; the others are in lower case.
+    ``layers`` are the present layers, None for all; the absent ones are in lower case.
     """
     cells = [(*_cell(config, layer, layers), layer % 10 == 0, str(layer)) for layer in range(config.num_hidden_layers)]
     cells += [(_STAGE, _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]
@@ -70,7 +70,7 @@ def _lines(groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]]) -> 
 
 
 def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
-    """What the letters mean, and of how many layers each is."""
+    """The meaning of each letter, and its number of layers."""
     number = {kind: config.attention.count(kind) for kind in AttentionKind}
     words = {
         AttentionKind.SLIDING: f"sliding window of {config.sliding_window} tokens alone",

@@ -180,7 +180,7 @@ def _context(
 
 
 def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
-    """Which keys a query sees: its own token and the ``window - 1`` before. ``distance``: tokens from key to query."""
+    """Keys that a query sees: its own token and the ``window - 1`` before; ``distance``: tokens from key to query."""
     return (distance >= 0) & (distance < window)
 
 

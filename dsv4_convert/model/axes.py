@@ -117,7 +117,7 @@ def partition(
 
 
 def constrain(value: jax.Array, axes: Axes, what: str) -> jax.Array:
-    """Lay ``value`` over the ambient mesh by its logical axes; return it as it is where there is no mesh.
+    """Shard ``value`` over the ambient mesh by its logical axes; without a mesh, return it unchanged.
 
     Raises:
         UsageError: as :func:`partition`.
@@ -191,7 +191,7 @@ def _specs(hint: Any, value: Any, axes: Mapping[str, str], sizes: Mapping[str, i
 
 
 def axis_index(axis: str) -> jax.Array | int:
-    """Which part of a logical axis this device has, inside :func:`shard_map`."""
+    """Index of this device's part of a logical axis, inside :func:`shard_map`."""
     names = _manual(axis)
     return jax.lax.axis_index(names) if names else 0
 

@@ -138,12 +138,12 @@ def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: 
 
 
 def entry_mask(complete: Int[Array, "B S"], entries: int) -> Bool[Array, "B S T"]:
-    """Which of the ``entries`` each query may see: those of complete blocks."""
+    """The ``entries`` that each query may see: those of complete blocks."""
     return jnp.arange(entries) < complete[..., None]
 
 
 def chosen_mask(chosen: Int[Array, "B S k"], entries: int) -> Bool[Array, "B S T"]:
-    """Which of the ``entries`` each query sees: those that it has chosen."""
+    """The ``entries`` that each query sees: those that it has chosen."""
     batch, queries, _ = chosen.shape
     slots = jnp.where(chosen < 0, entries, chosen)  # one extra slot swallows "none"
     b, s = jnp.arange(batch)[:, None, None], jnp.arange(queries)[None, :, None]

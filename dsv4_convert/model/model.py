@@ -135,13 +135,13 @@ class Model(nnx.Module):
         """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
 
         Args:
-            streams: The streams that leave the last layer, or the stage before, at each token.
-            next_ids: the token after each of these.
+            streams: output streams of the last layer, or of the previous stage, at each token.
+            next_ids: the token that follows each of them.
             positions: positions of the streams' tokens.
             stage: index of the stage.
-            only: the index of the one token of each prompt whose logits are wanted, ``Y = 1``; None for all.
+            only: index of one token of each prompt; only its logits are computed, ``Y = 1``. None for all tokens.
             taps: records activations, below ``mtp.0.``.
-            past: the stage's state; its tokens are pairs of streams and the id after them.
+            past: the stage's state. One of its tokens is a pair: the streams, and the id of the next token.
         """
         taps = (taps or Taps()).within(f"mtp.{stage}.")
         block = self.mtp[stage]

@@ -18,7 +18,7 @@ from dsv4_convert.model.axes import named
 
 
 class Buffer(nnx.Variable[jax.Array]):
-    """State of the checkpoint that is not trained by gradient: the hash table and the router's correction bias."""
+    """Checkpoint state without gradients: the hash table and the router's correction bias."""
 
 
 def parameter(axes: str, *shape: int) -> nnx.Param[jax.Array]:

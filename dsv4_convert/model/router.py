@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with which weights (paper section 2.1).
+"""Chooses the experts of each token, and their weights (paper section 2.1).
 
 Shape letters: ``B`` batch, ``S`` tokens, ``D`` width, ``E`` experts, ``K`` experts per token, ``V`` vocabulary.
 """

@@ -23,7 +23,7 @@ _V = TypeVar("_V")
 
 
 class AttentionKind(StrEnum):
-    """What a layer attends to besides its sliding window (paper section 2.3)."""
+    """The entries that a layer attends to besides its sliding window (paper section 2.3)."""
 
     SLIDING = "sliding_attention"
     CSA = "compressed_sparse_attention"
@@ -104,7 +104,7 @@ _SIZES = (
 
 #: Sizes are below this; the largest of V4-Pro is its context, a million.
 _MAX_SIZE = 1 << 31
-#: Of what a number in JSON may be, as an integer has no largest one.
+#: Largest JSON number accepted: an integer in JSON has no limit.
 _MAX_REAL = sys.float_info.max
 
 #: Real fields that must be present and positive.
@@ -126,9 +126,9 @@ class Config:
     """Every architecture number of one model. Field names are those of the published ``config.json``.
 
     Per-layer facts are tuples of length ``num_hidden_layers``: ``attention`` and ``hash_routed``. The stages after the
-    backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in every release. Where
-    a layer number is kept, that of a stage is ``num_hidden_layers + stage``, as in the published ``compress_ratios``;
-    :meth:`kind` and :meth:`hashed` know these numbers too.
+    backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in every release. A stage
+    has the layer number ``num_hidden_layers + stage``, as in the published ``compress_ratios``; :meth:`kind` and
+    :meth:`hashed` accept these numbers too.
 
     Examples:
         >>> config = Config.from_file(Path("checkpoint/config.json"))
@@ -178,7 +178,7 @@ class Config:
         return {AttentionKind.SLIDING: 0, AttentionKind.CSA: self.csa_ratio, AttentionKind.HCA: self.hca_ratio}[kind]
 
     def kind(self, layer: int) -> AttentionKind:
-        """What a layer, or a stage after the backbone, attends to."""
+        """Attention kind of a layer, or of a stage after the backbone."""
         return self.attention[layer] if layer < self.num_hidden_layers else AttentionKind.SLIDING
 
     def hashed(self, layer: int) -> bool:
@@ -554,7 +554,7 @@ class _Reader:
                 self._bad(f"quantization_config.weight_block_size: only [128, 128] is supported, found {_short(size)}")
             else:
                 block = (128, 128)
-            # What transformers adds when it has loaded and saves: how to load, nothing about the stored bytes.
+            # transformers adds these keys when it saves a loaded model: they say how to load, not what is stored.
             for key in ("dequantize", "modules_to_convert", "modules_to_not_convert"):
                 left.pop(key, None)
             for key in left:

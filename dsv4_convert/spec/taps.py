@@ -7,8 +7,8 @@ A full name is ``layers.12.attn.wq_a`` or, for the model level, ``embed``.
 Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
 rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``
 heads and head width of the indexer, ``k`` chosen entries, ``G`` output groups, ``O`` output rank per group,
-``E`` experts, ``K`` experts per token, ``V`` vocabulary. Of the state that a prompt leaves behind: ``w`` keys that the
-next token's window reaches, ``p`` tokens of the block that is not complete, ``r`` tokens of the last complete block.
+``E`` experts, ``K`` experts per token, ``V`` vocabulary. The state after a prompt has three more: ``w`` keys that the
+next token's window reaches, ``p`` tokens of the incomplete block, ``r`` tokens of the last complete block.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _overlap(path: str, entry: str) -> tuple[Tap, ...]:
     )
 
 
-#: What a layer keeps of the tokens before, for the tokens that come one at a time. The entries are taps already.
+#: The cache that a layer keeps for decoding. The compressed entries, part of it too, are taps already.
 STATE: tuple[Tap, ...] = (
     Tap("cache.window", "B w C", "rotated key = value of the last tokens"),
     *_pending("cache.compressor", "W", Where.COMPRESSED),

@@ -53,7 +53,7 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
     for feature, names in features.items():
         lines.append(f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}")
     raise BadInput(
-        f"{where}: {_model(raw, features)}, which dsv4 does not support. What gives it away:\n{listed(lines)}\n"
+        f"{where}: {_model(raw, features)}, which dsv4 does not support. It has:\n{listed(lines)}\n"
         f"dsv4 converts {_SUPPORTED}."
     )
 

@@ -211,7 +211,7 @@ class StoredArray:
     def read_region(self, region: Region) -> Array:
         """A part of the array: one slice with a start and a stop inside it, and no step, for every axis.
 
-        Of uncompressed chunks only the bytes concerned are read. Memory: the result, and a compressed chunk.
+        Reads only the bytes concerned of uncompressed chunks. Memory: the result, and a compressed chunk.
 
         Raises:
             BadInput: a chunk is absent, shorter than it should be, or does not decompress.

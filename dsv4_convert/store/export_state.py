@@ -1,4 +1,4 @@
-"""What an unfinished export has finished: ``export.json`` in its stage."""
+"""The finished shards of an unfinished export: ``export.json`` in its stage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ EXPORT_STATE = "export.json"
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Of one shard: tensors that are those of the source, and the values that changed in weights quantised again."""
+    """One finished shard.
+
+    Attributes:
+        identical: number of tensors equal to the source's.
+        quantized: number of changed values, by weight that was quantised again.
+    """
 
     identical: int
     quantized: Mapping[str, int]
 
 
 def read_export_state(state: Path) -> tuple[dict[str, Any], dict[str, Written]]:
-    """What an interrupted run was exporting, and the shards that it has finished.
+    """The settings of an interrupted export, and the shards that it has finished.
 
     Raises:
         BadInput: the file is damaged.

@@ -19,7 +19,7 @@ from dsv4_convert.store.layout import Index, is_digest
 
 @dataclass
 class Journal:
-    """The record of finished chunks, and of JSON that was found out on the way (side records).
+    """The record of finished chunks, and of JSON found during the run (side records).
 
     A line is written after its chunk is on the disk, so that no power cut leaves a line without its chunk. The lines
     themselves are not waited for: one that is lost costs the work of a chunk. The first line of every file holds the
@@ -61,7 +61,7 @@ class Journal:
         """
         for file in sorted(folder.glob("journal*.jsonl")):
             first, end, _ = file.read_bytes().partition(b"\n")
-            if not end:  # cut off by a kill: as when the run goes on, it says nothing
+            if not end:  # cut off by a kill: ignored here, as it is on resuming
                 continue
             try:
                 plan = parse_object(first, where="line", infinite=True)

@@ -31,7 +31,7 @@ MANIFEST_FILE = "dsv4_manifest.json"
 ARRAY_METADATA_FILE = ".zarray"
 DEFAULT_CHUNK_BYTES = 64 << 20
 
-#: What this store accepts; each round-trips bit for bit through Orbax 0.12.8.
+#: Dtypes that this store accepts; each round-trips bit for bit through Orbax 0.12.8.
 DTYPES: dict[str, np.dtype[Any]] = {
     dtype.name: dtype
     for dtype in map(
@@ -198,7 +198,7 @@ def nested(leaves: Mapping[str, T]) -> dict[str, Any]:
 
 
 def path_problems(paths: Sequence[str]) -> list[str]:
-    """What keeps ``paths`` from forming one tree: bad names, duplicates, a leaf that is also a folder of leaves."""
+    """Reasons why ``paths`` form no tree: bad names, duplicates, a leaf that is also a folder of leaves."""
     problems = [f"{path!r} is not a dotted path of letters, digits and '_'" for path in paths if not is_leaf_path(path)]
     seen: set[str] = set()
     for path in paths:

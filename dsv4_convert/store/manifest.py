@@ -31,13 +31,13 @@ _LEAF_KEYS = ("shape", "dtype", "chunk_shape", "digest", "chunk_digests", "sourc
 
 @dataclass(frozen=True, kw_only=True)
 class LeafRecord:
-    """What the manifest says of one leaf.
+    """One leaf in the manifest.
 
     Attributes:
         layout: shape, dtype and chunk shape.
         chunk_digests: hex SHA-256 of every chunk's canonical bytes, in C order of the chunk grid.
-        sources: names of the tensors that the leaf was made of, in the caller's order.
-        rule: the caller's name of how it was made.
+        sources: names of the leaf's source tensors, in the caller's order.
+        rule: the caller's name for the rule that made it.
     """
 
     layout: ArrayLayout

@@ -1,10 +1,11 @@
 """Let Orbax turn finished array folders into one of its checkpoints.
 
-Orbax writes its own metadata for a tree of stand-in leaves; a type handler of ours moves each finished folder to the
-place that Orbax gives the leaf, so no array passes through memory. The result is an ordinary checkpoint of NumPy
-arrays without OCDBT, which any Orbax restores without dsv4.
+Orbax writes its own metadata for a tree of stand-in leaves. A type handler moves each finished folder to the leaf's
+place in the checkpoint, so no array passes through memory. The result is an ordinary checkpoint of NumPy arrays without
+OCDBT, which any Orbax restores without dsv4.
 
-What of Orbax this relies on (checked with 0.12.4 to 0.12.8; ``tests/contracts/test_orbax.py`` fails if it changes):
+This module relies on the following parts of Orbax, checked with 0.12.4 to 0.12.8. ``tests/contracts/test_orbax.py``
+fails if one changes:
 
 - public: ``Checkpointer``, ``PyTreeCheckpointHandler`` with ``use_ocdbt``, ``use_zarr3``, ``type_handler_registry`` and
   ``enable_pinned_host_transfer``, ``args.PyTreeSave``, ``type_handlers.TypeHandler`` and
@@ -98,7 +99,7 @@ def _forget_when_and_where(directory: Path) -> None:
     metadata |= {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None}  # both are optional to Orbax
     file.write_text(json.dumps(metadata), encoding="utf-8")
     marker = directory / "commit_success.txt"
-    if marker.exists():  # Orbax looks only at whether it is there
+    if marker.exists():  # Orbax only checks that it exists
         marker.write_text("Checkpoint commit was successful\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Several processes that write one checkpoint together: who they are, and how they wait for each other."""
+"""Several processes that write one checkpoint together: their identity, and how they wait for each other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 
 from dsv4_convert.errors import BadInput, CheckFailed, ResourceError, UsageError
 
-#: A process waits this long for the slowest one, in milliseconds. One that died is noticed by JAX's own heartbeat.
+#: A process waits this long for the slowest one, in milliseconds. JAX's own heartbeat notices a dead process.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
-#: What one process says to the others by its name.
+#: The errors that one process reports to the others, by class name.
 _ERRORS = {kind.__name__: kind for kind in (BadInput, CheckFailed, ResourceError, UsageError)}
 
 Task = TypeVar("Task")
@@ -81,7 +81,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block of steps. A failure between two of them is one of the next, where the others learn of it."""
+        """Run a block of steps. A failure between two steps counts as a failure of the next, which tells the others."""
         try:
             yield
         except BaseException as error:

@@ -47,7 +47,7 @@ class Store:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the writer of the checkpoint said about it."""
+        """The metadata that the writer of the checkpoint stored."""
         return self.manifest.metadata
 
     def leaf(self, path: str) -> ArrayLayout:

@@ -38,8 +38,8 @@ class LeafSpec:
         shape: shape of the whole leaf.
         dtype: one of :data:`~dsv4_convert.store.layout.DTYPES`.
         chunk_shape: shape of a chunk, of the same rank; see :func:`~dsv4_convert.store.layout.row_chunks`.
-        sources: names of the tensors that it is made of, for the manifest.
-        rule: name of how it is made, for the manifest.
+        sources: names of its source tensors, for the manifest.
+        rule: name of the rule that makes it, for the manifest.
     """
 
     path: str
@@ -224,7 +224,7 @@ class CheckpointWriter:
             self._journal.add_chunk(leaf.path, index, digest)
 
     def add_side_record(self, name: str, value: Any) -> None:
-        """Keep JSON that was found out on the way, so that an interrupted run need not find it out again."""
+        """Keep JSON found during the run, so that a resumed run need not find it again."""
         with self._lock:
             self._journal.add_side_record(name, value)
 
@@ -287,7 +287,7 @@ class CheckpointWriter:
 
 
 def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compression: Compression) -> dict[str, Any]:
-    """The journal's first line: the caller's fingerprint as it is, and a digest of what every leaf will be."""
+    """The journal's first line: the caller's fingerprint, and a digest of all leaf specs."""
     outlines = [
         [leaf.path, leaf.shape, leaf.dtype.name, leaf.layout.chunk_shape, leaf.sources, leaf.rule]
         for leaf in sorted(leaves, key=lambda leaf: leaf.path)

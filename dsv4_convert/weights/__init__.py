@@ -1,1 +1,1 @@
-"""Where a model's parameters come from: a converted checkpoint or the published shards; and restoring the model."""
+"""Sources of a model's parameters (a converted checkpoint or the published shards), and restoring the model."""

@@ -64,13 +64,13 @@ def assembled(
     matrix: Callable[[int | None], StoredMatrix],
     plain: Callable[[Region], Array],
 ) -> Array:
-    """A region of a parameter, with starts and stops.
+    """Read a region of a parameter; every slice has a start and a stop.
 
     Args:
         region: a region in the model's layout.
         rule: the parameter's row in the names table.
         dtype: dtype of weights.
-        matrix: returns the parameter as it is stored, or an entry of its first axis if it is a stack of matrices.
+        matrix: returns the stored parameter; for a stack of matrices, one entry of its first axis.
         plain: reads a region of a vector or an integer table.
     """
     out = np.empty([part.stop - part.start for part in region], dtype_of(rule, dtype))

@@ -131,7 +131,7 @@ class ErrorSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrownError(TapInMode):
-    """An error within tolerance, but beyond what its baseline allows.
+    """An error within tolerance, but beyond its baseline.
 
     ``measure``: ``tap``, ``row`` or ``element``, in multiples of the noise floor, or of a choice ``tokens``, the share
     of tokens that chose otherwise.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: Whose it is and the password, which may hold an @.
+#: User and password; the password may contain an @.
 _USER = re.compile(r"(\w+://)[^/\s'\"]*@")
 #: A query or a fragment, where signatures are.
 _SIGNED = re.compile(r"(\w+://[^\s?#'\"]*)([?#])[^\s'\"]*")

@@ -54,7 +54,7 @@ def verdict(report: ParityReport) -> str:
 
 
 def _steps(report: ParityReport) -> str:
-    """Which tokens were compared, where some came one by one."""
+    """The compared tokens, for a golden with decoded tokens."""
     if not report.decode:
         return ""
     one_by_one = f"the last {report.decode} tokens one by one" if report.decode > 1 else "the last token by itself"
@@ -117,7 +117,7 @@ def _worse(gate: Gate) -> Iterator[str]:
 
 
 def _unchanged(report: ParityReport, gate: Gate) -> Iterator[str]:
-    """That a baseline was not written although that was wanted, of a run within tolerance."""
+    """Says why a requested baseline was not written although the run is within tolerance."""
     if not gate.update or gate.updated:
         return
     if not report.covered or gate.missing:
@@ -242,7 +242,7 @@ def _operation(report: ParityReport, first: TapResult) -> Iterator[str]:
 
 
 def _added(report: ParityReport) -> Iterator[str]:
-    """Which layers add error, and which only inherit it, where both modes ran."""
+    """The layers that add error and those that only inherit it, if both modes ran."""
     if len(report.modes) < len(Mode):
         return
     failing = {

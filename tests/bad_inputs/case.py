@@ -1,4 +1,4 @@
-"""What a bad input is: how it is made from a healthy one, which commands meet it, and what they have to answer."""
+"""A bad input as data: its change to a healthy input, the commands that meet it, and their expected answers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Place:
 
     @cached_property
     def orbax(self) -> Path:
-        """What was converted of it. Files are links: only :func:`.edit.rewrite` may change them."""
+        """Its conversion. Files are hard links: only :func:`.edit.rewrite` may change them."""
         shutil.copytree(self.bench.orbax(self.model), self.root / "orbax", copy_function=os.link)
         return self.root / "orbax"
 
@@ -194,15 +194,15 @@ class Case:
     """One input.
 
     Attributes:
-        id: of the table :data:`.catalogue.IDS`.
-        what: the input in words; with the id unique.
+        id: a key of the table :data:`.catalogue.IDS`.
+        what: the input in words, unique within the id.
         edit: changes a healthy copy.
         steps: the commands, in order.
-        after: further checks, when all commands have run; raises AssertionError.
+        after: further checks after all commands; raises AssertionError.
         during: a context in which the commands run, such as other permissions.
-        model: which healthy checkpoint is copied.
-        resumed: what a refused command leaves beside the destination is there for the next one.
-        slow: converts weights, compiles programs or waits, where another case of the same id is quicker.
+        model: the healthy checkpoint to copy.
+        resumed: each command finds the files that a refused one left beside the destination.
+        slow: it converts weights, compiles programs or waits, and another case of the same id is quicker.
     """
 
     id: str
@@ -298,7 +298,7 @@ def _problems(
 
 
 def _opened_as_complete(place: Place) -> Iterator[str]:
-    """What lies beside the destination, and passes for a checkpoint: to dsv4, or to Orbax alone."""
+    """Paths beside the destination that dsv4 or Orbax alone opens as a checkpoint."""
     for beside in place.root.glob("dest?*"):
         try:
             open_store(beside)
@@ -315,7 +315,7 @@ def _opened_as_complete(place: Place) -> Iterator[str]:
 
 
 def _content(path: Path) -> dict[str, bytes] | None:
-    """Of every file below a path, links not followed; None if nothing is there."""
+    """The bytes of every file below a path, without following links; None if nothing is there."""
     if not os.path.lexists(path):
         return None
     if path.is_symlink():
@@ -332,7 +332,7 @@ def as_nobody(place: Place) -> Iterator[None]:
         stack.enter_context(chdir(place.root))
         if os.geteuid() == 0:
             os.chmod(place.root, 0o755)
-            # What a command imports while it runs may lie where nobody can read.
+            # Import everything first: the user `nobody` may not be able to read the modules.
             invoke(["convert", "hf-to-orbax", str(place.healthy), str(place.root / "before"), "--dry-run"])
             os.seteuid(65534)
             stack.callback(os.seteuid, 0)

@@ -1,4 +1,4 @@
-"""What has to hold of what was made of a legal oddity."""
+"""Checks of the output that commands make of an odd but legal input."""
 
 from __future__ import annotations
 

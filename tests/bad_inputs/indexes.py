@@ -53,7 +53,7 @@ def _in_another(place: Place) -> None:
 
 
 def _records(commits: dict[str, str]) -> Callable[[Place], None]:
-    """What the Hub client writes beside files that it downloaded to a folder: the commit of each."""
+    """Write the Hub client's records beside downloaded files: the commit of each."""
 
     def edit(place: Place) -> None:
         folder = place.source / ".cache" / "huggingface" / "download"

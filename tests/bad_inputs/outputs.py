@@ -59,14 +59,14 @@ def _finished(place: Place) -> None:
 
 
 def _junk(place: Place) -> None:
-    """What an interrupted save of Orbax alone leaves."""
+    """Leave the files of an interrupted save by Orbax alone."""
     junk = place.root / "dest.orbax-checkpoint-tmp-17"
     junk.mkdir()
     (junk / "_METADATA").write_text("{}")
 
 
 def _unfinished(*names: str) -> Callable[[Place], None]:
-    """What another command leaves when it is interrupted."""
+    """Leave the stage of another command that was interrupted."""
 
     def edit(place: Place) -> None:
         folder = place.root / "dest.dsv4-partial"
@@ -201,7 +201,7 @@ OUTPUTS: tuple[Case, ...] = (
         refused(
             "O03",
             f"left over: {what}",
-            "{root}/dest.dsv4-partial: what this command did not write is here",
+            "{root}/dest.dsv4-partial: holds files that this command did not write",
             name,
             "Choose another destination, finish it with the command that began it, or remove the folder",
             code=2,

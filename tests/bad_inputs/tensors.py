@@ -256,7 +256,7 @@ def _widened(place: Place, name: str) -> Array:
 
 
 def _decoded(name: str, *, dtype: Any = ml_dtypes.bfloat16) -> Callable[[Place], None]:
-    """What is stored is what ml_dtypes gives, bit for bit."""
+    """The stored values equal those that ml_dtypes decodes, bit for bit."""
 
     def check(place: Place) -> None:
         found = open_store(place.dest).read(name)

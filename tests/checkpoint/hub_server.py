@@ -266,7 +266,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
 
 
 def client_constants(endpoint: str, folder: Path) -> dict[str, object]:
-    """What of ``huggingface_hub.constants`` makes the client talk to ``endpoint``, with an empty cache in ``folder``.
+    """Values of ``huggingface_hub.constants`` with which the client uses ``endpoint`` and an empty cache in ``folder``.
 
     The client reads its environment once, on import, so its constants are replaced and not the environment.
     """

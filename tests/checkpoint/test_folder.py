@@ -276,7 +276,7 @@ def test_links_to_nothing_and_inside(folder: Path) -> None:
 
 
 def record(folder: Path, name: str, commit: str, *, age: float = 0) -> None:
-    """What the Hub client writes beside a file that it downloaded to a folder."""
+    """Write the Hub client's record of a file that it downloaded to a folder."""
     path = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{commit}\n{'a' * 64}\n{(folder / name).stat().st_mtime - age}\n")

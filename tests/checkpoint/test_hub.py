@@ -506,7 +506,7 @@ print(json.dumps([str(result.path), result.revision, len(result.files)]))
 
 
 def test_plan_is_a_value() -> None:
-    """What the command line prints adds up without anything on disk."""
+    """The totals that the command line prints need nothing on disk."""
     plan = DownloadPlan(repo_id=REPO, revision=FIRST, folder=Path("x"), files=(), offline=False)
     assert plan.total_bytes == plan.to_download_bytes == 0
 

@@ -136,7 +136,7 @@ class Clock:
 
 
 def test_rates_are_those_of_this_run() -> None:
-    """What an interrupted run had done does not count as speed."""
+    """The work of an interrupted run does not count as speed."""
     clock = Clock()
     meter = progress.SpeedMeter(clock)
     meter.reading(Advance(50, 100, 400, 800, ""))

@@ -16,7 +16,7 @@ from dsv4_convert.cli.interrupt import GRACE
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden" / "data" / "tiny"
 
-#: What a main thread may be doing when the signal comes.
+#: Programs for the main thread to run when the signal comes.
 BUSY = {
     "Python": "while True: sum(range(1000))",
     "C code that lets other threads run, as XLA does": "ctypes.CDLL(None).sleep(60)",

@@ -1,10 +1,10 @@
-"""What users and scripts rely on: the help of every command, and keys and types of everything that --json writes.
+"""The surface that users and scripts rely on: the help of every command, and keys and types of all --json output.
 
-Both are frozen in plain files below ``surface/``. A change that is meant is written there by
+Plain files below ``surface/`` hold both. Write an intended change there with
 
     DSV4_UPDATE_SURFACE=1 nox -s tests -- tests/cli/test_surface.py
 
-and then shows in the diff. Commands are found from the command line itself, so none can be forgotten.
+and read the diff. The test finds the commands from the command line itself, so it misses none.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def outline(documents: Iterable[Any]) -> str:
     for document in documents:
         assert isinstance(document["schema_version"], int)
         look(json.loads(json.dumps(document)), "")
-    # Of what may be empty, the elements say more.
+    # If a list or object has elements somewhere, drop the mark that it may be empty.
     more = {path for path in found for other in found if other != path and other.startswith((f"{path}[", f"{path}."))}
     told = {path: kinds - {"[]", "{}"} if path in more else kinds for path, kinds in sorted(found.items())}
     return "".join(f"{path}: {' | '.join(sorted(kinds))}\n" for path, kinds in told.items() if kinds)
@@ -152,7 +152,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes long does nothing; what it would give is made up, of its type."""
+    """Replace slow functions by ones that return a made-up value of the right type."""
     import dsv4_convert.aot.search
     import dsv4_convert.golden.recorder
     import dsv4_convert.golden.tokens

@@ -1,4 +1,4 @@
-"""What a terminal shows: nothing but text where that is asked for, nothing wider than the window, and progress."""
+"""Output in a terminal: plain text on request, no line wider than the window, and progress."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exc
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_it_says_what_may_have_been_meant(arguments: list[str], meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What typer takes from GITHUB_ACTIONS and others when it is imported, and would put codes between the letters.
+    # typer reads GITHUB_ACTIONS and similar variables on import, and then puts colour codes between the letters.
     monkeypatch.setattr(rich_utils, "COLOR_SYSTEM", None)
     monkeypatch.setattr(rich_utils, "FORCE_TERMINAL", False)
     config = ROOT / "tests" / "data" / "configs" / "DeepSeek-V4-Flash.json"

@@ -186,7 +186,7 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
 
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
 def test_a_stage_is_what_transformers_loads_as_a_layer(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
-    """Those of ``mtp.0``, which transformers drops, under the names of one more window-only, score-routed layer."""
+    """transformers drops ``mtp.0``, so its tensors are renamed to one more window-only, score-routed layer."""
     raw = json.loads((folders[form] / "config.json").read_text())
     last = raw["num_hidden_layers"]
     ratios = [*raw["compress_ratios"][:last], 0]
@@ -292,20 +292,24 @@ def test_large_matrices_are_cut_at_whole_tiles(folders: dict[str, Path]) -> None
     with open_checkpoint(folders["fp8"]) as checkpoint:
         config = Config.from_hf(checkpoint.config)
         maker = ChunkMaker(checkpoint, experts=config.n_routed_experts)
-        whole = {piece.path: piece for piece in plan(checkpoint, config, Storage.FLOAT32).pieces}
-        for piece in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).pieces:
-            layout = ArrayLayout(shape=piece.shape, dtype=piece.dtype, chunk_shape=piece.chunk_shape)
-            assembled = np.empty(piece.shape, piece.dtype)
+        whole = {
+            stored_leaf.path: stored_leaf for stored_leaf in plan(checkpoint, config, Storage.FLOAT32).stored_leaves
+        }
+        for stored_leaf in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).stored_leaves:
+            layout = ArrayLayout(shape=stored_leaf.shape, dtype=stored_leaf.dtype, chunk_shape=stored_leaf.chunk_shape)
+            assembled = np.empty(stored_leaf.shape, stored_leaf.dtype)
             for index in layout.chunk_indices():
-                assembled[layout.chunk_region(index)] = maker.chunk(piece, index)
-            one = ArrayLayout(shape=piece.shape, dtype=piece.dtype, chunk_shape=whole[piece.path].chunk_shape)
+                assembled[layout.chunk_region(index)] = maker.chunk(stored_leaf, index)
+            one = ArrayLayout(
+                shape=stored_leaf.shape, dtype=stored_leaf.dtype, chunk_shape=whole[stored_leaf.path].chunk_shape
+            )
             for index in one.chunk_indices():
-                expected = maker.chunk(whole[piece.path], index)
-                assert np.array_equal(assembled[one.chunk_region(index)], expected), piece.path
+                expected = maker.chunk(whole[stored_leaf.path], index)
+                assert np.array_equal(assembled[one.chunk_region(index)], expected), stored_leaf.path
         assert (
             sum(
-                piece.chunk_shape != whole[piece.path].chunk_shape
-                for piece in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).pieces
+                stored_leaf.chunk_shape != whole[stored_leaf.path].chunk_shape
+                for stored_leaf in plan(checkpoint, config, Storage.FLOAT32, chunk_bytes=1).stored_leaves
             )
             > 10
         )

@@ -29,7 +29,7 @@ def planned(folder: Path, storage: Storage = Storage.BFLOAT16, **options: object
 
 
 def opened(folder: Path) -> Checkpoint:
-    """Of a closed checkpoint an estimate needs the folder only."""
+    """A closed checkpoint: an estimate needs only its folder."""
     with open_checkpoint(folder) as checkpoint:
         return checkpoint
 
@@ -38,13 +38,17 @@ def opened(folder: Path) -> Checkpoint:
 def test_every_byte_of_the_source_is_planned_once(tiny: Path, storage: Storage) -> None:
     """The chunks' parts of the source add up to the tensors that are used; the bytes written are those on the disk."""
     found = planned(tiny, storage)
-    parts = sum(found.bytes_of(piece, index) for piece in found.pieces for index in piece.layout.chunk_indices())
-    assert found.bytes_read - len(found.pieces) * 100 <= parts <= found.bytes_read
+    parts = sum(
+        found.bytes_of(stored_leaf, index)
+        for stored_leaf in found.stored_leaves
+        for index in stored_leaf.layout.chunk_indices()
+    )
+    assert found.bytes_read - len(found.stored_leaves) * 100 <= parts <= found.bytes_read
     hf_to_orbax(tiny, tiny.parent / f"orbax-{storage}", storage=storage)
     chunks = [
         file.stat().st_size
-        for piece in found.pieces
-        for file in (tiny.parent / f"orbax-{storage}" / piece.path).iterdir()
+        for stored_leaf in found.stored_leaves
+        for file in (tiny.parent / f"orbax-{storage}" / stored_leaf.path).iterdir()
         if file.name != ".zarray"
     ]
     assert sum(chunks) == found.bytes_on_disk
@@ -70,7 +74,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
     message = f"needs {found.bytes_on_disk:,} bytes and {found.bytes_on_disk - 1:,} are free.*--dtype source"
     with pytest.raises(ResourceError, match=message):
         check_disk(costs, tmp_path / "orbax")
-    # What an interrupted run has written counts as free.
+    # Bytes that an interrupted run has written count as free.
     kept = tmp_path / "orbax.dsv4-partial" / "leaves" / "embed"
     kept.mkdir(parents=True)
     (kept / "0.0").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""What doctor says of machines that lack something."""
+"""The findings of doctor on machines that lack something."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_what_another_kind_wrote_stays(tmp_path: Path, name: str) -> None:
     with _other(tmp_path / "dest"):
         assert [entry.name for entry in folder.iterdir()] == ["mine"], "what a kill left half written is removed"
     (folder / name).write_text("work")
-    refused = pytest.raises(UsageError, match=rf"(?s)is here.*{re.escape(name)}.*another destination")
+    refused = pytest.raises(UsageError, match=rf"(?s)holds files.*{re.escape(name)}.*another destination")
     with refused, _other(tmp_path / "dest"):
         pass
     assert (folder / name).read_text() == "work"

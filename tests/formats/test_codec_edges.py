@@ -228,7 +228,7 @@ def test_a_thread_that_flushes_subnormal_numbers_is_refused(flushing: None) -> N
 
 
 def _decode_elsewhere(**environment: str) -> str:
-    """What a new process decodes, one FP8 number straight and one transposed, with these settings of numba."""
+    """Decode one FP8 number straight and one transposed in a new process with these settings of numba."""
     program = (
         "import numpy as np; from dsv4_convert.formats import decode_fp8;"
         "print([decode_fp8(np.full((1, 1), 0x38, np.uint8), np.full((1, 1), 128, np.uint8), dtype=np.float32,"
@@ -263,7 +263,7 @@ def test_damaged_compiled_kernels_are_compiled_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("byte", range(256))
 def test_transposed_fp4_is_exact_under_each_scale_alone(byte: int) -> None:
-    """Where all scales of a tile are in range the products are made in integers: what torch makes must come."""
+    """If all scales of a tile are in range, products are computed with integers; they must equal torch's."""
     packed = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (40, 2))  # 640 rows: more than one tile
     scale = np.full((640, 2), byte, np.uint8)
     codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], axis=-1).reshape(640, 64).astype(np.int64))

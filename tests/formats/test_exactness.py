@@ -87,7 +87,7 @@ def test_every_fp4_code_under_every_scale_byte(dtype: np.dtype[Any]) -> None:
 
 
 def compared(exact: torch.Tensor) -> Rounding:
-    """What torch's cast to bfloat16 changes of float32 numbers."""
+    """Count the changes of torch's cast from float32 to bfloat16."""
     wide, narrow = exact.double(), exact.bfloat16().double()
     changed = (wide != narrow) & wide.isfinite()
     relative = ((narrow - wide).abs() / wide.abs())[changed]
@@ -128,7 +128,7 @@ def test_fp4_under_float32_scales() -> None:
 @example([0x7F7F7FFF, 0xFF7F7FFF])
 @example([0xFF7F8000])  # the smallest that overflows
 def test_single_numbers(words: list[int]) -> None:
-    """Of every kind: near zero and subnormal, ordinary, at both sides of overflow, infinite, NaN."""
+    """Numbers of every kind: near zero, subnormal, ordinary, on both sides of overflow, infinite, NaN."""
     numbers = np.array(words, np.uint32).view(np.float32)
     for part in (numbers, *numbers[:, None]):
         assert_same(rounding(part, None, dtype=BFLOAT16), compared(torch.from_numpy(part)))

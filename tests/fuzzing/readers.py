@@ -1,8 +1,8 @@
 """Every reader of a file that somebody else may have written, as a function of bytes: a harness each.
 
-A harness returns whether the bytes were accepted, and may raise nothing. What is accepted has to be what the bytes
-say: the same file written again, and for safetensors the tensors that the library finds. What is refused is refused by
-a :class:`Dsv4Error` whose message a terminal can print.
+A harness returns whether the reader accepted the bytes, and must not raise. An accepted value has to agree with the
+bytes: writing it gives the same file, and safetensors have the tensors that the library finds. A refusal has to be a
+:class:`Dsv4Error` whose message a terminal can print.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Reader:
 
     seeds: Callable[[], list[bytes]]
     read: Harness
-    #: Of an execution, in those of the quickest.
+    #: Time of an execution, relative to the quickest harness.
     cost: int = 1
 
 
@@ -358,7 +358,7 @@ def _file(folder: Path, name: str, data: bytes) -> Path:
 
 
 def _parsed(data: bytes) -> Any:
-    """What Python makes of it; None for what is no JSON."""
+    """The value that Python's parser returns; None if it is not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

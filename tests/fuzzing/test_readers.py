@@ -54,8 +54,8 @@ def _changed(reader: str, old: bytes, new: bytes) -> bytes:
     return seed.replace(old, new, 1)
 
 
-#: What readers once took for granted: (reader, bytes). Each ended in an exception that is none of dsv4's, in a message
-#: with control characters, or was accepted.
+#: Inputs on which readers once failed: (reader, bytes). Each one raised an exception other than dsv4's, printed control
+#: characters, or was accepted.
 FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "config nested deeply": ("config", lambda: _changed("config", b"96", DEEP)),
     "config with a key twice": ("config", lambda: _changed("config", b'"hc_mult": 4', b'"hc_mult": 4, "hc_mult": 8')),
@@ -144,7 +144,7 @@ def test_what_fuzzing_has_found_is_refused(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["takes anything", "fails", "rings", "repeats"])
 def test_the_harness_notices(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a finding looks like: a reader that accepts too much, breaks, or lets a file write to the terminal."""
+    """The harness reports a reader that accepts too much, breaks, or lets a file write to the terminal."""
 
     def faulty(path: Path) -> dict[str, str]:
         match fault:

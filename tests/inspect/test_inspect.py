@@ -1,4 +1,4 @@
-"""What inspect says of releases, of folders, repositories, conversions and goldens, whole and damaged."""
+"""The output of inspect for releases, folders, repositories, conversions and goldens, whole and damaged."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_parameter_has_one_part() -> None:
 def test_totals_are_those_of_the_model_card(release: str) -> None:
     totals = Totals.of(config_of(release))
     assert (round(totals.total / 1e9), round(totals.active / 1e9)) == PUBLISHED[release]
-    # What the repository's own listing adds up to; it has not counted the router's bias.
+    # The total of the repository's own listing, which does not count the router's bias.
     config = config_of(release)
     routers = sum(not hashed for hashed in config.hash_routed) + config.num_mtp_stages
     assert (
@@ -244,7 +244,7 @@ def test_a_conversion_has_the_parts_of_its_source(whole: Path, converted: Path) 
 
     source = inspect(str(whole))
     ours, theirs = sizes(found), sizes(source)
-    # Of four layers two are there, and all of what is beside the layers; no stage.
+    # Two of four layers are there, everything outside the layers, and no stage.
     assert ours[ModelPart.ROUTED] == tuple(number // 2 for number in theirs[ModelPart.ROUTED])
     assert ours[ModelPart.HEAD] == theirs[ModelPart.HEAD]
     assert ModelPart.MTP not in ours

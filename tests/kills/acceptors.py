@@ -1,6 +1,6 @@
-"""What might take a half-done destination for a whole one. Called in a process that ends afterwards.
+"""Readers that might take a half-done destination for a whole one. Each runs in a process that ends afterwards.
 
-Each function gives the names of what accepted something that it must not.
+Each function returns the names of the readers that accepted a half-done destination.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsv4_convert.errors import BadInput
 def _accepting(
     what: str, attempt: Callable[[str], Any], folders: Sequence[str], refusals: tuple[type[BaseException], ...]
 ) -> list[str]:
-    """Those of the folders with which an attempt does not end in a refusal."""
+    """The folders with which an attempt does not end in a refusal."""
     found = []
     for folder in folders:
         try:
@@ -62,7 +62,7 @@ def downloaded(*folders: str) -> list[str]:
 
 
 def _whole_checkpoint(folder: str) -> None:
-    """What conversion does before it begins."""
+    """Open and plan, as conversion does before it begins."""
     from dsv4_convert.checkpoint import open_checkpoint
     from dsv4_convert.convert import Storage, plan
 

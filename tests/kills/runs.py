@@ -27,11 +27,11 @@ class Ended:
 
     Attributes:
         code: exit code, or minus the signal that ended it.
-        out, err: what it printed.
-        seen: events that it met; 0 if it was killed.
-        check: what the acceptors said before it began.
+        out, err: its standard output and standard error.
+        seen: number of events that it met; 0 if it was killed.
+        check: results of the acceptors before it began.
         left: threads and processes that outlived the command.
-        seconds: of wall time.
+        seconds: wall time.
     """
 
     code: int
@@ -48,7 +48,7 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What happens, at which event (from 1; 0 for none) of which kind, and where the system refuses from the start.
+    """An action at one event (counted from 1; 0 for none) of a kind, and refusals from the start.
 
     Attributes:
         file_size: the largest file that the run may write.

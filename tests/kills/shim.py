@@ -13,7 +13,7 @@ SOURCE = Path(__file__).with_name("shim.c")
 
 
 class Action(IntEnum):
-    """What happens at the chosen event; the values are those of shim.c."""
+    """The action at the chosen event; shim.c has the same values."""
 
     NOTHING = 0
     #: SIGKILL before the call.
@@ -31,7 +31,7 @@ class Action(IntEnum):
 
 
 class Scope(IntEnum):
-    """What counts as an event; the values are those of shim.c."""
+    """The calls that count as events; shim.c has the same values."""
 
     #: Calls that change a file or a folder.
     CHANGES = 0

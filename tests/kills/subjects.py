@@ -36,11 +36,11 @@ class Subject:
     """A command that writes ``root / "out"``.
 
     Attributes:
-        name: for the table.
-        arguments: of the command, from (folder of the inputs, destination).
-        acceptor: function of :mod:`.acceptors` for what it writes.
-        leaving_out: what of the destination is not compared: begins of paths.
-        appears: whether the destination appears by a rename, and does not grow where it is.
+        name: its name in the table.
+        arguments: returns the command's arguments for (folder of the inputs, destination).
+        acceptor: function of :mod:`.acceptors` for its output.
+        leaving_out: prefixes of paths in the destination that are not compared.
+        appears: the destination appears by a rename instead of growing in place.
     """
 
     name: str

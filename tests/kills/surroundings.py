@@ -1,6 +1,6 @@
-"""What else a machine does to a command: signals while it reads, clocks, disks that are full, small, without locks.
+"""Other things that a machine does to a command: signals while it reads, clocks, disks that are full, small, lockless.
 
-Each function notes what it tried and what failed in a tally.
+Each function notes its attempts and failures in a tally.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.kills.runs import Ended, Fault, Zygote
 from tests.kills.shim import Action
 from tests.kills.subjects import Subject, fresh
 
-#: What tells the user how to go on.
+#: Phrases that tell the user how to go on.
 _WAY_OUT = re.compile(
     r"run the same command again|make room|choose another|fix the cause|check its permissions|remove it yourself"
 )
@@ -44,11 +44,11 @@ class Event:
 
 @dataclasses.dataclass
 class Tally:
-    """What was tried at one subject.
+    """The attempts at one subject.
 
     Attributes:
-        counts: of points killed, faults injected, and so on.
-        failures: a line of each thing that must not be.
+        counts: numbers of points killed, faults injected, and so on.
+        failures: one line per failure.
     """
 
     subject: str
@@ -117,7 +117,7 @@ class Sweep:
             ended = self._run(Fault(event.number, action))
             what = f"{action.name} at {event}"
             if ended.code == 0 and ended.seen < event.number:
-                # What threads do side by side takes a call less at times, and the last one was not met.
+                # Threads side by side sometimes make one call less, and this run did not reach the last event.
                 self._finish(what, ask=False)
                 continue
             if ended.code != -signal.SIGKILL:

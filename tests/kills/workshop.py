@@ -15,7 +15,7 @@ from tests.kills.runs import Zygote, zygote
 from tests.kills.subjects import COMMIT, REPOSITORY_NAME, Subject, make_inputs
 from tests.kills.sweep import Sweep
 
-#: Where waiting for the disk costs nothing: it is asked for hundreds of times in every run.
+#: A file system on which fsync is free: every run calls it hundreds of times.
 _MEMORY = Path("/dev/shm")
 _ENOUGH = 1 << 30
 

@@ -56,13 +56,13 @@ def test_rotation_is_multiplication_by_a_complex_number_in_the_last_channels() -
     x = rng.normal(size=(2, 5, 3, 10)).astype(np.float32)
     positions = rng.integers(0, 100, size=(2, 5)).astype(np.int32)
     table = np.array([1.0, 0.3, 0.01], np.float32)
-    turned = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), table))
+    rotated = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), table))
     pairs = x[..., 4:].astype(np.float64)
     numbers = pairs[..., 0::2] + 1j * pairs[..., 1::2]
     expected = numbers * np.exp(1j * positions[:, :, None, None] * table.astype(np.float64))
-    assert np.array_equal(turned[..., :4], x[..., :4])
-    np.testing.assert_allclose(turned[..., 4::2], expected.real, atol=1e-5)
-    np.testing.assert_allclose(turned[..., 5::2], expected.imag, atol=1e-5)
+    assert np.array_equal(rotated[..., :4], x[..., :4])
+    np.testing.assert_allclose(rotated[..., 4::2], expected.real, atol=1e-5)
+    np.testing.assert_allclose(rotated[..., 5::2], expected.imag, atol=1e-5)
 
 
 def test_inverse_undoes() -> None:
@@ -90,7 +90,7 @@ def test_far_positions_turn_by_the_last_bit(kind: AttentionKind, yarn: bool) -> 
     positions = np.concatenate([np.arange(2000), *edges, rng.integers(0, last, 4000), np.arange(last - 2000, last)])
     one = np.zeros((1, len(positions), 2 * len(table)), np.float32)
     one[..., 0::2] = 1
-    turned = np.asarray(jax.jit(lambda x, at: rotate(x, at, table))(one, positions[None].astype(np.int32)))[0]
+    rotated = np.asarray(jax.jit(lambda x, at: rotate(x, at, table))(one, positions[None].astype(np.int32)))[0]
     angles = (positions[:, None].astype(np.float32) * table).astype(np.float64)
-    for found, exact in ((turned[:, 0::2], np.cos(angles)), (turned[:, 1::2], np.sin(angles))):
+    for found, exact in ((rotated[:, 0::2], np.cos(angles)), (rotated[:, 1::2], np.sin(angles))):
         assert (np.abs(found - exact) < np.spacing(np.abs(exact).astype(np.float32))).all()

@@ -1,6 +1,6 @@
 """Destinations in a bucket: the same checkpoint, through etils.epath, over a file system in memory.
 
-What a real Google Cloud Storage does under load is not shown by this; which calls are made, and in which order, is.
+It shows which calls are made, and in which order. It does not show how Google Cloud Storage behaves under load.
 """
 
 from __future__ import annotations

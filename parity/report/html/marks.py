@@ -32,7 +32,7 @@ def short(multiple: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shade:
-    """One step: a class of the style sheet, what it stands for, and its colour as red, green, blue and opacity."""
+    """One step: its class in the style sheet, its meaning, and its colour as red, green, blue and opacity."""
 
     name: str
     label: str

@@ -93,7 +93,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         glyphs=GLYPHS,
         shades=SHADES,
         maps=figures.MAPS,
-        # The name of a tap is as it is.
+        # Names of taps stay unchanged.
         headline=headline if report.first_diverging is not None else headline[:1].upper() + headline[1:],
         rest=rest,
         steps=next_steps(report),

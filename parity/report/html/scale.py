@@ -32,7 +32,7 @@ class Scale:
         )
 
     def __call__(self, value: float) -> float:
-        """Where a value lies on a linear axis."""
+        """Position of a value on a linear axis."""
         if not math.isfinite(value):
             return self.high + self._gap
         return math.log10(abs(value)) if value else self.low - self._gap
