@@ -42,7 +42,10 @@ VERSIONS = {
 CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py", "tests/cli/test_surface.py")
 
 #: Project compared with -> the Python that it needs.
-WITNESSES = {"maxtext": "3.12", "tokamax": "3.12", "automodel": "3.11"}
+WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "tokamax": "3.12"}
+
+#: Of each session the tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
+WITNESS_TESTS = {"automodel": ("automodel", "nano"), "maxtext": ("maxtext",), "tokamax": ("tokamax",)}
 
 
 def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
@@ -50,7 +53,9 @@ def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     pinned = ("--constraint", str(CONSTRAINTS))
     if reference:
         index = os.environ.get("DSV4_TORCH_INDEX")
-        session.install(*pinned, *(("--index-url", index) if index else ()), "torch==2.13.0")
+        session.install("pip")  # it has the settings of this machine, and uv's environments come without it
+        chosen = ("--index-url", index) if index else ()
+        session.run("python", "-m", "pip", "install", "--quiet", *pinned, *chosen, "torch==2.13.0")
     session.install(*pinned, ".[reference]" if reference else ".", *what)
 
 
@@ -125,10 +130,26 @@ def versions(session: nox.Session) -> None:
     ("witness", "python"), [nox.param(witness, python, id=witness) for witness, python in WITNESSES.items()]
 )
 def witnesses(session: nox.Session, witness: str) -> None:
-    """Other implementations of DeepSeek-V4 beside ours, each in the environment that it needs; from PyPI, on a CPU."""
+    """Other implementations of DeepSeek-V4 beside ours, each in the environment that it needs; from PyPI, on a CPU.
+
+    The first one has PyTorch, so it records the golden that tokamax is compared with.
+    """
+    assert isinstance(session.python, str)
     packages = Path(session.virtualenv.location, "lib", f"python{session.python}", "site-packages")
     tests = ROOT / "tests" / "witnesses"
+    recorded = Path(session.cache_dir).resolve() / "tokamax"
     match witness:
+        case "automodel":
+            _install(session, reference=True)
+            shutil.rmtree(recorded, ignore_errors=True)
+            config = ROOT / "docs" / "examples" / "tokamax_ops" / "config.json"
+            session.run("dsv4", "golden", "make-checkpoint", str(recorded / "hf"), "--config", str(config))
+            session.run(
+                *("dsv4", "golden", "record", str(recorded / "hf"), "--out", str(recorded / "golden")),
+                *("--random", "262"),
+            )
+            # Its release of transformers replaces the one that records.
+            session.install("--no-deps", "--requirement", str(tests / "automodel-requirements.txt"))
         case "maxtext":
             # Its dependencies stand in a file of the wheel, made for machines without Google Cloud.
             session.install("--no-deps", "maxtext==0.2.5")
@@ -137,12 +158,11 @@ def witnesses(session: nox.Session, witness: str) -> None:
             session.env["DECOUPLE_GCLOUD"] = "TRUE"
         case "tokamax":
             session.install("--constraint", str(VERSIONS["3.12"]), "tokamax==0.0.17", ".")
-        case "automodel":
-            _install(session, reference=True)
-            session.install("--no-deps", "--requirement", str(tests / "automodel-requirements.txt"))
+            session.env["DSV4_TOKAMAX_GOLDEN"] = str(recorded / "golden")
     session.install(".", *TEST)
     session.env["JAX_PLATFORMS"] = "cpu"
-    session.run("pytest", "-m", "witness", *map(str, sorted(tests.glob(f"test_{witness}*.py"))), *session.posargs)
+    files = [str(file) for name in WITNESS_TESTS[witness] for file in sorted(tests.glob(f"test_{name}*.py"))]
+    session.run("pytest", "-m", "witness", *files, *session.posargs, env=UNOPTIMISED)
 
 
 @nox.session

@@ -56,6 +56,10 @@ class RecordingOptions:
         greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
             whole model first.
         release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
+
+    Examples:
+        >>> RecordingOptions(tokens=[[3, 1, 4]], layers=[0]).greedy
+        False
     """
 
     tokens: Any

@@ -48,6 +48,8 @@ def interruptible() -> Iterator[None]:
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, KeyboardInterrupt) else report(lost)
     try:
         yield
     except KeyboardInterrupt:
@@ -55,9 +57,11 @@ def interruptible() -> Iterator[None]:
         leave()
     except SystemExit as end:
         if end.code == INTERRUPTED:
+            say_interrupted()
             leave()
         raise
     finally:
+        sys.unraisablehook = report
         signal.set_wakeup_fd(-1)
         os.close(write)  # which the thread reads as the end
         for number in _SIGNALS:  # from here on a signal ends the process at once
