@@ -105,9 +105,9 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     cache = empty_layer(setting.config, Attention.SLIDING, BATCH, 0, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
-        numbers = (np.full(BATCH, number, np.int32) for number in (start, count, keep))
+        numbers = (jnp.full(BATCH, number, jnp.int32) for number in (start, count, keep))
         part = slice(start, start + most)
-        found, cache, _ = setting.run(streams[:, part], ids[:, part], positions[:, part], Past(cache, *map(jnp.asarray, numbers)))
+        found, cache, _ = setting.run(streams[:, part], ids[:, part], positions[:, part], Past(cache, *numbers))
         logits.append(np.asarray(found)[:, :keep])
         start += keep
     return np.concatenate(logits, axis=1), cache
