@@ -15,11 +15,16 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from dsv4_convert.golden.references.mtp import StageReference
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.model import Model, Taps
+from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.golden.synthetic import write_checkpoint
+from dsv4_convert.model import Model
+from dsv4_convert.model import Taps
 from dsv4_convert.model.block import MTPBlock
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.model.cache import LayerCache
+from dsv4_convert.model.cache import Past
+from dsv4_convert.model.cache import empty_layer
+from dsv4_convert.spec.config import AttentionKind
+from dsv4_convert.spec.config import Config
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
@@ -105,7 +110,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     cache = empty_layer(setting.config, AttentionKind.SLIDING, BATCH, 0, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
-        numbers = (np.full(BATCH, number, np.int32) for number in (start, count, keep))
+        numbers = (jnp.full(BATCH, number, jnp.int32) for number in (start, count, keep))
         part = slice(start, start + most)
         found, cache, _ = setting.run(
             streams[:, part], ids[:, part], positions[:, part], Past(cache, *map(jnp.asarray, numbers))
