@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from maxtext.layers import linears
 from maxtext.layers.embeddings import DeepSeekV4RotaryEmbedding, YarnRotaryEmbedding
 
-from dsv4_convert.spec.config import Config
+from dsv4_convert import Config
 
 
 def yarn(config: Config) -> AbstractContextManager[Any]:

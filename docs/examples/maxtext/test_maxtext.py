@@ -3,22 +3,16 @@
 $PATCHES names functions of patches.py, with a space between them.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import patches
 import pytest
 from adapter import activations
-from flax import nnx
 from maxtext.configs import pyconfig
 from maxtext.utils import model_creation_utils
 
 from dsv4_convert.spec.maxtext_config import flags
-from dsv4_convert.spec.taps import TapKey
-from parity.activations import Expected
 
 #: A CPU computes in float32 throughout, and experts by plain products instead of the kernels of TPUs.
 ON_A_CPU = (
@@ -39,7 +33,7 @@ NOT_THERE = {"input", "hc_head.pre"}
 
 
 @pytest.fixture(scope="module")
-def model(dsv4_golden: Expected) -> nnx.Module:
+def model(dsv4_golden):
     """MaxText's model, filled by its `from_pretrained`. A project has its own way to one."""
     run = f"load_parameters_path={os.environ['CHECKPOINT']}", f"max_target_length={dsv4_golden.tokens.shape[1]}"
     config = pyconfig.initialize(["", *flags(dsv4_golden.config, scanned=False), *ON_A_CPU, *run])
@@ -48,7 +42,7 @@ def model(dsv4_golden: Expected) -> nnx.Module:
 
 
 @pytest.fixture(autouse=True)
-def patched(dsv4_golden: Expected) -> Iterator[None]:
+def patched(dsv4_golden):
     with ExitStack() as stack:
         for name in os.environ.get("PATCHES", "").split():
             stack.enter_context(getattr(patches, name)(dsv4_golden.config))
@@ -56,8 +50,8 @@ def patched(dsv4_golden: Expected) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, None])
-def test_layer(dsv4_golden: Expected, model: nnx.Module, layer: int | None) -> None:
+def test_layer(dsv4_golden, model, layer):
     found = activations(model, layer, dsv4_golden.input(layer), dsv4_golden.tokens, dsv4_golden.positions)
-    missing = {TapKey.parse(name).tap.name for name in dsv4_golden.names(layer)} - {*found}
+    missing = {name.removeprefix(f"layers.{layer}.") for name in dsv4_golden.names(layer)} - {*found}
     assert missing <= NOT_THERE, "MaxText no longer makes these calls"
     dsv4_golden.check(found, layer=layer)
