@@ -13,7 +13,7 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclass
 class Pair:
-    """What a variable may hold instead of an array, as encoded weights do."""
+    """Held by a variable instead of an array, as encoded weights are."""
 
     left: jax.Array
     right: jax.Array

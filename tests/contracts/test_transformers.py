@@ -50,7 +50,7 @@ def test_attention_is_looked_up_in_its_file_when_it_is_called() -> None:
 
 
 def test_a_mask_is_made_by_position(config: DeepseekV4Config) -> None:
-    """Of configuration, embeddings, mask, cache and positions: the name of the fourth differs between releases."""
+    """The fourth argument, the cache, has another name in each release."""
     cache = DynamicCache(config=config)
     cache.update(torch.zeros(1, 1, 4, 1), torch.zeros(1, 1, 4, 1), 0)
     mask = create_sliding_window_causal_mask(config, torch.empty(1, 2, 1), None, cache, torch.arange(4, 6)[None])

@@ -26,7 +26,7 @@ def pinned(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_oldest_environment_has_the_lower_bounds(name: str) -> None:
-    """Of every package of the core, so that no bound is claimed that no run has had."""
+    """A run has had every bound of the core that pyproject.toml claims."""
     (lowest,) = [one.version for one in CORE[name].specifier if one.operator == ">="]
     assert re.fullmatch(rf"{re.escape(lowest)}(\.0)*", pinned("constraints-oldest.txt")[name])
 
