@@ -38,7 +38,7 @@ VERSIONS = {
     "3.12": ROOT / "constraints-newest.txt",
     "3.13": ROOT / "constraints-newest.txt",
 }
-#: What ``versions`` runs of the tests: none of it needs torch or transformers.
+#: The tests that ``versions`` runs. They need neither torch nor transformers.
 CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py", "tests/cli/test_surface.py")
 
 #: Project compared with -> the Python that it needs.

@@ -15,16 +15,11 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from dsv4_convert.golden.references.mtp import StageReference
-from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.golden.synthetic import write_checkpoint
-from dsv4_convert.model import Model
-from dsv4_convert.model import Taps
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.block import MTPBlock
-from dsv4_convert.model.cache import LayerCache
-from dsv4_convert.model.cache import Past
-from dsv4_convert.model.cache import empty_layer
-from dsv4_convert.spec.config import AttentionKind
-from dsv4_convert.spec.config import Config
+from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
