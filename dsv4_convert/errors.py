@@ -43,6 +43,11 @@ class ResourceError(Dsv4Error):
     exit_code = 4
 
 
+#: Exceptions of our own mistakes and of exhausted memory. They pass through where every other exception of a library
+#: means that a file or a network is at fault.
+BUGS = (AssertionError, AttributeError, MemoryError, NameError, TypeError)
+
+
 def printable(line: str, *, limit: int = 2000) -> str:
     """Without control characters, which a terminal would obey, and lone surrogates, which no stream takes."""
     cut = line if len(line) <= limit else f"{line[:limit]}…"

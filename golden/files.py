@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header, read_header_by_ranges
-from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.errors import BUGS, BadInput, ResourceError, UsageError
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -93,7 +93,12 @@ class RemoteFiles:
     def header(self, name: str) -> Header:
         """The checked header of a safetensors file. Raises :class:`BadInput`, :class:`ResourceError`."""
         try:
-            size = self._persistently(name, lambda: int(self._system.size(f"{self._root}/{name}")))
+            size = self._persistently(name, lambda: self._system.size(f"{self._root}/{name}"))
+            if size is None:
+                raise ResourceError(
+                    f"{self._url}/{name}: the server does not state its size. Goldens are read by ranges of plain "
+                    "files: turn compression and chunked transfer off there, or download the folder and give its path."
+                )
             return read_header_by_ranges(Path(name), size, lambda start, stop: self._read(name, start, stop))
         except FileNotFoundError:
             raise BadInput(f"{self._url}/{name}: missing; {AGAIN}") from None
@@ -127,6 +132,8 @@ class RemoteFiles:
                     f"{where}: {error}. Goldens are read by ranges: download the folder and give its path, or serve it "
                     "from a server that has them."
                 ) from None
+            except BUGS:
+                raise
             except Exception as error:  # what fsspec's implementations raise has no common class
                 if _is_absence(error):
                     raise

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.errors import BUGS, BadInput, UsageError
 
 Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -118,6 +118,8 @@ def _load_tokenizer(file: Path) -> Any:
         raise BadInput(f"{file}: no such file; fetch it from the model's repository, or give token ids")
     try:
         return Tokenizer.from_file(str(file))
+    except BUGS:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{file}: not a tokenizer file ({error})") from None
 

@@ -80,6 +80,10 @@ def suitable_mesh(config: Config, count: int) -> dict[str, int]:
     return {name: size for name, size in found.items() if size > 1} or {"data": 1}
 
 
+#: Logical axes that no weight has.
+_OF_PROMPTS = ("batch", "tokens")
+
+
 def divides(name: str, size: int, config: Config) -> bool:
     """Whether a mesh axis of this size divides all logical axes of weights that it splits."""
     lengths = {
@@ -93,4 +97,5 @@ def divides(name: str, size: int, config: Config) -> bool:
         "vocab": config.vocab_size,
         "experts": config.n_routed_experts,
     }
-    return all(lengths[axis] % size == 0 for axis, over in RULES.items() if name in over and axis in lengths)
+    split = [axis for axis, over in RULES.items() if name in over and axis not in _OF_PROMPTS]
+    return all(lengths[axis] % size == 0 for axis in split)

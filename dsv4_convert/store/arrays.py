@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.errors import BUGS, BadInput, ResourceError
 from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.files.writing import writing
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, ArrayLayout, Index, Region, chunk_file, raw_bytes
@@ -266,6 +266,8 @@ class StoredArray:
                 stored, _, files = _in_memory(self.layout, self.compression)
                 files.write(chunk_file(index), (self.folder / chunk_file(index)).read_bytes()).result()
             chunk = stored[self.layout.chunk_region(index)].read().result()
+        except BUGS:
+            raise
         except Exception as error:  # tensorstore raises ValueError, OSError and its own kinds alike
             raise BadInput(f"{self.folder / chunk_file(index)}: the chunk cannot be read: {error}") from error
         return np.asarray(chunk, order="C")
@@ -349,6 +351,8 @@ def _parse_metadata(document: Mapping[str, Any]) -> dict[str, Any]:
 def _tensorstore_writing(folder: Path) -> Iterator[None]:
     try:
         yield
+    except BUGS:
+        raise
     except Exception as error:  # a full disk is a ValueError here: tensorstore maps its own status codes
         raise ResourceError(
             f"{folder}: cannot write: {error}. Finished work is kept; "

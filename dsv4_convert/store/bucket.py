@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.errors import BUGS, ResourceError, UsageError
 from dsv4_convert.files.workspace import SUFFIX
 from dsv4_convert.files.writing import writing
 from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata
@@ -55,6 +55,8 @@ def bucket_path(url: str) -> AnyPath:
         path.exists()
     except ImportError as error:
         raise UsageError(f"{url}: {error}: pip install 'dsv4-convert[gs]'") from error
+    except BUGS:
+        raise
     except Exception as error:
         raise ResourceError(f"{url}: cannot be reached: {error}") from error
     return path
@@ -65,6 +67,8 @@ def _uploading(path: AnyPath) -> Iterator[None]:
     """Turn what the bucket's library raises into a :class:`ResourceError` that says how to go on."""
     try:
         yield
+    except BUGS:
+        raise
     except Exception as error:
         raise ResourceError(
             f"{path}: cannot write: {error}. Finished work is kept; fix the cause and run the same command again."

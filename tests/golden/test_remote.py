@@ -33,6 +33,8 @@ class Server(ThreadingHTTPServer):
         self.root = root
         self.sent: dict[str, int] = {}
         self.ranges = True
+        #: Whether a response states its length; one that is compressed or chunked does not.
+        self.sized = True
         #: Requests that are answered with 503 before one is served.
         self.failing = 0
         super().__init__(("127.0.0.1", 0), Handler)
@@ -64,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
         if wanted:
             self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(content)}")
-        self.send_header("Content-Length", str(len(part)))
+        if self.server.sized or name.endswith(".json"):
+            self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if send:
             self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
@@ -171,6 +174,20 @@ def test_a_server_without_ranges_is_refused_with_the_way_out(server: Server, mon
     opened = open_golden(server.url)
     with pytest.raises(ResourceError, match="read by ranges: download the folder"):
         opened.read("layers.0.attn.q")
+
+
+def test_a_file_of_unknown_size_is_refused_with_the_way_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_WAITS", ())
+    server.sized = False
+    with pytest.raises(ResourceError, match=r"does not state its size.*turn compression and chunked transfer off"):
+        open_golden(server.url).read("layers.1.attn.wq_a")
+
+
+def test_a_bug_is_not_blamed_on_the_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = open_golden(server.url)
+    monkeypatch.setattr(files.RemoteFiles, "_part", lambda *_: None + 1)
+    with pytest.raises(TypeError):
+        golden.read("layers.1.attn.wq_a")
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.model.axes import RULES
 from dsv4_convert.model.mesh import describe_mesh, make_mesh, parse_mesh, suitable_mesh
 from dsv4_convert.spec.config import Config
 
@@ -44,6 +45,12 @@ def test_a_mesh_takes_all_devices() -> None:
     mesh = make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])
     assert dict(mesh.shape) == {"fsdp": 1, "tensor": 1}
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+def test_an_axis_of_weights_without_a_length_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4_convert.model.mesh.RULES", {**RULES, "engram_rows": ("tensor",)})
+    with pytest.raises(KeyError, match="engram_rows"):
+        suitable_mesh(Config.from_hf(tiny_config()), 2)
 
 
 def test_a_suitable_mesh_divides_what_it_splits() -> None:

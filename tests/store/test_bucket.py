@@ -142,6 +142,18 @@ def test_a_failing_bucket_is_a_resource_error_that_can_be_resumed(
     assert verify(open_store(URL)) == []
 
 
+@pytest.mark.parametrize("error", [TypeError("a mistake of ours"), MemoryError()])
+def test_a_bug_is_not_blamed_on_the_bucket(
+    arrays, make_leaves, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(self: MemoryBucket, path: str, mode: str = "rb", **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(MemoryBucket, "_open", broken)
+    with pytest.raises(type(error)):
+        write(make_leaves(arrays))
+
+
 def test_damage_is_found(arrays, make_leaves, bucket) -> None:
     write(make_leaves(arrays))
     path = "/bucket/models/tiny/layers.3.ffn.experts.w1/2.0.0"
