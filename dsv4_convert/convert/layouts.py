@@ -83,7 +83,7 @@ def _maxtext(
         leaf = leaves[0]
         natural = decoded_dtype(leaf, storage, stored)
         dtype = np.dtype(target.row.dtype) if target.row.dtype else natural
-        if target.scan_axis is None and not target.row.turned and (shape, dtype) == (leaf.target_shape, natural):
+        if target.scan_axis is None and not target.row.transposed and (shape, dtype) == (leaf.target_shape, natural):
             (stored_leaf,) = stored_leaves(leaf, storage, stored, chunk_bytes)
             yield dataclasses.replace(stored_leaf, path=target.path)
             continue
@@ -105,5 +105,5 @@ def _maxtext(
             first_row=first,
             row_axis=0 if grouped else None,
             layer_axis=target.scan_axis,
-            transposed=target.row.turned or is_transposed(leaf),
+            transposed=target.row.transposed or is_transposed(leaf),
         )

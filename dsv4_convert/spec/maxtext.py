@@ -57,7 +57,7 @@ class Row:
         shape: symbols of :func:`dsv4_convert.spec.names.sizes`, of one layer.
         variable: its class in MaxText, which is also the name of a collection; None for a weight, an ``nnx.Param``.
         rows: of the published tensor, as symbols of first and last; None for all.
-        turned: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
+        transposed: ``[in, out]``, where the parameter of ours has the published ``[out, in]``.
         dtype: where it is not that of the storage or of the source.
         when: the path whose layers have it, for a constant one.
     """
@@ -67,7 +67,7 @@ class Row:
     shape: str
     variable: str | None = None
     rows: tuple[str, str] | None = None
-    turned: bool = False
+    transposed: bool = False
     dtype: str | None = None
     when: str | None = None
 
@@ -85,7 +85,7 @@ def _hyper_connection(path: str, target: str) -> tuple[Row, ...]:
     for part, rows in cuts.items():
         width = "NN" if part == "res" else "N"
         found += [
-            Row(f"{path}_fn", f"{target}.{part}_alpha", f"ND {width}", rows=rows, turned=True),
+            Row(f"{path}_fn", f"{target}.{part}_alpha", f"ND {width}", rows=rows, transposed=True),
             Row(f"{path}_base", f"{target}.{part}_beta", "N N" if part == "res" else "N", rows=rows),
             Row(f"{path}_scale", f"{target}.{part}_alpha_scale", "1", rows=places[part]),
         ]
@@ -108,7 +108,7 @@ MODEL: tuple[Row, ...] = (
     Row("embed", "token_embedder.embedding", "V D"),
     Row("norm", "decoder.decoder_norm.scale", "D"),
     Row("head", "decoder.logits_dense.kernel", "D V"),
-    Row("hc_head_fn", "decoder.hc_head.hc_fn", "ND N", turned=True),
+    Row("hc_head_fn", "decoder.hc_head.hc_fn", "ND N", transposed=True),
     Row("hc_head_base", "decoder.hc_head.hc_base", "N"),
     Row("hc_head_scale", "decoder.hc_head.hc_scale", "1"),
 )
