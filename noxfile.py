@@ -68,7 +68,7 @@ def _main_job(session: nox.Session, work: Path) -> None:
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
     golden = ROOT / "golden" / "data" / "tiny"
     baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
-    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet", *baseline)
+    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", *baseline)
 
 
 @nox.session
@@ -186,7 +186,7 @@ def package(session: nox.Session) -> None:
     session.run("dsv4", "golden", "make-checkpoint", "checkpoint")
     session.run("dsv4", "convert", "hf-to-orbax", "checkpoint", "orbax")
     golden = ROOT / "golden" / "data" / "tiny"
-    session.run("dsv4", "parity", "orbax", "--golden", str(golden), "--quiet", "--report", "report.html")
+    session.run("dsv4", "parity", "orbax", "--golden", str(golden), "--report", "report.html")
 
 
 @nox.session

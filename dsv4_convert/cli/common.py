@@ -47,6 +47,11 @@ Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
 ]
 
+Verbose = Annotated[
+    int,
+    typer.Option("--verbose", "-v", count=True, metavar="", help="Print more: -v the tables, -vv every number."),
+]
+
 Coordinator = Annotated[
     str | None,
     typer.Option(
