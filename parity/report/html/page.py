@@ -274,7 +274,7 @@ def _numbers(tap: TapResult, report: ParityReport) -> list[tuple[str, str]]:
         ("rows beyond a limit", f"{distance.rows_outside} of {distance.rows}"),
         ("largest difference", f"{distance.max_abs:.3g}"),
         ("relative rms", f"{distance.relative_rms:.3g}"),
-        ("1 - cosine", f"{1 - distance.cosine:.1e}"),
+        ("1 - cosine", f"{1 - distance.cosine:.3g}"),
         ("float32 ulp", f"{distance.max_ulp:.3g}"),
         ("worst element", f"{list(distance.worst)}: golden {distance.golden:.6g}, found {distance.found:.6g}"),
     ]
