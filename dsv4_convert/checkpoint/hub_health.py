@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+from dsv4_convert.urls import without_secrets
 
 
 def cache_folder() -> Path:
@@ -15,8 +16,8 @@ def cache_folder() -> Path:
 
 
 def endpoint() -> str:
-    """The Hub that is asked, without the user and the password that its URL may hold: for people."""
-    return re.sub(r"//.*@", "//", constants.ENDPOINT)
+    """The Hub that is asked, as it is shown."""
+    return without_secrets(constants.ENDPOINT)
 
 
 def has_token() -> bool:

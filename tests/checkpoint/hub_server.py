@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,6 +80,8 @@ class LoopbackHub:
     passing_failures: dict[str, list[int]] = field(default_factory=dict)
     #: File name -> bytes after which nothing more comes, although the connection stays.
     stalls: dict[str, int] = field(default_factory=dict)
+    #: Part of a path -> what answers every GET for it instead.
+    odd: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)
     #: Further entries of every listing, as they are.
     also_listed: list[dict[str, Any]] = field(default_factory=list)
     #: Former names of repositories, with those that requests are sent on to.
@@ -162,6 +164,12 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 status = passing.pop(0)
             if status is not None:
                 return self._send(status, {})
+            for part, answer in hub.odd.items():
+                if part in path and self.command == "GET":
+                    with contextlib.suppress(ConnectionError):
+                        answer(self)
+                    self.close_connection = True
+                    return None
             for former, name in hub.moved.items():
                 if former in path:
                     return self._send(307, {"Location": self.path.replace(former, name)})

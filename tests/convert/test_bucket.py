@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.checkpoint.arriving import AHEAD
-from dsv4_convert.checkpoint.bucket import BucketCheckpoint, open_bucket
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
+from dsv4_convert.checkpoint.bucket import BucketOrigin, open_bucket
 from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
@@ -69,13 +69,13 @@ def test_from_bucket_to_bucket(tiny: Path, uploaded: Path, tmp_path: Path) -> No
 
 def test_few_shards_are_in_scratch_at_a_time(uploaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most: list[int] = []
-    finish = BucketCheckpoint.finish
+    finish = StreamedCheckpoint.finish
 
-    def counted(self: BucketCheckpoint, shard: str) -> None:
+    def counted(self: StreamedCheckpoint, shard: str) -> None:
         most.append(len(list(uploaded.rglob("*.safetensors"))))
         finish(self, shard)
 
-    monkeypatch.setattr(BucketCheckpoint, "finish", counted)
+    monkeypatch.setattr(StreamedCheckpoint, "finish", counted)
     convert(URL, tmp_path / "orbax", "--layers", "1,2")
     assert 0 < max(most) <= AHEAD
     assert not list(uploaded.iterdir())
@@ -109,14 +109,14 @@ def test_a_full_disk_is_what_is_told_while_another_thread_waits_for_a_shard(
 ) -> None:
     """Whichever of the two threads fails: the failure of the other, which the end of the work brings, is not raised."""
     waits = threading.Event()
-    arrive, fetch, write = BucketCheckpoint._arrive, BucketCheckpoint._fetch, arrays._write_all
+    arrive, fetch, write = StreamedCheckpoint._arrive, StreamedCheckpoint._fetch, arrays._write_all
 
-    def arriving(self: BucketCheckpoint, file: Path) -> None:
+    def arriving(self: StreamedCheckpoint, file: Path) -> None:
         if file.name.startswith("model-00003"):
             waits.set()
         arrive(self, file)
 
-    def stalled(self: BucketCheckpoint, file: PlannedFile, *, force: bool = False) -> Path:
+    def stalled(self: StreamedCheckpoint, file: PlannedFile, *, force: bool = False) -> Path:
         if file.name.startswith("model-00003"):
             with self._change:
                 assert self._change.wait_for(lambda: self._failure is not None, timeout=60)
@@ -129,8 +129,8 @@ def test_a_full_disk_is_what_is_told_while_another_thread_waits_for_a_shard(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(descriptor, view)
 
-    monkeypatch.setattr(BucketCheckpoint, "_arrive", arriving)
-    monkeypatch.setattr(BucketCheckpoint, "_fetch", stalled)
+    monkeypatch.setattr(StreamedCheckpoint, "_arrive", arriving)
+    monkeypatch.setattr(StreamedCheckpoint, "_fetch", stalled)
     monkeypatch.setattr(arrays, "_write_all", full)
     said = convert(URL, tmp_path / "orbax", "--workers", "2", exit_code=4)
     assert "No space left on device" in said

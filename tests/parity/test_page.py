@@ -35,7 +35,7 @@ from dsv4_convert.parity.report.html.data import page_data
 from dsv4_convert.parity.report.html.marks import short
 from dsv4_convert.parity.report.html.page import RunInfo, page
 from dsv4_convert.parity.report.html.scale import Scale
-from dsv4_convert.parity.report.secrets import without_secrets
+from dsv4_convert.urls import without_secrets
 from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS

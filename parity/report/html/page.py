@@ -21,7 +21,7 @@ from dsv4_convert.parity.report.html import figures
 from dsv4_convert.parity.report.html.data import PageData, page_data
 from dsv4_convert.parity.report.html.marks import GLYPHS, SHADES, short
 from dsv4_convert.parity.report.html.table import tables
-from dsv4_convert.parity.report.secrets import without_secrets
+from dsv4_convert.urls import without_secrets
 from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,

@@ -1,27 +1,56 @@
-"""A checkpoint whose shards arrive while it is read: the part that does not depend on where they come from."""
+"""A published checkpoint that is somewhere else, opened by its headers, whose shards arrive while it is read."""
 
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from dsv4_convert.checkpoint.folder import Checkpoint
-from dsv4_convert.checkpoint.header import Header
+from dsv4_convert.checkpoint.folder import Checkpoint, absent_tensors
+from dsv4_convert.checkpoint.header import Header, read_header, read_header_by_ranges
 from dsv4_convert.checkpoint.hub_progress import Meter, Stopped
-from dsv4_convert.checkpoint.index import SHARD_SUFFIX
+from dsv4_convert.checkpoint.index import CONFIG_NAME
 from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.errors import BadInput
-from dsv4_convert.files.reading import file_digest, set_aside, stamp_of, stat_regular
+from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.files.reading import set_aside, stamp_of, stat_regular
+from dsv4_convert.files.remote import RemoteFolder
+from dsv4_convert.files.strict_json import read_object
 
 #: Shards that are on disk, or on their way, and not given up yet, where each is given up after its use.
 AHEAD = 3
 TRANSFERS = 4
+_PROBE_BYTES = 8 << 20
 
 
-class ArrivingCheckpoint(Checkpoint):
+class Origin(Protocol):
+    """Where the files of a checkpoint come from, and where they go on this machine."""
+
+    #: What the checkpoint is called: a repository, or a URL without secrets.
+    name: str
+    #: The commit; None where there is none.
+    revision: str | None
+    #: Where the files come to lie.
+    root: Path
+    #: The files by ranges.
+    remote: RemoteFolder
+
+    def fetch(self, file: PlannedFile, meter: Meter, *, force: bool = False) -> Path:
+        """Bring a file to the disk, with its bytes told to ``meter``; anew, with ``force``."""
+
+    def delete(self, shard: str) -> None:
+        """Remove a shard from the disk, if it was fetched for this checkpoint."""
+
+    def changed(self) -> Mapping[str, str]:
+        """A text for each shard that changes when it does."""
+
+    def close(self) -> None:
+        """Remove what is of no use to anybody else."""
+
+
+class StreamedCheckpoint(Checkpoint):
     """Reading a tensor waits until its shard is on disk, and has the size and the hash that are stated for it.
 
     Shards come in the order given to :meth:`start`. A shard that is waited for comes next, whatever the order says, so
@@ -36,20 +65,41 @@ class ArrivingCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        *,
-        root: Path,
-        config: Mapping[str, Any],
-        headers: Sequence[Header],
-        absent: frozenset[str],
-        revision: str | None,
+        origin: Origin,
         files: Sequence[PlannedFile],
+        *,
+        weight_map: Mapping[str, str] | None,
         discard: bool,
     ) -> None:
-        super().__init__(root=root, config=config, headers=headers, absent=absent, revision=revision)
+        """Read config and headers; no weight is fetched.
+
+        Args:
+            origin: where the files come from. It is closed with the checkpoint.
+            files: what belongs to the checkpoint, or to the wanted part of it.
+            weight_map: the shard of every tensor, from the index; None without one.
+            discard: delete each shard after its use.
+
+        Raises:
+            BadInput: headers that are damaged or contradict the index.
+            ResourceError: they cannot be read.
+        """
+        meter = Meter("download", 0, None)
+        (config,) = (file for file in files if file.name == CONFIG_NAME)
+        with ThreadPoolExecutor(2 * TRANSFERS) as pool:
+            headers = list(pool.map(lambda shard: _header(origin, shard), (file for file in files if file.is_shard)))
+        super().__init__(
+            root=origin.root,
+            config=read_object(_fetched(origin, config, meter)),
+            headers=headers,
+            absent=absent_tensors(origin.root, headers, weight_map),
+            revision=origin.revision,
+        )
+        self.repository = origin.name
         self.files = tuple(files)
         self.discard = discard
         self.fetched = 0
         self.on_bytes: Callable[[], None] = lambda: None
+        self._origin = origin
         self._by_name = {file.name: file for file in files}
         self._change = threading.Condition()
         self._order: list[str] = []
@@ -64,12 +114,11 @@ class ArrivingCheckpoint(Checkpoint):
     @property
     def digests(self) -> Mapping[str, str]:
         """SHA-256 of the shards, by name, as far as their origin states them."""
-        return {name: file.oid for name, file in self._by_name.items() if file.oid is not None and len(file.oid) == 64}
+        return {file.name: file.sha256 for file in self.files if file.is_shard and file.sha256 is not None}
 
-    @property
-    def shard_files(self) -> tuple[PlannedFile, ...]:
-        """Those of the files that are shards."""
-        return tuple(file for file in self.files if file.name.endswith(SHARD_SUFFIX))
+    def changed(self) -> Mapping[str, str]:
+        """As :meth:`Checkpoint.changed`."""
+        return self._origin.changed()
 
     @property
     def to_fetch(self) -> int:
@@ -85,8 +134,20 @@ class ArrivingCheckpoint(Checkpoint):
     def fetch_small_files(self) -> None:
         """Fetch what belongs to the checkpoint beside the shards: config, index, tokenizer."""
         for file in self.files:
-            if not file.name.endswith(SHARD_SUFFIX):
-                self._fetch(file)
+            if not file.is_shard:
+                _fetched(self._origin, file, self._meter)
+
+    def rate(self) -> float:
+        """Bytes per second that come, from a short try. Raises :class:`ResourceError`: nothing came."""
+        shards = [file for file in self.files if file.is_shard]
+        tried = [file for file in shards if not file.cached][:TRANSFERS] or shards[:TRANSFERS]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(tried)) as pool:
+            parts = pool.map(lambda file: _part(self._origin, file, 0, min(file.size, _PROBE_BYTES)), tried)
+            count = sum(map(len, parts))
+        if not count:
+            raise ResourceError(f"{self.repository}: nothing came; try again later")
+        return count / max(time.perf_counter() - start, 1e-6)
 
     def start(self, order: Sequence[str]) -> None:
         """Begin to fetch these shards, in this order, in the background."""
@@ -108,7 +169,7 @@ class ArrivingCheckpoint(Checkpoint):
             self._change.notify_all()
         if self.discard:
             self.forget(self.root / shard)
-            self._delete(shard)
+            self._origin.delete(shard)
 
     def stop(self) -> None:
         """End all transfers; whoever waits for a shard, or reads one that is not here, gets an error."""
@@ -124,6 +185,7 @@ class ArrivingCheckpoint(Checkpoint):
         for thread in self._threads:
             thread.join()
         super().close()
+        self._origin.close()
 
     def _arrive(self, file: Path) -> None:
         name = file.name
@@ -139,7 +201,8 @@ class ArrivingCheckpoint(Checkpoint):
         """One thread: take the next shard, fetch it, check it."""
         while (name := self._take()) is not None:
             try:
-                self._fetch_and_check(self._by_name[name])
+                path = _fetched(self._origin, self._by_name[name], self._meter, self._check_going_on)
+                self._stamps[self.root / name] = stamp_of(stat_regular(path))
             except BaseException as error:
                 with self._change:
                     self._failure = self._failure or error
@@ -165,27 +228,6 @@ class ArrivingCheckpoint(Checkpoint):
                     return name
             return None
 
-    def _fetch_and_check(self, file: PlannedFile) -> None:
-        """Once more from the beginning, if what is on disk is not what the Hub states."""
-        path = self._fetch(file)
-        problem = self._problem(file, path)
-        if problem is not None:
-            path = self._fetch(file, force=True)
-            problem = self._problem(file, path)
-        if problem is not None:
-            set_aside(path)
-            raise BadInput(f"{self.repository}: {problem}, also when it was fetched again")
-        self._stamps[self.root / file.name] = stamp_of(stat_regular(path))
-
-    def _problem(self, file: PlannedFile, path: Path) -> str | None:
-        size = stat_regular(path).st_size
-        if size != file.size:
-            return f"{path}: expected {file.size:,} bytes, found {size:,}"
-        if file.oid is None or len(file.oid) != 64:
-            return None
-        found = file_digest(path, on_bytes=lambda _: self._check_going_on())
-        return None if found == file.oid else f"{path}: expected sha256 {file.oid}, found {found}"
-
     def _check_going_on(self) -> None:
         if self._failure is not None:
             raise Stopped
@@ -194,14 +236,32 @@ class ArrivingCheckpoint(Checkpoint):
         self.fetched = done
         self.on_bytes()
 
-    @abstractmethod
-    def rate(self) -> float:
-        """Bytes per second that come, from a short try."""
 
-    @abstractmethod
-    def _fetch(self, file: PlannedFile, *, force: bool = False) -> Path:
-        """Bring a file to the disk, with its bytes told to ``self._meter``; anew, with ``force``."""
+def _header(origin: Origin, shard: PlannedFile) -> Header:
+    """The header of a shard: from the disk where it is there already."""
+    file = origin.root / shard.name
+    if shard.cached and file.is_file():
+        return read_header(file)
+    return read_header_by_ranges(file, shard.size, lambda start, stop: _part(origin, shard, start, stop))
 
-    @abstractmethod
-    def _delete(self, shard: str) -> None:
-        """Remove a shard from the disk."""
+
+def _part(origin: Origin, shard: PlannedFile, start: int, stop: int) -> bytes:
+    try:
+        return origin.remote.read(shard.name, start, stop)
+    except FileNotFoundError:
+        raise BadInput(f"{origin.name}: {shard.name} is listed there, and missing; try again later") from None
+
+
+def _fetched(
+    origin: Origin, file: PlannedFile, meter: Meter, check_going_on: Callable[[], None] = lambda: None
+) -> Path:
+    """A file on the disk, fetched again from the beginning if what is there is not what is stated."""
+    path = origin.fetch(file, meter)
+    problem = file.problem(path, lambda _: check_going_on())
+    if problem is not None:
+        path = origin.fetch(file, meter, force=True)
+        problem = file.problem(path, lambda _: check_going_on())
+    if problem is not None:
+        set_aside(path)
+        raise BadInput(f"{origin.name}: {problem}, also when it was fetched again")
+    return path
