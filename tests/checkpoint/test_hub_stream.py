@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.checkpoint.hub_progress import Stopped
 from dsv4_convert.checkpoint.hub_stream import open_repository
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.errors import BadInput, ResourceError
 
 from .hub_server import LoopbackHub

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
-from dsv4_convert.checkpoint.bucket import BucketOrigin, open_bucket
+from dsv4_convert.checkpoint.bucket import open_bucket
 from dsv4_convert.checkpoint.planned import PlannedFile
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.checkpoint.hub_stream import open_repository
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source
