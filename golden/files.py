@@ -66,7 +66,7 @@ class RemoteFiles:
     """A prefix of a bucket, a folder of a web server or of a Hub repository."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is fetched yet. Raises :class:`UsageError`, as :func:`~dsv4_convert.checkpoint.locate.open_remote`."""
+        """Nothing is fetched yet. Raises :class:`UsageError`: not a URL that is supported."""
         self._folder = open_remote(url)
         #: Its URL as it is shown.
         self.url = self._folder.url

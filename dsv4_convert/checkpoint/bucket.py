@@ -16,7 +16,7 @@ from dsv4_convert.checkpoint.index import INDEX_NAME, SHARD_SUFFIX, read_weight_
 from dsv4_convert.checkpoint.planned import SMALL_FILES, PlannedFile, needed
 from dsv4_convert.checkpoint.streamed import StreamedCheckpoint
 from dsv4_convert.errors import BadInput, UsageError
-from dsv4_convert.files.remote import BucketFolder
+from dsv4_convert.files.remote import BucketFolder, RemoteFolder
 from dsv4_convert.files.strict_json import MAX_JSON_BYTES
 from dsv4_convert.files.writing import atomic_write
 
@@ -26,13 +26,14 @@ _PIECE_BYTES = 16 << 20
 class BucketOrigin:
     """An :class:`~dsv4_convert.checkpoint.streamed.Origin`: a folder of a bucket, copied to scratch file by file."""
 
-    revision = None
+    revision: str | None = None
 
     def __init__(self, url: str) -> None:
         """Nothing is fetched yet. Raises :class:`UsageError`: gcsfs is not installed."""
-        self.remote = BucketFolder(url)
-        self.name = self.remote.url
-        self.files = self.remote.files()
+        folder = BucketFolder(url)
+        self.remote: RemoteFolder = folder
+        self.name = folder.url
+        self.files = folder.files()
         self.root = Path(tempfile.mkdtemp(prefix="dsv4-shards-"))
 
     def fetch(self, file: PlannedFile, meter: Meter, *, force: bool = False) -> Path:

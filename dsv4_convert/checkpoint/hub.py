@@ -17,9 +17,8 @@ from pathlib import Path
 
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
-from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.errors import BadInput, ResourceError, listed
-from dsv4_convert.files.limits import free_bytes
+from dsv4_convert.checkpoint.planned import PlannedFile, check_room
+from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.reading import WRONG_SUFFIX, set_aside
 from dsv4_convert.files.workspace import locked
 
@@ -77,7 +76,7 @@ def download(
         UsageError: as :func:`plan_download`.
     """
     plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, force=force)
-    _check_disk(plan)
+    check_room(plan.folder, plan.to_download_bytes)
     if not plan.offline:
         with _held(None if local_dir is None else plan.folder):
             _fetch(plan, force=force, progress=progress)
@@ -135,17 +134,6 @@ def _held(local_dir: Path | None) -> Iterator[None]:
     file = local_dir / ".cache" / "huggingface" / "dsv4.lock"
     with locked(file, local_dir):
         yield
-
-
-def _check_disk(plan: DownloadPlan) -> None:
-    """Before anything large is fetched."""
-    needed = plan.to_download_bytes
-    free = free_bytes(plan.folder)
-    if needed > free:
-        raise ResourceError(
-            f"{plan.folder}: {needed:,} bytes are still to be downloaded, {free:,} are free; make room, choose another "
-            "folder or HF_HUB_CACHE, or download only some layers"
-        )
 
 
 def _fetch(plan: DownloadPlan, *, force: bool, progress: Progress | None) -> None:

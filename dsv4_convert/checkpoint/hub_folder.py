@@ -134,7 +134,7 @@ class HubFolder(HttpFolder):
             raise unlike_the_hub(what, "JSON", found) from None
 
     @property
-    def _client(self) -> Any:  # type: ignore[override]
+    def _client(self) -> Any:
         return get_session()
 
     def _headers(self) -> dict[str, str]:

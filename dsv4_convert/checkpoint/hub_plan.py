@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from dsv4_convert.checkpoint.hub_errors import check_token, hub_errors
 from dsv4_convert.checkpoint.hub_folder import HubFolder

@@ -13,14 +13,16 @@ from dsv4_convert.checkpoint.hub_progress import Meter
 from dsv4_convert.checkpoint.hub_target import HubTarget
 from dsv4_convert.checkpoint.planned import PlannedFile
 from dsv4_convert.checkpoint.streamed import StreamedCheckpoint
+from dsv4_convert.files.remote import RemoteFolder
 
 
 class HubOrigin:
     """An :class:`~dsv4_convert.checkpoint.streamed.Origin`: a repository at one commit."""
 
     def __init__(self, target: HubTarget, *, discard: bool) -> None:
-        self.name, self.revision, self.root = target.repo_id, target.revision, target.folder
-        self.remote = HubFolder(target.repo_id, target.revision)
+        self.name, self.root = target.repo_id, target.folder
+        self.revision: str | None = target.revision
+        self.remote: RemoteFolder = HubFolder(target.repo_id, target.revision)
         self._target = target
         self._discard = discard
         client = self.root.parents[1] if target.local_dir is None else self.root / ".cache" / "huggingface"

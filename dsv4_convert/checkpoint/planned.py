@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, is_shard_name
-from dsv4_convert.errors import BadInput, UsageError, listed
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, listed
+from dsv4_convert.files.limits import free_bytes
 from dsv4_convert.files.reading import file_digest, stat_regular
 
 #: Fetched where they are there; everything else beside the weights (code, pictures) stays there.
@@ -60,6 +61,16 @@ class PlannedFile:
         algorithm, prefix = ("sha256", b"") if self.sha256 is not None else ("sha1", b"blob %d\0" % size)
         found = file_digest(path, algorithm, prefix=prefix, on_bytes=on_bytes)
         return None if found == self.oid else f"{path}: expected {algorithm} {self.oid}, found {found}"
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raise :class:`ResourceError` unless ``nbytes`` more fit where ``folder`` lies."""
+    free = free_bytes(folder)
+    if nbytes > free:
+        raise ResourceError(
+            f"{folder}: {nbytes:,} bytes are still to be downloaded, {free:,} are free; make room, choose another "
+            "folder or HF_HUB_CACHE (for a bucket TMPDIR), or take only some layers"
+        )
 
 
 def needed(

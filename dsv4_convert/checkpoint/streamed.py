@@ -13,7 +13,7 @@ from dsv4_convert.checkpoint.folder import Checkpoint, absent_tensors
 from dsv4_convert.checkpoint.header import Header, read_header, read_header_by_ranges
 from dsv4_convert.checkpoint.hub_progress import Meter, Stopped
 from dsv4_convert.checkpoint.index import CONFIG_NAME
-from dsv4_convert.checkpoint.planned import PlannedFile
+from dsv4_convert.checkpoint.planned import PlannedFile, check_room
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.reading import set_aside, stamp_of, stat_regular
 from dsv4_convert.files.remote import RemoteFolder
@@ -136,6 +136,12 @@ class StreamedCheckpoint(Checkpoint):
         for file in self.files:
             if not file.is_shard:
                 _fetched(self._origin, file, self._meter)
+
+    def prefetch(self) -> None:
+        """As :meth:`Checkpoint.prefetch`. Shards of a bucket that are not read yet come one by one."""
+        check_room(self.root, self.to_fetch)
+        self.fetch_small_files()
+        self.start([file.name for file in self.files if file.is_shard])
 
     def rate(self) -> float:
         """Bytes per second that come, from a short try. Raises :class:`ResourceError`: nothing came."""

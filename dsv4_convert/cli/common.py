@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from dsv4_convert.checkpoint import Checkpoint
     from dsv4_convert.store import Processes
 
 P = ParamSpec("P")
@@ -41,6 +42,9 @@ _BUG = 70
 _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+
+#: A published checkpoint, of every command that takes one.
+SOURCE_HELP = "Published checkpoint: a folder, ORG/NAME[@REVISION] on the Hub, or gs://bucket/path."
 
 Json = Annotated[
     str | None,
@@ -347,6 +351,26 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
         return
     with screen.status(title) as line:
         yield lambda text: line.update(f"{title}: {text}"[: max(screen.width - 3, 10)])
+
+
+def with_fetched(checkpoint: Checkpoint, say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, which adds how much of a checkpoint has come that is somewhere else."""
+    from dsv4_convert.convert.shards import as_arriving
+
+    arriving, doing = as_arriving(checkpoint), ""
+    if arriving is None:
+        return say
+
+    def update() -> None:
+        say(f"{doing}; {size(arriving.fetched)} of {size(arriving.to_fetch)} fetched")
+
+    def said(text: str) -> None:
+        nonlocal doing
+        doing = text
+        update()
+
+    arriving.on_bytes = update
+    return said
 
 
 def _animated(screen: Console) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import SOURCE_HELP, Json, byte_progress, reported, write_json
 from dsv4_convert.units import size
 
 
@@ -15,8 +14,8 @@ from dsv4_convert.units import size
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")],
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="SOURCE", help="Source folder of the conversion: decode it again, compare bits."),
+        str | None,
+        typer.Option(metavar="SOURCE", help=f"{SOURCE_HELP} Decode it again, and compare bits."),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -42,7 +41,7 @@ def verify(
         {
             "schema_version": 1,
             "checkpoint": checkpoint,
-            "against": None if against is None else str(against),
+            "against": against,
             "problems": problems,
         },
         json,
