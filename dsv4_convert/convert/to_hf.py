@@ -20,8 +20,8 @@ from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
+from dsv4_convert.store.folder import Folder
 from dsv4_convert.store.layout import raw_bytes
-from dsv4_convert.store.places import Folder
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000

@@ -368,6 +368,14 @@ class BucketFolder(RemoteFolder):
         files = [entry for entry in entries if entry["type"] == "file"]
         return {entry["name"].rpartition("/")[2]: (entry["size"], self._system.ukey(entry["name"])) for entry in files}
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Make a file that is not there yet; False if it is there. Of two processes that try, one succeeds."""
+        try:
+            in_time(lambda _: self._system.pipe_file(f"{self._root}/{name}", content, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
     def _whole(self, name: str, limit: int, told: OnBytes) -> bytes:
         size = self._stated(name)
         return self._range(name, 0, limit if size is None else min(size, limit), told)
