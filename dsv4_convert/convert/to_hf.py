@@ -126,14 +126,16 @@ def orbax_to_hf(
     for tensor in sources.tensors.values():
         if tensor.dropped is not None:
             dropped[tensor.dropped] = dropped.get(tensor.dropped, 0) + 1
+    # A weight whose scale is in another shard is quantised for each of the two, with the same result.
+    quantized = {name: count for shard in groups for name, count in kept[shard].quantized.items()}
     return ExportSummary(
         tensors=sum(map(len, groups.values())),
         nbytes=total,
         shards=tuple(groups),
         left_out=dropped,
         identical=sum(kept[shard].identical for shard in groups),
-        quantized=sum(len(kept[shard].quantized) for shard in groups),
-        changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
+        quantized=len(quantized),
+        changed={name: count for name, count in quantized.items() if count},
     )
 
 

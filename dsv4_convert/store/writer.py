@@ -166,9 +166,8 @@ class CheckpointWriter:
             with self.processes.step("prepare"):
                 if self.processes.first:
                     held.enter_context(self._destination.held())
-                    self._destination.check(
-                        overwrite=self._overwrite
-                    )  # again: another writer may have published meanwhile
+                    # Again, as another writer may have published meanwhile.
+                    self._destination.check(overwrite=self._overwrite)
                     if self._restart:
                         self._destination.clear()
                     self._destination.prepare(self._layouts, plan=self._plan, compression=self._compression)
