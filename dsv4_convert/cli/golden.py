@@ -297,10 +297,10 @@ def verify(
     opened = open_golden(golden)
     with byte_progress("verifying") as progress:
         problems = opened.verify(progress)
-    write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
+    write_json({"schema_version": 1, "golden": str(opened.path), "problems": problems}, json)
     if problems:
-        raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
-    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
+        raise CheckFailed(f"{opened.path}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
+    typer.echo(f"{opened.path}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 
 @reported

@@ -8,6 +8,7 @@ import typer
 
 from dsv4_convert.cli.common import SOURCE_HELP, Json, byte_progress, reported, write_json
 from dsv4_convert.units import size
+from dsv4_convert.urls import without_secrets
 
 
 @reported
@@ -40,8 +41,8 @@ def verify(
     write_json(
         {
             "schema_version": 1,
-            "checkpoint": checkpoint,
-            "against": against,
+            "checkpoint": without_secrets(checkpoint),
+            "against": None if against is None else without_secrets(against),
             "problems": problems,
         },
         json,
@@ -49,5 +50,5 @@ def verify(
     if problems:
         raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
     total = sum(store.leaf(path).nbytes for path in store.paths)
-    equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
-    typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")
+    equal = "every byte as written" + ("" if against is None else f" and as {without_secrets(against)} gives it")
+    typer.echo(f"{without_secrets(checkpoint)}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

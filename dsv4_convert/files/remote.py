@@ -352,6 +352,10 @@ class BucketFolder(RemoteFolder):
             raise UsageError(f"{self.url}: {error}{install}") from None
         except ValueError as error:
             raise UsageError(f"{self.url}: {error}; expected a folder, or a URL such as gs://… or https://…") from None
+        except BUGS:
+            raise
+        except Exception as error:  # a file system that connects at once
+            raise ResourceError(f"{self.url}: cannot be reached ({_reason(error)}); check the URL") from None
         self._root = root.rstrip("/")
 
     def files(self) -> dict[str, tuple[int, str]]:

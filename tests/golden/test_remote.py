@@ -38,6 +38,8 @@ class Server(ThreadingHTTPServer):
         self.sized = True
         #: Requests that are answered with 503 before one is served.
         self.failing = 0
+        #: Whether every request is answered with 403.
+        self.refusing = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -52,11 +54,13 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET(send=False)
 
     def do_GET(self, *, send: bool = True) -> None:
-        name = self.path.removeprefix("/golden/")
+        name = self.path.partition("?")[0].removeprefix("/golden/")
         file = self.server.root / name
         if self.server.failing:
             self.server.failing -= 1
             return self.send_error(503)
+        if self.server.refusing:
+            return self.send_error(403)
         if not file.is_file():
             return self.send_error(404)
         content = file.read_bytes()
