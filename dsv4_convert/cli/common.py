@@ -22,6 +22,7 @@ from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.units import size
+from dsv4_convert.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +137,7 @@ def console(*, err: bool = False) -> Console:
 
 def say_error(text: str) -> None:
     """An error on stderr; in a terminal wrapped at words."""
-    title = "error: "
+    title, text = "error: ", without_secrets(text)
     if not sys.stderr.isatty():
         typer.echo(title + text, err=True)
         return
@@ -191,7 +192,7 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
                 say_error(complaint)
                 raise typer.Exit(UsageError.exit_code) from None
             # The values of variables may be private, so the traceback does not show them.
-            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            typer.echo(without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
                 "what `dsv4 doctor --json -` prints."
