@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,20 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the 
 from dsv4_convert.checkpoint.hub_health import endpoint, misconfigured
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.files.strict_json import shown
+from dsv4_convert.urls import without_secrets
+
+
+class _WithoutSecrets(logging.Filter):
+    """Lets all messages through, without the signatures of the URLs in them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+# The client warns of transfers that break by the signed URLs of the servers that large files come from.
+for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+    logging.getLogger(_name).addFilter(_WithoutSecrets())
 
 _TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth login`"
 

@@ -83,7 +83,9 @@ def needed(
         UsageError: no tensor is wanted.
     """
     if CONFIG_NAME not in available:
-        raise BadInput(f"no {CONFIG_NAME}, so not a model that can be converted; check its name")
+        raise BadInput(
+            f"no {CONFIG_NAME}, so not a model that can be converted; check the repository's name or the path"
+        )
     if weight_map is not None:
         shards = sorted({shard for name, shard in weight_map.items() if want is None or want(name)})
         if not shards:

@@ -44,8 +44,10 @@ _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
 
-#: A published checkpoint, of every command that takes one.
-SOURCE_HELP = "Published checkpoint: a folder, ORG/NAME[@REVISION] on the Hub, or gs://bucket/path."
+#: Where a published checkpoint may be, of every command that takes one.
+SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
+#: A converted checkpoint, likewise.
+CHECKPOINT_HELP = "Orbax checkpoint that dsv4 wrote: a folder, or gs://bucket/path."
 
 Json = Annotated[
     str | None,

@@ -11,7 +11,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
-    SOURCE_HELP,
+    SOURCES,
     Json,
     byte_progress,
     console,
@@ -41,7 +41,7 @@ _EXACT_HELP = "Tokens that a compact golden keeps exactly, such as 0,128,-1 (-1 
 
 @resumable
 def record(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    source: Annotated[str, typer.Argument(help=f"Published checkpoint: {SOURCES}")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokens: Annotated[
         str | None, typer.Option(help="Token ids: 5,17,3 or a file (.json, .npy, or text with one prompt per line).")

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
     LAYERS_HELP,
-    SOURCE_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
@@ -34,12 +35,10 @@ def parity(
     golden: Annotated[
         str, typer.Option(help="Golden to compare with (see dsv4 golden record): a folder, or a URL such as gs://….")
     ],
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT_HELP)] = None,
     source: Annotated[
         str | None,
-        typer.Option(help=f"Instead of CHECKPOINT, decoded on the fly. {SOURCE_HELP}"),
+        typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
@@ -76,7 +75,7 @@ def parity(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help=f"To compare the weights of wrong operations with its tensors. {SOURCE_HELP}"),
+        typer.Option(help=f"Published checkpoint, to compare the weights of wrong operations with: {SOURCES}"),
     ] = None,
     require_coverage: Annotated[
         bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")

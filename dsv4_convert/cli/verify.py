@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import SOURCE_HELP, Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, SOURCES, Json, byte_progress, reported, write_json
 from dsv4_convert.units import size
 from dsv4_convert.urls import without_secrets
 
 
 @reported
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help=f"{SOURCE_HELP} Decode it again, and compare bits."),
+        typer.Option(metavar="SOURCE", help=f"Source of the conversion, to decode again and compare bits: {SOURCES}"),
     ] = None,
     json: Json = None,
 ) -> None:

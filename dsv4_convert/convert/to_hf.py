@@ -54,7 +54,7 @@ class ExportSummary:
 
 
 def orbax_to_hf(
-    checkpoint: Path,
+    checkpoint: Path | str,
     destination: Path,
     *,
     requantize: bool = False,

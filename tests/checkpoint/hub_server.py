@@ -88,6 +88,8 @@ class LoopbackHub:
     moved: dict[str, str] = field(default_factory=dict)
     #: Where large files are. None: :attr:`cdn`.
     large_files_at: str | None = None
+    #: The query of their URLs.
+    signature: str = ""
     requests: list[Request] = field(default_factory=list)
     #: Whether requests for a range are honoured.
     ranges: bool = True
@@ -228,7 +230,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             if file.lfs:  # large files are on another host, behind a redirect
                 headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
                 base = hub.cdn if hub.large_files_at is None else hub.large_files_at
-                return self._send(302, headers | {"Location": f"{base}/cdn/{repo_id}/{commit}/{name}"})
+                return self._send(302, headers | {"Location": f"{base}/cdn/{repo_id}/{commit}/{name}{hub.signature}"})
             return self._content(file, headers)
 
         def _content(self, file: HubFile, headers: dict[str, str] | None = None) -> None:

@@ -142,3 +142,12 @@ def test_nothing_stays_of_a_bucket(
     run("parity", "--source", "gs://bucket/hf", "--golden", GOLDEN, "--layer", "1")
     run("verify", converted, "--against", "gs://bucket/hf")
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_converted_checkpoint_in_a_bucket(tiny: Path, tmp_path: Path, bucket: dict[str, object]) -> None:
+    url = "gs://bucket/converted"
+    hf_to_orbax(tiny, url)
+    run("parity", url, "--golden", GOLDEN, "--layer", "0")
+    run("convert", "orbax-to-hf", url, tmp_path / "back")
+    assert open_checkpoint(tmp_path / "back").tensors
+    assert run("generate", url, "--tokens", "1,2,3", "-n", "2").strip()
