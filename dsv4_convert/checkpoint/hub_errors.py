@@ -26,8 +26,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the client: httpx2 in huggingface_hub 2
 
-from dsv4_convert.checkpoint.hub_health import endpoint, misconfigured
+from dsv4_convert.checkpoint.hub_health import endpoint
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
+from dsv4_convert.files.remote import misconfigured
 from dsv4_convert.files.strict_json import shown
 from dsv4_convert.urls import without_secrets
 

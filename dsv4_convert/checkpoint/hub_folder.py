@@ -133,8 +133,7 @@ class HubFolder(HttpFolder):
             found = foreign_content(answer.content[:512]) or answer.content[:80].decode(errors="replace")
             raise unlike_the_hub(what, "JSON", found) from None
 
-    @property
-    def _client(self) -> Any:
+    def _session(self) -> Any:
         return get_session()
 
     def _headers(self) -> dict[str, str]:

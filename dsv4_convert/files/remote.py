@@ -231,10 +231,24 @@ class HttpFolder(RemoteFolder):
             raise UsageError(f"{url}: {error}; expected a URL such as https://host/path") from None
 
     @cached_property
-    def _client(self) -> Any:
-        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the client
+    def _own_client(self) -> Any:
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the client: httpx2 in huggingface_hub 2
 
         return httpx.Client(follow_redirects=True)
+
+    def _client(self) -> Any:
+        """What makes the requests. Raises :class:`UsageError`: the environment keeps it from being made."""
+        try:
+            return self._session()
+        except OSError as error:
+            raise UsageError(f"{self.url}: {error.strerror or error}; check SSL_CERT_FILE and SSL_CERT_DIR") from None
+        except Exception as error:
+            if (reason := misconfigured(error)) is None:
+                raise
+            raise UsageError(f"{self.url}: {reason}; set it right, and run the same command again") from None
+
+    def _session(self) -> Any:
+        return self._own_client
 
     def _at(self, name: str) -> str:
         path = f"{self._parts.path.rstrip('/')}/{quote(name)}"
@@ -250,7 +264,7 @@ class HttpFolder(RemoteFolder):
     def _get(self, url: str, told: OnBytes, *, limit: int, span: tuple[int, int] | None = None) -> Answer:
         headers = {**self._headers(), **({} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"})}
         try:
-            return get(self._client, url, headers, told, limit=limit)
+            return get(self._client(), url, headers, told, limit=limit)
         except HttpStatus as refusal:
             if self._is_absent(refusal.response):
                 raise FileNotFoundError(str(refusal)) from None
@@ -331,6 +345,22 @@ def get(client: Any, url: str, headers: Mapping[str, str], told: OnBytes, *, lim
             first=int(first[1]) if first is not None else 0,
             following=response.links.get("next", {}).get("url"),
         )
+
+
+def misconfigured(error: BaseException) -> str | None:
+    """What in the environment keeps the client from asking at all; None where ``error`` is something else.
+
+    No value is quoted, as the URLs of proxies hold passwords.
+    """
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    if isinstance(error, httpx.InvalidURL):
+        return "HF_ENDPOINT, or the proxy in HTTPS_PROXY or ALL_PROXY, is not a URL"
+    if type(error) is ValueError and "proxy" in str(error):
+        return "the proxy in HTTPS_PROXY or ALL_PROXY is of a kind that the client does not know"
+    if isinstance(error, ImportError) and "socksio" in str(error):
+        return "the SOCKS proxy in HTTPS_PROXY or ALL_PROXY needs the package socksio, which is not installed"
+    return None
 
 
 class BucketFolder(RemoteFolder):

@@ -11,12 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
+from dsv4_convert.checkpoint.hub_plan import plan_download
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.files import remote
 from dsv4_convert.files.remote import BucketFolder, HttpFolder
 
+from ..checkpoint.hub_server import LoopbackHub
 from .odd_answers import UNBOUNDED, Answer, another_range, chunked, of_stated_size
 
 
@@ -138,6 +140,27 @@ def test_a_file_system_that_hangs_is_left(bucket: dict[str, object], monkeypatch
     with pytest.raises(ResourceError, match=r"gs://bucket/model/a: cannot be read \(too slow"):
         folder.size("a")
     released.set()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HTTPS_PROXY", "foo://me:secret@proxy", "of a kind that the client does not know"),
+        ("HTTPS_PROXY", "http://me:sec/ret@proxy", "is not a URL"),
+        ("SSL_CERT_FILE", "/nope", "SSL_CERT_FILE"),
+    ],
+)
+def test_an_environment_that_keeps_it_from_asking(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str, hub: LoopbackHub
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    close_session()
+    for ask in (lambda: HttpFolder("https://127.0.0.1:9/x").content("a"), lambda: plan_download("org/model")):
+        with pytest.raises(UsageError, match=said) as caught:
+            ask()
+        assert "sec" not in str(caught.value)
 
 
 def test_what_is_no_url() -> None:
