@@ -56,8 +56,8 @@ def open_source(
     local = "://" not in text and path.exists()
     match = None if local else _REPOSITORY.fullmatch(text)
     if revision is not None and (match is None or match["revision"] is not None):
-        twice = match is not None
-        what = "names its revision already" if twice else "is a folder or a bucket, and not a repository of the Hub"
+        what = "is a local folder" if local else "is not a repository of the Hub"
+        what = what if match is None else "names its revision already"
         raise UsageError(f"{text}: {what}, so --revision {revision} means nothing; leave it out")
     if local:
         if discard:

@@ -128,7 +128,7 @@ def test_inspection_and_conversion_take_a_revision_with_the_name(served: Loopbac
 
 def test_what_has_no_revision(tiny: Path) -> None:
     for source in (tiny, "gs://bucket/hf"):
-        with pytest.raises(UsageError, match=r"is a folder or a bucket.*leave it out"):
+        with pytest.raises(UsageError, match=r"is (a local folder|not a repository).*leave it out"):
             open_source(source, revision="main")
 
 
