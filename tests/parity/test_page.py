@@ -36,11 +36,11 @@ from dsv4_convert.parity.report.html.data import SHOWN, page_data
 from dsv4_convert.parity.report.html.marks import short
 from dsv4_convert.parity.report.html.page import RunInfo, page
 from dsv4_convert.parity.report.html.scale import Scale
-from dsv4_convert.parity.report.secrets import without_secrets
 from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.spec.taps import TAPS, TapKey, Where, is_state
+from dsv4_convert.urls import without_secrets
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held

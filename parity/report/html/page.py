@@ -22,7 +22,6 @@ from dsv4_convert.parity.report.html import figures
 from dsv4_convert.parity.report.html.data import PageData, page_data
 from dsv4_convert.parity.report.html.marks import GLYPHS, SHADES, short
 from dsv4_convert.parity.report.html.table import tables
-from dsv4_convert.parity.report.secrets import without_secrets
 from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
@@ -38,6 +37,7 @@ from dsv4_convert.parity.report.words import (
 )
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.units import ranges
+from dsv4_convert.urls import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60
