@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.strict_json import enumerated, parse_object
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
@@ -29,6 +29,10 @@ Array = np.ndarray[Any, Any]
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 MODEL_FILE = "model.safetensors"
+
+#: Numerics of a reference -> the dtype in which it computed. Plain: the mathematics without simulated quantisation of
+#: activations. Release: the published inference code.
+NUMERICS = {"plain": "float32", "release": "bfloat16"}
 
 _DIGEST_KEY = "manifest_digest"
 _REQUEST_KEYS = (
@@ -59,7 +63,7 @@ class Reference:
     name: str
     #: Version by package.
     versions: Mapping[str, str]
-    #: "plain": the mathematics without simulated quantisation of activations.
+    #: One of :data:`NUMERICS`, which says its dtype.
     numerics: str
     dtype: str
     attention_implementation: str
@@ -171,7 +175,7 @@ class RecordingRequest:
         text, compact = document["text"], document["compact"]
         tokens = _tokens(document["tokens"], config.vocab_size)
         return cls(
-            reference=Reference(**_record(document, "reference", Reference, mappings=("versions",))),
+            reference=_reference(document),
             source=RecordedSource(
                 **_record(document, "source", RecordedSource, mappings=("files",), optional=("revision",))
             ),
@@ -331,6 +335,13 @@ def _record(
     if kind is RecordedSource and not all(map(_is_digest, entry["files"].values())):
         raise ValueError("source.files: expected SHA-256 digests")
     return entry
+
+
+def _reference(document: Mapping[str, Any]) -> Reference:
+    reference = Reference(**_record(document, "reference", Reference, mappings=("versions",)))
+    dtype = NUMERICS[enumerated(reference.numerics, NUMERICS, field="reference.numerics")]
+    enumerated(reference.dtype, [dtype], field=f"reference.dtype, in {reference.numerics} numerics,")
+    return reference
 
 
 def _tokens(value: object, vocabulary: int) -> tuple[tuple[int, ...], ...]:

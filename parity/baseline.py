@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
 from dsv4_convert.files.limits import nearest_folder
-from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.strict_json import enumerated, read_object
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
@@ -174,8 +174,7 @@ def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Num
     if not (isinstance(entry["platform"], str) and entry["platform"]):
         raise ValueError(f"measured: platform is {key.platform!r}, expected its name")
     for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
-        if getattr(key, field) not in allowed:
-            raise ValueError(f"measured: {field} is {getattr(key, field)!r}, expected one of {', '.join(allowed)}")
+        enumerated(entry[field], allowed, field=f"measured: {field}")
     known = {str(tap): tap for tap in golden.keys}
     taps = {}
     for name, numbers in _mapping(entry["taps"]).items():

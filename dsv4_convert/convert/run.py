@@ -14,12 +14,13 @@ from typing import Any
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout, layout_files
+from dsv4_convert.convert.layouts import layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
-from dsv4_convert.convert.storage import Storage, StoredLeaf
+from dsv4_convert.convert.storage import StoredLeaf
 from dsv4_convert.errors import printable
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import enumerated
 from dsv4_convert.files.workspace import destination_of, stage_of
 from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
@@ -27,29 +28,22 @@ def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[
     Raises:
         BadInput: the manifest is not that of a conversion.
     """
-    metadata = store.metadata
-    try:
-        config = Config.from_json(metadata["config"])
-        source, layers = metadata["source"], tuple(metadata["layers"])
-        dialect = Dialect(metadata["dialect"])
-        facts = {
-            "source": str(source["name"]),
-            "revision": str(source["revision"] or "not recorded"),
-            "converted": f"by dsv4 {metadata['dsv4_version']}, --dtype {metadata['storage']}, "
-            f"--layout {metadata['layout']}",
-            "stored": f"{len(store.paths):,} leaves, complete, of layers {ranges(layers)}",
-        }
-        left_out = [f"{count:,} tensors were left out: {why}" for why, count in metadata["tensors"]["dropped"].items()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{place}: {MANIFEST_FILE} is not that of a conversion ({error!r}); convert again") from error
+    made, metadata = store.conversion, store.metadata
+    facts = {
+        "source": str(made.source.get("name")),
+        "revision": str(made.source.get("revision") or "not recorded"),
+        "converted": f"by dsv4 {metadata.get('dsv4_version')}, --dtype {made.storage}, --layout {made.layout}",
+        "stored": f"{len(store.paths):,} leaves, complete, of layers {ranges(made.layers)}",
+    }
+    left_out = [f"{count:,} tensors were left out: {why}" for why, count in made.dropped.items()]
     return Inspection(
         what=What.CONVERTED,
         place=place,
         known_by=known_by,
         facts=facts | _rounded(metadata),
-        config=config,
-        layers=None if len(layers) == config.num_hidden_layers else layers,
-        rows=_rows(store, dialect),
+        config=made.config,
+        layers=None if len(made.layers) == made.config.num_hidden_layers else made.layers,
+        rows=_rows(store, made.dialect),
         odd=(*left_out, *_disagreeing(store, say)),
     )
 
@@ -67,11 +61,16 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     source = plan.get("fingerprint.source") or {}
     if not isinstance(source, dict):
         raise BadInput(f"{place}: the journal is not that of a conversion; remove it, or convert with --restart")
+    try:
+        storage = enumerated(plan.get("fingerprint.storage"), Storage, field="storage")
+        layout = enumerated(plan.get("fingerprint.layout"), Layout, field="layout")
+    except ValueError as error:
+        raise BadInput(f"{place}: {known_by}: {error}; remove it, or convert with --restart") from None
     destination = destination_of(folder)
     facts = {
         "source": str(source.get("name")),
         "revision": str(source.get("revision") or "not recorded"),
-        "converted": f"--dtype {plan.get('fingerprint.storage')}, --layout {plan.get('fingerprint.layout')}",
+        "converted": f"--dtype {storage}, --layout {layout}",
         "stored": f"{done:,} of {chunks:,} chunks of {len(arrays):,} leaves, {size(staged_bytes(destination))}",
         "resumable": "yes: the same command goes on; --restart discards this",
     }
@@ -109,10 +108,10 @@ def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
 
 
 def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
-    rounding = metadata.get("rounding") or {}
-    if not rounding.get("rounded"):
-        return {}
-    return {"rounded": f"{rounding['rounded']:,} of {rounding['values']:,} converted values"}
+    match metadata.get("rounding"):
+        case {"rounded": int(rounded), "values": int(values)} if rounded:
+            return {"rounded": f"{rounded:,} of {values:,} converted values"}
+    return {}
 
 
 def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:

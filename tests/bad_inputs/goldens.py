@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.checkpoint.safetensors_files import raw_file
 
-from .case import PARITY, RECORD, Case, Place, Step, Words, invoke
+from .case import PARITY, RECORD, Case, Place, Step, Words, invoke, refused
 from .edit import Array, split
 
 _TAP = "layers.0.attn.wq_a"
@@ -183,5 +183,28 @@ GOLDENS: tuple[Case, ...] = (
         3,
         "{golden}/manifest.json",
         "tokens: expected rows of equal length",
+    ),
+    *(
+        refused(
+            "P13",
+            f"{field} that dsv4 does not know: {found}",
+            "{golden}/manifest.json: " + says,
+            model="tiny",
+            edit=_manifest(lambda document, field=field, found=found: document["reference"].update({field: found})),
+            by=(("golden", "show", "{golden}"), _VERIFY, ("inspect", "{golden}"), _ON_0),
+        )
+        for field, found, says in (
+            ("numerics", "Plain", "reference.numerics is 'Plain', expected one of plain, release"),
+            ("dtype", "bfloat16", "reference.dtype, in plain numerics, is 'bfloat16', expected one of float32"),
+        )
+    ),
+    refused(
+        "P13",
+        "a kind of attention that dsv4 does not know",
+        "{golden}/manifest.json: config:",
+        "attention is 'Sliding', expected one of",
+        model="tiny",
+        edit=_manifest(lambda document: document["config"]["attention"].__setitem__(0, "Sliding")),
+        by=(("golden", "show", "{golden}"), _ON_0),
     ),
 )

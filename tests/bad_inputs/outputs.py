@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -130,6 +131,39 @@ def _zarray(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], Non
         document = json.loads(file.read_bytes())
         change(document)
         rewrite(file, json.dumps(document).encode())
+
+    return edit
+
+
+def _in_sources(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Edits the account of the source tensors and states the digest that belongs to it."""
+
+    def edit(orbax: Path) -> None:
+        document = json.loads((orbax / "dsv4_sources.json").read_bytes())
+        change(document)
+        content = json.dumps(document).encode()
+        rewrite(orbax / "dsv4_sources.json", content)
+        digest = hashlib.sha256(content).hexdigest()
+        manifest_again(orbax, lambda manifest: manifest["files"].update({"dsv4_sources.json": digest}))
+
+    return edit
+
+
+def _in_metadata(**changes: Any) -> Callable[[Place], object]:
+    return _in_orbax(lambda orbax: manifest_again(orbax, lambda document: document["metadata"].update(changes)))
+
+
+def _interrupted(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    """The stage of a conversion whose first line, its settings, was edited."""
+
+    def edit(place: Place) -> None:
+        in_array("mtp.0.norm.weight", np.uint16, lambda array: array.fill(0x7FFF))(place)
+        assert invoke(place.words(CONVERT)).code == 3
+        journal = place.root / "dest.dsv4-partial" / "journal.jsonl"
+        first, _, rest = journal.read_bytes().partition(b"\n")
+        document = json.loads(first)
+        change(document)
+        journal.write_bytes(json.dumps(document, sort_keys=True).encode() + b"\n" + rest)
 
     return edit
 
@@ -405,5 +439,43 @@ OUTPUTS: tuple[Case, ...] = (
             Step(VERIFY, 1, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
             Step(EXPORT, 3, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
         ),
+    ),
+    *(
+        refused(
+            "O16",
+            f"another {field} than any: {found}",
+            "{orbax}/" + f"{_MANIFEST}: {field} is {found!r}, expected one of {allowed}",
+            edit=_in_metadata(**{field: found}),
+            by=(("inspect", "{orbax}"), AGAINST, *_OPENERS[1:]),
+        )
+        for field, found, allowed in (
+            ("storage", "Source", "bfloat16, float32, source"),
+            ("layout", "dsv4 ", "dsv4, maxtext, maxtext-unscanned"),
+            ("dialect", "hf", "published, transformers, module"),
+        )
+    ),
+    refused(
+        "O16",
+        "metadata without the source",
+        "{orbax}/" + f"{_MANIFEST}: source is 'None', expected an object",
+        edit=_in_metadata(source=None),
+        by=(("inspect", "{orbax}"), *_OPENERS[1:]),
+    ),
+    refused(
+        "O16",
+        "a source tensor of a dtype that nobody stores",
+        "{orbax}/dsv4_sources.json",
+        "'embed.weight': dtype is 'BF17', expected one of BOOL",
+        edit=_in_orbax(_in_sources(lambda document: document["tensors"]["embed.weight"].update(dtype="BF17"))),
+        by=(AGAINST, EXPORT),
+    ),
+    refused(
+        "O16",
+        "an interrupted conversion of a storage that dsv4 does not know",
+        "journal.jsonl: storage is 'int4', expected one of bfloat16, float32, source",
+        edit=_interrupted(lambda plan: plan.update({"fingerprint.storage": "int4"})),
+        by=(("inspect", "{root}/dest.dsv4-partial"),),
+        resumed=True,
+        slow=True,
     ),
 )
