@@ -35,7 +35,8 @@ from dsv4_convert.files.limits import nearest_folder
 from dsv4_convert.files.strict_json import enumerated, read_object
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.noise import MODES
+from dsv4_convert.golden.layout import is_fed
+from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.parity.metrics import Multiples
 from dsv4_convert.parity.tolerances import BANDS, UNIT
 from dsv4_convert.spec.taps import TapKey
@@ -180,7 +181,8 @@ def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Num
     for name, numbers in _mapping(entry["taps"]).items():
         if name not in known:
             raise ValueError(f"{key}: the golden has no tap {name!r}")
-        taps[known[name]] = _numbers(f"{key}: {name}", numbers)
+        if not is_fed(known[name], Mode(key.mode)):  # earlier versions recorded these zeros
+            taps[known[name]] = _numbers(f"{key}: {name}", numbers)
     return key, taps
 
 

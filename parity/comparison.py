@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden, View
-from dsv4_convert.golden.layout import DTYPES, calls, rows_of
+from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -68,6 +68,12 @@ class Comparison:
         if self._phase is Phase.PREFILL:
             there = (key for key in there if not key.tap.is_state)
         return [self._one(key, activations, mode, teacher_forced=teacher_forced, detail=detail) for key in there]
+
+    def compares(self, key: TapKey, mode: Mode) -> bool:
+        """Whether judging a tap says anything: it has elements in the compared tokens, and the model computes it."""
+        if is_fed(key, mode) or (self._phase is Phase.PREFILL and key.tap.is_state):
+            return False
+        return bool(math.prod(self.golden.shape(key))) and self._rows(key) != []
 
     def choices(self, layer: int) -> Activations:
         """The golden's discrete choices in a layer; none if the layer was not recorded."""

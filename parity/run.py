@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.model import PLAIN, Numerics
@@ -188,6 +188,7 @@ class ParityRun:
         # the golden's own inputs.
         self._teacher_forced = golden.numerics == "release"
         self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._check_something_is_compared()
         self._forward = Forward(
             weights,
             golden.tokens,
@@ -234,6 +235,16 @@ class ParityRun:
             },
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
+        )
+
+    def _check_something_is_compared(self) -> None:
+        """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
+        if any(self._comparison.compares(key, mode) for mode in self._modes for key in self._wanted):
+            return
+        names = ", ".join(dict.fromkeys(key.tap.name for key in self._wanted))
+        raise UsageError(
+            f"nothing would be compared of {names}: a layer's input is the golden's own in isolated mode, and other "
+            "taps have no elements in these tokens; name other taps, use --mode cumulative, or record more tokens"
         )
 
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
@@ -317,8 +328,9 @@ class ParityRun:
     def _judge(self, activations: Activations, mode: Mode) -> bool:
         """Judge the wanted taps; whether any fails."""
         teacher_forced = self._teacher_forced and mode is Mode.ISOLATED
+        compared = [key for key in self._wanted if not is_fed(key, mode)]
         results = self._comparison.judge(
-            activations, mode, self._wanted, teacher_forced=teacher_forced, detail=self._detail
+            activations, mode, compared, teacher_forced=teacher_forced, detail=self._detail
         )
         self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from dsv4_convert.golden.archive import TapForm
+from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.blame import WeightDifference
@@ -270,8 +271,8 @@ class ParityReport:
 
     @property
     def agrees(self) -> bool:
-        """Nothing fails, and something was compared."""
-        return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
+        """Nothing fails, and something was compared that the model was not given."""
+        return not self.count(Verdict.FAIL) and any(tap.passes and not is_fed(tap.key, tap.mode) for tap in self.taps)
 
     @property
     def covered(self) -> bool:
