@@ -238,9 +238,10 @@ class Golden:
         name = self.manifest.aliases.get(stored, stored)
         entry = self.manifest.taps[name]
         array = self._files.array(entry.file, self._infos(entry.file)[name])
-        if digest(array) != entry.sha256:
+        prompt = self.manifest.request.prompt_digest if self.manifest.ties_prompt else b""
+        if digest(array, prompt) != entry.sha256:
             raise BadInput(
-                f"{self.path}/{entry.file}: {name}: the bytes are not those that were recorded "
+                f"{self.path}/{entry.file}: {name}: the bytes are not those that were recorded of this prompt "
                 f"(SHA-256 differs); {AGAIN}"
             )
         return array
@@ -295,9 +296,11 @@ def open_golden(path: Path | str) -> Golden:
     return golden
 
 
-def digest(array: Array) -> str:
-    """SHA-256 of an array's bytes in C order, 64 hex digits."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+def digest(array: Array, prompt: bytes) -> str:
+    """SHA-256 of the digest of a prompt and of an array's bytes in C order, 64 hex digits."""
+    both = hashlib.sha256(prompt)
+    both.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return both.hexdigest()
 
 
 def differences(file: Path | str, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:

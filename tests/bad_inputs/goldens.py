@@ -34,6 +34,13 @@ def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], N
     return edit
 
 
+def _sha256(document: dict[str, Any], array: Array) -> str:
+    """What the manifest says of an array: the digest of its prompt's digest and its bytes."""
+    prompt = {key: document[key] for key in ("tokens", "first_position", "decode")}
+    text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(hashlib.sha256(text.encode()).digest() + array.tobytes()).hexdigest()
+
+
 def _values(change: Callable[[Array], object], *, forged: bool = True) -> Callable[[Place], None]:
     """Changes the recorded numbers of a tap, and the digests that belong to them."""
 
@@ -44,9 +51,8 @@ def _values(change: Callable[[Array], object], *, forged: bool = True) -> Callab
         array = np.frombuffer(data[begin:end], np.float32).reshape(header[_TAP]["shape"]).copy()
         change(array)
         file.write_bytes(raw_file(header, data[:begin] + array.tobytes() + data[end:]))
-        digest = hashlib.sha256(array.tobytes()).hexdigest()
         if forged:
-            _manifest(lambda document: document["taps"][_TAP].update(sha256=digest))(place)
+            _manifest(lambda document: document["taps"][_TAP].update(sha256=_sha256(document, array)))(place)
 
     return edit
 
@@ -78,6 +84,15 @@ GOLDENS: tuple[Case, ...] = (
         3,
         "{golden}/manifest.json",
         "tokens: expected rows of equal length with ids below 96",
+    ),
+    _bad(
+        "P01",
+        "other tokens than those of the arrays, in a layer that does not read tokens",
+        _manifest(lambda document: document["tokens"][0].__setitem__(slice(7, 9), [1, 2])),
+        (*PARITY, "--layer", "2"),
+        3,
+        "layer-00002.safetensors",
+        "the bytes are not those that were recorded of this prompt",
     ),
     _bad(
         "P01",

@@ -259,7 +259,7 @@ def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int
     save_file(arrays, file)
     manifest = recorded.manifest
     entries: dict[str, StoredTap] = {
-        tap: dataclasses.replace(entry, sha256=digest(arrays[tap])) if tap in arrays else entry
+        tap: dataclasses.replace(entry, sha256=digest(arrays[tap], manifest.request.prompt_digest)) if tap in arrays else entry
         for tap, entry in manifest.taps.items()
     }
     changed = GoldenManifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
