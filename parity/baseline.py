@@ -38,7 +38,7 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.parity.metrics import Multiples
-from dsv4_convert.parity.tolerances import BANDS, UNIT
+from dsv4_convert.parity.tolerances import BANDS, LIMITS, UNIT
 from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 1
@@ -49,6 +49,9 @@ _ROOT = ("schema_version", "golden", "measured", "history")
 _REAL = tuple(field.name for field in dataclasses.fields(Multiples))
 #: The measures that a tap may have: multiples of the noise floor, or for a choice the share of tokens with ties.
 _FORMS = (_REAL, ("tokens",))
+
+#: The largest number that a run within tolerance has, by measure.
+_MOST = {**{measure: getattr(LIMITS, measure) for measure in _REAL}, "tokens": 1.0}
 
 #: The errors of a tap, by measure.
 Numbers = Mapping[str, float]
@@ -195,6 +198,10 @@ def _numbers(where: str, value: object) -> Numbers:
         good = isinstance(number, int | float) and not isinstance(number, bool)
         if not good or not math.isfinite(number) or number < 0:
             raise ValueError(f"{where}: {measure} is {number!r}, expected a number that is 0 or more")
+        if number > (most := _MOST[measure]):
+            raise ValueError(
+                f"{where}: {measure} is {number!r}, beyond the tolerance of {most:g}; only less is recorded"
+            )
     return {measure: float(numbers[measure]) for measure in BANDS if measure in numbers}
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
+from dsv4_convert.golden.files import AGAIN
 from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of
-from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
-from dsv4_convert.parity.floor import Floor, floor_of, row_sizes
+from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
@@ -84,11 +86,17 @@ class Comparison:
         return {key: self.golden.read(key) for key in self._recorded(layer)}
 
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:
-        """The noise floor of a tap that has elements, of which the golden keeps ``views``."""
+        """The noise floor of a tap that has elements, of which the golden keeps ``views``.
+
+        Raises:
+            BadInput: rounding does not explain it.
+        """
         first = views[0]
         # The first number of a sketched row is its rms.
         sizes = row_sizes(first.values if first.sketched is None else first.values[..., :1])
         noise = self.golden.noise(key, self.dtype, mode)
+        if problem := self.golden.noise_problem(key, self.dtype, mode, noise, sizes):
+            raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
         least = release_unit(key.tap.name, mode)

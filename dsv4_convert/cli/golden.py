@@ -210,6 +210,7 @@ def show(
         for layer in opened.layers:
             say(f"layer {layer}")
             reached.append(prompt_coverage(opened, layer))
+        odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {
         "schema_version": 1,
         "reference": dataclasses.asdict(opened.manifest.request.reference),
@@ -224,9 +225,12 @@ def show(
         "taps": list(opened.names),
         "shapes": {name: list(opened.shape(name)) for name in opened.names},
         "reach": [dataclasses.asdict(layer) for layer in reached],
+        "odd": odd,
     }
     if json != "-":
         _print_golden(opened, reached)
+        for problem in odd:
+            typer.echo(f"{'odd':<14} {problem}")
     write_json(document, json)
 
 

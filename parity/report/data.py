@@ -150,8 +150,9 @@ class Gate:
 
     ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
     not have. ``missing``: those that only it has; ``left_out``: how many only it has because they, or their mode, were
-    not wanted. ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps,
-    ``tightened`` ones, and ``grown`` ones for a ``reason``.
+    not wanted. ``lacking``: how many taps of the golden it has no record of, which were not wanted either.
+    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
+    ``grown`` ones for a ``reason``.
     """
 
     path: str
@@ -161,6 +162,7 @@ class Gate:
     unrecorded: tuple[TapInMode, ...]
     missing: tuple[TapInMode, ...]
     left_out: int
+    lacking: int = 0
     update: bool = False
     updated: bool = False
     added: int = 0

@@ -264,6 +264,8 @@ def _unchanged(report: ParityReport) -> Iterator[str]:
 def _baseline(gate: Gate) -> str:
     """The verdict of a baseline that the run passes, and whether its file changed."""
     aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
+    if gate.lacking:
+        aside += f", and it has no record of {number_of(gate.lacking, 'other tap')} of this golden"
     if not gate.updated:
         return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
     raised = len({(grown.mode, grown.name) for grown in gate.grown})

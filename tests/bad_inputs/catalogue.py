@@ -137,6 +137,7 @@ IDS: dict[str, str] = {
     "P10": "recording that changes results",
     "P11": "padding",
     "P12": "faults of the model, each named at its place",
+    "P14": "noise floors that no rounding gives",
     "P13": "a word in a golden's records that dsv4 does not know",
 }
 

@@ -16,6 +16,7 @@ from .edit import Array, split
 
 _TAP = "layers.0.attn.wq_a"
 _ON_0: Words = (*PARITY, "--layer", "0")
+_LOOKED_AT: tuple[Words, ...] = (("golden", "show"), ("inspect",))
 _VERIFY: Words = ("golden", "verify", "{golden}")
 
 
@@ -41,20 +42,34 @@ def _sha256(document: dict[str, Any], array: Array) -> str:
     return hashlib.sha256(hashlib.sha256(text.encode()).digest() + array.tobytes()).hexdigest()
 
 
-def _values(change: Callable[[Array], object], *, forged: bool = True) -> Callable[[Place], None]:
+def _values(change: Callable[[Array], object], *, tap: str = _TAP, forged: bool = True) -> Callable[[Place], None]:
     """Changes the recorded numbers of a tap, and the digests that belong to them."""
 
     def edit(place: Place) -> None:
         file = place.golden / "layer-00000.safetensors"
         header, data = split(file)
-        begin, end = header[_TAP]["data_offsets"]
-        array = np.frombuffer(data[begin:end], np.float32).reshape(header[_TAP]["shape"]).copy()
+        begin, end = header[tap]["data_offsets"]
+        array = np.frombuffer(data[begin:end], np.float32).reshape(header[tap]["shape"]).copy()
         change(array)
         file.write_bytes(raw_file(header, data[:begin] + array.tobytes() + data[end:]))
         if forged:
-            _manifest(lambda document: document["taps"][_TAP].update(sha256=_sha256(document, array)))(place)
+            _manifest(lambda document: document["taps"][tap].update(sha256=_sha256(document, array)))(place)
 
     return edit
+
+
+def _noise(change: Callable[[Array], object], *, tap: str = _TAP) -> Callable[[Place], None]:
+    """Changes a noise floor ``[dtypes, modes, rms and peak, B, S]``, and the digests that belong to it."""
+    return _values(change, tap=f"{tap}:noise")
+
+
+def _inflated(array: Array) -> None:
+    """A hundredth of the values, in float32: twelve times that would let almost anything pass."""
+    array[0] = np.sqrt(np.mean(np.square(array[1]))) * 10
+
+
+def _one_small_row(array: Array) -> None:
+    array[0, :, :, 0, 5] *= 1e4
 
 
 def _short_prompt(place: Place) -> None:
@@ -198,8 +213,9 @@ GOLDENS: tuple[Case, ...] = (
         "a golden of zeros",
         _values(lambda array: array.fill(0)),
         _ON_0,
-        1,
-        f"FAIL: {_TAP} is the first tap that diverges",
+        3,
+        f"{_TAP}, float32, isolated: a noise floor of",
+        "where rounding explains at most 0",
     ),
     _bad(
         "P11",
@@ -209,6 +225,36 @@ GOLDENS: tuple[Case, ...] = (
         3,
         "{golden}/manifest.json",
         "tokens: expected rows of equal length",
+    ),
+    *(
+        Case(
+            id="P14",
+            what=f"a noise floor {what}",
+            model="tiny",
+            slow=True,
+            edit=_noise(change),
+            steps=(
+                Step(
+                    (*_ON_0, "--taps", "attn.wq_a"), 3, (f"{{golden}}: {_TAP}, float32, isolated: a noise floor", says)
+                ),
+                Step(_VERIFY, 1, (f"{_TAP}, float32, isolated: a noise floor", says)),
+                *(Step((*words, "{golden}"), 0, (says,)) for words in looked_at),
+            ),
+        )
+        for what, change, says, looked_at in (
+            ("of infinity", lambda array: array.fill(np.inf), "of inf", _LOOKED_AT),
+            ("of NaN", lambda array: array.fill(np.nan), "of nan", _LOOKED_AT),
+            ("below zero", lambda array: np.negative(array, out=array), "which is negative", _LOOKED_AT),
+            (
+                "with a small peak",
+                lambda array: array[:, :, 1].__imul__(1e-3),
+                "do not belong to the same 16 elements",
+                _LOOKED_AT,
+            ),
+            ("of a billion", lambda array: array.fill(1e9), "over the whole tap, where rounding explains at most", ()),
+            ("of float32 as large as bfloat16's", _inflated, "over the whole tap, where rounding explains", ()),
+            ("that is large in one row", _one_small_row, "where rounding explains at most", ()),
+        )
     ),
     *(
         refused(

@@ -97,7 +97,8 @@ def test_every_array_comes_back_and_other_readers_see_the_same(tmp_path: Path) -
     for layer in (*request.layers, None):
         for name, array in load_file(golden.path / layer_file(layer)).items():
             assert array.tobytes() == arrays[name].tobytes(), name
-            text = json.dumps({"decode": 0, "first_position": 0, "tokens": golden.tokens.tolist()}, separators=(",", ":"))
+            prompt_of = {"decode": 0, "first_position": 0, "tokens": golden.tokens.tolist()}
+            text = json.dumps(prompt_of, separators=(",", ":"))
             prompt = hashlib.sha256(text.encode()).digest()
             assert hashlib.sha256(prompt + array.tobytes()).hexdigest() == golden.manifest.taps[name].sha256
     assert [entry.name for entry in tmp_path.iterdir()] == ["golden"]

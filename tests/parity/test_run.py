@@ -258,8 +258,9 @@ def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int
     arrays = {**load_file(file), name: chosen, "layers.3.attn.indexer.scores": scores}
     save_file(arrays, file)
     manifest = recorded.manifest
+    prompt = manifest.request.prompt_digest
     entries: dict[str, StoredTap] = {
-        tap: dataclasses.replace(entry, sha256=digest(arrays[tap], manifest.request.prompt_digest)) if tap in arrays else entry
+        tap: dataclasses.replace(entry, sha256=digest(arrays[tap], prompt)) if tap in arrays else entry
         for tap, entry in manifest.taps.items()
     }
     changed = GoldenManifest(request=manifest.request, taps=entries, aliases=manifest.aliases)
