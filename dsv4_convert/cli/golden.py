@@ -13,6 +13,7 @@ from dsv4_convert.cli.common import (
     Json,
     byte_progress,
     console,
+    echo,
     one_of,
     parse_choice,
     parse_layers,
@@ -138,7 +139,7 @@ def record(
             announce=_print_plan,
             progress=lambda what: say(what),
         )
-    typer.echo(
+    echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
     )
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
@@ -146,10 +147,10 @@ def record(
 
 def _print_plan(planned: RecordingPlan) -> None:
     """The plan in a few lines, on stderr."""
-    typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
+    echo(f"reads   {size(planned.bytes_read)}", err=True)
     share = planned.bytes_written / planned.bytes_whole
     of = f" ({share:.2%} of the whole)" if share < 1 else ""
-    typer.echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
+    echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
 
 
 def _positions(text: str) -> list[int]:
@@ -187,7 +188,7 @@ def compact(
         kept = Compact.of(_positions(exact), opened.tokens.shape[1])
         made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
     before, after = opened.nbytes, made.nbytes
-    typer.echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
+    echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
 
 
@@ -230,7 +231,7 @@ def show(
     if json != "-":
         _print_golden(opened, reached)
         for problem in odd:
-            typer.echo(f"{'odd':<14} {problem}")
+            echo(f"{'odd':<14} {problem}")
     write_json(document, json)
 
 
@@ -261,10 +262,10 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         "bytes": f"{opened.nbytes:,}",
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<14} {text}")
+        echo(f"{name:<14} {text}")
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
-        typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
     screen = console()
     screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
 
@@ -306,7 +307,7 @@ def verify(
     write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
     if problems:
         raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
-    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
+    echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 
 @reported
@@ -327,7 +328,7 @@ def diff(
         say("opening")
         found = compare(open_golden(first), open_golden(second), say)
     for line in found.lines():
-        typer.echo(line, err=json == "-")
+        echo(line, err=json == "-")
     write_json(found.to_json(), json)
     if not found.agrees:
         raise CheckFailed(f"{first} and {second} differ beyond the noise floor")
@@ -358,5 +359,5 @@ def make_checkpoint(
 
     with byte_progress("writing") as progress:
         total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
-    typer.echo(f"{out}: {size(total)} of random weights", err=json == "-")
+    echo(f"{out}: {size(total)} of random weights", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": total, "form": form, "seed": seed}, json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import Json, byte_progress, echo, reported, write_json
 from dsv4_convert.units import size
 
 
@@ -51,4 +51,4 @@ def verify(
         raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
     total = sum(store.leaf(path).nbytes for path in store.paths)
     equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
-    typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")
+    echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

@@ -35,6 +35,7 @@ from dsv4_convert.parity.report.words import (
     verdict,
     why,
 )
+from dsv4_convert.text import for_html, for_json
 from dsv4_convert.units import ranges
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
@@ -86,7 +87,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     }
     said = summarized(report)
     headline = said.headline.partition(": ")[2]
-    return environment.get_template("page.html.j2").render(
+    html = environment.get_template("page.html.j2").render(
         report=report,
         run=run,
         data=data,
@@ -115,10 +116,15 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         ],
         provenance=_provenance(report, run),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        document=htmlsafe_json_dumps(
-            document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+        document=Markup(
+            for_json(
+                htmlsafe_json_dumps(
+                    document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+                )
+            )
         ),
     )
+    return for_html(html)
 
 
 def _lean(data: PageData) -> PageData:

@@ -1,0 +1,23 @@
+"""The console that everything is printed to: text is data, never markup, and no escape sequence of it gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from dsv4_convert.text import for_terminal
+
+
+class Screen(Console):
+    """A console of rich without markup and emoji codes; styles come from ``Text`` and ``style=`` alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What rich makes of an object, its text escaped for a terminal."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=for_terminal(segment.text))
