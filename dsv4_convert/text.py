@@ -13,9 +13,9 @@ import unicodedata
 #: that reverse the direction of text), surrogates and separators of lines are written as Python escapes.
 _HARMLESS = frozenset("\n\t\u200c\u200d")
 _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-#: What GitHub's runner takes for a command: ``::error::`` at the beginning of a line, which wrapping may make of any
-#: place in a line, and ``##[error]`` anywhere.
-_COMMAND = re.compile(r"::(?=[A-Za-z_-]+[^\n]*?::)|##(?=\[)")
+#: The beginnings of what GitHub's runner takes for a command: ``::error::`` at the beginning of a line, which wrapping
+#: may make of any word, and ``##[error]`` anywhere. A console may hand over a line in pieces.
+_COMMAND = re.compile(r"(?<!\S)::|##")
 #: Characters that XML 1.0 cannot hold, not even escaped.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|$~&]")

@@ -20,7 +20,7 @@ _LOOKED_AT: tuple[Words, ...] = (("golden", "show"), ("inspect",))
 _VERIFY: Words = ("golden", "verify", "{golden}")
 
 
-def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+def golden_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
     """Edits the manifest and states the digest that belongs to it, as a forger would."""
 
     def edit(place: Place) -> None:
@@ -53,7 +53,7 @@ def _values(change: Callable[[Array], object], *, tap: str = _TAP, forged: bool 
         change(array)
         file.write_bytes(raw_file(header, data[:begin] + array.tobytes() + data[end:]))
         if forged:
-            _manifest(lambda document: document["taps"][tap].update(sha256=_sha256(document, array)))(place)
+            golden_manifest(lambda document: document["taps"][tap].update(sha256=_sha256(document, array)))(place)
 
     return edit
 
@@ -94,7 +94,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P01",
         "tokens that the vocabulary does not have",
-        _manifest(lambda document: document["tokens"][0].__setitem__(0, 96)),
+        golden_manifest(lambda document: document["tokens"][0].__setitem__(0, 96)),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -103,7 +103,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P01",
         "other tokens than those of the arrays, in a layer that does not read tokens",
-        _manifest(lambda document: document["tokens"][0].__setitem__(slice(7, 9), [1, 2])),
+        golden_manifest(lambda document: document["tokens"][0].__setitem__(slice(7, 9), [1, 2])),
         (*PARITY, "--layer", "2"),
         3,
         "layer-00002.safetensors",
@@ -124,7 +124,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P02",
         "a tap is missing in the manifest",
-        _manifest(lambda document: document["taps"].pop(_TAP)),
+        golden_manifest(lambda document: document["taps"].pop(_TAP)),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -167,7 +167,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P05",
         "a tap of a shape that would broadcast",
-        _manifest(lambda document: document["taps"][_TAP].update(shape=[1, 1, 16])),
+        golden_manifest(lambda document: document["taps"][_TAP].update(shape=[1, 1, 16])),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -220,7 +220,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P11",
         "prompts of unequal lengths, which would need padding",
-        _manifest(lambda document: document.update(tokens=[[1, 2, 3], [1, 2]])),
+        golden_manifest(lambda document: document.update(tokens=[[1, 2, 3], [1, 2]])),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -262,7 +262,9 @@ GOLDENS: tuple[Case, ...] = (
             f"{field} that dsv4 does not know: {found}",
             "{golden}/manifest.json: " + says,
             model="tiny",
-            edit=_manifest(lambda document, field=field, found=found: document["reference"].update({field: found})),
+            edit=golden_manifest(
+                lambda document, field=field, found=found: document["reference"].update({field: found})
+            ),
             by=(("golden", "show", "{golden}"), _VERIFY, ("inspect", "{golden}"), _ON_0),
         )
         for field, found, says in (
@@ -276,7 +278,7 @@ GOLDENS: tuple[Case, ...] = (
         "{golden}/manifest.json: config:",
         "attention is 'Sliding', expected one of",
         model="tiny",
-        edit=_manifest(lambda document: document["config"]["attention"].__setitem__(0, "Sliding")),
+        edit=golden_manifest(lambda document: document["config"]["attention"].__setitem__(0, "Sliding")),
         by=(("golden", "show", "{golden}"), _ON_0),
     ),
 )
