@@ -20,6 +20,7 @@ from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.report.secrets import all_without_secrets
 from dsv4_convert.parity.tolerances import Limits
+from dsv4_convert.parity.unchecked import Unchecked
 from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 3
@@ -198,6 +199,7 @@ class ParityReport:
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
+    ``unchecked``: what the run says nothing about; None for activations of another implementation.
     ``detail``: numbers for figures, if asked for; not part of the JSON.
     """
 
@@ -216,6 +218,7 @@ class ParityReport:
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
     platform: Mapping[str, Any]
+    unchecked: Unchecked | None = None
     gate: Gate | None = None
     detail: Detail | None = None
 
@@ -282,8 +285,9 @@ class ParityReport:
 
     @property
     def covered(self) -> bool:
-        """The golden reaches everything, if that is required."""
-        return not (self.require_coverage and self.uncovered)
+        """The golden reaches everything, if that is required, and unused weights of a conversion are the source's."""
+        unproven = self.unchecked is not None and self.unchecked.unproven
+        return not (self.require_coverage and (self.uncovered or unproven))
 
     @property
     def passed(self) -> bool:
@@ -311,6 +315,7 @@ class ParityReport:
             "growth": self.error_splits,
             "require_reach": self.require_coverage,
             "reach": self.prompt_coverage,
+            "unchecked": self.unchecked,
             "baseline": None if self.gate is None else {"passed": self.gate.passed, **plain(self.gate)},
             "logits": self.logits,
             "checkpoint": dict(self.checkpoint),

@@ -15,6 +15,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
+from dsv4_convert.parity.unchecked import unchecked_sentences
 from dsv4_convert.text import for_xml
 
 
@@ -84,6 +85,8 @@ def _whole(report: ParityReport) -> Iterable[ET.Element]:
     if report.require_coverage:
         for layer in report.uncovered:
             yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
+        if report.unchecked is not None and report.unchecked.unproven:
+            yield _broken("unused weights", "reach", " ".join(unchecked_sentences(report.unchecked)))
     gate = report.gate
     if gate is None or gate.passed:
         return
