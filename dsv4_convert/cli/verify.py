@@ -18,18 +18,22 @@ def verify(
         Path | None,
         typer.Option(metavar="SOURCE", help="Source folder of the conversion: decode it again, compare bits."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail, too, for anything in the folder that the manifest does not name.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Hash every stored byte of a converted checkpoint again and compare with its manifest.
 
     Orbax itself restores flipped bits without a warning. --against decodes the source again and compares every stored
-    byte with the result. Exits 1 if anything differs.
+    byte with the result. Exits 1 if anything differs. What lies beside the checkpoint's own files is a warning, or with
+    --strict a failure: Orbax and other readers may take it for a part of the model.
 
     Example: dsv4 verify ./flash-orbax --against ./DeepSeek-V4-Flash
     """
     from dsv4_convert.convert.against import compare_with_source
     from dsv4_convert.errors import CheckFailed, listed
-    from dsv4_convert.store import open_store
+    from dsv4_convert.store import open_store, unaccounted
     from dsv4_convert.store import verify as verify_store
 
     store = open_store(checkpoint)
@@ -38,17 +42,24 @@ def verify(
     if against is not None:
         with byte_progress("comparing") as progress:
             problems += compare_with_source(store, against, progress)
+    beside = unaccounted(store)
+    if strict:
+        problems += beside
+    for line in () if strict else beside:
+        echo(f"warning: {line}", err=True)
     write_json(
         {
             "schema_version": 1,
             "checkpoint": checkpoint,
             "against": None if against is None else str(against),
             "problems": problems,
+            "unaccounted": beside,
         },
         json,
     )
     if problems:
-        raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
+        way_out = "Remove what is not part of it." if problems == beside else "Convert the model again."
+        raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\n{way_out}")
     total = sum(store.leaf(path).nbytes for path in store.paths)
     equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
     echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

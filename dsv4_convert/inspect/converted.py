@@ -13,7 +13,7 @@ from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, par
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import Dialect, lookup
-from dsv4_convert.store import Store
+from dsv4_convert.store import Store, unaccounted
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.journal import Journal
@@ -131,12 +131,12 @@ def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
 
 
 def _disagreeing(store: Store, say: Callable[[str], None]) -> list[str]:
-    """Files whose size differs from the manifest, missing files, and files that do not belong there."""
+    """Files whose size differs from the manifest, missing files, and what the manifest does not account for."""
     if not is_local(store.folder):
         return []
     expected = {*store.paths, *store.manifest.files, MANIFEST_FILE}
     found = {entry.name for entry in store.folder.iterdir()}
-    odd = [f"{name}: in the folder, but not in the manifest" for name in sorted(found - expected)]
+    odd = unaccounted(store)
     odd += [f"{name}: in the manifest, but not in the folder" for name in sorted(expected - found)]
     for number, path in enumerate(store.paths):
         if not number % 100:

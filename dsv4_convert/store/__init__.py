@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv4_convert.store.arrays import Compression
+from dsv4_convert.store.beside import unaccounted
 from dsv4_convert.store.layout import ArrayLayout, chunk_digest, row_chunks
 from dsv4_convert.store.manifest import LeafRecord, Manifest
 from dsv4_convert.store.places import Place, as_path, place_of
@@ -28,5 +29,6 @@ __all__ = [
     "open_store",
     "place_of",
     "row_chunks",
+    "unaccounted",
     "verify",
 ]

@@ -115,6 +115,7 @@ IDS: dict[str, str] = {
     "O14": "a converted checkpoint that was damaged",
     "O15": "a converted checkpoint of another shape or dtype, which Orbax restores",
     "O16": "a word in a conversion's records that dsv4 does not know",
+    "O17": "what lies beside a checkpoint's own files",
     "N01": "401, 403 and 404",
     "N02": "429 and 5xx, for a while and for ever",
     "N03": "a server that stalls",

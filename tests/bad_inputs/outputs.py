@@ -168,6 +168,14 @@ def _interrupted(change: Callable[[dict[str, Any]], object]) -> Callable[[Place]
     return edit
 
 
+def _link_out(place: Place) -> None:
+    """The bytes of a chunk somewhere else, and a link to them in its place."""
+    file = chunk(place.orbax, _LEAF)
+    shutil.copy(file, place.root / "elsewhere")
+    file.unlink()
+    file.symlink_to(place.root / "elsewhere")
+
+
 def _to(dest: str) -> Words:
     return ("convert", "hf-to-orbax", "{source}", dest)
 
@@ -460,6 +468,46 @@ OUTPUTS: tuple[Case, ...] = (
         "{orbax}/" + f"{_MANIFEST}: source is 'None', expected an object",
         edit=_in_metadata(source=None),
         by=(("inspect", "{orbax}"), *_OPENERS[1:]),
+    ),
+    *(
+        Case(
+            id="O17",
+            what=what,
+            edit=edit,
+            steps=(
+                Step(VERIFY, 0, (f"warning: {says}",)),
+                Step((*VERIFY, "--strict"), 1, (says, "Remove what is not part of it")),
+                Step(("inspect", "{orbax}"), 0, (f"odd: {says}",)),
+            ),
+        )
+        for what, edit, says in (
+            (
+                "a leaf that no tensor gave",
+                _in_orbax(lambda orbax: shutil.copytree(orbax / _LEAF, orbax / "layers.0.attn.wq_c")),
+                "layers.0.attn.wq_c: in the folder, but not in the manifest",
+            ),
+            (
+                "attributes of an array",
+                _in_orbax(lambda orbax: (orbax / _LEAF / ".zattrs").write_text("{}")),
+                f"{_LEAF}/.zattrs: in the folder, but no chunk",
+            ),
+            (
+                "a chunk too many",
+                _in_orbax(lambda orbax: (orbax / _LEAF / "7.7").write_text("")),
+                f"{_LEAF}/7.7: in the folder, but no chunk",
+            ),
+            (
+                "an entry of a description that means nothing",
+                _zarray(lambda document: document.update(evil=1)),
+                f"{_LEAF}/.zarray: entries that mean nothing here: evil",
+            ),
+            ("a chunk that is a link out of the folder", _link_out, "{orbax}/" + f"{_LEAF}/0.0: a link to"),
+            (
+                "a hidden file",
+                _in_orbax(lambda orbax: (orbax / ".hidden").write_text("")),
+                ".hidden: in the folder, but not in the manifest",
+            ),
+        )
     ),
     refused(
         "O16",
