@@ -23,6 +23,6 @@ class Screen(Console):
         return super().render_str(for_terminal(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What rich makes of an object, its text escaped for a terminal."""
+        """Render an object as rich does, its text escaped for a terminal."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=for_terminal(segment.text))

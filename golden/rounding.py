@@ -6,8 +6,8 @@ times its *unit* u + 2^-24 sqrt(n), relative to the tap's rms, where n = N D is 
 all streams. In cumulative mode each layer adds its own error to what entered it, so the unit is multiplied by the
 number of layers.
 
-The floors of healthy models (``benchmarks/floors.py``: 200 random architectures, prompts of 1 to 301 tokens, both
-modes) reached, in these units:
+``benchmarks/floors.py`` records 200 random healthy architectures, with prompts of 1 to 301 tokens, in both modes. Their
+largest floors, in these units:
 
     ========  ==============  =====================  =================
     dtype     tap over its    worst row over the     rms of the rows'

@@ -17,7 +17,7 @@ from dsv4_convert.spec.taps import TapKey
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unchecked:
-    """What a run does not use.
+    """The parts of a checkpoint that a run does not use.
 
     Attributes:
         stages: number of mtp stages, which no golden has.
@@ -30,9 +30,8 @@ class Unchecked:
         tables: layers whose table of experts by token has a row for each.
         cache: whether no token was decoded from a cache.
         prompt: whether nothing ties the golden's arrays to its tokens.
-        weights: the parameters that the run was to use and of which it used nothing, or a part only. What was left
-            out on purpose is not among them.
-        converted: whether they are those of a conversion.
+        weights: the parameters that the run used in part or not at all, without layers and taps that it left out.
+        converted: whether they come from a conversion.
         compared: whether all of them were compared with the source.
         differing: those that differ from it.
     """
@@ -68,7 +67,7 @@ def unchecked(
     decoded: bool,
     converted: bool,
 ) -> Unchecked:
-    """What a run of the taps ``wanted`` leaves out, of a model of this ``config``.
+    """Find the parts that a run of the taps ``wanted`` leaves out, of a model of this ``config``.
 
     Args:
         golden: what it is compared with.
@@ -113,7 +112,7 @@ def unchecked(
 
 
 def unchecked_parts(left: Unchecked) -> Iterator[str]:
-    """What a run says nothing about, in noun phrases."""
+    """The same in noun phrases."""
     if left.stages:
         yield "the mtp stage" if left.stages == 1 else f"{left.stages} mtp stages"
     if left.layers:
@@ -136,7 +135,7 @@ def unchecked_parts(left: Unchecked) -> Iterator[str]:
 
 
 def unchecked_sentences(left: Unchecked) -> Iterator[str]:
-    """What a run says nothing about, and what the source says of the weights among it."""
+    """A sentence that names the parts, then the result of comparing their weights with the source."""
     if parts := ", ".join(unchecked_parts(left)):
         yield f"This run says nothing about {parts}."
     for difference in left.differing[:3]:

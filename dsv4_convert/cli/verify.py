@@ -33,6 +33,7 @@ def verify(
     """
     from dsv4_convert.convert.against import compare_with_source
     from dsv4_convert.errors import CheckFailed, listed
+    from dsv4_convert.inspect.tables import repeated_experts
     from dsv4_convert.store import open_store, unaccounted
     from dsv4_convert.store import verify as verify_store
 
@@ -45,7 +46,8 @@ def verify(
     beside = unaccounted(store)
     if strict:
         problems += beside
-    for line in () if strict else beside:
+    tables = [] if problems else repeated_experts(store)
+    for line in (*(() if strict else beside), *tables):
         echo(f"warning: {line}", err=True)
     write_json(
         {
@@ -54,6 +56,7 @@ def verify(
             "against": None if against is None else str(against),
             "problems": problems,
             "unaccounted": beside,
+            "repeated_experts": tables,
         },
         json,
     )

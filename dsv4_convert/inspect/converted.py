@@ -11,6 +11,7 @@ from dsv4_convert.files.strict_json import enumerated
 from dsv4_convert.files.workspace import destination_of, stage_of
 from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.inspect.tables import repeated_experts
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import Dialect, lookup
 from dsv4_convert.store import Store, unaccounted
@@ -44,7 +45,7 @@ def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[
         config=made.config,
         layers=None if len(made.layers) == made.config.num_hidden_layers else made.layers,
         rows=_rows(store, made.dialect),
-        odd=(*left_out, *_disagreeing(store, say)),
+        odd=(*left_out, *_tables(store), *_disagreeing(store, say)),
     )
 
 
@@ -105,6 +106,13 @@ def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
         facts=facts,
         odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
     )
+
+
+def _tables(store: Store) -> list[str]:
+    try:
+        return repeated_experts(store)
+    except BadInput:
+        return []  # what is missing or damaged is said by _disagreeing
 
 
 def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:

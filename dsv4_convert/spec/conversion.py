@@ -48,7 +48,7 @@ class Layout(StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What was converted, and how it is stored.
+    """The subject and the form of a conversion.
 
     Attributes:
         config: the architecture.
