@@ -26,8 +26,8 @@ def verify(
     """Hash every stored byte of a converted checkpoint again and compare with its manifest.
 
     Orbax itself restores flipped bits without a warning. --against decodes the source again and compares every stored
-    byte with the result. Exits 1 if anything differs. What lies beside the checkpoint's own files is a warning, or with
-    --strict a failure: Orbax and other readers may take it for a part of the model.
+    byte with the result. Exits 1 if anything differs. Other files in the folder are a warning, since
+    Orbax and other readers may take them for a part of the model; with --strict they are a failure.
 
     Example: dsv4 verify ./flash-orbax --against ./DeepSeek-V4-Flash
     """
