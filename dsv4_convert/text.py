@@ -63,7 +63,7 @@ def workflow_command(kind: str, title: str, message: str) -> str:
 
 
 def _percent(text: str) -> str:
-    return for_terminal(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return for_html(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _is_unsafe(character: str) -> bool:

@@ -65,7 +65,8 @@ MARKUP = (
 )
 #: All of it at once; lone surrogates cannot be in JSON, and no name of a file has a slash.
 EVERYTHING = "".join(c for c in UNSAFE if unicodedata.category(c) != "Cs") + " ".join(MARKUP)
-_OBEYED = re.compile(r"^\s*::(?!notice title=|error title=)[a-z-]+.*?::|##\[", re.MULTILINE)
+_OURS = r"(?!::notice title=|::error title=)"
+_OBEYED = re.compile(rf"^{_OURS}(?:\s*::[a-z-]+.*?::|.*##\[)", re.MULTILINE)
 
 
 def unsafe(text: str) -> set[str]:

@@ -143,7 +143,17 @@ def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) 
 
 def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) -> None:
     dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax")
-    options = ("--mode", "both", "--dtype", "bfloat16", "--require-reach", "--json", tmp_path / "report.json")
+    options = (
+        "--mode",
+        "both",
+        "--dtype",
+        "bfloat16",
+        "--require-reach",
+        "--against",
+        hf,
+        "--json",
+        tmp_path / "report.json",
+    )
     out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "-v", *options)
     words = " ".join(out.split())
     assert "error of the streams that leave each layer" in words
