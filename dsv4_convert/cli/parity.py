@@ -78,7 +78,12 @@ def parity(
         typer.Option(help=f"Published checkpoint, to compare the weights of wrong operations with: {SOURCES}"),
     ] = None,
     require_coverage: Annotated[
-        bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
+        bool,
+        typer.Option(
+            "--require-reach",
+            help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
+            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+        ),
     ] = False,
     baseline: Annotated[
         Path | None,

@@ -13,10 +13,10 @@ from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.convert.emit import Emitted, Emitter
 from dsv4_convert.convert.run import COMPANIONS
 from dsv4_convert.convert.sources import Sources, read_sources
-from dsv4_convert.convert.storage import Storage
-from dsv4_convert.errors import BadInput, CheckFailed, UsageError
+from dsv4_convert.errors import CheckFailed, UsageError
 from dsv4_convert.files.workspace import refuse_other_settings
 from dsv4_convert.files.writing import write_atomically, writing
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
@@ -84,11 +84,10 @@ def orbax_to_hf(
         >>> summary = orbax_to_hf(Path("orbax"), Path("published"), requantize=True)
     """
     store = open_store(checkpoint)
-    if store.metadata.get("format") != "dsv4":
-        raise BadInput(f"{checkpoint}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
-    if store.metadata.get("layout", "dsv4") != "dsv4":
+    layout = store.conversion.layout
+    if layout is not Layout.DSV4:
         raise UsageError(
-            f"{checkpoint}: has the layout of {store.metadata['layout']}, from which there is no way back; convert the "
+            f"{checkpoint}: has the layout of {layout}, from which there is no way back; convert the "
             "source again with the default layout"
         )
     sources = read_sources(store)
@@ -214,7 +213,7 @@ def _companions(store: Store, *, plain: bool) -> Iterator[tuple[str, bytes]]:
         if name == "config.json" and plain:
             config = json.loads(content)
             config = {key: value for key, value in config.items() if key not in _QUANTIZED_KEYS}
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = store.metadata["storage"]
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = store.conversion.storage.value
             content = f"{json.dumps(config, indent=2)}\n".encode()
         yield name, content
 
