@@ -219,5 +219,5 @@ def beyond(measure: str, multiple: float, allowed: float) -> str:
 
 
 def shown(multiple: float) -> str:
-    """A multiple of the noise floor for people: ``24.3``, ``1.4e+05``."""
-    return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}"
+    """A multiple of the noise floor for people: ``24.3``, ``1.4e5``."""
+    return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}".replace("e+0", "e").replace("e+", "e")

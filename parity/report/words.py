@@ -335,7 +335,7 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif found.differing is None:
-        yield f"It uses {_list(found.weights)}; with --against SOURCE its weights are compared with the published."
+        yield f"It uses {_list(found.weights)}."
     elif not found.differing:
         yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
     for difference in (found.differing or ())[:_NAMED]:
