@@ -207,11 +207,11 @@ def large(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Damaged files by the million for every reader, led by the code that they reach; takes five minutes.
 
-    Arguments after -- go to benchmarks/fuzz.py. Without atheris, which has no wheel for some platforms, less is found.
+    Arguments after -- go to `benchmarks.hostile damage`. Without atheris, which some platforms lack, less is found.
     """
     _install(session, *TEST)
     session.run("python", "-m", "pip", "install", ATHERIS, success_codes=[0, 1])
-    session.run("python", "-m", "benchmarks.fuzz", *session.posargs)
+    session.run("python", "-m", "benchmarks.hostile", "damage", *session.posargs)
 
 
 @nox.session
