@@ -288,7 +288,10 @@ def open_golden(path: Path | str) -> Golden:
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
-        raise BadInput(f"{where}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
+        raise BadInput(
+            f"{where}: no {MANIFEST_NAME} there: no golden. Record one with `dsv4 golden record SOURCE --out {where} "
+            "--random 300`, or give the folder or URL of one that was recorded"
+        )
     golden = Golden(where, files, GoldenManifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
     if not remote:
         golden.check_files()

@@ -18,6 +18,7 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.folders import GOLDEN_FILE
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
@@ -27,7 +28,7 @@ from dsv4_convert.spec.taps import TapKey
 Array = np.ndarray[Any, Any]
 
 SCHEMA_VERSION = 4
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME = GOLDEN_FILE
 MODEL_FILE = "model.safetensors"
 
 _DIGEST_KEY = "manifest_digest"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from dsv4_convert.checkpoint.folder import Checkpoint, open_checkpoint
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import is_repository
 from dsv4_convert.spec.names import layer_of, stage_of
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -107,5 +105,5 @@ def _check_folder_revision(source: str, revision: str | None) -> None:
 
 
 def _check_repository(source: str) -> None:
-    if not _REPOSITORY.fullmatch(source):
+    if not is_repository(source):
         raise BadInput(f"{source}: no such folder, and not a repository such as deepseek-ai/DeepSeek-V4-Flash")

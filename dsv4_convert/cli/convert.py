@@ -123,6 +123,7 @@ def hf_to_orbax(
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
+    from dsv4_convert.store import place_of
 
     chosen = parse_layers(layers)
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
@@ -137,6 +138,8 @@ def hf_to_orbax(
     with processes.together(), ExitStack() as held:
         if processes.first and coordinator is not None:
             check_json(json)
+        if processes.first and not dry_run:
+            place_of(dest).check(overwrite=overwrite)
         document: dict[str, object] = {}
         with status("plan") as say:
             say("reading headers")

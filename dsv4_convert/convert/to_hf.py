@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsv4_convert.convert.run import COMPANIONS
 from dsv4_convert.convert.sources import Sources, read_sources
 from dsv4_convert.convert.storage import Storage
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
-from dsv4_convert.files.workspace import refuse_other_settings
+from dsv4_convert.files.workspace import refuse_other_settings, require_writable
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
@@ -95,13 +96,13 @@ def orbax_to_hf(
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
     place = Folder(destination.absolute())
-    place.check(overwrite=False)
+    _check_destination(place.target)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)
     done = 0
     identity = {"manifest": hashlib.sha256(store.manifest.to_bytes()).hexdigest(), "requantize": requantize}
     with place.workspace as workspace:
-        place.check(overwrite=False)
+        _check_destination(place.target)
         if restart:
             workspace.clear()
         state, content = workspace.stage / EXPORT_STATE, workspace.content
@@ -135,6 +136,12 @@ def orbax_to_hf(
         quantized=sum(len(kept[shard].quantized) for shard in groups),
         changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
     )
+
+
+def _check_destination(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UsageError(f"{target}: exists already; choose another destination, or remove it first")
+    require_writable(target)
 
 
 def _check_request(store: Store, sources: Sources, storage: Storage, *, requantize: bool) -> None:

@@ -61,10 +61,10 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
 def _gives_away(raw: Mapping[str, Any], name: str) -> bool:
     if name == "model_type":
         return str(raw[name]).startswith(_FAMILY) and raw[name] != _FAMILY
-    return _of_family(raw) and re.fullmatch(_FIELDS, name) is not None
+    return of_family(raw) and re.fullmatch(_FIELDS, name) is not None
 
 
-def _of_family(raw: Mapping[str, Any]) -> bool:
+def of_family(raw: Mapping[str, Any]) -> bool:
     """Whether the config is that of some DeepSeek-V4; of any other model it is :class:`Config` that says so."""
     return str(raw.get("model_type", _FAMILY)).startswith(_FAMILY)
 
