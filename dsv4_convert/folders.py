@@ -28,6 +28,14 @@ def is_golden(path: Path) -> bool:
     return (path / GOLDEN_FILE).is_file() and not is_converted(path)
 
 
+def no_golden(given: str) -> str:
+    """That no golden is at ``given``, and how to get one."""
+    return (
+        f"{given}: no {GOLDEN_FILE} there: no golden. Record one with `dsv4 golden record SOURCE --out {given} "
+        "--random 300`, or give the folder or URL of one that was recorded"
+    )
+
+
 def not_converted(path: Path, given: str) -> str:
     """What is at ``path`` instead of a converted checkpoint, and the way out. ``given`` is how it was asked for."""
     published = (

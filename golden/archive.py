@@ -27,6 +27,7 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.files.workspace import stage_of
+from dsv4_convert.folders import no_golden
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
@@ -288,10 +289,7 @@ def open_golden(path: Path | str) -> Golden:
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
-        raise BadInput(
-            f"{where}: no {MANIFEST_NAME} there: no golden. Record one with `dsv4 golden record SOURCE --out {where} "
-            "--random 300`, or give the folder or URL of one that was recorded"
-        )
+        raise BadInput(no_golden(str(where)))
     golden = Golden(where, files, GoldenManifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
     if not remote:
         golden.check_files()

@@ -36,8 +36,8 @@ Array = np.ndarray[Any, Any]
 #: The releases of transformers that the probes are written for, as in pyproject.toml.
 TRANSFORMERS = ">=5.23,<5.25"
 _INSTALL = "pip install 'dsv4-convert[reference]'"
-#: Called with what is done next, in words.
-Progress = Callable[[str], None]
+#: Called before each step: finished steps, all steps where they are known, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def record(
     name: str | None = None,
     revision: str | None = None,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Golden:
     """Run a reference over a prompt and keep its activations, and how far rounding moves them.
 
@@ -136,7 +136,7 @@ def record(
         model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
         if options.greedy:
             request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
-        progress("hashing the source")
+        progress(0, 0, "hashing the source")
         hashed = dataclasses.replace(request.source, files=_digests(checkpoint, resolution))
         request = dataclasses.replace(request, source=hashed)
         with golden_writer(out, request) as writer:
@@ -233,17 +233,18 @@ def _run(
     for key in expected_taps(config, wanted, decode=request.decode):
         shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
         expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
-    progress("embedding")
+    progress(0, 0, "embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)
-    for layer in range(writer.finished[-1] + 1 if writer.finished else 0, max(wanted) + 1):
-        progress(f"layer {layer} of {config.num_hidden_layers}")
+    begun, last = writer.finished[-1] + 1 if writer.finished else 0, max(wanted)
+    for layer in range(begun, last + 1):
+        progress(layer - begun, last + 1 - begun, f"layer {layer} of {config.num_hidden_layers}")
         state, taken = model.run_layer(layer, state, expected.get(layer, {}))
         if layer in wanted:
             writer.write(layer, request.keep(taken.arrays(f"layers.{layer}.")), state)
     outer = expected[None]
     arrays = embedded.arrays("")
     if after := {name: what for name, what in outer.items() if name != "embed"}:
-        progress("head")
+        progress(last + 1 - begun, last + 1 - begun, "head")
         arrays |= model.run_head(state, after).arrays("")
     writer.write(None, request.keep(arrays))

@@ -15,9 +15,9 @@ from dsv4_convert.cli.common import (
     one_of,
     parse_choice,
     reported,
-    status,
     write_json,
 )
+from dsv4_convert.cli.status import status
 
 
 @reported

@@ -24,11 +24,11 @@ from dsv4_convert.cli.common import (
     parse_choice,
     parse_layers,
     resumable,
-    status,
     write_json,
 )
-from dsv4_convert.cli.progress import conversion_progress, duration
-from dsv4_convert.units import size
+from dsv4_convert.cli.progress import conversion_progress
+from dsv4_convert.cli.status import status
+from dsv4_convert.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint

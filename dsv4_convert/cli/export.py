@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, resumable, write_json
+from dsv4_convert.cli.common import Json, resumable, write_json
+from dsv4_convert.cli.status import byte_progress
 from dsv4_convert.units import size
 
 

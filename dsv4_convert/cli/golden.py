@@ -11,17 +11,16 @@ import typer
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
     Json,
-    byte_progress,
     console,
     one_of,
     parse_choice,
     parse_layers,
     reported,
     resumable,
-    status,
     write_json,
 )
 from dsv4_convert.cli.download import fetch
+from dsv4_convert.cli.status import byte_progress, status
 from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
@@ -135,8 +134,8 @@ def record(
             ),
             name=origin.repository,
             revision=origin.revision,
-            announce=_print_plan,
-            progress=lambda what: say(what),
+            announce=lambda planned: say.print(_plan(planned)),
+            progress=say.step,
         )
     typer.echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
@@ -144,12 +143,14 @@ def record(
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
 
 
-def _print_plan(planned: RecordingPlan) -> None:
-    """The plan in a few lines, on stderr."""
-    typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
+def _plan(planned: RecordingPlan) -> str:
+    """The plan in two lines."""
     share = planned.bytes_written / planned.bytes_whole
     of = f" ({share:.2%} of the whole)" if share < 1 else ""
-    typer.echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
+    return (
+        f"reads   {size(planned.bytes_read)}\n"
+        f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory"
+    )
 
 
 def _positions(text: str) -> list[int]:

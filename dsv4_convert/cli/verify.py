@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import Json, reported, write_json
+from dsv4_convert.cli.status import byte_progress
 from dsv4_convert.units import size
 
 
