@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import TypeAlias
+
+#: A path as callers give it.
+PathLike: TypeAlias = str | os.PathLike[str]
 
 #: Files that a conversion, a golden and a published checkpoint have. A conversion also keeps the last of them.
 CONVERTED_FILE, GOLDEN_FILE, CONFIG_FILE = "dsv4_manifest.json", "manifest.json", "config.json"

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.errors import UsageError, did_you_mean
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
@@ -74,8 +75,8 @@ class RecordingOptions:
 
 
 def record(
-    source: Path,
-    out: Path,
+    source: PathLike,
+    out: PathLike,
     options: RecordingOptions,
     *,
     name: str | None = None,
@@ -110,6 +111,7 @@ def record(
         >>> options = RecordingOptions(tokens=[[3, 1, 4, 1, 5]], layers=[0])
         >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), options)
     """
+    source, out = Path(source), Path(out)
     check_destination(out)
     reference = _reference(options)
     with open_checkpoint(source, partial=options.layers is not None) as checkpoint:

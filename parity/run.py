@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.golden.noise import MODES, Mode
@@ -89,12 +90,12 @@ _DEFAULTS = ParityOptions()
 
 
 def run_parity(
-    checkpoint: Path | None,
+    checkpoint: PathLike | None,
     golden: Path | str,
     options: ParityOptions = _DEFAULTS,
     *,
-    source: Path | None = None,
-    against: Path | None = None,
+    source: PathLike | None = None,
+    against: PathLike | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
     progress: Progress = lambda done, total, what: None,
@@ -120,7 +121,7 @@ def run_parity(
             written.
 
     Examples:
-        >>> run_parity(Path("orbax"), "golden/data/tiny", ParityOptions(layers=[0])).passed
+        >>> run_parity("orbax", "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
     mesh = None if options.mesh is None else parse_mesh(options.mesh)

@@ -20,6 +20,7 @@ from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.convert.storage import Storage, StoredLeaf
 from dsv4_convert.errors import printable
+from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
@@ -74,8 +75,8 @@ Progress = Callable[[Advance], None]
 
 
 def hf_to_orbax(
-    source: Path,
-    destination: str | os.PathLike[str],
+    source: PathLike,
+    destination: PathLike,
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
@@ -102,9 +103,9 @@ def hf_to_orbax(
         ResourceError: the disk is full, or the memory allowed is too small.
 
     Examples:
-        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "converted")
+        >>> plan, summary = hf_to_orbax("checkpoint", "converted")
     """
-    with open_checkpoint(source, partial=layers is not None) as checkpoint:
+    with open_checkpoint(Path(source), partial=layers is not None) as checkpoint:
         config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(planned, checkpoint, destination, options, progress=progress)

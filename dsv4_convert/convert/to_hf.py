@@ -18,6 +18,7 @@ from dsv4_convert.convert.storage import Storage
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.files.workspace import refuse_other_settings, require_writable
 from dsv4_convert.files.writing import write_atomically, writing
+from dsv4_convert.folders import PathLike
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
@@ -55,8 +56,8 @@ class ExportSummary:
 
 
 def orbax_to_hf(
-    checkpoint: Path,
-    destination: Path,
+    checkpoint: PathLike,
+    destination: PathLike,
     *,
     requantize: bool = False,
     restart: bool = False,
@@ -82,7 +83,7 @@ def orbax_to_hf(
         ResourceError: the disk is full, or another process writes the same destination.
 
     Examples:
-        >>> summary = orbax_to_hf(Path("orbax"), Path("published"), requantize=True)
+        >>> summary = orbax_to_hf("orbax", "published", requantize=True)
     """
     store = open_store(checkpoint)
     if store.metadata.get("format") != "dsv4":
@@ -95,7 +96,7 @@ def orbax_to_hf(
     sources = read_sources(store)
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
-    place = Folder(destination.absolute())
+    place = Folder(Path(destination).absolute())
     _check_destination(place.target)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)

@@ -13,6 +13,7 @@ from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import PathLike
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
@@ -40,9 +41,9 @@ class PublishedWeights:
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
 
     @classmethod
-    def open(cls, source: Path, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
+    def open(cls, source: PathLike, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
         """Open a folder. Raises :class:`BadInput` if it does not fill ``layers``."""
-        return cls(open_checkpoint(source, partial=layers is not None), layers=layers)
+        return cls(open_checkpoint(Path(source), partial=layers is not None), layers=layers)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -141,3 +141,16 @@ def test_colours_on_request() -> None:
             [*command, "--color", when, "names", "norm"], capture_output=True, text=True, check=True, env=environment
         )
         assert ("\x1b[" in done.stdout) is coloured, when
+
+
+def test_functions_take_paths_as_text(tmp_path: Path) -> None:
+    """With the same result as a Path."""
+    from dsv4_convert import Config, ParityOptions, Weights, orbax_to_hf, restore_model, run_parity
+
+    assert Config.from_file("hf") == Config.from_file("orbax") == Config.from_file(Path("hf") / "config.json")
+    assert restore_model("orbax").config.num_hidden_layers == Weights.open("orbax").config.num_hidden_layers
+    assert run_parity("orbax", "golden", ParityOptions(layers=[0], taps=["attn.q"]), against="hf").passed
+    assert run_parity(None, "golden", ParityOptions(layers=[0], taps=["attn.q"]), source="hf").passed
+    assert orbax_to_hf("orbax", "again", requantize=True).tensors
+    hf_to_orbax("hf", "second")
+    assert Weights.open("second").config == Config.from_file("hf")

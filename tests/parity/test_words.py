@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -155,3 +156,14 @@ def test_a_cosine_that_does_not_exist_is_not_shown_as_perfect() -> None:
     (row,) = [line for line in printed(report([zeros]), Verbosity.EVERYTHING) if line.startswith("attn.q ")]
     assert " – " in row
     assert "0e+00" not in row
+
+
+def test_a_report_in_a_notebook_and_as_a_page(tmp_path: Path) -> None:
+    run = dataclasses.replace(failing(2), golden={"path": "<script>alert(1)</script>"})
+    shown = run._repr_html_()
+    for label, _ in summarized(run).lines:
+        assert f"<th>{label}</th>" in shown
+    empty_run = dataclasses.replace(run, taps=(), localizations=())
+    assert "<script>" not in empty_run._repr_html_()
+    run.save_html(str(tmp_path / "report.html"))
+    assert summarized(run).headline.removeprefix("FAIL: ") in (tmp_path / "report.html").read_text(encoding="utf-8")
