@@ -35,6 +35,7 @@ from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTa
 from dsv4_convert.golden.noise import MODES, Mode, noise_name
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.units import number_of
 
 Array = np.ndarray[Any, Any]
 
@@ -261,7 +262,7 @@ class Golden:
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            raise BadInput(f"{self.path}: {len(problems)} problem(s); {AGAIN}:\n{listed(problems)}")
+            raise BadInput(f"{self.path}: {number_of(len(problems), 'problem')}; {AGAIN}:\n{listed(problems)}")
 
 
 def open_golden(path: Path | str) -> Golden:

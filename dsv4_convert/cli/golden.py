@@ -21,7 +21,7 @@ from dsv4_convert.cli.common import (
 )
 from dsv4_convert.cli.download import fetch
 from dsv4_convert.cli.status import byte_progress, status
-from dsv4_convert.units import ranges, size
+from dsv4_convert.units import number_of, ranges, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -302,7 +302,7 @@ def verify(
         problems = opened.verify(progress)
     write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
     if problems:
-        raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
+        raise CheckFailed(f"{golden}: {number_of(len(problems), 'problem')}:\n{listed(problems)}\nRecord it again.")
     typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 

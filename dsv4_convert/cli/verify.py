@@ -9,7 +9,7 @@ import typer
 
 from dsv4_convert.cli.common import Json, reported, write_json
 from dsv4_convert.cli.status import byte_progress
-from dsv4_convert.units import size
+from dsv4_convert.units import number_of, size
 
 
 @reported
@@ -49,7 +49,9 @@ def verify(
         json,
     )
     if problems:
-        raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
+        raise CheckFailed(
+            f"{checkpoint}: {number_of(len(problems), 'problem')}:\n{listed(problems)}\nConvert the model again."
+        )
     total = sum(store.leaf(path).nbytes for path in store.paths)
     equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
     typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.folders import CONFIG_FILE, PathLike
+from dsv4_convert.units import number_of
 
 _V = TypeVar("_V")
 
@@ -329,7 +330,7 @@ class _Reader:
         if self.problems:
             raise BadInput(
                 f"{self.where}: not a DeepSeek-V4 architecture that dsv4 knows, "
-                f"{len(self.problems)} problem(s):\n{listed(self.problems)}"
+                f"{number_of(len(self.problems), 'problem')}:\n{listed(self.problems)}"
             )
         return Config(**values)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.units import number_of
 
 _ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
 
@@ -51,7 +52,7 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
         return
     lines = [f"config.json has {_first(fields)}"] if fields else []
     for feature, names in features.items():
-        lines.append(f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}")
+        lines.append(f"{feature} is not supported: {number_of(len(names), 'tensor')} such as {_first(names)}")
     raise BadInput(
         f"{where}: {_model(raw, features)}, which dsv4 does not support. It has:\n{listed(lines)}\n"
         f"dsv4 converts {_SUPPORTED}."
