@@ -18,6 +18,7 @@ from dsv4_convert.cli import (
     inspect,
     names,
     parity,
+    report,
     verify,
 )
 from dsv4_convert.cli.common import one_of, parse_choice, plain, reported
@@ -67,6 +68,7 @@ _golden.command("diff", cls=Command)(golden.diff)
 _golden.command("make-checkpoint", cls=Command)(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")
 app.command("parity", cls=Command)(parity.parity)
+app.command("report", cls=Command)(report.report)
 app.command("generate", cls=Command)(generate.generate)
 app.command("compile", cls=Command)(compile.compile)
 app.command("names", cls=Command)(names.names)

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
     LAYERS_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
@@ -31,7 +33,7 @@ from dsv4_convert.cli.status import note_compilations, status
 @reported
 def parity(
     context: typer.Context,
-    checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT_HELP)] = None,
     recorded: Annotated[str | None, typer.Argument(metavar="golden", help="The same as --golden.")] = None,
     golden: Annotated[
         str | None,
@@ -41,8 +43,8 @@ def parity(
         ),
     ] = None,
     source: Annotated[
-        Path | None,
-        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the fly, before it is converted."),
+        str | None,
+        typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
@@ -79,11 +81,16 @@ def parity(
         ),
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option(help="The published checkpoint, to compare the weights of wrong operations with its tensors."),
+        str | None,
+        typer.Option(help=f"Published checkpoint, to compare the weights of wrong operations with: {SOURCES}"),
     ] = None,
     require_coverage: Annotated[
-        bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
+        bool,
+        typer.Option(
+            "--require-reach",
+            help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
+            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+        ),
     ] = False,
     baseline: Annotated[
         Path | None,
@@ -175,7 +182,8 @@ def parity(
             if coordinator is not None:
                 check_json(json)
             outputs.check()
-        decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
+        folders = (Path(given) for given in (against, source) if given is not None and Path(given).is_dir())
+        decode = token_decoder(tokenizer or next(folders, None), required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
             options = ParityOptions(
                 layers=layers,
@@ -206,8 +214,8 @@ def parity(
 
 
 def _sides(
-    context: typer.Context, checkpoint: Path | None, recorded: str | None, golden: str | None, *, source: Path | None
-) -> tuple[Path | None, str]:
+    context: typer.Context, checkpoint: str | None, recorded: str | None, golden: str | None, *, source: str | None
+) -> tuple[str | None, str]:
     """The two sides of the comparison, which are told apart by what lies there; nothing heavy is imported for it.
 
     Raises:
@@ -217,8 +225,8 @@ def _sides(
     from dsv4_convert.errors import BadInput, UsageError
     from dsv4_convert.folders import is_converted, is_golden, no_golden, not_converted
 
-    if source is not None and checkpoint is not None and recorded is None:  # dsv4 parity --source SOURCE GOLDEN
-        checkpoint, recorded = None, str(checkpoint)
+    if source is not None and recorded is None:  # dsv4 parity --source SOURCE GOLDEN
+        checkpoint, recorded = None, checkpoint
     asked = context.get_parameter_source("golden")
     if recorded is not None and asked is not None and asked.name == "COMMANDLINE":
         raise UsageError(f"two goldens are given: {recorded} and --golden {golden}; leave one of them out")
@@ -228,10 +236,10 @@ def _sides(
             "a golden is needed: dsv4 parity CHECKPOINT GOLDEN, or --golden. `dsv4 golden record SOURCE --out GOLDEN "
             "--random 300` records one"
         )
-    if checkpoint is not None and is_golden(checkpoint) and is_converted(Path(golden)):
-        checkpoint, golden = Path(golden), str(checkpoint)
+    if checkpoint is not None and is_golden(Path(checkpoint)) and is_converted(Path(golden)):
+        checkpoint, golden = golden, checkpoint
     if "://" not in golden and not is_golden(Path(golden)):
         raise BadInput(no_golden(golden))
-    if checkpoint is not None and source is None and not is_converted(checkpoint):
-        raise BadInput(f"{checkpoint}: {not_converted(checkpoint, str(checkpoint))}")
+    if checkpoint is not None and source is None and "://" not in checkpoint and not is_converted(Path(checkpoint)):
+        raise BadInput(f"{checkpoint}: {not_converted(Path(checkpoint), checkpoint)}")
     return checkpoint, golden

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dsv4_convert.cli.common import console, plain
+from dsv4_convert.cli.common import console, echo, plain
 from dsv4_convert.units import clock, size
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.text import Text
+
+    from dsv4_convert.checkpoint import Checkpoint
 
 #: Seconds between two lines of progress: in a terminal that takes no escape codes, and where stderr is no terminal.
 _LINE_EVERY, _LOG_EVERY = 2.0, 30.0
@@ -54,9 +54,10 @@ class Status:
             self._end = now + (now - since) / (done - first) * (total - done)
         self._show(self)
 
-    def print(self, text: str) -> None:
+    def print(self, *lines: str) -> None:
         """Print lines that stay, on stderr, above the status."""
-        self._out(text)
+        for line in lines:
+            self._out(line)
 
     @property
     def line(self) -> str:
@@ -84,13 +85,13 @@ def status(title: str) -> Iterator[Status]:
     screen = console(err=True)
     if not _animated(screen):
         say = _lines(screen)
-        shown = Status(title, lambda now: say(lambda: now.line), functools.partial(typer.echo, err=True), screen.width)
+        shown = Status(title, lambda now: say(lambda: now.line), functools.partial(echo, err=True), screen.width)
         with _compilations(shown):
             yield shown
         return
 
     def out(text: str) -> None:
-        screen.print(text, highlight=False, markup=False, soft_wrap=True)
+        screen.print(text, highlight=False, soft_wrap=True)
 
     shown = Status(title, lambda now: None, out, screen.width)
     with screen.status(shown), _compilations(shown):
@@ -128,6 +129,19 @@ def note_compilations() -> None:
     monitoring.register_event_listener(listen)
 
 
+def note_fetched(checkpoint: Checkpoint, shown: Status) -> None:
+    """Note how much of a checkpoint has come that is somewhere else."""
+    from dsv4_convert.convert.shards import as_arriving
+
+    arriving = as_arriving(checkpoint)
+    if arriving is not None:
+
+        def note() -> None:
+            shown.note = f"{size(arriving.fetched)} of {size(arriving.to_fetch)} fetched"
+
+        arriving.on_bytes = note
+
+
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """How far something is, on stderr, for (done, total, what) in bytes: a bar, or a line now and then."""
@@ -139,7 +153,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: say(lambda: f"{title} {what}: {size(done)} of {size(total)}".lstrip())
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *((BarColumn(bar_width=_BAR),) if screen.width >= _ROOMY else ()),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -172,6 +186,6 @@ def _lines(screen: Console) -> Callable[[Callable[[], str]], None]:
         nonlocal last
         if time.monotonic() - last >= every:
             last = time.monotonic()
-            typer.echo(text(), err=True)
+            echo(text(), err=True)
 
     return say

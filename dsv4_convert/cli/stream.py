@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from dsv4_convert.text import for_terminal
+
 #: What a tokenizer decodes the beginning of a character to.
 _INCOMPLETE = "\ufffd"
 
@@ -33,7 +35,7 @@ class Stream:
     def add(self, token: int) -> None:
         """Print the next token; a character of several tokens when it is complete."""
         if not self._tokens:
-            typer.echo(self._before, nl=False, err=self._err)
+            self._write(self._before)
         self._tokens.append(token)
         text = ",".join(map(str, self._tokens)) if self._words is None else self._words(self._tokens)
         if not text.endswith(_INCOMPLETE) and text.startswith(self._printed):
@@ -42,11 +44,14 @@ class Stream:
     def end(self) -> None:
         """Print what is left, and the end of the line."""
         if not self._tokens:
-            typer.echo(self._before, nl=False, err=self._err)
+            self._write(self._before)
         elif self._words is not None:
             self._print(self._words(self._tokens))
         typer.echo(err=self._err)
 
     def _print(self, text: str) -> None:
-        typer.echo(text[len(self._printed) :], nl=False, err=self._err)
+        self._write(text[len(self._printed) :])
         self._printed = text
+
+    def _write(self, text: str) -> None:
+        typer.echo(for_terminal(text), nl=False, err=self._err)
