@@ -143,6 +143,8 @@ class HubFolder(HttpFolder):
         return bool(response.headers.get("X-Error-Code") == "EntryNotFound")
 
     def _explained(self, name: str, error: Exception) -> Dsv4Error | None:
+        if isinstance(error, Refused | ConnectionError | TimeoutError):
+            return super()._explained(name, error)
         if isinstance(error, HttpStatus):
             kind = _BY_CODE.get(error.response.headers.get("X-Error-Code", ""), HfHubHTTPError)
             error = kind(str(error), response=error.response)
