@@ -28,7 +28,7 @@ from dsv4_convert.checkpoint.planned import SMALL_FILES, PlannedFile
 from dsv4_convert.checkpoint.provenance import is_commit, is_oid
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.files.reading import foreign_content
-from dsv4_convert.files.remote import HttpFolder, HttpStatus
+from dsv4_convert.files.remote import HttpFolder, HttpStatus, Refused
 from dsv4_convert.files.strict_json import parse_value
 
 #: The Hub has a thousand files on a page, in about 300 KB.
