@@ -1,4 +1,4 @@
-"""What a checkpoint is written to: the interface of a folder (:mod:`.folder`) and of a bucket (:mod:`.bucket`)."""
+"""The destination of a checkpoint: the interface of a folder (:mod:`.folder`) and of a bucket (:mod:`.bucket`)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class ChunkWriter(Protocol):
 
 
 class Destination(Protocol):
-    """What a checkpoint is written to, and the work that is done beside it."""
+    """The place that a checkpoint is written to, and the work that is done beside it."""
 
     @property
     def target(self) -> AnyPath:
         """Where the checkpoint will be."""
 
     def check(self, *, overwrite: bool) -> None:
-        """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
+        """Refuse a destination that must not be replaced (:class:`UsageError`) or cannot be made
+        (:class:`ResourceError`)."""
 
     def held(self) -> AbstractContextManager[object]:
         """Keep others from writing the same destination. Raises :class:`ResourceError` if one does."""

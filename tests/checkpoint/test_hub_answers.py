@@ -1,4 +1,4 @@
-"""What the Hub says oddly is one error that names who answered, and no other server gets the access token."""
+"""An odd answer of the Hub is one error that names who answered, and no other server gets the access token."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def another_range(handler: BaseHTTPRequestHandler) -> None:
 
 
 def chunked(handler: BaseHTTPRequestHandler) -> None:
-    """Of unknown size, in chunks, whatever range was asked for."""
+    """Chunks of unknown size, whatever range was asked for."""
     begin(handler, {"Transfer-Encoding": "chunked"})
     handler.wfile.write(b"4\r\nxxxx\r\n0\r\n\r\n")
 
