@@ -5,7 +5,8 @@ other kind of URL, such as ``gs://``, goes through fsspec. (fsspec's own client 
 end, however long it is.)
 
 One rule for all requests: silence of ten seconds ends one; a request may take :data:`GRACE_SECONDS`, and a second more
-for each :data:`SLOWEST` bytes that came. A request that an accident may have ended is made again :data:`WAITS` seconds later.
+for each :data:`SLOWEST` bytes that came. A request that failed by accident, as far as anybody can tell, is made again
+after :data:`WAITS` seconds.
 """
 
 from __future__ import annotations
