@@ -34,8 +34,9 @@ def verdict(report: ParityReport) -> str:
     """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why."""
     first = report.first_diverging
     if first is not None:
-        parts = [f"FAIL: {_first(first)} {_counts(report)}", *_added(report), *_operation(report, first)]
-        return " ".join([*parts, *_untouched(report)])
+        failure = f"{_first(first)} {_counts(report)}"
+        parts = [*_other_revision(report), failure, *_added(report), *_operation(report, first), *_untouched(report)]
+        return f"FAIL: {' '.join(parts)}"
     if not report.agrees:
         return " ".join(["FAIL: nothing was compared.", *_untouched(report)])
     how = f"{report.arithmetic}, {' and '.join(report.modes)}{_steps(report)}"
@@ -51,6 +52,12 @@ def verdict(report: ParityReport) -> str:
     if gate is not None:
         objections += _unchanged(report, gate)
     return f"FAIL: {agreement}, but {'; and '.join(objections)}."
+
+
+def _other_revision(report: ParityReport) -> Iterator[str]:
+    """The reason that the golden itself gives for a difference, before any other is looked for."""
+    if known := report.golden.get("reference", {}).get("versions", {}).get("revision"):
+        yield f"the golden is of code that computes otherwise: {known}. That may be all that follows:"
 
 
 def _steps(report: ParityReport) -> str:
@@ -335,6 +342,8 @@ def next_steps(report: ParityReport) -> list[str]:
 def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
+    for _ in _other_revision(report):
+        yield "Record the golden again with the `inference` folder of the newest revision, and compare with that."
     yield from _at_highest_precision(report)
     wrong = [found for found in report.localizations if found.wrong]
     for found in wrong[:1]:
