@@ -126,8 +126,8 @@ class Cache:
         if (too_long := np.flatnonzero(tokens > self.capacity)).size:
             row = int(too_long[0])
             raise UsageError(
-                f"the cache holds {self.capacity} tokens of each prompt, and prompt {row} has {tokens[row]}: the logits "
-                f"of the last {tokens[row] - self.capacity} are NaN; make it with Cache.empty(…, "
+                f"the cache holds {self.capacity} tokens of each prompt, and prompt {row} has {tokens[row]}: the "
+                f"logits of the last {tokens[row] - self.capacity} are NaN; make it with Cache.empty(…, "
                 f"capacity={tokens.max()}) or more"
             )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 _BEFORE = Path(__file__).parents[1] / "release_code" / "model.py"
 exec(compile(_BEFORE.read_text(encoding="utf-8"), _BEFORE, "exec"), globals())
 
-_Attention, _Block, _Model = Attention, Block, Transformer  # noqa: F821
+_Attention, _Block, _Model = Attention, Block, Transformer
 
 
 class Block(_Block):
@@ -22,25 +22,25 @@ class Block(_Block):
         return super().forward(x, start_pos, input_ids)
 
     def hc_head(self, x, hc_fn, hc_scale, hc_base):
-        pre = torch.sigmoid(_stream_mixes(x, hc_fn, self.norm_eps) * hc_scale + hc_base) + self.hc_eps  # noqa: F821
-        return _weighted_streams(x, pre)  # noqa: F821
+        pre = torch.sigmoid(_stream_mixes(x, hc_fn, self.norm_eps) * hc_scale + hc_base) + self.hc_eps
+        return _weighted_streams(x, pre)
 
 
-class ParallelHead(nn.Module):  # noqa: F821
+class ParallelHead(nn.Module):
     """One stream to logits, in float32; of the last position unless all are asked for."""
 
     def __init__(self, vocab_size, dim, norm_eps=1e-6, hc_eps=1e-6):
         super().__init__()
-        self.weight = _parameter(vocab_size, dim, dtype=torch.float32)  # noqa: F821
+        self.weight = _parameter(vocab_size, dim, dtype=torch.float32)
 
     def forward(self, x, full_logits=False):
-        return F.linear((x if full_logits else x[:, -1]).float(), self.weight)  # noqa: F821
+        return F.linear((x if full_logits else x[:, -1]).float(), self.weight)
 
 
 class Transformer(_Model):
     """The model; gives the next token, the logits behind it, and nothing for a draft."""
 
-    @torch.inference_mode()  # noqa: F821
+    @torch.inference_mode()
     def forward(self, input_ids, start_pos=0):
         h = self.embed(input_ids).unsqueeze(2).repeat(1, 1, self.hc_mult, 1)
         for layer in self.layers:
