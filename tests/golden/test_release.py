@@ -26,7 +26,7 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report.words import next_steps, verdict
+from dsv4_convert.parity.report.words import summarized
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.taps import TapKey, tap_named
 from dsv4_convert.weights.published import PublishedWeights
@@ -192,7 +192,7 @@ def test_the_command(folder: Path, golden: Golden) -> None:
     np.testing.assert_array_equal(
         open_golden(out).read("layers.0.attn.wq_a"), golden.read("layers.0.attn.wq_a")[:, :20]
     )
-    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--quiet"])
+    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0"])
     assert done.exit_code == 0, done.output
     assert "bfloat16" in done.output
     done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--dtype", "float32"])
@@ -278,10 +278,10 @@ def test_the_first_revision_is_known_by_its_hashes_and_its_failures_say_so(
     assert "leaves keys and compressed entries unrounded" in versions["kernel revision"]
     report = ParityRun(weights, first, ParityOptions(layers=[0])).run()
     assert not report.passed
-    sentence = verdict(report)
-    assert sentence.startswith("FAIL: the golden is of code that computes otherwise: model.py is the first, ")
-    assert sentence.index("does not clamp the shared expert") < sentence.index("shared_experts")
-    assert "inference` folder" in next_steps(report)[0]
+    cause = dict(summarized(report).lines)["Cause"]
+    assert cause.startswith("The golden is of code that computes otherwise: model.py is the first, of 2026-04-24")
+    assert cause.index("does not clamp the shared expert") < cause.index("shared_experts.w1")
+    assert "inference` folder" in dict(summarized(report).lines)["Next"]
 
 
 def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: Golden) -> None:

@@ -26,11 +26,12 @@ from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
     grown_numbers,
-    missed,
     next_steps,
     noise_floor,
     operation,
     position_cells,
+    reach,
+    summarized,
     verdict,
     why,
 )
@@ -83,7 +84,8 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         "report": report.to_json(verdict(report)),
         "figures": plain(_lean(data)),
     }
-    headline, _, rest = verdict(report).partition(": ")[2].partition(". ")
+    said = summarized(report)
+    headline = said.headline.partition(": ")[2]
     return environment.get_template("page.html.j2").render(
         report=report,
         run=run,
@@ -95,7 +97,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         maps=figures.MAPS,
         # Names of taps stay unchanged.
         headline=headline if report.first_diverging is not None else headline[:1].upper() + headline[1:],
-        rest=rest,
+        said=[line for line in said.lines if line[0] != "Next"],
         steps=next_steps(report),
         noise_floor=noise_floor(report),
         facts=_facts(report),
@@ -106,7 +108,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         clean=_clean(report),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
         baseline=_baseline(report),
-        missed=[missed(layer) for layer in report.uncovered],
+        missed=reach(report),
         worst=[
             (*position_cells(position, decode), position.golden == position.found)
             for position in (() if report.logits is None else report.logits.worst)
