@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Cache, Model, Taps
+from dsv4_convert.model import Cache, Model, Taps, attention
+from dsv4_convert.model.attention import gathers
 from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -214,3 +218,14 @@ def test_a_token_that_just_fits_is_right(small: Small) -> None:
     assert np.isnan(found[:, 22:]).all()
     with pytest.raises(UsageError, match="of the last 3 are NaN"):
         cache.refuse_overflow()
+
+
+def test_gathered_entries_give_the_model_of_the_mask(small: Small) -> None:
+    """Queries of this model choose 5 of up to 37 entries, so all tests here gather; the mask gives the same."""
+    assert gathers(TOKENS // small.config.csa_ratio, small.config.index_topk)
+    _, gathered = small.whole(small.tokens)
+    with patch.object(attention, "GATHER_FROM", math.inf):
+        _, masked = jax.jit(lambda tokens: small._whole(tokens))(small.tokens)  # traced again
+    for name, value in masked.items():
+        np.testing.assert_allclose(gathered[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+    assert (np.asarray(gathered["layers.1.attn.context"]) != masked["layers.1.attn.context"]).any(), "another program"
