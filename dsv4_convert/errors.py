@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dsv4_convert.urls import without_secrets
+
 
 class Dsv4Error(Exception):
     """Base of every error that dsv4 raises on purpose. Exit code 3 unless a subclass says otherwise.
 
     A message quotes names and values that somebody else wrote, so what does not print is escaped in it, and a line that
-    is longer than anybody reads is cut.
+    is longer than anybody reads is cut. The URLs in it lose their secrets.
     """
 
     exit_code = 3
 
     def __init__(self, message: str) -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+        super().__init__("\n".join(map(printable, without_secrets(message).split("\n"))))
 
 
 class CheckFailed(Dsv4Error):

@@ -76,7 +76,7 @@ class Golden:
     """An open golden. Made by :func:`open_golden`.
 
     Attributes:
-        path: its folder or URL.
+        path: its folder, or its URL without secrets.
         manifest: the contents of ``manifest.json``.
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
@@ -279,11 +279,11 @@ def open_golden(path: Path | str) -> Golden:
         (1, 300)
     """
     remote = isinstance(path, str) and "://" in path
-    where = path.rstrip("/") if isinstance(path, str) and remote else Path(path)
-    files: Files = RemoteFiles(str(where)) if remote else LocalFiles(Path(where))
+    files: Files = RemoteFiles(str(path)) if remote else LocalFiles(Path(path))
+    where = files.url if isinstance(files, RemoteFiles) else Path(path)
     data = files.content(MANIFEST_NAME)
     if data is None:
-        partial = None if remote else stage_of(Path(where))
+        partial = None if remote else stage_of(Path(path))
         if partial is not None and partial.is_dir():
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
@@ -89,12 +91,12 @@ _DEFAULTS = ParityOptions()
 
 
 def run_parity(
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     golden: Path | str,
     options: ParityOptions = _DEFAULTS,
     *,
-    source: Path | None = None,
-    against: Path | None = None,
+    source: Path | str | None = None,
+    against: Path | str | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
     progress: Progress = lambda _: None,
@@ -105,8 +107,9 @@ def run_parity(
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint; its weights are decoded on demand.
-        against: the published checkpoint with which the weights of wrong operations are compared.
+        source: a published checkpoint, as :func:`~dsv4_convert.checkpoint.locate.open_source` opens it; its weights
+            are decoded on demand.
+        against: the published checkpoint, likewise, with which the weights of wrong operations are compared.
         baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
@@ -126,26 +129,31 @@ def run_parity(
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
     layers = None if options.layers is None else check_layers(recorded.config, options.layers)
-    weights: Parameters
-    if checkpoint is not None and source is None:
-        weights = Weights.open(checkpoint)
-    elif source is not None and checkpoint is None:
-        weights = PublishedWeights.open(source, layers=_layers_up_to(layers, _modes(recorded, options.modes)))
-    else:
-        raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
-    _check_architecture(weights.config, recorded)
-    published = None if against is None else PublishedWeights.open(against, layers=layers)
-    if baseline is not None:
-        _check_baseline(baseline, recorded, options, write=processes.first)
-    report = ParityRun(
-        weights,
-        recorded,
-        options,
-        against=published,
-        devices=Devices.all(weights.config, processes, mesh),
-        progress=progress,
-        name=str(checkpoint or source),
-    ).run()
+    with ExitStack() as held:
+
+        def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
+            return PublishedWeights(held.enter_context(open_source(where, layers=wanted)), layers=wanted)
+
+        weights: Parameters
+        if checkpoint is not None and source is None:
+            weights = Weights.open(checkpoint)
+        elif source is not None and checkpoint is None:
+            weights = published(source, _layers_up_to(layers, _modes(recorded, options.modes)))
+            weights.prefetch()
+        else:
+            raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
+        _check_architecture(weights.config, recorded)
+        if baseline is not None:
+            _check_baseline(baseline, recorded, options, write=processes.first)
+        report = ParityRun(
+            weights,
+            recorded,
+            options,
+            against=None if against is None else published(against, layers),
+            devices=Devices.all(weights.config, processes, mesh),
+            progress=progress,
+            name=str(checkpoint or source),
+        ).run()
     if baseline is None:
         return report
     with processes.step("baseline"):

@@ -22,11 +22,13 @@ from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.units import size
+from dsv4_convert.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from dsv4_convert.checkpoint import Checkpoint
     from dsv4_convert.store import Processes
 
 P = ParamSpec("P")
@@ -41,6 +43,11 @@ _BUG = 70
 _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+
+#: Where a published checkpoint may be, of every command that takes one.
+SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
+#: A converted checkpoint, likewise.
+CHECKPOINT_HELP = "Orbax checkpoint that dsv4 wrote: a folder, or gs://bucket/path."
 
 Json = Annotated[
     str | None,
@@ -132,7 +139,7 @@ def console(*, err: bool = False) -> Console:
 
 def say_error(text: str) -> None:
     """An error on stderr; in a terminal wrapped at words."""
-    title = "error: "
+    title, text = "error: ", without_secrets(text)
     if not sys.stderr.isatty():
         typer.echo(title + text, err=True)
         return
@@ -187,7 +194,7 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
                 say_error(complaint)
                 raise typer.Exit(UsageError.exit_code) from None
             # The values of variables may be private, so the traceback does not show them.
-            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            typer.echo(without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
                 "what `dsv4 doctor --json -` prints."
@@ -347,6 +354,26 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
         return
     with screen.status(title) as line:
         yield lambda text: line.update(f"{title}: {text}"[: max(screen.width - 3, 10)])
+
+
+def with_fetched(checkpoint: Checkpoint, say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, which adds how much of a checkpoint has come that is somewhere else."""
+    from dsv4_convert.convert.shards import as_arriving
+
+    arriving, doing = as_arriving(checkpoint), ""
+    if arriving is None:
+        return say
+
+    def update() -> None:
+        say(f"{doing}; {size(arriving.fetched)} of {size(arriving.to_fetch)} fetched")
+
+    def said(text: str) -> None:
+        nonlocal doing
+        doing = text
+        update()
+
+    arriving.on_bytes = update
+    return said
 
 
 def _animated(screen: Console) -> bool:

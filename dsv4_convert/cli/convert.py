@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 
 @resumable
 def hf_to_orbax(
-    source: Annotated[
-        str, typer.Argument(help="Folder, repository such as deepseek-ai/DeepSeek-V4-Flash, or gs://bucket/path.")
-    ],
+    source: Annotated[str, typer.Argument(help=f"Published checkpoint: {SOURCES}")],
     dest: Annotated[str, typer.Argument(help="Folder to create, or gs://bucket/path.")],
     dtype: Annotated[
         str,

@@ -13,7 +13,6 @@ from dsv4_convert.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress
-    from dsv4_convert.checkpoint.locate import Origin
 
 
 @resumable
@@ -69,14 +68,6 @@ def download(
         },
         json,
     )
-
-
-def fetch(source: str, *, revision: str | None, layers: tuple[int, ...] | None) -> Origin:
-    """The source of another command: a folder, or a repository that is downloaded with a progress bar."""
-    from dsv4_convert.checkpoint.locate import locate
-
-    with byte_progress("") as show:
-        return locate(source, revision=revision, layers=layers, progress=_staged(show))
 
 
 def _staged(show: Callable[[int, int, str], None]) -> Progress:

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, resumable, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, byte_progress, resumable, write_json
 from dsv4_convert.units import size
 
 
 @resumable
 def orbax_to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],
     requantize: Annotated[
         bool,

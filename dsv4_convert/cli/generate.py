@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, Platform, one_of, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, Platform, one_of, parse_choice, reported, status, write_json
 
 
 @reported
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue, encoded with --tokenizer; may be repeated.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    SOURCES,
     Json,
     byte_progress,
     console,
@@ -19,9 +21,9 @@ from dsv4_convert.cli.common import (
     reported,
     resumable,
     status,
+    with_fetched,
     write_json,
 )
-from dsv4_convert.cli.download import fetch
 from dsv4_convert.units import ranges, size
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ _EXACT_HELP = "Tokens that a compact golden keeps exactly, such as 0,128,-1 (-1 
 
 @resumable
 def record(
-    source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
+    source: Annotated[str, typer.Argument(help=f"Published checkpoint: {SOURCES}")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokens: Annotated[
         str | None, typer.Option(help="Token ids: 5,17,3 or a file (.json, .npy, or text with one prompt per line).")
@@ -101,26 +103,24 @@ def record(
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
-    from dsv4_convert.checkpoint import open_checkpoint
+    from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
     from dsv4_convert.golden.compact import Compact
-    from dsv4_convert.golden.recorder import RecordingOptions
-    from dsv4_convert.golden.recorder import record as record_golden
+    from dsv4_convert.golden.recorder import RecordingOptions, layers_that_run, record_opened
     from dsv4_convert.golden.tokens import prompt_tokens
 
     if (parse_choice("--reference", reference, ("transformers", "release")) == "release") != (release_code is not None):
         raise UsageError("--reference release and --release-code DIR belong together: the folder holds the reference")
     chosen = parse_layers(layers)
-    up_to = None if chosen is None else tuple(range(max(chosen) + 1))
-    origin = fetch(source, revision=revision, layers=up_to)
-    with status("recording") as say:
+    with status("recording") as say, ExitStack() as held:
         say("reading headers")
-        with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
-            vocabulary = checkpoint.architecture().vocab_size
-    ids = prompt_tokens(origin.path, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
-    with status("recording") as say:
-        done = record_golden(
-            origin.path,
+        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
+        checkpoint = held.enter_context(opened)
+        vocabulary = checkpoint.architecture().vocab_size
+        checkpoint.fetch_small_files()
+        ids = prompt_tokens(checkpoint.root, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
+        done = record_opened(
+            checkpoint,
             out,
             RecordingOptions(
                 tokens=ids,
@@ -133,10 +133,8 @@ def record(
                 release_code=release_code,
                 compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             ),
-            name=origin.repository,
-            revision=origin.revision,
             announce=_print_plan,
-            progress=lambda what: say(what),
+            progress=with_fetched(checkpoint, say),
         )
     typer.echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
@@ -299,10 +297,10 @@ def verify(
     opened = open_golden(golden)
     with byte_progress("verifying") as progress:
         problems = opened.verify(progress)
-    write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
+    write_json({"schema_version": 1, "golden": str(opened.path), "problems": problems}, json)
     if problems:
-        raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
-    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
+        raise CheckFailed(f"{opened.path}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
+    typer.echo(f"{opened.path}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 
 @reported

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, reported, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, SOURCES, Json, byte_progress, reported, write_json
 from dsv4_convert.units import size
+from dsv4_convert.urls import without_secrets
 
 
 @reported
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Orbax checkpoint that dsv4 wrote: folder, or gs://bucket/path.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="SOURCE", help="Source folder of the conversion: decode it again, compare bits."),
+        str | None,
+        typer.Option(metavar="SOURCE", help=f"Source of the conversion, to decode again and compare bits: {SOURCES}"),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -41,8 +41,8 @@ def verify(
     write_json(
         {
             "schema_version": 1,
-            "checkpoint": checkpoint,
-            "against": None if against is None else str(against),
+            "checkpoint": without_secrets(checkpoint),
+            "against": None if against is None else without_secrets(against),
             "problems": problems,
         },
         json,
@@ -50,5 +50,5 @@ def verify(
     if problems:
         raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\nConvert the model again.")
     total = sum(store.leaf(path).nbytes for path in store.paths)
-    equal = "every byte as written" if against is None else f"every byte as written and as {against} gives it"
-    typer.echo(f"{checkpoint}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")
+    equal = "every byte as written" + ("" if against is None else f" and as {without_secrets(against)} gives it")
+    typer.echo(f"{without_secrets(checkpoint)}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.spec.coverage import Leaf, Source, Stored
 from dsv4_convert.spec.names import FP8_TILE, Transform
-from dsv4_convert.store import ArrayLayout
+from dsv4_convert.store import ArrayLayout, LeafSpec
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.
 CHUNK_BYTES = 64 << 20
@@ -94,6 +94,18 @@ class StoredLeaf:
     def layout(self) -> ArrayLayout:
         """Shape, dtype and chunk grid."""
         return ArrayLayout(shape=self.shape, dtype=self.dtype, chunk_shape=self.chunk_shape)
+
+    @cached_property
+    def spec(self) -> LeafSpec:
+        """The leaf as the store knows it."""
+        return LeafSpec(
+            path=self.path,
+            shape=self.shape,
+            dtype=self.dtype,
+            chunk_shape=self.chunk_shape,
+            sources=self.sources,
+            rule=self.rule_name,
+        )
 
     @property
     def leaf(self) -> Leaf:

@@ -20,8 +20,8 @@ from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
+from dsv4_convert.store.folder import Folder
 from dsv4_convert.store.layout import raw_bytes
-from dsv4_convert.store.places import Folder
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -54,7 +54,7 @@ class ExportSummary:
 
 
 def orbax_to_hf(
-    checkpoint: Path,
+    checkpoint: Path | str,
     destination: Path,
     *,
     requantize: bool = False,
@@ -126,14 +126,16 @@ def orbax_to_hf(
     for tensor in sources.tensors.values():
         if tensor.dropped is not None:
             dropped[tensor.dropped] = dropped.get(tensor.dropped, 0) + 1
+    # A weight whose scale is in another shard is quantised for each of the two, with the same result.
+    quantized = {name: count for shard in groups for name, count in kept[shard].quantized.items()}
     return ExportSummary(
         tensors=sum(map(len, groups.values())),
         nbytes=total,
         shards=tuple(groups),
         left_out=dropped,
         identical=sum(kept[shard].identical for shard in groups),
-        quantized=sum(len(kept[shard].quantized) for shard in groups),
-        changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
+        quantized=len(quantized),
+        changed={name: count for name, count in quantized.items() if count},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +39,17 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(
     text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None, infinite: bool = False
 ) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose root is an object.
+    """Parse UTF-8 JSON whose root is an object. Raises :class:`BadInput`: it is none, or as :func:`parse_value`."""
+    parsed = parse_value(text, where=where, parse_int=parse_int, infinite=infinite)
+    if not isinstance(parsed, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def parse_value(
+    text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None, infinite: bool = False
+) -> Any:
+    """Parse UTF-8 JSON.
 
     Refused beyond what the standard library refuses: duplicate keys (readers disagree on which one counts),
     ``NaN`` and ``Infinity`` (not JSON) and numbers beyond float64 unless ``infinite``, half of a surrogate pair, more
@@ -85,8 +95,6 @@ def parse_object(
         raise _too_deep(where) from None
     except ValueError as error:  # an integer of thousands of digits, or one that parse_int refuses
         raise BadInput(f"{where}: {error}") from None
-    if not isinstance(parsed, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
     if _is_deep(parsed):
         raise _too_deep(where)
     if _SURROGATE.search(text) and not _is_unicode(parsed):
@@ -94,8 +102,8 @@ def parse_object(
     return parsed
 
 
-def _is_deep(document: Mapping[str, Any]) -> bool:
-    level: list[Any] = [document]
+def _is_deep(document: object) -> bool:
+    level: list[Any] = [document] if isinstance(document, dict | list) else []
     for _ in range(_MAX_DEPTH):
         below = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
         level = [value for value in below if isinstance(value, dict | list)]
@@ -108,7 +116,7 @@ def _too_deep(where: str) -> BadInput:
     return BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile")
 
 
-def _is_unicode(document: Mapping[str, Any]) -> bool:
+def _is_unicode(document: object) -> bool:
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -15,9 +15,9 @@ from dsv4_convert.spec.names import Dialect, lookup
 from dsv4_convert.store import Store
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state
+from dsv4_convert.store.folder import leaves_of, staged_bytes
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.places import leaves_of, staged_bytes
 from dsv4_convert.units import ranges, size
 
 

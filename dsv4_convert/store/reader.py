@@ -25,8 +25,8 @@ from dsv4_convert.store.layout import (
     chunk_file,
     nested,
 )
+from dsv4_convert.store.locate import as_path
 from dsv4_convert.store.manifest import Manifest
-from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import in_threads
 
 #: Called after every chunk with (bytes checked, bytes in total, path of the leaf).

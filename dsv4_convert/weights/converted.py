@@ -50,7 +50,7 @@ class Weights:
             )
 
     @classmethod
-    def open(cls, path: Path) -> Weights:
+    def open(cls, path: Path | str) -> Weights:
         """Open a checkpoint. Raises :class:`BadInput` if dsv4 did not write it."""
         return cls(open_store(path))
 

@@ -17,9 +17,9 @@ from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.report.secrets import all_without_secrets
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.urls import all_without_secrets
 
 SCHEMA_VERSION = 3
 #: The most severe first.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.store.places import Folder
+from dsv4_convert.store.folder import Folder
 
 from .case import (
     AGAINST,
