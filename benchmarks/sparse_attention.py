@@ -42,6 +42,7 @@ LENGTHS = (2048, 8192, 16384, 32768, 65536)
 FACTORS = (1, 2, 3, 4, 8)
 #: ``GATHER_FROM`` that leaves the mask in place, and the one that is used.
 BEFORE, AFTER = math.inf, attention.GATHER_FROM
+#: The architecture of the third part.
 SMALL = tiny_config(index_topk=64, sliding_window=128, max_position_embeddings=1 << 20)
 
 

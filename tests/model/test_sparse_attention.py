@@ -52,7 +52,7 @@ def test_gathered_entries_give_what_the_mask_gives(tokens: int, before: tuple[in
 
 
 def test_an_entry_that_is_not_chosen_is_not_read() -> None:
-    """Nor is the row that stands for an absent choice: entry 0 is seen by none of these queries."""
+    """Entry 0 stands for an absent choice, and none of these queries sees it either."""
     given = _given(13, (100, 20))
     past = given[3]._replace(chosen=jnp.where(given[3].chosen <= 1, -1, given[3].chosen))
     other = past._replace(values=past.values.at[:, :2].add(100.0))
