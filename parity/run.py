@@ -16,12 +16,13 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.prompt_coverage import prompt_coverage
+from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
+from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
@@ -32,6 +33,7 @@ from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
@@ -45,8 +47,8 @@ Array = np.ndarray[Any, Any]
 #: float32 matmul precision, as JAX names it.
 Precision: TypeAlias = Literal["highest", "high", "default"]
 
-#: Called with the layer that is about to run (None: the model level).
-Progress = Callable[[int | None], None]
+#: Called before each step: finished steps, all steps, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -66,7 +68,8 @@ class ParityOptions:
         precision: float32 matmul precision. The limits assume ``highest``; accelerators use fewer bits otherwise.
         mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
             it; None for a mesh that divides everything.
-        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
+        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure, and so are
+            weights of a conversion that it does not use, unless ``against`` has the same.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
 
@@ -99,7 +102,7 @@ def run_parity(
     against: Path | str | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> ParityReport:
     """Compare a converted checkpoint, or a published one before its conversion, with a golden.
 
@@ -113,7 +116,7 @@ def run_parity(
         baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
-        progress: called before each layer.
+        progress: called before each step.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
@@ -123,7 +126,7 @@ def run_parity(
             written.
 
     Examples:
-        >>> run_parity(Path("orbax"), "golden/data/tiny", ParityOptions(layers=[0])).passed
+        >>> run_parity("orbax", "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
@@ -175,7 +178,7 @@ class ParityRun:
         *,
         against: PublishedWeights | None = None,
         devices: Devices | None = None,
-        progress: Progress = lambda _: None,
+        progress: Progress = lambda done, total, what: None,
         name: str = "weights",
     ) -> None:
         """``name`` is what the report calls the weights. Raises as :func:`run_parity`."""
@@ -196,6 +199,7 @@ class ParityRun:
         # the golden's own inputs.
         self._teacher_forced = golden.numerics == "release"
         self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._check_something_is_compared()
         self._forward = Forward(
             weights,
             golden.tokens,
@@ -220,6 +224,7 @@ class ParityRun:
         golden, options = self._golden, self._options
         with jax.default_matmul_precision(options.precision):
             self._run_all()
+        coverage = tuple(prompt_coverage(golden, layer) for layer in self._layers)
         return ParityReport(
             modes=self._modes,
             decode=golden.decode,
@@ -230,7 +235,8 @@ class ParityRun:
             taps=tuple(result for mode in self._modes for result in self._results[mode]),
             localizations=tuple(self._localizations),
             error_splits=tuple(self._error_splits),
-            prompt_coverage=tuple(prompt_coverage(golden, layer) for layer in self._layers),
+            prompt_coverage=coverage,
+            unchecked=self._unchecked(coverage),
             require_coverage=options.require_coverage,
             logits=self._logits,
             checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
@@ -244,6 +250,31 @@ class ParityRun:
             detail=self._detail,
         )
 
+    def _check_something_is_compared(self) -> None:
+        """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
+        if any(self._comparison.compares(key, mode) for mode in self._modes for key in self._wanted):
+            return
+        names = ", ".join(dict.fromkeys(key.tap.name for key in self._wanted))
+        raise UsageError(
+            f"nothing would be compared of {names}: a layer's input is the golden's own in isolated mode, and other "
+            "taps have no elements in these tokens; name other taps, use --mode cumulative, or record more tokens"
+        )
+
+    def _unchecked(self, coverage: tuple[LayerCoverage, ...]) -> Unchecked:
+        """What the run says nothing about. If all is required, unused weights are compared with the source."""
+        left = unchecked(
+            self._golden,
+            self._weights.config,
+            wanted=self._wanted,
+            coverage=coverage,
+            decoded=bool(self._golden.decode) and self._options.phase is not Phase.PREFILL,
+            converted=not isinstance(self._weights, PublishedWeights),
+        )
+        if self._against is None or not (self._options.require_coverage and left.converted):
+            return left
+        differing = tuple(differing_weights(self._weights, self._against, left.weights))
+        return dataclasses.replace(left, compared=True, differing=differing)
+
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
             return tuple(layer for layer in self._layers if layer in self._wanted_layers)
@@ -253,15 +284,17 @@ class ParityRun:
     def _run_all(self) -> None:
         if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
             self._run_embedding()
-        for layer in sorted({layer for layers in self._needed.values() for layer in layers}):
-            self._progress(layer)
+        layers = sorted({layer for layers in self._needed.values() for layer in layers})
+        total = len(layers) + self._wants_head
+        for done, layer in enumerate(layers):
+            self._progress(done, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
             self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
         if self._wants_head:
-            self._progress(None)
+            self._progress(total - 1, total, "head")
             self._run_head()
 
     def _run_embedding(self) -> None:
-        self._progress(None)
+        self._progress(0, 0, "embedding")
         activations, self._streams = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
@@ -325,8 +358,9 @@ class ParityRun:
     def _judge(self, activations: Activations, mode: Mode) -> bool:
         """Judge the wanted taps; whether any fails."""
         teacher_forced = self._teacher_forced and mode is Mode.ISOLATED
+        compared = [key for key in self._wanted if not is_fed(key, mode)]
         results = self._comparison.judge(
-            activations, mode, self._wanted, teacher_forced=teacher_forced, detail=self._detail
+            activations, mode, compared, teacher_forced=teacher_forced, detail=self._detail
         )
         self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, resumable, status, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, echo, parse_layers, resumable, write_json
+from dsv4_convert.cli.status import byte_progress, status
 from dsv4_convert.units import size
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def download(
         files = [{"name": file.name, "size": file.size, "cached": file.cached} for file in plan.files]
         if json != "-":
             for file in plan.files:
-                typer.echo(f"{size(file.size):>10}  {'on disk  ' if file.cached else ''}{file.name}")
+                echo(f"{size(file.size):>10}  {'on disk  ' if file.cached else ''}{file.name}")
             total = f"{size(plan.to_download_bytes)} of {size(plan.total_bytes)}"
-            typer.echo(f"{repo} at {plan.revision}: would download {total}, {len(plan.files)} files")
+            echo(f"{repo} at {plan.revision}: would download {total}, {len(plan.files)} files")
         write_json({"schema_version": 1, "repository": repo, "revision": plan.revision, "files": files}, json)
         return
     with byte_progress("") as show:
@@ -56,7 +57,7 @@ def download(
             repo, revision=revision, want=want, local_dir=local_dir, force=force, progress=_staged(show)
         )
     if json != "-":
-        typer.echo(str(done.path))
+        echo(str(done.path))
     write_json(
         {
             "schema_version": 1,

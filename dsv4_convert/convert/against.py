@@ -12,13 +12,11 @@ from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.checkpoint.planned import check_room
 from dsv4_convert.convert.account import tensor_digest
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import Sources, read_sources, stored_layers
-from dsv4_convert.convert.storage import Storage, StoredLeaf
+from dsv4_convert.convert.storage import StoredLeaf
 from dsv4_convert.errors import BadInput
-from dsv4_convert.spec.config import Config
 from dsv4_convert.store import Chunk, Store, chunk_digest
 from dsv4_convert.store.layout import Index, raw_bytes
 from dsv4_convert.store.threads import in_threads
@@ -45,16 +43,13 @@ def compare_with_source(
     Raises:
         BadInput: the source is not a checkpoint of this model, or the checkpoint was not converted by this version.
     """
-    metadata = store.metadata
-    if metadata.get("format") != "dsv4":
-        raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
+    made = store.conversion
     sources = read_sources(store)
     with open_source(source, layers=stored_layers(store)) as checkpoint:
         config = checkpoint.architecture()
-        if not config.computes_like(Config.from_json(metadata["config"])):
+        if not config.computes_like(made.config):
             return [f"{checkpoint.root / 'config.json'}: another architecture than the one that was converted"]
-        storage, layout = Storage(metadata["storage"]), Layout(metadata["layout"])
-        planned = plan(checkpoint, config, storage, layers=stored_layers(store), layout=layout)
+        planned = plan(checkpoint, config, made.storage, layers=stored_layers(store), layout=made.layout)
         comparison = _Comparison(store, checkpoint, planned, sources)
         return comparison.run(progress, workers)
 

@@ -8,23 +8,23 @@ import importlib.metadata
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout, layout_files
+from dsv4_convert.convert.layouts import layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
-from dsv4_convert.convert.storage import Storage
-from dsv4_convert.errors import printable
+from dsv4_convert.folders import PathLike
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
 from dsv4_convert.store.threads import in_threads
+from dsv4_convert.text import for_terminal
 
 #: Small files of the source that are copied unchanged if they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -75,8 +75,8 @@ Progress = Callable[[Advance], None]
 
 
 def hf_to_orbax(
-    source: Path | str,
-    destination: str | os.PathLike[str],
+    source: PathLike,
+    destination: PathLike,
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
@@ -104,10 +104,10 @@ def hf_to_orbax(
         ResourceError: the disk is full, or the memory allowed is too small.
 
     Examples:
-        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "converted")
+        >>> plan, summary = hf_to_orbax("checkpoint", "converted")
     """
     layers = None if layers is None else tuple(layers)
-    with open_source(source, layers=layers) as checkpoint:
+    with open_source(os.fspath(source), layers=layers) as checkpoint:
         config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(planned, checkpoint, destination, options, progress=progress)
@@ -145,7 +145,7 @@ def carry_out(
     companions = _companions(checkpoint) | layout_files(planned.layout, planned.config)
     shards = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
-        "name": options.name or checkpoint.repository or printable(checkpoint.root.resolve().name),
+        "name": options.name or checkpoint.repository or for_terminal(checkpoint.root.resolve().name),
         "revision": options.revision or checkpoint.revision,
         "shards": {name: shard.size for name, shard in shards.items()},
     }

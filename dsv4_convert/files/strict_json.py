@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.reading import foreign_content, read_start, stat_regular
+
+W = TypeVar("W", bound=str)
 
 #: The largest published index is 14 MB; a config.json has a few KB.
 MAX_JSON_BYTES = 100_000_000
@@ -122,6 +124,22 @@ def _is_unicode(document: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def enumerated(value: object, allowed: Iterable[W], *, field: str) -> W:
+    """The word among ``allowed`` that ``value`` is, letter by letter. Members of an enumeration are words.
+
+    Every enumerated value of a file is decoded here: an unknown one must not be taken for the default.
+
+    Raises:
+        ValueError: naming the field, what was found, and what is allowed; the caller adds the file.
+    """
+    words = list(allowed)
+    for word in words:
+        if isinstance(value, str) and value == word:
+            return word
+    found = shown(value) if isinstance(value, str) else shown(repr(value))
+    raise ValueError(f"{field} is {found}, expected one of {', '.join(words)}")
 
 
 def shown(text: str, *, limit: int = 80) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv4_convert.store.arrays import Compression
+from dsv4_convert.store.beside import unaccounted
 from dsv4_convert.store.destination import Destination
 from dsv4_convert.store.layout import ArrayLayout, chunk_digest, row_chunks
 from dsv4_convert.store.locate import as_path, open_destination
@@ -29,5 +30,6 @@ __all__ = [
     "open_destination",
     "open_store",
     "row_chunks",
+    "unaccounted",
     "verify",
 ]

@@ -36,7 +36,8 @@ from dsv4_convert.parity.report.words import (
     why,
 )
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.units import ranges
+from dsv4_convert.text import for_html, for_json
+from dsv4_convert.units import duration, ranges
 from dsv4_convert.urls import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
@@ -103,7 +104,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"short": short, "coded": _coded, "broken": _broken}
+    environment.filters |= {"short": short, "duration": duration, "coded": _coded, "broken": _broken}
     document = {
         "schema_version": SCHEMA_VERSION,
         "command": run.command,
@@ -113,7 +114,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     }
     said = summarized(report)
     headline = said.headline.partition(": ")[2]
-    return environment.get_template("page.html.j2").render(
+    html = environment.get_template("page.html.j2").render(
         report=report,
         run=run,
         data=data,
@@ -148,10 +149,15 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         provenance=_provenance(report, run),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
-        document=htmlsafe_json_dumps(
-            document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+        document=Markup(
+            for_json(
+                htmlsafe_json_dumps(
+                    document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+                )
+            )
         ),
     )
+    return for_html(html)
 
 
 def _digits(value: Any) -> Any:
