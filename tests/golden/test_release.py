@@ -249,13 +249,17 @@ def test_an_unknown_head_or_block_is_refused_before_the_first_layer(
     assert wanted in text
     (tmp_path / "model.py").write_text(text.replace(wanted, given))
     steps: list[str] = []
+
+    def step(done: int, total: int, what: str) -> None:
+        steps.append(what)
+
     options = RecordingOptions(tokens=TOKENS[:, :3], noise=[], release_code=tmp_path)
     if message is None:  # the same in other words
-        record(folder / "fp4", tmp_path / "golden", options, progress=steps.append)
+        record(folder / "fp4", tmp_path / "golden", options, progress=step)
         assert "head" in steps
         return
     with pytest.raises(Dsv4Error, match=message):
-        record(folder / "fp4", tmp_path / "golden", options, progress=steps.append)
+        record(folder / "fp4", tmp_path / "golden", options, progress=step)
     assert steps == []
     assert not (tmp_path / "golden").exists()
 
