@@ -37,6 +37,7 @@ few times as much.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from dsv4_convert.golden.noise import Mode
 
@@ -52,6 +53,28 @@ class Limits:
 
 
 LIMITS = Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SystematicLimits:
+    """How far errors may be correlated with a trend (:mod:`dsv4_convert.parity.systematic`).
+
+    ``chance`` over the square root of the number of errors is what independent errors may have in common, and ``share``
+    what the errors of any number may. ``least`` is the relative error below which errors do not count, and
+    ``rounded_weights`` the size of a trend that the rounding of weights may have.
+    """
+
+    share: float
+    chance: float
+    least: float
+    rounded_weights: float
+
+    def allowed(self, count: int) -> float:
+        """The largest correlation that passes, of so many errors."""
+        return self.share + self.chance / math.sqrt(max(count, 1))
+
+
+SYSTEMATIC = SystematicLimits(share=0.1, chance=12.0, least=2.0**-12, rounded_weights=2.0**-9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

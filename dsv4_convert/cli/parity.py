@@ -38,7 +38,10 @@ def parity(
         Path | None,
         typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the fly, before it is converted."),
     ] = None,
-    layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
+    layer: Annotated[
+        str,
+        typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} Default: all that golden and checkpoint both hold."),
+    ] = "all",
     taps: Annotated[
         list[str] | None,
         typer.Option(

@@ -18,10 +18,13 @@ from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.report.secrets import all_without_secrets
+from dsv4_convert.parity.systematic import Systematic
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 3
+#: The correlation of errors with a trend from which the trend is said to be the error.
+_NEARLY_ALL = 0.9
 #: The most severe first.
 SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 
@@ -60,7 +63,7 @@ class TapResult(TapInMode):
 
     ``form``: the form of the tap that the numbers are about. A compact golden keeps a tap in two forms, and the one
     that came out worst is reported. The worst "element" of a sketch is a number of the sketch, whose first number is
-    the rms of the row.
+    the rms of the row. ``systematic``: what its errors have in common, where that was measured.
     """
 
     verdict: Verdict
@@ -69,6 +72,7 @@ class TapResult(TapInMode):
     distance: Distance | None = None
     flips: Flips | None = None
     form: TapForm = TapForm.WHOLE
+    systematic: Systematic | None = None
 
     @property
     def passes(self) -> bool:
@@ -82,12 +86,20 @@ class TapResult(TapInMode):
             return self.distance.noise.largest
         return None if self.flips is None else self.flips.noise
 
+    @property
+    def explained(self) -> Systematic | None:
+        """What its errors have in common, where that is why it fails, or nearly all of its error."""
+        trend = self.systematic
+        if trend is None or self.verdict is not Verdict.FAIL:
+            return None
+        return trend if self.reason == trend.reason or trend.correlation > _NEARLY_ALL else None
+
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
-        """The measures by which it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
+        """The measures by which it fails: ``tap``, ``row``, ``element``, ``systematic``, ``choice`` or ``shape``."""
         if self.verdict is not Verdict.FAIL:
             return ()
         if self.distance is not None:
-            return self.distance.noise.exceeded(limits)
+            return self.distance.noise.exceeded(limits) or ("systematic",)
         return ("shape",) if self.flips is None else ("choice",)
 
 
@@ -193,6 +205,7 @@ class LayerSummary:
 class ParityReport:
     """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
+    ``layers_left_out``: layers that golden or checkpoint do not hold, in a run that was to compare all.
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
     ``detail``: numbers for figures, if asked for; not part of the JSON.
@@ -215,6 +228,7 @@ class ParityReport:
     platform: Mapping[str, Any]
     gate: Gate | None = None
     detail: Detail | None = None
+    layers_left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Remove secrets once, for every presentation of the report."""
@@ -302,6 +316,7 @@ class ParityReport:
             "dtype": self.dtype,
             "limits": self.limits,
             "layers": list(self.layers),
+            "layers_left_out": list(self.layers_left_out),
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
             "taps": self.taps,
             "descents": self.localizations,

@@ -92,8 +92,9 @@ def _failing(report: ParityReport, first: TapResult) -> Summary:
 
 
 def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
-    """The next step, and a baseline that was to be written and is not."""
+    """The next step, layers that were not compared, and a baseline that was to be written and is not."""
     yield "Next", next_steps(report)[0]
+    yield from _left_out(report)
     if unchanged := " ".join(_unchanged(report)):
         yield "Baseline", unchanged
 
@@ -133,10 +134,21 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
             f"Same most likely next token at {logits.top1:.2%} of {number_of(logits.positions, 'position')}; KL "
             f"divergence at most {logits.kl_max:.1e} nats.",
         )
+    yield from _left_out(report)
     if report.prompt_coverage:
         yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
     if report.gate is not None:
         yield "Baseline", _baseline(report.gate)
+
+
+def _left_out(report: ParityReport) -> Iterator[tuple[str, str]]:
+    """The layers that one of the two sides lacks."""
+    if report.layers_left_out:
+        yield (
+            "Layers",
+            f"Compared are {layers_named(report.layers)}, which golden and checkpoint both hold; not "
+            f"{few_ranges(report.layers_left_out)}.",
+        )
 
 
 def _objections(report: ParityReport) -> Iterator[str]:
@@ -327,6 +339,9 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
         yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
+    for result in found.wrong[:_NAMED]:
+        if result.explained is not None:
+            yield result.explained.describe(result.name)
     if found.experts:
         who = f"expert {found.experts[0]}" if len(found.experts) == 1 else f"one of experts {_list(found.experts)}"
         yield f"Exactly the tokens that were sent to {who} are wrong."

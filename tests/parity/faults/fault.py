@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,21 @@ MAIN = tiny_config(
 )
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
+#: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+WIDE = tiny_config(
+    vocab_size=4096,
+    hidden_size=64,
+    moe_intermediate_size=64,
+    num_attention_heads=4,
+    head_dim=32,
+    q_lora_rank=64,
+    o_lora_rank=32,
+    index_head_dim=16,
+    swiglu_limit=10.0,
+)
+#: The models by name, and the length of their prompts.
+MODELS: dict[str, tuple[Mapping[str, Any], int]] = {"main": (MAIN, 300), "many": (MANY, 60), "wide": (WIDE, 600)}
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
 
@@ -91,6 +106,7 @@ class Held:
         self.config = config
         self.arrays = arrays
         self.metadata = {"source": "memory", "storage": "float32"}
+        self.layers = tuple(range(config.num_hidden_layers))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
@@ -139,11 +155,12 @@ class Patient:
         return dataclasses.replace(self, golden=shrink(self.golden, self.folder / "compact", form))
 
 
-def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patient:
-    """Make a healthy model in ``folder`` and record it."""
+def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) -> Patient:
+    """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
+    raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=["float32"]))
+    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=noise))
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
 
