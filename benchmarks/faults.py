@@ -20,29 +20,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
 from tests.parity.faults.catalogue import CATALOGUE
-from tests.parity.faults.fault import MODELS, Fault, examine, patient
+from tests.parity.faults.fault import MODELS, examine, patient
 from tests.parity.faults.scales import SCALES
-
-
-def named_rightly(fault: Fault, report: ParityReport) -> bool:
-    """Whether divergence and localization name layer and operation, and blame nothing else."""
-    first, wrong = report.first_diverging, report.first_wrong
-    isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
-    failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
-    return (
-        first is not None
-        and wrong is not None
-        and first.name == wrong.name == fault.full_tap
-        and (failing <= {fault.layer, *fault.also} or not isolated)
-        and fault.full_tap in verdict(report)
-    )
 
 
 def _multiple(report: ParityReport) -> str:
@@ -79,7 +63,7 @@ def main() -> None:
             assert healthy.passed, verdict(healthy)
         for done, fault in enumerate(chosen, start=1):
             report = examine(patients[fault.model], fault, dtype=options.dtype)
-            right = named_rightly(fault, report)
+            right = fault.named_by(report)
             found, rightly = found + (not report.passed), rightly + right
             kinds[fault.kind] += 1
             first = report.first_diverging

@@ -26,6 +26,8 @@ from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.taps import TapKey, Values, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
+#: Where the channels of a head have their errors in common, those of the shares of its keys.
+_SHARES = "attn.context"
 _ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
 
 
@@ -203,7 +205,7 @@ class Comparison:
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
         independent = Independence(
             tokens=tokens[:, rows],
-            width=1 if inherited else min(widths, default=None),
+            width=1 if inherited or key.tap.name == _SHARES else min(widths, default=None),
             rounded_weights=any(rule.kind in (Kind.LINEAR, Kind.EXPERT) for rule in rules),
         )
         golden, sizes, letters = inside.values, None, tuple(key.tap.shape.split()[2:])

@@ -38,6 +38,7 @@ from dsv4_convert.units import ranges
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.values import differing_values
 
 Array = np.ndarray[Any, Any]
 
@@ -222,6 +223,8 @@ class ParityRun:
     def run(self) -> ParityReport:
         """Compare everything. Raises :class:`BadInput` if golden or weights are damaged."""
         golden, options = self._golden, self._options
+        recorded = golden.manifest.request.source.values
+        other_weights = differing_values(self._weights, recorded, self._layers) if recorded else None
         with jax.default_matmul_precision(options.precision):
             self._run_all()
         return ParityReport(
@@ -239,12 +242,8 @@ class ParityRun:
             require_coverage=options.require_coverage,
             logits=self._logits,
             checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
-            golden={
-                "path": str(golden.path),
-                "digest": golden.manifest.digest,
-                "reference": dataclasses.asdict(golden.manifest.request.reference),
-                "source": dataclasses.asdict(golden.manifest.request.source),
-            },
+            golden=_described(golden),
+            other_weights=other_weights,
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
         )
@@ -476,6 +475,17 @@ def _check_architecture(ours: Config, golden: Golden) -> None:
             f"{golden.path}: recorded from another architecture:\n{listed(problems)}\n"
             "Record a golden of this checkpoint's source with `dsv4 golden record`."
         )
+
+
+def _described(golden: Golden) -> dict[str, Any]:
+    """The golden in the report, without the digests of its weights."""
+    request = golden.manifest.request
+    return {
+        "path": str(golden.path),
+        "digest": golden.manifest.digest,
+        "reference": dataclasses.asdict(request.reference),
+        "source": dataclasses.replace(request.source, values={}).to_json(),
+    }
 
 
 def _platform(dtype: str, precision: Precision) -> dict[str, Any]:

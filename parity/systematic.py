@@ -66,7 +66,7 @@ class Systematic:
     @property
     def reason(self) -> str:
         """Why it fails, or does not."""
-        return f"its errors have a correlation of {self.correlation:.2f}, {self.allowed:.2f} allowed"
+        return f"its errors share one trend: a correlation of {self.correlation:.2f}, {self.allowed:.2f} allowed"
 
     def describe(self, tap: str) -> str:
         """What the errors of a tap have in common, in words."""
@@ -222,8 +222,8 @@ def _of_experts(rows: _Rows, routing: Routing) -> list[Systematic]:
     for expert in np.unique(experts):
         at, place = np.nonzero(experts == expert)
         share = shares[at, place]
-        sums = (np.sum(share * product[at]), np.sum(share**2 * square[at]), np.sum(error[at]))
-        size, correlation = rows.correlation(*map(np.atleast_1d, sums), len(at) * width)
+        along, trend = (np.sum(part, keepdims=True) for part in (share * product[at], share**2 * square[at]))
+        size, correlation = rows.correlation(along, trend, np.sum(error[at], keepdims=True), len(at) * width)
         measured.append(
             Systematic(
                 trend=Trend.SLOPE,
@@ -234,4 +234,3 @@ def _of_experts(rows: _Rows, routing: Routing) -> list[Systematic]:
             )
         )
     return measured
-

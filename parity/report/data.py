@@ -205,6 +205,8 @@ class LayerSummary:
 class ParityReport:
     """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
+    ``other_weights``: parameters whose values are not those that the golden was recorded from; None if the golden does
+    not know its weights.
     ``layers_left_out``: layers that golden or checkpoint do not hold, in a run that was to compare all.
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
@@ -229,6 +231,7 @@ class ParityReport:
     gate: Gate | None = None
     detail: Detail | None = None
     layers_left_out: tuple[int, ...] = ()
+    other_weights: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Remove secrets once, for every presentation of the report."""
@@ -298,8 +301,9 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
-        return self.agrees and self.covered and (self.gate is None or self.gate.passed)
+        """Everything agrees, the weights are the golden's, it reaches all if that is required, no error has grown."""
+        right = self.agrees and not self.other_weights
+        return right and self.covered and (self.gate is None or self.gate.passed)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
@@ -317,6 +321,7 @@ class ParityReport:
             "limits": self.limits,
             "layers": list(self.layers),
             "layers_left_out": list(self.layers_left_out),
+            "other_weights": self.other_weights,
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
             "taps": self.taps,
             "descents": self.localizations,

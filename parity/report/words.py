@@ -6,7 +6,7 @@ The terminal, JUnit, GitHub and the page all show these words. In the advice, te
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
@@ -26,6 +26,10 @@ _PART = {
     TapForm.ROWS: "element of the rows that are kept exactly",
     TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
+_SAME_WEIGHTS = (
+    "Compare with a golden of these weights: `dsv4 golden record` makes one of their source. If they should be those "
+    "of the golden, convert them again."
+)
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
     "reach says what is missing."
@@ -77,8 +81,8 @@ def summarized(report: ParityReport) -> Summary:
 def _failing(report: ParityReport, first: TapResult) -> Summary:
     where = "Model level" if first.layer is None else f"Layer {first.layer}"
     headline = (
-        f"FAIL: {first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of {len(report.taps)} taps "
-        f"fail{_aside(report)}"
+        f"FAIL: {_other_weights(report)}{first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
+        f"{len(report.taps)} taps fail{_aside(report)}"
     )
     return Summary(
         headline,
@@ -91,6 +95,14 @@ def _failing(report: ParityReport, first: TapResult) -> Summary:
     )
 
 
+def _other_weights(report: ParityReport) -> str:
+    """The weights that are not those of the golden, for the beginning of the verdict."""
+    other = report.other_weights
+    if not other:
+        return ""
+    return f"other weights than the golden's, in {number_of(len(other), 'parameter')} ({_list(other)}); "
+
+
 def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
     """The next step, layers that were not compared, and a baseline that was to be written and is not."""
     yield "Next", next_steps(report)[0]
@@ -100,7 +112,9 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """The localization that found an operation, that of the first diverging layer before others."""
+    """The weights if they are others; the localization of an operation, that of the first diverging layer first."""
+    if report.other_weights:
+        yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:
         yield from operation(found, first)
@@ -151,8 +165,20 @@ def _left_out(report: ParityReport) -> Iterator[tuple[str, str]]:
         )
 
 
+def _whose(report: ParityReport) -> str:
+    """Where the weights of both sides come from."""
+    theirs, ours = (side.get("source") for side in (report.golden, report.checkpoint))
+    names = [source.get("name") if isinstance(source, Mapping) else source for source in (theirs, ours)]
+    return (
+        f"The golden was recorded from {names[0]}, the weights are of {names[1]}: another model, or a conversion that "
+        "changed them."
+    )
+
+
 def _objections(report: ParityReport) -> Iterator[str]:
     """Why a run within tolerance does not pass, in a few words."""
+    if report.other_weights:
+        yield f"{_other_weights(report).removesuffix('; ')}, were not all used"
     if not report.covered:
         yield "the golden does not reach everything"
     if report.gate is not None and not report.gate.passed:
@@ -161,6 +187,10 @@ def _objections(report: ParityReport) -> Iterator[str]:
 
 def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
     where, causes, evidence = [], [], []
+    if report.other_weights:
+        where.append(str(report.checkpoint["path"]))
+        causes.append(_whose(report))
+        evidence.append(f"Sampled values of {_list(report.other_weights)} differ.")
     if not report.covered:
         where.append(f"the prompt of {report.golden.get('path', 'the golden')}")
         causes.append("The prompt has too few tokens, or too few different ones.")
@@ -460,6 +490,8 @@ def next_steps(report: ParityReport) -> list[str]:
 def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
+    if len(report.other_weights or ()) > _NAMED:
+        yield _SAME_WEIGHTS
     yield from _at_highest_precision(report)
     wrong = [found for found in report.localizations if found.wrong]
     for found in wrong[:1]:
@@ -473,6 +505,11 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
         )
     if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
         yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
+    if report.other_weights is None and report.localizations:
+        yield (
+            "The golden does not know the values of its weights, so whether these are the same is open: record it "
+            "again with this version of dsv4."
+        )
     if any(not found.teacher_forced for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
@@ -485,7 +522,9 @@ def _at_highest_precision(report: ParityReport) -> Iterator[str]:
 
 
 def _after_objections(report: ParityReport) -> Iterator[str]:
-    """Everything is within tolerance, but not reached, or not as its baseline has it."""
+    """Everything is within tolerance, but of other weights, not reached, or not as its baseline has it."""
+    if report.other_weights:
+        yield _SAME_WEIGHTS
     if not report.covered:
         yield _MORE_TOKENS
     gate = report.gate

@@ -19,12 +19,15 @@ import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import experts
 from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import layer_of, parameters
@@ -72,7 +75,8 @@ class Fault:
     tensors as they are read from the source, ``table`` changes the names table (a context), ``config`` replaces fields
     of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
 
-    ``also`` are other layers that the fault is in.
+    ``also`` are other layers that the fault is in. ``or_taps`` are other operations with the same wrong parameter; they
+    may be named instead.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Fault:
     config: Mapping[str, Any] | None = None
     code: Mapping[tuple[Any, str], Any] | None = None
     also: tuple[int, ...] = ()
+    or_taps: tuple[str, ...] = ()
     model: str = "main"
 
     @property
@@ -97,6 +102,21 @@ class Fault:
     def full_tap(self) -> str:
         """The full name of the tap that must be named."""
         return self.tap if self.layer is None else f"layers.{self.layer}.{self.tap}"
+
+    def named_by(self, report: ParityReport) -> bool:
+        """Whether divergence, localization and verdict name the operation, and other layers are clean."""
+        first, wrong = report.first_diverging, report.first_wrong
+        isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
+        failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
+        return (
+            first is not None
+            and wrong is not None
+            and first.name == wrong.name
+            and first.layer == self.layer
+            and first.short in (self.tap, *self.or_taps)
+            and (failing <= {self.layer, *self.also} or not isolated)
+            and first.name in verdict(report)
+        )
 
 
 class Held:

@@ -1,4 +1,4 @@
-"""Faults that are smaller than bfloat16's rounding: every matrix of the model, and one routed expert, times 1 + 2^-7."""
+"""Faults as small as bfloat16's rounding: every matrix of the model, and of one routed expert, times 1 + 2^-7."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _scale(name: str, layer: int | None, path: str, expert: int | None) -> Fault
         arrays[path][() if expert is None else expert] *= FACTOR
 
     parameter = path if layer is None else path.split(".", 2)[2]
-    tap = next(tap.name for tap in TAPS if parameter in tap.weights)
-    return Fault(name=name, layer=layer, tap=tap, arrays=plant, model="wide")
+    tap, *others = (tap.name for tap in TAPS if parameter in tap.weights)
+    return Fault(name=name, layer=layer, tap=tap, or_taps=tuple(others), arrays=plant, model="wide")
 
 
 def _scales() -> dict[str, Fault]:
