@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from packaging.specifiers import SpecifierSet
 
-from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import UsageError, did_you_mean
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
@@ -66,7 +67,7 @@ class RecordingOptions:
 
     tokens: Any
     text: Iterable[str] | None = None
-    layers: Iterable[int] | None = None
+    layers: Sequence[int] | None = None
     noise: Iterable[str] | None = None
     compact: Compact | None = None
     first_position: int = 0
@@ -76,12 +77,10 @@ class RecordingOptions:
 
 
 def record(
-    source: Path,
+    source: Path | str,
     out: Path,
     options: RecordingOptions,
     *,
-    name: str | None = None,
-    revision: str | None = None,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Golden:
@@ -93,11 +92,10 @@ def record(
     One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
 
     Args:
-        source: checkpoint folder, in any dialect and any of the published storages.
+        source: what :func:`~dsv4_convert.checkpoint.locate.open_source` opens: a checkpoint folder, ``ORG/NAME`` or
+            ``ORG/NAME@REVISION`` of the Hub, or ``gs://bucket/path``; in any dialect and published storage.
         out: folder to create.
         options: prompt, layers, dtypes, and the reference that runs.
-        name: what the golden calls its source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
         progress: called before each step.
 
@@ -113,43 +111,62 @@ def record(
         >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), options)
     """
     check_destination(out)
+    with open_source(source, layers=layers_that_run(options.layers, greedy=options.greedy)) as checkpoint:
+        return record_opened(checkpoint, out, options, announce=announce, progress=progress)
+
+
+def layers_that_run(layers: Sequence[int] | None, *, greedy: bool) -> range | None:
+    """The layers whose weights a recording of ``layers`` reads; None for all of them."""
+    return None if layers is None or greedy else range(max(layers, default=-1) + 1)
+
+
+def record_opened(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: RecordingOptions,
+    *,
+    announce: Callable[[RecordingPlan], None] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> Golden:
+    """:func:`record` of an open checkpoint, which stays open."""
+    check_destination(out)
     reference = _reference(options)
-    with open_checkpoint(source, partial=options.layers is not None) as checkpoint:
-        config = checkpoint.architecture()
-        wanted = check_layers(config, options.layers)
-        ids = _prompt(options, config)
-        resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
-        request = RecordingRequest(
-            reference=reference.described,
-            source=RecordedSource(
-                name=name or checkpoint.root.resolve().name, revision=revision or checkpoint.revision, files={}
-            ),
-            config=config,
-            tokens=_rows(ids),
-            text=None if options.text is None else tuple(options.text),
-            layers=wanted,
-            noise=_noise_dtypes(reference.noise if options.noise is None else options.noise, reference.noise),
-            compact=options.compact,
-            first_position=options.first_position,
-            decode=options.decode,
-        )
-        planned = plan(checkpoint, resolution, request, passes=options.decode + 1 if options.greedy else 1)
-        announce(planned)
-        model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
-        if options.greedy:
-            request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
-        progress("hashing the source")
-        hashed = dataclasses.replace(
-            request.source,
-            files=_digests(checkpoint, resolution),
-            values=value_digests(PublishedWeights(checkpoint, layers=wanted), wanted),
-        )
-        request = dataclasses.replace(request, source=hashed)
-        with golden_writer(out, request) as writer:
-            if not writer.complete:
-                check_space(out, planned.bytes_written - writer.bytes_written)
-                _run(model, writer, request, progress)
-            return writer.publish()
+    config = checkpoint.architecture()
+    wanted = check_layers(config, options.layers)
+    ids = _prompt(options, config)
+    resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
+    request = RecordingRequest(
+        reference=reference.described,
+        source=RecordedSource(
+            name=checkpoint.repository or checkpoint.root.resolve().name, revision=checkpoint.revision, files={}
+        ),
+        config=config,
+        tokens=_rows(ids),
+        text=None if options.text is None else tuple(options.text),
+        layers=wanted,
+        noise=_noise_dtypes(reference.noise if options.noise is None else options.noise, reference.noise),
+        compact=options.compact,
+        first_position=options.first_position,
+        decode=options.decode,
+    )
+    planned = plan(checkpoint, resolution, request, passes=options.decode + 1 if options.greedy else 1)
+    announce(planned)
+    checkpoint.prefetch()
+    model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
+    if options.greedy:
+        request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
+    progress("hashing the source")
+    hashed = dataclasses.replace(
+        request.source,
+        files=_digests(checkpoint, resolution),
+        values=value_digests(PublishedWeights(checkpoint, layers=wanted), wanted),
+    )
+    request = dataclasses.replace(request, source=hashed)
+    with golden_writer(out, request) as writer:
+        if not writer.complete:
+            check_space(out, planned.bytes_written - writer.bytes_written)
+            _run(model, writer, request, progress)
+        return writer.publish()
 
 
 def _prompt(options: RecordingOptions, config: Config) -> Array:

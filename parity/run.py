@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.prompt_coverage import prompt_coverage
+from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
+from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
@@ -30,6 +33,7 @@ from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
@@ -67,7 +71,8 @@ class ParityOptions:
         precision: float32 matmul precision. The limits assume ``highest``; accelerators use fewer bits otherwise.
         mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
             it; None for a mesh that divides everything.
-        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
+        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure, and so are
+            weights of a conversion that it does not use, unless ``against`` has the same.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
 
@@ -92,12 +97,12 @@ _DEFAULTS = ParityOptions()
 
 
 def run_parity(
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     golden: Path | str,
     options: ParityOptions = _DEFAULTS,
     *,
-    source: Path | None = None,
-    against: Path | None = None,
+    source: Path | str | None = None,
+    against: Path | str | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
     progress: Progress = lambda _: None,
@@ -108,8 +113,9 @@ def run_parity(
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint; its weights are decoded on demand.
-        against: the published checkpoint with which the weights of wrong operations are compared.
+        source: a published checkpoint, as :func:`~dsv4_convert.checkpoint.locate.open_source` opens it; its weights
+            are decoded on demand.
+        against: the published checkpoint, likewise, with which the weights of wrong operations are compared.
         baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
@@ -132,26 +138,31 @@ def run_parity(
     # A published checkpoint is opened as far as it is needed.
     partial = recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None
     opened = layers or partial
-    weights: Parameters
-    if checkpoint is not None and source is None:
-        weights = Weights.open(checkpoint)
-    elif source is not None and checkpoint is None:
-        weights = PublishedWeights.open(source, layers=_layers_up_to(opened, _modes(recorded, options.modes)))
-    else:
-        raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
-    _check_architecture(weights.config, recorded)
-    published = None if against is None else PublishedWeights.open(against, layers=opened)
-    if baseline is not None:
-        _check_baseline(baseline, recorded, options, write=processes.first)
-    report = ParityRun(
-        weights,
-        recorded,
-        options,
-        against=published,
-        devices=Devices.all(weights.config, processes, mesh),
-        progress=progress,
-        name=str(checkpoint or source),
-    ).run()
+    with ExitStack() as held:
+
+        def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
+            return PublishedWeights(held.enter_context(open_source(where, layers=wanted)), layers=wanted)
+
+        weights: Parameters
+        if checkpoint is not None and source is None:
+            weights = Weights.open(checkpoint)
+        elif source is not None and checkpoint is None:
+            weights = published(source, _layers_up_to(opened, _modes(recorded, options.modes)))
+            weights.prefetch()
+        else:
+            raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
+        _check_architecture(weights.config, recorded)
+        if baseline is not None:
+            _check_baseline(baseline, recorded, options, write=processes.first)
+        report = ParityRun(
+            weights,
+            recorded,
+            options,
+            against=None if against is None else published(against, opened),
+            devices=Devices.all(weights.config, processes, mesh),
+            progress=progress,
+            name=str(checkpoint or source),
+        ).run()
     if baseline is None:
         return report
     with processes.step("baseline"):
@@ -201,6 +212,7 @@ class ParityRun:
             and Mode.ISOLATED in self._modes
         )
         self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._check_something_is_compared()
         self._forward = Forward(
             weights,
             golden.tokens,
@@ -227,6 +239,7 @@ class ParityRun:
         other_weights = differing_values(self._weights, recorded, self._layers) if recorded else None
         with jax.default_matmul_precision(options.precision):
             self._run_all()
+        coverage = tuple(prompt_coverage(golden, layer) for layer in self._layers)
         return ParityReport(
             modes=self._modes,
             decode=golden.decode,
@@ -238,7 +251,8 @@ class ParityRun:
             taps=tuple(result for mode in self._modes for result in self._results[mode]),
             localizations=tuple(self._localizations),
             error_splits=tuple(self._error_splits),
-            prompt_coverage=tuple(prompt_coverage(golden, layer) for layer in self._layers),
+            prompt_coverage=coverage,
+            unchecked=self._unchecked(coverage),
             require_coverage=options.require_coverage,
             logits=self._logits,
             checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
@@ -253,6 +267,31 @@ class ParityRun:
         if self._options.layers is not None:
             return ()
         return tuple(sorted(set(range(self._golden.config.num_hidden_layers)) - set(self._layers)))
+
+    def _check_something_is_compared(self) -> None:
+        """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
+        if any(self._comparison.compares(key, mode) for mode in self._modes for key in self._wanted):
+            return
+        names = ", ".join(dict.fromkeys(key.tap.name for key in self._wanted))
+        raise UsageError(
+            f"nothing would be compared of {names}: a layer's input is the golden's own in isolated mode, and other "
+            "taps have no elements in these tokens; name other taps, use --mode cumulative, or record more tokens"
+        )
+
+    def _unchecked(self, coverage: tuple[LayerCoverage, ...]) -> Unchecked:
+        """What the run says nothing about. If all is required, unused weights are compared with the source."""
+        left = unchecked(
+            self._golden,
+            self._weights.config,
+            wanted=self._wanted,
+            coverage=coverage,
+            decoded=bool(self._golden.decode) and self._options.phase is not Phase.PREFILL,
+            converted=not isinstance(self._weights, PublishedWeights),
+        )
+        if self._against is None or not (self._options.require_coverage and left.converted):
+            return left
+        differing = tuple(differing_weights(self._weights, self._against, left.weights))
+        return dataclasses.replace(left, compared=True, differing=differing)
 
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
@@ -334,8 +373,9 @@ class ParityRun:
         """Judge the wanted taps; whether any fails."""
         # The embedding's own input is the tokens.
         teacher_forced = (self._teacher_forced or _EMBED in activations) and mode is Mode.ISOLATED
+        compared = [key for key in self._wanted if not is_fed(key, mode)]
         results = self._comparison.judge(
-            activations, mode, self._wanted, teacher_forced=teacher_forced, detail=self._detail
+            activations, mode, compared, teacher_forced=teacher_forced, detail=self._detail
         )
         self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)

@@ -17,6 +17,7 @@ from dsv4_convert.cli import (
     inspect,
     names,
     parity,
+    report,
     verify,
 )
 from dsv4_convert.cli.common import plain
@@ -57,6 +58,7 @@ _golden.command("diff")(golden.diff)
 _golden.command("make-checkpoint")(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")
 app.command("parity")(parity.parity)
+app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.command("compile")(compile.compile)
 app.command("names")(names.names)

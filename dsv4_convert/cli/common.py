@@ -21,12 +21,15 @@ import typer
 from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
+from dsv4_convert.text import for_json, for_terminal
 from dsv4_convert.units import size
+from dsv4_convert.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from dsv4_convert.checkpoint import Checkpoint
     from dsv4_convert.store import Processes
 
 P = ParamSpec("P")
@@ -41,6 +44,11 @@ _BUG = 70
 _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+
+#: Where a published checkpoint may be, of every command that takes one.
+SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
+#: A converted checkpoint, likewise.
+CHECKPOINT_HELP = "Orbax checkpoint that dsv4 wrote: a folder, or gs://bucket/path."
 
 Json = Annotated[
     str | None,
@@ -122,17 +130,24 @@ def _dumb() -> bool:
 
 def console(*, err: bool = False) -> Console:
     """The console for results, or for stderr: as wide as the window, styled unless plain text is wanted."""
-    from rich.console import Console, ConsoleDimensions
+    from rich.console import ConsoleDimensions
 
-    screen = Console(stderr=err, color_system=None if plain() else "auto")
+    from dsv4_convert.screen import Screen
+
+    screen = Screen(stderr=err, color_system=None if plain() else "auto")
     if _dumb() and screen.is_terminal:  # rich takes it to have 80 columns
         screen.size = ConsoleDimensions(*shutil.get_terminal_size())
     return screen
 
 
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line that is of no table, escaped for a terminal; line ends of data are, too."""
+    typer.echo(for_terminal(text).replace("\n", "\\n"), err=err)
+
+
 def say_error(text: str) -> None:
     """An error on stderr; in a terminal wrapped at words."""
-    title = "error: "
+    title, text = "error: ", for_terminal(without_secrets(text))
     if not sys.stderr.isatty():
         typer.echo(title + text, err=True)
         return
@@ -187,7 +202,8 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
                 say_error(complaint)
                 raise typer.Exit(UsageError.exit_code) from None
             # The values of variables may be private, so the traceback does not show them.
-            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            for line in without_secrets("".join(traceback.format_exception(error))).splitlines():
+                echo(line, err=True)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
                 "what `dsv4 doctor --json -` prints."
@@ -265,7 +281,7 @@ def write_json(document: Any, target: str | None) -> None:
     """Write ``document`` where ``--json`` says; nothing for None. Raises :class:`ResourceError` if that fails."""
     if target is None:
         return
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = for_json(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
@@ -317,7 +333,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: say(f"{title} {what}: {size(done)} of {size(total)}".lstrip())
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *((BarColumn(bar_width=_BAR),) if screen.width >= _ROOMY else ()),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -345,8 +361,30 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
         say = _lines(screen)
         yield lambda text: say(f"{title}: {text}")
         return
-    with screen.status(title) as line:
-        yield lambda text: line.update(f"{title}: {text}"[: max(screen.width - 3, 10)])
+    from rich.text import Text
+
+    with screen.status(Text(title)) as line:
+        yield lambda text: line.update(Text(f"{title}: {text}"[: max(screen.width - 3, 10)]))
+
+
+def with_fetched(checkpoint: Checkpoint, say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, which adds how much of a checkpoint has come that is somewhere else."""
+    from dsv4_convert.convert.shards import as_arriving
+
+    arriving, doing = as_arriving(checkpoint), ""
+    if arriving is None:
+        return say
+
+    def update() -> None:
+        say(f"{doing}; {size(arriving.fetched)} of {size(arriving.to_fetch)} fetched")
+
+    def said(text: str) -> None:
+        nonlocal doing
+        doing = text
+        update()
+
+    arriving.on_bytes = update
+    return said
 
 
 def _animated(screen: Console) -> bool:
@@ -362,6 +400,6 @@ def _lines(screen: Console) -> Callable[[str], None]:
         nonlocal last
         if time.monotonic() - last >= every:
             last = time.monotonic()
-            typer.echo(text, err=True)
+            echo(text, err=True)
 
     return say

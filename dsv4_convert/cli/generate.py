@@ -8,12 +8,23 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, Platform, one_of, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
+    Json,
+    Platform,
+    echo,
+    one_of,
+    parse_choice,
+    reported,
+    status,
+    write_json,
+)
+from dsv4_convert.text import for_terminal
 
 
 @reported
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue, encoded with --tokenizer; may be repeated.")
     ] = None,
@@ -129,9 +140,9 @@ def generate(
     }
     drafts = generator.drafts
     if speculative:
-        typer.echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
+        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
         outcome["drafts"] = dataclasses.asdict(drafts)
     write_json(outcome | ({} if texts is None else {"texts": texts}), json)
     for row, new in enumerate(found):
         shown = ",".join(map(str, new)) if texts is None else (prompt[row] if prompt else "") + texts[row]
-        typer.echo(shown, err=json == "-")
+        typer.echo(for_terminal(shown), err=json == "-")

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
     LAYERS_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
@@ -33,10 +35,10 @@ def parity(
     golden: Annotated[
         str, typer.Option(help="Golden to compare with (see dsv4 golden record): a folder, or a URL such as gs://….")
     ],
-    checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT_HELP)] = None,
     source: Annotated[
-        Path | None,
-        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the fly, before it is converted."),
+        str | None,
+        typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[
         str,
@@ -75,11 +77,16 @@ def parity(
         ),
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option(help="The published checkpoint, to compare the weights of wrong operations with its tensors."),
+        str | None,
+        typer.Option(help=f"Published checkpoint, to compare the weights of wrong operations with: {SOURCES}"),
     ] = None,
     require_coverage: Annotated[
-        bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
+        bool,
+        typer.Option(
+            "--require-reach",
+            help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
+            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+        ),
     ] = False,
     baseline: Annotated[
         Path | None,
@@ -164,7 +171,8 @@ def parity(
             if coordinator is not None:
                 check_json(json)
             outputs.check()
-        decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
+        folders = (Path(given) for given in (against, source) if given is not None and Path(given).is_dir())
+        decode = token_decoder(tokenizer or next(folders, None), required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
             options = ParityOptions(
                 layers=layers,

@@ -84,7 +84,7 @@ def conversion_progress() -> Iterator[Callable[[Advance], None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bars = (BarColumn(bar_width=20),) if screen.width >= _ROOMY else ()
-    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}"))
+    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 

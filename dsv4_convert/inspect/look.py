@@ -20,6 +20,7 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
+from dsv4_convert.urls import without_secrets
 
 #: Called with a message about the current step.
 Say = Callable[[str], None]
@@ -67,15 +68,16 @@ def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: Non
 
 def _behind_url(url: str, say: Say) -> Inspection:
     say("looking")
+    shown = without_secrets(url)
     if not url.startswith("gs://"):
-        return inspect_golden(open_golden(url), place=url, known_by=f"{MANIFEST_NAME} behind the URL", say=say)
+        return inspect_golden(open_golden(url), place=shown, known_by=f"{MANIFEST_NAME} behind the URL", say=say)
     folder = as_path(url)
     if (folder / MANIFEST_FILE).exists():
-        return inspect_converted(open_store(url), place=url, known_by=MANIFEST_FILE, say=say)
+        return inspect_converted(open_store(url), place=shown, known_by=MANIFEST_FILE, say=say)
     if (folder / MANIFEST_NAME).exists():
-        return inspect_golden(open_golden(url), place=url, known_by=MANIFEST_NAME, say=say)
+        return inspect_golden(open_golden(url), place=shown, known_by=MANIFEST_NAME, say=say)
     with open_source(url) as checkpoint:
-        return inspect_opened(checkpoint, What.CHECKPOINT, place=url, known_by=CONFIG_NAME)
+        return inspect_opened(checkpoint, What.CHECKPOINT, place=shown, known_by=CONFIG_NAME)
 
 
 def _file(path: Path) -> Inspection:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.strict_json import enumerated, parse_object
 
 _V = TypeVar("_V")
 
@@ -239,7 +239,7 @@ class Config:
             config = cls(
                 **{
                     **data,
-                    "attention": tuple(map(AttentionKind, attention)),
+                    "attention": tuple(enumerated(kind, AttentionKind, field="attention") for kind in attention),
                     "hash_routed": tuple(data["hash_routed"]),
                     "yarn": None if yarn is None else Yarn(**yarn),
                     "weight_block_size": None if block is None else tuple(block),

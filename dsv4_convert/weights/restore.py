@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import FLOAT32, Array, Parameters, Whole, dtype_of
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh, NamedSharding
 
     from dsv4_convert.model import Block, Model, Numerics
+
+#: Host memory for parts of an array that are read at once.
+_BYTES_AT_ONCE = 512 << 20
 
 
 def restore_block(
@@ -166,10 +171,11 @@ class _Variable:
 def read_sharded(
     shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding, read: Callable[[Region], Array]
 ) -> jax.Array:
-    """An array over a mesh; this process reads the parts of its own devices, one after the other.
+    """An array over a mesh; this process reads the parts of its own devices, several at once.
 
-    ``read`` returns the values of a region, slices with starts and stops. A region that several devices hold is read
-    once.
+    ``read`` returns the values of a region, slices with starts and stops; threads call it. A region that several
+    devices hold is read once. Parts that are not on their devices yet take at most :data:`_BYTES_AT_ONCE`, or one part
+    that is larger.
     """
     import jax
 
@@ -177,10 +183,17 @@ def read_sharded(
     for device, region in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple((part.start, part.stop) for part in bounded(region or (), shape))
         holders.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in holders.items():
+
+    def put(bounds: tuple[tuple[int, int], ...]) -> list[jax.Array]:
         value = read(tuple(slice(*bound) for bound in bounds))
-        parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
+        on_devices: list[jax.Array] = [jax.device_put(value, device) for device in holders[bounds]]
+        return jax.block_until_ready(on_devices)
+
+    # All parts have the same size.
+    nbytes = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+    workers = min(len(holders), os.cpu_count() or 1, max(1, _BYTES_AT_ONCE // max(1, nbytes)))
+    with in_threads(put, holders, workers=workers) as done:
+        parts = [part for _, put_parts in done for part in put_parts]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from dsv4_convert.golden.archive import TapForm
+from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.blame import WeightDifference
@@ -17,10 +18,11 @@ from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.report.secrets import all_without_secrets
 from dsv4_convert.parity.systematic import Systematic
 from dsv4_convert.parity.tolerances import Limits
+from dsv4_convert.parity.unchecked import Unchecked
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.urls import all_without_secrets
 
 SCHEMA_VERSION = 3
 #: The correlation of errors with a trend from which the trend is said to be the error.
@@ -161,8 +163,9 @@ class Gate:
 
     ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
     not have. ``missing``: those that only it has; ``left_out``: how many only it has because they, or their mode, were
-    not wanted. ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps,
-    ``tightened`` ones, and ``grown`` ones for a ``reason``.
+    not wanted. ``lacking``: how many taps of the golden it has no record of, which were not wanted either.
+    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
+    ``grown`` ones for a ``reason``.
     """
 
     path: str
@@ -172,6 +175,7 @@ class Gate:
     unrecorded: tuple[TapInMode, ...]
     missing: tuple[TapInMode, ...]
     left_out: int
+    lacking: int = 0
     update: bool = False
     updated: bool = False
     added: int = 0
@@ -210,6 +214,7 @@ class ParityReport:
     ``layers_left_out``: layers that golden or checkpoint do not hold, in a run that was to compare all.
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
+    ``unchecked``: what the run says nothing about; None for activations of another implementation.
     ``detail``: numbers for figures, if asked for; not part of the JSON.
     """
 
@@ -228,6 +233,7 @@ class ParityReport:
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
     platform: Mapping[str, Any]
+    unchecked: Unchecked | None = None
     gate: Gate | None = None
     detail: Detail | None = None
     layers_left_out: tuple[int, ...] = ()
@@ -291,13 +297,14 @@ class ParityReport:
 
     @property
     def agrees(self) -> bool:
-        """Nothing fails, and something was compared."""
-        return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
+        """Nothing fails, and something was compared that the model was not given."""
+        return not self.count(Verdict.FAIL) and any(tap.passes and not is_fed(tap.key, tap.mode) for tap in self.taps)
 
     @property
     def covered(self) -> bool:
-        """The golden reaches everything, if that is required."""
-        return not (self.require_coverage and self.uncovered)
+        """The golden reaches everything, if that is required, and unused weights of a conversion are the source's."""
+        unproven = self.unchecked is not None and self.unchecked.unproven
+        return not (self.require_coverage and (self.uncovered or unproven))
 
     @property
     def passed(self) -> bool:
@@ -328,6 +335,7 @@ class ParityReport:
             "growth": self.error_splits,
             "require_reach": self.require_coverage,
             "reach": self.prompt_coverage,
+            "unchecked": self.unchecked,
             "baseline": None if self.gate is None else {"passed": self.gate.passed, **plain(self.gate)},
             "logits": self.logits,
             "checkpoint": dict(self.checkpoint),

@@ -14,6 +14,7 @@ from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, shown
 from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
+from dsv4_convert.parity.unchecked import closing_step, unchecked_sentences
 from dsv4_convert.units import few_ranges, number_of
 
 #: Makes a token id readable, or says that it cannot.
@@ -151,6 +152,10 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
     yield from _left_out(report)
     if report.prompt_coverage:
         yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
+    if report.unchecked is not None and (said := " ".join(unchecked_sentences(report.unchecked))):
+        yield "Unchecked", said
+        if (step := closing_step(report.unchecked, str(report.checkpoint.get("path", "CHECKPOINT")))) is not None:
+            yield "Next", step
     if report.gate is not None:
         yield "Baseline", _baseline(report.gate)
 
@@ -180,7 +185,7 @@ def _objections(report: ParityReport) -> Iterator[str]:
     if report.other_weights:
         yield f"{_other_weights(report).removesuffix('; ')}, were not all used"
     if not report.covered:
-        yield "the golden does not reach everything"
+        yield "the run does not reach everything"
     if report.gate is not None and not report.gate.passed:
         yield "its baseline is not met"
 
@@ -191,10 +196,14 @@ def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
         where.append(str(report.checkpoint["path"]))
         causes.append(_whose(report))
         evidence.append(f"Sampled values of {_list(report.other_weights)} differ.")
-    if not report.covered:
+    if not report.covered and report.uncovered:
         where.append(f"the prompt of {report.golden.get('path', 'the golden')}")
         causes.append("The prompt has too few tokens, or too few different ones.")
         evidence += [f"{_capital(line)}." for line in reach(report)]
+    if not report.covered and report.unchecked is not None and report.unchecked.unproven:
+        where.append(str(report.checkpoint.get("path", "the checkpoint")))
+        causes.append("The checkpoint has weights that no token of the prompt uses.")
+        evidence += unchecked_sentences(report.unchecked)
     gate = report.gate
     if gate is not None and not gate.passed:
         where.append(f"{gate.path} ({'; '.join(gate.platforms)})" if gate.platforms else gate.path)
@@ -306,6 +315,8 @@ def _unchanged(report: ParityReport) -> Iterator[str]:
 def _baseline(gate: Gate) -> str:
     """The verdict of a baseline that the run passes, and whether its file changed."""
     aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
+    if gate.lacking:
+        aside += f", and it has no record of {number_of(gate.lacking, 'other tap')} of this golden"
     if not gate.updated:
         return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
     raised = len({(grown.mode, grown.name) for grown in gate.grown})
@@ -525,8 +536,13 @@ def _after_objections(report: ParityReport) -> Iterator[str]:
     """Everything is within tolerance, but of other weights, not reached, or not as its baseline has it."""
     if report.other_weights:
         yield _SAME_WEIGHTS
-    if not report.covered:
+    if not report.covered and report.uncovered:
         yield _MORE_TOKENS
+    if not report.covered and report.unchecked is not None and report.unchecked.unproven:
+        if report.unchecked.differing:
+            yield "Convert again with this version of dsv4."
+        else:
+            yield "Give `--against SOURCE`, with which the weights that no token uses are then compared, bit by bit."
     gate = report.gate
     if gate is None or gate.passed:
         return
@@ -566,6 +582,9 @@ def _after_localization(found: Localization, checkpoint: str) -> Iterator[str]:
 def _after_success(report: ParityReport) -> Iterator[str]:
     if report.uncovered:
         yield _MORE_TOKENS
+    if report.unchecked is not None:
+        step = closing_step(report.unchecked, str(report.checkpoint.get("path", "CHECKPOINT")))
+        yield from () if step is None else (step,)
     if report.logits is None:
         yield "Compare everything, logits included: leave out `--layer` and `--taps`."
     if report.modes == (Mode.ISOLATED,):

@@ -153,7 +153,7 @@ def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., Pa
     assert f"1 recorded taps were not compared, the first of them {KV}" in verdict(absent)
     wanted = judge(HEALTHY[:1], partial=True)
     assert wanted.passed
-    assert "1 taps, 1 recorded ones were not wanted" in verdict(wanted)
+    assert "1 taps, 1 recorded ones were not wanted, and it has no record of 158 other taps" in verdict(wanted)
     assert judge([*HEALTHY[:2], empty("layers.1.attn.compressor.pooled")]).passed
 
 
@@ -235,6 +235,8 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda d: d["measured"].append(d["measured"][0]), "two entries of the same platform"),
         (lambda d: d["measured"][0]["taps"].update({"layers.1.attn.qq": {"tokens": 0}}), "the golden has no tap"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=-1.0), "tap is -1.0, expected a number that is 0 or more"),
+        (lambda d: d["measured"][0]["taps"][Q].update(row=1e9), "row is 1000000000.0, beyond the tolerance of 24"),
+        (lambda d: d["measured"][0]["taps"][CHOSEN].update(tokens=1.5), "tokens is 1.5, beyond the tolerance of 1"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=True), "tap is True"),
         (lambda d: d["measured"][0]["taps"][Q].pop("row"), "expected tap, row, element or tokens"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=math.nan), "NaN is not a JSON number"),
