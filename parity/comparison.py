@@ -21,7 +21,7 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
-from dsv4_convert.parity.systematic import Independence, Routing, Systematic, systematic
+from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
@@ -214,7 +214,9 @@ class Comparison:
         rows = slice(None) if inside.rows is None else list(inside.rows)
         routing = None
         if key.tap.name == "ffn.experts":
-            routing = Routing(*(self.golden.read(TapKey(key.layer, tap_named(name)))[:, rows] for name in _ROUTING))
+            routing = ExpertShares(
+                *(self.golden.read(TapKey(key.layer, tap_named(name)))[:, rows] for name in _ROUTING)
+            )
         rules = weights_of(key, self._config).values()
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
         independent = Independence(

@@ -95,7 +95,7 @@ class Independence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class ExpertShares:
     """The experts of every row, and their weights: both ``[B, S, K]``."""
 
     experts: Array
@@ -108,7 +108,7 @@ def systematic(
     sizes: Array,
     letters: tuple[str, ...],
     independent: Independence,
-    routing: Routing | None = None,
+    routing: ExpertShares | None = None,
 ) -> Systematic | None:
     """The trend that is farthest beyond what independent rounding allows, or nearest to it.
 
@@ -205,7 +205,7 @@ def _worst(
     )
 
 
-def _of_experts(rows: _Rows, routing: Routing) -> list[Systematic]:
+def _of_experts(rows: _Rows, routing: ExpertShares) -> list[Systematic]:
     """The slope of each routed expert's output, over the rows that it was chosen for.
 
     An expert's own part of a row is not known; on average it is as large as its share of the squared weights.
