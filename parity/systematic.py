@@ -29,7 +29,7 @@ from dsv4_convert.parity.tolerances import SYSTEMATIC
 
 Array = np.ndarray[Any, Any]
 
-#: What an entry of an axis is called, by the axis's shape letter.
+#: Names of the parts of a tap, by the shape letter of their axis.
 _PARTS = {"H": "head", "Hi": "head", "G": "group", "N": "stream"}
 
 
@@ -69,7 +69,7 @@ class Systematic:
         return f"its errors share one trend: a correlation of {self.correlation:.2f}, {self.allowed:.2f} allowed"
 
     def describe(self, tap: str) -> str:
-        """What the errors of a tap have in common, in words."""
+        """The trend in words; ``tap`` is its full name."""
         what = "The output" if self.part.startswith("expert") else "Every element"
         whose = f"{self.part} of {tap}" if self.part else tap
         size = f"{abs(self.size):.2g} times" if abs(self.size) > 1 else f"{abs(self.size) * 100:.2g} %"
@@ -171,7 +171,7 @@ class _Rows:
 def _trends(rows: _Rows, shape: tuple[int, ...], letters: tuple[str, ...]) -> list[Systematic]:
     """The worst trend of the tap as a whole, of its heads and of its channels."""
     weights = np.stack([np.ones_like(rows.position), rows.position])
-    # Sums over the rows for each channel, in the order of Trend; those of a head are sums of these.
+    # Sums over the rows for each channel, in the order of Trend. A head's sums are sums over its channels.
     products = np.concatenate([weights @ (rows.error * rows.golden), weights @ rows.error])
     offsets = np.broadcast_to(np.sum(weights**2, axis=1, keepdims=True), (2, rows.golden.shape[1]))
     squares = np.concatenate([weights**2 @ rows.golden**2, offsets])

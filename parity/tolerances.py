@@ -80,8 +80,8 @@ class SystematicLimits:
 #: * The scales of a Base release leave the weights of a tile a few mantissas, which all round alike to bfloat16: whole
 #:   matrices changed by up to 0.0022. One rounding changes a weight by at most 2^-8, so where weights are rounded, a
 #:   smaller trend does not count.
-#: * Values that a clamp makes equal round alike: their correlation was 0.08 over 19,200 elements, for which ``share`` has
-#:   room.
+#: * Values that a clamp makes equal round alike: their correlation was 0.08 over 19,200 elements, for which ``share``
+#:   has room.
 #:
 #: In float32 trends only explain: wrong scales are far beyond the limits of size.
 SYSTEMATIC = SystematicLimits(share=0.1, chance=12.0, least=2.0**-12, rounded_weights=2.0**-8)

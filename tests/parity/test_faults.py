@@ -221,7 +221,7 @@ def test_a_compact_golden_sees_a_small_scale(wide: Patient) -> None:
 
 
 def test_other_weights_come_first(wide: Patient, patients: dict[str, Patient], tmp_path: Path) -> None:
-    """Of another seed all values differ; of one changed tensor, one."""
+    """All values differ in weights of another seed, one parameter where one tensor was changed."""
     main = patients["main"]
     write_checkpoint(tmp_path / "hf", MAIN, seed=1)
     others = Held.read_from(PublishedWeights.open(tmp_path / "hf"))
