@@ -2,9 +2,9 @@
 
 For each fault, the table shows four things. Does isolated parity fail? Does it name the faulty layer and operation (the
 first tap that diverges, and the first operation that is wrong on the golden's own inputs), and no other layer? Which
-measures fail? How many noise floors is the error? With ``--compact`` the golden is a compact one that keeps one token
-exactly, and the model runs from the tokens. With ``--dtype bfloat16``, where rounding is as large as many a fault, every
-matrix is scaled a little as well. Needs the ``reference`` extra.
+measures fail? How many noise floors is the error? With ``--compact`` the golden is a compact one that keeps one
+token exactly, and the model runs from the tokens. With ``--dtype bfloat16``, where rounding is as large as many a
+fault, every matrix is scaled a little as well. Needs the ``reference`` extra.
 
 Run: python -m benchmarks.faults [--compact] [--dtype bfloat16] [NAME ...]
 """

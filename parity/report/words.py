@@ -447,6 +447,8 @@ def _real(result: TapResult, distance: Distance, report: ParityReport) -> str:
         f"The worst {_PART[result.form]} is {list(distance.worst)}: golden {distance.golden:.7g}, found "
         f"{distance.found:.7g}; over the tap the error is {distance.relative_rms:.1e} of the values."
     )
+    if result.systematic is not None:
+        worst = f"{worst} {_capital(result.systematic.reason)}."
     if result.verdict is Verdict.PASS:
         return f"{floor} {worst}"
     rows = f"{distance.rows_outside} of {distance.rows} rows are beyond a limit; rounding does not explain that."
