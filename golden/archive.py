@@ -28,6 +28,7 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.files.workspace import stage_of
+from dsv4_convert.folders import no_golden
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
@@ -36,6 +37,7 @@ from dsv4_convert.golden.noise import MODES, Mode, noise_name, row_sizes
 from dsv4_convert.golden.rounding import excessive_noise, malformed_noise, unit_of
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.units import number_of
 
 Array = np.ndarray[Any, Any]
 
@@ -301,7 +303,7 @@ class Golden:
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            raise BadInput(f"{self.path}: {len(problems)} problem(s); {AGAIN}:\n{listed(problems)}")
+            raise BadInput(f"{self.path}: {number_of(len(problems), 'problem')}; {AGAIN}:\n{listed(problems)}")
 
 
 def open_golden(path: Path | str) -> Golden:
@@ -329,7 +331,7 @@ def open_golden(path: Path | str) -> Golden:
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
-        raise BadInput(f"{where}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
+        raise BadInput(no_golden(str(where)))
     golden = Golden(where, files, GoldenManifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
     if not remote:
         golden.check_files()

@@ -19,6 +19,7 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import enumerated, parse_object
+from dsv4_convert.folders import GOLDEN_FILE
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
@@ -30,7 +31,7 @@ Array = np.ndarray[Any, Any]
 SCHEMA_VERSION = 5
 #: The versions that are read. Digests of version 4 cover an array alone, and not the prompt that it belongs to.
 READ_VERSIONS = (4, 5)
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME = GOLDEN_FILE
 MODEL_FILE = "model.safetensors"
 
 #: Numerics of a reference -> the dtype in which it computed. Plain: the mathematics without simulated quantisation of

@@ -16,6 +16,7 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import UsageError, did_you_mean
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
@@ -39,8 +40,8 @@ Array = np.ndarray[Any, Any]
 #: The releases of transformers that the probes are written for, as in pyproject.toml.
 TRANSFORMERS = ">=5.23,<5.25"
 _INSTALL = "pip install 'dsv4-convert[reference]'"
-#: Called with what is done next, in words.
-Progress = Callable[[str], None]
+#: Called before each step: finished steps, all steps where they are known, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,12 +78,12 @@ class RecordingOptions:
 
 
 def record(
-    source: Path | str,
-    out: Path,
+    source: PathLike,
+    out: PathLike,
     options: RecordingOptions,
     *,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Golden:
     """Run a reference over a prompt and keep its activations, and how far rounding moves them.
 
@@ -110,6 +111,7 @@ def record(
         >>> options = RecordingOptions(tokens=[[3, 1, 4, 1, 5]], layers=[0])
         >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), options)
     """
+    source, out = Path(source), Path(out)
     check_destination(out)
     with open_source(source, layers=layers_that_run(options.layers, greedy=options.greedy)) as checkpoint:
         return record_opened(checkpoint, out, options, announce=announce, progress=progress)
@@ -126,7 +128,7 @@ def record_opened(
     options: RecordingOptions,
     *,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Golden:
     """:func:`record` of an open checkpoint, which stays open."""
     check_destination(out)
@@ -155,7 +157,7 @@ def record_opened(
     model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
     if options.greedy:
         request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
-    progress("hashing the source")
+    progress(0, 0, "hashing the source")
     hashed = dataclasses.replace(
         request.source,
         files=_digests(checkpoint, resolution),
@@ -256,17 +258,18 @@ def _run(
     for key in expected_taps(config, wanted, decode=request.decode):
         shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
         expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
-    progress("embedding")
+    progress(0, 0, "embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)
-    for layer in range(writer.finished[-1] + 1 if writer.finished else 0, max(wanted) + 1):
-        progress(f"layer {layer} of {config.num_hidden_layers}")
+    begun, last = writer.finished[-1] + 1 if writer.finished else 0, max(wanted)
+    for layer in range(begun, last + 1):
+        progress(layer - begun, last + 1 - begun, f"layer {layer} of {config.num_hidden_layers}")
         state, taken = model.run_layer(layer, state, expected.get(layer, {}))
         if layer in wanted:
             writer.write(layer, request.keep(taken.arrays(f"layers.{layer}.")), state)
     outer = expected[None]
     arrays = embedded.arrays("")
     if after := {name: what for name, what in outer.items() if name != "embed"}:
-        progress("head")
+        progress(last + 1 - begun, last + 1 - begun, "head")
         arrays |= model.run_head(state, after).arrays("")
     writer.write(None, request.keep(arrays))

@@ -211,7 +211,7 @@ def as_text(report: ParityReport, *, width: int = 100) -> str:
     out = StringIO()
     console = Screen(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
     said = summarized(report)
-    console.print(labelled(said), "")
+    console.print(*labelled(said, width), "", sep="\n")
     if report.taps:
         render_tables(report, console)
     lines = [said.headline, *(line.rstrip() for line in out.getvalue().splitlines())]

@@ -49,8 +49,8 @@ Array = np.ndarray[Any, Any]
 #: float32 matmul precision, as JAX names it.
 Precision: TypeAlias = Literal["highest", "high", "default"]
 
-#: Called with the layer that is about to run (None: the model level).
-Progress = Callable[[int | None], None]
+#: Called before each step: finished steps, all steps, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -105,7 +105,7 @@ def run_parity(
     against: Path | str | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> ParityReport:
     """Compare a converted checkpoint, or a published one before its conversion, with a golden.
 
@@ -119,7 +119,7 @@ def run_parity(
         baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
-        progress: called before each layer.
+        progress: called before each step.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
@@ -129,7 +129,7 @@ def run_parity(
             written.
 
     Examples:
-        >>> run_parity(Path("orbax"), "golden/data/tiny", ParityOptions(layers=[0])).passed
+        >>> run_parity("orbax", "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
@@ -184,7 +184,7 @@ class ParityRun:
         *,
         against: PublishedWeights | None = None,
         devices: Devices | None = None,
-        progress: Progress = lambda _: None,
+        progress: Progress = lambda done, total, what: None,
         name: str = "weights",
     ) -> None:
         """``name`` is what the report calls the weights. Raises as :func:`run_parity`."""
@@ -302,15 +302,17 @@ class ParityRun:
     def _run_all(self) -> None:
         if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
             self._run_embedding()
-        for layer in sorted({layer for layers in self._needed.values() for layer in layers}):
-            self._progress(layer)
+        layers = sorted({layer for layers in self._needed.values() for layer in layers})
+        total = len(layers) + self._wants_head
+        for done, layer in enumerate(layers):
+            self._progress(done, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
             self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
         if self._wants_head:
-            self._progress(None)
+            self._progress(total - 1, total, "head")
             self._run_head()
 
     def _run_embedding(self) -> None:
-        self._progress(None)
+        self._progress(0, 0, "embedding")
         activations, self._streams = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)

@@ -24,6 +24,7 @@ from dsv4_convert.checkpoint.provenance import recorded, snapshot_commit
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.files.reading import file_digest, stamp_of, stat_regular
 from dsv4_convert.files.strict_json import read_object, shown
+from dsv4_convert.folders import is_converted
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
@@ -241,6 +242,11 @@ def _check_folder(root: Path) -> None:
         raise BadInput(f"{root}: no such folder; give one that holds {CONFIG_NAME} and the safetensors files")
     if not root.is_dir():
         raise BadInput(f"{root}: a file; give the folder that holds {CONFIG_NAME} and the safetensors files")
+    if is_converted(root):
+        raise BadInput(
+            f"{root}: already converted, and not a published checkpoint; `dsv4 inspect {root}` shows it, and `dsv4 "
+            f"convert orbax-to-hf {root} DEST` restores the published form"
+        )
     if not (root / CONFIG_NAME).exists() and not (root / CONFIG_NAME).is_symlink():
         if (root / "snapshots").is_dir():
             raise BadInput(f"{root}: a repository in the Hub cache; give one of the folders in {root / 'snapshots'}")

@@ -26,11 +26,11 @@ from dsv4_convert.cli.common import (
     parse_choice,
     parse_layers,
     resumable,
-    status,
     write_json,
 )
-from dsv4_convert.cli.progress import conversion_progress, duration
-from dsv4_convert.units import size
+from dsv4_convert.cli.progress import conversion_progress
+from dsv4_convert.cli.status import status
+from dsv4_convert.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint
@@ -123,6 +123,7 @@ def hf_to_orbax(
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
+    from dsv4_convert.store import open_destination
 
     chosen = parse_layers(layers)
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
@@ -137,6 +138,8 @@ def hf_to_orbax(
     with processes.together(), ExitStack() as held:
         if processes.first and coordinator is not None:
             check_json(json)
+        if processes.first and not dry_run:
+            open_destination(dest).check(overwrite=overwrite)
         document: dict[str, object] = {}
         with status("plan") as say:
             say("reading headers")

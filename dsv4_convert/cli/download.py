@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, echo, parse_layers, resumable, status, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, echo, parse_layers, resumable, write_json
+from dsv4_convert.cli.status import byte_progress, status
 from dsv4_convert.units import size
 
 if TYPE_CHECKING:

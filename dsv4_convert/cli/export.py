@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, byte_progress, echo, resumable, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, echo, resumable, write_json
+from dsv4_convert.cli.status import byte_progress
 from dsv4_convert.units import size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,6 @@ from dsv4_convert.cli.common import (
     LAYERS_HELP,
     SOURCES,
     Json,
-    byte_progress,
     console,
     echo,
     one_of,
@@ -21,11 +21,10 @@ from dsv4_convert.cli.common import (
     parse_layers,
     reported,
     resumable,
-    status,
-    with_fetched,
     write_json,
 )
-from dsv4_convert.units import ranges, size
+from dsv4_convert.cli.status import byte_progress, note_fetched, status
+from dsv4_convert.units import number_of, ranges, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,6 +117,7 @@ def record(
         opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
         checkpoint = held.enter_context(opened)
         vocabulary = checkpoint.architecture().vocab_size
+        note_fetched(checkpoint, say)
         checkpoint.fetch_small_files()
         ids = prompt_tokens(checkpoint.root, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
         done = record_opened(
@@ -134,8 +134,8 @@ def record(
                 release_code=release_code,
                 compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             ),
-            announce=_print_plan,
-            progress=with_fetched(checkpoint, say),
+            announce=lambda planned: say.print(*_plan(planned)),
+            progress=say.step,
         )
     echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
@@ -143,12 +143,12 @@ def record(
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
 
 
-def _print_plan(planned: RecordingPlan) -> None:
-    """The plan in a few lines, on stderr."""
-    echo(f"reads   {size(planned.bytes_read)}", err=True)
+def _plan(planned: RecordingPlan) -> Iterator[str]:
+    """The plan in two lines."""
     share = planned.bytes_written / planned.bytes_whole
     of = f" ({share:.2%} of the whole)" if share < 1 else ""
-    echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
+    yield f"reads   {size(planned.bytes_read)}"
+    yield f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory"
 
 
 def _positions(text: str) -> list[int]:
@@ -304,7 +304,9 @@ def verify(
         problems = opened.verify(progress)
     write_json({"schema_version": 1, "golden": str(opened.path), "problems": problems}, json)
     if problems:
-        raise CheckFailed(f"{opened.path}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
+        raise CheckFailed(
+            f"{opened.path}: {number_of(len(problems), 'problem')}:\n{listed(problems)}\nRecord it again."
+        )
     echo(f"{opened.path}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 

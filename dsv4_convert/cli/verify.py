@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import CHECKPOINT_HELP, SOURCES, Json, byte_progress, echo, reported, write_json
-from dsv4_convert.units import size
+from dsv4_convert.cli.common import CHECKPOINT_HELP, SOURCES, Json, echo, reported, write_json
+from dsv4_convert.cli.status import byte_progress
+from dsv4_convert.units import number_of, size
 from dsv4_convert.urls import without_secrets
 
 
@@ -62,7 +63,8 @@ def verify(
     )
     if problems:
         way_out = "Remove what is not part of it." if problems == beside else "Convert the model again."
-        raise CheckFailed(f"{checkpoint}: {len(problems)} problem(s):\n{listed(problems)}\n{way_out}")
+        count = number_of(len(problems), "problem")
+        raise CheckFailed(f"{checkpoint}: {count}:\n{listed(problems)}\n{way_out}")
     total = sum(store.leaf(path).nbytes for path in store.paths)
     equal = "every byte as written" + ("" if against is None else f" and as {without_secrets(against)} gives it")
     echo(f"{without_secrets(checkpoint)}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")

@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dsv4_convert.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from dsv4_convert.convert.layouts import layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
+from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, Processes, WriteSummary
@@ -75,8 +75,8 @@ Progress = Callable[[Advance], None]
 
 
 def hf_to_orbax(
-    source: Path | str,
-    destination: str | os.PathLike[str],
+    source: PathLike,
+    destination: PathLike,
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
@@ -104,10 +104,10 @@ def hf_to_orbax(
         ResourceError: the disk is full, or the memory allowed is too small.
 
     Examples:
-        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "converted")
+        >>> plan, summary = hf_to_orbax("checkpoint", "converted")
     """
     layers = None if layers is None else tuple(layers)
-    with open_source(source, layers=layers) as checkpoint:
+    with open_source(os.fspath(source), layers=layers) as checkpoint:
         config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(planned, checkpoint, destination, options, progress=progress)

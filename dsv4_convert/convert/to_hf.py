@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from dsv4_convert.convert.emit import Emitted, Emitter
 from dsv4_convert.convert.run import COMPANIONS
 from dsv4_convert.convert.sources import Sources, read_sources
 from dsv4_convert.errors import CheckFailed, UsageError
-from dsv4_convert.files.workspace import refuse_other_settings
+from dsv4_convert.files.workspace import refuse_other_settings, require_writable
 from dsv4_convert.files.writing import write_atomically, writing
+from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
@@ -54,8 +56,8 @@ class ExportSummary:
 
 
 def orbax_to_hf(
-    checkpoint: Path | str,
-    destination: Path,
+    checkpoint: PathLike,
+    destination: PathLike,
     *,
     requantize: bool = False,
     restart: bool = False,
@@ -81,7 +83,7 @@ def orbax_to_hf(
         ResourceError: the disk is full, or another process writes the same destination.
 
     Examples:
-        >>> summary = orbax_to_hf(Path("orbax"), Path("published"), requantize=True)
+        >>> summary = orbax_to_hf("orbax", "published", requantize=True)
     """
     store = open_store(checkpoint)
     layout = store.conversion.layout
@@ -93,14 +95,14 @@ def orbax_to_hf(
     sources = read_sources(store)
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
-    place = Folder(destination.absolute())
-    place.check(overwrite=False)
+    place = Folder(Path(destination).absolute())
+    _check_destination(place.target)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)
     done = 0
     identity = {"manifest": hashlib.sha256(store.manifest.to_bytes()).hexdigest(), "requantize": requantize}
     with place.workspace as workspace:
-        place.check(overwrite=False)
+        _check_destination(place.target)
         if restart:
             workspace.clear()
         state, content = workspace.stage / EXPORT_STATE, workspace.content
@@ -136,6 +138,12 @@ def orbax_to_hf(
         quantized=len(quantized),
         changed={name: count for name, count in quantized.items() if count},
     )
+
+
+def _check_destination(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UsageError(f"{target}: exists already; choose another destination, or remove it first")
+    require_writable(target)
 
 
 def _check_request(store: Store, sources: Sources, storage: Storage, *, requantize: bool) -> None:

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import enumerated, parse_object
+from dsv4_convert.folders import CONFIG_FILE, PathLike
+from dsv4_convert.units import number_of
 
 _V = TypeVar("_V")
 
@@ -200,8 +202,15 @@ class Config:
         return dataclasses.replace(self, num_mtp_stages=0) == dataclasses.replace(other, num_mtp_stages=0)
 
     @classmethod
-    def from_file(cls, path: Path) -> Config:
-        """Read a ``config.json``. Raises :class:`BadInput` naming the file and every problem in it."""
+    def from_file(cls, path: PathLike) -> Config:
+        """Read a ``config.json``, given itself or its folder.
+
+        Raises:
+            BadInput: names the file and every problem in it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_FILE
         try:
             text = path.read_bytes()
         except FileNotFoundError:
@@ -321,7 +330,7 @@ class _Reader:
         if self.problems:
             raise BadInput(
                 f"{self.where}: not a DeepSeek-V4 architecture that dsv4 knows, "
-                f"{len(self.problems)} problem(s):\n{listed(self.problems)}"
+                f"{number_of(len(self.problems), 'problem')}:\n{listed(self.problems)}"
             )
         return Config(**values)
 

@@ -150,7 +150,7 @@ class Bucket:
         if not self._target.exists():
             return
         if (self._target / MANIFEST_FILE).exists():
-            more = " In a bucket nothing can be replaced at once." if overwrite else ""
+            more = " --overwrite is for folders: in a bucket nothing can be replaced at once." if overwrite else ""
             raise UsageError(f"{self._target}: exists already.{more} Choose another destination, or remove it first.")
         if not self._work.exists():
             raise UsageError(f"{self._target}: exists, and is neither a checkpoint nor an interrupted run of dsv4.")

@@ -31,7 +31,8 @@ class Destination(Protocol):
         """Where the checkpoint will be."""
 
     def check(self, *, overwrite: bool) -> None:
-        """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
+        """Refuse a destination that must not be replaced (:class:`UsageError`) or cannot be made
+        (:class:`ResourceError`)."""
 
     def held(self) -> AbstractContextManager[object]:
         """Keep others from writing the same destination. Raises :class:`ResourceError` if one does."""

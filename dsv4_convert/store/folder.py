@@ -12,8 +12,9 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
-from dsv4_convert.files.workspace import Workspace, scratch_folder, stage_of
+from dsv4_convert.files.workspace import Workspace, require_writable, scratch_folder, stage_of
 from dsv4_convert.files.writing import sync, writing
+from dsv4_convert.folders import is_converted
 from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array
 from dsv4_convert.store.destination import ChunkWriter, timed_writes
 from dsv4_convert.store.export_state import EXPORT_STATE
@@ -48,14 +49,17 @@ class Folder:
 
     def check(self, *, overwrite: bool) -> None:
         if not os.path.lexists(self._target):
+            require_writable(self._target)
             return
+        if not is_converted(self._target):
+            raise UsageError(
+                f"{self._target}: exists already, and is not a checkpoint that dsv4 converted (no {MANIFEST_FILE}), so "
+                "it is never overwritten. Choose another destination, or remove it."
+            )
         if not overwrite:
             raise UsageError(
-                f"{self._target}: exists already. Choose another destination, remove it, or allow overwriting."
-            )
-        if not (self._target / MANIFEST_FILE).is_file():
-            raise UsageError(
-                f"{self._target}: not overwritten, because it is not a checkpoint of dsv4 (no {MANIFEST_FILE})."
+                f"{self._target}: exists already, a finished conversion. --overwrite replaces it; or choose another "
+                "destination."
             )
 
     def held(self) -> Workspace:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import not_converted
 from dsv4_convert.spec.conversion import Conversion
 from dsv4_convert.store.arrays import Array, StoredArray
 from dsv4_convert.store.layout import (
@@ -166,8 +167,9 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     try:
         return Store(folder, Manifest.from_bytes(manifest.read_bytes(), where=str(manifest)))
     except OSError as error:
-        what = "no such folder" if not folder.exists() else f"no {MANIFEST_FILE} in it ({error.strerror})"
-        raise BadInput(f"{folder}: not a checkpoint written by dsv4: {what}") from error
+        if manifest.exists():
+            raise BadInput(f"{manifest}: cannot be read ({error.strerror}); check its permissions") from error
+        raise BadInput(f"{folder}: {not_converted(folder, os.fspath(path))}") from error
 
 
 def verify(

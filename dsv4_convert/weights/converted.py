@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import PathLike
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec import names
@@ -50,7 +50,7 @@ class Weights:
             )
 
     @classmethod
-    def open(cls, path: Path | str) -> Weights:
+    def open(cls, path: PathLike) -> Weights:
         """Open a checkpoint. Raises :class:`BadInput` if dsv4 did not write it."""
         return cls(open_store(path))
 

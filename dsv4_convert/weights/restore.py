@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.folders import PathLike
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region, bounded
@@ -54,7 +55,7 @@ def restore_block(
 
 
 def restore_model(
-    weights: Whole,
+    weights: Whole | PathLike,
     *,
     dtype: np.dtype[Any] = FLOAT32,
     drafts: bool = False,
@@ -63,7 +64,9 @@ def restore_model(
     mesh: Mesh | None = None,
     encoded: bool = False,
 ) -> Model:
-    """The whole model with its weights; its mtp stages, which only draft tokens, are restored with ``drafts``.
+    """The whole model with its weights, open or given by the path of a converted checkpoint.
+
+    Its mtp stages, which only draft tokens, are restored with ``drafts``.
 
     With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
     With ``scanned`` layers of one kind share a program, and their weights are stacked.
@@ -82,7 +85,7 @@ def restore_model(
             whose storage is not ``source``.
 
     Examples:
-        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model = restore_model("orbax")
         >>> model.config.num_hidden_layers
         4
     """
@@ -90,6 +93,8 @@ def restore_model(
 
     from dsv4_convert.model import PLAIN, Model, Numerics
 
+    if isinstance(weights, str | os.PathLike):
+        weights = Weights.open(weights)
     config = weights.config
     numerics = Numerics.of_release(config) if release else PLAIN
     dtype = np.dtype(numerics.weight_dtype(dtype))

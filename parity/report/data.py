@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+from dsv4_convert.files.writing import write_atomically
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
@@ -311,6 +314,22 @@ class ParityReport:
         """Everything agrees, the weights are the golden's, it reaches all if that is required, no error has grown."""
         right = self.agrees and not self.other_weights
         return right and self.covered and (self.gate is None or self.gate.passed)
+
+    def save_html(self, path: PathLike) -> None:
+        """Write the page that ``dsv4 parity --report`` writes. Raises :class:`ResourceError` if that fails."""
+        from dsv4_convert.parity.report.html.page import RunInfo, page
+
+        write_atomically(Path(path), page(self, RunInfo.now()).encode())
+
+    def _repr_html_(self) -> str:
+        """The verdict, for a notebook."""
+        from html import escape
+
+        from dsv4_convert.parity.report.words import summarized
+
+        said = summarized(self)
+        rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in said.lines)
+        return f"<strong>{escape(said.headline)}</strong><table>{rows}</table>"
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""

@@ -72,7 +72,8 @@ def summarized(report: ParityReport) -> Summary:
                 *_last_lines(report),
             ),
         )
-    agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {report.arithmetic}, {' and '.join(report.modes)}"
+    agree = "the only tap agrees" if len(report.taps) == 1 else f"all {len(report.taps)} taps agree"
+    agreement = f"{agree}{_aside(report)}, {report.arithmetic}, {' and '.join(report.modes)}"
     agreement += _steps(report)
     if report.passed:
         return Summary(f"PASS: {agreement}", tuple(_passing(report)))
@@ -83,7 +84,7 @@ def _failing(report: ParityReport, first: TapResult) -> Summary:
     where = "Model level" if first.layer is None else f"Layer {first.layer}"
     headline = (
         f"FAIL: {_other_weights(report)}{first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
-        f"{len(report.taps)} taps fail{_aside(report)}"
+        f"{number_of(len(report.taps), 'tap')} {'fails' if report.count(Verdict.FAIL) == 1 else 'fail'}{_aside(report)}"
     )
     return Summary(
         headline,
@@ -288,7 +289,8 @@ def _worse(gate: Gate) -> Iterator[str]:
         which = ", the first of them" if names > 1 else ":"
         yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {grown_by(first)}"
     if gate.missing:
-        yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
+        were = "tap was" if len(gate.missing) == 1 else "taps were"
+        yield f"{len(gate.missing)} recorded {were} not compared, the first of them {gate.missing[0].name}"
     if gate.update:
         return  # what has no record would have been added, and why it was not is said elsewhere
     if gate.unrecorded and not gate.compared:
@@ -296,7 +298,11 @@ def _worse(gate: Gate) -> Iterator[str]:
         yield f"{gate.path} has no record of this: {where}; --update-baseline adds it"
     elif gate.unrecorded:
         first_name = gate.unrecorded[0].name
-        yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
+        have = "tap has" if len(gate.unrecorded) == 1 else "taps have"
+        yield (
+            f"{len(gate.unrecorded)} {have} no record, the first of them {first_name}; --update-baseline adds what is "
+            "new"
+        )
 
 
 def _unchanged(report: ParityReport) -> Iterator[str]:
@@ -314,14 +320,15 @@ def _unchanged(report: ParityReport) -> Iterator[str]:
 
 def _baseline(gate: Gate) -> str:
     """The verdict of a baseline that the run passes, and whether its file changed."""
-    aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
+    ones = "one was" if gate.left_out == 1 else "ones were"
+    aside = f", {gate.left_out} recorded {ones} not wanted" if gate.left_out else ""
     if gate.lacking:
         aside += f", and it has no record of {number_of(gate.lacking, 'other tap')} of this golden"
     if not gate.updated:
-        return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
+        return f"No error has grown beyond its record in {gate.path}: {number_of(gate.compared, 'tap')}{aside}."
     raised = len({(grown.mode, grown.name) for grown in gate.grown})
     changes = [
-        f"{count} taps {what}"
+        f"{number_of(count, 'tap')} {what}"
         for count, what in ((gate.added, "added"), (gate.tightened, "tightened"), (raised, "raised"))
         if count
     ]
@@ -391,13 +398,13 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif found.differing is None:
-        yield f"It uses {_list(found.weights)}; with --against SOURCE its weights are compared with the published."
+        yield f"It uses {_list(found.weights)}."
     elif not found.differing:
         yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
     for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
     if (more := len(found.differing or ()) - _NAMED) > 0:
-        yield f"{more} more weights differ."
+        yield f"{number_of(more, 'more weight')} {'differs' if more == 1 else 'differ'}."
 
 
 def _aside(report: ParityReport) -> str:

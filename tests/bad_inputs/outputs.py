@@ -203,7 +203,7 @@ OUTPUTS: tuple[Case, ...] = (
         refused(
             "O01",
             f"a {what} is at the destination",
-            "{dest}: exists already. Choose another destination, remove it",
+            "{dest}: exists already, and is not a checkpoint that dsv4 converted",
             edit=_at_dest(make),
             code=2,
             by=(CONVERT,),
@@ -217,7 +217,7 @@ OUTPUTS: tuple[Case, ...] = (
     refused(
         "O01",
         "a folder that no conversion made, with --overwrite",
-        "{dest}: not overwritten, because it is not a checkpoint of dsv4",
+        "so it is never overwritten. Choose another destination, or remove it",
         edit=_at_dest(_folder_with_notes),
         code=2,
         by=((*CONVERT, "--overwrite"),),
@@ -290,9 +290,8 @@ OUTPUTS: tuple[Case, ...] = (
     refused(
         "O05",
         "a file system in which nothing can be made",
-        "/proc",
-        "cannot write",
-        "run the same command again",
+        "/proc takes no new files",
+        "Nothing was written; choose another destination",
         code=4,
         by=(
             ("convert", "hf-to-orbax", "{source}", "/proc/dest"),

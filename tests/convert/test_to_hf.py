@@ -259,7 +259,7 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         orbax_to_hf(folders["fp4-source"], tmp_path / "there")
-    with pytest.raises(BadInput, match="not a checkpoint"):
+    with pytest.raises(BadInput, match="not converted yet"):
         orbax_to_hf(folders["fp4"], tmp_path / "back")
     orbax_to_hf(folders["fp4-bfloat16"], tmp_path / "plain")
     hf_to_orbax(tmp_path / "plain", tmp_path / "orbax")

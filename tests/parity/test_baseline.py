@@ -106,7 +106,7 @@ def test_a_reason_raises_and_is_kept(judge: Callable[..., ParityReport], tmp_pat
     judge(HEALTHY, update=True)
     raised = judge([real(Q, 5.0, 6.1, 2.0), *HEALTHY[1:]], reason="three passes of bfloat16")
     assert raised.passed
-    assert "1 taps raised (three passes of bfloat16)" in verdict(raised)
+    assert "1 tap raised (three passes of bfloat16)" in verdict(raised)
     document = json.loads((tmp_path / "b.json").read_text())
     assert document["measured"][0]["taps"][Q] == {"tap": 5.0, "row": 6.1, "element": 2.0}
     (entry,) = document["history"]
@@ -147,13 +147,13 @@ def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., Pa
     judge(HEALTHY[:2], update=True)
     new = judge(HEALTHY)
     assert not new.passed
-    assert f"1 taps have no record, the first of them {CHOSEN}; --update-baseline adds them" in verdict(new)
+    assert f"1 tap has no record, the first of them {CHOSEN}; --update-baseline adds what is new" in verdict(new)
     absent = judge(HEALTHY[:1])
     assert not absent.passed
-    assert f"1 recorded taps were not compared, the first of them {KV}" in verdict(absent)
+    assert f"1 recorded tap was not compared, the first of them {KV}" in verdict(absent)
     wanted = judge(HEALTHY[:1], partial=True)
     assert wanted.passed
-    assert "1 taps, 1 recorded ones were not wanted, and it has no record of 158 other taps" in verdict(wanted)
+    assert "1 tap, 1 recorded one was not wanted, and it has no record of 158 other taps" in verdict(wanted)
     assert judge([*HEALTHY[:2], empty("layers.1.attn.compressor.pooled")]).passed
 
 

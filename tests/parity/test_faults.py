@@ -151,8 +151,9 @@ def test_with_the_source_at_hand_the_part_of_the_tensor_is_named(
 
 
 def test_without_the_source_it_says_how_to_bring_it(patients: dict[str, Patient]) -> None:
-    sentence = verdict(examine(patients["main"], CATALOGUE["router bias dropped"]))
-    assert "It uses layers.3.ffn.gate.bias; with --against SOURCE" in sentence
+    lines = dict(summarized(examine(patients["main"], CATALOGUE["router bias dropped"])).lines)
+    assert "It uses layers.3.ffn.gate.bias." in lines["Cause"]
+    assert lines["Next"].startswith("Repeat with `--against SOURCE`")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_a_compact_golden_sees_a_small_scale(wide: Patient) -> None:
     assert "Every element of layers.0.attn.wkv is 0.8" in verdict(report)
 
 
-def test_other_weights_come_first(wide: Patient, patients: dict[str, Patient], tmp_path: Path) -> None:
+def test_other_weights_come_first(patients: dict[str, Patient], tmp_path: Path) -> None:
     """All values differ in weights of another seed, one parameter where one tensor was changed."""
     main = patients["main"]
     write_checkpoint(tmp_path / "hf", MAIN, seed=1)

@@ -421,7 +421,7 @@ def test_a_baseline_that_is_not_passed_is_shown_with_what_to_do() -> None:
     raised = dataclasses.replace(gate, missing=(), unrecorded=(), update=True, updated=True, reason="other hardware")
     text = page(dataclasses.replace(run, gate=raised), RUN)
     assert "<h3>Raised</h3>" in text
-    assert "1 taps raised (other hardware)" in text
+    assert "1 tap raised (other hardware)" in text
     assert 'id="baseline"' not in page(dataclasses.replace(run, gate=None), RUN)
     lacking = synthetic([real(q, 1, 2, 2)], missed=["no block is complete"], require_coverage=True)
     assert next_steps(lacking) == [step for step in next_steps(lacking) if "golden with more tokens" in step]

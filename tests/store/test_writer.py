@@ -465,7 +465,7 @@ def test_when_overwriting_stops_between_the_renames_the_old_checkpoint_comes_bac
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, arrays, make_leaves) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UsageError, match=f"not a checkpoint of dsv4 .no {MANIFEST_FILE}"):
+    with pytest.raises(UsageError, match=f"not a checkpoint that dsv4 converted .no {MANIFEST_FILE}"):
         write(tmp_path / "photos", make_leaves(arrays), overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
 
