@@ -5,7 +5,7 @@ Several processes share the devices of a mesh, and the experts; see :mod:`dsv4_c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,7 @@ class Forward:
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
-        self._calls = calls_of(*tokens.shape, decode)
+        self._calls = calls_of(len(tokens), tokens.shape[1], decode)
 
     def embed(self) -> tuple[Activations, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
@@ -83,7 +83,7 @@ class Forward:
             self._dtype,
             taps,
         )
-        return _activations(None, taps.values), streams
+        return activations(None, taps.values), streams
 
     def layer(
         self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
@@ -105,7 +105,7 @@ class Forward:
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
             operands = (call.take(entering), call.take(self._tokens), positions, replace, past)
             left, values, cache = self._call(layer, operands)
-            found = _activations(layer, values)
+            found = activations(layer, values)
             if cache is None:
                 return found, left
             if not whole:
@@ -116,7 +116,7 @@ class Forward:
             call.put(np.asarray(left), leaving, TapKey(layer, STREAMS), config)
             if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
                 state = state_after(self._attention(layer), cache, tokens - self._decode)
-        return whole | _activations(layer, state), leaving
+        return whole | activations(layer, state), leaving
 
     def _empty(self, key: TapKey, part: Array) -> Array:
         """Room for all rows of a tap, of which ``part`` has some."""
@@ -146,7 +146,7 @@ class Forward:
         given = {key.tap.name: jnp.asarray(value) for key, value in (overrides or {}).items() if key != _LOGITS}
         entering = jnp.asarray(streams, self._dtype)
         logits = []
-        step = self._devices.multiple(HEAD_WORDS, "vocab")
+        step = self._head_step()
         for start in range(0, config.vocab_size, step):
             stop = min(start + step, config.vocab_size)
             with self._devices.step("read the output head"):
@@ -154,9 +154,16 @@ class Forward:
                     HEAD_AXES, (config.hidden_size, stop - start), _FLOAT32, partial(self._words, start), "head"
                 )
             # The operations before the matrix are small, so they run again for every piece.
-            values = self._devices.run(_to_logits, config, (*fixed, words), entering, given)
+            values = self._devices.run(self._head_program(), config, (*fixed, words), entering, given)
             logits.append(np.asarray(values[_LOGITS.tap.name]))
-        return {**_activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
+        return {**activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
+
+    def _head_program(self) -> Callable[..., Any]:
+        return to_logits
+
+    def _head_step(self) -> int:
+        """Columns of the output head that are in memory at a time."""
+        return self._devices.multiple(HEAD_WORDS, "vocab")
 
     def _words(self, start: int, region: Region) -> Array:
         """A part of the output head's columns from ``start`` on."""
@@ -247,7 +254,7 @@ def _from_experts(
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
 
 
-def _to_logits(
+def to_logits(
     config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, overrides: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The taps of the model level after the layers, for some words."""
@@ -260,7 +267,7 @@ def _to_logits(
 _expert = jax.jit(weighted, static_argnums=(5, 6))
 
 
-def _activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
+def activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
     """Recorded values, by name within the layer, as NumPy arrays; bfloat16 becomes float32."""
     arrays = {TapKey(layer, tap_named(name)): np.asarray(value) for name, value in values.items()}
     return {key: array if array.dtype.kind in "if" else array.astype(np.float32) for key, array in arrays.items()}

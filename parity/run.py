@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.golden.noise import MODES, Mode
@@ -21,6 +22,7 @@ from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.comparison import Comparison, Phase
+from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.forward import Activations, Forward
@@ -28,6 +30,7 @@ from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
+from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.spec.config import Config
@@ -65,6 +68,9 @@ class ParityOptions:
         mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
             it; None for a mesh that divides everything.
         require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
+        programs: the programs to prove, in :data:`~dsv4_convert.parity.programs.Program`'s order; None for both, where
+            memory allows the compiled layers.
+        model: how the compiled layers run.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
 
@@ -83,6 +89,8 @@ class ParityOptions:
     mesh: str | None = None
     require_coverage: bool = False
     detail: bool = False
+    programs: Sequence[Program] | None = None
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
 
 _DEFAULTS = ParityOptions()
@@ -137,7 +145,8 @@ def run_parity(
     published = None if against is None else PublishedWeights.open(against, layers=layers)
     if baseline is not None:
         _check_baseline(baseline, recorded, options, write=processes.first)
-    report = ParityRun(
+    prepare = partial(
+        ParityRun,
         weights,
         recorded,
         options,
@@ -145,12 +154,32 @@ def run_parity(
         devices=Devices.all(weights.config, processes, mesh),
         progress=progress,
         name=str(checkpoint or source),
-    ).run()
+    )
+    report = _run(prepare, options)
     if baseline is None:
         return report
     with processes.step("baseline"):
-        partial = layers is not None or bool(options.taps)
-        return gated(report, recorded, baseline, partial=partial, write=processes.first)
+        some = layers is not None or bool(options.taps)
+        return gated(report, recorded, baseline, partial=some, write=processes.first)
+
+
+def _run(prepare: Callable[..., ParityRun], options: ParityOptions) -> ParityReport:
+    """The report of every program; both are prepared before the first one runs."""
+    programs = tuple(Program) if options.programs is None else options.programs
+    streamed = prepare() if Program.STREAMED in programs else None
+    compiled, unproven = None, None
+    if Program.MODEL in programs:
+        try:
+            compiled = prepare(model=options.model)
+        except ResourceError as error:
+            if options.programs is not None:
+                raise
+            unproven = str(error)
+    if streamed is None:
+        assert compiled is not None
+        return compiled.run()
+    report = streamed.run()
+    return dataclasses.replace(report, model=None if compiled is None else compiled.run(), unproven=unproven)
 
 
 class ParityRun:
@@ -169,8 +198,12 @@ class ParityRun:
         devices: Devices | None = None,
         progress: Progress = lambda _: None,
         name: str = "weights",
+        model: ModelOptions | None = None,
     ) -> None:
-        """``name`` is what the report calls the weights. Raises as :func:`run_parity`."""
+        """``name`` is what the report calls the weights. ``model``: run the compiled layers; None: the streamed ones.
+
+        Raises as :func:`run_parity`.
+        """
         self._weights, self._golden, self._options = weights, golden, options
         self._against, self._progress, self._name = against, progress, name
         self._devices = devices or Devices()
@@ -187,21 +220,25 @@ class ParityRun:
         # With quantised activations one rounding grows to the size of a fault within a layer, so every operation gets
         # the golden's own inputs.
         self._teacher_forced = golden.numerics == "release"
+        self._numerics = Numerics.of_release(golden.config) if self._teacher_forced else PLAIN
         self._comparison = Comparison(golden, self._dtype, options.phase)
-        self._forward = Forward(
+        #: The layers that each mode has to run.
+        self._needed = {mode: self._layers_of(mode) for mode in self._modes}
+        self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))
+        weights.check_layers(self._running)
+        self._model = model if model is None else self._planned(model)
+        make = Forward if self._model is None else partial(CompiledForward, model=self._model)
+        self._forward = make(
             weights,
             golden.tokens,
             jnp.dtype(self._dtype),
             first_position=golden.manifest.request.first_position,
             decode=golden.decode,
-            numerics=Numerics.of_release(golden.config) if self._teacher_forced else PLAIN,
+            numerics=self._numerics,
             devices=self._devices,
         )
-        #: The layers that each mode has to run.
-        self._needed = {mode: self._layers_of(mode) for mode in self._modes}
-        weights.check_layers(tuple(sorted({layer for layers in self._needed.values() for layer in layers})))
         self._streams: Any = None
-        self._detail = Detail(golden) if options.detail else None
+        self._detail = Detail(golden) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
         self._error_splits: list[ErrorSplit] = []
@@ -234,7 +271,12 @@ class ParityRun:
             },
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
+            program=streamed_facts(self._running) if self._model is None else self._model.facts(self._running),
         )
+
+    def _planned(self, model: ModelOptions) -> ModelOptions:
+        width = np.dtype(self._numerics.weight_dtype(jnp.dtype(self._dtype)))
+        return planned(self._weights, self._golden, self._running, width, model, self._devices)
 
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
@@ -245,7 +287,7 @@ class ParityRun:
     def _run_all(self) -> None:
         if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
             self._run_embedding()
-        for layer in sorted({layer for layers in self._needed.values() for layer in layers}):
+        for layer in self._running:
             self._progress(layer)
             self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
         if self._wants_head:
@@ -388,6 +430,8 @@ def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:
 
 def _check_baseline(baseline: BaselineRequest, golden: Golden, options: ParityOptions, *, write: bool) -> None:
     """Raise before the run for a baseline that could not be compared with, or not be written."""
+    if options.programs is not None and Program.STREAMED not in options.programs:
+        raise UsageError("--baseline records the errors of the streamed layers, which --program model leaves out")
     if baseline.update and options.precision != "highest":
         raise UsageError(
             f"--update-baseline: expected --precision highest, found {options.precision}; a baseline has one record "

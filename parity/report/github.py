@@ -27,7 +27,12 @@ def commands(report: ParityReport) -> Iterator[str]:
     yield command(kind, "dsv4 parity", verdict(report))
     if report.passed:
         return
-    taps = [(f"{tap.name} ({tap.mode})", why(tap, report)) for tap in report.taps if tap.verdict is Verdict.FAIL]
+    taps = [
+        (f"{tap.name} ({tap.mode})", why(tap, of))
+        for of in (report.programs or (report,))
+        for tap in of.taps
+        if tap.verdict is Verdict.FAIL
+    ]
     if report.gate is not None and not report.gate.passed:
         for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
             taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(grown_by, group))}."))
@@ -40,7 +45,7 @@ def summary(report: ParityReport) -> str:
     lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(verdict(report))}", ""]
     for mode in report.modes:
         lines += [f"### {report.arithmetic}, {mode}", "", *_layers(report, mode), ""]
-    failing = [tap for tap in report.taps if tap.verdict is Verdict.FAIL]
+    failing = [tap for of in (report.programs or (report,)) for tap in of.taps if tap.verdict is Verdict.FAIL]
     if failing:
         lines += ["### Taps that fail", "", *_failing(failing), ""]
     if report.gate is not None and report.gate.grown:

@@ -55,6 +55,10 @@ def render(
     else:
         for table in _tables(shown, report, len(shown) if every_tap else _FEW):
             _print(console, table)
+    if report.model is not None:
+        severe = [tap for tap in report.model.taps if tap.verdict in (Verdict.FAIL, Verdict.TIE)]
+        for table in _tables(severe, report.model, _FEW):
+            _print(console, table)
     if report.error_splits:
         _print(console, _growth(report.error_splits))
     if report.logits is not None:
@@ -132,7 +136,8 @@ def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iter
             table.add_row(tap.short, *_numbers(tap), text)
         if len(listed) > limit:
             table.add_row(f"and {len(listed) - limit} more that do not pass")
-        yield _titled(f"{title}, {report.arithmetic}, {mode}", table)
+        compiled = ", compiled" if report.program is not None and report.program.program == "model" else ""
+        yield _titled(f"{title}{compiled}, {report.arithmetic}, {mode}", table)
 
 
 def _numbers(tap: TapResult) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ _PART = {
     TapForm.ROWS: "element of the rows that are kept exactly",
     TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
+#: Ways to compute routed experts, and forms of weights, in words.
+_EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
+_WEIGHTS = {"expanded": "expanded", "source": "from published codes"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
     "reach says what is missing."
@@ -31,7 +34,56 @@ _MORE_TOKENS = (
 
 
 def verdict(report: ParityReport) -> str:
-    """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why."""
+    """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why.
+
+    Then the programs that were compared.
+    """
+    model = report.model
+    if report.agrees and model is not None and model.first_diverging is not None:
+        return " ".join([*_compiled(model, model.first_diverging), *_untouched(report)])
+    return " ".join([_of_one_program(report), *programs(report)])
+
+
+def programs(report: ParityReport) -> Iterator[str]:
+    """The programs that were compared, where, and what is not proven; nothing for another implementation."""
+    model = report.model
+    if report.agrees and report.programs:
+        platforms = dict.fromkeys(of.program.platform for of in report.programs if of.program is not None)
+        yield f"Proven on {_list(platforms)}: {' and '.join(_described(of) for of in report.programs)}."
+    elif model is not None:
+        first = model.first_diverging
+        agreement = "agree" if first is None else f"fail as well, first at {first.name}"
+        yield f"The compiled layers{_ways(model)} {agreement}."
+    if report.unproven is not None:
+        yield f"The compiled layers did not run: {report.unproven}."
+
+
+def _described(report: ParityReport) -> str:
+    assert report.program is not None
+    return f"the compiled layers{_ways(report)}" if report.program.program == "model" else "the streamed layers"
+
+
+def _ways(report: ParityReport) -> str:
+    """How compiled layers ran, in brackets."""
+    facts = report.program
+    assert facts is not None
+    ways = [f"{_EXPERTS[facts.experts]} experts", f"weights {_WEIGHTS[facts.weights]}"]
+    ways += ["scanned"] if facts.scanned else []
+    ways += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
+    return f" ({', '.join(ways)})"
+
+
+def _compiled(model: ParityReport, first: TapResult) -> Iterator[str]:
+    """Compiled layers that are wrong although every operation of the streamed ones is right."""
+    yield (
+        f"FAIL: each operation is right; the compiled layer is not{_ways(model)}: {first.name} is the first tap that "
+        f"parts from the golden, and so from the streamed layer ({first.meaning}): {first.reason}. {_counts(model)}"
+    )
+    yield from _added(model)
+    yield from _operation(model, first)
+
+
+def _of_one_program(report: ParityReport) -> str:
     first = report.first_diverging
     if first is not None:
         parts = [f"FAIL: {_first(first)} {_counts(report)}", *_added(report), *_operation(report, first)]
@@ -358,7 +410,13 @@ def _at_highest_precision(report: ParityReport) -> Iterator[str]:
 
 
 def _after_objections(report: ParityReport) -> Iterator[str]:
-    """Everything is within tolerance, but not reached, or not as its baseline has it."""
+    """Everything is within tolerance, but not when compiled, or not reached, or not as its baseline has it."""
+    if report.model is not None and (parting := report.model.first_diverging) is not None:
+        yield from _at_highest_precision(report)
+        yield (
+            f"Look at how the compiled layer computes `{parting.short}`: its weights are right, as the streamed layer "
+            f"shows. `--program model --layer {parting.layer}` runs it alone."
+        )
     if not report.covered:
         yield _MORE_TOKENS
     gate = report.gate

@@ -31,6 +31,7 @@ from dsv4_convert.parity.report.words import (
     noise_floor,
     operation,
     position_cells,
+    programs,
     verdict,
     why,
 )
@@ -158,6 +159,8 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
     if measured:
         worst = max(measured, key=lambda value: value if value == value else float("inf"))
         facts.append(("largest error", f"{short(worst)} × noise floor, {report.limits.row:g} allowed"))
+    if said := " ".join(programs(report)):
+        facts.append(("programs", said))
     if report.detail is not None:
         prompt = report.detail.prompt
         many = f"{prompt.prompts} prompts of " if prompt.prompts > 1 else ""
