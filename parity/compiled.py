@@ -144,14 +144,21 @@ def run_layer(
     input all the same.
     """
     layers = nnx.merge(program.graph, state).layers
-    prefixes = [f"layers.{number}." for number in range(program.layers)]
-    replaced = overrides if program.layers == 1 else {**overrides, INPUT.name: streams}
+    own = f"layers.{program.layers - 1}."
+    replaced = {own + name: value for name, value in overrides.items()}
+    if isinstance(layers, ScannedLayers):
+        # Layers at one place of the pattern share a program, and so what is replaced in it.
+        (segment,) = layers.segments
+        places = range(len(segment) - 1, program.layers, len(segment))
+        given = {**overrides, INPUT.name: streams}
+        replaced = {f"layers.{place}.{name}": value for place in places for name, value in given.items()}
     taps = Taps(
-        (lambda name: name.startswith(prefixes[-1]) and not name.endswith(_SCORES)) if program.recorded else None,
-        {prefix + name: value for prefix in prefixes for name, value in replaced.items()},
+        (lambda name: name.startswith(own) and not name.endswith(_SCORES)) if program.recorded else None, replaced
     )
     left, states = through(layers, streams, token_ids, positions, taps, _past_of_all(program, layers, past))
-    values = {name.removeprefix(prefixes[-1]): value for name, value in taps.values.items()}
+    values = {name.removeprefix(own): value for name, value in taps.values.items()}
+    if values:
+        values[INPUT.name] = streams  # a scanned layer recorded what its neighbour left
     if past is None:
         return left, values, None
     if isinstance(layers, ScannedLayers):
