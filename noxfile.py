@@ -68,7 +68,7 @@ def _main_job(session: nox.Session, work: Path) -> None:
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
     golden = ROOT / "golden" / "data" / "tiny"
     baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
-    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", "--quiet", *baseline)
+    session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", *baseline)
 
 
 @nox.session
@@ -186,7 +186,7 @@ def package(session: nox.Session) -> None:
     session.run("dsv4", "golden", "make-checkpoint", "checkpoint")
     session.run("dsv4", "convert", "hf-to-orbax", "checkpoint", "orbax")
     golden = ROOT / "golden" / "data" / "tiny"
-    session.run("dsv4", "parity", "orbax", "--golden", str(golden), "--quiet", "--report", "report.html")
+    session.run("dsv4", "parity", "orbax", "--golden", str(golden), "--report", "report.html")
 
 
 @nox.session
@@ -207,11 +207,11 @@ def large(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Damaged files by the million for every reader, led by the code that they reach; takes five minutes.
 
-    Arguments after -- go to benchmarks/fuzz.py. Without atheris, which has no wheel for some platforms, less is found.
+    Arguments after -- go to `benchmarks.hostile damage`. Without atheris, which some platforms lack, less is found.
     """
     _install(session, *TEST)
     session.run("python", "-m", "pip", "install", ATHERIS, success_codes=[0, 1])
-    session.run("python", "-m", "benchmarks.fuzz", *session.posargs)
+    session.run("python", "-m", "benchmarks.hostile", "damage", *session.posargs)
 
 
 @nox.session

@@ -77,7 +77,7 @@ def comparison(console: Console, work: Path, tokens: int) -> None:
         ("golden", "make-checkpoint", work / "hf", "--config", work / "config.json"),
         ("golden", "record", work / "hf", "--out", work / "golden", "--random", tokens, "--noise", "float32"),
         ("golden", "show", work / "golden"),
-        ("parity", "--source", work / "hf", "--golden", work / "golden", "--mode", "both", "--quiet"),
+        ("parity", "--source", work / "hf", "--golden", work / "golden", "--mode", "both"),
     ):
         done = dsv4(*step)
         table.add_row(*map(str, done.values()))

@@ -38,11 +38,11 @@ def steps(work: Path, tokens: int, noise: str) -> Iterator[dict[str, object]]:
     for layer in range(len(KINDS)):
         orbax = work / f"orbax-{layer}"
         yield dsv4("convert", "hf-to-orbax", hf, orbax, "--layers", layer, "--dtype", "source")
-        yield dsv4("parity", orbax, "--golden", golden, "--layer", layer, "--quiet")
+        yield dsv4("parity", orbax, "--golden", golden, "--layer", layer)
         shutil.rmtree(orbax)
-        yield dsv4("parity", "--source", hf, "--golden", golden, "--layer", layer, "--quiet")
-    yield dsv4("parity", "--source", hf, "--golden", golden, "--mode", "both", "--quiet")
-    yield dsv4("parity", "--source", hf, "--golden", compact, "--quiet")
+        yield dsv4("parity", "--source", hf, "--golden", golden, "--layer", layer)
+    yield dsv4("parity", "--source", hf, "--golden", golden, "--mode", "both")
+    yield dsv4("parity", "--source", hf, "--golden", compact)
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: Ranges that are all listed.
+_PARTS = 4
+
 
 def size(nbytes: float) -> str:
     """Bytes for people: ``159.6 GB`` (powers of 1000, as disks are sold)."""
@@ -32,3 +35,15 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found) or "none"
+
+
+def few_ranges(numbers: Iterable[int]) -> str:
+    """As :func:`ranges`, with the middle of many left out: ``3, 5, … 41``."""
+    parts = ranges(numbers).split(", ")
+    return ", ".join(parts) if len(parts) <= _PARTS else f"{parts[0]}, {parts[1]}, … {parts[-1]}"
+
+
+def number_of(number: int, noun: str) -> str:
+    """A count and what it counts: ``1 tap``, ``1,204 taps``; a plural other than with an s is ``entry/entries``."""
+    one, _, many = noun.partition("/")
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -206,17 +206,19 @@ def as_text(report: ParityReport, *, width: int = 100) -> str:
     """The verdict, then the tables of what does not pass: plain text."""
     from rich.console import Console
 
-    from dsv4_convert.parity.report.tables import render
-    from dsv4_convert.parity.report.words import verdict
+    from dsv4_convert.parity.report.tables import labelled, render_tables
+    from dsv4_convert.parity.report.words import summarized
 
     out = StringIO()
     console = Console(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
+    said = summarized(report)
+    console.print(labelled(said), "")
     if report.taps:
-        render(report, console, every_tap=False, sentence=False)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        render_tables(report, console)
+    lines = [said.headline, *(line.rstrip() for line in out.getvalue().splitlines())]
     if Mode.CUMULATIVE in report.modes and report.count(Verdict.TIE):
         lines += ["", _TIED]
-    return "\n".join([verdict(report), "", *lines]).rstrip()
+    return "\n".join(lines).rstrip()
 
 
 def _judged(comparison: Comparison, taken: Activations, mode: Mode, keys: Iterable[TapKey]) -> list[TapResult]:

@@ -48,6 +48,16 @@ class Multiples:
         over = [name for name, share in shares.items() if not share <= 1]
         return tuple(sorted(over, key=lambda name: -shares[name]))
 
+    def nearest(self, limits: Limits) -> tuple[str, float, float]:
+        """The one measure that words quote: its name, its multiple, and the multiple that is allowed.
+
+        It is :attr:`largest`, which tables and figures show, unless that is within its limit and another is not.
+        """
+        measure, over = "tap" if self.tap > self.row else "row", self.exceeded(limits)
+        if over and measure not in over:
+            measure = over[0]
+        return measure, getattr(self, measure), getattr(limits, measure)
+
     def largest_share(self, limits: Limits) -> float:
         """The largest error as a share of its limit."""
         shares = self._shares(limits).values()
@@ -115,8 +125,7 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
         return Verdict.PASS, distance, ""
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
         return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
-    allowed = getattr(limits, over[0])
-    return Verdict.FAIL, distance, f"{shown(getattr(noise, over[0]))} times the noise floor, {allowed:g} allowed"
+    return Verdict.FAIL, distance, beyond(*noise.nearest(limits))
 
 
 def mismatch(found: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
@@ -198,6 +207,15 @@ def _distance(
         found=found,
         golden=golden,
     )
+
+
+#: Where a measure of an error was taken, in words.
+MEASURED = {"tap": "over the whole tap", "row": "in its worst row", "element": "at its worst element"}
+
+
+def beyond(measure: str, multiple: float, allowed: float) -> str:
+    """An error and its limit in words."""
+    return f"{shown(multiple)} times the noise floor {MEASURED[measure]}, {allowed:g} allowed"
 
 
 def shown(multiple: float) -> str:

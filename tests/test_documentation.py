@@ -43,6 +43,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PARSED_ONLY = {
     "--coordinator": "several processes or hosts; tests/parity/test_many.py and tests/store run them",
     "gs://": "needs a bucket; tests/store/test_bucket.py has one in memory",
+    "--topology": "needs libtpu; nox -s tpu compiles for slices",
+    "--tokenizer": "needs the real model's tokenizer; tests/serve makes one",
     "--release-code": "needs DeepSeek's own code, which may not be in this repository; tests/golden/test_release.py",
 }
 #: Commands that are none of ours, and what of them is checked instead.
@@ -56,7 +58,9 @@ TOOLS = ("cp", "mv")
 #: Pages that show what a command prints of the real model; it runs on the small one, and only its exit code counts.
 OF_THE_REAL_MODEL = ("./DeepSeek-V4-Pro ./pro-orbax", "inspect deepseek-ai/DeepSeek-V4-Flash")
 #: Files that a page uses and does not create itself.
-PREPARED = {"orbax": ("reference/python.md", "reference/outputs.md", "reference/orbax-format.md")}
+PREPARED = {
+    "orbax": ("reference/python.md", "reference/outputs.md", "reference/orbax-format.md", "how-to/several-hosts.md")
+}
 #: Replaced in code before it runs.
 REPLACED = {
     'make_mesh({"fsdp": 4, "tensor": 8}, jax.devices())': 'make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])',

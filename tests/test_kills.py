@@ -1,6 +1,6 @@
 """Nothing half-done passes for whole: commands killed, failed and interrupted at a sample of their calls.
 
-``python -m benchmarks.kills`` does it at hundreds of calls of every command that writes.
+``python -m benchmarks.hostile kills`` does it at hundreds of calls of every command that writes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_small_disks_and_clocks(shop: Workshop) -> None:
 
 @pytest.mark.thorough
 def test_a_quick_run_of_the_benchmark() -> None:
-    from benchmarks.kills import run
+    from benchmarks.hostile.kills import run
 
     counts = run(quick=True)
     assert counts["failures"] == counts["half_done_accepted"] == 0

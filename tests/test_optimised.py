@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "tiny"
 def test_parity_with_the_committed_golden(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny", tiny_config(), seed=0)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = ("parity", "--source", tmp_path / "tiny", "--golden", GOLDEN, "--quiet")
+    command = ("parity", "--source", tmp_path / "tiny", "--golden", GOLDEN)
     code = "from dsv4_convert.cli import app; app()"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command)], env=environment, capture_output=True, text=True, check=False

@@ -147,7 +147,7 @@ def test_from_a_published_config_to_parity(tmp_path: Path, config: str, form: st
     assert "every byte as written" in out
     dsv4("golden", "record", tmp_path / "hf", "--out", tmp_path / "golden", "--random", "140")
     for weights in ([tmp_path / "orbax"], ["--source", tmp_path / "hf"]):
-        out, _ = dsv4("parity", *weights, "--golden", tmp_path / "golden", "--mode", "both", "--quiet")
+        out, _ = dsv4("parity", *weights, "--golden", tmp_path / "golden", "--mode", "both")
         assert "PASS: all" in out
     generate = ("generate", tmp_path / "orbax", "--tokens", "1,2,3", "-n", "2")
     if dated:

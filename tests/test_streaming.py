@@ -67,7 +67,7 @@ def test_end_to_end_in_a_quarter_of_the_memory(work: Path) -> None:
         ["golden", "record", hf, "--out", golden, "--random", "40", "--noise", "float32"],
         ["convert", "hf-to-orbax", hf, orbax],
         ["verify", orbax, "--against", hf],
-        ["parity", orbax, "--golden", golden, "--mode", "both", "--quiet", "--json", report],
+        ["parity", orbax, "--golden", golden, "--mode", "both", "--json", report],
     ):
         done = _limited(work, "-m", "dsv4_convert", *command)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -252,7 +252,7 @@ def test_code_beside_weights_is_not_run_and_files_are_written_below_the_destinat
         ["convert", "hf-to-orbax", hf, out / "orbax", "--dtype", "source", "--json", out / "convert.json"],
         ["verify", out / "orbax", "--against", hf],
         recording,
-        ["parity", out / "orbax", "--golden", out / "golden", "--quiet"],
+        ["parity", out / "orbax", "--golden", out / "golden"],
         ["convert", "orbax-to-hf", out / "orbax", out / "hf"],
     ]
     listed = [[str(word) for word in command] for command in commands]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from dsv4_convert.cli.destination import check_destination, write_text
-from dsv4_convert.cli.interrupt import INTERRUPTED, announce, say_interrupted
+from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.units import size
 
@@ -45,6 +45,11 @@ LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
+]
+
+Verbose = Annotated[
+    int,
+    typer.Option("--verbose", "-v", count=True, metavar="", help="Print more: -v the tables, -vv every number."),
 ]
 
 Coordinator = Annotated[
@@ -148,7 +153,7 @@ def resumable(command: Callable[P, R]) -> Callable[P, R]:
 def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Callable[P, R]:
     """Turn errors into one message on stderr and the exit code of their class; only a bug shows a traceback.
 
-    The same holds for what the system refuses where nobody expected it, and for SIGINT and SIGTERM: exit code 130.
+    The same holds for what the system refuses where nobody expected it, and for KeyboardInterrupt.
     Checks that ``--json`` is writable before any work.
     """
 
@@ -170,7 +175,7 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
             _let_go_of_stdout()
             raise typer.Exit(ResourceError.exit_code) from None
         except KeyboardInterrupt:
-            say_interrupted()
+            typer.echo(interrupted, err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise

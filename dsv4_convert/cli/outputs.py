@@ -53,7 +53,7 @@ class Outputs:
         check_destination("--junit", self.junit)
         check_destination("--report", self.page)
 
-    def write(self, report: ParityReport, *, every_tap: bool, explained: bool, decode: Callable[[int], str]) -> None:
+    def write(self, report: ParityReport, *, verbosity: int, explained: bool, decode: Callable[[int], str]) -> None:
         """Write a report wherever it is wanted. Raises :class:`ResourceError` for a file that cannot be written."""
         from dsv4_convert.parity.report.tables import render
         from dsv4_convert.parity.report.words import verdict
@@ -67,7 +67,7 @@ class Outputs:
             from dsv4_convert.parity.report.html.page import RunInfo, page
 
             write_text("--report", self.page, page(report, RunInfo.now(), decode))
-        render(report, console(err=self.json == "-"), every_tap=every_tap, explained=explained, decode=decode)
+        render(report, console(err=self.json == "-"), verbosity=verbosity, explained=explained, decode=decode)
         if self.github:
             self._annotate(report)
 

@@ -14,6 +14,7 @@ from dsv4_convert.cli.common import (
     NumProcesses,
     Platform,
     ProcessId,
+    Verbose,
     check_json,
     complete_taps,
     join_processes,
@@ -126,16 +127,13 @@ def parity(
         str | None,
         typer.Option(metavar="TEXT", help="Why --update-baseline may record larger errors; kept in the file."),
     ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say in words why each tap passes or fails, instead of the tables.")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say in words why each tap passes or fails.")] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="tokenizer.json, or its folder, to show tokens as text. Default: the one in --against."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="One line per layer, and the taps that do not pass.")
-    ] = False,
+    verbose: Verbose = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the first line of the verdict.")] = False,
     platform: Platform = None,
     precision: Annotated[
         str,
@@ -232,6 +230,6 @@ def parity(
             )
         with processes.step("report"):
             if processes.first:
-                outputs.write(report, every_tap=not quiet, explained=explain, decode=decode)
+                outputs.write(report, verbosity=-1 if quiet else verbose, explained=explain, decode=decode)
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)

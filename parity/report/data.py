@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -258,11 +258,10 @@ class ParityReport:
         """The results of a mode, layer by layer, in order of execution."""
         for layer, group in groupby((tap for tap in self.taps if tap.mode is mode), key=lambda tap: tap.layer):
             taps = tuple(group)
-            measured = [tap for tap in taps if tap.distance is not None]
             yield LayerSummary(
                 layer=layer,
                 taps=taps,
-                worst=max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None),
+                worst=_farthest(taps),
                 severe=min((tap.verdict for tap in taps), key=SEVERITY.index),
             )
 
@@ -291,6 +290,11 @@ class ParityReport:
     def first_wrong(self) -> TapResult | None:
         """The first operation that is wrong on the golden's own inputs, if there is one."""
         return next((tap for localization in self.localizations for tap in localization.wrong), None)
+
+    @property
+    def worst(self) -> TapResult | None:
+        """The measured tap that is farthest off; None if nothing was measured."""
+        return _farthest(self.taps)
 
     @property
     def uncovered(self) -> tuple[LayerCoverage, ...]:
@@ -360,6 +364,12 @@ class ParityReport:
             "first_wrong_operation": None if wrong is None else wrong.name,
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
         }
+
+
+def _farthest(taps: Iterable[TapResult]) -> TapResult | None:
+    """The measured tap with the largest error."""
+    measured = [tap for tap in taps if tap.distance is not None]
+    return max(measured, key=lambda tap: tap.distance.noise.largest if tap.distance else 0.0, default=None)
 
 
 #: Fields whose name in JSON is another one.

@@ -12,7 +12,7 @@ from itertools import groupby
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
-from dsv4_convert.parity.report.words import grown_by, grown_numbers, verdict, why
+from dsv4_convert.parity.report.words import grown_by, grown_numbers, summarized, why
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9
@@ -24,7 +24,8 @@ _MARK = {Verdict.FAIL: "❌", Verdict.TIE: "≈", Verdict.PASS: "✅", Verdict.E
 def commands(report: ParityReport) -> Iterator[str]:
     """One line each: the verdict, and the first taps that fail."""
     kind = "notice" if report.passed else "error"
-    yield command(kind, "dsv4 parity", verdict(report))
+    said = summarized(report)
+    yield command(kind, "dsv4 parity", "\n".join([said.headline, *(f"{label}: {text}" for label, text in said.lines)]))
     if report.passed:
         return
     taps = [
@@ -42,7 +43,9 @@ def commands(report: ParityReport) -> Iterator[str]:
 
 def summary(report: ParityReport) -> str:
     """What ``$GITHUB_STEP_SUMMARY`` gets."""
-    lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(verdict(report))}", ""]
+    said = summarized(report)
+    lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(said.headline)}", ""]
+    lines += [*(f"- **{label}** {_escaped(text)}" for label, text in said.lines), ""]
     for mode in report.modes:
         lines += [f"### {report.arithmetic}, {mode}", "", *_layers(report, mode), ""]
     failing = [tap for of in (report.programs or (report,)) for tap in of.taps if tap.verdict is Verdict.FAIL]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from itertools import groupby
 
 from rich.console import Console, Group
@@ -11,50 +13,83 @@ from rich.text import Text
 
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.logits import TOP, LogitsComparison
-from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.metrics import Verdict, shown
 from dsv4_convert.parity.report.data import ErrorSplit, Gate, ParityReport, TapResult
-from dsv4_convert.parity.report.words import Decode, grown_numbers, missed, noise_floor, position_cells, verdict, why
+from dsv4_convert.parity.report.words import (
+    Decode,
+    Summary,
+    grown_numbers,
+    layers_named,
+    noise_floor,
+    position_cells,
+    reach,
+    summarized,
+    why,
+)
 from dsv4_convert.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 #: Taps listed per layer, unless all are.
 _FEW = 6
+#: Failing layers listed above the verdict.
+_LAYERS = 8
 #: Columns that a narrow window drops, in this order.
-_DISPENSABLE = ("1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
+_DISPENSABLE = ("mode", "1-cos", "ulp", "max abs", "experts", "taps", "gap", "inherited", "added", "rel rms")
 #: Errors beyond their record that are listed.
 _MOST = 12
+
+
+class Verbosity(IntEnum):
+    """How much is printed; each prints what the one before prints, and more."""
+
+    HEADLINE = -1
+    #: The verdict, after one line for each failing layer.
+    VERDICT = 0
+    #: One line for each layer, and tables of the taps that do not pass.
+    TABLES = 1
+    #: A table of all taps for each layer.
+    EVERYTHING = 2
 
 
 def render(
     report: ParityReport,
     console: Console,
     *,
-    every_tap: bool = True,
+    verbosity: int = Verbosity.VERDICT,
     explained: bool = False,
     decode: Decode = str,
-    sentence: bool = True,
 ) -> None:
-    """Print the report.
+    """Print the report: tables, and the verdict last.
 
     Args:
         report: the report.
         console: the console to print to.
-        every_tap: list all taps. Otherwise print one line per layer, and list only failures and ties.
+        verbosity: how much to print.
         explained: print a paragraph for each tap instead of the tables.
         decode: makes a token id readable.
-        sentence: print the verdict at the end.
     """
-    shown = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
+    if explained:
+        console.print(noise_floor(report))
+        for tap in report.taps:
+            console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
+    elif verbosity >= Verbosity.TABLES:
+        render_tables(report, console, every_tap=verbosity >= Verbosity.EVERYTHING, decode=decode)
+    elif verbosity == Verbosity.VERDICT and (failing := _failing_layers(report)) is not None:
+        _print(console, failing)
+    said = summarized(report)
+    console.print(Text(said.headline, style="bold green" if report.passed else "bold red"))
+    if verbosity > Verbosity.HEADLINE:
+        console.print(labelled(said))
+
+
+def render_tables(report: ParityReport, console: Console, *, every_tap: bool = False, decode: Decode = str) -> None:
+    """Print the tables alone: of all taps, or one line for each layer and the taps that do not pass."""
+    taps = [tap for tap in report.taps if every_tap or tap.verdict in (Verdict.FAIL, Verdict.TIE)]
     if not every_tap:
         for mode in report.modes:
             _print(console, _summary(report, mode))
-    if explained:
-        console.print(noise_floor(report))
-        for tap in shown:
-            console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
-    else:
-        for table in _tables(shown, report, len(shown) if every_tap else _FEW):
-            _print(console, table)
+    for table in _tables(taps, report, len(taps) if every_tap else _FEW):
+        _print(console, table)
     if report.model is not None:
         severe = [tap for tap in report.model.taps if tap.verdict in (Verdict.FAIL, Verdict.TIE)]
         for table in _tables(severe, report.model, _FEW):
@@ -63,12 +98,44 @@ def render(
         _print(console, _growth(report.error_splits))
     if report.logits is not None:
         _print(console, _logits(report.logits, decode))
-    for layer in report.uncovered:
-        console.print(Text(f"not reached, {missed(layer)}", style="yellow"))
+    for line in reach(report):
+        console.print(Text(f"not reached, {line}", style="yellow"))
     for table in () if report.gate is None else _grown(report.gate):
         _print(console, table)
-    if sentence:
-        console.print(Text(verdict(report), style="bold green" if report.passed else "bold red"))
+
+
+def labelled(said: Summary) -> Table:
+    """The lines of a verdict under its headline."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in said.lines:
+        table.add_row(label, Text(text))
+    return table
+
+
+def _failing_layers(report: ParityReport) -> Group | None:
+    """One line for each of the first layers that fail; None if none does."""
+    failing = [(mode, of) for mode in report.modes for of in report.by_layer(mode) if of.severe is Verdict.FAIL]
+    if not failing:
+        return None
+    several = len(report.modes) > 1
+    mode_column = [("mode", "left")] if several else []
+    table = _table(("layer", "left"), *mode_column, ("fail", "right"), ("first tap", "left"), ("noise", "right"))
+    for mode, of in failing[:_LAYERS]:
+        first = next(tap for tap in of.taps if tap.verdict is Verdict.FAIL)
+        table.add_row(
+            "model" if of.layer is None else str(of.layer),
+            *([mode.value] if several else []),
+            f"{of.count(Verdict.FAIL)} of {len(of.taps)}",
+            first.short,
+            _numbers(first)[0],
+        )
+    if len(failing) <= _LAYERS:
+        return Group(table)
+    rest = [of.layer for _, of in failing[_LAYERS:]]
+    more = [layers_named({layer for layer in rest if layer is not None})] * any(layer is not None for layer in rest)
+    return Group(table, Text(f"and {' and '.join([*more, *['the model level'] * (None in rest)])}; -v lists them"))
 
 
 def _print(console: Console, titled: Group) -> None:
@@ -144,7 +211,7 @@ def _numbers(tap: TapResult) -> tuple[str, ...]:
     if tap.distance is not None:
         d = tap.distance
         ulp = f"{d.max_ulp:.0f}" if d.max_ulp < 1e5 else f"{d.max_ulp:.0e}"
-        cosine = f"{max(0.0, 1 - d.cosine):.0e}"
+        cosine = "–" if math.isnan(d.cosine) else f"{max(0.0, 1 - d.cosine):.0e}"
         return _multiple(d.noise.largest), f"{d.max_abs:.1e}", f"{d.relative_rms:.1e}", cosine, ulp
     if tap.flips is not None:
         return _multiple(tap.flips.noise), f"{tap.flips.tokens}/{tap.flips.of}", "flips", f"{tap.flips.ties}", "ties"
@@ -152,7 +219,7 @@ def _numbers(tap: TapResult) -> tuple[str, ...]:
 
 
 def _multiple(value: float) -> str:
-    return f"{value:.1f}x" if value < 1000 else f"{value:.0e}x"
+    return f"{shown(value)}x"
 
 
 def _grown(gate: Gate) -> Iterator[Group]:

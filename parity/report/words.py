@@ -1,18 +1,20 @@
 """A parity report in words: the verdict, why a tap passes or fails, and what to do next.
 
-In the advice, text between backticks is to be typed.
+The terminal, JUnit, GitHub and the page all show these words. In the advice, text between backticks is to be typed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.logits import Position
-from dsv4_convert.parity.metrics import Distance, Verdict, shown
-from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
+from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, shown
+from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, ProgramFacts, TapResult
+from dsv4_convert.units import few_ranges, number_of
 
 #: Makes a token id readable, or says that it cannot.
 Decode = Callable[[int], str]
@@ -26,83 +28,217 @@ _PART = {
 }
 #: Ways to compute routed experts, and forms of weights, in words.
 _EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
-_WEIGHTS = {"expanded": "expanded", "source": "from published codes"}
+_WEIGHTS = {"expanded": "expanded", "source": "encoded"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
     "reach says what is missing."
 )
 
 
-def verdict(report: ParityReport) -> str:
-    """The outcome in a few sentences: what diverges first, which operation is wrong by itself, which weight is why.
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The verdict of a run: a headline, and labelled lines, each of which says one thing once.
 
-    Then the programs that were compared.
+    A failing run has the lines Where, Cause, Evidence and Next.
     """
-    model = report.model
-    if report.agrees and model is not None and model.first_diverging is not None:
-        return " ".join([*_compiled(model, model.first_diverging), *_untouched(report)])
-    return " ".join([_of_one_program(report), *programs(report)])
+
+    headline: str
+    lines: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """The verdict as one paragraph."""
+        return " ".join([f"{self.headline}.", *(f"{label}: {text}" for label, text in self.lines)])
+
+
+def verdict(report: ParityReport) -> str:
+    """The verdict as one paragraph."""
+    return str(summarized(report))
+
+
+def summarized(report: ParityReport) -> Summary:
+    """The verdict: the first tap that diverges, the operation that is wrong by itself, the weight that is the cause."""
+    first = report.first_diverging
+    if first is not None:
+        return _failing(report, first)
+    if report.model is not None and (parting := report.model.first_diverging) is not None:
+        return _compiled(report, report.model, parting)
+    if not report.agrees:
+        return Summary(
+            "FAIL: nothing was compared",
+            (
+                ("Where", f"{report.golden.get('path', 'the golden')}."),
+                ("Cause", "No tap that was asked for has an element in this golden."),
+                ("Evidence", f"{number_of(report.count(Verdict.EMPTY), 'empty tap')}, none with elements."),
+                *_last_lines(report),
+            ),
+        )
+    agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {report.arithmetic}, {' and '.join(report.modes)}"
+    agreement += _steps(report)
+    if report.passed:
+        return Summary(f"PASS: {agreement}", tuple(_passing(report)))
+    return Summary(f"FAIL: {agreement}, but {' and '.join(_objections(report))}", tuple(_objecting(report)))
+
+
+def _failing(report: ParityReport, first: TapResult) -> Summary:
+    where = "Model level" if first.layer is None else f"Layer {first.layer}"
+    headline = (
+        f"FAIL: {first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of {len(report.taps)} taps "
+        f"fail{_aside(report)}"
+    )
+    return Summary(
+        headline,
+        (
+            ("Where", " ".join([f"{where}, {first.meaning}; {report.arithmetic}, {first.mode}.", *_added(report)])),
+            ("Cause", " ".join(_cause(report, first))),
+            ("Evidence", " ".join(_evidence(first))),
+            *_last_lines(report),
+        ),
+    )
+
+
+def _compiled(report: ParityReport, model: ParityReport, first: TapResult) -> Summary:
+    """Compiled layers that are wrong although every operation of the streamed ones is right."""
+    headline = (
+        f"FAIL: each operation is right; the compiled layer is not: {first.name} is the first tap that parts from the "
+        f"streamed layer; {model.count(Verdict.FAIL)} of {len(model.taps)} taps fail{_aside(model)}"
+    )
+    where = "Model level" if first.layer is None else f"Layer {first.layer}"
+    how = "" if model.program is None else f", through {ways(model.program)}"
+    return Summary(
+        headline,
+        (
+            ("Where", f"{where}, {first.meaning}{how}; {model.arithmetic}, {first.mode}."),
+            ("Cause", " ".join(_cause(model, first))),
+            ("Evidence", " ".join(_evidence(first))),
+            *_last_lines(report),
+        ),
+    )
 
 
 def programs(report: ParityReport) -> Iterator[str]:
     """The programs that were compared, where, and what is not proven; nothing for another implementation."""
-    model = report.model
-    if report.agrees and report.programs:
-        platforms = dict.fromkeys(of.program.platform for of in report.programs if of.program is not None)
-        yield f"Proven on {_list(platforms)}: {' and '.join(_described(of) for of in report.programs)}."
-    elif model is not None:
-        first = model.first_diverging
-        agreement = "agree" if first is None else f"fail as well, first at {first.name}"
-        yield f"The compiled layers{_ways(model)} {agreement}."
+    for of in report.programs:
+        assert of.program is not None
+        agreement = "agrees" if of.agrees else "does not agree"
+        first = of.first_diverging
+        yield f"{_program(of.program)}: {agreement}{'' if first is None else f', first at {first.name}'}."
     if report.unproven is not None:
-        yield f"The compiled layers did not run: {report.unproven}."
+        yield f"model: not proven, since {report.unproven}."
 
 
-def _described(report: ParityReport) -> str:
-    assert report.program is not None
-    return f"the compiled layers{_ways(report)}" if report.program.program == "model" else "the streamed layers"
+def _program(facts: ProgramFacts) -> str:
+    how = f", {ways(facts)}" if facts.program == "model" else ""
+    return f"{facts.program} on {facts.platform}{how}"
 
 
-def _ways(report: ParityReport) -> str:
-    """How compiled layers ran, in brackets."""
-    facts = report.program
-    assert facts is not None
-    ways = [f"{_EXPERTS[facts.experts]} experts", f"weights {_WEIGHTS[facts.weights]}"]
-    ways += ["scanned"] if facts.scanned else []
-    ways += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
-    return f" ({', '.join(ways)})"
+def ways(facts: ProgramFacts) -> str:
+    """How a compiled layer ran."""
+    found = [f"{_EXPERTS[facts.experts]} experts", f"{_WEIGHTS[facts.weights]} weights"]
+    found += ["scanned"] if facts.scanned else []
+    found += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
+    return ", ".join(found)
 
 
-def _compiled(model: ParityReport, first: TapResult) -> Iterator[str]:
-    """Compiled layers that are wrong although every operation of the streamed ones is right."""
+def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
+    """The next step, the programs, and a baseline that was to be written and is not."""
+    yield "Next", next_steps(report)[0]
+    if report.programs:
+        yield "Programs", " ".join(programs(report))
+    if unchanged := " ".join(_unchanged(report)):
+        yield "Baseline", unchanged
+
+
+def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
+    """The localization that found an operation, that of the first diverging layer before others."""
+    ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
+    for found in ranked[:1]:
+        yield from operation(found, first)
+    if not ranked:
+        same_mode = [tap for tap in report.taps if tap.mode is first.mode]
+        before = [tap.name for tap in same_mode[: same_mode.index(first)] if tap.verdict is not Verdict.EMPTY]
+        agrees = f"{before[-1]}, the tap before it, agrees" if before else "no tap before it was compared"
+        yield f"{_capital(agrees)}; no operation was run by itself."
+
+
+def _evidence(first: TapResult) -> Iterator[str]:
+    """The numbers that fail: one for the error, the worst element, the share of rows."""
+    if (distance := first.distance) is None:
+        yield f"{_capital(first.reason)}."
+        return
+    yield f"{_capital(first.reason)}; {distance.rows_outside} of {number_of(distance.rows, 'row')} beyond a limit."
     yield (
-        f"FAIL: each operation is right; the compiled layer is not{_ways(model)}: {first.name} is the first tap that "
-        f"parts from the golden, and so from the streamed layer ({first.meaning}): {first.reason}. {_counts(model)}"
+        f"Worst {_PART[first.form]} {list(distance.worst)}: golden {distance.golden:.4g}, found {distance.found:.4g}."
     )
-    yield from _added(model)
-    yield from _operation(model, first)
 
 
-def _of_one_program(report: ParityReport) -> str:
-    first = report.first_diverging
-    if first is not None:
-        parts = [f"FAIL: {_first(first)} {_counts(report)}", *_added(report), *_operation(report, first)]
-        return " ".join([*parts, *_untouched(report)])
-    if not report.agrees:
-        return " ".join(["FAIL: nothing was compared.", *_untouched(report)])
-    how = f"{report.arithmetic}, {' and '.join(report.modes)}{_steps(report)}"
-    agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {how}{_largest(report)}"
-    gate = report.gate
-    if report.passed:
-        return f"PASS: {agreement}." if gate is None else f"PASS: {agreement}. {_baseline(gate)}"
-    objections = []
+def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
+    worst = report.worst
+    if worst is not None and worst.distance is not None:
+        measure, multiple, allowed = worst.distance.noise.nearest(report.limits)
+        where = "" if len(report.modes) == 1 else f", {worst.mode}"
+        yield "Worst", f"{worst.name}{where}: {beyond(measure, multiple, allowed)}."
+    if (logits := report.logits) is not None:
+        yield (
+            "Logits",
+            f"Same most likely next token at {logits.top1:.2%} of {number_of(logits.positions, 'position')}; KL "
+            f"divergence at most {logits.kl_max:.1e} nats.",
+        )
+    if report.prompt_coverage:
+        yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
+    if report.programs:
+        yield "Programs", " ".join(programs(report))
+    if report.gate is not None:
+        yield "Baseline", _baseline(report.gate)
+
+
+def _objections(report: ParityReport) -> Iterator[str]:
+    """Why a run within tolerance does not pass, in a few words."""
     if not report.covered:
-        objections.append(f"the golden does not reach everything: {'; '.join(map(missed, report.uncovered))}")
+        yield "the golden does not reach everything"
+    if report.gate is not None and not report.gate.passed:
+        yield "its baseline is not met"
+
+
+def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
+    where, causes, evidence = [], [], []
+    if not report.covered:
+        where.append(f"the prompt of {report.golden.get('path', 'the golden')}")
+        causes.append("The prompt has too few tokens, or too few different ones.")
+        evidence += [f"{_capital(line)}." for line in reach(report)]
+    gate = report.gate
     if gate is not None and not gate.passed:
-        objections += _worse(gate)
-    if gate is not None:
-        objections += _unchanged(report, gate)
-    return f"FAIL: {agreement}, but {'; and '.join(objections)}."
+        where.append(f"{gate.path} ({'; '.join(gate.platforms)})" if gate.platforms else gate.path)
+        causes.append(
+            "Code, versions or flags of XLA changed since the baseline was recorded."
+            if gate.grown
+            else "The run and the baseline hold different taps."
+        )
+        evidence += [f"{_capital(sentence)}." for sentence in _worse(gate)]
+    yield "Where", f"{_capital('; '.join(where))}."
+    yield "Cause", " ".join(causes)
+    yield "Evidence", " ".join(evidence)
+    yield from _last_lines(report)
+
+
+def reach(report: ParityReport) -> list[str]:
+    """The unchecked parts of the layers, one line for all layers that miss the same."""
+    layers: dict[str, list[int]] = {}
+    for layer in report.uncovered:
+        for what in layer.missed:
+            layers.setdefault(what, []).append(layer.layer)
+    lines = [f"{layers_named(numbers)}: {what}" for what, numbers in layers.items()]
+    lacking = [layer for layer in report.uncovered if layer.experts < layer.of]
+    if lacking:
+        fewest, most = (choose(layer.experts for layer in lacking) for choose in (min, max))
+        span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        lines.append(f"{layers_named(layer.layer for layer in lacking)}: {span} of {lacking[0].of} experts are reached")
+    return lines
+
+
+def layers_named(layers: Iterable[int]) -> str:
+    """``layer 3``, ``layers 2-5``, ``layers 3, 5, … 41``."""
+    numbers = sorted(layers)
+    return f"layer{'' if len(numbers) == 1 else 's'} {few_ranges(numbers)}"
 
 
 def _steps(report: ParityReport) -> str:
@@ -121,10 +257,9 @@ def grown_by(grown: GrownError) -> str:
             f"{grown.found:.1%} of the tokens choose otherwise, where {grown.recorded:.1%} are recorded and "
             f"{grown.allowed:.1%} allowed"
         )
-    where = {"tap": "over the whole tap", "row": "in its worst row", "element": "at its worst element"}[grown.measure]
     return (
-        f"{grown.found:.2f} times the noise floor {where}, where {grown.recorded:.2f} is recorded and "
-        f"{grown.allowed:.2f} allowed"
+        f"{grown.found:.2f} times the noise floor {MEASURED[grown.measure]}, where {grown.recorded:.2f} is recorded "
+        f"and {grown.allowed:.2f} allowed"
     )
 
 
@@ -140,10 +275,7 @@ def baseline_sentences(report: ParityReport) -> list[str]:
     if gate is None:
         return []
     said = [_baseline(gate)] if gate.passed else [f"{objection}." for objection in _worse(gate)]
-    return [
-        *said,
-        *([f"{sentence}." for sentence in _unchanged(report, gate)] if report.agrees else _untouched(report)),
-    ]
+    return [*said, *_unchanged(report)]
 
 
 def _worse(gate: Gate) -> Iterator[str]:
@@ -168,14 +300,17 @@ def _worse(gate: Gate) -> Iterator[str]:
         yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
 
 
-def _unchanged(report: ParityReport, gate: Gate) -> Iterator[str]:
-    """Says why a requested baseline was not written although the run is within tolerance."""
-    if not gate.update or gate.updated:
+def _unchanged(report: ParityReport) -> Iterator[str]:
+    """Says why a requested baseline was not written."""
+    gate = report.gate
+    if gate is None or not gate.update or gate.updated:
         return
-    if not report.covered or gate.missing:
-        yield f"{gate.path} is unchanged, since only a run that reaches and compares everything is recorded"
+    if not report.agrees:
+        yield f"{gate.path} is unchanged: only what is within tolerance is recorded."
+    elif not report.covered or gate.missing:
+        yield f"{gate.path} is unchanged, since only a run that reaches and compares everything is recorded."
     else:
-        yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not"
+        yield f"{gate.path} is unchanged, since it only gets stricter unless --reason says why it may not."
 
 
 def _baseline(gate: Gate) -> str:
@@ -191,12 +326,6 @@ def _baseline(gate: Gate) -> str:
     ]
     because = f" ({gate.reason})" if gate.reason else ""
     return f"{gate.path}: {', '.join(changes) or 'nothing to change'}{because}{aside}."
-
-
-def _untouched(report: ParityReport) -> Iterator[str]:
-    """A run that fails records nothing."""
-    if report.gate is not None and report.gate.update:
-        yield f"{report.gate.path} is unchanged: only what is within tolerance is recorded."
 
 
 def missed(layer: LayerCoverage) -> str:
@@ -238,13 +367,15 @@ def position_cells(position: Position, decode: Decode) -> tuple[str, ...]:
     )
 
 
-def operation(found: Localization) -> Iterator[str]:
-    """The findings of a localization: operations, weights, experts."""
+def operation(found: Localization, first: TapResult | None = None) -> Iterator[str]:
+    """The findings of a localization: operations, weights, experts. ``first``, if given, was named just before."""
     names = [result.name for result in found.wrong]
     if not names:
         yield "Fed with the golden's own inputs, no operation is wrong by itself: the error was inherited, or adds up."
         return
-    if found.teacher_forced:
+    if found.teacher_forced and first is not None and names == [first.name]:
+        yield "Fed with the golden's own inputs, it is wrong by itself."
+    elif found.teacher_forced:
         yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
@@ -252,7 +383,7 @@ def operation(found: Localization) -> Iterator[str]:
         who = f"expert {found.experts[0]}" if len(found.experts) == 1 else f"one of experts {_list(found.experts)}"
         yield f"Exactly the tokens that were sent to {who} are wrong."
     if found.damaged:
-        yield f"The stored bytes of {_list(found.damaged)} are not those that were converted: see dsv4 verify."
+        yield f"The stored bytes of {_list(found.damaged)} are not those that were converted."
     if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif found.differing is None:
@@ -265,32 +396,11 @@ def operation(found: Localization) -> Iterator[str]:
         yield f"{more} more weights differ."
 
 
-def _first(first: TapResult) -> str:
-    where = "at the model level" if first.layer is None else f"in layer {first.layer}"
-    return f"{first.name} is the first tap that diverges, {where} ({first.meaning}): {first.reason}."
-
-
-def _counts(report: ParityReport) -> str:
-    return f"{report.count(Verdict.FAIL)} of {len(report.taps)} taps fail{_aside(report)}."
-
-
 def _aside(report: ParityReport) -> str:
     """Ties and empty taps, in brackets."""
     ties, empty = report.count(Verdict.TIE), report.count(Verdict.EMPTY)
     notes = [text for count, text in ((ties, f"{ties} with ties"), (empty, f"{empty} empty")) if count]
     return f" ({', '.join(notes)})" if notes else ""
-
-
-def _largest(report: ParityReport) -> str:
-    rows = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
-    return f", errors at most {max(rows):.1f} times the noise floor, {report.limits.row:g} allowed" if rows else ""
-
-
-def _operation(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """The localization that found an operation, that of the first diverging layer before others."""
-    ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
-    for found in ranked[:1]:
-        yield from operation(found)
 
 
 def _added(report: ParityReport) -> Iterator[str]:
@@ -303,9 +413,10 @@ def _added(report: ParityReport) -> Iterator[str]:
     adds = sorted(layer for layer in failing[Mode.ISOLATED] if layer is not None)
     inherits = sorted(layer for layer in failing[Mode.CUMULATIVE] - failing[Mode.ISOLATED] if layer is not None)
     if adds:
-        yield f"{_layers(adds)} {_verb('add', adds)} error."
+        yield f"{_capital(layers_named(adds))} {_verb('add', adds)} error."
         if inherits:
-            yield f"{_layers(inherits)} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
+            named = _capital(layers_named(inherits))
+            yield f"{named} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
     elif inherits and report.error_splits:
         most = max(report.error_splits, key=lambda layer: layer.added_noise)
         yield f"No layer adds more than its noise; layer {most.layer} adds most, {_times(most.added_noise)} the floor."
@@ -315,11 +426,10 @@ def _verb(verb: str, subjects: list[int]) -> str:
     return verb if len(subjects) > 1 else f"{verb}s"
 
 
-def _layers(layers: list[int]) -> str:
-    if len(layers) == 1:
-        return f"Layer {layers[0]}"
-    consecutive = layers == list(range(layers[0], layers[-1] + 1))
-    return f"Layers {layers[0]}-{layers[-1]}" if consecutive else f"Layers {_list(layers, limit=8)}"
+def _capital(text: str) -> str:
+    """A sentence's first letter; names of taps and files stay as they are."""
+    word = text.split(" ", 1)[0]
+    return text if "." in word.rstrip(".") or "/" in word else text[:1].upper() + text[1:]
 
 
 def _real(result: TapResult, distance: Distance, report: ParityReport) -> str:
@@ -390,8 +500,10 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
     yield from _at_highest_precision(report)
     wrong = [found for found in report.localizations if found.wrong]
     for found in wrong[:1]:
-        yield from _after_localization(found)
-    if not wrong and Mode.ISOLATED in report.modes:
+        yield from _after_localization(found, str(report.checkpoint.get("path", "CHECKPOINT")))
+    if not report.localizations:
+        yield f"Read the code that computes `{first.short}` from what agrees before it."
+    elif not wrong and Mode.ISOLATED in report.modes:
         yield (
             "No operation is wrong by itself, so errors add up: look at which operations of the layer amplify them, "
             "and whether weights and activations have the dtype that they should have."
@@ -440,11 +552,11 @@ def _after_objections(report: ParityReport) -> Iterator[str]:
         yield f"Record what has no record, and commit it: `--baseline {gate.path} --update-baseline`.{where}"
 
 
-def _after_localization(found: Localization) -> Iterator[str]:
+def _after_localization(found: Localization, checkpoint: str) -> Iterator[str]:
     names = ", ".join(result.name for result in found.wrong[:3])
     if found.damaged:
-        yield "Stored bytes changed after the conversion: `dsv4 verify` lists them. Convert again."
-    if found.differing:
+        yield f"Convert again; `dsv4 verify {checkpoint}` lists the files that changed."
+    elif found.differing:
         yield (
             f"Convert again with this version of dsv4. If the weight differs again, `dsv4 names "
             f"{found.differing[0].path}` shows the rule that made it."

@@ -34,7 +34,7 @@ RECORD: Words = ("golden", "record", "{source}", "--out", "{dest}", "--random", 
 PARITY_SOURCE: Words = ("parity", "--source", "{source}", "--golden", "{golden}")
 VERIFY: Words = ("verify", "{orbax}")
 EXPORT: Words = ("convert", "orbax-to-hf", "{orbax}", "{dest}")
-PARITY: Words = ("parity", "{orbax}", "--golden", "{golden}", "--quiet")
+PARITY: Words = ("parity", "{orbax}", "--golden", "{golden}")
 #: Everything that opens a published checkpoint.
 READERS = (CONVERT, PLAN, AGAINST, RECORD, PARITY_SOURCE)
 

@@ -91,7 +91,7 @@ def _nibbles_exchanged(name: str) -> Callable[[dict[str, Tensor]], None]:
 
 # --- what its shape does not show ------------------------------------------------------------------------------------
 
-_PARITY_SOURCE_0 = (*PARITY_SOURCE, "--layer", "0", "--quiet")
+_PARITY_SOURCE_0 = (*PARITY_SOURCE, "--layer", "0")
 _PARITY_0 = (*PARITY, "--layer", "0")
 _HEALTHY_SOURCE: Words = ("verify", "{dest}", "--against", "{healthy}")
 
@@ -113,9 +113,7 @@ def _hidden(id: str, what: str, change: Callable[[dict[str, Tensor]], None], wei
             Step(("verify", "{dest}"), 0),
             Step(("verify", "{dest}", "--against", "{source}"), 0),
             Step(_HEALTHY_SOURCE, 1, (weight, "is not the tensor that was converted")),
-            Step(
-                ("parity", "{dest}", "--golden", "{golden}", "--quiet", "--layer", "0"), 1, ("FAIL: layers.0.", weight)
-            ),
+            Step(("parity", "{dest}", "--golden", "{golden}", "--layer", "0"), 1, ("FAIL: layers.0.", weight)),
             Step(_PARITY_SOURCE_0, 1, ("FAIL: layers.0.", weight)),
         ),
     )

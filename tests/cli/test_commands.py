@@ -127,7 +127,7 @@ def test_errors_have_a_code_a_message_and_no_traceback(
 
 
 def test_parity_passes_and_reports(orbax: Path, tmp_path: Path) -> None:
-    out, _ = dsv4("parity", orbax, "--golden", GOLDEN, "--layer", "2", "--json", tmp_path / "report.json")
+    out, _ = dsv4("parity", orbax, "--golden", GOLDEN, "--layer", "2", "-vv", "--json", tmp_path / "report.json")
     assert "PASS: all" in out
     assert "attn.wq_a" in out
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "pass"
@@ -136,7 +136,7 @@ def test_parity_passes_and_reports(orbax: Path, tmp_path: Path) -> None:
 def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", tiny_config(), seed=1)
     dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
-    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--quiet", exit_code=1)
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, exit_code=1)
     assert "FAIL" in out
     assert "embed is the first tap that diverges" in " ".join(out.split())
 
@@ -144,7 +144,7 @@ def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) 
 def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) -> None:
     dsv4("convert", "hf-to-orbax", hf, tmp_path / "orbax")
     options = ("--mode", "both", "--dtype", "bfloat16", "--require-reach", "--json", tmp_path / "report.json")
-    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--quiet", *options)
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "-v", *options)
     words = " ".join(out.split())
     assert "error of the streams that leave each layer" in words
     assert "next token at 300 positions" in words

@@ -42,7 +42,7 @@ def test_a_baseline_from_nothing_to_a_regression(source: Path, tmp_path: Path, m
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     (tmp_path / "summary.md").write_text("before\n", encoding="utf-8")
     baseline = tmp_path / "baseline.json"
-    common = ("parity", "--source", source, "--golden", GOLDEN, "--layer", "0", "--quiet", "--baseline", baseline)
+    common = ("parity", "--source", source, "--golden", GOLDEN, "--layer", "0", "--baseline", baseline)
     _, err = dsv4(*common, exit_code=3)
     assert "no such baseline; record one with --update-baseline" in err
     out, _ = dsv4(*common, "--update-baseline")
@@ -53,7 +53,7 @@ def test_a_baseline_from_nothing_to_a_regression(source: Path, tmp_path: Path, m
     for numbers in document["measured"][0]["taps"].values():
         numbers.update({measure: number / 10 for measure, number in numbers.items()})
     baseline.write_text(json.dumps(document))
-    files = ("--json", "-", "--junit", tmp_path / "junit.xml", "--github")
+    files = ("-v", "--json", "-", "--junit", tmp_path / "junit.xml", "--github")
     out, err = dsv4(*common, *files, exit_code=1)
     report = json.loads(out)
     assert report["schema_version"] == 3

@@ -24,7 +24,7 @@ from dsv4_convert.cli import app, common
 from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
-from dsv4_convert.parity.report.tables import render
+from dsv4_convert.parity.report.tables import Verbosity, render
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.tables import fitted
 
@@ -99,14 +99,14 @@ def test_parity_tables_fit_and_lose_columns_not_letters(width: int) -> None:
     longest = "layers.60.attn.indexer.compressor.entries"
     (report, *_) = samples(ParityReport, {Detail: None, str: longest, TapKey: TapKey.parse(longest)})
     report = dataclasses.replace(report, phase=None, dtype="float32")
-    for quick in (False, True):
+    for verbosity in (Verbosity.TABLES, Verbosity.EVERYTHING):
         written = io.StringIO()
-        render(report, Console(file=written, width=width), every_tap=not quick)
+        render(report, Console(file=written, width=width), verbosity=verbosity)
         lines = written.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         assert "attn.indexer.compressor.entries" in written.getvalue()
         assert "…" not in written.getvalue()
-        assert ("1-cos" in written.getvalue()) == (width == 80 and not quick)
+        assert ("1-cos" in written.getvalue()) == (width == 80 and verbosity is Verbosity.EVERYTHING)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])

@@ -170,7 +170,7 @@ def test_the_command(folder: Path, golden: Golden) -> None:
     np.testing.assert_array_equal(
         open_golden(out).read("layers.0.attn.wq_a"), golden.read("layers.0.attn.wq_a")[:, :20]
     )
-    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--quiet"])
+    done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0"])
     assert done.exit_code == 0, done.output
     assert "bfloat16" in done.output
     done = run(app, ["parity", str(orbax), "--golden", str(out), "--layer", "0", "--dtype", "float32"])

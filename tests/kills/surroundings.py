@@ -32,7 +32,7 @@ def readers(shop: Workshop, *, golden: bool) -> dict[str, Sequence[object]]:
     }
     if golden:
         commands |= {
-            "parity": ["parity", inputs / "source", "--golden", inputs / "golden", "--quiet"],
+            "parity": ["parity", inputs / "source", "--golden", inputs / "golden"],
             "generate": ["generate", inputs / "source", "--tokens", "1,2,3", "-n", "2"],
         }
     return commands

@@ -6,6 +6,7 @@ killed. Requests are lines of JSON on stdin, answers on stdout; :mod:`tests.kill
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -71,7 +72,6 @@ def _prepare(settings: dict[str, Any]) -> None:
 
 def _build_commands() -> None:
     """Let typer make its commands, and import what it does for that, here and once: it is most of a small run."""
-    import contextlib
     import io
 
     import typer.main
@@ -87,14 +87,17 @@ def _build_commands() -> None:
 
 def _command(arguments: list[str]) -> int:
     """Run a command as the ``dsv4`` script does; the exit code that it ends with."""
-    from dsv4_convert.cli import interrupt, main
+    from dsv4_convert import cli
 
-    # What is left behind can only be seen before the process ends, so an interrupted command has to end in order.
-    interrupt.leave = functools.partial(sys.exit, interrupt.INTERRUPTED)
-    interrupt.GRACE = 60.0
+    # The command ends its process at once on a signal. Here KeyboardInterrupt goes through it, as in a notebook: what
+    # is left behind can only be seen before the process ends.
+    cli.interruptible = contextlib.nullcontext  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv = ["dsv4", *arguments]
     try:
-        main()
+        cli.main()
+    except KeyboardInterrupt:
+        return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

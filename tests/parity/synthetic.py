@@ -8,7 +8,7 @@ from typing import Any
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.choices import Flips
-from dsv4_convert.parity.metrics import Distance, Multiples, Verdict
+from dsv4_convert.parity.metrics import Distance, Multiples, Verdict, beyond
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.spec.taps import TapKey
@@ -32,7 +32,7 @@ def real(name: str, *multiples: float, mode: Mode = Mode.ISOLATED, verdict: Verd
         found=0.5,
         golden=0.25,
     )
-    reason = "40.0 times the noise floor, 24 allowed" if verdict is Verdict.FAIL else ""
+    reason = beyond(*distance.noise.nearest(LIMITS)) if verdict is Verdict.FAIL else ""
     return TapResult(
         key=TapKey.parse(name), mode=mode, verdict=verdict, reason=reason, shape=(1, 300, 32), distance=distance
     )

@@ -87,7 +87,7 @@ def test_an_error_beyond_its_band_fails_though_tolerance_lets_it_pass(
         assert run.passed is passes
     assert run.gate is not None
     assert [(grown.name, grown.measure) for grown in run.gate.grown] == [(Q, measure)]
-    assert f"one tap has an error beyond its record: {Q} (queries after" in verdict(run)
+    assert f"One tap has an error beyond its record: {Q} (queries after" in verdict(run)
     written = (tmp_path / "b.json").read_bytes()
     refused = judge([real(Q, *numbers.values()), *HEALTHY[1:]], update=True)
     assert not refused.passed

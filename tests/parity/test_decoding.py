@@ -203,7 +203,7 @@ def test_the_commands(source: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "decode         4" in run(app, ["golden", "show", out]).output
-    done = run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "decode", "--quiet"])
+    done = run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "decode"])
     assert done.exit_code == 0, done.output
     assert "the last 4 tokens one by one" in " ".join(done.output.split())
     assert run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "later"]).exit_code == 2

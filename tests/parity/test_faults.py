@@ -6,7 +6,7 @@ import pytest
 
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.report.words import summarized, verdict
 from dsv4_convert.parity.run import ParityRun
 
 from .faults.catalogue import CATALOGUE
@@ -47,10 +47,14 @@ def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> No
     assert report.first_wrong.name == fault.full_tap, "the localization names the same operation"
     failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
     assert failing <= {fault.layer, *fault.also}, "other layers are clean"
-    where = "at the model level" if fault.layer is None else f"in layer {fault.layer}"
-    sentence = verdict(report)
-    assert f"{fault.full_tap} is the first tap that diverges, {where}" in sentence
-    assert fault.full_tap in sentence.split("golden's own inputs")[1]
+    where = "Model level" if fault.layer is None else f"Layer {fault.layer}"
+    said = summarized(report)
+    assert said.headline.startswith(f"FAIL: {fault.full_tap} is the first tap that diverges; ")
+    assert [label for label, _ in said.lines] == ["Where", "Cause", "Evidence", "Next"]
+    lines = dict(said.lines)
+    assert lines["Where"].startswith(f"{where}, {report.first_diverging.meaning}; ")
+    alone = "Fed with the golden's own inputs, it is wrong by itself."
+    assert alone in lines["Cause"] or f"inputs, {fault.full_tap}" in lines["Cause"]
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_one_process_or_many_say_the_same(checkpoints: tuple[Path, Path], golden
 
 
 def _command(golden: Path, *more: str) -> list[str]:
-    return ["-m", "dsv4_convert", "parity", "--golden", str(golden), "--quiet", "--layer", "3", *more]
+    return ["-m", "dsv4_convert", "parity", "--golden", str(golden), "--layer", "3", *more]
 
 
 def test_one_process_speaks_and_all_exit_alike(checkpoints: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:

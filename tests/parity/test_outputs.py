@@ -62,7 +62,7 @@ def test_junit_has_a_case_for_each_layer_and_tap(failing: ParityReport, tmp_path
     assert len(cases) == 8
     (failure,) = cases["isolated.layers.1", "attn.q"]
     assert isinstance(failure, Failure)
-    assert (failure.type, failure.message) == ("row", "40.0 times the noise floor, 24 allowed")
+    assert (failure.type, failure.message) == ("row", "40.0 times the noise floor in its worst row, 24 allowed")
     assert "40.0 times in its worst row (24)" in str(failure.text)
     (skipped,) = cases["isolated.layers.1", "attn.compressor.pooled"]
     assert isinstance(skipped, Skipped)

@@ -376,12 +376,12 @@ def test_urls_lose_their_secrets(report: ParityReport) -> None:
     bare = dataclasses.replace(report, golden={**report.golden, "path": url}, taps=(), error_splits=(), detail=None)
     text = page(bare, dataclasses.replace(RUN, command=f"dsv4 parity . --golden {url} --report x.html"))
     assert "secret" not in text
-    assert text.count("https://…@host/golden?…") == 4, "twice to be read, twice in the data"
+    assert text.count("https://…@host/golden?…") == 6, "three times to be read, three times in the data"
 
 
 def test_the_command_writes_it(tiny: Path, golden: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
-    arguments = ["parity", "--source", str(tiny), "--golden", str(golden), "--layer", "0", "--quiet"]
+    arguments = ["parity", "--source", str(tiny), "--golden", str(golden), "--layer", "0"]
     result = CliRunner().invoke(app, [*arguments, "--report", str(target)])
     assert result.exit_code == 0, result.output
     text = target.read_text(encoding="utf-8")

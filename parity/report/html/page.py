@@ -26,12 +26,13 @@ from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
     grown_numbers,
-    missed,
     next_steps,
     noise_floor,
     operation,
     position_cells,
     programs,
+    reach,
+    summarized,
     verdict,
     why,
 )
@@ -84,7 +85,8 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         "report": report.to_json(verdict(report)),
         "figures": plain(_lean(data)),
     }
-    headline, _, rest = verdict(report).partition(": ")[2].partition(". ")
+    said = summarized(report)
+    headline = said.headline.partition(": ")[2]
     return environment.get_template("page.html.j2").render(
         report=report,
         run=run,
@@ -96,7 +98,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         maps=figures.MAPS,
         # Names of taps stay unchanged.
         headline=headline if report.first_diverging is not None else headline[:1].upper() + headline[1:],
-        rest=rest,
+        said=[line for line in said.lines if line[0] != "Next"],
         steps=next_steps(report),
         noise_floor=noise_floor(report),
         facts=_facts(report),
@@ -107,7 +109,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         clean=_clean(report),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
         baseline=_baseline(report),
-        missed=[missed(layer) for layer in report.uncovered],
+        missed=reach(report),
         worst=[
             (*position_cells(position, decode), position.golden == position.found)
             for position in (() if report.logits is None else report.logits.worst)
@@ -159,8 +161,8 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
     if measured:
         worst = max(measured, key=lambda value: value if value == value else float("inf"))
         facts.append(("largest error", f"{short(worst)} × noise floor, {report.limits.row:g} allowed"))
-    if said := " ".join(programs(report)):
-        facts.append(("programs", said))
+    if report.programs:
+        facts.append(("programs", " ".join(programs(report))))
     if report.detail is not None:
         prompt = report.detail.prompt
         many = f"{prompt.prompts} prompts of " if prompt.prompts > 1 else ""

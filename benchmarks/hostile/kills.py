@@ -10,7 +10,7 @@ runs at once, signals while commands read, clocks ten years ahead, disks without
 Calls are met by a preloaded library (tests/kills/shim.c), those of native code too. Needs Linux, a C compiler and the
 ``reference`` extra.
 
-Run: python -m benchmarks.kills [--quick | --every] [NAME ...]
+Run: python -m benchmarks.hostile kills [--quick | --every] [NAME ...]
 """
 
 from __future__ import annotations
@@ -124,17 +124,15 @@ def _printed(tallies: list[Tally]) -> dict[str, int]:
     return {**counts, "failures": sum(len(tally.failures) for tally in tallies)}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Print the table and the counts as JSON; exits 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.hostile kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few points of each command")
     parser.add_argument("--every", action="store_true", help="every call of every command fails once")
     parser.add_argument("names", nargs="*", help="parts of names of commands, or surroundings; all if none is given")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     counts = run(options.quick, every=options.every, names=options.names)
     print(json.dumps(counts))
     raise SystemExit(1 if counts["failures"] else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ reaches new code and goes on from it; the mutations know JSON and safetensors he
 dsv4's own, a message that a terminal cannot print, something accepted that the bytes do not say, an execution of more
 than 10 seconds, or 1 GiB of memory. Without atheris, the benchmark mutates only the seeds, and its output says so.
 
-Run: nox -s fuzz, or python -m benchmarks.fuzz [--executions N] [--reader NAME ...] [--keep FOLDER]
+Run: nox -s fuzz, or python -m benchmarks.hostile damage [--quick] [--executions N] [--reader NAME ...] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-EXECUTIONS = 1_000_000
-QUICK = 20_000
+EXECUTIONS, QUICK = 1_000_000, 20_000
 SECONDS_PER_EXECUTION = 10
 MEMORY = 1 << 30
 #: Longer than any seed; a longer file says nothing more about a reader.
@@ -80,7 +79,7 @@ def _memory_folder() -> str | None:
 def _reader(name: str, wanted: int, work: Path, keep: Path | None) -> tuple[int, int]:
     """One reader in its process: executions and failures."""
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", str(work), "--reader", name]
+    command = [sys.executable, "-m", "benchmarks.hostile", "damage", "--worker", str(work), "--reader", name]
     process = subprocess.run([*command, "--executions", str(wanted)], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begun
     findings = [json.loads(file.read_bytes()) for file in sorted(work.glob("finding-*.json"))]
@@ -216,21 +215,21 @@ def _unled(name: str, wanted: int, work: Path) -> None:
         raise SystemExit(f"more than {MEMORY >> 20} MiB")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Fuzz, print a line for each reader and the counts as JSON; exit code 1 with findings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--executions", type=int, default=EXECUTIONS, help="over all readers")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.hostile damage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} executions")
+    parser.add_argument("--executions", type=int, help=f"over all readers; {EXECUTIONS:,} if not given")
     parser.add_argument("--reader", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--keep", type=Path, help="folder for the inputs that fail")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.worker is not None:
         _worker(options.reader[0], options.executions, options.worker)
         return
-    counts = fuzz(options.executions, options.reader, options.keep)
+    executions = options.executions or (QUICK if options.quick else EXECUTIONS)
+    counts = fuzz(executions, options.reader, options.keep)
     print(json.dumps(counts))
     raise SystemExit(bool(counts["failures"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ An input that has to be refused is refused rightly if every command gives its ex
 it has to name, prints no traceback, and leaves nothing that passes for a result. One that is odd and legal is accepted
 rightly if what is made of it has the right values. Needs the ``reference`` extra.
 
-Run: python -m benchmarks.bad_inputs [--quick] [ID ...]
+Run: python -m benchmarks.hostile inputs [--quick] [ID ...]
 """
 
 from __future__ import annotations
@@ -68,16 +68,14 @@ def _left_out(case: Case, quick: bool, ids: tuple[str, ...]) -> bool:
     return (quick and case.slow) or (bool(ids) and not case.id.startswith(ids))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run, and print the counts as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.hostile inputs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ids", nargs="*", help="beginnings of ids, such as F or T17; all if none is given")
     parser.add_argument("--quick", action="store_true", help="leave out what compiles programs or waits")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     counts = run(options.quick, tuple(options.ids))
     print(json.dumps(counts))
     raise SystemExit(1 if counts["failures"] else 0)
-
-
-if __name__ == "__main__":
-    main()
