@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import INPUT
+from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
@@ -73,7 +73,7 @@ class CompiledForward(Forward):
         self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
     ) -> tuple[Activations, jax.Array | Array]:
         """Run one layer. ``overrides`` replace the activations that it goes on with."""
-        kept = {key: value for key, value in (overrides or {}).items() if key.tap.name != _SCORES}
+        kept = {key: value for key, value in (overrides or {}).items() if key.tap.name not in (_SCORES, STREAMS.name)}
         return super().layer(layer, entering, kept)
 
     def _head_step(self) -> int:
@@ -157,8 +157,9 @@ def run_layer(
     )
     left, states = through(layers, streams, token_ids, positions, taps, _past_of_all(program, layers, past))
     values = {name.removeprefix(own): value for name, value in taps.values.items()}
-    if values:
-        values[INPUT.name] = streams  # a scanned layer recorded what its neighbour left
+    if program.recorded:
+        # A scanned layer recorded what its neighbour left; and what leaves the loop must be what it left itself.
+        values |= {INPUT.name: streams, STREAMS.name: left}
     if past is None:
         return left, values, None
     if isinstance(layers, ScannedLayers):

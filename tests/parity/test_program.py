@@ -17,6 +17,7 @@ from dsv4_convert.golden.layout import INPUT
 from dsv4_convert.model.cache import Past, empty_layer
 from dsv4_convert.parity import compiled, programs
 from dsv4_convert.parity.compiled import CompiledForward
+from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.programs import ModelOptions, Program, stack_of
 from dsv4_convert.parity.report.junit import junit
 from dsv4_convert.parity.report.words import next_steps, verdict
@@ -26,7 +27,8 @@ from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.restore import layers_bytes
 
 from ..processes import end, start
-from .faults.program import CHUNK, CSA, HCA, MESHES, PATHS, PROGRAM, SECOND_CSA, Subject, examine, options_of, subject
+from .faults.program import HCA, MESHES, PATHS, PROGRAM, SECOND_CSA, Subject, examine, options_of, subject
+from .tpu_products import tpu_products
 
 FLASH = Path(__file__).parents[1] / "data" / "configs" / "DeepSeek-V4-Flash.json"
 ONE_DEVICE = [path for path in PATHS if path not in MESHES]
@@ -105,9 +107,16 @@ def test_sharded_it_agrees_and_its_faults_are_named(tmp_path: Path) -> None:
     assert ended.out.count("named") == len(MESHES)
 
 
-def test_both_programs_are_reported_and_told_apart(
-    healthy: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("precision", "passes"), [("highest", True), ("default", False)])
+def test_limits_hold_for_the_products_of_a_tpu(healthy: Subject, precision: str, passes: bool) -> None:
+    """Six passes of bfloat16 are as good as float32; one is not. ``python -m benchmarks.tpu_products`` shows more."""
+    with tpu_products(precision) as made:
+        report = examine(healthy, "grouped", layers=[SECOND_CSA])
+    assert "ragged_dot" in made
+    assert report.passed is passes, verdict(report)
+
+
+def test_both_programs_are_reported_and_told_apart(healthy: Subject) -> None:
     """A fault of the grouped path alone: every operation is right, and the compiled layer is not."""
     fault = SAMPLE["grouped"]
     streamed = ParityRun(healthy.weights, healthy.golden, ParityOptions(**options_of(fault))).run()
@@ -117,15 +126,15 @@ def test_both_programs_are_reported_and_told_apart(
     )
     assert agreeing.passed
     assert verdict(agreeing).endswith(
-        "Proven on cpu: the streamed layers and the compiled layers (grouped (ragged_dot) experts, weights expanded)."
+        "Programs: streamed on cpu: agrees. model on cpu, grouped (ragged_dot) experts, expanded weights: agrees."
     )
     assert wrong.agrees
     assert not wrong.passed
     sentence = verdict(wrong)
     assert sentence.startswith(
-        "FAIL: each operation is right; the compiled layer is not (grouped (ragged_dot) experts, weights expanded): "
-        "layers.0.ffn.experts is the first tap that parts"
+        "FAIL: each operation is right; the compiled layer is not: layers.0.ffn.experts is the first tap that parts"
     )
+    assert "through grouped (ragged_dot) experts, expanded weights" in sentence
     assert "`--program model --layer 0`" in " ".join(next_steps(wrong))
     listed = wrong.to_json(sentence)["programs"]
     assert [(of["program"], of["verdict"], of["first_wrong_operation"]) for of in listed] == [
@@ -150,20 +159,15 @@ def test_only_what_fits_the_memory_is_tried(healthy: Subject, monkeypatch: pytes
     assert report.passed
     assert report.model is None
     assert "a layer with source weights and its activations take" in str(report.unproven)
-    assert "The compiled layers did not run: " in verdict(report)
+    assert "model: not proven, since a layer with expanded weights" in verdict(report)
     with pytest.raises(ResourceError, match="a layer with expanded weights and its activations take"):
         run(100, (Program.MODEL,))
-    taps = programs._needed(healthy.weights, healthy.golden, (HCA,), np.dtype(np.float32), ModelOptions(), _devices())
-    for free, form in ((taps, "expanded"), (taps - 1, "source")):
+    expanded = ModelOptions(weights="expanded")
+    needed = programs._needed(healthy.weights, healthy.golden, (HCA,), np.dtype(np.float32), expanded, Devices())
+    for free, form in ((needed, "expanded"), (needed - 1, "source")):
         found = run(free).model
         assert found is not None
         assert found.program.weights == form
-
-
-def _devices() -> Any:
-    from dsv4_convert.parity.devices import Devices
-
-    return Devices()
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
@@ -186,5 +190,3 @@ def test_a_layer_of_flash_is_planned_with_all_its_experts() -> None:
     assert stack == (7, 8, 9, 10)
     assert [Sizes.config.kind(layer) for layer in stack] == [Sizes.config.kind(layer) for layer in (9, 10)] * 2
     assert stack_of(Sizes.config, 3, scanned=True) == (6, 5, 4, 3)
-    assert CHUNK < 140
-    assert CSA == 1

@@ -118,7 +118,7 @@ def _planted(fault: ProgramFault | None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(fault.owner, fault.function, _edited(fault)))
         for name in ("run_layer", "_embed"):
-            stack.enter_context(patch.object(compiled, name, _traced_again(getattr(compiled, name))))
+            stack.enter_context(patch.object(compiled, name, traced_again(getattr(compiled, name))))
         yield
 
 
@@ -134,9 +134,9 @@ def _edited(fault: ProgramFault) -> Any:
     return names[fault.function]
 
 
-def _traced_again(program: Any) -> Any:
-    """The same program as a function of its own, since a compiled one from before does not have the fault."""
-    return jax.jit(lambda *operands: program.__wrapped__(*operands), static_argnums=0)
+def traced_again(program: Any, static: int | tuple[int, ...] = 0) -> Any:
+    """The same program as a function of its own, since one that was compiled before does not have a patch."""
+    return jax.jit(lambda *operands: program.__wrapped__(*operands), static_argnums=static)
 
 
 def _fault(path: str, layer: int | None, tap: str, owner: Any, function: str, *edits: tuple[str, str, str]) -> Any:
@@ -145,6 +145,7 @@ def _fault(path: str, layer: int | None, tap: str, owner: Any, function: str, *e
 
 _EXPERTS, _CHOSEN, _CONTEXT = "ffn.experts", "attn.indexer.chosen", "attn.context"
 _POOLED, _ENTRIES = "attn.compressor.pooled", "attn.compressor.entries"
+_STREAMS = "hc_ffn.streams"
 _SCAN = "jax.lax.scan(step, streams, (weights, before, replaced))"
 
 PROGRAM: tuple[ProgramFault, ...] = (
@@ -197,11 +198,12 @@ PROGRAM: tuple[ProgramFault, ...] = (
              "self._summed_scores(keys[:, ::-1], q, weights)"),
             ("heads without their weights", "self._summed_scores(keys, q, weights)",
              "self._summed_scores(keys, q, jnp.ones_like(weights))")),
-    *_fault("cache", SLIDING, _CONTEXT, cache, "latest",
+    *_fault("cache", SLIDING, _CONTEXT, attention, "latest",
             ("a cached row shifted", "dynamic_slice_in_dim(rows, count, keep)",
              "dynamic_slice_in_dim(rows, jnp.maximum(count - 1, 0), keep)")),
     *_fault("cache", SLIDING, _CONTEXT, attention, "_context",
-            ("keys from before the prompt seen", ">= -earlier.tokens[:, None]", ">= -window"),
+            ("keys from before the prompt seen", ">= -earlier.tokens[:, None]",
+             ">= -window * jnp.ones_like(earlier.tokens[:, None])"),
             ("the oldest cached key not seen", ">= -earlier.tokens[:, None]", ">= 1 - earlier.tokens[:, None]")),
     *_fault("cache", SLIDING, _CONTEXT, cache.Past, "kept",
             ("padding kept in the cache", "return self.count if", f"return 0 * self.count + {CHUNK} if")),
@@ -213,11 +215,13 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("an entry's position counted twice", "positions[:, :1] - before[:, None] + block",
              "positions[:, :1] + block")),
     *_fault("cache", HCA, _CONTEXT, compressor.Compressor, "_continued",
-            ("an entry in the next slot", "jnp.where(complete, block,", "jnp.where(complete, block + 1,"),
+            ("an entry in the next slot", "jnp.where(complete, block,", "jnp.where(complete, block + 1,")),
+    *_fault("cache", CSA, _CHOSEN, compressor.Compressor, "_continued",
             ("an entry kept only if a token follows", "<= (before + count)[:, None]",
-             "< (before + count)[:, None] - 1")),
+             "< (before + count)[:, None]")),
+    *_fault("scanned", CSA, _STREAMS, layers.ScannedLayers, "__call__",
+            ("layers in the other order", _SCAN, _SCAN[:-1] + ", reverse=True)")),
     *_fault("scanned", CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
-            ("layers in the other order", _SCAN, _SCAN[:-1] + ", reverse=True)"),
             ("weights of the next layer", _SCAN, _SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: jnp.roll(part, 1, axis=0), weights),")),
             ("the first layer's weights for all", _SCAN, _SCAN.replace(
@@ -227,7 +231,7 @@ PROGRAM: tuple[ProgramFault, ...] = (
     *_fault("scanned", CSA, _CONTEXT, layers.ScannedLayers, "__call__",
             ("states left in the other order", "states.append(left)",
              "states.append(jax.tree.map(lambda part: part[::-1], left))")),
-    *_fault("scanned", SECOND_CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
+    *_fault("scanned", SECOND_CSA, _STREAMS, layers.ScannedLayers, "__call__",
             ("layers in the other order, last repeat", _SCAN,
              _SCAN[:-1] + ", reverse=True)")),
     *_fault("experts, fsdp, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
@@ -256,6 +260,6 @@ PROGRAM: tuple[ProgramFault, ...] = (
              "total.reshape(x.shape)"),
             ("experts not counted from the device's first, scanned", 'axis_index("experts") * w1',
              '0 * axis_index("experts") * w1')),
-    *_fault("experts, sequence, tensor", CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
+    *_fault("experts, sequence, tensor", CSA, _STREAMS, layers.ScannedLayers, "__call__",
             ("layers in the other order, sharded", _SCAN, _SCAN[:-1] + ", reverse=True)")),
 )  # fmt: skip
