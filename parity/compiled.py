@@ -140,18 +140,22 @@ def run_layer(
 ) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
     """A layer by the model's own functions: the streams that leave it, its taps, and its new state.
 
-    Where others are scanned with it, these get the same input and state, and the layer, the last of them, gets its own
-    input all the same.
+    Where others are scanned with it, the layer, the last of them, gets its own input all the same.
     """
     layers = nnx.merge(program.graph, state).layers
     own = f"layers.{program.layers - 1}."
     replaced = {own + name: value for name, value in overrides.items()}
     if isinstance(layers, ScannedLayers):
-        # Layers at one place of the pattern share a program, and so what is replaced in it.
+        # Layers at one place of the pattern share a program, and so the names that are replaced in it. Zeros for the
+        # others, so that none can pass for the layer.
         (segment,) = layers.segments
-        places = range(len(segment) - 1, program.layers, len(segment))
-        given = {**overrides, INPUT.name: streams}
-        replaced = {f"layers.{place}.{name}": value for place in places for name, value in given.items()}
+        others = range(len(segment) - 1, program.layers - 1, len(segment))
+        replaced[own + INPUT.name] = streams
+        replaced |= {
+            name.replace(own, f"layers.{other}."): jnp.zeros_like(value)
+            for other in others
+            for name, value in replaced.items()
+        }
     taps = Taps(
         (lambda name: name.startswith(own) and not name.endswith(_SCORES)) if program.recorded else None, replaced
     )

@@ -74,8 +74,10 @@ def render(
             console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
     elif verbosity >= Verbosity.TABLES:
         render_tables(report, console, every_tap=verbosity >= Verbosity.EVERYTHING, decode=decode)
-    elif verbosity == Verbosity.VERDICT and (failing := _failing_layers(report)) is not None:
-        _print(console, failing)
+    elif verbosity == Verbosity.VERDICT:
+        programs = (report,) if report.model is None else (report, report.model)
+        if failing := next(filter(None, map(_failing_layers, programs)), None):
+            _print(console, failing)
     said = summarized(report)
     console.print(Text(said.headline, style="bold green" if report.passed else "bold red"))
     if verbosity > Verbosity.HEADLINE:

@@ -16,7 +16,7 @@ from .faults.program import CSA, MESHES, PROGRAM, examine, options_of, subject
 def main() -> None:
     model = subject(Path(sys.argv[1]))
     for path, mesh in MESHES.items():
-        report = examine(model, path, layers=[0, CSA])
+        report = examine(model, path, layers=[CSA])
         assert report.passed, verdict(report)
         assert report.platform["mesh"] == mesh
         print("agrees on", mesh)

@@ -33,7 +33,7 @@ from .tpu_products import tpu_products
 FLASH = Path(__file__).parents[1] / "data" / "configs" / "DeepSeek-V4-Flash.json"
 ONE_DEVICE = [path for path in PATHS if path not in MESHES]
 #: Layers that a path is tried with, where all are not needed.
-LAYERS = {"grouped": [0, 1], "codes": [0, 1], "scanned": [SECOND_CSA]}
+LAYERS = {"grouped": [0, 1], "codes": [0, 1], "cache": [0, 1, HCA], "scanned": [SECOND_CSA]}
 #: One fault of each path; ``python -m benchmarks.faults --program model`` plants all of them.
 SAMPLE = {path: next(fault for fault in PROGRAM if fault.path == path) for path in PATHS}
 

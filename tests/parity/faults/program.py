@@ -42,7 +42,7 @@ PROMPTS, TOKENS, CHUNK = 2, 140, 48
 
 #: How each path runs, and its mesh of eight devices.
 PATHS: Mapping[str, ModelOptions] = {
-    "packed": ModelOptions(weights="expanded", experts="packed"),
+    "packed": ModelOptions(weights="expanded"),
     "grouped": ModelOptions(weights="expanded", experts="grouped"),
     "codes": ModelOptions(weights="source"),
     "indexer": ModelOptions(weights="expanded"),
@@ -228,7 +228,7 @@ PROGRAM: tuple[ProgramFault, ...] = (
                 "(weights,", "(jax.tree.map(lambda part: jnp.stack([part[0]] * len(part)), weights),")),
             ("stacked weights rounded to bfloat16", _SCAN, _SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: part.astype(jnp.bfloat16).astype(part.dtype), weights),"))),
-    *_fault("scanned", CSA, _CONTEXT, layers.ScannedLayers, "__call__",
+    *_fault("scanned", CSA, _POOLED, layers.ScannedLayers, "__call__",
             ("states left in the other order", "states.append(left)",
              "states.append(jax.tree.map(lambda part: part[::-1], left))")),
     *_fault("scanned", SECOND_CSA, _STREAMS, layers.ScannedLayers, "__call__",
