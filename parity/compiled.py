@@ -30,7 +30,7 @@ _SCORES = "attn.indexer.scores"
 
 
 class LayerProgram(NamedTuple):
-    """What the compiled program of a layer depends on, besides shapes.
+    """The static part of a layer's compiled program, besides shapes.
 
     ``layers``: how many the program has; the last one is the layer. ``capacity``: tokens that a cache has room for.
     ``recorded``: the layer's taps are results, too.
@@ -140,7 +140,7 @@ def run_layer(
 ) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
     """A layer by the model's own functions: the streams that leave it, its taps, and its new state.
 
-    Where others are scanned with it, the layer, the last of them, gets its own input all the same.
+    A scanned layer is the last of its loop, and gets its own input all the same.
     """
     layers = nnx.merge(program.graph, state).layers
     own = f"layers.{program.layers - 1}."

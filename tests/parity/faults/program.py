@@ -106,7 +106,7 @@ def examine(subject: Subject, path: str, fault: ProgramFault | None = None, **op
 def options_of(fault: ProgramFault) -> dict[str, Any]:
     """The smallest run that has the fault: its layer, or the model level from the tokens on."""
     if fault.layer is None:
-        return {"taps": [fault.tap], "modes": [Mode.ISOLATED]}
+        return {"taps": [fault.tap, "hc_head"], "modes": [Mode.ISOLATED]}  # the head runs where it fails
     return {"layers": [fault.layer]}
 
 
