@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_convert.convert import ConversionOptions, Storage, hf_to_orbax
+    from dsv4_convert.convert import ConversionOptions, hf_to_orbax
     from dsv4_convert.convert.to_hf import orbax_to_hf
     from dsv4_convert.golden.archive import Golden, open_golden
     from dsv4_convert.golden.recorder import RecordingOptions
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsv4_convert.parity.activations import compare_activations
     from dsv4_convert.parity.run import ParityOptions, run_parity
     from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.conversion import Storage
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
 
@@ -51,7 +52,7 @@ _HOMES = {
     "Model": ("dsv4_convert.model", "Model"),
     "ParityOptions": ("dsv4_convert.parity.run", "ParityOptions"),
     "RecordingOptions": ("dsv4_convert.golden.recorder", "RecordingOptions"),
-    "Storage": ("dsv4_convert.convert", "Storage"),
+    "Storage": ("dsv4_convert.spec.conversion", "Storage"),
     "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dsv4_convert.text import for_terminal
+from dsv4_convert.urls import without_secrets
+
+_LONGEST_LINE = 2000
+
 
 class Dsv4Error(Exception):
     """Base of every error that dsv4 raises on purpose. Exit code 3 unless a subclass says otherwise.
 
-    A message quotes names and values that somebody else wrote, so what does not print is escaped in it, and a line that
-    is longer than anybody reads is cut.
+    A message quotes names and values that somebody else wrote, so it is escaped for a terminal, and a line that is
+    longer than anybody reads is cut. The URLs in it lose their secrets.
     """
 
     exit_code = 3
 
     def __init__(self, message: str) -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+        lines = without_secrets(message).split("\n")
+        super().__init__(for_terminal("\n".join(map(_cut, lines))))
 
 
 class CheckFailed(Dsv4Error):
@@ -48,10 +54,8 @@ class ResourceError(Dsv4Error):
 BUGS = (AssertionError, AttributeError, MemoryError, NameError, TypeError)
 
 
-def printable(line: str, *, limit: int = 2000) -> str:
-    """Without control characters, which a terminal would obey, and lone surrogates, which no stream takes."""
-    cut = line if len(line) <= limit else f"{line[:limit]}…"
-    return cut if cut.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
 
 
 def listed(problems: Sequence[str], *, limit: int = 20) -> str:

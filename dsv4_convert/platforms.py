@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+from dsv4_convert.cache import program_folder
 from dsv4_convert.errors import UsageError, did_you_mean
 
 #: Each platform as users write it: JAX's names for it, and the way to install it.
@@ -19,6 +20,10 @@ PLATFORMS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "tpu": (("tpu",), "a TPU of this machine, and JAX's plugin for it: python -m pip install 'jax[tpu]'"),
 }
+
+
+#: Bytes of compiled programs that are kept; the ones used longest ago go first.
+_MOST_BYTES = 1 << 30
 
 
 def select_platform(platform: str | None) -> None:
@@ -38,6 +43,27 @@ def select_platform(platform: str | None) -> None:
     import jax
 
     jax.config.update("jax_platforms", PLATFORMS[platform][0][0])
+
+
+def keep_programs() -> None:
+    """Let JAX keep the programs that it compiles for the next run, in :func:`~dsv4_convert.cache.program_folder`.
+
+    A user's own JAX_COMPILATION_CACHE_DIR stays as it is. A folder that cannot be written is left alone.
+    """
+    folder = program_folder()
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # A model has hundreds of small programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
 
 
 def check_platform(platform: str | None) -> None:

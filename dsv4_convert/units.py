@@ -37,6 +37,22 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found) or "none"
 
 
+def duration(seconds: float) -> str:
+    """``0:12:40``, ``12 s`` below a minute."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def clock(seconds: float) -> str:
+    """As a stopwatch shows it: ``0:41``, ``1:02:07``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def few_ranges(numbers: Iterable[int]) -> str:
     """As :func:`ranges`, with the middle of many left out: ``3, 5, … 41``."""
     parts = ranges(numbers).split(", ")

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import TensorInfo
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.files.workspace import stage_of
+from dsv4_convert.folders import no_golden
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.files import AGAIN, Files, LocalFiles, RemoteFiles
 from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
 from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTap
-from dsv4_convert.golden.noise import MODES, Mode, noise_name
+from dsv4_convert.golden.noise import MODES, Mode, noise_name, row_sizes
+from dsv4_convert.golden.rounding import excessive_noise, malformed_noise, unit_of
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.units import number_of
 
 Array = np.ndarray[Any, Any]
 
@@ -76,7 +80,7 @@ class Golden:
     """An open golden. Made by :func:`open_golden`.
 
     Attributes:
-        path: its folder or URL.
+        path: its folder, or its URL without secrets.
         manifest: the contents of ``manifest.json``.
         config: the architecture of the recorded model.
         tokens: int32 ``[B, S]``.
@@ -182,6 +186,27 @@ class Golden:
             raise UsageError(f"{self.path}: {tap} has no noise: it was not recorded, or is a choice")
         return self._stored(stored)[measured.index(dtype), MODES.index(mode)]
 
+    def noise_problem(self, key: TapKey, dtype: str, mode: Mode, noise: Array, sizes: Array) -> str | None:
+        """Why rounding does not explain a noise floor ``[2, B, S]``; None if it does. ``sizes``: rms of the rows."""
+        elements = math.prod(self.shape(key)[2:])
+        unit = unit_of(self.config, key, dtype, mode, self.numerics)
+        problem = malformed_noise(noise, elements) or excessive_noise(noise, sizes, elements, unit)
+        return problem and f"{key}, {dtype}, {mode}: {problem}"
+
+    def malformed_noise(self, layer: int | None) -> list[str]:
+        """The noise floors of a layer, or of the model level (None), that are no sizes of a difference.
+
+        Reads the floors and not the taps, so it does not say whether rounding explains them: see :meth:`verify`.
+        """
+        problems = []
+        for key in self.taps(layer):
+            name, shape = noise_name(str(key)), self.shape(key)
+            if name not in self.manifest.taps or not math.prod(shape):
+                continue
+            if problem := malformed_noise(self._stored(name), math.prod(shape[2:])):
+                problems.append(f"{key}: {problem}")
+        return problems
+
     def everything(self, layer: int | None) -> dict[str, Array]:
         """All taps of one layer, or of the model level (None), by full name, each followed by its noise as stored.
 
@@ -195,19 +220,36 @@ class Golden:
         return arrays
 
     def verify(self, progress: Callable[[int, int, str], None] = lambda *_: None) -> list[str]:
-        """Read every stored array; returns the problems, none if the golden is intact.
+        """Read every stored array; returns the problems, none if the golden is intact and rounding explains its noise.
 
         ``progress`` is called after every array with (bytes read, bytes in all, its name).
         """
-        problems, done, total = [], 0, self.nbytes
-        for name, entry in self.manifest.taps.items():
-            try:
-                self._stored(name)
-            except BadInput as error:
-                problems.append(str(error))
-            done += entry.nbytes
-            progress(done, total, name)
-        return problems
+        problems: dict[str, None] = {}
+        done, total = 0, self.nbytes
+        for key in self.keys:
+            arrays = {}
+            for spell in (str, sketch_name, exact_name, noise_name):
+                if (entry := self._entry(name := spell(str(key)))) is None:
+                    continue
+                try:
+                    arrays[spell] = self._stored(name)
+                except BadInput as error:
+                    problems[str(error)] = None
+                if name in self.manifest.taps:
+                    done += entry.nbytes
+                    progress(done, total, name)
+            values = arrays.get(str, arrays.get(sketch_name))
+            if values is not None and values.size and noise_name in arrays:
+                # The first number of a sketched row is its rms.
+                sizes = row_sizes(values if str in arrays else values[..., :1])
+                problems |= dict.fromkeys(self._noise_problems(key, arrays[noise_name], sizes))
+        return list(problems)
+
+    def _noise_problems(self, key: TapKey, noise: Array, sizes: Array) -> Iterator[str]:
+        for dtype, of_dtype in zip(self.manifest.request.noise, noise, strict=True):
+            for mode, of_mode in zip(MODES, of_dtype, strict=True):
+                if problem := self.noise_problem(key, dtype, mode, of_mode, sizes):
+                    yield problem
 
     def check_files(self) -> None:
         """Compare the headers of all files with the manifest. Without this each is checked when it is first needed.
@@ -238,9 +280,10 @@ class Golden:
         name = self.manifest.aliases.get(stored, stored)
         entry = self.manifest.taps[name]
         array = self._files.array(entry.file, self._infos(entry.file)[name])
-        if digest(array) != entry.sha256:
+        prompt = self.manifest.request.prompt_digest if self.manifest.ties_prompt else b""
+        if digest(array, prompt) != entry.sha256:
             raise BadInput(
-                f"{self.path}/{entry.file}: {name}: the bytes are not those that were recorded "
+                f"{self.path}/{entry.file}: {name}: the bytes are not those that were recorded of this prompt "
                 f"(SHA-256 differs); {AGAIN}"
             )
         return array
@@ -260,7 +303,7 @@ class Golden:
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            raise BadInput(f"{self.path}: {len(problems)} problem(s); {AGAIN}:\n{listed(problems)}")
+            raise BadInput(f"{self.path}: {number_of(len(problems), 'problem')}; {AGAIN}:\n{listed(problems)}")
 
 
 def open_golden(path: Path | str) -> Golden:
@@ -279,25 +322,27 @@ def open_golden(path: Path | str) -> Golden:
         (1, 300)
     """
     remote = isinstance(path, str) and "://" in path
-    where = path.rstrip("/") if isinstance(path, str) and remote else Path(path)
-    files: Files = RemoteFiles(str(where)) if remote else LocalFiles(Path(where))
+    files: Files = RemoteFiles(str(path)) if remote else LocalFiles(Path(path))
+    where = files.url if isinstance(files, RemoteFiles) else Path(path)
     data = files.content(MANIFEST_NAME)
     if data is None:
-        partial = None if remote else stage_of(Path(where))
+        partial = None if remote else stage_of(Path(path))
         if partial is not None and partial.is_dir():
             raise BadInput(
                 f"{where}: its recording has not finished ({partial}); run the same `dsv4 golden record` again"
             )
-        raise BadInput(f"{where}: no {MANIFEST_NAME}; expected a golden as `dsv4 golden record` writes it")
+        raise BadInput(no_golden(str(where)))
     golden = Golden(where, files, GoldenManifest.from_bytes(data, where=f"{where}/{MANIFEST_NAME}"))
     if not remote:
         golden.check_files()
     return golden
 
 
-def digest(array: Array) -> str:
-    """SHA-256 of an array's bytes in C order, 64 hex digits."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+def digest(array: Array, prompt: bytes) -> str:
+    """SHA-256 of the digest of a prompt and of an array's bytes in C order, 64 hex digits."""
+    both = hashlib.sha256(prompt)
+    both.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return both.hexdigest()
 
 
 def differences(file: Path | str, wanted: Mapping[str, StoredTap], found: Mapping[str, TensorInfo]) -> list[str]:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import Header, TensorInfo, read_header, read_header_by_ranges
-from dsv4_convert.errors import BUGS, BadInput, ResourceError, UsageError
+from dsv4_convert.checkpoint.locate import open_remote
+from dsv4_convert.errors import BadInput
 
 Array = np.ndarray[Any, Any]
-T = TypeVar("T")
 
 #: Bytes that are fetched at a time, and how many such blocks of a file are kept: taps are stored and read in the order
 #: of execution, so what is read next is mostly there.
 _BLOCK_BYTES = 8 << 20
 _BLOCKS = 4
-#: Status codes of HTTP that say that there is no such file.
-_ABSENT = (404, 410)
-#: Seconds to wait before trying again what the network did not give.
-_WAITS = (1, 4)
 AGAIN = "take the golden again from where it was recorded, or record it again"
 
 
@@ -66,93 +63,47 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A prefix of a bucket, a folder of a web server or of a Hub repository, through fsspec."""
+    """A prefix of a bucket, a folder of a web server or of a Hub repository."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is fetched yet.
-
-        Raises:
-            UsageError: a protocol that fsspec does not know, or whose package is not installed.
-        """
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
-        try:
-            self._system, root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{url}: {error}; expected a folder, or a URL such as gs://… or https://…") from None
-        self._url, self._root = url.rstrip("/"), root.rstrip("/")
-        self._open: tuple[str, Any] | None = None
+        """Nothing is fetched yet. Raises :class:`UsageError`: not a URL that is supported."""
+        self._folder = open_remote(url)
+        #: Its URL as it is shown.
+        self.url = self._folder.url
+        self._sizes: dict[str, int] = {}
+        self._block = lru_cache(_BLOCKS)(self._fetch_block)
 
     def content(self, name: str) -> bytes | None:
-        """All of a small file; None if there is no such file. Raises :class:`ResourceError`."""
-        try:
-            return self._persistently(name, lambda: bytes(self._system.cat_file(f"{self._root}/{name}")))
-        except FileNotFoundError:
-            return None
+        """All of a small file; None if there is no such file. Raises :class:`BadInput`, :class:`ResourceError`."""
+        return self._folder.content(name)
 
     def header(self, name: str) -> Header:
         """The checked header of a safetensors file. Raises :class:`BadInput`, :class:`ResourceError`."""
-        try:
-            size = self._persistently(name, lambda: self._system.size(f"{self._root}/{name}"))
-            if size is None:
-                raise ResourceError(
-                    f"{self._url}/{name}: the server does not state its size. Goldens are read by ranges of plain "
-                    "files: turn compression and chunked transfer off there, or download the folder and give its path."
-                )
-            return read_header_by_ranges(Path(name), size, lambda start, stop: self._read(name, start, stop))
-        except FileNotFoundError:
-            raise BadInput(f"{self._url}/{name}: missing; {AGAIN}") from None
-        except BadInput as error:
-            raise BadInput(f"{self._url}/{error}") from None
+        with self._present(name):
+            self._sizes[name] = size = self._folder.size(name)
+            try:
+                return read_header_by_ranges(Path(name), size, lambda start, stop: self._folder.read(name, start, stop))
+            except BadInput as error:
+                raise BadInput(f"{self.url}/{error}") from None
 
     def array(self, name: str, info: TensorInfo) -> Array:
         """One tensor. Raises :class:`BadInput`, :class:`ResourceError`."""
-        raw = np.frombuffer(self._read(name, info.start, info.start + info.nbytes), np.uint8)
-        return _as_array(raw, info, f"{self._url}/{name}")
+        first, end = info.start // _BLOCK_BYTES, -(-info.end // _BLOCK_BYTES)
+        with self._present(name):
+            blocks = b"".join(self._block(name, number) for number in range(first, end))
+        raw = np.frombuffer(blocks, np.uint8)[info.start - first * _BLOCK_BYTES :][: info.nbytes]
+        return _as_array(raw, info, f"{self.url}/{name}")
 
-    def _read(self, name: str, start: int, stop: int) -> bytes:
-        return self._persistently(name, lambda: self._part(name, start, stop))
+    def _fetch_block(self, name: str, number: int) -> bytes:
+        start = number * _BLOCK_BYTES
+        return self._folder.read(name, start, min(start + _BLOCK_BYTES, self._sizes[name]))
 
-    def _part(self, name: str, start: int, stop: int) -> bytes:
-        if self._open is None or self._open[0] != name:
-            options = {"block_size": _BLOCK_BYTES, "cache_type": "blockcache", "cache_options": {"maxblocks": _BLOCKS}}
-            self._open = (name, self._system.open(f"{self._root}/{name}", "rb", **options))
-        stream = self._open[1]
-        stream.seek(start)
-        return bytes(stream.read(stop - start))
-
-    def _persistently(self, name: str, attempt: Callable[[], T]) -> T:
-        """Try what the network may refuse now and then; an absent file is raised as it is."""
-        where = f"{self._url}/{name}"
-        for wait in (*_WAITS, None):
-            try:
-                return attempt()
-            except ValueError as error:
-                raise ResourceError(
-                    f"{where}: {error}. Goldens are read by ranges: download the folder and give its path, or serve it "
-                    "from a server that has them."
-                ) from None
-            except BUGS:
-                raise
-            except Exception as error:  # what fsspec's implementations raise has no common class
-                if _is_absence(error):
-                    raise
-                self._open = None
-                if wait is None:
-                    reason = error.__cause__ or error or type(error).__name__
-                    raise ResourceError(
-                        f"{where}: cannot be read ({reason}); check network and permissions, then run the same command "
-                        "again"
-                    ) from error
-                time.sleep(wait)
-        raise AssertionError("unreachable")
-
-
-def _is_absence(error: Exception) -> bool:
-    """Whether a file is not there. Over HTTP fsspec says so of whatever kept it from asking, and adds the cause."""
-    cause = error.__cause__
-    known = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in _ABSENT
-    return isinstance(error, FileNotFoundError) and known
+    @contextmanager
+    def _present(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise BadInput(f"{self.url}/{name}: missing; {AGAIN}") from None
 
 
 def read_array(info: TensorInfo) -> Array:

@@ -12,12 +12,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.strict_json import enumerated, parse_object
+from dsv4_convert.folders import GOLDEN_FILE
 from dsv4_convert.golden.compact import MAX_NUMBERS, Compact, exact_name, sketch_name
 from dsv4_convert.golden.layout import StoredShape, exact_rows, expected_aliases, kept_whole, stored_arrays
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
@@ -26,9 +28,15 @@ from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
-SCHEMA_VERSION = 4
-MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 5
+#: The versions that are read. Digests of version 4 cover an array alone, and not the prompt that it belongs to.
+READ_VERSIONS = (4, 5)
+MANIFEST_NAME = GOLDEN_FILE
 MODEL_FILE = "model.safetensors"
+
+#: Numerics of a reference -> the dtype in which it computed. Plain: the mathematics without simulated quantisation of
+#: activations. Release: the published inference code.
+NUMERICS = {"plain": "float32", "release": "bfloat16"}
 
 _DIGEST_KEY = "manifest_digest"
 _REQUEST_KEYS = (
@@ -59,7 +67,7 @@ class Reference:
     name: str
     #: Version by package.
     versions: Mapping[str, str]
-    #: "plain": the mathematics without simulated quantisation of activations.
+    #: One of :data:`NUMERICS`, which says its dtype.
     numerics: str
     dtype: str
     attention_implementation: str
@@ -80,7 +88,11 @@ class RecordedSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTap:
-    """File, shape and dtype of one tap's array. ``sha256`` is the digest of its bytes in C order, little-endian."""
+    """File, shape and dtype of one tap's array.
+
+    ``sha256`` is the digest of :attr:`RecordingRequest.prompt_digest` and of the array's bytes in C order,
+    little-endian.
+    """
 
     file: str
     dtype: str
@@ -121,6 +133,15 @@ class RecordingRequest:
     def token_array(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The tokens as int32 ``[B, S]``."""
         return np.array(self.tokens, np.int32)
+
+    @cached_property
+    def prompt_digest(self) -> bytes:
+        """SHA-256 of the tokens and their places, with which the digest of every array begins.
+
+        So an array is tied to its prompt, and a manifest with other tokens does not fit the recorded arrays.
+        """
+        prompt = {"tokens": self.tokens, "first_position": self.first_position, "decode": self.decode}
+        return hashlib.sha256(_compact(prompt).encode()).digest()
 
     def arrays(self) -> dict[str, StoredShape]:
         """Every array that this request makes: taps by full name in order of execution, each followed by its noise."""
@@ -171,7 +192,7 @@ class RecordingRequest:
         text, compact = document["text"], document["compact"]
         tokens = _tokens(document["tokens"], config.vocab_size)
         return cls(
-            reference=Reference(**_record(document, "reference", Reference, mappings=("versions",))),
+            reference=_reference(document),
             source=RecordedSource(
                 **_record(document, "source", RecordedSource, mappings=("files",), optional=("revision",))
             ),
@@ -193,6 +214,12 @@ class GoldenManifest:
     request: RecordingRequest
     taps: Mapping[str, StoredTap]
     aliases: Mapping[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def ties_prompt(self) -> bool:
+        """Whether the digests of the arrays cover the prompt."""
+        return self.schema_version > 4
 
     @property
     def digest(self) -> str:
@@ -202,7 +229,7 @@ class GoldenManifest:
     def _document(self) -> dict[str, Any]:
         """Everything but the digest, as plain JSON values."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             **self.request.to_json(),
             "taps": {name: tap.to_json() for name, tap in self.taps.items()},
             "aliases": dict(self.aliases),
@@ -228,9 +255,10 @@ class GoldenManifest:
         """
         document = parse_object(data, where=where)
         version = document.get("schema_version")
-        if version != SCHEMA_VERSION or isinstance(version, bool):
+        if type(version) is not int or version not in READ_VERSIONS:
             raise BadInput(
-                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}; "
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads "
+                f"{' and '.join(map(str, READ_VERSIONS))}; "
                 "read it with the version of dsv4 that recorded it, or record again"
             )
         if set(document) != _KEYS:
@@ -250,7 +278,7 @@ class GoldenManifest:
         problems = _tap_problems(request, taps, aliases)
         if problems:
             raise BadInput(f"{where}: not the taps that its config, tokens and layers imply:\n{listed(problems)}")
-        return cls(request=request, taps=taps, aliases=aliases)
+        return cls(request=request, taps=taps, aliases=aliases, schema_version=version)
 
 
 def stored_tap(entry: object) -> StoredTap:
@@ -331,6 +359,13 @@ def _record(
     if kind is RecordedSource and not all(map(_is_digest, entry["files"].values())):
         raise ValueError("source.files: expected SHA-256 digests")
     return entry
+
+
+def _reference(document: Mapping[str, Any]) -> Reference:
+    reference = Reference(**_record(document, "reference", Reference, mappings=("versions",)))
+    dtype = NUMERICS[enumerated(reference.numerics, NUMERICS, field="reference.numerics")]
+    enumerated(reference.dtype, [dtype], field=f"reference.dtype, in {reference.numerics} numerics,")
+    return reference
 
 
 def _tokens(value: object, vocabulary: int) -> tuple[tuple[int, ...], ...]:

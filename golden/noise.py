@@ -78,6 +78,17 @@ def row_noise(run: Array, golden: Array) -> Array:
     return noise.reshape(2, *shape)
 
 
+def row_sizes(golden: Array) -> Array:
+    """The rms of every row of ``[B, S, ...]``, float64 ``[B, S]``; elements that are not finite count as 0."""
+    sizes: Array = np.sqrt(np.mean(np.square(magnitude(golden).reshape(*golden.shape[:2], -1)), axis=-1))
+    return sizes
+
+
+def magnitude(values: Array) -> Array:
+    """Absolute values in float64, 0 where a value is not finite."""
+    return np.where(np.isfinite(values), np.abs(values.astype(np.float64)), 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordedTaps:
     """The taps of one layer, or of the model level, by name within it, and the noise of the real-valued ones."""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from packaging.specifiers import SpecifierSet
 
-from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import UsageError, did_you_mean
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.layout import DTYPES, expected_taps, tap_shape
@@ -36,8 +38,8 @@ Array = np.ndarray[Any, Any]
 #: The releases of transformers that the probes are written for, as in pyproject.toml.
 TRANSFORMERS = ">=5.23,<5.25"
 _INSTALL = "pip install 'dsv4-convert[reference]'"
-#: Called with what is done next, in words.
-Progress = Callable[[str], None]
+#: Called before each step: finished steps, all steps where they are known, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class RecordingOptions:
 
     tokens: Any
     text: Iterable[str] | None = None
-    layers: Iterable[int] | None = None
+    layers: Sequence[int] | None = None
     noise: Iterable[str] | None = None
     compact: Compact | None = None
     first_position: int = 0
@@ -74,14 +76,12 @@ class RecordingOptions:
 
 
 def record(
-    source: Path,
-    out: Path,
+    source: PathLike,
+    out: PathLike,
     options: RecordingOptions,
     *,
-    name: str | None = None,
-    revision: str | None = None,
     announce: Callable[[RecordingPlan], None] = lambda _: None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Golden:
     """Run a reference over a prompt and keep its activations, and how far rounding moves them.
 
@@ -91,11 +91,10 @@ def record(
     One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
 
     Args:
-        source: checkpoint folder, in any dialect and any of the published storages.
+        source: what :func:`~dsv4_convert.checkpoint.locate.open_source` opens: a checkpoint folder, ``ORG/NAME`` or
+            ``ORG/NAME@REVISION`` of the Hub, or ``gs://bucket/path``; in any dialect and published storage.
         out: folder to create.
         options: prompt, layers, dtypes, and the reference that runs.
-        name: what the golden calls its source, such as its repository; the folder's name if None.
-        revision: the source's commit; what the folder itself says if None.
         announce: called with the plan before anything is hashed or written.
         progress: called before each step.
 
@@ -110,40 +109,60 @@ def record(
         >>> options = RecordingOptions(tokens=[[3, 1, 4, 1, 5]], layers=[0])
         >>> golden = record_golden(Path("checkpoint"), Path("my-golden"), options)
     """
+    source, out = Path(source), Path(out)
+    check_destination(out)
+    with open_source(source, layers=layers_that_run(options.layers, greedy=options.greedy)) as checkpoint:
+        return record_opened(checkpoint, out, options, announce=announce, progress=progress)
+
+
+def layers_that_run(layers: Sequence[int] | None, *, greedy: bool) -> range | None:
+    """The layers whose weights a recording of ``layers`` reads; None for all of them."""
+    return None if layers is None or greedy else range(max(layers, default=-1) + 1)
+
+
+def record_opened(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: RecordingOptions,
+    *,
+    announce: Callable[[RecordingPlan], None] = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
+) -> Golden:
+    """:func:`record` of an open checkpoint, which stays open."""
     check_destination(out)
     reference = _reference(options)
-    with open_checkpoint(source, partial=options.layers is not None) as checkpoint:
-        config = checkpoint.architecture()
-        wanted = check_layers(config, options.layers)
-        ids = _prompt(options, config)
-        resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
-        request = RecordingRequest(
-            reference=reference.described,
-            source=RecordedSource(
-                name=name or checkpoint.root.resolve().name, revision=revision or checkpoint.revision, files={}
-            ),
-            config=config,
-            tokens=_rows(ids),
-            text=None if options.text is None else tuple(options.text),
-            layers=wanted,
-            noise=_noise_dtypes(reference.noise if options.noise is None else options.noise, reference.noise),
-            compact=options.compact,
-            first_position=options.first_position,
-            decode=options.decode,
-        )
-        planned = plan(checkpoint, resolution, request, passes=options.decode + 1 if options.greedy else 1)
-        announce(planned)
-        model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
-        if options.greedy:
-            request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
-        progress("hashing the source")
-        hashed = dataclasses.replace(request.source, files=_digests(checkpoint, resolution))
-        request = dataclasses.replace(request, source=hashed)
-        with golden_writer(out, request) as writer:
-            if not writer.complete:
-                check_space(out, planned.bytes_written - writer.bytes_written)
-                _run(model, writer, request, progress)
-            return writer.publish()
+    config = checkpoint.architecture()
+    wanted = check_layers(config, options.layers)
+    ids = _prompt(options, config)
+    resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
+    request = RecordingRequest(
+        reference=reference.described,
+        source=RecordedSource(
+            name=checkpoint.repository or checkpoint.root.resolve().name, revision=checkpoint.revision, files={}
+        ),
+        config=config,
+        tokens=_rows(ids),
+        text=None if options.text is None else tuple(options.text),
+        layers=wanted,
+        noise=_noise_dtypes(reference.noise if options.noise is None else options.noise, reference.noise),
+        compact=options.compact,
+        first_position=options.first_position,
+        decode=options.decode,
+    )
+    planned = plan(checkpoint, resolution, request, passes=options.decode + 1 if options.greedy else 1)
+    announce(planned)
+    checkpoint.prefetch()
+    model = reference.model(checkpoint, config, resolution, ids, noise=request.noise)
+    if options.greedy:
+        request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
+    progress(0, 0, "hashing the source")
+    hashed = dataclasses.replace(request.source, files=_digests(checkpoint, resolution))
+    request = dataclasses.replace(request, source=hashed)
+    with golden_writer(out, request) as writer:
+        if not writer.complete:
+            check_space(out, planned.bytes_written - writer.bytes_written)
+            _run(model, writer, request, progress)
+        return writer.publish()
 
 
 def _prompt(options: RecordingOptions, config: Config) -> Array:
@@ -233,17 +252,18 @@ def _run(
     for key in expected_taps(config, wanted, decode=request.decode):
         shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
         expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
-    progress("embedding")
+    progress(0, 0, "embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)
-    for layer in range(writer.finished[-1] + 1 if writer.finished else 0, max(wanted) + 1):
-        progress(f"layer {layer} of {config.num_hidden_layers}")
+    begun, last = writer.finished[-1] + 1 if writer.finished else 0, max(wanted)
+    for layer in range(begun, last + 1):
+        progress(layer - begun, last + 1 - begun, f"layer {layer} of {config.num_hidden_layers}")
         state, taken = model.run_layer(layer, state, expected.get(layer, {}))
         if layer in wanted:
             writer.write(layer, request.keep(taken.arrays(f"layers.{layer}.")), state)
     outer = expected[None]
     arrays = embedded.arrays("")
     if after := {name: what for name, what in outer.items() if name != "embed"}:
-        progress("head")
+        progress(last + 1 - begun, last + 1 - begun, "head")
         arrays |= model.run_head(state, after).arrays("")
     writer.write(None, request.keep(arrays))

@@ -64,15 +64,21 @@ def encode_text(tokenizer: Path, prompts: Sequence[str]) -> Tokens:
     return _as_tokens(encode_prompts(tokenizer, prompts), "the texts")
 
 
-def encode_prompts(tokenizer: Path, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, which may have different numbers of them.
+def encode_prompts(tokenizer: Path, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Token ids of texts, which may have different numbers of them; ``special``: with those that begin a text.
 
     Raises:
         UsageError: the package ``tokenizers`` is missing.
         BadInput: the tokenizer cannot be read.
     """
     loaded = _load_tokenizer(tokenizer)
-    return [loaded.encode(prompt).ids for prompt in prompts]
+    return [loaded.encode(prompt, add_special_tokens=special).ids for prompt in prompts]
+
+
+def token_of(tokenizer: Path, text: str) -> int | None:
+    """The id of a token by its text; None if the vocabulary has no such token. Raises like :func:`encode_prompts`."""
+    found: int | None = _load_tokenizer(tokenizer).token_to_id(text)
+    return found
 
 
 def text_decoder(tokenizer: Path) -> Callable[[Sequence[int]], str]:

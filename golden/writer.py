@@ -96,7 +96,7 @@ class GoldenWriter:
                 "recorded taps are not the expected ones:\n"
                 + listed([f"{name}: expected {wanted.get(name)}, recorded {found.get(name)}" for name in names])
             )
-        digests = {name: digest(taps[name]) for name in wanted}
+        digests = {name: digest(taps[name], self._request.prompt_digest) for name in wanted}
         for name in wanted.keys() & self._aliases.keys():
             if digests.pop(name) != self._taps[self._aliases[name]].sha256:
                 raise ValueError(f"{name} is not the same array as {self._aliases[name]}")
@@ -159,7 +159,8 @@ class GoldenWriter:
             stored = self._stored(layer, header.metadata)
             if differences(file, stored, header.tensors):
                 return None
-            if any(digest(read_array(header.tensors[name])) != tap.sha256 for name, tap in stored.items()):
+            prompt = self._request.prompt_digest
+            if any(digest(read_array(header.tensors[name]), prompt) != tap.sha256 for name, tap in stored.items()):
                 return None
         except BadInput:  # absent, or cut off by a crash of the machine
             return None

@@ -204,15 +204,14 @@ class Expected:
 
 def as_text(report: ParityReport, *, width: int = 100) -> str:
     """The verdict, then the tables of what does not pass: plain text."""
-    from rich.console import Console
-
     from dsv4_convert.parity.report.tables import labelled, render_tables
     from dsv4_convert.parity.report.words import summarized
+    from dsv4_convert.screen import Screen
 
     out = StringIO()
-    console = Console(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
+    console = Screen(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)
     said = summarized(report)
-    console.print(labelled(said), "")
+    console.print(*labelled(said, width), "", sep="\n")
     if report.taps:
         render_tables(report, console)
     lines = [said.headline, *(line.rstrip() for line in out.getvalue().splitlines())]

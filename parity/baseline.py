@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError
 from dsv4_convert.files.limits import nearest_folder
-from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.strict_json import enumerated, read_object
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.noise import MODES
+from dsv4_convert.golden.layout import is_fed
+from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.parity.metrics import Multiples
-from dsv4_convert.parity.tolerances import BANDS, UNIT
+from dsv4_convert.parity.tolerances import BANDS, LIMITS, UNIT
 from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 1
@@ -48,6 +49,9 @@ _ROOT = ("schema_version", "golden", "measured", "history")
 _REAL = tuple(field.name for field in dataclasses.fields(Multiples))
 #: The measures that a tap may have: multiples of the noise floor, or for a choice the share of tokens with ties.
 _FORMS = (_REAL, ("tokens",))
+
+#: The largest number that a run within tolerance has, by measure.
+_MOST = {**{measure: getattr(LIMITS, measure) for measure in _REAL}, "tokens": 1.0}
 
 #: The errors of a tap, by measure.
 Numbers = Mapping[str, float]
@@ -174,14 +178,14 @@ def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Num
     if not (isinstance(entry["platform"], str) and entry["platform"]):
         raise ValueError(f"measured: platform is {key.platform!r}, expected its name")
     for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
-        if getattr(key, field) not in allowed:
-            raise ValueError(f"measured: {field} is {getattr(key, field)!r}, expected one of {', '.join(allowed)}")
+        enumerated(entry[field], allowed, field=f"measured: {field}")
     known = {str(tap): tap for tap in golden.keys}
     taps = {}
     for name, numbers in _mapping(entry["taps"]).items():
         if name not in known:
             raise ValueError(f"{key}: the golden has no tap {name!r}")
-        taps[known[name]] = _numbers(f"{key}: {name}", numbers)
+        if not is_fed(known[name], Mode(key.mode)):  # earlier versions recorded these zeros
+            taps[known[name]] = _numbers(f"{key}: {name}", numbers)
     return key, taps
 
 
@@ -194,6 +198,10 @@ def _numbers(where: str, value: object) -> Numbers:
         good = isinstance(number, int | float) and not isinstance(number, bool)
         if not good or not math.isfinite(number) or number < 0:
             raise ValueError(f"{where}: {measure} is {number!r}, expected a number that is 0 or more")
+        if number > (most := _MOST[measure]):
+            raise ValueError(
+                f"{where}: {measure} is {number!r}, beyond the tolerance of {most:g}; only less is recorded"
+            )
     return {measure: float(numbers[measure]) for measure in BANDS if measure in numbers}
 
 

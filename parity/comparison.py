@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
-from dsv4_convert.golden.layout import DTYPES, calls, rows_of
-from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.files import AGAIN
+from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of
+from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
-from dsv4_convert.parity.floor import Floor, floor_of, row_sizes
+from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
@@ -69,6 +71,12 @@ class Comparison:
             there = (key for key in there if not key.tap.is_state)
         return [self._one(key, activations, mode, teacher_forced=teacher_forced, detail=detail) for key in there]
 
+    def compares(self, key: TapKey, mode: Mode) -> bool:
+        """Whether judging a tap says anything: it has elements in the compared tokens, and the model computes it."""
+        if is_fed(key, mode) or (self._phase is Phase.PREFILL and key.tap.is_state):
+            return False
+        return bool(math.prod(self.golden.shape(key))) and self._rows(key) != []
+
     def choices(self, layer: int) -> Activations:
         """The golden's discrete choices in a layer; none if the layer was not recorded."""
         return {key: self.golden.read(key) for key in self._recorded(layer) if key.tap.values is Values.CHOICE}
@@ -78,11 +86,17 @@ class Comparison:
         return {key: self.golden.read(key) for key in self._recorded(layer)}
 
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:
-        """The noise floor of a tap that has elements, of which the golden keeps ``views``."""
+        """The noise floor of a tap that has elements, of which the golden keeps ``views``.
+
+        Raises:
+            BadInput: rounding does not explain it.
+        """
         first = views[0]
         # The first number of a sketched row is its rms.
         sizes = row_sizes(first.values if first.sketched is None else first.values[..., :1])
         noise = self.golden.noise(key, self.dtype, mode)
+        if problem := self.golden.noise_problem(key, self.dtype, mode, noise, sizes):
+            raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
         least = release_unit(key.tap.name, mode)

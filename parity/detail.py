@@ -79,6 +79,7 @@ class Sample:
     ``counts``: elements whose error is between two of :data:`EDGES`; the first count is below all edges, the last above
     all. ``exact``: elements without an error; ``infinite``: elements whose error is not finite. ``found``, ``golden``
     and ``multiples``, float64 ``[points]``, are values and errors of some elements, the largest errors first.
+    ``tokens``: float32 ``[B, S]``, the error at each token, NaN where nothing was compared.
     """
 
     key: TapKey
@@ -90,6 +91,7 @@ class Sample:
     found: Array
     golden: Array
     multiples: Array
+    tokens: Array
 
     @property
     def elements(self) -> int:
@@ -119,18 +121,23 @@ class Detail:
         """One tap of real numbers; ``failing``: the form in which it fails, None if it does not."""
         if not parts:
             return
-        self._add_tokens(key, mode, parts)
+        errors = self._by_token(key, parts)
+        if not key.tap.is_state:  # the tokens that its rows belong to have them already
+            of_layer = self.tokens.setdefault((mode, key.layer), TokenErrors(self._nothing(), self._nothing()))
+            np.fmax(of_layer.worst, errors, out=of_layer.worst)
+            if key.tap is STREAMS:
+                np.fmax(of_layer.streams, errors, out=of_layer.streams)
         of_mode = [sample for sample in self.samples if sample.mode is mode]
         if failing is None or len(of_mode) >= SAMPLES or key.layer in (sample.key.layer for sample in of_mode):
             return
         (part,) = (part for part in parts if part.form is failing)
-        self.samples.append(_sample(key, mode, part))
+        self.samples.append(_sample(key, mode, part, errors))
 
-    def _add_tokens(self, key: TapKey, mode: Mode, parts: Sequence[ComparedPart]) -> None:
+    def _by_token(self, key: TapKey, parts: Sequence[ComparedPart]) -> Array:
+        """The largest error of each token, of whichever part has it."""
+        errors, ratio = self._nothing(), 1
         if key.tap.is_state:
-            return  # the tokens that its rows belong to have them already
-        errors = self.tokens.setdefault((mode, key.layer), self._nothing())
-        ratio = 1
+            return errors
         if key.tap.shape.split()[1] == "T":
             assert key.layer is not None
             ratio = self.prompt.config.ratio(self.prompt.config.attention[key.layer])
@@ -139,13 +146,11 @@ class Detail:
             kept = np.arange(multiples.shape[1]) if part.rows is None else np.asarray(part.rows, np.int64)
             # A compressed entry stands at the last token of its block, from which on it is there.
             at = (kept + 1) * ratio - 1
-            errors.worst[:, at] = np.fmax(errors.worst[:, at], multiples)
-            if key.tap is STREAMS:
-                errors.streams[:, at] = np.fmax(errors.streams[:, at], multiples)
+            errors[:, at] = np.fmax(errors[:, at], multiples)
+        return errors
 
-    def _nothing(self) -> TokenErrors:
-        shape = (self.prompt.prompts, self.prompt.tokens)
-        return TokenErrors(np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32))
+    def _nothing(self) -> Array:
+        return np.full((self.prompt.prompts, self.prompt.tokens), np.nan, np.float32)
 
 
 def _largest(part: ComparedPart) -> Array:
@@ -154,7 +159,7 @@ def _largest(part: ComparedPart) -> Array:
     return np.maximum(rows, elements * (LIMITS.row / LIMITS.element)).astype(np.float32)
 
 
-def _sample(key: TapKey, mode: Mode, part: ComparedPart) -> Sample:
+def _sample(key: TapKey, mode: Mode, part: ComparedPart, tokens: Array) -> Sample:
     multiples = element_multiples(part.found, part.golden, part.floor).reshape(-1)
     finite = multiples[np.isfinite(multiples)]
     counts = np.bincount(np.searchsorted(EDGES, finite[finite > 0]), minlength=len(EDGES) + 1)
@@ -169,6 +174,7 @@ def _sample(key: TapKey, mode: Mode, part: ComparedPart) -> Sample:
         found=part.found.reshape(-1)[at].astype(np.float64),
         golden=part.golden.reshape(-1)[at].astype(np.float64),
         multiples=multiples[at],
+        tokens=tokens,
     )
 
 

@@ -69,21 +69,23 @@ _SAME = {
 def diff(first: Golden, second: Golden, progress: Callable[[str], None] = lambda _: None) -> GoldenDiff:
     """Compare every tap of ``second`` with that of ``first``; both ran from the tokens, so errors may have added up.
 
-    ``progress`` is called with each tap that differs, before it is judged.
+    The noise floor of ``first`` decides. Where only ``second`` can be the measure, they change places: ``first`` is
+    whole and ``second`` compact, or only ``second`` carries a noise floor of float32. ``progress`` is called with each
+    tap that differs, before it is judged.
 
     Raises:
-        UsageError: other tokens or another architecture, so that nothing can be compared; or ``first`` carries no noise
+        UsageError: other tokens or another architecture, so that nothing can be compared; or neither carries a noise
             floor of float32 and a tap differs.
         BadInput: an array is not the one that was recorded.
     """
+    if _measures(second) > _measures(first):
+        first, second = second, first
     one, other = first.manifest.request, second.manifest.request
     for field, what in _SAME.items():
         if getattr(one, field) != getattr(other, field):
             raise UsageError(f"{first.path} and {second.path}: recorded from other {what}; nothing to compare")
     if first.compact is not None and second.compact is not None and first.compact != second.compact:
         raise UsageError(f"{first.path} and {second.path}: compact goldens of other positions, numbers or seed")
-    if first.compact is None and second.compact is not None:
-        raise UsageError(f"{second.path}: a compact golden; give it first, and {first.path} second")
     comparison = Comparison(first, "float32")
     theirs = set(second.keys)
     shared = [key for key in first.keys if key in theirs]
@@ -102,6 +104,11 @@ def diff(first: Golden, second: Golden, progress: Callable[[str], None] = lambda
         equal=len(shared) - len(differing),
         differing=tuple(differing),
     )
+
+
+def _measures(golden: Golden) -> tuple[bool, bool]:
+    """How well a golden serves as the measure of another."""
+    return golden.compact is not None, "float32" in golden.manifest.request.noise
 
 
 def _equal(result: TapResult) -> bool:

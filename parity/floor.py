@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.golden.noise import PEAK, RMS
+from dsv4_convert.golden.noise import PEAK, RMS, magnitude
 
 Array = np.ndarray[Any, Any]
 
@@ -52,17 +52,6 @@ def floor_of(sizes: Array, noise: Array, unit: float, unit_whole: float | None =
     measured = noise.astype(np.float64)
     rms, peak = (_smooth(measured[part], sizes, unit) for part in (RMS, PEAK))
     return Floor(rms, peak, unit, rms if unit_whole is None else _smooth(measured[RMS], sizes, unit_whole))
-
-
-def row_sizes(golden: Array) -> Array:
-    """The rms of every row of ``[B, S, ...]``, float64 ``[B, S]``; elements that are not finite count as 0."""
-    sizes: Array = np.sqrt(np.mean(np.square(magnitude(golden).reshape(*golden.shape[:2], -1)), axis=-1))
-    return sizes
-
-
-def magnitude(values: Array) -> Array:
-    """Absolute values in float64, 0 where a value is not finite."""
-    return np.where(np.isfinite(values), np.abs(values.astype(np.float64)), 0.0)
 
 
 def _smooth(measured: Array, sizes: Array, unit: float) -> Array:

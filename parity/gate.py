@@ -25,6 +25,7 @@ from dsv4_convert.parity.baseline import (
     tightened,
     write_baseline,
 )
+from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.report.data import Gate, GrownError, ParityReport, TapInMode, TapResult
 from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, FEW, Band
 from dsv4_convert.spec.taps import TapKey
@@ -78,7 +79,11 @@ def gated(
         ResourceError: it cannot be written.
     """
     baseline = open_baseline(request.path, golden, create=request.update)
-    gate = dataclasses.replace(_judged(report, baseline, request.path, partial=partial), update=request.update)
+    gate = dataclasses.replace(
+        _judged(report, baseline, request.path, partial=partial),
+        lacking=_lacking(report, golden, baseline) if partial else 0,
+        update=request.update,
+    )
     if request.update:
         gate, changed = _updated(report, gate, baseline, request.reason, today or _today())
         # Not touched where nothing changes, so that a file without the right to write serves as well.
@@ -155,6 +160,19 @@ def _judged(report: ParityReport, baseline: Baseline, path: Path, *, partial: bo
         unrecorded=tuple(unrecorded),
         missing=() if partial else tuple(absent),
         left_out=not_run + (len(absent) if partial else 0),
+    )
+
+
+def _lacking(report: ParityReport, golden: Golden, baseline: Baseline) -> int:
+    """Taps of the golden that neither this run has nor the baseline, in the modes of this run."""
+    phase = None if report.phase is None else Phase(report.phase)
+    comparison = Comparison(golden, report.dtype, phase)
+    keys = {tap.mode: key_of(report, tap) for tap in report.taps}
+    ran = {(tap.mode, tap.key) for tap in report.taps}
+    return sum(
+        comparison.compares(tap, mode) and (mode, tap) not in ran and tap not in baseline.measured.get(key, {})
+        for mode, key in keys.items()
+        for tap in golden.keys
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.tolerances import Limits
+from dsv4_convert.units import number_of
 
 Array = np.ndarray[Any, Any]
 
@@ -124,7 +125,7 @@ def compare(found: Array, golden: Array, floor: Floor | None, limits: Limits) ->
     if not over:
         return Verdict.PASS, distance, ""
     if (nans := int(np.count_nonzero(np.isnan(a) | np.isnan(b)))) > 0:
-        return Verdict.FAIL, distance, f"{nans} element(s) are NaN"
+        return Verdict.FAIL, distance, f"{number_of(nans, 'element')} {'is' if nans == 1 else 'are'} NaN"
     return Verdict.FAIL, distance, beyond(*noise.nearest(limits))
 
 
@@ -219,5 +220,5 @@ def beyond(measure: str, multiple: float, allowed: float) -> str:
 
 
 def shown(multiple: float) -> str:
-    """A multiple of the noise floor for people: ``24.3``, ``1.4e+05``."""
-    return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}"
+    """A multiple of the noise floor for people: ``24.3``, ``1.4e5``."""
+    return f"{multiple:.1f}" if multiple < 1000 else f"{multiple:.1e}".replace("e+0", "e").replace("e+", "e")

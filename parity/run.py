@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
-from dsv4_convert.golden.prompt_coverage import prompt_coverage
+from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN, Numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
+from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
@@ -33,6 +36,7 @@ from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
@@ -46,8 +50,8 @@ Array = np.ndarray[Any, Any]
 #: float32 matmul precision, as JAX names it.
 Precision: TypeAlias = Literal["highest", "high", "default"]
 
-#: Called with the layer that is about to run (None: the model level).
-Progress = Callable[[int | None], None]
+#: Called before each step: finished steps, all steps, the next one in words.
+Progress = Callable[[int, int, str], None]
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -67,7 +71,8 @@ class ParityOptions:
         precision: float32 matmul precision. The limits assume ``highest``; accelerators use fewer bits otherwise.
         mesh: how all devices share the dense parts of a layer, as :func:`~dsv4_convert.model.mesh.parse_mesh` reads
             it; None for a mesh that divides everything.
-        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure.
+        require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure, and so are
+            weights of a conversion that it does not use, unless ``against`` has the same.
         programs: the programs to prove, in :data:`~dsv4_convert.parity.programs.Program`'s order; None for both, where
             memory allows the compiled layers.
         model: how the compiled layers run.
@@ -97,15 +102,15 @@ _DEFAULTS = ParityOptions()
 
 
 def run_parity(
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     golden: Path | str,
     options: ParityOptions = _DEFAULTS,
     *,
-    source: Path | None = None,
-    against: Path | None = None,
+    source: Path | str | None = None,
+    against: Path | str | None = None,
     baseline: BaselineRequest | None = None,
     processes: Processes = ALONE,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda done, total, what: None,
 ) -> ParityReport:
     """Compare a converted checkpoint, or a published one before its conversion, with a golden.
 
@@ -113,12 +118,13 @@ def run_parity(
         checkpoint: Orbax checkpoint that dsv4 wrote; None with ``source``.
         golden: folder or URL of a recorded golden.
         options: what to compare, and how to compute.
-        source: folder of a published checkpoint; its weights are decoded on demand.
-        against: the published checkpoint with which the weights of wrong operations are compared.
+        source: a published checkpoint, as :func:`~dsv4_convert.checkpoint.locate.open_source` opens it; its weights
+            are decoded on demand.
+        against: the published checkpoint, likewise, with which the weights of wrong operations are compared.
         baseline: recorded errors of a healthy implementation for this golden; an error that exceeds them fails.
         processes: the processes of ``jax.distributed``, which all call this with the same arguments. They share the
             experts, too, and all of them get the report.
-        progress: called before each layer.
+        progress: called before each step.
 
     Raises:
         UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
@@ -128,34 +134,39 @@ def run_parity(
             written.
 
     Examples:
-        >>> run_parity(Path("orbax"), "golden/data/tiny", ParityOptions(layers=[0])).passed
+        >>> run_parity("orbax", "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
     layers = None if options.layers is None else check_layers(recorded.config, options.layers)
-    weights: Parameters
-    if checkpoint is not None and source is None:
-        weights = Weights.open(checkpoint)
-    elif source is not None and checkpoint is None:
-        weights = PublishedWeights.open(source, layers=_layers_up_to(layers, _modes(recorded, options.modes)))
-    else:
-        raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
-    _check_architecture(weights.config, recorded)
-    published = None if against is None else PublishedWeights.open(against, layers=layers)
-    if baseline is not None:
-        _check_baseline(baseline, recorded, options, write=processes.first)
-    prepare = partial(
-        ParityRun,
-        weights,
-        recorded,
-        options,
-        against=published,
-        devices=Devices.all(weights.config, processes, mesh),
-        progress=progress,
-        name=str(checkpoint or source),
-    )
-    report = _run(prepare, options)
+    with ExitStack() as held:
+
+        def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
+            return PublishedWeights(held.enter_context(open_source(where, layers=wanted)), layers=wanted)
+
+        weights: Parameters
+        if checkpoint is not None and source is None:
+            weights = Weights.open(checkpoint)
+        elif source is not None and checkpoint is None:
+            weights = published(source, _layers_up_to(layers, _modes(recorded, options.modes)))
+            weights.prefetch()
+        else:
+            raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
+        _check_architecture(weights.config, recorded)
+        if baseline is not None:
+            _check_baseline(baseline, recorded, options, write=processes.first)
+        prepare = partial(
+            ParityRun,
+            weights,
+            recorded,
+            options,
+            against=None if against is None else published(against, layers),
+            devices=Devices.all(weights.config, processes, mesh),
+            progress=progress,
+            name=str(checkpoint or source),
+        )
+        report = _run(prepare, options)
     if baseline is None:
         return report
     with processes.step("baseline"):
@@ -196,7 +207,7 @@ class ParityRun:
         *,
         against: PublishedWeights | None = None,
         devices: Devices | None = None,
-        progress: Progress = lambda _: None,
+        progress: Progress = lambda done, total, what: None,
         name: str = "weights",
         model: ModelOptions | None = None,
     ) -> None:
@@ -227,6 +238,7 @@ class ParityRun:
         self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))
         weights.check_layers(self._running)
         self._model = model if model is None else self._planned(model)
+        self._check_something_is_compared()
         make = Forward if self._model is None else partial(CompiledForward, model=self._model)
         self._forward = make(
             weights,
@@ -249,6 +261,7 @@ class ParityRun:
         golden, options = self._golden, self._options
         with jax.default_matmul_precision(options.precision):
             self._run_all()
+        coverage = tuple(prompt_coverage(golden, layer) for layer in self._layers)
         return ParityReport(
             modes=self._modes,
             decode=golden.decode,
@@ -259,7 +272,8 @@ class ParityRun:
             taps=tuple(result for mode in self._modes for result in self._results[mode]),
             localizations=tuple(self._localizations),
             error_splits=tuple(self._error_splits),
-            prompt_coverage=tuple(prompt_coverage(golden, layer) for layer in self._layers),
+            prompt_coverage=coverage,
+            unchecked=self._unchecked(coverage),
             require_coverage=options.require_coverage,
             logits=self._logits,
             checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
@@ -278,6 +292,31 @@ class ParityRun:
         width = np.dtype(self._numerics.weight_dtype(jnp.dtype(self._dtype)))
         return planned(self._weights, self._golden, self._running, width, model, self._devices)
 
+    def _check_something_is_compared(self) -> None:
+        """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
+        if any(self._comparison.compares(key, mode) for mode in self._modes for key in self._wanted):
+            return
+        names = ", ".join(dict.fromkeys(key.tap.name for key in self._wanted))
+        raise UsageError(
+            f"nothing would be compared of {names}: a layer's input is the golden's own in isolated mode, and other "
+            "taps have no elements in these tokens; name other taps, use --mode cumulative, or record more tokens"
+        )
+
+    def _unchecked(self, coverage: tuple[LayerCoverage, ...]) -> Unchecked:
+        """What the run says nothing about. If all is required, unused weights are compared with the source."""
+        left = unchecked(
+            self._golden,
+            self._weights.config,
+            wanted=self._wanted,
+            coverage=coverage,
+            decoded=bool(self._golden.decode) and self._options.phase is not Phase.PREFILL,
+            converted=not isinstance(self._weights, PublishedWeights),
+        )
+        if self._against is None or not (self._options.require_coverage and left.converted):
+            return left
+        differing = tuple(differing_weights(self._weights, self._against, left.weights))
+        return dataclasses.replace(left, compared=True, differing=differing)
+
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
             return tuple(layer for layer in self._layers if layer in self._wanted_layers)
@@ -287,15 +326,16 @@ class ParityRun:
     def _run_all(self) -> None:
         if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
             self._run_embedding()
-        for layer in self._running:
-            self._progress(layer)
+        total = len(self._running) + self._wants_head
+        for done, layer in enumerate(self._running):
+            self._progress(done, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
             self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
         if self._wants_head:
-            self._progress(None)
+            self._progress(total - 1, total, "head")
             self._run_head()
 
     def _run_embedding(self) -> None:
-        self._progress(None)
+        self._progress(0, 0, "embedding")
         activations, self._streams = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
@@ -359,8 +399,9 @@ class ParityRun:
     def _judge(self, activations: Activations, mode: Mode) -> bool:
         """Judge the wanted taps; whether any fails."""
         teacher_forced = self._teacher_forced and mode is Mode.ISOLATED
+        compared = [key for key in self._wanted if not is_fed(key, mode)]
         results = self._comparison.judge(
-            activations, mode, self._wanted, teacher_forced=teacher_forced, detail=self._detail
+            activations, mode, compared, teacher_forced=teacher_forced, detail=self._detail
         )
         self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)

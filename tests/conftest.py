@@ -23,6 +23,8 @@ settings.load_profile("dsv4")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile as on the first run, and leave the user's cache alone.
+os.environ.setdefault("DSV4_CACHE", "off")
 
 # The threads of BLAS and OpenMP wait for one another by spinning: with tests side by side, and on arrays as small as
 # these, that takes several times what the work does.

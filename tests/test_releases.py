@@ -181,8 +181,8 @@ _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does n
         (
             _raw("DeepSeek-V4.1-Flash.from_third_party_test"), _ENGRAM | _VISION,
             [_NEW, "config.json has model_type 'deepseek_v41', image_token_id, text_config, vision_config",
-             "V4.1 engram memory is not supported: 4 tensor(s) such as layers.1.engram.embed.weight",
-             "vision encoder is not supported: 7 tensor(s) such as vision.blocks.0.attn.qkv.weight"],
+             "V4.1 engram memory is not supported: 4 tensors such as layers.1.engram.embed.weight",
+             "vision encoder is not supported: 7 tensors such as vision.blocks.0.attn.qkv.weight"],
         ),
         (
             _raw("DeepSeek-V4.1-Flash.from_third_party_test"), {},
@@ -191,15 +191,15 @@ _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does n
         (
             {**tiny_config(), **_VISION_FIELDS}, _VISION,
             [_SEES, "config.json has vision_n_layers, vision_dim, vision_n_heads, vision_inter_dim and 6 more",
-             "vision tokens is not supported: 2 tensor(s) such as image_end, image_start",
-             "vision routing bias is not supported: 4 tensor(s) such as layers.0.ffn.gate.bias_vl",
-             "vision aligner is not supported: 1 tensor(s) such as aligner.layers.0.weight"],
+             "vision tokens is not supported: 2 tensors such as image_end, image_start",
+             "vision routing bias is not supported: 4 tensors such as layers.0.ffn.gate.bias_vl",
+             "vision aligner is not supported: 1 tensor such as aligner.layers.0.weight"],
         ),
         (
             tiny_config(), _VISION,
             [_SEES, "vision.blocks.2.attn.qkv.weight, vision.blocks.3.attn.qkv.weight and 3 more"],
         ),
-        (tiny_config(), _ENGRAM, [_NEW, "V4.1 engram memory is not supported: 4 tensor(s)"]),
+        (tiny_config(), _ENGRAM, [_NEW, "V4.1 engram memory is not supported: 4 tensors"]),
         ({**tiny_config(), "vision_n_layers": 32}, {}, [_SEES, "config.json has vision_n_layers"]),
         ({**tiny_config(), "engram_layer_ids": [1]}, {}, [_NEW, "config.json has engram_layer_ids"]),
     ],
@@ -237,7 +237,7 @@ def test_what_is_not_supported_is_refused_in_one_message(
             assert complaint in words
         assert words.count("error:") == 1
         assert words.startswith(f"error: {tmp_path / 'hf'}: ")
-        assert "problem(s)" not in words
+        assert "problems" not in words
         assert "unknown" not in words
         assert not (tmp_path / "orbax").exists()
 

@@ -302,6 +302,6 @@ def test_a_config_that_names_code_is_refused(folders: Path, tmp_path: Path) -> N
 
 def test_licences_are_permissive() -> None:
     found = licences()
-    assert {"jax", "orbax-checkpoint", "safetensors", "aiohttp"} <= found.keys()
+    assert {"jax", "orbax-checkpoint", "safetensors", "huggingface-hub"} <= found.keys()
     assert {name: stated for name, stated in found.items() if not is_allowed(stated[1])} == {}
     assert not any(map(is_allowed, ("", "GPL-3.0-only", "MIT AND GPL-2.0", "LGPL-2.1", "Proprietary", "AGPL-3.0")))

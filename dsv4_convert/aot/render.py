@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dsv4_convert.aot.report import CompileReport, Memory
 from dsv4_convert.model.mesh import describe_mesh
@@ -27,9 +28,10 @@ def render(report: CompileReport, console: Console) -> None:
     if report.collectives:
         console.print(fitted(_collectives(report), console, dispensable=("times",)))
     if report.fits:
-        console.print(f"[bold green]fits[/] {where.name}")
+        console.print(Text.assemble(("fits", "bold green"), f" {where.name}"))
     else:
-        console.print(f"[bold red]does not fit[/] {where.name}" + (f": {report.refused}" if report.refused else ""))
+        why = f": {report.refused}" if report.refused else ""
+        console.print(Text.assemble(("does not fit", "bold red"), f" {where.name}{why}"))
 
 
 def _memory(memory: Memory, hbm: int) -> Table:

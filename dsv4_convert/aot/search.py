@@ -56,8 +56,9 @@ def compile_model(
         ResourceError: the compiler for TPUs is not installed.
     """
     config = first_layers(config, layers or config.num_hidden_layers)
+    devices = where.devices()
     sizes = dict(mesh or usual_mesh(config, where.count))
-    over = make_mesh(sizes, where.devices())
+    over = make_mesh(sizes, devices)
     job = Job(tokens=tokens, batch=batch or prompts_of(sizes), decode=decode, source=source)
     program = lowered(config, over, job)
     memory, refused, text = None, None, ""
@@ -138,7 +139,8 @@ def smallest_slice(
     """
     config = first_layers(config, config.num_hidden_layers)
     for where in Slice.all(generation):
-        over = make_mesh(usual_mesh(config, where.count), where.devices())
+        devices = where.devices()
+        over = make_mesh(usual_mesh(config, where.count), devices)
         job = Job(tokens=tokens, batch=batch or prompts_of(over.shape), decode=decode, source=source)
         if argument_bytes(config, over, job) > where.chip.hbm:
             continue

@@ -24,6 +24,7 @@ from dsv4_convert.checkpoint.provenance import recorded, snapshot_commit
 from dsv4_convert.errors import BadInput, UsageError, listed
 from dsv4_convert.files.reading import file_digest, stamp_of, stat_regular
 from dsv4_convert.files.strict_json import read_object, shown
+from dsv4_convert.folders import is_converted
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
@@ -123,7 +124,17 @@ class Checkpoint:
         """SHA-256 of the shards, by name, as far as somebody states them."""
         return {}
 
-    def changed(self) -> Mapping[str, float]:
+    def fetch_small_files(self) -> None:
+        """Bring what belongs to the checkpoint beside the shards to the disk; nothing to do in a folder."""
+
+    def prefetch(self) -> None:
+        """Bring all files to the disk, the shards in the background; nothing to do in a folder.
+
+        Raises:
+            ResourceError: they have no room there, or a file cannot be fetched.
+        """
+
+    def changed(self) -> Mapping[str, float | str]:
         """Modification time of each shard, by file name: a shard that was written again has another one."""
         return {file.name: file.stat().st_mtime_ns for file in self.shards}
 
@@ -133,6 +144,7 @@ class Checkpoint:
         Raises:
             BadInput: the file cannot be read, or changed since the checkpoint was opened.
         """
+        self._arrive(file)
         self._check_unchanged(file)
         digest = file_digest(file)
         self._check_unchanged(file)
@@ -227,9 +239,14 @@ def absent_tensors(root: Path, headers: Sequence[Header], weight_map: Mapping[st
 def _check_folder(root: Path) -> None:
     """Say early, and in its own words, when the path is not a checkpoint folder at all."""
     if not root.exists():
-        raise BadInput(f"{root}: no such folder; give a checkpoint folder, or a Hub repository as ORG/NAME")
+        raise BadInput(f"{root}: no such folder; give one that holds {CONFIG_NAME} and the safetensors files")
     if not root.is_dir():
         raise BadInput(f"{root}: a file; give the folder that holds {CONFIG_NAME} and the safetensors files")
+    if is_converted(root):
+        raise BadInput(
+            f"{root}: already converted, and not a published checkpoint; `dsv4 inspect {root}` shows it, and `dsv4 "
+            f"convert orbax-to-hf {root} DEST` restores the published form"
+        )
     if not (root / CONFIG_NAME).exists() and not (root / CONFIG_NAME).is_symlink():
         if (root / "snapshots").is_dir():
             raise BadInput(f"{root}: a repository in the Hub cache; give one of the folders in {root / 'snapshots'}")

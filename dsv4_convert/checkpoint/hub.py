@@ -1,6 +1,6 @@
 """Fetching a checkpoint from a Hugging Face Hub repository: only the files that are needed, at one pinned commit.
 
-All transfers go through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE mean what
+All requests go through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE mean what
 they mean everywhere; the client reads most of them once, when it is imported. A file is fetched whole or not at all:
 the client resumes inside one run when a connection breaks, while a run that was ended starts its unfinished files
 again and keeps the finished ones. It compares sizes only, so :func:`verify_download` compares content afterwards.
@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-from dsv4_convert.checkpoint.hub_errors import hub_errors
 from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter, Progress
-from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.errors import BadInput, ResourceError, listed
-from dsv4_convert.files.limits import free_bytes
-from dsv4_convert.files.reading import WRONG_SUFFIX, file_digest, set_aside
+from dsv4_convert.checkpoint.planned import PlannedFile, check_room
+from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.files.reading import WRONG_SUFFIX, set_aside
 from dsv4_convert.files.workspace import locked
 
 __all__ = [
@@ -80,11 +76,10 @@ def download(
         UsageError: as :func:`plan_download`.
     """
     plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, force=force)
-    _check_disk(plan)
+    check_room(plan.folder, plan.to_download_bytes)
     if not plan.offline:
-        local = None if local_dir is None else plan.folder
-        with hub_errors(repo_id, plan.revision, plan.folder), _held(local):
-            _fetch(plan, cache_dir=cache_dir, local_dir=local, force=force, progress=progress)
+        with _held(None if local_dir is None else plan.folder):
+            _fetch(plan, force=force, progress=progress)
     unverified = tuple(file.name for file in plan.files if file.oid is None or not verify)
     if verify:
         verify_download(plan, progress=progress)
@@ -112,17 +107,9 @@ def verify_download(plan: DownloadPlan, *, progress: Progress | None = None) -> 
         path = plan.folder / file.name
         if not path.is_file():
             return f"{path}: missing"
-        if (size := path.stat().st_size) != file.size:
+        if (problem := file.problem(path, meter.add)) is not None:
             set_aside(path)
-            return f"{path}: expected {file.size:,} bytes, found {size:,}"
-        if file.oid is None:
-            return None
-        algorithm, prefix = ("sha256", b"") if len(file.oid) == 64 else ("sha1", b"blob %d\0" % size)
-        found = file_digest(path, algorithm, prefix=prefix, on_bytes=meter.add)
-        if found == file.oid:
-            return None
-        set_aside(path)
-        return f"{path}: expected {algorithm} {file.oid}, found {found}"
+        return problem
 
     with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
         try:
@@ -149,43 +136,12 @@ def _held(local_dir: Path | None) -> Iterator[None]:
         yield
 
 
-def _check_disk(plan: DownloadPlan) -> None:
-    """Before anything large is fetched."""
-    needed = plan.to_download_bytes
-    free = free_bytes(plan.folder)
-    if needed > free:
-        raise ResourceError(
-            f"{plan.folder}: {needed:,} bytes are still to be downloaded, {free:,} are free; make room, choose another "
-            "folder or HF_HUB_CACHE, or download only some layers"
-        )
-
-
-def _fetch(
-    plan: DownloadPlan,
-    *,
-    cache_dir: Path | str | None,
-    local_dir: Path | None,
-    force: bool,
-    progress: Progress | None,
-) -> None:
+def _fetch(plan: DownloadPlan, *, force: bool, progress: Progress | None) -> None:
     """Fetch the files of the plan, eight at a time; the first failure stops the others at their next piece."""
-    api = HfApi(library_name="dsv4")
+    assert plan.target is not None
     meter = Meter("download", plan.to_download_bytes, progress)
-    bar_class = meter.bar_class()
-
-    def fetch(file: PlannedFile) -> None:
-        api.hf_hub_download(
-            plan.repo_id,
-            file.name,
-            revision=plan.revision,
-            cache_dir=cache_dir,
-            local_dir=local_dir,
-            force_download=force,
-            tqdm_class=bar_class,
-        )
-
     with ThreadPoolExecutor(_TRANSFERS) as pool:
-        transfers: list[Future[None]] = [pool.submit(fetch, file) for file in plan.files]
+        transfers = [pool.submit(plan.target.fetch, file, meter, force=force) for file in plan.files]
         try:
             for transfer in as_completed(transfers):
                 transfer.result()

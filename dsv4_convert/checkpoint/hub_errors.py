@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,24 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # of the client: httpx2 in huggingface_hub 2
 
-from dsv4_convert.checkpoint.hub_health import endpoint, misconfigured
+from dsv4_convert.checkpoint.hub_health import endpoint
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
+from dsv4_convert.files.remote import misconfigured
+from dsv4_convert.files.strict_json import shown
+from dsv4_convert.urls import without_secrets
+
+
+class _WithoutSecrets(logging.Filter):
+    """Lets all messages through, without the signatures of the URLs in them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+# The client warns of transfers that break by the signed URLs of the servers that large files come from.
+for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+    logging.getLogger(_name).addFilter(_WithoutSecrets())
 
 _TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth login`"
 
@@ -67,6 +84,14 @@ def unusable_token() -> UsageError:
     return UsageError("the access token has characters that cannot be sent (a line end?); set HF_TOKEN again")
 
 
+def unlike_the_hub(what: str, expected: str, found: object) -> BadInput:
+    """The error for an answer that the Hub does not give: who answered, and what was expected of ``what``."""
+    return BadInput(
+        f"{endpoint()} does not answer like the Hub: {what}: expected {expected}, found {shown(str(found))}; check "
+        "HF_ENDPOINT, and what is between here and there"
+    )
+
+
 def _quotes_a_header(error: BaseException | None) -> bool:
     """Whether a header could not be sent. The text says which, and the one with the token is the only candidate."""
     while error is not None and not isinstance(error, httpx.LocalProtocolError):
@@ -99,7 +124,7 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
         case LocalEntryNotFoundError() | RevisionResolutionError() | ValueError() if error.__cause__ is not None:
             return _translated(error.__cause__, repo_id, revision, folder)  # what kept the client from asking the Hub
         case FileMetadataError():
-            return ResourceError(f"{what}: {endpoint()} does not answer like the Hub; check HF_ENDPOINT")
+            return unlike_the_hub(what, "the size and the hash of a file", "an answer without them")
         case httpx.HTTPError():
             # Of these only connection errors carry a text that is safe to show: the system's.
             reason = str(error) if isinstance(error, httpx.ConnectError) else type(error).__name__

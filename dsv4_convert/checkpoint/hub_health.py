@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+from dsv4_convert.files.remote import misconfigured
+from dsv4_convert.urls import without_secrets
 
 
 def cache_folder() -> Path:
@@ -15,8 +17,8 @@ def cache_folder() -> Path:
 
 
 def endpoint() -> str:
-    """The Hub that is asked, without the user and the password that its URL may hold: for people."""
-    return re.sub(r"//.*@", "//", constants.ENDPOINT)
+    """The Hub that is asked, as it is shown."""
+    return without_secrets(constants.ENDPOINT)
 
 
 def has_token() -> bool:
@@ -36,18 +38,4 @@ def unreachable(timeout: float) -> str | None:
         return f"{error.strerror or error}; check SSL_CERT_FILE and SSL_CERT_DIR"
     except (httpx.InvalidURL, ValueError, ImportError) as error:
         return misconfigured(error) or f"the client cannot ask ({type(error).__name__})"
-    return None
-
-
-def misconfigured(error: BaseException) -> str | None:
-    """What in the environment keeps the client from asking at all; None where ``error`` is something else.
-
-    No value is quoted, as the URLs of proxies hold passwords.
-    """
-    if isinstance(error, httpx.InvalidURL):
-        return "HF_ENDPOINT, or the proxy in HTTPS_PROXY or ALL_PROXY, is not a URL"
-    if type(error) is ValueError and "proxy" in str(error):
-        return "the proxy in HTTPS_PROXY or ALL_PROXY is of a kind that the client does not know"
-    if isinstance(error, ImportError) and "socksio" in str(error):
-        return "the SOCKS proxy in HTTPS_PROXY or ALL_PROXY needs the package socksio, which is not installed"
     return None

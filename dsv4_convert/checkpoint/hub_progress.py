@@ -6,7 +6,11 @@ import threading
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from dsv4_convert.errors import ResourceError
+
 Stage = Literal["download", "verify"]
+#: What may come more than twice of a file, as it comes in pieces and may come again.
+_SLACK_BYTES = 64 << 20
 
 
 class Progress(Protocol):
@@ -49,12 +53,16 @@ class Meter:
         with self._lock:
             self._stopped = True
 
-    def bar_class(self) -> Any:
-        """A class that the Hub client takes for a tqdm bar: it prints nothing and counts here."""
-        meter = self
+    def bar_class(self, nbytes: int) -> Any:
+        """A class that the Hub client takes for a tqdm bar: it prints nothing and counts here.
+
+        It ends a transfer of a file of ``nbytes`` that goes on for ever.
+        """
+        meter, most = self, 2 * nbytes + _SLACK_BYTES
 
         class Bar:
-            def __init__(self, *_: Any, **__: Any) -> None: ...
+            def __init__(self, *_: Any, **__: Any) -> None:
+                self._came = 0
 
             def __enter__(self) -> Self:
                 return self
@@ -64,6 +72,9 @@ class Meter:
             ) -> None: ...
 
             def update(self, n: float | None = 1) -> None:
+                self._came += int(n or 0)
+                if self._came > most:
+                    raise ResourceError(f"more than {most:,} bytes came of a file of {nbytes:,}; check HF_ENDPOINT")
                 meter.add(int(n or 0))
 
             def update_transfer(self, n: float | None = 1) -> None:

@@ -1,93 +1,41 @@
-"""A checkpoint in a Hub repository, opened by its headers, whose shards arrive while it is read."""
+"""A checkpoint in a Hub repository, whose shards the Hub client brings to its cache or a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi
-
-from dsv4_convert.checkpoint.arriving import TRANSFERS, ArrivingCheckpoint
-from dsv4_convert.checkpoint.folder import Checkpoint, absent_tensors, open_checkpoint
-from dsv4_convert.checkpoint.header import Header
-from dsv4_convert.checkpoint.hub_errors import hub_errors
-from dsv4_convert.checkpoint.hub_headers import measured_rate, read_headers
-from dsv4_convert.checkpoint.hub_plan import DownloadPlan, plan_download
+from dsv4_convert.checkpoint.folder import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint.hub_folder import HubFolder
+from dsv4_convert.checkpoint.hub_plan import plan_download
 from dsv4_convert.checkpoint.hub_progress import Meter
-from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
+from dsv4_convert.checkpoint.hub_target import HubTarget
 from dsv4_convert.checkpoint.planned import PlannedFile
-from dsv4_convert.files.strict_json import read_object
-
-_PROBE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class _Source:
-    """How the files of one plan are fetched."""
-
-    plan: DownloadPlan
-    cache_dir: Path | None
-    local_dir: Path | None
-
-    def fetch(self, file: PlannedFile, *, bar_class: Any, force: bool = False) -> Path:
-        """The file on disk, fetched if it is not there yet."""
-        with hub_errors(self.plan.repo_id, self.plan.revision):
-            fetched = HfApi(library_name="dsv4").hf_hub_download(
-                self.plan.repo_id,
-                file.name,
-                revision=self.plan.revision,
-                cache_dir=self.cache_dir,
-                local_dir=self.local_dir,
-                force_download=force,
-                tqdm_class=bar_class,
-            )
-        return Path(fetched)
+from dsv4_convert.checkpoint.streamed import StreamedCheckpoint
+from dsv4_convert.files.remote import RemoteFolder
 
 
-class HubCheckpoint(ArrivingCheckpoint):
-    """A repository. Made by :func:`open_repository`."""
+class HubOrigin:
+    """An :class:`~dsv4_convert.checkpoint.streamed.Origin`: a repository at one commit."""
 
-    def __init__(
-        self,
-        plan: DownloadPlan,
-        headers: Sequence[Header],
-        *,
-        config: Mapping[str, object],
-        absent: frozenset[str],
-        source: _Source,
-        discard: bool,
-    ) -> None:
-        super().__init__(
-            root=plan.folder,
-            config=config,
-            headers=headers,
-            absent=absent,
-            revision=plan.revision,
-            files=plan.files,
-            discard=discard,
-        )
-        self.repository = plan.repo_id
-        self.plan = plan
-        self._source = source
-        client = self.root.parents[1] if source.local_dir is None else self.root / ".cache" / "huggingface"
+    def __init__(self, target: HubTarget, *, discard: bool) -> None:
+        self.name, self.root = target.repo_id, target.folder
+        self.revision: str | None = target.revision
+        self.remote: RemoteFolder = HubFolder(target.repo_id, target.revision)
+        self._target = target
+        self._discard = discard
+        client = self.root.parents[1] if target.local_dir is None else self.root / ".cache" / "huggingface"
         #: One empty file for each shard that a run with ``discard`` has begun to fetch and not deleted yet.
         self._fetched_here = client / "dsv4-fetched"
 
-    def rate(self) -> float:
-        """Bytes per second that the Hub sends, from a short try."""
-        missing = [file for file in self.shard_files if not file.cached] or list(self.shard_files)
-        return measured_rate(self.plan, missing[:TRANSFERS], nbytes=_PROBE_BYTES)
-
-    def _fetch(self, file: PlannedFile, *, force: bool = False) -> Path:
-        if self.discard and not file.cached and file.name.endswith(SHARD_SUFFIX):
+    def fetch(self, file: PlannedFile, meter: Meter, *, force: bool = False) -> Path:
+        if self._discard and not file.cached and file.is_shard:
             self._fetched_here.mkdir(parents=True, exist_ok=True)
             (self._fetched_here / file.name).touch()
-        return self._source.fetch(file, force=force, bar_class=self._meter.bar_class())
+        return self._target.fetch(file, meter, force=force)
 
-    def _delete(self, shard: str) -> None:
+    def delete(self, shard: str) -> None:
         """The file, what it links to in the cache, and the client's record of it; nothing that was there before."""
         mark = self._fetched_here / shard
         if not mark.exists():
@@ -101,6 +49,13 @@ class HubCheckpoint(ArrivingCheckpoint):
         mark.unlink()
         with suppress(OSError):  # not empty, or another run has just put something there
             self._fetched_here.rmdir()
+
+    def changed(self) -> Mapping[str, str]:
+        """Nothing changes at a commit."""
+        return {}
+
+    def close(self) -> None:
+        """All files stay: others may use them."""
 
 
 def open_repository(
@@ -120,7 +75,7 @@ def open_repository(
             ``discard`` has fetched counts as fetched by this one.
 
     Returns:
-        A :class:`HubCheckpoint`; where the Hub cannot be reached and all files are on disk, their folder.
+        A streamed checkpoint; where the Hub cannot be reached and all files are on disk, their folder.
 
     Raises:
         BadInput, ResourceError, UsageError: as ``plan_download``.
@@ -131,15 +86,6 @@ def open_repository(
         checkpoint = open_checkpoint(plan.folder, partial=want is not None)
         checkpoint.repository = repo_id
         return checkpoint
-    shards = [file for file in plan.files if file.name.endswith(SHARD_SUFFIX)]
-    headers = read_headers(plan, shards)
-    source = _Source(plan, cache_dir, local_dir)
-    (config,) = (file for file in plan.files if file.name == CONFIG_NAME)
-    return HubCheckpoint(
-        plan,
-        headers,
-        config=read_object(source.fetch(config, bar_class=Meter("download", 0, None).bar_class())),
-        absent=absent_tensors(plan.folder, headers, plan.weight_map),
-        source=source,
-        discard=discard,
-    )
+    assert plan.target is not None
+    origin = HubOrigin(plan.target, discard=discard)
+    return StreamedCheckpoint(origin, plan.files, weight_map=plan.weight_map, discard=discard)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import read_object, shown
+from dsv4_convert.folders import CONFIG_FILE
 
 INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
+CONFIG_NAME = CONFIG_FILE
 SHARD_SUFFIX = ".safetensors"
 
 #: A shard is a plain file name in the checkpoint's own folder: no separator, no drive, no URL, no way out.

@@ -1,10 +1,9 @@
-"""Where a source is: a folder as it stands, or a Hub repository."""
+"""The one door to a published checkpoint, and the one to a folder behind a URL."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +12,12 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.spec.names import layer_of, stage_of
 
 if TYPE_CHECKING:
-    from dsv4_convert.checkpoint.hub_progress import Progress
+    from dsv4_convert.files.remote import RemoteFolder
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A checkpoint on disk, and the repository and commit that it came from where that is known."""
-
-    path: Path
-    repository: str | None
-    revision: str | None
+_REPOSITORY = re.compile(
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)(?:@(?P<revision>[A-Za-z0-9_./-]+))?"
+)
+_EXPECTED = "a folder, a repository of the Hub as ORG/NAME or ORG/NAME@REVISION, or gs://bucket/path"
 
 
 def wanted_tensors(layers: Iterable[int] | None) -> Callable[[str], bool] | None:
@@ -41,71 +34,64 @@ def wanted_tensors(layers: Iterable[int] | None) -> Callable[[str], bool] | None
 
 
 def open_source(
-    source: str, *, revision: str | None = None, layers: Iterable[int] | None = None, discard: bool = False
+    source: str | Path, *, revision: str | None = None, layers: Iterable[int] | None = None, discard: bool = False
 ) -> Checkpoint:
-    """Open a folder, or a repository by its headers alone; shards of a repository come when they are read.
+    """Open a published checkpoint, wherever it is. Of one that is not here only headers are read; shards come when
+    they are needed.
 
     Args:
-        source: folder, ``owner/name``, or ``gs://bucket/path``.
-        revision: of the repository.
+        source: a folder; ``ORG/NAME`` or ``ORG/NAME@REVISION``, a repository of the Hub; or ``gs://bucket/path``.
+        revision: of the repository, where ``source`` does not name it.
         layers: those whose shards are needed; None for all.
         discard: delete every shard of a repository after its use, unless it was on disk before. Copies of a
             bucket's shards are always deleted.
 
     Raises:
-        UsageError: a revision of a local folder, or its files to be discarded.
-        BadInput: neither a folder nor a repository, or not a checkpoint.
-        ResourceError: the Hub cannot be reached.
+        UsageError: a revision of what has none, or the files of a local folder to be discarded.
+        BadInput: none of the three, or not a checkpoint.
+        ResourceError: the Hub or the bucket cannot be reached.
     """
-    if "://" in source:
-        if revision is not None or not source.startswith("gs://"):
-            raise UsageError(
-                f"{source}: expected gs://bucket/path, a folder or a repository; --revision is for the last"
-            )
+    text = str(source)
+    path = Path(source)
+    local = "://" not in text and path.exists()
+    match = None if local else _REPOSITORY.fullmatch(text)
+    if revision is not None and (match is None or match["revision"] is not None):
+        what = "is a local folder" if local else "is not a repository of the Hub"
+        what = what if match is None else "names its revision already"
+        raise UsageError(f"{text}: {what}, so --revision {revision} means nothing; leave it out")
+    if local:
+        if discard:
+            raise UsageError(f"{text}: is a local folder, whose files are not deleted; leave --discard-source out")
+        return open_checkpoint(path, partial=layers is not None)
+    want = wanted_tensors(layers)
+    if match is not None:
+        from dsv4_convert.checkpoint.hub_stream import open_repository
+
+        revision = revision or match["revision"]
+        return open_repository(match["name"], revision=revision, want=want, discard=discard)
+    if text.startswith("gs://"):
         from dsv4_convert.checkpoint.bucket import open_bucket
 
-        return open_bucket(source, want=wanted_tensors(layers))
-    path = Path(source)
-    if path.exists():
-        if discard:
-            raise UsageError(f"{source}: is a local folder, whose files are not deleted; leave --discard-source out")
-        _check_folder_revision(source, revision)
-        return open_checkpoint(path, partial=layers is not None)
-    _check_repository(source)
-    from dsv4_convert.checkpoint.hub_stream import open_repository
-
-    return open_repository(source, revision=revision, want=wanted_tensors(layers), discard=discard)
+        return open_bucket(text, want=want)
+    if "://" in text:
+        raise UsageError(f"{text}: expected {_EXPECTED}")
+    raise BadInput(
+        f"{text}: no such folder, and not a repository such as deepseek-ai/DeepSeek-V4-Flash; expected {_EXPECTED}"
+    )
 
 
-def locate(
-    source: str,
-    *,
-    revision: str | None = None,
-    layers: Iterable[int] | None = None,
-    progress: Progress | None = None,
-) -> Origin:
-    """The folder of ``source``; a repository (``owner/name``) is downloaded, of its shards only those that are needed.
+def open_remote(url: str) -> RemoteFolder:
+    """The folder behind a URL: ``https://``, ``hf://``, or what fsspec knows, such as ``gs://``.
 
     Raises:
-        UsageError: a revision of a local folder.
-        BadInput: neither a folder nor a repository; the download fails.
+        UsageError: a kind of URL that nobody knows, or whose package is not installed.
     """
-    path = Path(source)
-    if path.exists():
-        _check_folder_revision(source, revision)
-        return Origin(path, None, None)
-    _check_repository(source)
-    from dsv4_convert.checkpoint.hub import download
+    from dsv4_convert.files.remote import BucketFolder, HttpFolder
 
-    fetched = download(source, revision=revision, want=wanted_tensors(layers), progress=progress)
-    return Origin(fetched.path, source, fetched.revision)
+    if url.startswith(("https://", "http://")):
+        return HttpFolder(url)
+    if url.startswith("hf://"):
+        from dsv4_convert.checkpoint.hub_folder import HubFolder
 
-
-def _check_folder_revision(source: str, revision: str | None) -> None:
-    if revision is not None:
-        raise UsageError(f"{source}: is a local folder, so --revision {revision} means nothing; leave it out")
-
-
-def _check_repository(source: str) -> None:
-    if not _REPOSITORY.fullmatch(source):
-        raise BadInput(f"{source}: no such folder, and not a repository such as deepseek-ai/DeepSeek-V4-Flash")
+        return HubFolder.of_url(url)
+    return BucketFolder(url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -17,13 +18,21 @@ from dsv4_convert.cli import (
     inspect,
     names,
     parity,
+    report,
     verify,
 )
-from dsv4_convert.cli.common import plain
+from dsv4_convert.cli.common import one_of, parse_choice, plain, reported
+from dsv4_convert.cli.defaults import project_defaults
+from dsv4_convert.cli.flags import Command, Group
 from dsv4_convert.cli.interrupt import interruptible
+
+#: When output has colours.
+_COLORS = ("auto", "always", "never")
 
 app = typer.Typer(
     name="dsv4",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
@@ -35,49 +44,78 @@ app = typer.Typer(
 )
 
 _convert = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     help="Convert checkpoints.\n\nExample: dsv4 convert hf-to-orbax ./DeepSeek-V4-Flash ./flash-orbax --dry-run",
 )
-_convert.command("hf-to-orbax")(convert.hf_to_orbax)
-_convert.command("orbax-to-hf")(export.orbax_to_hf)
+_convert.command("hf-to-orbax", cls=Command)(convert.hf_to_orbax)
+_convert.command("orbax-to-hf", cls=Command)(export.orbax_to_hf)
 app.add_typer(_convert, name="convert")
-app.command("download")(download.download)
-app.command("verify")(verify.verify)
-app.command("inspect")(inspect.inspect)
+app.command("download", cls=Command)(download.download)
+app.command("verify", cls=Command)(verify.verify)
+app.command("inspect", cls=Command)(inspect.inspect)
 _golden = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     help="Record and look at goldens: what a reference model computes.\n\n"
     "Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --random 300 --layers 0-3",
 )
-_golden.command("record")(golden.record)
-_golden.command("show")(golden.show)
-_golden.command("verify")(golden.verify)
-_golden.command("compact")(golden.compact)
-_golden.command("diff")(golden.diff)
-_golden.command("make-checkpoint")(golden.make_checkpoint)
+_golden.command("record", cls=Command)(golden.record)
+_golden.command("show", cls=Command)(golden.show)
+_golden.command("verify", cls=Command)(golden.verify)
+_golden.command("compact", cls=Command)(golden.compact)
+_golden.command("diff", cls=Command)(golden.diff)
+_golden.command("make-checkpoint", cls=Command)(golden.make_checkpoint)
 app.add_typer(_golden, name="golden")
-app.command("parity")(parity.parity)
-app.command("generate")(generate.generate)
-app.command("compile")(compile.compile)
-app.command("names")(names.names)
-app.command("doctor")(doctor.doctor)
+app.command("parity", cls=Command)(parity.parity)
+app.command("report", cls=Command)(report.report)
+app.command("generate", cls=Command)(generate.generate)
+app.command("compile", cls=Command)(compile.compile)
+app.command("names", cls=Command)(names.names)
+app.command("doctor", cls=Command)(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
-    if wanted:
-        from dsv4_convert import __version__
+    """The versions that a report of a bug needs; of metadata alone, so that nothing is imported."""
+    if not wanted:
+        return
+    import importlib.metadata
+    import platform
 
-        typer.echo(__version__)
-        raise typer.Exit
+    from dsv4_convert import __version__
+
+    typer.echo(__version__)
+    for package in ("jax", "flax", "orbax-checkpoint"):
+        typer.echo(f"{package} {importlib.metadata.version(package)}")
+    typer.echo(f"Python {platform.python_version()}, {platform.platform()}")
+    raise typer.Exit
+
+
+def _color(when: str) -> None:
+    parse_choice("--color", when, _COLORS)
+    if when == "never":
+        os.environ["NO_COLOR"] = "1"
+    elif when == "always":
+        os.environ.pop("NO_COLOR", None)
+        os.environ["DSV4_COLOR"] = "always"
 
 
 @app.callback()
+@reported
 def _options(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the versions and exit."),
     ] = False,
+    color: Annotated[
+        str,
+        typer.Option("--color", **one_of(*_COLORS), envvar="DSV4_COLOR", help="When output has colours."),
+    ] = "auto",
 ) -> None:
     """Options of dsv4 itself."""
+    _color(color)
+    context.default_map = dict(project_defaults())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Shared parts of the commands: errors by exit code, progress on stderr, JSON, consoles, options and arguments."""
+"""Shared parts of the commands: errors by exit code, JSON, consoles, options and arguments."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ import re
 import shutil
 import sys
 import textwrap
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
 from dsv4_convert.cli.destination import check_destination, write_text
+from dsv4_convert.cli.ending import ending, wrote
 from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
-from dsv4_convert.units import size
+from dsv4_convert.text import for_json, for_terminal
+from dsv4_convert.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from dsv4_convert.store import Processes
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Seconds between two lines of progress: in a terminal that takes no escape codes, and where stderr is no terminal.
-_LINE_EVERY, _LOG_EVERY = 2.0, 30.0
 #: The exit code of a bug: EX_SOFTWARE of sysexits.h, so that CI tells it from a check that failed.
 _BUG = 70
 
@@ -42,6 +40,11 @@ _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
 
+#: Where a published checkpoint may be, of every command that takes one.
+SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
+#: A converted checkpoint, likewise.
+CHECKPOINT_HELP = "Orbax checkpoint that dsv4 wrote: a folder, or gs://bucket/path."
+
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
@@ -49,7 +52,14 @@ Json = Annotated[
 
 Verbose = Annotated[
     int,
-    typer.Option("--verbose", "-v", count=True, metavar="", help="Print more: -v the tables, -vv every number."),
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        metavar="",
+        show_default=False,
+        help="Print more: -v the tables, -vv every number.",
+    ),
 ]
 
 Coordinator = Annotated[
@@ -122,17 +132,25 @@ def _dumb() -> bool:
 
 def console(*, err: bool = False) -> Console:
     """The console for results, or for stderr: as wide as the window, styled unless plain text is wanted."""
-    from rich.console import Console, ConsoleDimensions
+    from rich.console import ConsoleDimensions
 
-    screen = Console(stderr=err, color_system=None if plain() else "auto")
+    from dsv4_convert.screen import Screen
+
+    colors: Literal["auto", "standard"] = "standard" if os.environ.get("DSV4_COLOR") == "always" else "auto"
+    screen = Screen(stderr=err, color_system=None if plain() else colors)
     if _dumb() and screen.is_terminal:  # rich takes it to have 80 columns
         screen.size = ConsoleDimensions(*shutil.get_terminal_size())
     return screen
 
 
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line that is of no table, escaped for a terminal; line ends of data are, too."""
+    typer.echo(for_terminal(text).replace("\n", "\\n"), err=err)
+
+
 def say_error(text: str) -> None:
     """An error on stderr; in a terminal wrapped at words."""
-    title = "error: "
+    title, text = "error: ", for_terminal(without_secrets(text))
     if not sys.stderr.isatty():
         typer.echo(title + text, err=True)
         return
@@ -163,7 +181,8 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
         try:
             if kwargs.get("coordinator") is None:  # of several processes one writes, and tells the others
                 check_json(kwargs.get("json"))
-            return command(*args, **kwargs)
+            with ending():
+                return command(*args, **kwargs)
         except Dsv4Error as error:
             say_error(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -187,7 +206,8 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
                 say_error(complaint)
                 raise typer.Exit(UsageError.exit_code) from None
             # The values of variables may be private, so the traceback does not show them.
-            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            for line in without_secrets("".join(traceback.format_exception(error))).splitlines():
+                echo(line, err=True)
             say_error(
                 "this is a bug in dsv4, not a fault of yours. Please report it with the lines above, the command, and "
                 "what `dsv4 doctor --json -` prints."
@@ -265,11 +285,12 @@ def write_json(document: Any, target: str | None) -> None:
     """Write ``document`` where ``--json`` says; nothing for None. Raises :class:`ResourceError` if that fails."""
     if target is None:
         return
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = for_json(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
     write_text("--json", target, text)
+    wrote("json", target)
 
 
 def join_processes(coordinator: str | None, count: int | None, index: int | None) -> Processes:
@@ -304,64 +325,3 @@ def own_stdout(processes: Processes) -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-@contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """How far something is, on stderr, for (done, total, what) in bytes: a bar, or a line now and then."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    screen = console(err=True)
-    if not _animated(screen):
-        say = _lines(screen)
-        yield lambda done, total, what: say(f"{title} {what}: {size(done)} of {size(total)}".lstrip())
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        *((BarColumn(bar_width=_BAR),) if screen.width >= _ROOMY else ()),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        room = screen.width - _NUMBERS - (_BAR if screen.width >= _ROOMY else 0)
-        yield functools.partial(_advance, bar, task, title, max(room, 8))
-
-
-#: Columns of the numbers beside a bar, of the bar, and from how many on there is one.
-_NUMBERS, _BAR, _ROOMY = 40, 20, 75
-
-
-def _advance(bar: Progress, task: Any, title: str, room: int, done: int, total: int, what: str) -> None:
-    bar.update(task, completed=done, total=total, description=f"{title} {what}".strip()[:room])
-
-
-@contextmanager
-def status(title: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, on stderr: in one line that changes, or a line now and then."""
-    screen = console(err=True)
-    if not _animated(screen):
-        say = _lines(screen)
-        yield lambda text: say(f"{title}: {text}")
-        return
-    with screen.status(title) as line:
-        yield lambda text: line.update(f"{title}: {text}"[: max(screen.width - 3, 10)])
-
-
-def _animated(screen: Console) -> bool:
-    return screen.is_terminal and not plain()
-
-
-def _lines(screen: Console) -> Callable[[str], None]:
-    """Print status messages at intervals: often to a terminal, seldom to a file."""
-    every = _LINE_EVERY if screen.is_terminal else _LOG_EVERY
-    last = time.monotonic()
-
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            typer.echo(text, err=True)
-
-    return say

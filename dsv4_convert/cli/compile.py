@@ -15,9 +15,9 @@ from dsv4_convert.cli.common import (
     one_of,
     parse_choice,
     reported,
-    status,
     write_json,
 )
+from dsv4_convert.cli.status import status
 
 
 @reported
@@ -86,7 +86,7 @@ def compile(
     if find_mesh is not None and (mesh is not None or layers is not None):
         raise UsageError("--find-mesh chooses the mesh, for the whole model; leave --mesh and --layers out")
     source = parse_choice("--weights", weights, ("bfloat16", "source")) == "source"
-    model = Config.from_file(config / "config.json" if config.is_dir() else config)
+    model = Config.from_file(config)
     with status("compile") as say:
         if topology is not None:
             say(topology)

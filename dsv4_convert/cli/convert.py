@@ -12,23 +12,25 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
     ProcessId,
     check_json,
     console,
+    echo,
     join_processes,
     one_of,
     parse_bytes,
     parse_choice,
     parse_layers,
     resumable,
-    status,
     write_json,
 )
-from dsv4_convert.cli.progress import conversion_progress, duration
-from dsv4_convert.units import size
+from dsv4_convert.cli.progress import conversion_progress
+from dsv4_convert.cli.status import status
+from dsv4_convert.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint
@@ -37,9 +39,7 @@ if TYPE_CHECKING:
 
 @resumable
 def hf_to_orbax(
-    source: Annotated[
-        str, typer.Argument(help="Folder, repository such as deepseek-ai/DeepSeek-V4-Flash, or gs://bucket/path.")
-    ],
+    source: Annotated[str, typer.Argument(help=f"Published checkpoint: {SOURCES}")],
     dest: Annotated[str, typer.Argument(help="Folder to create, or gs://bucket/path.")],
     dtype: Annotated[
         str,
@@ -123,6 +123,7 @@ def hf_to_orbax(
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
+    from dsv4_convert.store import open_destination
 
     chosen = parse_layers(layers)
     storage = convert.Storage(parse_choice("--dtype", dtype, convert.Storage))
@@ -137,6 +138,8 @@ def hf_to_orbax(
     with processes.together(), ExitStack() as held:
         if processes.first and coordinator is not None:
             check_json(json)
+        if processes.first and not dry_run:
+            open_destination(dest).check(overwrite=overwrite)
         document: dict[str, object] = {}
         with status("plan") as say:
             say("reading headers")
@@ -165,11 +168,11 @@ def hf_to_orbax(
     if not processes.first:
         return
     kept = f", {size(summary.kept_bytes)} of them by an interrupted run" if summary.kept_bytes else ""
-    typer.echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
-    typer.echo(convert.describe_rounding(planned, summary.side_records), err=json == "-")
+    echo(f"{dest}: {len(summary.records)} leaves, {size(summary.total_bytes)} written{kept}", err=json == "-")
+    echo(convert.describe_rounding(planned, summary.side_records), err=json == "-")
     if maxtext is not None:
-        typer.echo(f"MaxText trains from it by this line, whose flags are in {maxtext['file']}, too:", err=json == "-")
-        typer.echo(maxtext["command"], err=json == "-")
+        echo(f"MaxText trains from it by this line, whose flags are in {maxtext['file']}, too:", err=json == "-")
+        echo(maxtext["command"], err=json == "-")
     write_json({**document, "destination": str(dest), "kept_bytes": summary.kept_bytes}, json)
 
 
@@ -212,7 +215,8 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
         f"decide{'' if costs.limit == 'cores' else 's'} ({_speeds(costs)})",
     ]
     width = min(80, max(console(err=True).width, 40))
-    typer.echo("\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines), err=True)
+    for part in (part for line in lines for part in textwrap.wrap(line, width, subsequent_indent=" " * 8)):
+        echo(part, err=True)
 
 
 def _for_maxtext(planned: Plan, dest: str) -> dict[str, Any] | None:

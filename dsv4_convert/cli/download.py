@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, byte_progress, parse_layers, resumable, status, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, Json, echo, parse_layers, resumable, write_json
+from dsv4_convert.cli.status import byte_progress, status
 from dsv4_convert.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress
-    from dsv4_convert.checkpoint.locate import Origin
 
 
 @resumable
@@ -47,9 +47,9 @@ def download(
         files = [{"name": file.name, "size": file.size, "cached": file.cached} for file in plan.files]
         if json != "-":
             for file in plan.files:
-                typer.echo(f"{size(file.size):>10}  {'on disk  ' if file.cached else ''}{file.name}")
+                echo(f"{size(file.size):>10}  {'on disk  ' if file.cached else ''}{file.name}")
             total = f"{size(plan.to_download_bytes)} of {size(plan.total_bytes)}"
-            typer.echo(f"{repo} at {plan.revision}: would download {total}, {len(plan.files)} files")
+            echo(f"{repo} at {plan.revision}: would download {total}, {len(plan.files)} files")
         write_json({"schema_version": 1, "repository": repo, "revision": plan.revision, "files": files}, json)
         return
     with byte_progress("") as show:
@@ -57,7 +57,7 @@ def download(
             repo, revision=revision, want=want, local_dir=local_dir, force=force, progress=_staged(show)
         )
     if json != "-":
-        typer.echo(str(done.path))
+        echo(str(done.path))
     write_json(
         {
             "schema_version": 1,
@@ -69,14 +69,6 @@ def download(
         },
         json,
     )
-
-
-def fetch(source: str, *, revision: str | None, layers: tuple[int, ...] | None) -> Origin:
-    """The source of another command: a folder, or a repository that is downloaded with a progress bar."""
-    from dsv4_convert.checkpoint.locate import locate
-
-    with byte_progress("") as show:
-        return locate(source, revision=revision, layers=layers, progress=_staged(show))
 
 
 def _staged(show: Callable[[int, int, str], None]) -> Progress:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, byte_progress, resumable, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, echo, resumable, write_json
+from dsv4_convert.cli.status import byte_progress
 from dsv4_convert.units import size
 
 
 @resumable
 def orbax_to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],
     requantize: Annotated[
         bool,
@@ -46,5 +47,6 @@ def orbax_to_hf(
         what = f"{changed:,} values in {len(done.changed)} of them changed" if changed else "no value changed"
         lines.append(f"{done.quantized:,} weights quantised again, {what}")
     lines += [f"left out: {count:,} tensors: {reason}" for reason, count in sorted(done.left_out.items())]
-    typer.echo("\n".join(lines), err=json == "-")
+    for line in lines:
+        echo(line, err=json == "-")
     write_json({"schema_version": 1, "destination": str(dest), **dataclasses.asdict(done)}, json)

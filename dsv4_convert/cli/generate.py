@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, Platform, one_of, parse_choice, reported, status, write_json
+from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, Platform, echo, one_of, parse_choice, reported, write_json
+from dsv4_convert.cli.status import note_compilations, status
+from dsv4_convert.cli.stream import Stream
+from dsv4_convert.text import for_terminal
 
 
 @reported
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue, encoded with --tokenizer; may be repeated.")
     ] = None,
@@ -23,6 +27,10 @@ def generate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json of the model's repository, or its folder.")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put --prompt into the checkpoint's chat template, and end with its answer."),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 64,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token (greedy), 1 samples from the logits.")
@@ -64,22 +72,25 @@ def generate(
     """Generate tokens after a prompt with a converted model, with all of its weights in memory.
 
     The prompt runs in chunks of 128 tokens, then generation runs token by token from the cache. Several prompts of any
-    length run together. stdout gets the text, or token ids without a tokenizer. With --speculative, a pass that
-    confirms its draft yields two tokens.
+    length run together. stdout gets the text, or token ids without a tokenizer; that of a single prompt as it comes.
+    With --speculative, a pass that confirms its draft yields two tokens.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
     from dsv4_convert.files.limits import TO_COMPUTE, require_address_space
 
     require_address_space(TO_COMPUTE)
-    from dsv4_convert.platforms import check_platform, select_platform
+    from dsv4_convert.platforms import check_platform, keep_programs, select_platform
 
     select_platform(platform)
+    keep_programs()
+    note_compilations()
     check_platform(platform)
     import jax.numpy as jnp
 
     from dsv4_convert.errors import UsageError
-    from dsv4_convert.golden.tokens import encode_prompts, parse_prompts, text_decoder, tokenizer_file
+    from dsv4_convert.golden.chat import chat_prompt
+    from dsv4_convert.golden.tokens import encode_prompts, parse_prompts, text_decoder, token_of, tokenizer_file
     from dsv4_convert.serve.generate import Generator, Sampling
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
@@ -88,6 +99,8 @@ def generate(
         raise UsageError("a prompt is needed: --prompt TEXT or --tokens IDS")
     if prompt is not None and tokenizer is None:
         raise UsageError("--prompt needs --tokenizer: tokenizer.json of the model's repository; or give --tokens")
+    if chat and prompt is None:
+        raise UsageError("--chat needs --prompt, the message")
     file = None if tokenizer is None else tokenizer_file(tokenizer)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if speculative and temperature:
@@ -98,14 +111,23 @@ def generate(
         raise UsageError("--numerics release computes in bfloat16; leave --dtype out")
     encoded = parse_choice("--weights", weights, ("expanded", "source")) == "source"
     width = jnp.dtype(dtype)
+    ends = list(stop or ())
+    texts = prompt
     if prompt is not None:
         assert file is not None
-        given = encode_prompts(file, prompt)
+        if chat:
+            framed = [chat_prompt(file, message) for message in prompt]
+            texts = [text for text, _ in framed]
+            ends += [end for name in {name for _, name in framed if name} if (end := token_of(file, name)) is not None]
+        given = encode_prompts(file, texts or (), special=not chat)
     else:
         assert tokens is not None
         given = parse_prompts(tokens)
     words = None if file is None else text_decoder(file)
-    with status("generate") as say:
+    shown = [text if not chat else "" for text in texts] if texts else [""] * len(given)
+    stream = Stream(words, shown[0], err=json == "-") if len(given) == 1 else None
+    with ExitStack() as watched:
+        say = watched.enter_context(status("generate"))
         say("restoring the model")
         held = Weights.open(checkpoint)
         model = restore_model(held, dtype=width, drafts=speculative, release=released, encoded=encoded)
@@ -114,9 +136,16 @@ def generate(
 
         def on_token(row: int, token: int) -> None:
             count[row] += 1
-            say(f"{max(count)} of {max_new_tokens} tokens")
+            say.step(max(count), max_new_tokens, f"{max(count)} of {max_new_tokens} tokens")
+            if stream is not None:
+                if stream.is_terminal:
+                    watched.close()  # the text shows how far it is
+                stream.add(token)
 
-        found = generator(given, new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_token=on_token)
+        say("reading the prompt")
+        found = generator(given, new_tokens=max_new_tokens, sampling=sampling, stop=ends, on_token=on_token)
+    if stream is not None:
+        stream.end()
     texts = None if words is None else [words(new) for new in found]
     outcome: dict[str, object] = {
         "schema_version": 1,
@@ -129,9 +158,9 @@ def generate(
     }
     drafts = generator.drafts
     if speculative:
-        typer.echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
+        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
         outcome["drafts"] = dataclasses.asdict(drafts)
     write_json(outcome | ({} if texts is None else {"texts": texts}), json)
-    for row, new in enumerate(found):
-        shown = ",".join(map(str, new)) if texts is None else (prompt[row] if prompt else "") + texts[row]
-        typer.echo(shown, err=json == "-")
+    for row, new in enumerate(found if stream is None else ()):
+        text = shown[row] + (",".join(map(str, new)) if texts is None else texts[row])
+        typer.echo(for_terminal(text), err=json == "-")

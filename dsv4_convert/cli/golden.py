@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,19 +12,19 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    SOURCES,
     Json,
-    byte_progress,
     console,
+    echo,
     one_of,
     parse_choice,
     parse_layers,
     reported,
     resumable,
-    status,
     write_json,
 )
-from dsv4_convert.cli.download import fetch
-from dsv4_convert.units import ranges, size
+from dsv4_convert.cli.status import byte_progress, note_fetched, status
+from dsv4_convert.units import number_of, ranges, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +41,7 @@ _EXACT_HELP = "Tokens that a compact golden keeps exactly, such as 0,128,-1 (-1 
 
 @resumable
 def record(
-    source: Annotated[str, typer.Argument(help="Local folder, or a repository such as deepseek-ai/DeepSeek-V4-Flash.")],
+    source: Annotated[str, typer.Argument(help=f"Published checkpoint: {SOURCES}")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokens: Annotated[
         str | None, typer.Option(help="Token ids: 5,17,3 or a file (.json, .npy, or text with one prompt per line).")
@@ -101,26 +103,25 @@ def record(
 
     Example: dsv4 golden record ./DeepSeek-V4-Flash --out ./flash-golden --text "The sea" --layers 0-3
     """
-    from dsv4_convert.checkpoint import open_checkpoint
+    from dsv4_convert.checkpoint.locate import open_source
     from dsv4_convert.errors import UsageError
     from dsv4_convert.golden.compact import Compact
-    from dsv4_convert.golden.recorder import RecordingOptions
-    from dsv4_convert.golden.recorder import record as record_golden
+    from dsv4_convert.golden.recorder import RecordingOptions, layers_that_run, record_opened
     from dsv4_convert.golden.tokens import prompt_tokens
 
     if (parse_choice("--reference", reference, ("transformers", "release")) == "release") != (release_code is not None):
         raise UsageError("--reference release and --release-code DIR belong together: the folder holds the reference")
     chosen = parse_layers(layers)
-    up_to = None if chosen is None else tuple(range(max(chosen) + 1))
-    origin = fetch(source, revision=revision, layers=up_to)
-    with status("recording") as say:
+    with status("recording") as say, ExitStack() as held:
         say("reading headers")
-        with open_checkpoint(origin.path, partial=chosen is not None) as checkpoint:
-            vocabulary = checkpoint.architecture().vocab_size
-    ids = prompt_tokens(origin.path, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
-    with status("recording") as say:
-        done = record_golden(
-            origin.path,
+        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
+        checkpoint = held.enter_context(opened)
+        vocabulary = checkpoint.architecture().vocab_size
+        note_fetched(checkpoint, say)
+        checkpoint.fetch_small_files()
+        ids = prompt_tokens(checkpoint.root, vocabulary, tokens=tokens, text=text, random=random, seed=seed)
+        done = record_opened(
+            checkpoint,
             out,
             RecordingOptions(
                 tokens=ids,
@@ -133,23 +134,21 @@ def record(
                 release_code=release_code,
                 compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             ),
-            name=origin.repository,
-            revision=origin.revision,
-            announce=_print_plan,
-            progress=lambda what: say(what),
+            announce=lambda planned: say.print(*_plan(planned)),
+            progress=say.step,
         )
-    typer.echo(
+    echo(
         f"{out}: {len(done.names)} taps of {len(done.layers)} layers, tokens {list(done.tokens.shape)}", err=json == "-"
     )
     write_json({"schema_version": 1, "path": str(out), "layers": list(done.layers), "taps": list(done.names)}, json)
 
 
-def _print_plan(planned: RecordingPlan) -> None:
-    """The plan in a few lines, on stderr."""
-    typer.echo(f"reads   {size(planned.bytes_read)}", err=True)
+def _plan(planned: RecordingPlan) -> Iterator[str]:
+    """The plan in two lines."""
     share = planned.bytes_written / planned.bytes_whole
     of = f" ({share:.2%} of the whole)" if share < 1 else ""
-    typer.echo(f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory", err=True)
+    yield f"reads   {size(planned.bytes_read)}"
+    yield f"writes  {size(planned.bytes_written)}{of}, with about {size(planned.memory)} of memory"
 
 
 def _positions(text: str) -> list[int]:
@@ -187,7 +186,7 @@ def compact(
         kept = Compact.of(_positions(exact), opened.tokens.shape[1])
         made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
     before, after = opened.nbytes, made.nbytes
-    typer.echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
+    echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
 
 
@@ -210,6 +209,7 @@ def show(
         for layer in opened.layers:
             say(f"layer {layer}")
             reached.append(prompt_coverage(opened, layer))
+        odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {
         "schema_version": 1,
         "reference": dataclasses.asdict(opened.manifest.request.reference),
@@ -224,9 +224,12 @@ def show(
         "taps": list(opened.names),
         "shapes": {name: list(opened.shape(name)) for name in opened.names},
         "reach": [dataclasses.asdict(layer) for layer in reached],
+        "odd": odd,
     }
     if json != "-":
         _print_golden(opened, reached)
+        for problem in odd:
+            echo(f"{'odd':<14} {problem}")
     write_json(document, json)
 
 
@@ -257,10 +260,10 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         "bytes": f"{opened.nbytes:,}",
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<14} {text}")
+        echo(f"{name:<14} {text}")
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
-        typer.echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
     screen = console()
     screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
 
@@ -299,10 +302,12 @@ def verify(
     opened = open_golden(golden)
     with byte_progress("verifying") as progress:
         problems = opened.verify(progress)
-    write_json({"schema_version": 1, "golden": str(golden), "problems": problems}, json)
+    write_json({"schema_version": 1, "golden": str(opened.path), "problems": problems}, json)
     if problems:
-        raise CheckFailed(f"{golden}: {len(problems)} problem(s):\n{listed(problems)}\nRecord it again.")
-    typer.echo(f"{golden}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
+        raise CheckFailed(
+            f"{opened.path}: {number_of(len(problems), 'problem')}:\n{listed(problems)}\nRecord it again."
+        )
+    echo(f"{opened.path}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 
 @reported
@@ -323,7 +328,7 @@ def diff(
         say("opening")
         found = compare(open_golden(first), open_golden(second), say)
     for line in found.lines():
-        typer.echo(line, err=json == "-")
+        echo(line, err=json == "-")
     write_json(found.to_json(), json)
     if not found.agrees:
         raise CheckFailed(f"{first} and {second} differ beyond the noise floor")
@@ -354,5 +359,5 @@ def make_checkpoint(
 
     with byte_progress("writing") as progress:
         total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
-    typer.echo(f"{out}: {size(total)} of random weights", err=json == "-")
+    echo(f"{out}: {size(total)} of random weights", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": total, "form": form, "seed": seed}, json)

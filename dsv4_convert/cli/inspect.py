@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, console, reported, status, write_json
+from dsv4_convert.cli.common import Json, console, reported, write_json
+from dsv4_convert.cli.status import status
 
 
 @reported

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, complete_names, console, reported, write_json
+from dsv4_convert.cli.common import Json, complete_names, console, echo, reported, write_json
 
 if TYPE_CHECKING:
     from dsv4_convert.spec.names import Explanation, Rule
@@ -39,7 +39,7 @@ def names(
     if reason is not None:
         _write([{"name": name, "dropped": reason}], json)
         if json != "-":
-            typer.echo(f"{name}: left out on purpose: {reason}")
+            echo(f"{name}: left out on purpose: {reason}")
         return
     found = table.explain(name)
     _write([_explained(item) for item in found], json)
@@ -57,10 +57,10 @@ def _print_one(item: Explanation) -> None:
     console().print(item.path, style="bold", highlight=False, soft_wrap=True)
     for dialect, names in item.spellings.items():
         for number, name in enumerate(names):
-            typer.echo(f"  {dialect.value if not number else '':<13} {name}")
-    typer.echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
+            echo(f"  {dialect.value if not number else '':<13} {name}")
+    echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
     where = f", in {rule.when.value} layers" if rule.per_layer else ", in every mtp stage" if rule.per_stage else ""
-    typer.echo(f"  {'kind':<13} {rule.kind.value}{where}")
+    echo(f"  {'kind':<13} {rule.kind.value}{where}")
 
 
 def _explained(item: Explanation) -> dict[str, object]:

@@ -13,6 +13,7 @@ import typer
 
 from dsv4_convert.cli.common import console, write_json
 from dsv4_convert.cli.destination import append_text, check_destination, write_text
+from dsv4_convert.cli.ending import wrote
 
 if TYPE_CHECKING:
     from dsv4_convert.parity.report.data import ParityReport
@@ -63,10 +64,12 @@ class Outputs:
             from dsv4_convert.parity.report.junit import junit
 
             write_text("--junit", self.junit, junit(report))
+            wrote("junit", self.junit)
         if self.page is not None:
             from dsv4_convert.parity.report.html.page import RunInfo, page
 
             write_text("--report", self.page, page(report, RunInfo.now(), decode))
+            wrote("report", self.page)
         render(report, console(err=self.json == "-"), verbosity=verbosity, explained=explained, decode=decode)
         if self.github:
             self._annotate(report)

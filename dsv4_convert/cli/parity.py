@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
     LAYERS_HELP,
+    SOURCES,
     Coordinator,
     Json,
     NumProcesses,
@@ -23,20 +25,26 @@ from dsv4_convert.cli.common import (
     parse_choice,
     parse_layers,
     reported,
-    status,
 )
 from dsv4_convert.cli.outputs import Github, Junit, Outputs, Page
+from dsv4_convert.cli.status import note_compilations, status
 
 
 @reported
 def parity(
+    context: typer.Context,
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT_HELP)] = None,
+    recorded: Annotated[str | None, typer.Argument(metavar="golden", help="The same as --golden.")] = None,
     golden: Annotated[
-        str, typer.Option(help="Golden to compare with (see dsv4 golden record): a folder, or a URL such as gs://….")
-    ],
-    checkpoint: Annotated[Path | None, typer.Argument(help="Orbax checkpoint that dsv4 wrote.")] = None,
+        str | None,
+        typer.Option(
+            envvar="DSV4_GOLDEN",
+            help="Golden to compare with (see dsv4 golden record): a folder, or a URL such as gs://….",
+        ),
+    ] = None,
     source: Annotated[
-        Path | None,
-        typer.Option(help="Instead of CHECKPOINT: a published checkpoint, decoded on the fly, before it is converted."),
+        str | None,
+        typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
     taps: Annotated[
@@ -84,6 +92,7 @@ def parity(
         str | None,
         typer.Option(
             **one_of("isolated", "cumulative", "both"),
+            envvar="DSV4_MODE",
             help="isolated: every layer runs on the golden's own input. cumulative: the model runs from the tokens, so "
             "errors add up. both: runs both and splits the error of every layer into an inherited and an added part. "
             "Default: isolated, or cumulative with a compact golden.",
@@ -106,16 +115,22 @@ def parity(
         ),
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option(help="The published checkpoint, to compare the weights of wrong operations with its tensors."),
+        str | None,
+        typer.Option(help=f"Published checkpoint, to compare the weights of wrong operations with: {SOURCES}"),
     ] = None,
     require_coverage: Annotated[
-        bool, typer.Option("--require-reach", help="Fail if the golden leaves an operation or an expert unchecked.")
+        bool,
+        typer.Option(
+            "--require-reach",
+            help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
+            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+        ),
     ] = False,
     baseline: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            envvar="DSV4_BASELINE",
             help="Fail if an error grew beyond its record in FILE, even within tolerance.",
         ),
     ] = None,
@@ -165,6 +180,9 @@ def parity(
     more with every operation on the golden's own inputs, so the operation that is wrong is named, and with --against
     the tensor. Exits 1 if anything diverges. Only the weights that the prompt reaches are read.
 
+    --golden, --mode and --baseline may also stand in the variables DSV4_GOLDEN, DSV4_MODE and DSV4_BASELINE, or as
+    golden, mode and baseline in the table tool.dsv4 of pyproject.toml.
+
     With several devices the dense parts of a layer run on all of them. Several processes run the same command, each
     with its own --process-id. Each reads and computes its part, process 0 reports, and all exit alike.
 
@@ -174,11 +192,14 @@ def parity(
 
     require_address_space(TO_COMPUTE)
     from dsv4_convert.errors import CheckFailed
-    from dsv4_convert.platforms import check_platform, select_platform
+    from dsv4_convert.platforms import check_platform, keep_programs, select_platform
 
     layers = parse_layers(layer)
     bits = parse_choice("--precision", precision, ("highest", "high", "default"))
+    checkpoint, golden = _sides(context, checkpoint, recorded, golden, source=source)
     select_platform(platform)
+    keep_programs()
+    note_compilations()
     from dsv4_convert.golden.noise import MODES, Mode
     from dsv4_convert.golden.tokens import token_decoder
     from dsv4_convert.parity.comparison import Phase
@@ -203,7 +224,8 @@ def parity(
             if coordinator is not None:
                 check_json(json)
             outputs.check()
-        decode = token_decoder(tokenizer or against or source, required=tokenizer is not None)
+        folders = (Path(given) for given in (against, source) if given is not None and Path(given).is_dir())
+        decode = token_decoder(tokenizer or next(folders, None), required=tokenizer is not None)
         with own_stdout(processes), status("parity") as say:
             options = ParityOptions(
                 layers=layers,
@@ -226,10 +248,42 @@ def parity(
                 against=against,
                 baseline=gate,
                 processes=processes,
-                progress=lambda at: say("model level" if at is None else f"layer {at}"),
+                progress=say.step,
             )
         with processes.step("report"):
             if processes.first:
                 outputs.write(report, verbosity=-1 if quiet else verbose, explained=explain, decode=decode)
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)
+
+
+def _sides(
+    context: typer.Context, checkpoint: str | None, recorded: str | None, golden: str | None, *, source: str | None
+) -> tuple[str | None, str]:
+    """The two sides of the comparison, which are told apart by what lies there; nothing heavy is imported for it.
+
+    Raises:
+        UsageError: no golden, or two.
+        BadInput: no golden or no converted checkpoint lies there.
+    """
+    from dsv4_convert.errors import BadInput, UsageError
+    from dsv4_convert.folders import is_converted, is_golden, no_golden, not_converted
+
+    if source is not None and recorded is None:  # dsv4 parity --source SOURCE GOLDEN
+        checkpoint, recorded = None, checkpoint
+    asked = context.get_parameter_source("golden")
+    if recorded is not None and asked is not None and asked.name == "COMMANDLINE":
+        raise UsageError(f"two goldens are given: {recorded} and --golden {golden}; leave one of them out")
+    golden = recorded or golden
+    if golden is None:
+        raise UsageError(
+            "a golden is needed: dsv4 parity CHECKPOINT GOLDEN, or --golden. `dsv4 golden record SOURCE --out GOLDEN "
+            "--random 300` records one"
+        )
+    if checkpoint is not None and is_golden(Path(checkpoint)) and is_converted(Path(golden)):
+        checkpoint, golden = golden, checkpoint
+    if "://" not in golden and not is_golden(Path(golden)):
+        raise BadInput(no_golden(golden))
+    if checkpoint is not None and source is None and "://" not in checkpoint and not is_converted(Path(checkpoint)):
+        raise BadInput(f"{checkpoint}: {not_converted(Path(checkpoint), checkpoint)}")
+    return checkpoint, golden

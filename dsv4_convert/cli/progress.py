@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dsv4_convert.cli.common import console, plain, status
-from dsv4_convert.units import size
+from dsv4_convert.cli.common import console, plain
+from dsv4_convert.cli.status import status
+from dsv4_convert.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.convert import Advance
@@ -84,7 +85,7 @@ def conversion_progress() -> Iterator[Callable[[Advance], None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bars = (BarColumn(bar_width=20),) if screen.width >= _ROOMY else ()
-    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}"))
+    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
@@ -119,12 +120,3 @@ def _sentence(reading: dict[str, object]) -> str:
     if not where:
         return f"fetching, {size(int(str(fetched)))} so far" if fetched is not None else "starting"
     return f"{where}  in {rate_in}/s  out {rate_out}/s  left {left}  mem {memory}"
-
-
-def duration(seconds: float) -> str:
-    """``0:12:40``, ``12 s`` below a minute."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

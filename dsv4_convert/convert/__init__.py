@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dsv4_convert.convert.account import describe_rounding
 from dsv4_convert.convert.estimate import Estimate, check_disk, estimate
-from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.run import Advance, ConversionOptions, carry_out, hf_to_orbax
-from dsv4_convert.convert.storage import Storage
+from dsv4_convert.spec.conversion import Layout, Storage
 
 __all__ = [
     "MAX_MEMORY",

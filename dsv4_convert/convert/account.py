@@ -13,8 +13,9 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.convert.plan import Plan
 from dsv4_convert.convert.sources import Shard, Sources, SourceTensor, targets_of
-from dsv4_convert.convert.storage import Form, Storage
+from dsv4_convert.convert.storage import Form
 from dsv4_convert.formats.exactness import Rounding, rounding
+from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Source
 from dsv4_convert.spec.names import FP8_TILE, Rule
 from dsv4_convert.store import LeafRecord

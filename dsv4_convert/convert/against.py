@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.checkpoint.locate import open_source
+from dsv4_convert.checkpoint.planned import check_room
 from dsv4_convert.convert.account import tensor_digest
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout
 from dsv4_convert.convert.plan import Plan, plan
+from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import Sources, read_sources, stored_layers
-from dsv4_convert.convert.storage import Storage, StoredLeaf
+from dsv4_convert.convert.storage import StoredLeaf
 from dsv4_convert.errors import BadInput
-from dsv4_convert.spec.config import Config
-from dsv4_convert.store import Store, chunk_digest
+from dsv4_convert.store import Chunk, Store, chunk_digest
 from dsv4_convert.store.layout import Index, raw_bytes
 from dsv4_convert.store.threads import in_threads
 
@@ -25,9 +26,15 @@ Progress = Callable[[int, int, str], None]
 
 
 def compare_with_source(
-    store: Store, source: Path, progress: Progress = lambda done, total, path: None, *, workers: int = 2
+    store: Store, source: Path | str, progress: Progress = lambda done, total, path: None, *, workers: int = 2
 ) -> list[str]:
     """Decode the source again and compare every stored byte with the result; memory holds two chunks per worker.
+
+    Args:
+        store: the converted checkpoint.
+        source: what :func:`~dsv4_convert.checkpoint.locate.open_source` opens.
+        progress: called after every chunk.
+        workers: threads.
 
     Returns:
         One line for every difference, which names the leaf, the source tensors, and which of the two has changed since
@@ -36,16 +43,13 @@ def compare_with_source(
     Raises:
         BadInput: the source is not a checkpoint of this model, or the checkpoint was not converted by this version.
     """
-    metadata = store.metadata
-    if metadata.get("format") != "dsv4":
-        raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
+    made = store.conversion
     sources = read_sources(store)
-    with open_checkpoint(source, partial=True) as checkpoint:
+    with open_source(source, layers=stored_layers(store)) as checkpoint:
         config = checkpoint.architecture()
-        if not config.computes_like(Config.from_json(metadata["config"])):
+        if not config.computes_like(made.config):
             return [f"{checkpoint.root / 'config.json'}: another architecture than the one that was converted"]
-        storage, layout = Storage(metadata["storage"]), Layout(metadata["layout"])
-        planned = plan(checkpoint, config, storage, layers=stored_layers(store), layout=layout)
+        planned = plan(checkpoint, config, made.storage, layers=stored_layers(store), layout=made.layout)
         comparison = _Comparison(store, checkpoint, planned, sources)
         return comparison.run(progress, workers)
 
@@ -62,16 +66,27 @@ class _Comparison:
 
     def run(self, progress: Progress, workers: int) -> list[str]:
         problems = self._differing_leaves()
-        stored_leaves = [stored_leaf for stored_leaf in self.planned.stored_leaves if self._has(stored_leaf)]
-        total = sum(stored_leaf.nbytes for stored_leaf in stored_leaves)
-        chunks = ((stored_leaf, index) for stored_leaf in stored_leaves for index in stored_leaf.layout.chunk_indices())
-        compared = 0
-        with in_threads(lambda task: self._compare(*task), chunks, workers=workers) as done:
-            for (stored_leaf, _), (problem, nbytes) in done:
+        stored_leaves = {leaf.path: leaf for leaf in self.planned.stored_leaves if self._has(leaf)}
+        chunks = (Chunk(leaf.spec, index) for leaf in stored_leaves.values() for index in leaf.layout.chunk_indices())
+        tasks = in_order(self.planned, (), chunks)
+        total, compared = sum(task.written for task in tasks), 0
+
+        def compare(task: Task) -> tuple[str | None, int]:
+            assert isinstance(task.what, Chunk)
+            return self._compare(stored_leaves[task.what.leaf.path], task.what.index)
+
+        source = as_arriving(self.checkpoint)
+        if source is not None:
+            check_room(self.checkpoint.root, source.most_on_disk)
+        shards = ShardUse(source, (), tasks)
+        with in_threads(compare, tasks, workers=workers) as done, shards:
+            for task, (problem, nbytes) in done:
+                shards.done(task)
                 if problem is not None:
                     problems.append(problem)
                 compared += nbytes
-                progress(compared, total, stored_leaf.path)
+                assert isinstance(task.what, Chunk)
+                progress(compared, total, task.what.leaf.path)
         return problems
 
     def _differing_leaves(self) -> list[str]:

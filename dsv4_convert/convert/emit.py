@@ -19,10 +19,9 @@ from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.checkpoint.header import stored_nbytes
 from dsv4_convert.convert.plan import Plan, plan
 from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
-from dsv4_convert.convert.storage import Form, Storage, StoredLeaf
+from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import FP8_TILE, Dialect
 from dsv4_convert.store import Store
 
@@ -73,8 +72,7 @@ class Emitter:
     def __init__(self, store: Store, sources: Sources) -> None:
         self._store = store
         self._sources = sources
-        metadata = store.metadata
-        self.storage = Storage(metadata["storage"])
+        self.storage = store.conversion.storage
         infos: dict[str, TensorInfo] = {}
         for name, tensor in sources.tensors.items():
             if not tensor.targets:
@@ -85,7 +83,7 @@ class Emitter:
             infos[name] = TensorInfo(name=name, dtype=tensor.dtype, shape=tensor.shape, file=file, start=0, end=nbytes)
         self._plan: Plan = plan(
             _Described(store.folder, infos),
-            Config.from_json(metadata["config"]),
+            store.conversion.config,
             self.storage,
             layers=stored_layers(store),
         )

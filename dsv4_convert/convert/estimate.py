@@ -19,7 +19,7 @@ from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.store import Place, chunk_digest, place_of
+from dsv4_convert.store import Destination, chunk_digest, open_destination
 
 Array = np.ndarray[Any, Any]
 
@@ -96,7 +96,7 @@ def estimate(
         ResourceError: the destination cannot be written.
     """
     arriving = as_arriving(source)
-    place = place_of(destination)
+    place = open_destination(destination)
     if not measure and place.free() is not None:
         _check_writable(Path(destination))
     rates = (_measure if measure else _assume)(planned, arriving, place)
@@ -147,7 +147,7 @@ def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:
 ASSUMED = {"read": 1e9, "write": 0.5e9, "make": 1e9, "fetch": 100e6}
 
 
-def _assume(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
+def _assume(planned: Plan, arriving: Arriving | None, place: Destination) -> Rates:
     sample = next(iter(planned.infos.values()))
     return Rates(
         read=ASSUMED["read"] if arriving is None else None,
@@ -175,11 +175,11 @@ def _check_writable(destination: Path) -> None:
     )
 
 
-def _on_one_device(sample: TensorInfo, place: Place) -> bool:
+def _on_one_device(sample: TensorInfo, place: Destination) -> bool:
     return nearest_folder(sample.file.parent).stat().st_dev == place.device()
 
 
-def _measure(planned: Plan, arriving: Arriving | None, place: Place) -> Rates:
+def _measure(planned: Plan, arriving: Arriving | None, place: Destination) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
     typical = max(planned.stored_leaves, key=lambda stored_leaf: stored_leaf.nbytes)
     make, chunk = _make_rate(planned, typical)

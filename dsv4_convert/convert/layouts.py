@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 
 import numpy as np
 
 from dsv4_convert.convert.storage import (
     CHUNK_BYTES,
     Form,
-    Storage,
     StoredLeaf,
     decoded_dtype,
     is_transposed,
@@ -19,21 +17,11 @@ from dsv4_convert.convert.storage import (
 )
 from dsv4_convert.errors import UsageError
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.coverage import Leaf, Stored
 from dsv4_convert.spec.maxtext import Target, targets
 from dsv4_convert.spec.maxtext_config import FILE, model_file
 from dsv4_convert.spec.names import Transform
-
-
-class Layout(StrEnum):
-    """What ``--layout`` may say."""
-
-    #: The paths of :mod:`dsv4_convert.spec.names`.
-    DSV4 = "dsv4"
-    #: MaxText's tree, its layers stacked for ``scan_layers=True``.
-    MAXTEXT = "maxtext"
-    #: MaxText's tree for ``scan_layers=False``.
-    MAXTEXT_UNSCANNED = "maxtext-unscanned"
 
 
 def lay_out(

@@ -13,10 +13,11 @@ from typing import Protocol
 
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.header import stored_forms
-from dsv4_convert.convert.layouts import Layout, lay_out
-from dsv4_convert.convert.storage import CHUNK_BYTES, Form, Storage, StoredLeaf
+from dsv4_convert.convert.layouts import lay_out
+from dsv4_convert.convert.storage import CHUNK_BYTES, Form, StoredLeaf
 from dsv4_convert.errors import ResourceError
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.coverage import Source, Stored, resolve
 from dsv4_convert.spec.names import Dialect, Rule, check_layers, stage_of
 from dsv4_convert.store import Compression

@@ -8,22 +8,23 @@ import importlib.metadata
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.convert.account import Account, account, accounts_of, assemble, rounding_summary, to_account
 from dsv4_convert.convert.chunks import ChunkMaker
-from dsv4_convert.convert.layouts import Layout, layout_files
+from dsv4_convert.convert.layouts import layout_files
 from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
-from dsv4_convert.convert.storage import Storage, StoredLeaf
-from dsv4_convert.errors import printable
+from dsv4_convert.folders import PathLike
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import TABLE_VERSION
-from dsv4_convert.store import CheckpointWriter, Chunk, Compression, LeafSpec, Processes, WriteSummary
+from dsv4_convert.store import CheckpointWriter, Chunk, Compression, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
 from dsv4_convert.store.threads import in_threads
+from dsv4_convert.text import for_terminal
 
 #: Small files of the source that are copied unchanged if they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -74,8 +75,8 @@ Progress = Callable[[Advance], None]
 
 
 def hf_to_orbax(
-    source: Path,
-    destination: str | os.PathLike[str],
+    source: PathLike,
+    destination: PathLike,
     *,
     storage: Storage = Storage.BFLOAT16,
     layers: Iterable[int] | None = None,
@@ -84,10 +85,11 @@ def hf_to_orbax(
     options: ConversionOptions = ConversionOptions(),
     progress: Progress = lambda _: None,
 ) -> tuple[Plan, WriteSummary]:
-    """Convert a local checkpoint folder: :func:`plan` and :func:`carry_out`.
+    """Convert a published checkpoint: :func:`plan` and :func:`carry_out`.
 
     Args:
-        source: folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.spec.names`.
+        source: a folder with ``config.json`` and safetensors shards, in any dialect of :mod:`dsv4_convert.spec.names`;
+            or a repository or a bucket, as :func:`~dsv4_convert.checkpoint.locate.open_source` opens them.
         destination: folder to create, or URL of a bucket.
         storage: how weights are stored.
         layers: convert these layers and the model level only; None for all.
@@ -102,9 +104,10 @@ def hf_to_orbax(
         ResourceError: the disk is full, or the memory allowed is too small.
 
     Examples:
-        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "converted")
+        >>> plan, summary = hf_to_orbax("checkpoint", "converted")
     """
-    with open_checkpoint(source, partial=layers is not None) as checkpoint:
+    layers = None if layers is None else tuple(layers)
+    with open_source(os.fspath(source), layers=layers) as checkpoint:
         config = checkpoint.architecture()
         planned = plan(checkpoint, config, storage, layers=layers, layout=layout, compression=compression)
         summary = carry_out(planned, checkpoint, destination, options, progress=progress)
@@ -138,19 +141,17 @@ def carry_out(
             destination.
     """
     workers = planned.workers(options.max_memory, options.workers)
-    arriving = as_arriving(checkpoint)
-    if arriving is not None:
-        arriving.fetch_small_files()
+    checkpoint.fetch_small_files()
     companions = _companions(checkpoint) | layout_files(planned.layout, planned.config)
     shards = {name: Shard(size=size, sha256=checkpoint.digests.get(name)) for name, size in checkpoint.sizes.items()}
     origin = {
-        "name": options.name or checkpoint.repository or printable(checkpoint.root.resolve().name),
+        "name": options.name or checkpoint.repository or for_terminal(checkpoint.root.resolve().name),
         "revision": options.revision or checkpoint.revision,
         "shards": {name: shard.size for name, shard in shards.items()},
     }
     writer = CheckpointWriter(
         destination,
-        [_leaf(stored_leaf) for stored_leaf in planned.stored_leaves],
+        [stored_leaf.spec for stored_leaf in planned.stored_leaves],
         fingerprint={
             "source": origin,
             # A commit says more than times do, where it is known.
@@ -172,17 +173,6 @@ def carry_out(
         sources = assemble(planned, accounts, summary.records, shards)
         writer.commit(_metadata(planned, origin, accounts), {**companions, SOURCES_FILE: sources.to_bytes()})
     return summary
-
-
-def _leaf(stored_leaf: StoredLeaf) -> LeafSpec:
-    return LeafSpec(
-        path=stored_leaf.path,
-        shape=stored_leaf.shape,
-        dtype=stored_leaf.dtype,
-        chunk_shape=stored_leaf.chunk_shape,
-        sources=stored_leaf.sources,
-        rule=stored_leaf.rule_name,
-    )
 
 
 def _write_chunks(

@@ -32,9 +32,6 @@ class Arriving(Protocol):
     def rate(self) -> float:
         """Bytes per second that come, from a short try."""
 
-    def fetch_small_files(self) -> None:
-        """Bring what belongs to it beside the shards."""
-
     def start(self, order: Sequence[str]) -> None:
         """Begin to fetch these shards, by name, in this order."""
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.errors import BadInput
-from dsv4_convert.files.strict_json import parse_object, shown
+from dsv4_convert.files.strict_json import enumerated, parse_object, shown
 from dsv4_convert.spec.names import stage_of
 from dsv4_convert.store import Store
 
@@ -106,7 +107,7 @@ def stored_layers(store: Store) -> list[int] | None:
     A checkpoint without stages may be one of all layers: its source had none, or it comes from a dsv4 that left them
     out.
     """
-    return None if any(stage_of(path) is not None for path in store.paths) else list(store.metadata["layers"])
+    return None if any(stage_of(path) is not None for path in store.paths) else list(store.conversion.layers)
 
 
 def targets_of(leaves: Iterable[tuple[str, Iterable[str]]]) -> dict[str, tuple[str, ...]]:
@@ -155,6 +156,7 @@ def _heard(name: str, entry: object) -> SourceTensor:
             and all(type(extent) is int and extent >= 0 for extent in shape)
             and all(isinstance(target, str) for target in targets)
         ):
+            enumerated(dtype, DTYPES, field=f"{shown(name)}: dtype")
             return SourceTensor(
                 shard=shard, dtype=dtype, shape=tuple(shape), sha256=sha256, targets=tuple(targets), dropped=dropped
             )

@@ -8,35 +8,16 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
+from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Leaf, Source, Stored
 from dsv4_convert.spec.names import FP8_TILE, Transform
-from dsv4_convert.store import ArrayLayout
+from dsv4_convert.store import ArrayLayout, LeafSpec
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.
 CHUNK_BYTES = 64 << 20
-
-
-class Storage(StrEnum):
-    """The values of ``--dtype``.
-
-    Examples:
-        >>> plan, summary = hf_to_orbax(Path("checkpoint"), "as-published", storage=Storage.SOURCE)
-    """
-
-    #: Half the size of float32, and exact for FP4 and FP8 weights with power-of-two scales.
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-    #: The published bytes and scales as they are, in the published orientation: leaves ``.weight`` and ``.scale``.
-    SOURCE = "source"
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of converted weights; not defined for ``source``."""
-        return {Storage.BFLOAT16: np.dtype(ml_dtypes.bfloat16), Storage.FLOAT32: np.dtype(np.float32)}[self]
 
 
 class Form(StrEnum):
@@ -94,6 +75,18 @@ class StoredLeaf:
     def layout(self) -> ArrayLayout:
         """Shape, dtype and chunk grid."""
         return ArrayLayout(shape=self.shape, dtype=self.dtype, chunk_shape=self.chunk_shape)
+
+    @cached_property
+    def spec(self) -> LeafSpec:
+        """The leaf as the store knows it."""
+        return LeafSpec(
+            path=self.path,
+            shape=self.shape,
+            dtype=self.dtype,
+            chunk_shape=self.chunk_shape,
+            sources=self.sources,
+            rule=self.rule_name,
+        )
 
     @property
     def leaf(self) -> Leaf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from dsv4_convert.checkpoint import TensorEntry, write_index, write_safetensors
 from dsv4_convert.convert.emit import Emitted, Emitter
 from dsv4_convert.convert.run import COMPANIONS
 from dsv4_convert.convert.sources import Sources, read_sources
-from dsv4_convert.convert.storage import Storage
-from dsv4_convert.errors import BadInput, CheckFailed, UsageError
-from dsv4_convert.files.workspace import refuse_other_settings
+from dsv4_convert.errors import CheckFailed, UsageError
+from dsv4_convert.files.workspace import refuse_other_settings, require_writable
 from dsv4_convert.files.writing import write_atomically, writing
+from dsv4_convert.folders import PathLike
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
+from dsv4_convert.store.folder import Folder
 from dsv4_convert.store.layout import raw_bytes
-from dsv4_convert.store.places import Folder
 
 #: Bytes of one shard, where the source's own sharding does not fit.
 _SHARD_BYTES = 5_000_000_000
@@ -54,8 +56,8 @@ class ExportSummary:
 
 
 def orbax_to_hf(
-    checkpoint: Path,
-    destination: Path,
+    checkpoint: PathLike,
+    destination: PathLike,
     *,
     requantize: bool = False,
     restart: bool = False,
@@ -81,27 +83,26 @@ def orbax_to_hf(
         ResourceError: the disk is full, or another process writes the same destination.
 
     Examples:
-        >>> summary = orbax_to_hf(Path("orbax"), Path("published"), requantize=True)
+        >>> summary = orbax_to_hf("orbax", "published", requantize=True)
     """
     store = open_store(checkpoint)
-    if store.metadata.get("format") != "dsv4":
-        raise BadInput(f"{checkpoint}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
-    if store.metadata.get("layout", "dsv4") != "dsv4":
+    layout = store.conversion.layout
+    if layout is not Layout.DSV4:
         raise UsageError(
-            f"{checkpoint}: has the layout of {store.metadata['layout']}, from which there is no way back; convert the "
+            f"{checkpoint}: has the layout of {layout}, from which there is no way back; convert the "
             "source again with the default layout"
         )
     sources = read_sources(store)
     emitter = Emitter(store, sources)
     _check_request(store, sources, emitter.storage, requantize=requantize)
-    place = Folder(destination.absolute())
-    place.check(overwrite=False)
+    place = Folder(Path(destination).absolute())
+    _check_destination(place.target)
     groups = _shards(emitter, sources, requantize=requantize)
     total = sum(tensor.nbytes for group in groups.values() for tensor in group)
     done = 0
     identity = {"manifest": hashlib.sha256(store.manifest.to_bytes()).hexdigest(), "requantize": requantize}
     with place.workspace as workspace:
-        place.check(overwrite=False)
+        _check_destination(place.target)
         if restart:
             workspace.clear()
         state, content = workspace.stage / EXPORT_STATE, workspace.content
@@ -126,15 +127,23 @@ def orbax_to_hf(
     for tensor in sources.tensors.values():
         if tensor.dropped is not None:
             dropped[tensor.dropped] = dropped.get(tensor.dropped, 0) + 1
+    # A weight whose scale is in another shard is quantised for each of the two, with the same result.
+    quantized = {name: count for shard in groups for name, count in kept[shard].quantized.items()}
     return ExportSummary(
         tensors=sum(map(len, groups.values())),
         nbytes=total,
         shards=tuple(groups),
         left_out=dropped,
         identical=sum(kept[shard].identical for shard in groups),
-        quantized=sum(len(kept[shard].quantized) for shard in groups),
-        changed={name: count for shard in groups for name, count in kept[shard].quantized.items() if count},
+        quantized=len(quantized),
+        changed={name: count for name, count in quantized.items() if count},
     )
+
+
+def _check_destination(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UsageError(f"{target}: exists already; choose another destination, or remove it first")
+    require_writable(target)
 
 
 def _check_request(store: Store, sources: Sources, storage: Storage, *, requantize: bool) -> None:
@@ -212,7 +221,7 @@ def _companions(store: Store, *, plain: bool) -> Iterator[tuple[str, bytes]]:
         if name == "config.json" and plain:
             config = json.loads(content)
             config = {key: value for key, value in config.items() if key not in _QUANTIZED_KEYS}
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = store.metadata["storage"]
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = store.conversion.storage.value
             content = f"{json.dumps(config, indent=2)}\n".encode()
         yield name, content
 

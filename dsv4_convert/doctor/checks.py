@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dsv4_convert.cache import cache_folder
 from dsv4_convert.doctor.finding import Diagnosis, Finding, State
 from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.units import size
@@ -44,6 +45,7 @@ def examine(*, offline: bool = False, say: Callable[[str], None] = lambda _: Non
         ("machine", _machine),
         ("Hub", lambda: _hub(offline=offline)),
         ("kernels", _kernels),
+        ("programs", _programs),
         ("terminal", _terminal),
     ):
         say(title)
@@ -223,6 +225,27 @@ def _kernels() -> Iterator[Finding]:
         found="no folder can be written, so kernels are compiled anew in every run",
         commands="convert, parity --source",
         way_out="export NUMBA_CACHE_DIR=/a/folder/of/yours",
+    )
+
+
+def _programs() -> Iterator[Finding]:
+    """The folder of compiled programs, which make the second run fast."""
+    commands = "parity, generate"
+    mine = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = cache_folder() if mine is None else Path(mine)
+    if folder is None:
+        yield Finding(check="dsv4 cache", state=State.OK, found="off (DSV4_CACHE)", commands=commands)
+        return
+    good = _takes_files(folder)
+    kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    yield Finding(
+        check="dsv4 cache",
+        state=State.OK if good else State.WARN,
+        found=f"{folder}, {size(kept)}"
+        if good
+        else f"{folder} cannot be written, so programs are compiled in every run",
+        commands=commands,
+        way_out=None if good else "export DSV4_CACHE=/a/folder/of/yours",
     )
 
 

@@ -6,6 +6,7 @@ import textwrap
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dsv4_convert.doctor.finding import Diagnosis, State
 from dsv4_convert.tables import fitted
@@ -20,8 +21,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     """A table of all checks, then what to do."""
     table = Table("check", "", "found", "for", box=None, pad_edge=False)
     for found in diagnosis.findings:
-        state = f"[{_STYLES[found.state]}]{found.state}[/]"
-        table.add_row(found.check.replace("[", r"\["), state, found.found.replace("[", r"\["), found.commands)
+        table.add_row(found.check, Text(found.state, style=_STYLES[found.state]), found.found, found.commands)
     if console.width < _ROOMY:
         fitted(table, console, dispensable=("for",))
     table.columns[2].overflow = "fold"
@@ -30,6 +30,6 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         if found.way_out is not None:
             text = f"{found.check}: {found.way_out}"
             for line in textwrap.wrap(text, max(console.width, 30), subsequent_indent="  ", break_on_hyphens=False):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(line, highlight=False, soft_wrap=True)
     style, word = ("green", "work") if diagnosis.healthy else ("red", "do not work")
-    console.print(f"the core commands [bold {style}]{word}[/]", highlight=False)
+    console.print(Text.assemble("the core commands ", (word, f"bold {style}")), highlight=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.reading import foreign_content, read_start, stat_regular
+
+W = TypeVar("W", bound=str)
 
 #: The largest published index is 14 MB; a config.json has a few KB.
 MAX_JSON_BYTES = 100_000_000
@@ -39,7 +41,17 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(
     text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None, infinite: bool = False
 ) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose root is an object.
+    """Parse UTF-8 JSON whose root is an object. Raises :class:`BadInput`: it is none, or as :func:`parse_value`."""
+    parsed = parse_value(text, where=where, parse_int=parse_int, infinite=infinite)
+    if not isinstance(parsed, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def parse_value(
+    text: bytes, *, where: str, parse_int: Callable[[str], int] | None = None, infinite: bool = False
+) -> Any:
+    """Parse UTF-8 JSON.
 
     Refused beyond what the standard library refuses: duplicate keys (readers disagree on which one counts),
     ``NaN`` and ``Infinity`` (not JSON) and numbers beyond float64 unless ``infinite``, half of a surrogate pair, more
@@ -85,8 +97,6 @@ def parse_object(
         raise _too_deep(where) from None
     except ValueError as error:  # an integer of thousands of digits, or one that parse_int refuses
         raise BadInput(f"{where}: {error}") from None
-    if not isinstance(parsed, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(parsed).__name__}")
     if _is_deep(parsed):
         raise _too_deep(where)
     if _SURROGATE.search(text) and not _is_unicode(parsed):
@@ -94,8 +104,8 @@ def parse_object(
     return parsed
 
 
-def _is_deep(document: Mapping[str, Any]) -> bool:
-    level: list[Any] = [document]
+def _is_deep(document: object) -> bool:
+    level: list[Any] = [document] if isinstance(document, dict | list) else []
     for _ in range(_MAX_DEPTH):
         below = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
         level = [value for value in below if isinstance(value, dict | list)]
@@ -108,12 +118,28 @@ def _too_deep(where: str) -> BadInput:
     return BadInput(f"{where}: JSON nested too deeply; the file is damaged or hostile")
 
 
-def _is_unicode(document: Mapping[str, Any]) -> bool:
+def _is_unicode(document: object) -> bool:
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def enumerated(value: object, allowed: Iterable[W], *, field: str) -> W:
+    """The word among ``allowed`` that ``value`` is, letter by letter. Members of an enumeration are words.
+
+    Every enumerated value of a file is decoded here: an unknown one must not be taken for the default.
+
+    Raises:
+        ValueError: naming the field, what was found, and what is allowed; the caller adds the file.
+    """
+    words = list(allowed)
+    for word in words:
+        if isinstance(value, str) and value == word:
+            return word
+    found = shown(value) if isinstance(value, str) else shown(repr(value))
+    raise ValueError(f"{field} is {found}, expected one of {', '.join(words)}")
 
 
 def shown(text: str, *, limit: int = 80) -> str:

@@ -14,6 +14,7 @@ Only a rename creates the destination, so a killed process leaves it absent, res
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -27,6 +28,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from dsv4_convert.errors import ResourceError, UsageError, listed
+from dsv4_convert.files.limits import nearest_folder
 from dsv4_convert.files.writing import sync, writing
 
 #: Added to the name of a destination.
@@ -37,6 +39,26 @@ _HALF_WRITTEN = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp")
 _PATIENCE_SECONDS = 0.2
 #: Prefix of the names of short-lived folders.
 _SCRATCH = ".dsv4-probe-"
+
+
+def require_writable(destination: Path) -> None:
+    """Refuse a destination that obviously cannot be made, before any work.
+
+    Raises:
+        ResourceError: something above it is a file, or its folder takes no new files.
+    """
+    folder = nearest_folder(Path(os.path.abspath(destination)).parent)
+    if not folder.is_dir():
+        raise _unwritable(destination, f"{folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise _unwritable(destination, f"{folder}: {os.strerror(number)}")
+
+
+def _unwritable(destination: Path, why: str) -> ResourceError:
+    return ResourceError(
+        f"{destination}: cannot be written ({why}). Nothing was written; choose another destination, or fix the cause."
+    )
 
 
 def stage_of(destination: Path) -> Path:
@@ -202,6 +224,9 @@ def locked(lock: Path, guarded: Path) -> Iterator[None]:
                 f"{guarded}: another process{f' (pid {holder})' if holder else ''} is writing it and holds {lock}. "
                 "Wait for it, or end it and run the same command again."
             ) from None
+        if not os.path.lexists(lock):
+            why = "is a file" if lock.parent.is_file() else "takes no new files"
+            raise _unwritable(guarded, f"{lock.parent} {why}") from error
         raise ResourceError(
             f"{lock}: cannot write and lock it ({error.strerror or error}), so nothing would keep two runs apart; "
             "make room (or fix the cause) and run the same command again, or choose another destination, on a file "

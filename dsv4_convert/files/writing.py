@@ -13,6 +13,11 @@ from typing import BinaryIO
 
 from dsv4_convert.errors import ResourceError
 
+#: Errors of a place that takes nothing, where there was no work to lose.
+_OF_THE_PLACE = frozenset(
+    {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+)
+
 
 @contextmanager
 def writing(what: object, *, nbytes: int | None = None) -> Iterator[None]:
@@ -33,9 +38,11 @@ def writing(what: object, *, nbytes: int | None = None) -> Iterator[None]:
             with suppress(OSError):
                 sizes.append(f"{shutil.disk_usage(what.parent).free:,} are free")
             needed = f" ({', '.join(sizes)})" if sizes else ""
+        way_out = "Choose a place that can be written, or fix the cause"
+        if error.errno not in _OF_THE_PLACE:
+            way_out = "Finished work is kept; make room (or fix the cause)"
         raise ResourceError(
-            f"{what}: cannot write: {error.strerror or error}{needed}. Finished work is kept; "
-            "make room (or fix the cause) and run the same command again."
+            f"{what}: cannot write: {error.strerror or error}{needed}. {way_out} and run the same command again."
         ) from error
 
 

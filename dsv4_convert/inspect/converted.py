@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput
+from dsv4_convert.files.strict_json import enumerated
 from dsv4_convert.files.workspace import destination_of, stage_of
 from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.spec.config import Config
+from dsv4_convert.inspect.tables import repeated_experts
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import Dialect, lookup
-from dsv4_convert.store import Store
+from dsv4_convert.store import Store, unaccounted
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state
+from dsv4_convert.store.folder import leaves_of, staged_bytes
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.store.places import leaves_of, staged_bytes
 from dsv4_convert.units import ranges, size
 
 
@@ -27,30 +29,23 @@ def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[
     Raises:
         BadInput: the manifest is not that of a conversion.
     """
-    metadata = store.metadata
-    try:
-        config = Config.from_json(metadata["config"])
-        source, layers = metadata["source"], tuple(metadata["layers"])
-        dialect = Dialect(metadata["dialect"])
-        facts = {
-            "source": str(source["name"]),
-            "revision": str(source["revision"] or "not recorded"),
-            "converted": f"by dsv4 {metadata['dsv4_version']}, --dtype {metadata['storage']}, "
-            f"--layout {metadata['layout']}",
-            "stored": f"{len(store.paths):,} leaves, complete, of layers {ranges(layers)}",
-        }
-        left_out = [f"{count:,} tensors were left out: {why}" for why, count in metadata["tensors"]["dropped"].items()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{place}: {MANIFEST_FILE} is not that of a conversion ({error!r}); convert again") from error
+    made, metadata = store.conversion, store.metadata
+    facts = {
+        "source": str(made.source.get("name")),
+        "revision": str(made.source.get("revision") or "not recorded"),
+        "converted": f"by dsv4 {metadata.get('dsv4_version')}, --dtype {made.storage}, --layout {made.layout}",
+        "stored": f"{len(store.paths):,} leaves, complete, of layers {ranges(made.layers)}",
+    }
+    left_out = [f"{count:,} tensors were left out: {why}" for why, count in made.dropped.items()]
     return Inspection(
         what=What.CONVERTED,
         place=place,
         known_by=known_by,
         facts=facts | _rounded(metadata),
-        config=config,
-        layers=None if len(layers) == config.num_hidden_layers else layers,
-        rows=_rows(store, dialect),
-        odd=(*left_out, *_disagreeing(store, say)),
+        config=made.config,
+        layers=None if len(made.layers) == made.config.num_hidden_layers else made.layers,
+        rows=_rows(store, made.dialect),
+        odd=(*left_out, *_tables(store), *_disagreeing(store, say)),
     )
 
 
@@ -67,11 +62,16 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
     source = plan.get("fingerprint.source") or {}
     if not isinstance(source, dict):
         raise BadInput(f"{place}: the journal is not that of a conversion; remove it, or convert with --restart")
+    try:
+        storage = enumerated(plan.get("fingerprint.storage"), Storage, field="storage")
+        layout = enumerated(plan.get("fingerprint.layout"), Layout, field="layout")
+    except ValueError as error:
+        raise BadInput(f"{place}: {known_by}: {error}; remove it, or convert with --restart") from None
     destination = destination_of(folder)
     facts = {
         "source": str(source.get("name")),
         "revision": str(source.get("revision") or "not recorded"),
-        "converted": f"--dtype {plan.get('fingerprint.storage')}, --layout {plan.get('fingerprint.layout')}",
+        "converted": f"--dtype {storage}, --layout {layout}",
         "stored": f"{done:,} of {chunks:,} chunks of {len(arrays):,} leaves, {size(staged_bytes(destination))}",
         "resumable": "yes: the same command goes on; --restart discards this",
     }
@@ -108,11 +108,18 @@ def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
     )
 
 
+def _tables(store: Store) -> list[str]:
+    try:
+        return repeated_experts(store)
+    except BadInput:
+        return []  # what is missing or damaged is said by _disagreeing
+
+
 def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
-    rounding = metadata.get("rounding") or {}
-    if not rounding.get("rounded"):
-        return {}
-    return {"rounded": f"{rounding['rounded']:,} of {rounding['values']:,} converted values"}
+    match metadata.get("rounding"):
+        case {"rounded": int(rounded), "values": int(values)} if rounded:
+            return {"rounded": f"{rounded:,} of {values:,} converted values"}
+    return {}
 
 
 def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
@@ -132,12 +139,12 @@ def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
 
 
 def _disagreeing(store: Store, say: Callable[[str], None]) -> list[str]:
-    """Files whose size differs from the manifest, missing files, and files that do not belong there."""
+    """Files whose size differs from the manifest, missing files, and what the manifest does not account for."""
     if not is_local(store.folder):
         return []
     expected = {*store.paths, *store.manifest.files, MANIFEST_FILE}
     found = {entry.name for entry in store.folder.iterdir()}
-    odd = [f"{name}: in the folder, but not in the manifest" for name in sorted(found - expected)]
+    odd = unaccounted(store)
     odd += [f"{name}: in the manifest, but not in the folder" for name in sorted(expected - found)]
     for number, path in enumerate(store.paths):
         if not number % 100:

@@ -9,6 +9,7 @@ from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.files.workspace import stage_of
+from dsv4_convert.folders import ORBAX_FILES
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.manifest import MANIFEST_NAME
 from dsv4_convert.golden.writer import REQUEST_NAME
@@ -20,6 +21,7 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
+from dsv4_convert.urls import without_secrets
 
 #: Called with a message about the current step.
 Say = Callable[[str], None]
@@ -28,8 +30,6 @@ _LOOKED_FOR = (
     f"{MANIFEST_FILE} (a conversion), journal.jsonl, {EXPORT_STATE} or {REQUEST_NAME} (unfinished ones), "
     f"{MANIFEST_NAME} (a golden), {CONFIG_NAME} (a checkpoint)"
 )
-#: Files that Orbax writes into every checkpoint.
-_ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt")
 
 
 def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: None) -> Inspection:
@@ -67,15 +67,16 @@ def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: Non
 
 def _behind_url(url: str, say: Say) -> Inspection:
     say("looking")
+    shown = without_secrets(url)
     if not url.startswith("gs://"):
-        return inspect_golden(open_golden(url), place=url, known_by=f"{MANIFEST_NAME} behind the URL", say=say)
+        return inspect_golden(open_golden(url), place=shown, known_by=f"{MANIFEST_NAME} behind the URL", say=say)
     folder = as_path(url)
     if (folder / MANIFEST_FILE).exists():
-        return inspect_converted(open_store(url), place=url, known_by=MANIFEST_FILE, say=say)
+        return inspect_converted(open_store(url), place=shown, known_by=MANIFEST_FILE, say=say)
     if (folder / MANIFEST_NAME).exists():
-        return inspect_golden(open_golden(url), place=url, known_by=MANIFEST_NAME, say=say)
+        return inspect_golden(open_golden(url), place=shown, known_by=MANIFEST_NAME, say=say)
     with open_source(url) as checkpoint:
-        return inspect_opened(checkpoint, What.CHECKPOINT, place=url, known_by=CONFIG_NAME)
+        return inspect_opened(checkpoint, What.CHECKPOINT, place=shown, known_by=CONFIG_NAME)
 
 
 def _file(path: Path) -> Inspection:
@@ -109,7 +110,7 @@ def _folder(path: Path, say: Say) -> Inspection:
         return _config(path / CONFIG_NAME, place=place, known_by=f"{CONFIG_NAME}, and no {SHARD_SUFFIX} file beside it")
     if "snapshots" in there:
         raise BadInput(f"{path}: a repository in the Hub cache; give one of the folders in {path / 'snapshots'}")
-    if found := sorted(there.intersection(_ORBAX_FILES)):
+    if found := sorted(there.intersection(ORBAX_FILES)):
         raise BadInput(
             f"{path}: an Orbax checkpoint ({', '.join(found)}), but not one that dsv4 wrote, or one whose "
             f"{MANIFEST_FILE} is gone; convert the model with `dsv4 convert hf-to-orbax`"

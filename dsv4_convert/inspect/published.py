@@ -16,7 +16,7 @@ from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, compare
 from dsv4_convert.spec.names import detect_dialect, layer_of
-from dsv4_convert.spec.unsupported import refuse_unsupported
+from dsv4_convert.spec.unsupported import of_family, refuse_unsupported
 from dsv4_convert.units import ranges, size
 
 
@@ -53,7 +53,7 @@ def inspect_opened(checkpoint: Checkpoint, what: What, *, place: str, known_by: 
     """An open checkpoint.
 
     Raises:
-        BadInput: neither its config nor any of its tensors is of DeepSeek-V4.
+        BadInput: its config is of another architecture, or none of its tensors is of DeepSeek-V4.
     """
     facts = {}
     if checkpoint.repository is not None:
@@ -88,6 +88,8 @@ def _inspection(
         refuse_unsupported(raw, {*tensors, *absent}, where=place)
         config = Config.from_hf(raw, where=CONFIG_NAME)
     except BadInput as error:
+        if not of_family(raw):
+            raise
         odd.append(str(error))
     try:
         dialect = detect_dialect(tensors)

@@ -18,7 +18,7 @@ from dsv4_convert.units import ranges
 
 
 def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:
-    """A golden. Only the arrays of chosen experts are read.
+    """A golden. Only chosen experts and noise floors are read.
 
     Raises:
         BadInput: these are not what was recorded.
@@ -53,6 +53,7 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
         odd += [f"layer {layer}: {missed}" for missed in reached.missed]
         if reached.experts < reached.of:
             odd.append(f"layer {layer}: {reached.of - reached.experts} of {reached.of} experts are reached by no token")
+    odd += [problem for layer in (*golden.layers, None) for problem in golden.malformed_noise(layer)]
     return Inspection(
         what=What.GOLDEN,
         place=place,

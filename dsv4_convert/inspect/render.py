@@ -25,7 +25,7 @@ def render(found: Inspection, console: Console) -> None:
     """Its kind, its architecture in one picture, its contents and its oddities."""
 
     def say(line: str | Text) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
     def fact(name: str, text: str) -> None:
         for line in _filled(f"{name:<{_MARGIN}}{text}", console.width):

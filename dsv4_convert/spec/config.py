@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.files.strict_json import enumerated, parse_object
+from dsv4_convert.folders import CONFIG_FILE, PathLike
+from dsv4_convert.units import number_of
 
 _V = TypeVar("_V")
 
@@ -210,8 +212,15 @@ class Config:
         return dataclasses.replace(self, num_mtp_stages=0) == dataclasses.replace(other, num_mtp_stages=0)
 
     @classmethod
-    def from_file(cls, path: Path) -> Config:
-        """Read a ``config.json``. Raises :class:`BadInput` naming the file and every problem in it."""
+    def from_file(cls, path: PathLike) -> Config:
+        """Read a ``config.json``, given itself or its folder.
+
+        Raises:
+            BadInput: names the file and every problem in it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_FILE
         try:
             text = path.read_bytes()
         except FileNotFoundError:
@@ -249,7 +258,7 @@ class Config:
             config = cls(
                 **{
                     **data,
-                    "attention": tuple(map(AttentionKind, attention)),
+                    "attention": tuple(enumerated(kind, AttentionKind, field="attention") for kind in attention),
                     "hash_routed": tuple(data["hash_routed"]),
                     "yarn": None if yarn is None else Yarn(**yarn),
                     "weight_block_size": None if block is None else tuple(block),
@@ -331,7 +340,7 @@ class _Reader:
         if self.problems:
             raise BadInput(
                 f"{self.where}: not a DeepSeek-V4 architecture that dsv4 knows, "
-                f"{len(self.problems)} problem(s):\n{listed(self.problems)}"
+                f"{number_of(len(self.problems), 'problem')}:\n{listed(self.problems)}"
             )
         return Config(**values)
 

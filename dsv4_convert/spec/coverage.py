@@ -27,6 +27,7 @@ from dsv4_convert.spec.names import (
     stage_of,
 )
 from dsv4_convert.spec.unsupported import refuse_unsupported
+from dsv4_convert.units import number_of
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
 _PLAIN_DTYPES = frozenset({"BF16", "F32"})
@@ -121,7 +122,7 @@ def resolve(
     resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
     if problems:
         raise BadInput(
-            f"{where}: {len(problems)} problem(s) between its tensors ({resolution.dialect} names) and its "
+            f"{where}: {number_of(len(problems), 'problem')} between its tensors ({resolution.dialect} names) and its "
             f"config.json:\n{listed(problems)}\n"
             "Compare with the repository's file list; a fresh `dsv4 download` fetches what is missing."
         )

@@ -21,7 +21,7 @@ layers. transformers drops these tensors, so there is no other spelling than the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -470,17 +470,29 @@ def explain(name: str) -> tuple[Explanation, ...]:
     Raises:
         UsageError: nothing in the table has that name; names that come close are listed.
     """
-    found: dict[str, Explanation] = {}
-    for dialect in Dialect:
-        for use in lookup(name, dialect):
-            number = use.layer if use.stage is None else use.stage
-            found.setdefault(use.rule.path, _explanation(use.rule, number, use.expert))
+    key, numbers = _open_template(name)
+    for prefix in ("", *_PREFIXES):
+        if found := _explanations(prefix + key, (None, *numbers) if prefix else numbers):
+            return found
+    raise UsageError(f"{name}: not a tensor or parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
+
+
+def _open_template(name: str) -> tuple[str, tuple[int | None, ...]]:
+    """As :func:`template`, with ``N`` and ``E``, as tables print them, for numbers that are left open: None."""
     key, numbers = template(name)
-    for rule in (*RULES, *STAGE_RULES):
-        if key == rule.path:
-            found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, None))
-    if not found:
-        raise UsageError(f"{name}: not a tensor or parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
+    parts, given = key.split("."), iter(numbers)
+    filled = tuple(next(given) if part == "{}" else None for part in parts if part in ("{}", "N", "E"))
+    return ".".join("{}" if part in ("N", "E") else part for part in parts), filled
+
+
+def _explanations(key: str, numbers: Sequence[int | None]) -> tuple[Explanation, ...]:
+    """Every rule that has this template in some dialect, or as the path of its parameter."""
+    found: dict[str, Explanation] = {}
+    by_tensor = [(rule, fused) for dialect in Dialect for rule, _, fused in _INDEX[dialect].get(key, ())]
+    by_path = [(rule, True) for rule in (*RULES, *STAGE_RULES) if key == rule.path]
+    for rule, stacked in (*by_tensor, *by_path):
+        expert = None if stacked or not rule.per_expert else numbers[1]
+        found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, expert))
     return tuple(found.values())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.units import number_of
 
 _ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
 
@@ -51,7 +52,7 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
         return
     lines = [f"config.json has {_first(fields)}"] if fields else []
     for feature, names in features.items():
-        lines.append(f"{feature} is not supported: {len(names)} tensor(s) such as {_first(names)}")
+        lines.append(f"{feature} is not supported: {number_of(len(names), 'tensor')} such as {_first(names)}")
     raise BadInput(
         f"{where}: {_model(raw, features)}, which dsv4 does not support. It has:\n{listed(lines)}\n"
         f"dsv4 converts {_SUPPORTED}."
@@ -61,10 +62,10 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
 def _gives_away(raw: Mapping[str, Any], name: str) -> bool:
     if name == "model_type":
         return str(raw[name]).startswith(_FAMILY) and raw[name] != _FAMILY
-    return _of_family(raw) and re.fullmatch(_FIELDS, name) is not None
+    return of_family(raw) and re.fullmatch(_FIELDS, name) is not None
 
 
-def _of_family(raw: Mapping[str, Any]) -> bool:
+def of_family(raw: Mapping[str, Any]) -> bool:
     """Whether the config is that of some DeepSeek-V4; of any other model it is :class:`Config` that says so."""
     return str(raw.get("model_type", _FAMILY)).startswith(_FAMILY)
 

@@ -326,9 +326,14 @@ def _less(bounds: Iterable[tuple[int, int]], region: Region) -> Region:
     return tuple(slice(low - part.start, high - part.start) for (low, high), part in zip(bounds, region, strict=True))
 
 
+#: What every array says of itself in the same words.
+_FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": "."}
+#: Everything that an array says of itself.
+METADATA_KEYS = frozenset((*_FIXED, "compressor", "dtype", "shape", "chunks"))
+
+
 def _parse_metadata(document: Mapping[str, Any]) -> dict[str, Any]:
-    expected = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": "."}
-    for key, value in expected.items():
+    for key, value in _FIXED.items():
         if document[key] != value or isinstance(document[key], bool):
             raise ValueError(f"{key} is {document[key]!r}, expected {value!r}")
     compression = next((name for name, value in _COMPRESSORS.items() if value == document["compressor"]), None)

@@ -1,14 +1,15 @@
 """A destination in a bucket, such as ``gs://bucket/model``, through etils.epath.
 
-An object appears whole or not at all, but nothing can be renamed or locked, and nothing appended to. So arrays are
-written where they will stay; journal and lock are objects beside them; the manifest, which makes the rest a checkpoint
+An object appears whole or not at all, but nothing can be renamed, and nothing appended to. So arrays are written where
+they will stay; journal and lock are objects beside them; the manifest, which makes the rest a checkpoint
 to dsv4, and Orbax's ``commit_success.txt``, which does so to Orbax, come last::
 
     gs://bucket/model/LEAF/CHUNK              arrays
     gs://bucket/model.dsv4-partial/lock       who writes
     gs://bucket/model.dsv4-partial/journal*   what is finished, a new object every few seconds
 
-A kill costs what was written since the last journal object. The lock of a process that was killed stays: another run
+A kill costs what was written since the last journal object. The lock is an object that the bucket makes only where none
+is (a precondition on its generation), so of two runs one gets it. That of a process that was killed stays: another run
 says whose it is. What is not known from here: how real buckets answer under load; tests use a file system in memory.
 """
 
@@ -26,12 +27,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from dsv4_convert.errors import BUGS, ResourceError, UsageError
+from dsv4_convert.files.remote import BucketFolder
 from dsv4_convert.files.workspace import SUFFIX
 from dsv4_convert.files.writing import writing
 from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata
+from dsv4_convert.store.destination import AnyPath, ChunkWriter, timed_writes
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
-from dsv4_convert.store.places import AnyPath, ChunkWriter, timed_writes
 
 _SCHEME = "gs://"
 #: Written last, in this order.
@@ -126,7 +128,7 @@ class _BucketWriter:
     compression: Compression
 
     def write_chunk(self, index: Index, chunk: Array) -> None:
-        """As :class:`~dsv4_convert.store.places.ChunkWriter` has it; copies the chunk."""
+        """As :class:`~dsv4_convert.store.destination.ChunkWriter` has it; copies the chunk."""
         file = self.folder / chunk_file(index)
         data = encoded_chunk(self.layout, self.compression, index, chunk)
         with _uploading(file):
@@ -134,7 +136,7 @@ class _BucketWriter:
 
 
 class Bucket:
-    """A :class:`~dsv4_convert.store.places.Place` in a bucket."""
+    """A :class:`~dsv4_convert.store.destination.Destination` in a bucket."""
 
     def __init__(self, target: AnyPath) -> None:
         self._target = target
@@ -148,7 +150,7 @@ class Bucket:
         if not self._target.exists():
             return
         if (self._target / MANIFEST_FILE).exists():
-            more = " In a bucket nothing can be replaced at once." if overwrite else ""
+            more = " --overwrite is for folders: in a bucket nothing can be replaced at once." if overwrite else ""
             raise UsageError(f"{self._target}: exists already.{more} Choose another destination, or remove it first.")
         if not self._work.exists():
             raise UsageError(f"{self._target}: exists, and is neither a checkpoint nor an interrupted run of dsv4.")
@@ -156,13 +158,15 @@ class Bucket:
     @contextmanager
     def held(self) -> Iterator[None]:
         lock = self._work / "lock"
-        if lock.exists():
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"pid {os.getpid()} on {socket.gethostname()}, since {since},"
+        with _uploading(lock):
+            taken = BucketFolder(str(self._work)).create("lock", holder.encode())
+        if not taken:
             raise ResourceError(
                 f"{self._target}: {lock.read_text()} is writing it. Wait for it; if it was killed, delete {lock} and "
                 "run the same command again."
             )
-        with _uploading(lock):
-            lock.write_text(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
         try:
             yield
         finally:

@@ -23,11 +23,13 @@ from typing import Any, TypeAlias, TypeVar
 import ml_dtypes
 import numpy as np
 
+from dsv4_convert.folders import CONVERTED_FILE
+
 Index: TypeAlias = tuple[int, ...]
 Region: TypeAlias = tuple[slice, ...]
 T = TypeVar("T")
 
-MANIFEST_FILE = "dsv4_manifest.json"
+MANIFEST_FILE = CONVERTED_FILE
 ARRAY_METADATA_FILE = ".zarray"
 DEFAULT_CHUNK_BYTES = 64 << 20
 

@@ -10,10 +10,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import not_converted
+from dsv4_convert.spec.conversion import Conversion
 from dsv4_convert.store.arrays import Array, StoredArray
 from dsv4_convert.store.layout import (
     MANIFEST_FILE,
@@ -25,8 +28,8 @@ from dsv4_convert.store.layout import (
     chunk_file,
     nested,
 )
+from dsv4_convert.store.locate import as_path
 from dsv4_convert.store.manifest import Manifest
-from dsv4_convert.store.places import as_path
 from dsv4_convert.store.threads import in_threads
 
 #: Called after every chunk with (bytes checked, bytes in total, path of the leaf).
@@ -49,6 +52,11 @@ class Store:
     def metadata(self) -> Mapping[str, Any]:
         """The metadata that the writer of the checkpoint stored."""
         return self.manifest.metadata
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        """The metadata of a conversion, decoded. Raises :class:`BadInput` if they are not those of one."""
+        return Conversion.from_metadata(self.metadata, where=str(self.folder / MANIFEST_FILE))
 
     def leaf(self, path: str) -> ArrayLayout:
         """Shape, dtype and chunk shape of a leaf, without reading it.
@@ -159,8 +167,9 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     try:
         return Store(folder, Manifest.from_bytes(manifest.read_bytes(), where=str(manifest)))
     except OSError as error:
-        what = "no such folder" if not folder.exists() else f"no {MANIFEST_FILE} in it ({error.strerror})"
-        raise BadInput(f"{folder}: not a checkpoint written by dsv4: {what}") from error
+        if manifest.exists():
+            raise BadInput(f"{manifest}: cannot be read ({error.strerror}); check its permissions") from error
+        raise BadInput(f"{folder}: {not_converted(folder, os.fspath(path))}") from error
 
 
 def verify(

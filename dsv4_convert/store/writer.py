@@ -22,8 +22,8 @@ from dsv4_convert.files.writing import sync
 from dsv4_convert.store.arrays import Array, Compression, write_file
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
+from dsv4_convert.store.locate import open_destination
 from dsv4_convert.store.manifest import LeafRecord, Manifest
-from dsv4_convert.store.places import place_of
 from dsv4_convert.store.processes import ALONE, Processes
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -137,7 +137,7 @@ class CheckpointWriter:
             ValueError: the leaves do not form a tree, or a layout is impossible.
             UsageError: the destination exists, or is a URL that dsv4 cannot write to.
         """
-        self._place = place_of(destination)
+        self._destination = open_destination(destination)
         if problems := path_problems([leaf.path for leaf in leaves]):
             raise ValueError(f"the leaves do not form a tree:\n{listed(problems)}")
         if not leaves:
@@ -149,7 +149,7 @@ class CheckpointWriter:
         self.processes = processes
         self._restart = restart
         self._overwrite = overwrite
-        self._place.check(overwrite=overwrite)
+        self._destination.check(overwrite=overwrite)
         self._lock = threading.Lock()
         self._summary: WriteSummary | None = None
 
@@ -165,15 +165,17 @@ class CheckpointWriter:
             held.enter_context(self.processes.together())
             with self.processes.step("prepare"):
                 if self.processes.first:
-                    held.enter_context(self._place.held())
-                    self._place.check(overwrite=self._overwrite)  # again: another writer may have published meanwhile
+                    held.enter_context(self._destination.held())
+                    # Again, as another writer may have published meanwhile.
+                    self._destination.check(overwrite=self._overwrite)
                     if self._restart:
-                        self._place.clear()
-                    self._place.prepare(self._layouts, plan=self._plan, compression=self._compression)
+                        self._destination.clear()
+                    self._destination.prepare(self._layouts, plan=self._plan, compression=self._compression)
             with self.processes.step("look"):
                 self._journal = self._read_journal()
             self._writers = {
-                path: self._place.writer(path, layout, self._compression) for path, layout in self._layouts.items()
+                path: self._destination.writer(path, layout, self._compression)
+                for path, layout in self._layouts.items()
             }
             self.total_bytes = sum(layout.nbytes for layout in self._layouts.values())
             self.kept_bytes = self.total_bytes - sum(chunk.nbytes for chunk in self.pending())
@@ -269,12 +271,12 @@ class CheckpointWriter:
         summary = self.finish()
         with self.processes.step("commit"):
             if self.processes.first:
-                with self._place.committing(self._layouts, self._compression) as folder:
+                with self._destination.committing(self._layouts, self._compression) as folder:
                     _complete(folder, summary, metadata, files)
         return summary
 
     def _read_journal(self) -> Journal:
-        return self._place.journal(self._plan, self.processes.index)
+        return self._destination.journal(self._plan, self.processes.index)
 
     def _record(self, leaf: LeafSpec) -> LeafRecord:
         digests = self._journal.chunks.get(leaf.path, {})

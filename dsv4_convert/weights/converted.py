@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.folders import PathLike
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.units import ranges
@@ -35,12 +36,11 @@ class Weights:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        metadata = store.metadata
-        if metadata.get("format") != "dsv4":
-            raise BadInput(f"{store.folder}: not a model that dsv4 converted (its manifest lacks format: dsv4)")
-        if metadata.get("layout", "dsv4") != "dsv4":
+        metadata, made = store.metadata, store.conversion
+        self._storage = made.storage
+        if made.layout is not Layout.DSV4:
             raise BadInput(
-                f"{store.folder}: has the layout of {metadata['layout']}, for another program; convert the source "
+                f"{store.folder}: has the layout of {made.layout}, for another program; convert the source "
                 "again with the default layout"
             )
         if metadata.get("names_table") != names.TABLE_VERSION:
@@ -50,14 +50,14 @@ class Weights:
             )
 
     @classmethod
-    def open(cls, path: Path) -> Weights:
+    def open(cls, path: PathLike) -> Weights:
         """Open a checkpoint. Raises :class:`BadInput` if dsv4 did not write it."""
         return cls(open_store(path))
 
-    @cached_property
+    @property
     def config(self) -> Config:
         """The architecture."""
-        return Config.from_json(self._store.metadata["config"])
+        return self._store.conversion.config
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -67,7 +67,7 @@ class Weights:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that were converted."""
-        return tuple(self._store.metadata["layers"])
+        return self._store.conversion.layers
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
@@ -79,7 +79,7 @@ class Weights:
         """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
         if any(names.stage_of(path) is not None for path in self._store.paths):
             return
-        if names.DSPARK in self._store.metadata["tensors"]["dropped"]:
+        if names.DSPARK in self._store.conversion.dropped:
             why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
         elif self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"
@@ -143,7 +143,7 @@ class Weights:
         expected = stored = rule.target_shape(self.config, layer)
         scaled = f"{path}.scale" in self._store.paths
         leaf = self._store.leaf(f"{path}.weight" if scaled else path)
-        if self.metadata["storage"] == "source":
+        if self._storage is Storage.SOURCE:
             *rest, last = rule.source_shape(self.config, layer)
             packed = 2 if scaled and leaf.dtype.kind in "iu" else 1
             stored = (*expected[: rule.per_expert], *rest, last // packed)
@@ -153,7 +153,7 @@ class Weights:
 
     def _matrix(self, path: str, rule: names.Rule, at: int | None) -> StoredMatrix:
         """A matrix, or entry ``at`` of a stack of experts or groups."""
-        published = self.metadata["storage"] == "source"
+        published = self._storage is Storage.SOURCE
         scaled = published and f"{path}.scale" in self._store.paths
         of_rows = published and rule.transform is _GROUPED
         first = () if at is None or of_rows else (slice(at, at + 1),)
@@ -177,9 +177,9 @@ class Weights:
 
     def check_codes(self) -> None:
         """Raises :class:`UsageError` unless the weights are stored as they were published."""
-        if self.metadata["storage"] != "source":
+        if self._storage is not Storage.SOURCE:
             raise UsageError(
-                f"{self._store.folder}: its weights are expanded to {self.metadata['storage']}; to compute from the "
+                f"{self._store.folder}: its weights are expanded to {self._storage}; to compute from the "
                 "published codes, convert the source again with --dtype source"
             )
 
@@ -219,7 +219,7 @@ class Weights:
 
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else FLOAT32
-        published = self.metadata["storage"] == "source"
+        published = self._storage is Storage.SOURCE
         scaled = published and f"{path}.scale" in self._store.paths
         stored = self._store.read(f"{path}.weight" if scaled else path, expert)
         if rule.kind is names.Kind.INTEGER:

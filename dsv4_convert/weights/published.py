@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.checkpoint import Checkpoint, open_checkpoint
+from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
@@ -40,14 +41,21 @@ class PublishedWeights:
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
 
     @classmethod
-    def open(cls, source: Path, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
-        """Open a folder. Raises :class:`BadInput` if it does not fill ``layers``."""
-        return cls(open_checkpoint(source, partial=layers is not None), layers=layers)
+    def open(cls, source: Path | str, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
+        """Open what :func:`~dsv4_convert.checkpoint.locate.open_source` opens.
+
+        Raises as that does, and :class:`BadInput` if it does not fill ``layers``.
+        """
+        return cls(open_source(source, layers=layers), layers=layers)
+
+    def prefetch(self) -> None:
+        """As :meth:`dsv4_convert.checkpoint.Checkpoint.prefetch`."""
+        self._checkpoint.prefetch()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Facts about the weights for reports."""
-        return {"source": str(self._checkpoint.root), "storage": "published"}
+        return {"source": self._checkpoint.repository or str(self._checkpoint.root), "storage": "published"}
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that were not opened."""

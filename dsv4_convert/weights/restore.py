@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.folders import PathLike
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store.layout import Region, bounded
+from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import FLOAT32, Array, Parameters, Whole, dtype_of
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
     from dsv4_convert.model import Block, Model, Numerics
     from dsv4_convert.model.layers import Layers
+
+#: Host memory for parts of an array that are read at once.
+_BYTES_AT_ONCE = 512 << 20
 
 
 def restore_block(
@@ -112,7 +118,7 @@ def _of_layers(
 
 
 def restore_model(
-    weights: Whole,
+    weights: Whole | PathLike,
     *,
     dtype: np.dtype[Any] = FLOAT32,
     drafts: bool = False,
@@ -121,7 +127,9 @@ def restore_model(
     mesh: Mesh | None = None,
     encoded: bool = False,
 ) -> Model:
-    """The whole model with its weights; its mtp stages, which only draft tokens, are restored with ``drafts``.
+    """The whole model with its weights, open or given by the path of a converted checkpoint.
+
+    Its mtp stages, which only draft tokens, are restored with ``drafts``.
 
     With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
     With ``scanned`` layers of one kind share a program, and their weights are stacked.
@@ -140,7 +148,7 @@ def restore_model(
             whose storage is not ``source``.
 
     Examples:
-        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model = restore_model("orbax")
         >>> model.config.num_hidden_layers
         4
     """
@@ -148,6 +156,8 @@ def restore_model(
 
     from dsv4_convert.model import PLAIN, Model, Numerics
 
+    if isinstance(weights, str | os.PathLike):
+        weights = Weights.open(weights)
     config = weights.config
     numerics = Numerics.of_release(config) if release else PLAIN
     dtype = np.dtype(numerics.weight_dtype(dtype))
@@ -232,10 +242,11 @@ class _Variable:
 def read_sharded(
     shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding, read: Callable[[Region], Array]
 ) -> jax.Array:
-    """An array over a mesh; this process reads the parts of its own devices, one after the other.
+    """An array over a mesh; this process reads the parts of its own devices, several at once.
 
-    ``read`` returns the values of a region, slices with starts and stops. A region that several devices hold is read
-    once.
+    ``read`` returns the values of a region, slices with starts and stops; threads call it. A region that several
+    devices hold is read once. Parts that are not on their devices yet take at most :data:`_BYTES_AT_ONCE`, or one part
+    that is larger.
     """
     import jax
 
@@ -243,10 +254,17 @@ def read_sharded(
     for device, region in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple((part.start, part.stop) for part in bounded(region or (), shape))
         holders.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in holders.items():
+
+    def put(bounds: tuple[tuple[int, int], ...]) -> list[jax.Array]:
         value = read(tuple(slice(*bound) for bound in bounds))
-        parts += jax.block_until_ready([jax.device_put(value, device) for device in devices])
+        on_devices: list[jax.Array] = [jax.device_put(value, device) for device in holders[bounds]]
+        return jax.block_until_ready(on_devices)
+
+    # All parts have the same size.
+    nbytes = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+    workers = min(len(holders), os.cpu_count() or 1, max(1, _BYTES_AT_ONCE // max(1, nbytes)))
+    with in_threads(put, holders, workers=workers) as done:
+        parts = [part for _, put_parts in done for part in put_parts]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 

@@ -185,14 +185,14 @@ class StreamedModel:
         return embedded
 
     @torch.no_grad()
-    def choose_tokens(self, progress: Callable[[str], None] = lambda _: None) -> Array:
+    def choose_tokens(self, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> Array:
         """Replace the tokens that come one by one by those that the reference likes best: all tokens ``[B, S]``.
 
         Every token takes one pass through all layers, whose weights are read again.
         """
         cache = self._cache()
         for call, (start, stop) in enumerate(self._calls[:-1]):
-            progress(f"token {call + 1} of {len(self._calls) - 1}")
+            progress(call, len(self._calls) - 1, f"token {call + 1} of {len(self._calls) - 1}")
             embedded = torch.from_numpy(self._embedded(self._ids[:, start:stop]))
             streams = embedded[:, :, None].expand(-1, -1, self._config.hc_mult, -1).contiguous()
             for layer in range(self._config.num_hidden_layers):

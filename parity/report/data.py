@@ -7,9 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+from dsv4_convert.files.writing import write_atomically
+from dsv4_convert.folders import PathLike
 from dsv4_convert.golden.archive import TapForm
+from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.blame import WeightDifference
@@ -17,9 +21,10 @@ from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
-from dsv4_convert.parity.report.secrets import all_without_secrets
 from dsv4_convert.parity.tolerances import Limits
+from dsv4_convert.parity.unchecked import Unchecked
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.urls import all_without_secrets
 
 SCHEMA_VERSION = 3
 #: The most severe first.
@@ -149,8 +154,9 @@ class Gate:
 
     ``compared``: taps that both have. ``grown``: what is beyond its band. ``unrecorded``: taps that the baseline does
     not have. ``missing``: those that only it has; ``left_out``: how many only it has because they, or their mode, were
-    not wanted. ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps,
-    ``tightened`` ones, and ``grown`` ones for a ``reason``.
+    not wanted. ``lacking``: how many taps of the golden it has no record of, which were not wanted either.
+    ``update``: it was to be written. ``updated``: it has the run's numbers now: ``added`` taps, ``tightened`` ones, and
+    ``grown`` ones for a ``reason``.
     """
 
     path: str
@@ -160,6 +166,7 @@ class Gate:
     unrecorded: tuple[TapInMode, ...]
     missing: tuple[TapInMode, ...]
     left_out: int
+    lacking: int = 0
     update: bool = False
     updated: bool = False
     added: int = 0
@@ -218,6 +225,7 @@ class ParityReport:
 
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
+    ``unchecked``: what the run says nothing about; None for activations of another implementation.
     ``detail``: numbers for figures, if asked for; not part of the JSON.
     ``program``: the program that computed; None for activations of another implementation. ``model``: the same
     comparison for the compiled layers, where both programs ran; its taps are not among ``taps``. ``unproven``: why the
@@ -239,6 +247,7 @@ class ParityReport:
     checkpoint: Mapping[str, Any]
     golden: Mapping[str, Any]
     platform: Mapping[str, Any]
+    unchecked: Unchecked | None = None
     gate: Gate | None = None
     detail: Detail | None = None
     program: ProgramFacts | None = None
@@ -303,13 +312,14 @@ class ParityReport:
 
     @property
     def agrees(self) -> bool:
-        """Nothing fails, and something was compared."""
-        return not self.count(Verdict.FAIL) and bool(self.count(Verdict.PASS) + self.count(Verdict.TIE))
+        """Nothing fails, and something was compared that the model was not given."""
+        return not self.count(Verdict.FAIL) and any(tap.passes and not is_fed(tap.key, tap.mode) for tap in self.taps)
 
     @property
     def covered(self) -> bool:
-        """The golden reaches everything, if that is required."""
-        return not (self.require_coverage and self.uncovered)
+        """The golden reaches everything, if that is required, and unused weights of a conversion are the source's."""
+        unproven = self.unchecked is not None and self.unchecked.unproven
+        return not (self.require_coverage and (self.uncovered or unproven))
 
     @property
     def passed(self) -> bool:
@@ -321,6 +331,22 @@ class ParityReport:
     def programs(self) -> tuple[ParityReport, ...]:
         """This report, and that of the compiled layers where they ran as well; none for another implementation."""
         return tuple(report for report in (self, self.model) if report is not None and report.program is not None)
+
+    def save_html(self, path: PathLike) -> None:
+        """Write the page that ``dsv4 parity --report`` writes. Raises :class:`ResourceError` if that fails."""
+        from dsv4_convert.parity.report.html.page import RunInfo, page
+
+        write_atomically(Path(path), page(self, RunInfo.now()).encode())
+
+    def _repr_html_(self) -> str:
+        """The verdict, for a notebook."""
+        from html import escape
+
+        from dsv4_convert.parity.report.words import summarized
+
+        said = summarized(self)
+        rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in said.lines)
+        return f"<strong>{escape(said.headline)}</strong><table>{rows}</table>"
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""
@@ -343,6 +369,7 @@ class ParityReport:
             "growth": self.error_splits,
             "require_reach": self.require_coverage,
             "reach": self.prompt_coverage,
+            "unchecked": self.unchecked,
             "baseline": None if self.gate is None else {"passed": self.gate.passed, **plain(self.gate)},
             "logits": self.logits,
             "checkpoint": dict(self.checkpoint),

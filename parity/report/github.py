@@ -1,7 +1,6 @@
 """A parity report for GitHub Actions: annotations as workflow commands, and the summary of the step in markdown.
 
-Sources: https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands and the runner's
-``ActionCommand``, which says how properties and messages are escaped.
+Source: https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-commands.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, grown_numbers, summarized, why
+from dsv4_convert.text import for_markdown, for_markdown_code, workflow_command
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9
@@ -25,7 +25,9 @@ def commands(report: ParityReport) -> Iterator[str]:
     """One line each: the verdict, and the first taps that fail."""
     kind = "notice" if report.passed else "error"
     said = summarized(report)
-    yield command(kind, "dsv4 parity", "\n".join([said.headline, *(f"{label}: {text}" for label, text in said.lines)]))
+    yield workflow_command(
+        kind, "dsv4 parity", "\n".join([said.headline, *(f"{label}: {text}" for label, text in said.lines)])
+    )
     if report.passed:
         return
     taps = [
@@ -38,27 +40,27 @@ def commands(report: ParityReport) -> Iterator[str]:
         for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
             taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(grown_by, group))}."))
     for title, message in taps[:_ANNOTATIONS]:
-        yield command("error", title, message)
+        yield workflow_command("error", title, message)
 
 
 def summary(report: ParityReport) -> str:
     """What ``$GITHUB_STEP_SUMMARY`` gets."""
     said = summarized(report)
-    lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {_escaped(said.headline)}", ""]
-    lines += [*(f"- **{label}** {_escaped(text)}" for label, text in said.lines), ""]
+    lines = ["## dsv4 parity", "", f"{'✅' if report.passed else '❌'} {for_markdown(said.headline)}", ""]
+    lines += [*(f"- **{label}** {for_markdown(text)}" for label, text in said.lines), ""]
     for mode in report.modes:
-        lines += [f"### {report.arithmetic}, {mode}", "", *_layers(report, mode), ""]
+        lines += [f"### {for_markdown(report.arithmetic)}, {mode}", "", *_layers(report, mode), ""]
     failing = [tap for of in (report.programs or (report,)) for tap in of.taps if tap.verdict is Verdict.FAIL]
     if failing:
         lines += ["### Taps that fail", "", *_failing(failing), ""]
     if report.gate is not None and report.gate.grown:
-        lines += [f"### Grown beyond {_code(report.gate.path)}", "", *_grown(report), ""]
+        lines += [f"### Grown beyond {for_markdown_code(report.gate.path)}", "", *_grown(report), ""]
     golden, device = report.golden.get("path", ""), report.platform.get("device", "")
     about = [
-        _code(str(report.checkpoint.get("path", ""))),
-        f"golden {_code(str(golden))}",
-        _escaped(str(device)),
-        report.versions,
+        for_markdown_code(str(report.checkpoint.get("path", ""))),
+        f"golden {for_markdown_code(str(golden))}",
+        for_markdown(str(device)),
+        for_markdown(report.versions),
     ]
     lines += [" · ".join(part for part in about if part), ""]
     return "\n".join(lines)
@@ -72,7 +74,7 @@ def _layers(report: ParityReport, mode: Mode) -> Iterator[str]:
             str(len(of.taps)),
             str(of.count(Verdict.FAIL)),
             str(of.count(Verdict.TIE)),
-            "" if of.worst is None else _code(of.worst.short),
+            "" if of.worst is None else for_markdown_code(of.worst.short),
             "" if of.worst is None or of.worst.distance is None else _number(of.worst.distance.noise.largest),
             f"{_MARK[of.severe]} {of.severe}",
         )
@@ -81,7 +83,7 @@ def _layers(report: ParityReport, mode: Mode) -> Iterator[str]:
 def _failing(failing: list[TapResult]) -> Iterator[str]:
     yield from _header(("tap", "mode", "what it is", "why"))
     for tap in failing[:_ROWS]:
-        yield _row(_code(tap.name), tap.mode.value, _escaped(tap.meaning), _escaped(tap.reason))
+        yield _row(for_markdown_code(tap.name), tap.mode.value, for_markdown(tap.meaning), for_markdown(tap.reason))
     if len(failing) > _ROWS:
         yield _row(f"and {len(failing) - _ROWS} more", "", "", "")
 
@@ -91,7 +93,7 @@ def _grown(report: ParityReport) -> Iterator[str]:
     yield from _header(("tap", "mode", "measure", "recorded", "allowed", "found"))
     grown = report.gate.grown
     for one in grown[:_ROWS]:
-        yield _row(_code(one.name), one.mode.value, one.measure, *grown_numbers(one))
+        yield _row(for_markdown_code(one.name), one.mode.value, one.measure, *grown_numbers(one))
     if len(grown) > _ROWS:
         yield _row(f"and {len(grown) - _ROWS} more", *[""] * 5)
 
@@ -107,21 +109,3 @@ def _row(*cells: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', '')}`".replace("|", "\\|") if text else ""
-
-
-def _escaped(text: str) -> str:
-    """Text as markdown shows it, in one line."""
-    for special in "\\`*_[]<>|":
-        text = text.replace(special, f"\\{special}")
-    return " ".join(text.split())
-
-
-def command(kind: str, title: str, message: str) -> str:
-    """A workflow command; the runner undoes the escapes."""
-    escaped = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    name = title.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A").replace(":", "%3A").replace(",", "%2C")
-    return f"::{kind} title={name}::{escaped}"

@@ -9,7 +9,6 @@ There are no times, since taps are not run one by one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from xml.etree import ElementTree as ET
 
@@ -17,9 +16,8 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
-
-#: Characters that XML 1.0 cannot hold, not even escaped.
-_UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from dsv4_convert.parity.unchecked import unchecked_sentences
+from dsv4_convert.text import for_xml
 
 
 def junit(report: ParityReport) -> str:
@@ -49,7 +47,7 @@ def _suite(name: str, cases: Iterable[ET.Element], properties: Mapping[str, str]
     if properties:
         listed = ET.SubElement(suite, "properties")
         for key, value in properties.items():
-            ET.SubElement(listed, "property", name=key, value=_clean(value))
+            ET.SubElement(listed, "property", name=key, value=for_xml(value))
     suite.extend(cases)
     suite.set("tests", str(len(suite.findall("testcase"))))
     for counted, tag in (("failures", "failure"), ("skipped", "skipped")):
@@ -81,7 +79,7 @@ def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError], prog
         sentences = [grown_by(measure) for measure in beyond]
         _fail(case, "baseline", sentences[0], "\n".join([*sentences, explanation]))
     elif tap.verdict is Verdict.TIE:
-        ET.SubElement(case, "system-out").text = _clean(explanation)
+        ET.SubElement(case, "system-out").text = for_xml(explanation)
     return case
 
 
@@ -92,6 +90,8 @@ def _whole(report: ParityReport) -> Iterable[ET.Element]:
     if report.require_coverage:
         for layer in report.uncovered:
             yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
+        if report.unchecked is not None and report.unchecked.unproven:
+            yield _broken("unused weights", "reach", " ".join(unchecked_sentences(report.unchecked)))
     gate = report.gate
     if gate is None or gate.passed:
         return
@@ -113,8 +113,4 @@ def _case(owner: str, name: str) -> ET.Element:
 
 
 def _fail(case: ET.Element, kind: str, message: str, text: str) -> None:
-    ET.SubElement(case, "failure", type=kind, message=_clean(message)).text = _clean(text)
-
-
-def _clean(text: str) -> str:
-    return _UNPRINTABLE.sub("�", text)
+    ET.SubElement(case, "failure", type=kind, message=for_xml(message)).text = for_xml(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import groupby
@@ -81,7 +82,8 @@ def render(
     said = summarized(report)
     console.print(Text(said.headline, style="bold green" if report.passed else "bold red"))
     if verbosity > Verbosity.HEADLINE:
-        console.print(labelled(said))
+        for line in labelled(said, console.width):
+            console.print(line)
 
 
 def render_tables(report: ParityReport, console: Console, *, every_tap: bool = False, decode: Decode = str) -> None:
@@ -106,14 +108,12 @@ def render_tables(report: ParityReport, console: Console, *, every_tap: bool = F
         _print(console, table)
 
 
-def labelled(said: Summary) -> Table:
-    """The lines of a verdict under its headline."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+def labelled(said: Summary, width: int) -> Iterator[Text]:
+    """The lines of a verdict under its headline, wrapped at words."""
+    room = max(map(len, (label for label, _ in said.lines)), default=0) + 2
     for label, text in said.lines:
-        table.add_row(label, Text(text))
-    return table
+        first, *rest = textwrap.wrap(text, max(width - room, 20), break_on_hyphens=False) or [""]
+        yield Text.assemble((label.ljust(room), "bold"), "\n".join([first, *(" " * room + line for line in rest)]))
 
 
 def _failing_layers(report: ParityReport) -> Group | None:

@@ -14,6 +14,7 @@ from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, shown
 from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, ProgramFacts, TapResult
+from dsv4_convert.parity.unchecked import closing_step, unchecked_sentences
 from dsv4_convert.units import few_ranges, number_of
 
 #: Makes a token id readable, or says that it cannot.
@@ -72,7 +73,8 @@ def summarized(report: ParityReport) -> Summary:
                 *_last_lines(report),
             ),
         )
-    agreement = f"all {len(report.taps)} taps agree{_aside(report)}, {report.arithmetic}, {' and '.join(report.modes)}"
+    agree = "the only tap agrees" if len(report.taps) == 1 else f"all {len(report.taps)} taps agree"
+    agreement = f"{agree}{_aside(report)}, {report.arithmetic}, {' and '.join(report.modes)}"
     agreement += _steps(report)
     if report.passed:
         return Summary(f"PASS: {agreement}", tuple(_passing(report)))
@@ -82,8 +84,8 @@ def summarized(report: ParityReport) -> Summary:
 def _failing(report: ParityReport, first: TapResult) -> Summary:
     where = "Model level" if first.layer is None else f"Layer {first.layer}"
     headline = (
-        f"FAIL: {first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of {len(report.taps)} taps "
-        f"fail{_aside(report)}"
+        f"FAIL: {first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
+        f"{number_of(len(report.taps), 'tap')} {'fails' if report.count(Verdict.FAIL) == 1 else 'fail'}{_aside(report)}"
     )
     return Summary(
         headline,
@@ -187,6 +189,10 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
         yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
     if report.programs:
         yield "Programs", " ".join(programs(report))
+    if report.unchecked is not None and (said := " ".join(unchecked_sentences(report.unchecked))):
+        yield "Unchecked", said
+        if (step := closing_step(report.unchecked, str(report.checkpoint.get("path", "CHECKPOINT")))) is not None:
+            yield "Next", step
     if report.gate is not None:
         yield "Baseline", _baseline(report.gate)
 
@@ -194,17 +200,21 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
 def _objections(report: ParityReport) -> Iterator[str]:
     """Why a run within tolerance does not pass, in a few words."""
     if not report.covered:
-        yield "the golden does not reach everything"
+        yield "the run does not reach everything"
     if report.gate is not None and not report.gate.passed:
         yield "its baseline is not met"
 
 
 def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
     where, causes, evidence = [], [], []
-    if not report.covered:
+    if not report.covered and report.uncovered:
         where.append(f"the prompt of {report.golden.get('path', 'the golden')}")
         causes.append("The prompt has too few tokens, or too few different ones.")
         evidence += [f"{_capital(line)}." for line in reach(report)]
+    if not report.covered and report.unchecked is not None and report.unchecked.unproven:
+        where.append(str(report.checkpoint.get("path", "the checkpoint")))
+        causes.append("The checkpoint has weights that no token of the prompt uses.")
+        evidence += unchecked_sentences(report.unchecked)
     gate = report.gate
     if gate is not None and not gate.passed:
         where.append(f"{gate.path} ({'; '.join(gate.platforms)})" if gate.platforms else gate.path)
@@ -289,7 +299,8 @@ def _worse(gate: Gate) -> Iterator[str]:
         which = ", the first of them" if names > 1 else ":"
         yield f"{more}{which} {first.name} ({first.meaning}), {first.mode}: {grown_by(first)}"
     if gate.missing:
-        yield f"{len(gate.missing)} recorded taps were not compared, the first of them {gate.missing[0].name}"
+        were = "tap was" if len(gate.missing) == 1 else "taps were"
+        yield f"{len(gate.missing)} recorded {were} not compared, the first of them {gate.missing[0].name}"
     if gate.update:
         return  # what has no record would have been added, and why it was not is said elsewhere
     if gate.unrecorded and not gate.compared:
@@ -297,7 +308,11 @@ def _worse(gate: Gate) -> Iterator[str]:
         yield f"{gate.path} has no record of this: {where}; --update-baseline adds it"
     elif gate.unrecorded:
         first_name = gate.unrecorded[0].name
-        yield f"{len(gate.unrecorded)} taps have no record, the first of them {first_name}; --update-baseline adds them"
+        have = "tap has" if len(gate.unrecorded) == 1 else "taps have"
+        yield (
+            f"{len(gate.unrecorded)} {have} no record, the first of them {first_name}; --update-baseline adds what is "
+            "new"
+        )
 
 
 def _unchanged(report: ParityReport) -> Iterator[str]:
@@ -315,12 +330,15 @@ def _unchanged(report: ParityReport) -> Iterator[str]:
 
 def _baseline(gate: Gate) -> str:
     """The verdict of a baseline that the run passes, and whether its file changed."""
-    aside = f", {gate.left_out} recorded ones were not wanted" if gate.left_out else ""
+    ones = "one was" if gate.left_out == 1 else "ones were"
+    aside = f", {gate.left_out} recorded {ones} not wanted" if gate.left_out else ""
+    if gate.lacking:
+        aside += f", and it has no record of {number_of(gate.lacking, 'other tap')} of this golden"
     if not gate.updated:
-        return f"No error has grown beyond its record in {gate.path}: {gate.compared} taps{aside}."
+        return f"No error has grown beyond its record in {gate.path}: {number_of(gate.compared, 'tap')}{aside}."
     raised = len({(grown.mode, grown.name) for grown in gate.grown})
     changes = [
-        f"{count} taps {what}"
+        f"{number_of(count, 'tap')} {what}"
         for count, what in ((gate.added, "added"), (gate.tightened, "tightened"), (raised, "raised"))
         if count
     ]
@@ -387,13 +405,13 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     if not found.weights:
         yield "It uses no weights: look at the configuration and the code."
     elif found.differing is None:
-        yield f"It uses {_list(found.weights)}; with --against SOURCE its weights are compared with the published."
+        yield f"It uses {_list(found.weights)}."
     elif not found.differing:
         yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
     for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
     if (more := len(found.differing or ()) - _NAMED) > 0:
-        yield f"{more} more weights differ."
+        yield f"{number_of(more, 'more weight')} {'differs' if more == 1 else 'differ'}."
 
 
 def _aside(report: ParityReport) -> str:
@@ -529,8 +547,13 @@ def _after_objections(report: ParityReport) -> Iterator[str]:
             f"Look at how the compiled layer computes `{parting.short}`: its weights are right, as the streamed layer "
             f"shows. `--program model --layer {parting.layer}` runs it alone."
         )
-    if not report.covered:
+    if not report.covered and report.uncovered:
         yield _MORE_TOKENS
+    if not report.covered and report.unchecked is not None and report.unchecked.unproven:
+        if report.unchecked.differing:
+            yield "Convert again with this version of dsv4."
+        else:
+            yield "Give `--against SOURCE`, with which the weights that no token uses are then compared, bit by bit."
     gate = report.gate
     if gate is None or gate.passed:
         return
@@ -570,6 +593,9 @@ def _after_localization(found: Localization, checkpoint: str) -> Iterator[str]:
 def _after_success(report: ParityReport) -> Iterator[str]:
     if report.uncovered:
         yield _MORE_TOKENS
+    if report.unchecked is not None:
+        step = closing_step(report.unchecked, str(report.checkpoint.get("path", "CHECKPOINT")))
+        yield from () if step is None else (step,)
     if report.logits is None:
         yield "Compare everything, logits included: leave out `--layer` and `--taps`."
     if report.modes == (Mode.ISOLATED,):

@@ -114,6 +114,8 @@ IDS: dict[str, str] = {
     "O13": "paths that are odd or too long",
     "O14": "a converted checkpoint that was damaged",
     "O15": "a converted checkpoint of another shape or dtype, which Orbax restores",
+    "O16": "a word in a conversion's records that dsv4 does not know",
+    "O17": "what lies beside a checkpoint's own files",
     "N01": "401, 403 and 404",
     "N02": "429 and 5xx, for a while and for ever",
     "N03": "a server that stalls",
@@ -136,6 +138,8 @@ IDS: dict[str, str] = {
     "P10": "recording that changes results",
     "P11": "padding",
     "P12": "faults of the model, each named at its place",
+    "P14": "noise floors that no rounding gives",
+    "P13": "a word in a golden's records that dsv4 does not know",
 }
 
 

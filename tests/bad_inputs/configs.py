@@ -174,7 +174,7 @@ CONFIGS: tuple[Case, ...] = (
         "the config of V4-Pro",
         "{source}",
         "embed.weight: expected shape [129280, 7168], found BF16 [32, 32]",
-        "problem(s) between its tensors (published names) and its config.json",
+        "problems between its tensors (published names) and its config.json",
         edit=_published("DeepSeek-V4-Pro.json"),
     ),
     accepted(

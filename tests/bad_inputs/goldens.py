@@ -11,15 +11,16 @@ import numpy as np
 
 from tests.checkpoint.safetensors_files import raw_file
 
-from .case import PARITY, RECORD, Case, Place, Step, Words, invoke
+from .case import PARITY, RECORD, Case, Place, Step, Words, invoke, refused
 from .edit import Array, split
 
 _TAP = "layers.0.attn.wq_a"
 _ON_0: Words = (*PARITY, "--layer", "0")
+_LOOKED_AT: tuple[Words, ...] = (("golden", "show"), ("inspect",))
 _VERIFY: Words = ("golden", "verify", "{golden}")
 
 
-def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+def golden_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
     """Edits the manifest and states the digest that belongs to it, as a forger would."""
 
     def edit(place: Place) -> None:
@@ -34,21 +35,41 @@ def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], N
     return edit
 
 
-def _values(change: Callable[[Array], object], *, forged: bool = True) -> Callable[[Place], None]:
+def _sha256(document: dict[str, Any], array: Array) -> str:
+    """What the manifest says of an array: the digest of its prompt's digest and its bytes."""
+    prompt = {key: document[key] for key in ("tokens", "first_position", "decode")}
+    text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(hashlib.sha256(text.encode()).digest() + array.tobytes()).hexdigest()
+
+
+def _values(change: Callable[[Array], object], *, tap: str = _TAP, forged: bool = True) -> Callable[[Place], None]:
     """Changes the recorded numbers of a tap, and the digests that belong to them."""
 
     def edit(place: Place) -> None:
         file = place.golden / "layer-00000.safetensors"
         header, data = split(file)
-        begin, end = header[_TAP]["data_offsets"]
-        array = np.frombuffer(data[begin:end], np.float32).reshape(header[_TAP]["shape"]).copy()
+        begin, end = header[tap]["data_offsets"]
+        array = np.frombuffer(data[begin:end], np.float32).reshape(header[tap]["shape"]).copy()
         change(array)
         file.write_bytes(raw_file(header, data[:begin] + array.tobytes() + data[end:]))
-        digest = hashlib.sha256(array.tobytes()).hexdigest()
         if forged:
-            _manifest(lambda document: document["taps"][_TAP].update(sha256=digest))(place)
+            golden_manifest(lambda document: document["taps"][tap].update(sha256=_sha256(document, array)))(place)
 
     return edit
+
+
+def _noise(change: Callable[[Array], object], *, tap: str = _TAP) -> Callable[[Place], None]:
+    """Changes a noise floor ``[dtypes, modes, rms and peak, B, S]``, and the digests that belong to it."""
+    return _values(change, tap=f"{tap}:noise")
+
+
+def _inflated(array: Array) -> None:
+    """A hundredth of the values, in float32: twelve times that would let almost anything pass."""
+    array[0] = np.sqrt(np.mean(np.square(array[1]))) * 10
+
+
+def _one_small_row(array: Array) -> None:
+    array[0, :, :, 0, 5] *= 1e4
 
 
 def _short_prompt(place: Place) -> None:
@@ -73,11 +94,20 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P01",
         "tokens that the vocabulary does not have",
-        _manifest(lambda document: document["tokens"][0].__setitem__(0, 96)),
+        golden_manifest(lambda document: document["tokens"][0].__setitem__(0, 96)),
         _ON_0,
         3,
         "{golden}/manifest.json",
         "tokens: expected rows of equal length with ids below 96",
+    ),
+    _bad(
+        "P01",
+        "other tokens than those of the arrays, in a layer that does not read tokens",
+        golden_manifest(lambda document: document["tokens"][0].__setitem__(slice(7, 9), [1, 2])),
+        (*PARITY, "--layer", "2"),
+        3,
+        "layer-00002.safetensors",
+        "the bytes are not those that were recorded of this prompt",
     ),
     _bad(
         "P01",
@@ -94,7 +124,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P02",
         "a tap is missing in the manifest",
-        _manifest(lambda document: document["taps"].pop(_TAP)),
+        golden_manifest(lambda document: document["taps"].pop(_TAP)),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -137,7 +167,7 @@ GOLDENS: tuple[Case, ...] = (
     _bad(
         "P05",
         "a tap of a shape that would broadcast",
-        _manifest(lambda document: document["taps"][_TAP].update(shape=[1, 1, 16])),
+        golden_manifest(lambda document: document["taps"][_TAP].update(shape=[1, 1, 16])),
         _ON_0,
         3,
         "{golden}/manifest.json",
@@ -153,8 +183,8 @@ GOLDENS: tuple[Case, ...] = (
         steps=(
             Step(
                 ("parity", "{orbax}", "--golden", "{root}/short", "--layer", "0", "--taps", "*.compressor.entries"),
-                1,
-                ("FAIL",),
+                2,
+                ("nothing would be compared of attn.compressor.entries, attn.indexer.compressor.entries",),
             ),
         ),
     ),
@@ -166,22 +196,89 @@ GOLDENS: tuple[Case, ...] = (
         2,
         "matches no tap of this run",
     ),
+    Case(
+        id="P07",
+        what="nothing is compared but what the golden itself gives",
+        model="tiny",
+        slow=True,
+        steps=(
+            Step((*PARITY, "--taps", "input"), 2, ("nothing would be compared of input", "--mode cumulative")),
+            Step((*PARITY, "--taps", "input", "--mode", "cumulative"), 0, ("PASS: all 4 taps agree",)),
+            Step((*PARITY, "--taps", "input", "--mode", "both"), 0, ("PASS: all 4 taps agree",)),
+        ),
+    ),
     _bad("P07", "a layer that was not recorded", lambda place: None, (*PARITY, "--layer", "9"), 2, "layers 0 to 3"),
     _bad(
         "P09",
         "a golden of zeros",
         _values(lambda array: array.fill(0)),
         _ON_0,
-        1,
-        f"FAIL: {_TAP} is the first tap that diverges",
+        3,
+        f"{_TAP}, float32, isolated: a noise floor of",
+        "where rounding explains at most 0",
     ),
     _bad(
         "P11",
         "prompts of unequal lengths, which would need padding",
-        _manifest(lambda document: document.update(tokens=[[1, 2, 3], [1, 2]])),
+        golden_manifest(lambda document: document.update(tokens=[[1, 2, 3], [1, 2]])),
         _ON_0,
         3,
         "{golden}/manifest.json",
         "tokens: expected rows of equal length",
+    ),
+    *(
+        Case(
+            id="P14",
+            what=f"a noise floor {what}",
+            model="tiny",
+            slow=True,
+            edit=_noise(change),
+            steps=(
+                Step(
+                    (*_ON_0, "--taps", "attn.wq_a"), 3, (f"{{golden}}: {_TAP}, float32, isolated: a noise floor", says)
+                ),
+                Step(_VERIFY, 1, (f"{_TAP}, float32, isolated: a noise floor", says)),
+                *(Step((*words, "{golden}"), 0, (says,)) for words in looked_at),
+            ),
+        )
+        for what, change, says, looked_at in (
+            ("of infinity", lambda array: array.fill(np.inf), "of inf", _LOOKED_AT),
+            ("of NaN", lambda array: array.fill(np.nan), "of nan", _LOOKED_AT),
+            ("below zero", lambda array: np.negative(array, out=array), "which is negative", _LOOKED_AT),
+            (
+                "with a small peak",
+                lambda array: array[:, :, 1].__imul__(1e-3),
+                "do not belong to the same 16 elements",
+                _LOOKED_AT,
+            ),
+            ("of a billion", lambda array: array.fill(1e9), "over the whole tap, where rounding explains at most", ()),
+            ("of float32 as large as bfloat16's", _inflated, "over the whole tap, where rounding explains", ()),
+            ("that is large in one row", _one_small_row, "where rounding explains at most", ()),
+        )
+    ),
+    *(
+        refused(
+            "P13",
+            f"{field} that dsv4 does not know: {found}",
+            "{golden}/manifest.json: " + says,
+            model="tiny",
+            edit=golden_manifest(
+                lambda document, field=field, found=found: document["reference"].update({field: found})
+            ),
+            by=(("golden", "show", "{golden}"), _VERIFY, ("inspect", "{golden}"), _ON_0),
+        )
+        for field, found, says in (
+            ("numerics", "Plain", "reference.numerics is 'Plain', expected one of plain, release"),
+            ("dtype", "bfloat16", "reference.dtype, in plain numerics, is 'bfloat16', expected one of float32"),
+        )
+    ),
+    refused(
+        "P13",
+        "a kind of attention that dsv4 does not know",
+        "{golden}/manifest.json: config:",
+        "attention is 'Sliding', expected one of",
+        model="tiny",
+        edit=golden_manifest(lambda document: document["config"]["attention"].__setitem__(0, "Sliding")),
+        by=(("golden", "show", "{golden}"), _ON_0),
     ),
 )

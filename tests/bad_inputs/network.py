@@ -482,7 +482,7 @@ NETWORK: tuple[Case, ...] = (
     refused(
         "N08",
         "a password in HF_ENDPOINT, of a Hub that does not answer",
-        f"{REPO} at main: http://127.0.0.1:",
+        f"{REPO} at main: http://…@127.0.0.1:",
         "cannot be reached",
         code=4,
         edit=_served(lambda hub: hub.close()),
@@ -492,7 +492,7 @@ NETWORK: tuple[Case, ...] = (
     refused(
         "N08",
         "a password in HF_ENDPOINT, of a repository that is gated",
-        f"{REPO}: access is gated; accept its terms at http://127.0.0.1:",
+        f"{REPO}: access is gated; accept its terms at http://…@127.0.0.1:",
         edit=_served(_set(required_token="hf_other", gated=True)),
         during=_with_password,
         by=(DOWNLOAD, FROM_HUB),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.store.places import Folder
+from dsv4_convert.store.folder import Folder
 
 from .case import (
     AGAINST,
@@ -134,6 +135,47 @@ def _zarray(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], Non
     return edit
 
 
+def _in_sources(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Edits the account of the source tensors and states the digest that belongs to it."""
+
+    def edit(orbax: Path) -> None:
+        document = json.loads((orbax / "dsv4_sources.json").read_bytes())
+        change(document)
+        content = json.dumps(document).encode()
+        rewrite(orbax / "dsv4_sources.json", content)
+        digest = hashlib.sha256(content).hexdigest()
+        manifest_again(orbax, lambda manifest: manifest["files"].update({"dsv4_sources.json": digest}))
+
+    return edit
+
+
+def _in_metadata(**changes: Any) -> Callable[[Place], object]:
+    return _in_orbax(lambda orbax: manifest_again(orbax, lambda document: document["metadata"].update(changes)))
+
+
+def _interrupted(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    """The stage of a conversion whose first line, its settings, was edited."""
+
+    def edit(place: Place) -> None:
+        in_array("mtp.0.norm.weight", np.uint16, lambda array: array.fill(0x7FFF))(place)
+        assert invoke(place.words(CONVERT)).code == 3
+        journal = place.root / "dest.dsv4-partial" / "journal.jsonl"
+        first, _, rest = journal.read_bytes().partition(b"\n")
+        document = json.loads(first)
+        change(document)
+        journal.write_bytes(json.dumps(document, sort_keys=True).encode() + b"\n" + rest)
+
+    return edit
+
+
+def _link_out(place: Place) -> None:
+    """The bytes of a chunk somewhere else, and a link to them in its place."""
+    file = chunk(place.orbax, _LEAF)
+    shutil.copy(file, place.root / "elsewhere")
+    file.unlink()
+    file.symlink_to(place.root / "elsewhere")
+
+
 def _to(dest: str) -> Words:
     return ("convert", "hf-to-orbax", "{source}", dest)
 
@@ -161,7 +203,7 @@ OUTPUTS: tuple[Case, ...] = (
         refused(
             "O01",
             f"a {what} is at the destination",
-            "{dest}: exists already. Choose another destination, remove it",
+            "{dest}: exists already, and is not a checkpoint that dsv4 converted",
             edit=_at_dest(make),
             code=2,
             by=(CONVERT,),
@@ -175,7 +217,7 @@ OUTPUTS: tuple[Case, ...] = (
     refused(
         "O01",
         "a folder that no conversion made, with --overwrite",
-        "{dest}: not overwritten, because it is not a checkpoint of dsv4",
+        "so it is never overwritten. Choose another destination, or remove it",
         edit=_at_dest(_folder_with_notes),
         code=2,
         by=((*CONVERT, "--overwrite"),),
@@ -248,9 +290,8 @@ OUTPUTS: tuple[Case, ...] = (
     refused(
         "O05",
         "a file system in which nothing can be made",
-        "/proc",
-        "cannot write",
-        "run the same command again",
+        "/proc takes no new files",
+        "Nothing was written; choose another destination",
         code=4,
         by=(
             ("convert", "hf-to-orbax", "{source}", "/proc/dest"),
@@ -405,5 +446,83 @@ OUTPUTS: tuple[Case, ...] = (
             Step(VERIFY, 1, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
             Step(EXPORT, 3, ("{orbax}/" + _LEAF, "but the manifest says bfloat16 (16, 32)")),
         ),
+    ),
+    *(
+        refused(
+            "O16",
+            f"another {field} than any: {found}",
+            "{orbax}/" + f"{_MANIFEST}: {field} is {found!r}, expected one of {allowed}",
+            edit=_in_metadata(**{field: found}),
+            by=(("inspect", "{orbax}"), AGAINST, *_OPENERS[1:]),
+        )
+        for field, found, allowed in (
+            ("storage", "Source", "bfloat16, float32, source"),
+            ("layout", "dsv4 ", "dsv4, maxtext, maxtext-unscanned"),
+            ("dialect", "hf", "published, transformers, module"),
+        )
+    ),
+    refused(
+        "O16",
+        "metadata without the source",
+        "{orbax}/" + f"{_MANIFEST}: source is 'None', expected an object",
+        edit=_in_metadata(source=None),
+        by=(("inspect", "{orbax}"), *_OPENERS[1:]),
+    ),
+    *(
+        Case(
+            id="O17",
+            what=what,
+            edit=edit,
+            steps=(
+                Step(VERIFY, 0, (f"warning: {says}",)),
+                Step((*VERIFY, "--strict"), 1, (says, "Remove what is not part of it")),
+                Step(("inspect", "{orbax}"), 0, (f"odd: {says}",)),
+            ),
+        )
+        for what, edit, says in (
+            (
+                "a leaf that no tensor gave",
+                _in_orbax(lambda orbax: shutil.copytree(orbax / _LEAF, orbax / "layers.0.attn.wq_c")),
+                "layers.0.attn.wq_c: in the folder, but not in the manifest",
+            ),
+            (
+                "attributes of an array",
+                _in_orbax(lambda orbax: (orbax / _LEAF / ".zattrs").write_text("{}")),
+                f"{_LEAF}/.zattrs: in the folder, but no chunk",
+            ),
+            (
+                "a chunk too many",
+                _in_orbax(lambda orbax: (orbax / _LEAF / "7.7").write_text("")),
+                f"{_LEAF}/7.7: in the folder, but no chunk",
+            ),
+            (
+                "an entry of a description that means nothing",
+                _zarray(lambda document: document.update(evil=1)),
+                f"{_LEAF}/.zarray: entries that mean nothing here: evil",
+            ),
+            ("a chunk that is a link out of the folder", _link_out, "{orbax}/" + f"{_LEAF}/0.0: a link to"),
+            (
+                "a hidden file",
+                _in_orbax(lambda orbax: (orbax / ".hidden").write_text("")),
+                ".hidden: in the folder, but not in the manifest",
+            ),
+        )
+    ),
+    refused(
+        "O16",
+        "a source tensor of a dtype that nobody stores",
+        "{orbax}/dsv4_sources.json",
+        "'embed.weight': dtype is 'BF17', expected one of BOOL",
+        edit=_in_orbax(_in_sources(lambda document: document["tensors"]["embed.weight"].update(dtype="BF17"))),
+        by=(AGAINST, EXPORT),
+    ),
+    refused(
+        "O16",
+        "an interrupted conversion of a storage that dsv4 does not know",
+        "journal.jsonl: storage is 'int4', expected one of bfloat16, float32, source",
+        edit=_interrupted(lambda plan: plan.update({"fingerprint.storage": "int4"})),
+        by=(("inspect", "{root}/dest.dsv4-partial"),),
+        resumed=True,
+        slow=True,
     ),
 )

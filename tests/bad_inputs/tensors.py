@@ -289,6 +289,13 @@ def _as_int32(tensors: dict[str, Tensor]) -> None:
     tensors[_TABLE] = Tensor("I32", tensors[_TABLE].shape, table.tobytes())
 
 
+def _name_twice(table: Array) -> None:
+    table[5] = table[5, 0]
+
+
+_twice = in_array(_TABLE, np.int64, _name_twice)
+
+
 def _as_dtype(name: str, spelling: str, dtype: Any) -> Callable[[Place], None]:
     """A tensor with as many numbers of another dtype."""
 
@@ -585,6 +592,17 @@ TENSORS: tuple[Case, ...] = (
         "a table of bytes",
         f"{_TABLE}: expected I32 or I64 without a scale, found U8",
         edit=_as_dtype(_TABLE, "U8", np.uint8),
+    ),
+    Case(
+        id="T17",
+        what="an expert that a row names twice, which the published code adds once",
+        edit=_twice,
+        slow=True,
+        steps=(
+            Step(CONVERT, 0),
+            Step(("verify", "{dest}", "--strict"), 0, ("warning: layers.0.ffn.gate.tid2eid: 1 of 32 rows name",)),
+            Step(("inspect", "{dest}"), 0, ("odd: layers.0.ffn.gate.tid2eid: 1 of 32 rows name an expert twice",)),
+        ),
     ),
     accepted(
         "T17",

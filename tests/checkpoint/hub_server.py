@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,12 +80,16 @@ class LoopbackHub:
     passing_failures: dict[str, list[int]] = field(default_factory=dict)
     #: File name -> bytes after which nothing more comes, although the connection stays.
     stalls: dict[str, int] = field(default_factory=dict)
+    #: Part of a path -> what answers every GET for it instead.
+    odd: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)
     #: Further entries of every listing, as they are.
     also_listed: list[dict[str, Any]] = field(default_factory=list)
     #: Former names of repositories, with those that requests are sent on to.
     moved: dict[str, str] = field(default_factory=dict)
     #: Where large files are. None: :attr:`cdn`.
     large_files_at: str | None = None
+    #: The query of their URLs.
+    signature: str = ""
     requests: list[Request] = field(default_factory=list)
     #: Whether requests for a range are honoured.
     ranges: bool = True
@@ -162,6 +166,12 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 status = passing.pop(0)
             if status is not None:
                 return self._send(status, {})
+            for part, answer in hub.odd.items():
+                if part in path and self.command == "GET":
+                    with contextlib.suppress(ConnectionError):
+                        answer(self)
+                    self.close_connection = True
+                    return None
             for former, name in hub.moved.items():
                 if former in path:
                     return self._send(307, {"Location": self.path.replace(former, name)})
@@ -220,7 +230,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             if file.lfs:  # large files are on another host, behind a redirect
                 headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
                 base = hub.cdn if hub.large_files_at is None else hub.large_files_at
-                return self._send(302, headers | {"Location": f"{base}/cdn/{repo_id}/{commit}/{name}"})
+                return self._send(302, headers | {"Location": f"{base}/cdn/{repo_id}/{commit}/{name}{hub.signature}"})
             return self._content(file, headers)
 
         def _content(self, file: HubFile, headers: dict[str, str] | None = None) -> None:

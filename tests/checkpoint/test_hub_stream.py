@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.checkpoint.arriving import AHEAD
 from dsv4_convert.checkpoint.hub_progress import Stopped
-from dsv4_convert.checkpoint.hub_stream import HubCheckpoint, open_repository
+from dsv4_convert.checkpoint.hub_stream import open_repository
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.errors import BadInput, ResourceError
 
 from .hub_server import LoopbackHub
@@ -47,13 +47,13 @@ def served(hub: LoopbackHub) -> LoopbackHub:
     return hub
 
 
-def opened(**options: object) -> HubCheckpoint:
+def opened(**options: object) -> StreamedCheckpoint:
     checkpoint = open_repository(REPO, **options)
-    assert isinstance(checkpoint, HubCheckpoint)
+    assert isinstance(checkpoint, StreamedCheckpoint)
     return checkpoint
 
 
-def shards_on_disk(checkpoint: HubCheckpoint) -> list[str]:
+def shards_on_disk(checkpoint: StreamedCheckpoint) -> list[str]:
     """Shards that take space: in the snapshot, and in the cache beside it (where a file has its hash as name)."""
     blobs = checkpoint.root.parents[1] / "blobs"
     return [file.name for file in blobs.iterdir() if file.stat().st_size > SIZE // 2]
@@ -269,6 +269,6 @@ def test_without_the_hub_the_files_on_disk_are_opened(served: LoopbackHub) -> No
     download(REPO)
     served.failures["/"] = 503
     with open_repository(REPO) as checkpoint:
-        assert not isinstance(checkpoint, HubCheckpoint)
+        assert not isinstance(checkpoint, StreamedCheckpoint)
         assert checkpoint.repository == REPO
         assert bytes(checkpoint.read_bytes("layers.1.w")) == content(1)

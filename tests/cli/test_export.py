@@ -47,4 +47,4 @@ def test_refusals(orbax: Path, tmp_path: Path) -> None:
     _, err = dsv4("convert", "orbax-to-hf", orbax / "source", tmp_path / "back", "--requantize", exit_code=2)
     assert "leave --requantize out" in err
     _, err = dsv4("convert", "orbax-to-hf", orbax / "hf", tmp_path / "back", exit_code=3)
-    assert "not a checkpoint written by dsv4" in err
+    assert "a published checkpoint, which is not converted yet" in err

@@ -200,6 +200,12 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         (damaged / "model.safetensors").write_bytes(content)
         return [run("golden", "verify", GOLDEN), run("golden", "verify", damaged, exit_code=1)]
 
+    def beside_itself() -> Any:
+        path = tmp_path / "parity.json"
+        document = run("parity", orbax, "--golden", GOLDEN, "--layer", "0", "--taps", "attn.q", exit_code=1)
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return run("report", path, path)
+
     generate = ("generate", orbax, "--tokens", "1,2", "--speculative")
     cases: dict[str, Callable[[], Iterable[Any]]] = {
         "convert hf-to-orbax": lambda: [
@@ -219,6 +225,7 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         "golden diff": lambda: [run("golden", "diff", GOLDEN, GOLDEN)],
         "golden make-checkpoint": lambda: [run("golden", "make-checkpoint", tmp_path / "made")],
         "parity": lambda: [run("parity", orbax, "--golden", GOLDEN, "--layer", "0", exit_code=1), *whole],
+        "report": lambda: [beside_itself()],
         "generate": lambda: [run(*generate), run(*generate, "--tokenizer", hf)],
         "compile": lambda: [
             run("compile", "--config", config, "--topology", "v5p-8"),

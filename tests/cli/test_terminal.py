@@ -12,21 +12,24 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from rich.table import Column, Table
 from typer import rich_utils
 from typer.testing import CliRunner
 
-from dsv4_convert.cli import app, common
+from dsv4_convert.cli import app, ending, status
 from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.tables import Verbosity, render
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.tables import fitted
+from dsv4_convert.units import clock
 
 from .samples import samples
 
@@ -36,12 +39,18 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def in_terminal(*arguments: str | Path, columns: int, **environment: str) -> str:
+    """Everything that a dsv4 command writes to a terminal of so many columns."""
+    command = [sys.executable, "-m", "dsv4_convert", *map(str, arguments)]
+    return in_terminal_of(command, columns=columns, **environment)
+
+
+def in_terminal_of(command: Sequence[str], *, columns: int, **environment: str) -> str:
     """Everything that a command writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "TERM")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsv4_convert", *map(str, arguments)],
+        command,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -91,7 +100,7 @@ def test_pipes_get_text_alone() -> None:
     result = CliRunner(env={"TERM": "xterm-256color"}).invoke(app, ["inspect", str(GOLDEN)])
     assert result.exit_code == 0
     assert "\x1b" not in result.output
-    assert not result.stderr
+    assert re.fullmatch(r"(took +\d+ s\n)?", result.stderr)
 
 
 @pytest.mark.parametrize("width", [80, 50])
@@ -147,10 +156,10 @@ def test_progress_without_escape_codes_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool, every: float
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(common, "console", lambda **_: Console(stderr=True, force_terminal=terminal))
+    monkeypatch.setattr(status, "console", lambda **_: Console(stderr=True, force_terminal=terminal))
     now = 0.0
-    monkeypatch.setattr(common.time, "monotonic", lambda: now)
-    with common.byte_progress("verifying") as progress, common.status("plan") as say:
+    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    with status.byte_progress("verifying") as progress, status.status("plan") as say:
         for step in range(1, 41):
             now = float(step)
             progress(step * 1000, 40_000, "norm")
@@ -159,7 +168,57 @@ def test_progress_without_escape_codes_is_a_line_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"verifying norm: {every:.1f} kB of 40.0 kB"
     assert len(lines) == 40 // every + 1
-    assert lines[-1] == "plan: headers"
+    assert lines[-1] == f"plan: headers, {clock(now)} elapsed"
+
+
+def test_a_status_says_how_long_it_took_and_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    with status.status("parity") as say:
+        say.step(0, 43, "layer 0 of 43")
+        assert say.line == "parity: layer 0 of 43"
+        say.note = "compiling, once"
+        now += 30  # the first step compiles, so it tells nothing about the others
+        assert say.line == "parity: layer 0 of 43, compiling, once, 0:30 elapsed"
+        say.note = ""
+        say.step(1, 43, "layer 1 of 43")
+        assert say.line == "parity: layer 1 of 43, 0:30 elapsed"
+        now += 22
+        say.step(12, 43, "layer 12 of 43")
+        assert say.line == "parity: layer 12 of 43, 0:52 elapsed, 1:02 left"
+
+
+def test_a_plan_is_not_printed_into_the_status() -> None:
+    """Both go to the terminal, the plan on lines of its own."""
+    program = (
+        "import time\nfrom dsv4_convert.cli.status import status\nwith status('recording') as say:\n"
+        "    say('reading headers'); time.sleep(0.3); say.print('reads   207.0 kB'); time.sleep(0.3)\n"
+    )
+    lines = shown(in_terminal_of([sys.executable, "-c", program], columns=80))
+    assert "reads   207.0 kB" in [line.strip() for line in lines]
+
+
+def test_the_last_lines_name_what_was_written_and_the_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now)
+
+    def run(seconds: float, error: Exception | None, *files: Path) -> None:
+        nonlocal now
+        with ending.ending():
+            for file in files:
+                ending.wrote("report", file)
+            now += seconds
+            if error is not None:
+                raise error
+
+    with pytest.raises(typer.Exit):
+        run(72, typer.Exit(1), tmp_path / "a b.html")
+    run(0.9, None)
+    with pytest.raises(UsageError):
+        run(9, UsageError("an error says nothing of its time"))
+    assert capsys.readouterr().err == f"report  file://{tmp_path}/a%20b.html\ntook    0:01:12\n"
 
 
 def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.checkpoint import open_checkpoint
-from dsv4_convert.checkpoint.arriving import AHEAD
-from dsv4_convert.checkpoint.bucket import BucketCheckpoint, open_bucket
+from dsv4_convert.checkpoint.bucket import BucketOrigin, open_bucket
+from dsv4_convert.checkpoint.hub_progress import Meter
 from dsv4_convert.checkpoint.planned import PlannedFile
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source
@@ -69,13 +70,13 @@ def test_from_bucket_to_bucket(tiny: Path, uploaded: Path, tmp_path: Path) -> No
 
 def test_few_shards_are_in_scratch_at_a_time(uploaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most: list[int] = []
-    finish = BucketCheckpoint.finish
+    finish = StreamedCheckpoint.finish
 
-    def counted(self: BucketCheckpoint, shard: str) -> None:
+    def counted(self: StreamedCheckpoint, shard: str) -> None:
         most.append(len(list(uploaded.rglob("*.safetensors"))))
         finish(self, shard)
 
-    monkeypatch.setattr(BucketCheckpoint, "finish", counted)
+    monkeypatch.setattr(StreamedCheckpoint, "finish", counted)
     convert(URL, tmp_path / "orbax", "--layers", "1,2")
     assert 0 < max(most) <= AHEAD
     assert not list(uploaded.iterdir())
@@ -96,7 +97,7 @@ def test_what_is_refused(uploaded: Path, tmp_path: Path) -> None:
         open_bucket("gs://bucket/nothing")
     with pytest.raises(UsageError, match=r"none of the \d+ tensors is wanted"):
         open_bucket(URL, want=lambda _: False)
-    assert "expected gs://bucket/path" in convert("s3://bucket/hf", tmp_path / "orbax", exit_code=2)
+    assert "or gs://bucket/path" in convert("s3://bucket/hf", tmp_path / "orbax", exit_code=2)
     fsspec.filesystem("gcs").rm("/bucket/hf/config.json")
     with pytest.raises(BadInput, match=r"no config\.json"):
         open_bucket(URL)
@@ -109,18 +110,21 @@ def test_a_full_disk_is_what_is_told_while_another_thread_waits_for_a_shard(
 ) -> None:
     """Whichever of the two threads fails: the failure of the other, which the end of the work brings, is not raised."""
     waits = threading.Event()
-    arrive, fetch, write = BucketCheckpoint._arrive, BucketCheckpoint._fetch, arrays._write_all
+    arrive, fetch, write = StreamedCheckpoint._arrive, BucketOrigin.fetch, arrays._write_all
+    opened: list[StreamedCheckpoint] = []
 
-    def arriving(self: BucketCheckpoint, file: Path) -> None:
+    def arriving(self: StreamedCheckpoint, file: Path) -> None:
         if file.name.startswith("model-00003"):
+            opened.append(self)
             waits.set()
         arrive(self, file)
 
-    def stalled(self: BucketCheckpoint, file: PlannedFile, *, force: bool = False) -> Path:
+    def stalled(self: BucketOrigin, file: PlannedFile, meter: Meter, *, force: bool = False) -> Path:
         if file.name.startswith("model-00003"):
-            with self._change:
-                assert self._change.wait_for(lambda: self._failure is not None, timeout=60)
-        return fetch(self, file, force=force)
+            assert waits.wait(60)
+            with opened[0]._change:
+                assert opened[0]._change.wait_for(lambda: opened[0]._failure is not None, timeout=60)
+        return fetch(self, file, meter, force=force)
 
     def full(descriptor: int, view: memoryview) -> None:
         if threading.current_thread().name == f"dsv4-store_{failing}":
@@ -129,8 +133,8 @@ def test_a_full_disk_is_what_is_told_while_another_thread_waits_for_a_shard(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(descriptor, view)
 
-    monkeypatch.setattr(BucketCheckpoint, "_arrive", arriving)
-    monkeypatch.setattr(BucketCheckpoint, "_fetch", stalled)
+    monkeypatch.setattr(StreamedCheckpoint, "_arrive", arriving)
+    monkeypatch.setattr(BucketOrigin, "fetch", stalled)
     monkeypatch.setattr(arrays, "_write_all", full)
     said = convert(URL, tmp_path / "orbax", "--workers", "2", exit_code=4)
     assert "No space left on device" in said

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dsv4_convert.checkpoint.arriving import AHEAD
-from dsv4_convert.checkpoint.hub_stream import HubCheckpoint, open_repository
+from dsv4_convert.checkpoint.hub_stream import open_repository
+from dsv4_convert.checkpoint.streamed import AHEAD, StreamedCheckpoint
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Advance, Storage, carry_out, hf_to_orbax, plan
 from dsv4_convert.convert.against import compare_with_source
@@ -86,13 +86,13 @@ def test_a_dry_run_fetches_no_weights(served: LoopbackHub, tiny: Path, tmp_path:
 
 def test_shards_are_given_up_one_by_one(served: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most: list[int] = []
-    finish = HubCheckpoint.finish
+    finish = StreamedCheckpoint.finish
 
-    def counted(self: HubCheckpoint, shard: str) -> None:
+    def counted(self: StreamedCheckpoint, shard: str) -> None:
         most.append(len(shards_on_disk(tmp_path / "hub")))
         finish(self, shard)
 
-    monkeypatch.setattr(HubCheckpoint, "finish", counted)
+    monkeypatch.setattr(StreamedCheckpoint, "finish", counted)
     command(REPO, tmp_path / "out", "--discard-source")
     assert len(most) == 7
     assert max(most) <= AHEAD

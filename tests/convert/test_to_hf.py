@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
@@ -205,6 +205,44 @@ def test_an_interrupted_export_goes_on(
     }
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_weight_is_counted_once_whose_scale_is_in_another_shard(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Every scale moves to the shard before its weight's, or after it for the first."""
+    shutil.copytree(folders["fp8"], tmp_path / "hf")
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    loaded = [load_file(file) for file in files]
+    moved: list[dict[str, torch.Tensor]] = [{} for _ in files]
+    for number, held in enumerate(loaded):
+        for name, tensor in held.items():
+            moved[(number or 2) - 1 if name.endswith(".scale") else number][name] = tensor
+    for file, held in zip(files, moved, strict=True):
+        save_file(held, file, metadata={"format": "pt"})
+    weight_map = {name: file.name for file, held in zip(files, moved, strict=True) for name in held}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    hf_to_orbax(tmp_path / "hf", tmp_path / "orbax")
+    if interrupted:
+        real = to_hf.write_safetensors
+
+        def failing(file: Path, *arguments: Any, **options: Any) -> None:
+            if file.name.startswith("model-00003"):
+                raise OSError(28, "No space left on device")
+            real(file, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(to_hf, "write_safetensors", failing)
+            with pytest.raises(OSError, match="No space"):
+                orbax_to_hf(tmp_path / "orbax", tmp_path / "back", requantize=True)
+    split = orbax_to_hf(tmp_path / "orbax", tmp_path / "back", requantize=True)
+    whole = orbax_to_hf(folders["fp8-bfloat16"], tmp_path / "whole", requantize=True)
+    assert whole.changed
+    assert (split.quantized, split.changed) == (whole.quantized, whole.changed)
+    first, second = tensors(tmp_path / "back"), tensors(tmp_path / "whole")
+    assert all(same(first[name], second[name]) for name in second)
+
+
 def test_small_shards_of_a_plain_copy(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +259,7 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         orbax_to_hf(folders["fp4-source"], tmp_path / "there")
-    with pytest.raises(BadInput, match="not a checkpoint"):
+    with pytest.raises(BadInput, match="not converted yet"):
         orbax_to_hf(folders["fp4"], tmp_path / "back")
     orbax_to_hf(folders["fp4-bfloat16"], tmp_path / "plain")
     hf_to_orbax(tmp_path / "plain", tmp_path / "orbax")

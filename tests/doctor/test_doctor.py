@@ -17,6 +17,7 @@ from dsv4_convert.checkpoint import hub_health
 from dsv4_convert.cli import app
 from dsv4_convert.doctor import Diagnosis, Finding, State, checks, examine, packages
 from dsv4_convert.doctor.packages import EXTRAS, Asked, check_packages
+from dsv4_convert.files.remote import misconfigured
 
 from ..checkpoint.hub_server import LoopbackHub
 
@@ -178,16 +179,16 @@ def test_what_keeps_the_hub_client_from_asking_is_said(
     monkeypatch.setenv(variable, value)
     hub = next(finding for finding in checks._hub(offline=False) if finding.check == "Hub")
     assert hub.state is State.WARN
-    assert hub.found.startswith("https://127.0.0.1:9: ")
+    assert hub.found.startswith("https://…@127.0.0.1:9: ")
     assert said in hub.found
     assert "sec" not in hub.found
 
 
 def test_a_proxy_whose_package_is_missing() -> None:
     error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
-    assert "socksio" in str(hub_health.misconfigured(error))
-    assert hub_health.misconfigured(ImportError("another")) is None
-    assert hub_health.misconfigured(ValueError("another")) is None
+    assert "socksio" in str(misconfigured(error))
+    assert misconfigured(ImportError("another")) is None
+    assert misconfigured(ValueError("another")) is None
 
 
 def test_a_cache_folder_that_the_system_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.files import workspace as module
 from dsv4_convert.files.workspace import Workspace, destination_of, refuse_other_settings, scratch_folder, stage_of
-from dsv4_convert.store.places import Folder
+from dsv4_convert.store.folder import Folder
 
 _OWN = re.compile("mine|content|replaced")
 

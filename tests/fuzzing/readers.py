@@ -225,7 +225,13 @@ def _array_seeds() -> list[bytes]:
     return [encoded_metadata(layout, "none"), encoded_metadata(codes, "zstd")]
 
 
-_PLAN = {"journal_version": 2, "compression": "none", "leaves": SHA[0]}
+_PLAN = {
+    "journal_version": 2,
+    "compression": "none",
+    "leaves": SHA[0],
+    "fingerprint.layout": "dsv4",
+    "fingerprint.storage": "bfloat16",
+}
 
 
 def _journal(data: bytes, folder: Path) -> bool:
@@ -343,7 +349,8 @@ def _small_golden() -> tuple[bytes, dict[str, bytes]]:
     for name, (layer, dtype, shape) in request.arrays().items():
         array = random.integers(0, 9, shape).astype(dtype)
         files.setdefault(layer_file(layer), {})[name] = array
-        taps[name] = StoredTap(file=layer_file(layer), dtype=dtype.name, shape=shape, sha256=digest(array))
+        sha256 = digest(array, request.prompt_digest)
+        taps[name] = StoredTap(file=layer_file(layer), dtype=dtype.name, shape=shape, sha256=sha256)
     manifest = GoldenManifest(request=request, taps=taps, aliases={})
     return manifest.to_bytes(), {name: safetensors.numpy.save(arrays) for name, arrays in files.items()}
 

@@ -97,7 +97,10 @@ def test_every_array_comes_back_and_other_readers_see_the_same(tmp_path: Path) -
     for layer in (*request.layers, None):
         for name, array in load_file(golden.path / layer_file(layer)).items():
             assert array.tobytes() == arrays[name].tobytes(), name
-            assert hashlib.sha256(array.tobytes()).hexdigest() == golden.manifest.taps[name].sha256
+            prompt_of = {"decode": 0, "first_position": 0, "tokens": golden.tokens.tolist()}
+            text = json.dumps(prompt_of, separators=(",", ":"))
+            prompt = hashlib.sha256(text.encode()).digest()
+            assert hashlib.sha256(prompt + array.tobytes()).hexdigest() == golden.manifest.taps[name].sha256
     assert [entry.name for entry in tmp_path.iterdir()] == ["golden"]
     assert golden.verify() == []
 
@@ -131,7 +134,7 @@ _TAP = "layers.1.attn.wq_a"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 4"),
+        (lambda m: m.update(schema_version=1), "schema_version is 1, this version of dsv4 reads 4 and 5"),
         (lambda m: m.update(schema_version=True), "schema_version is True"),
         (lambda m: m.update(extra=1), "expected the entries"),
         (lambda m: m.pop("layers"), "expected the entries"),
@@ -188,6 +191,40 @@ def test_an_edited_manifest_is_noticed_by_its_digest(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(f'"tokens": [[{first},', f'"tokens": [[{(first + 1) % 96},', 1))
     with pytest.raises(BadInput, match=r"manifest\.json: manifest_digest says"):
         open_golden(tmp_path / "golden")
+
+
+def test_arrays_belong_to_their_prompt(tmp_path: Path) -> None:
+    """Whoever edits tokens and states the digest that belongs to the manifest has a golden whose arrays do not fit."""
+    request = _request()
+    _written(tmp_path / "golden", request, _arrays(request))
+    file = tmp_path / "golden" / "manifest.json"
+    document = json.loads(file.read_bytes())
+    document["tokens"][0][0] ^= 1
+    file.write_bytes(_redigested(document))
+    golden = open_golden(tmp_path / "golden")
+    assert len(golden.verify()) == len(golden.manifest.taps)
+    with pytest.raises(BadInput, match="not those that were recorded of this prompt"):
+        golden.read("layers.2.attn.wq_a")
+
+
+def test_a_golden_of_version_4_is_read(tmp_path: Path) -> None:
+    """Its digests are those of the arrays alone, and its own digest stays what baselines have of it."""
+    request = _request()
+    _written(tmp_path / "golden", request, _arrays(request))
+    file = tmp_path / "golden" / "manifest.json"
+    document = json.loads(file.read_bytes())
+    new = open_golden(tmp_path / "golden")
+    for name, entry in document["taps"].items():
+        entry["sha256"] = hashlib.sha256(new._stored(name).tobytes()).hexdigest()
+    document["schema_version"] = 4
+    file.write_bytes(_redigested(document))
+    old = open_golden(tmp_path / "golden")
+    assert old.verify() == []
+    assert old.manifest.digest == json.loads(file.read_bytes())["manifest_digest"]
+    assert not old.manifest.ties_prompt
+    assert new.manifest.ties_prompt
+    file.write_bytes(_redigested({**document, "schema_version": 5, "manifest_digest": ""}))
+    assert len(open_golden(tmp_path / "golden").verify()) == len(document["taps"])
 
 
 def test_files_of_another_golden_are_noticed(tmp_path: Path) -> None:

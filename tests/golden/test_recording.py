@@ -202,7 +202,12 @@ def test_a_full_disk_is_said_before_the_first_layer(
     said: list[str] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="1,000 are free"):
-        record(folders["fp4"], tmp_path / "deep" / "golden", RecordingOptions(tokens=TOKENS), progress=said.append)
+        record(
+            folders["fp4"],
+            tmp_path / "deep" / "golden",
+            RecordingOptions(tokens=TOKENS),
+            progress=lambda done, total, what: said.append(what),
+        )
     assert not any("layer" in what for what in said)
 
 

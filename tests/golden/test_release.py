@@ -215,7 +215,7 @@ def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: 
     class Stop(Exception):
         pass
 
-    def stop(what: str) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if what.startswith("layer 2"):
             raise Stop
 

@@ -16,6 +16,7 @@ import pytest
 import dsv4_convert.golden as golden_package
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.files import remote
 from dsv4_convert.golden import files
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.noise import Mode
@@ -37,6 +38,8 @@ class Server(ThreadingHTTPServer):
         self.sized = True
         #: Requests that are answered with 503 before one is served.
         self.failing = 0
+        #: Whether every request is answered with 403.
+        self.refusing = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -51,11 +54,13 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET(send=False)
 
     def do_GET(self, *, send: bool = True) -> None:
-        name = self.path.removeprefix("/golden/")
+        name = self.path.partition("?")[0].removeprefix("/golden/")
         file = self.server.root / name
         if self.server.failing:
             self.server.failing -= 1
             return self.send_error(503)
+        if self.server.refusing:
+            return self.send_error(403)
         if not file.is_file():
             return self.send_error(404)
         content = file.read_bytes()
@@ -65,7 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
         if wanted:
-            self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(content)}")
+            of = len(content) if self.server.sized else "*"
+            self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{of}")
         if self.server.sized or name.endswith(".json"):
             self.send_header("Content-Length", str(len(part)))
         self.end_headers()
@@ -79,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(files, "_WAITS", (0, 0))
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
     shutil.copytree(COMMITTED, tmp_path / "served")
     running = Server(tmp_path / "served")
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -169,15 +175,14 @@ def test_what_is_no_golden(server: Server) -> None:
 
 
 def test_a_server_without_ranges_is_refused_with_the_way_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 4096)  # a file of one block is fetched whole
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 4096)
     server.ranges = False
     opened = open_golden(server.url)
-    with pytest.raises(ResourceError, match="read by ranges: download the folder"):
+    with pytest.raises(ResourceError, match="files are read by ranges; download the folder"):
         opened.read("layers.0.attn.q")
 
 
-def test_a_file_of_unknown_size_is_refused_with_the_way_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WAITS", ())
+def test_a_file_of_unknown_size_is_refused_with_the_way_out(server: Server) -> None:
     server.sized = False
     with pytest.raises(ResourceError, match=r"does not state its size.*turn compression and chunked transfer off"):
         open_golden(server.url).read("layers.1.attn.wq_a")
@@ -185,12 +190,12 @@ def test_a_file_of_unknown_size_is_refused_with_the_way_out(server: Server, monk
 
 def test_a_bug_is_not_blamed_on_the_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = open_golden(server.url)
-    monkeypatch.setattr(files.RemoteFiles, "_part", lambda *_: None + 1)
+    monkeypatch.setattr(remote.HttpFolder, "_range", lambda *_: None + 1)
     with pytest.raises(TypeError):
         golden.read("layers.1.attn.wq_a")
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WAITS", (0, 0))
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
     with pytest.raises(ResourceError, match=r"http://127\.0\.0\.1:9/golden/manifest\.json: cannot be read"):
         open_golden("http://127.0.0.1:9/golden")

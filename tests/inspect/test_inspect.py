@@ -342,7 +342,7 @@ def test_where_one_is_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monke
     """``.`` is a folder like any other, although it has no name."""
     partial = tmp_path / "x.dsv4-partial"
     partial.mkdir()
-    (partial / "journal.jsonl").write_text("{}\n")
+    (partial / "journal.jsonl").write_text('{"fingerprint.layout": "dsv4", "fingerprint.storage": "bfloat16"}\n')
     monkeypatch.chdir(partial)
     assert f"{tmp_path / 'x'} is not complete" in inspect(".").odd[0]
     with pytest.raises(BadInput, match=r"no manifest\.json"):

@@ -33,6 +33,7 @@ MODULES = (
     "dsv4_convert.checkpoint.locate",
     "dsv4_convert.cli",
     "dsv4_convert.cli.progress",
+    "dsv4_convert.cli.status",
     "dsv4_convert.convert.against",
     "dsv4_convert.convert.to_hf",
     "dsv4_convert.serve.generate",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dsv4_convert.golden as golden_package
+from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 
@@ -22,3 +23,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def golden() -> Path:
     """The committed golden."""
     return Path(golden_package.__file__).parent / "data" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint in float32, every leaf one plain array on disk."""
+    out = tmp_path_factory.mktemp("plain") / "orbax"
+    hf_to_orbax(tiny, out, storage=Storage.FLOAT32)
+    return out

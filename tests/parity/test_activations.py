@@ -20,6 +20,7 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.parity.activations import Expected, compare_activations
 from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.spec.taps import TapKey
 
 from .ties import swapped_entries, swapped_expert
@@ -241,3 +242,12 @@ def test_what_an_implementation_is_fed_with(archive: Golden) -> None:
         expected.shape("attn.Q")
     with pytest.raises(UsageError, match="layer 4 was not recorded"):
         expected.input(4)
+
+
+def test_what_the_golden_gave_does_not_count_as_compared(archive: Golden, layer: dict[str, Array]) -> None:
+    """In isolated mode the input is the golden's own: agreement with it says nothing of the implementation."""
+    fed = compare_activations({"input": layer["input"]}, archive, layer=3)
+    assert not fed.passed
+    assert verdict(fed) == "FAIL: nothing was compared."
+    assert compare_activations({"input": layer["input"]}, archive, layer=3, mode="cumulative").passed
+    assert not compare_activations({"input": layer["input"] + 1, "ffn": layer["ffn"]}, archive, layer=3).passed

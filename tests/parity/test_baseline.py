@@ -106,7 +106,7 @@ def test_a_reason_raises_and_is_kept(judge: Callable[..., ParityReport], tmp_pat
     judge(HEALTHY, update=True)
     raised = judge([real(Q, 5.0, 6.1, 2.0), *HEALTHY[1:]], reason="three passes of bfloat16")
     assert raised.passed
-    assert "1 taps raised (three passes of bfloat16)" in verdict(raised)
+    assert "1 tap raised (three passes of bfloat16)" in verdict(raised)
     document = json.loads((tmp_path / "b.json").read_text())
     assert document["measured"][0]["taps"][Q] == {"tap": 5.0, "row": 6.1, "element": 2.0}
     (entry,) = document["history"]
@@ -147,13 +147,13 @@ def test_what_only_one_side_has_does_not_pass_in_silence(judge: Callable[..., Pa
     judge(HEALTHY[:2], update=True)
     new = judge(HEALTHY)
     assert not new.passed
-    assert f"1 taps have no record, the first of them {CHOSEN}; --update-baseline adds them" in verdict(new)
+    assert f"1 tap has no record, the first of them {CHOSEN}; --update-baseline adds what is new" in verdict(new)
     absent = judge(HEALTHY[:1])
     assert not absent.passed
-    assert f"1 recorded taps were not compared, the first of them {KV}" in verdict(absent)
+    assert f"1 recorded tap was not compared, the first of them {KV}" in verdict(absent)
     wanted = judge(HEALTHY[:1], partial=True)
     assert wanted.passed
-    assert "1 taps, 1 recorded ones were not wanted" in verdict(wanted)
+    assert "1 tap, 1 recorded one was not wanted, and it has no record of 158 other taps" in verdict(wanted)
     assert judge([*HEALTHY[:2], empty("layers.1.attn.compressor.pooled")]).passed
 
 
@@ -235,6 +235,8 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda d: d["measured"].append(d["measured"][0]), "two entries of the same platform"),
         (lambda d: d["measured"][0]["taps"].update({"layers.1.attn.qq": {"tokens": 0}}), "the golden has no tap"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=-1.0), "tap is -1.0, expected a number that is 0 or more"),
+        (lambda d: d["measured"][0]["taps"][Q].update(row=1e9), "row is 1000000000.0, beyond the tolerance of 24"),
+        (lambda d: d["measured"][0]["taps"][CHOSEN].update(tokens=1.5), "tokens is 1.5, beyond the tolerance of 1"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=True), "tap is True"),
         (lambda d: d["measured"][0]["taps"][Q].pop("row"), "expected tap, row, element or tokens"),
         (lambda d: d["measured"][0]["taps"][Q].update(tap=math.nan), "NaN is not a JSON number"),

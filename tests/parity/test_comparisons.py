@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from dsv4_convert.golden.noise import row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
-from dsv4_convert.parity.floor import Floor, floor_of, row_sizes
+from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.metrics import Verdict, compare
 from dsv4_convert.parity.tolerances import LIMITS
 

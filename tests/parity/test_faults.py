@@ -146,5 +146,6 @@ def test_with_the_source_at_hand_the_part_of_the_tensor_is_named(
 
 
 def test_without_the_source_it_says_how_to_bring_it(patients: dict[str, Patient]) -> None:
-    sentence = verdict(examine(patients["main"], CATALOGUE["router bias dropped"]))
-    assert "It uses layers.3.ffn.gate.bias; with --against SOURCE" in sentence
+    lines = dict(summarized(examine(patients["main"], CATALOGUE["router bias dropped"])).lines)
+    assert "It uses layers.3.ffn.gate.bias." in lines["Cause"]
+    assert lines["Next"].startswith("Repeat with `--against SOURCE`")

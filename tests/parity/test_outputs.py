@@ -15,9 +15,10 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
-from dsv4_convert.parity.report.github import command, commands, summary
+from dsv4_convert.parity.report.github import commands, summary
 from dsv4_convert.parity.report.junit import junit
 from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.text import workflow_command
 
 from .synthetic import choice, empty, real, report
 
@@ -145,10 +146,10 @@ def test_what_a_command_says_survives_the_runner(failing: ParityReport) -> None:
     assert len(line.splitlines()) == 1
     assert "layers.1.attn.q (queries after the weightless norm per head), isolated: fail." in _undone(line)[2]
     (line, *_) = commands(dataclasses.replace(failing, taps=(named,)))
-    assert "50% off: a,\nb %0A :: c\r" in _undone(line)[2]
+    assert "50% off: a,\nb %0A :: c\\r" in _undone(line)[2]
 
     strange = "50% a, b: c\nd %3A"
-    assert _undone(command("error", strange, strange)) == ("error", {"title": strange}, strange)
+    assert _undone(workflow_command("error", strange, strange)) == ("error", {"title": strange}, strange)
 
 
 def test_the_summary_is_markdown(failing: ParityReport) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,15 +32,15 @@ from dsv4_convert.parity.detail import EDGES, POINTS, ComparedPart, Detail
 from dsv4_convert.parity.floor import floor_of
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import Gate, GrownError, ParityReport, TapInMode
-from dsv4_convert.parity.report.html.data import page_data
+from dsv4_convert.parity.report.html.data import SHOWN, page_data
 from dsv4_convert.parity.report.html.marks import short
 from dsv4_convert.parity.report.html.page import RunInfo, page
 from dsv4_convert.parity.report.html.scale import Scale
-from dsv4_convert.parity.report.secrets import without_secrets
 from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
-from dsv4_convert.spec.taps import TapKey, is_state
+from dsv4_convert.spec.taps import TAPS, TapKey, Where, is_state
+from dsv4_convert.urls import without_secrets
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
@@ -47,7 +48,7 @@ from .synthetic import real
 from .synthetic import report as synthetic
 
 RUN = RunInfo(
-    command="dsv4 parity ./orbax --golden ./golden --report x.html",
+    words=("dsv4", "parity", "./orbax", "--golden", "./golden", "--report", "x.html"),
     date=datetime.datetime(2026, 9, 1, tzinfo=datetime.UTC),
 )
 SECTIONS = ["next", "depth", "taps", "tokens", "failing", "choices", "logits", "reach", "provenance"]
@@ -122,7 +123,7 @@ def test_the_page_is_whole_and_needs_nothing_else(text: str) -> None:
     links = [link for link in parsed.having("href") if not link.startswith("data:image/png;base64,")]
     assert all(link.startswith("#") and link[1:] in ids for link in links)
     assert not {"img", "link", "iframe", "object", "base"} & set(tags)
-    assert tags.count("script") == 1, "the data, which does not run"
+    assert tags.count("script") == 2, "our own few lines, and the data, which do not run"
     assert not parsed.having("src")
     assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
     assert not re.search(r"@import|url\((?!#)|https?:|javascript:", text)
@@ -147,7 +148,16 @@ def test_figures_are_text_in_the_colours_of_the_theme(text: str) -> None:
 
 def test_the_data_are_the_reports(report: ParityReport, text: str) -> None:
     data = _embedded(text)
-    assert data["report"] == json.loads(json.dumps(report.to_json(verdict(report))))
+    whole = json.loads(json.dumps(report.to_json(verdict(report))))
+    assert data["report"].keys() == whole.keys()
+    for shown, tap in zip(data["report"]["taps"], whole["taps"], strict=True):
+        assert shown.keys() == {key for key, value in tap.items() if value not in (None, "")}
+        assert (shown["name"], shown["verdict"], shown["mode"]) == (tap["name"], tap["verdict"], tap["mode"])
+        if tap["distance"] is not None:
+            noise, worst = shown["distance"].pop("noise"), shown["distance"].pop("worst")
+            assert noise == pytest.approx(tap["distance"].pop("noise"), rel=1e-5)
+            assert worst == tap["distance"].pop("worst")
+            assert shown["distance"] == pytest.approx(tap["distance"], rel=1e-5)
     assert data["command"] == RUN.command
     assert data["figures"]["divergences"][1]["kl"]
     assert report.logits is not None
@@ -224,14 +234,14 @@ def test_hostile_text_stays_text(report: ParityReport) -> None:
             for localization in report.localizations
         ),
     )
-    text = page(hostile, dataclasses.replace(RUN, command=HOSTILE), lambda token: f"{token} {HOSTILE}")
+    text = page(hostile, dataclasses.replace(RUN, words=("dsv4", HOSTILE)), lambda token: f"{token} {HOSTILE}")
     parsed = _Page(text)
     tags = [tag for tag, _ in parsed.elements]
     assert "img" not in tags
-    assert tags.count("script") == 1
+    assert tags.count("script") == 2
     assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
     assert sum("<img src=x" in word for word in parsed.words) > 5, "it can be read"
-    assert _embedded(text)["command"] == HOSTILE
+    assert _embedded(text)["command"] == shlex.join(["dsv4", HOSTILE])
     assert _embedded(text)["report"]["checkpoint"]["path"] == HOSTILE
 
 
@@ -247,7 +257,7 @@ def test_what_is_zero_or_no_number_has_its_place(report: ParityReport) -> None:
     def changed(tap: Any) -> Any:
         if tap.name == "layers.3.ffn.gate.experts":
             flips = Flips(tokens=10, of=300, ties=4, margin=1.0, noise=math.inf, worst=(0, 7))
-            return dataclasses.replace(tap, verdict=Verdict.FAIL, flips=flips)
+            return dataclasses.replace(tap, verdict=Verdict.FAIL, reason="6 tokens choose otherwise", flips=flips)
         if tap.distance is None or tap.layer not in (1, 2):
             return tap
         value = math.inf if tap.layer == 1 else 0.0
@@ -270,7 +280,7 @@ def test_what_is_zero_or_no_number_has_its_place(report: ParityReport) -> None:
     strange = dataclasses.replace(report, taps=tuple(map(changed, report.taps)), error_splits=growth, detail=detail)
     text = page(strange, RUN)
     _Page(text)
-    assert ">✕ ∞</td>" in text
+    assert ">✕ ∞</a></td>" in text
     assert '290 of 300</td>\n      <td class="number">4</td><td class="number">6</td><td class="number">∞</td>' in text
     figures = _embedded(text)["figures"]
     assert figures["divergences"][0]["kl"][0] == "nan"
@@ -287,6 +297,55 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
     assert at_a_row.distance.noise.largest > over_the_tap.distance.noise.largest
     assert course is not None
     assert course.layer == 0
+
+
+def _deep(layers: int, modes: tuple[Mode, ...], failing: int) -> ParityReport:
+    """A run of many layers that have every tap; from layer ``failing`` on everything fails."""
+    names = [tap.name for tap in TAPS if tap.where not in (Where.BEFORE, Where.AFTER)]
+    return synthetic(
+        [
+            real(
+                f"layers.{layer}.{name}",
+                *[3.2170123456789e4 if layer >= failing else 1.2345678912345] * 3,
+                mode=mode,
+                verdict=Verdict.FAIL if layer >= failing else Verdict.PASS,
+            )
+            for mode in modes
+            for layer in range(layers)
+            for name in names
+        ]
+    )
+
+
+def test_a_deep_model_shows_the_layers_that_fail_and_stays_small() -> None:
+    report = _deep(61, MODES, failing=0)
+    text = page(report, RUN)
+    parsed = _Page(text)
+    assert len(text.encode()) < 3e6
+    opened = [
+        attributes for tag, attributes in parsed.elements if tag == "details" and attributes.get("class") == "tap"
+    ]
+    assert len(opened) == SHOWN
+    assert [("open" in attributes) for attributes in opened[:3]] == [True, False, False]
+    assert f"{report.count(Verdict.FAIL) - SHOWN} more fail" in text
+    assert 'class="folded"' not in text, "there is no layer that passes"
+    text = page(_deep(61, MODES, failing=20), RUN)
+    assert text.count('class="folded"') == 2
+    assert "show the 20 layers that pass" in text
+    assert 'class="folded"' not in page(_deep(61, MODES, failing=61), RUN), "where nothing fails nothing is hidden"
+
+
+def test_a_failing_tap_has_a_link_and_the_command_that_looks_at_it(text: str) -> None:
+    parsed = _Page(text)
+    assert f"#layers.{LAYER}.ffn.experts" in parsed.having("href")
+    assert f"layers.{LAYER}.ffn.experts" in parsed.having("id")
+    assert f"layers.{LAYER}.ffn.experts.cumulative" in parsed.having("id")
+    run = dataclasses.replace(RUN, words=(*RUN.words, "--layer=1", "--mode", "both", "--json", "-"))
+    tap = real("layers.3.ffn.experts", 1, 1, 1)
+    command = "dsv4 parity ./orbax --golden ./golden --mode both --layer 3 --taps ffn.experts -vv"
+    assert run.of_tap(tap) == command
+    model = real("hc_head.pre", 1, 1, 1)
+    assert run.of_tap(model) == command.replace("--layer 3 --taps ffn.experts", "--taps hc_head.pre")
 
 
 def test_scales_hold_everything() -> None:
@@ -362,7 +421,7 @@ def test_a_baseline_that_is_not_passed_is_shown_with_what_to_do() -> None:
     raised = dataclasses.replace(gate, missing=(), unrecorded=(), update=True, updated=True, reason="other hardware")
     text = page(dataclasses.replace(run, gate=raised), RUN)
     assert "<h3>Raised</h3>" in text
-    assert "1 taps raised (other hardware)" in text
+    assert "1 tap raised (other hardware)" in text
     assert 'id="baseline"' not in page(dataclasses.replace(run, gate=None), RUN)
     lacking = synthetic([real(q, 1, 2, 2)], missed=["no block is complete"], require_coverage=True)
     assert next_steps(lacking) == [step for step in next_steps(lacking) if "golden with more tokens" in step]
@@ -374,7 +433,7 @@ def test_urls_lose_their_secrets(report: ParityReport) -> None:
     assert without_secrets("'s3://me:p@ss:w@rd@host/a@b#token=x' ./a@b#c") == "'s3://…@host/a@b#…' ./a@b#c"
     assert without_secrets("hf://datasets/x/y@main/golden") == "hf://datasets/x/y@main/golden"
     bare = dataclasses.replace(report, golden={**report.golden, "path": url}, taps=(), error_splits=(), detail=None)
-    text = page(bare, dataclasses.replace(RUN, command=f"dsv4 parity . --golden {url} --report x.html"))
+    text = page(bare, dataclasses.replace(RUN, words=("dsv4", "parity", ".", "--golden", url, "--report", "x.html")))
     assert "secret" not in text
     assert text.count("https://…@host/golden?…") == 6, "three times to be read, three times in the data"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv4_convert import restore_model
-from dsv4_convert.convert import Storage, hf_to_orbax
+from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import digest, open_golden
 from dsv4_convert.golden.manifest import GoldenManifest, StoredTap
@@ -34,15 +34,7 @@ from dsv4_convert.weights.converted import Weights
 from .faults.fault import Held
 
 
-@pytest.fixture(scope="module")
-def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint in float32, every leaf one plain array on disk."""
-    out = tmp_path_factory.mktemp("plain") / "orbax"
-    hf_to_orbax(tiny, out, storage=Storage.FLOAT32)
-    return out
-
-
-def _planted(plain: Path, where: Path, path: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+def planted(plain: Path, where: Path, path: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
     """A copy of the store with one array changed on disk, as a faulty converter would have left it."""
     shutil.copytree(plain, where)
     store = open_store(where)
@@ -59,7 +51,7 @@ def _planted(plain: Path, where: Path, path: str, change: Callable[[np.ndarray],
 
 def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path, golden: Path, tmp_path: Path) -> None:
     """As a faulty converter would have left it: the whole way from the stored bytes to the sentence."""
-    faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
+    faulty = planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
     report = run_parity(faulty, golden, ParityOptions(layers=[1]), against=tiny)
     assert "The stored bytes of layers.1.attn.wo_a are not those that were converted" in verdict(report)
     assert report.first_diverging is not None
@@ -70,7 +62,7 @@ def test_a_fault_on_disk_is_found_and_its_part_is_named(plain: Path, tiny: Path,
 
 
 def test_in_cumulative_mode_the_fault_is_inherited(plain: Path, golden: Path, tmp_path: Path) -> None:
-    faulty = _planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
+    faulty = planted(plain, tmp_path / "orbax", "layers.1.attn.wo_a", lambda a: a[::-1])
     report = run_parity(faulty, golden, ParityOptions(modes=[Mode.CUMULATIVE]))
     assert report.first_diverging is not None
     assert report.first_diverging.name == "layers.1.attn.wo_a"
@@ -84,7 +76,7 @@ def test_in_cumulative_mode_the_fault_is_inherited(plain: Path, golden: Path, tm
 
 def test_a_wrong_choice_has_its_consequences_in_cumulative_mode_only(plain: Path, golden: Path, tmp_path: Path) -> None:
     """Isolated, the golden's choice is followed, so that nothing but the choice is wrong."""
-    faulty = _planted(plain, tmp_path / "orbax", "layers.0.ffn.gate.tid2eid", lambda a: np.roll(a, 1, 0))
+    faulty = planted(plain, tmp_path / "orbax", "layers.0.ffn.gate.tid2eid", lambda a: np.roll(a, 1, 0))
     report = run_parity(faulty, golden, ParityOptions(modes=MODES))
     failing = {(tap.mode, tap.name) for tap in report.taps if tap.verdict is Verdict.FAIL}
     assert {name for mode, name in failing if mode is Mode.ISOLATED} == {"layers.0.ffn.gate.experts"}
@@ -98,10 +90,10 @@ def test_both_modes_agree_in_every_dtype(plain: Path, golden: Path, dtype: str) 
     report = run_parity(plain, golden, ParityOptions(modes=MODES, dtype=dtype), baseline=committed)
     assert report.passed, verdict(report)
     assert report.gate is not None
-    assert report.gate.compared == 328
+    assert report.gate.compared == 324
     assert {tap.mode for tap in report.taps} == set(MODES)
     assert [layer.layer for layer in report.error_splits] == [0, 1, 2, 3]
-    assert "PASS: all 328 taps agree" in verdict(report)
+    assert "PASS: all 324 taps agree" in verdict(report)
 
 
 def test_layers_and_taps_can_be_chosen(plain: Path, golden: Path) -> None:
@@ -156,7 +148,7 @@ def test_every_tap_is_explained(plain: Path, golden: Path, tmp_path: Path) -> No
             tap, healthy
         )
     faulty = run_parity(
-        _planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, ParityOptions(layers=[3])
+        planted(plain, tmp_path / "orbax", "layers.3.ffn.gate.bias", np.zeros_like), golden, ParityOptions(layers=[3])
     )
     words = {tap.short: why(tap, faulty) for tap in faulty.taps if tap.verdict is Verdict.FAIL}
     assert "300 of 300 rows are beyond a limit; rounding does not explain that." in words["ffn.gate.scores"]
@@ -258,8 +250,9 @@ def _golden_with_equal_scores(golden: Path, where: Path) -> tuple[Path, str, int
     arrays = {**load_file(file), name: chosen, "layers.3.attn.indexer.scores": scores}
     save_file(arrays, file)
     manifest = recorded.manifest
+    prompt = manifest.request.prompt_digest
     entries: dict[str, StoredTap] = {
-        tap: dataclasses.replace(entry, sha256=digest(arrays[tap])) if tap in arrays else entry
+        tap: dataclasses.replace(entry, sha256=digest(arrays[tap], prompt)) if tap in arrays else entry
         for tap, entry in manifest.taps.items()
     }
     changed = GoldenManifest(request=manifest.request, taps=entries, aliases=manifest.aliases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -67,12 +68,12 @@ def test_a_failing_verdict_says_each_thing_once() -> None:
     said = summarized(failing())
     assert [label for label, _ in said.lines] == ["Where", "Cause", "Evidence", "Next"]
     whole = str(said)
-    for fact in (f"layers.0.{TAP}", "43 of 43", "9.0e+06", "24 allowed", "wrong by itself", "compressed entries"):
+    for fact in (f"layers.0.{TAP}", "43 of 43", "9.0e6", "24 allowed", "wrong by itself", "compressed entries"):
         assert whole.count(fact) <= 1, fact
     # One number stands for the fault, in the verdict, the lines of layers and the tables.
     for verbosity in (Verbosity.VERDICT, Verbosity.TABLES, Verbosity.EVERYTHING):
         text = "\n".join(printed(failing(), verbosity))
-        assert "9.0e+06x" in text
+        assert "9.0e6x" in text
         assert "6.7e" not in text
         assert "8.0e" not in text
 
@@ -155,3 +156,14 @@ def test_a_cosine_that_does_not_exist_is_not_shown_as_perfect() -> None:
     (row,) = [line for line in printed(report([zeros]), Verbosity.EVERYTHING) if line.startswith("attn.q ")]
     assert " – " in row
     assert "0e+00" not in row
+
+
+def test_a_report_in_a_notebook_and_as_a_page(tmp_path: Path) -> None:
+    run = dataclasses.replace(failing(2), golden={"path": "<script>alert(1)</script>"})
+    shown = run._repr_html_()
+    for label, _ in summarized(run).lines:
+        assert f"<th>{label}</th>" in shown
+    empty_run = dataclasses.replace(run, taps=(), localizations=())
+    assert "<script>" not in empty_run._repr_html_()
+    run.save_html(str(tmp_path / "report.html"))
+    assert summarized(run).headline.removeprefix("FAIL: ") in (tmp_path / "report.html").read_text(encoding="utf-8")

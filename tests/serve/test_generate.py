@@ -14,8 +14,10 @@ from transformers import DeepseekV4ForCausalLM
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
+from dsv4_convert.cli.stream import Stream
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import ResourceError, UsageError
+from dsv4_convert.golden.chat import chat_prompt
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.serve.generate import Generator, Sampling, _drawn
 from dsv4_convert.weights.converted import Weights
@@ -121,6 +123,73 @@ def test_a_model_larger_than_the_memory_is_refused(folders, monkeypatch: pytest.
         restore_model(Weights.open(folders[1]))
 
 
+def test_a_chat(folders: tuple[Path, Path], generator: Generator, tmp_path: Path) -> None:
+    """The template as transformers renders it; its end-of-turn token ends the answer; the text comes as it is made."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {f"w{index}": index for index in range(tiny_config()["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = (
+        "{{ bos_token }}{% for message in messages %} {% if message.role == 'user' %}w7 {{ message.content }} w8\n"
+        "{% else %}{{ raise_exception('only users speak') }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} w9{% endif %}"
+    )
+    arguments = [
+        "generate",
+        str(folders[1]),
+        "--tokenizer",
+        str(tmp_path),
+        "--prompt",
+        "w1 w2",
+        "--chat",
+        "-n",
+        str(NEW),
+    ]
+    run = CliRunner().invoke
+    without = run(app, arguments)
+    assert without.exit_code == 2
+    assert "no chat template in" in without.stderr
+    ids = [3, 7, 1, 2, 8, 9]
+    (expected,) = generator([ids], new_tokens=NEW)
+    config = {"chat_template": template, "bos_token": {"content": "w3"}, "eos_token": f"w{expected[2]}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="w3", eos_token="w0", chat_template=template
+    )
+    said = theirs.apply_chat_template(
+        [{"role": "user", "content": "w1 w2"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat_prompt(tmp_path / "tokenizer.json", "w1 w2")[0] == said
+    done = run(app, [*arguments, "--json", str(tmp_path / "out.json")])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["prompts"] == [ids]
+    end = expected.index(expected[2])
+    assert done.stdout.split() == [f"w{token}" for token in expected[: end + 1]]
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    refused = run(app, arguments)
+    assert refused.exit_code == 3
+    assert "the chat template fails: never" in refused.stderr
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    assert "unsafe" in run(app, arguments).stderr
+
+
+def test_characters_of_several_tokens_are_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = {1: b"caf", 2: b"\xc3", 3: b"\xa9", 4: b"!"}
+    stream = Stream(
+        lambda tokens: b"".join(pieces[token] for token in tokens).decode(errors="replace"), "> ", err=False
+    )
+    printed = []
+    for token in pieces:
+        stream.add(token)
+        printed.append(capsys.readouterr().out)
+    stream.end()
+    assert printed == ["> caf", "", "é", "!"]
+    assert capsys.readouterr().out == "\n"
+
+
 def test_the_command(folders: tuple[Path, Path], generator: Generator, tmp_path: Path) -> None:
     """Token ids on stdout; with a tokenizer the text; the same as JSON."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -143,6 +212,10 @@ def test_the_command(folders: tuple[Path, Path], generator: Generator, tmp_path:
     assert outcome["tokens"] == expected
     assert "drafts" not in outcome
     assert outcome["texts"][1].split() == [f"w{token}" for token in expected[1]]
+    one = ["generate", str(folders[1]), "--tokens", ",".join(map(str, PROMPTS[1])), "-n", str(NEW)]
+    (alone,) = generator([PROMPTS[1]], new_tokens=NEW)
+    assert run(app, one).stdout == ",".join(map(str, alone)) + "\n"
     assert run(app, ["generate", str(folders[1])]).exit_code == 2
     assert run(app, ["generate", str(folders[1]), "--prompt", "w1"]).exit_code == 2
+    assert run(app, ["generate", str(folders[1]), "--tokens", "1", "--chat"]).exit_code == 2
     assert run(app, ["generate", str(tmp_path / "none"), "--tokens", "1"]).exit_code == 3

@@ -199,8 +199,8 @@ def test_template_splits_without_loss(name: str) -> None:
         ({"mtp.0.embed.weight": Stored("BF16", (1,))}, "mtp.0.embed.weight: unknown tensor"),
         ({"mtp.1.enorm.weight": Stored("BF16", (4096,))}, "mtp.1.enorm.weight: the config has 1 mtp stages"),
         ({"mtp.0.ffn.experts.256.w1.weight": Stored("I8", (2048, 2048))}, "only 256 experts"),
-        ({"vision.patch.weight": Stored("BF16", (1,))}, "vision encoder is not supported: 1 tensor(s)"),
-        ({"image_start": Stored("BF16", (1,))}, "vision tokens is not supported: 1 tensor(s) such as image_start"),
+        ({"vision.patch.weight": Stored("BF16", (1,))}, "vision encoder is not supported: 1 tensor"),
+        ({"image_start": Stored("BF16", (1,))}, "vision tokens is not supported: 1 tensor such as image_start"),
         ({"layers.1.engram.wkv": Stored("BF16", (1,))}, "V4.1 engram memory is not supported"),
     ],
 )
@@ -254,7 +254,7 @@ def test_problems_are_collected_and_counted(flash: tuple[dict[str, Stored], Conf
     with pytest.raises(BadInput) as caught:
         resolve(stored, flash[1])
     weights = [name for name in flash[0] if name.startswith("layers.5.") and not name.endswith(".scale")]
-    assert f"{len(weights)} problem(s)" in str(caught.value)
+    assert f"{len(weights)} problems" in str(caught.value)
     assert f"… and {len(weights) - 20} more" in str(caught.value)
 
 

@@ -21,7 +21,7 @@ from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.synthetic import write_checkpoint as write_published
-from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, verify
+from dsv4_convert.store import CheckpointWriter, WriteSummary, open_destination, open_store, verify
 
 from ..memory_bucket import MemoryBucket
 from .writing import FilledLeaf, write_leaves, write_pending
@@ -112,6 +112,17 @@ def test_one_writer_at_a_time_and_a_lock_that_stayed(arrays, make_leaves, bucket
         write(make_leaves(arrays))
     fsspec.filesystem("gcs").rm("/bucket/models/tiny.dsv4-partial/lock")
     write(make_leaves(arrays))
+
+
+def test_of_two_that_take_the_lock_at_once_one_gets_it(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look, find nothing, and write; the bucket decides."""
+    first, second = (open_destination(URL) for _ in range(2))
+    monkeypatch.setattr(epath.Path(URL).__class__, "exists", lambda self: False)
+    with first.held(), pytest.raises(ResourceError, match="is writing it"), second.held():
+        raise AssertionError("two hold the lock")
+    assert "/bucket/models/tiny.dsv4-partial/lock" not in bucket
+    with second.held():
+        assert "/bucket/models/tiny.dsv4-partial/lock" in bucket
 
 
 def test_what_is_there_is_never_replaced(arrays, make_leaves, bucket) -> None:

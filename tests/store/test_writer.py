@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
-from dsv4_convert.store import CheckpointWriter, WriteSummary, open_store, places, verify
+from dsv4_convert.store import CheckpointWriter, WriteSummary, folder, open_store, verify
 from dsv4_convert.store.arrays import ArrayWriter, create_array
 from dsv4_convert.store.layout import DTYPES, MANIFEST_FILE, ArrayLayout, chunk_file
 
@@ -465,7 +465,7 @@ def test_when_overwriting_stops_between_the_renames_the_old_checkpoint_comes_bac
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, arrays, make_leaves) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UsageError, match=f"not a checkpoint of dsv4 .no {MANIFEST_FILE}"):
+    with pytest.raises(UsageError, match=f"not a checkpoint that dsv4 converted .no {MANIFEST_FILE}"):
         write(tmp_path / "photos", make_leaves(arrays), overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
 
@@ -491,13 +491,13 @@ def test_a_destination_that_appears_before_the_lock_is_held_is_not_replaced(
 ) -> None:
     destination = tmp_path / "checkpoint"
 
-    held = places.Folder.held
+    held = folder.Folder.held
 
-    def late(self: places.Folder) -> Any:
+    def late(self: folder.Folder) -> Any:
         destination.mkdir()
         return held(self)
 
-    monkeypatch.setattr(places.Folder, "held", late)
+    monkeypatch.setattr(folder.Folder, "held", late)
     with pytest.raises(UsageError, match="exists already"):
         write(destination, make_leaves(arrays))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import StoredArray
 from dsv4_convert.store.layout import nested
 from dsv4_convert.store.orbax_processes import join
+from dsv4_convert.weights import restore
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -116,6 +119,45 @@ def own_ranges(folder: Path) -> None:
     print(jax.process_index(), len(arrays), read, total)
 
 
+class _Counted:
+    """Reads parts of an array, each of which waits until ``expected`` are read side by side."""
+
+    def __init__(self, values: np.ndarray, expected: int) -> None:
+        self.values = values
+        self.regions: list[Any] = []
+        self.inside = self.most = 0
+        self._lock = threading.Lock()
+        self._together = threading.Barrier(expected)
+
+    def __call__(self, region: Any) -> np.ndarray:
+        with self._lock:
+            self.regions.append(region)
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            patience = 5 if len(self.regions) <= self._together.parties else 0.2  # the last ones may be fewer
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._together.wait(patience)
+        with self._lock:
+            self.inside -= 1
+        return self.values[region]
+
+
+def at_once(folder: Path) -> None:
+    """On 8 devices: parts are read side by side, as many as the budget has room for, and each once."""
+    sharding = NamedSharding(jax.make_mesh((4, 2), ("x", "y")), PartitionSpec("x"))
+    values = np.arange(4 * 1000, dtype=np.float32).reshape(4, 1000)
+    for budget, expected in ((2 * 4000, 2), (3 * 4000 + 1, 3), (1, 1)):
+        read = _Counted(values, expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(restore, "_BYTES_AT_ONCE", budget)
+            patch.setattr(restore.os, "cpu_count", lambda: 16)
+            array = restore.read_sharded(values.shape, FLOAT32, sharding, read)
+        assert np.array_equal(np.asarray(array), values)
+        assert read.most == expected
+        assert len(read.regions) == 4  # of 8 devices, two hold each
+        assert array.sharding == sharding
+
+
 def _held(store: Store, path: str, array: jax.Array) -> int:
     """Stored bytes of what this process holds of an array, each number once."""
     parts = {str(shard.index): shard.data.size for shard in array.addressable_shards}
@@ -129,7 +171,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, jax.Arr
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["every_leaf", "own_ranges"])
+    parser.add_argument("part", choices=["every_leaf", "own_ranges", "at_once"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)

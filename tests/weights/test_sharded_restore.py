@@ -31,6 +31,11 @@ def test_every_leaf_on_eight_devices(converted: Path) -> None:
     assert ended.code == 0, ended.err
 
 
+def test_ranges_are_read_at_once_within_a_budget(tmp_path: Path) -> None:
+    ended = end(start(["-m", "tests.weights.sharded", "at_once", str(tmp_path)], devices=8))
+    assert ended.code == 0, ended.err
+
+
 def test_two_processes_read_their_own_ranges(converted: Path) -> None:
     ended = together(["-m", "tests.weights.sharded", "own_ranges", str(converted / "bfloat16")], 2, devices=2)
     assert [process.code for process in ended] == [0, 0], ended

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,8 @@ LINES = {"attn.wo_b": "attention", "ffn": "experts", STREAMS.name: "streams"}
 COLUMNS = 384
 #: Blocks whose ends are marked in a map, at most.
 BLOCKS = 64
-#: Failing taps that are shown in detail.
-SHOWN = 3
+#: Failing taps that can be opened; all of them are in the table and in the page's JSON.
+SHOWN = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Course:
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
     """Multiples by layer and position, the largest of all prompts and of the positions ``starts[i]`` to
-    ``starts[i + 1]``; None where nothing was compared. ``what``: ``streams`` or ``worst``."""
+    ``starts[i + 1]``; None where nothing was compared. ``what``: ``streams``, ``worst``, or the name of one tap."""
 
     mode: Mode
     what: str
@@ -92,6 +92,7 @@ class Failing:
     found: tuple[float, ...] = ()
     golden: tuple[float, ...] = ()
     multiples: tuple[float, ...] = ()
+    tokens: TokenMap | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,30 +202,32 @@ def _share(tap: TapResult, limits: Limits) -> float:
 
 def _maps(report: ParityReport, detail: Detail) -> list[TokenMap]:
     maps = []
-    prompt = detail.prompt
-    step = max(1, math.ceil(prompt.tokens / COLUMNS))
-    starts = tuple(range(0, prompt.tokens, step))
     for mode in report.modes:
         layers = sorted((layer for of, layer in detail.tokens if of is mode and layer is not None))
         rows: list[int | None] = [*layers, *([None] if (mode, None) in detail.tokens else [])]
         for what in ("worst", "streams"):
             of = {layer: getattr(detail.tokens[mode, layer], what) for layer in rows}
-            known = [layer for layer in rows if not np.isnan(of[layer]).all()]
-            if not known:
-                continue
-            maps.append(
-                TokenMap(
-                    mode=mode,
-                    what=what,
-                    layers=tuple("model" if layer is None else str(layer) for layer in known),
-                    starts=(*starts, prompt.tokens),
-                    multiples=tuple(_binned(of[layer], step) for layer in known),
-                    window=prompt.config.sliding_window,
-                    block=_block(prompt, known),
-                    decode=prompt.decode,
-                )
-            )
+            drawn = _map(detail.prompt, mode, what, of)
+            maps += [] if drawn is None else [drawn]
     return maps
+
+
+def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Array]) -> TokenMap | None:
+    """The map of errors ``[B, S]`` by layer; None if nothing was compared token by token."""
+    known = [layer for layer in errors if not np.isnan(errors[layer]).all()]
+    if not known:
+        return None
+    step = max(1, math.ceil(prompt.tokens / COLUMNS))
+    return TokenMap(
+        mode=mode,
+        what=what,
+        layers=tuple("model" if layer is None else str(layer) for layer in known),
+        starts=(*range(0, prompt.tokens, step), prompt.tokens),
+        multiples=tuple(_binned(errors[layer], step) for layer in known),
+        window=prompt.config.sliding_window,
+        block=_block(prompt, known),
+        decode=prompt.decode,
+    )
 
 
 def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
@@ -247,20 +250,19 @@ def rounded(value: float) -> float:
 
 
 def _failing(report: ParityReport) -> list[Failing]:
-    """The first tap that diverges, and the first of further layers; those with a sample before those without."""
-    first = report.first_diverging
-    if first is None:
-        return []
-    results = {(tap.key, tap.mode): tap for tap in report.taps}
-    samples = [] if report.detail is None else report.detail.samples
-    # Behind the first fault a cumulative run only inherits it.
-    of_first_mode = [sample for sample in samples if sample.mode is first.mode]
-    kept = of_first_mode[:SHOWN] if first.mode is Mode.ISOLATED else of_first_mode[:1]
-    shown = [_drawn(results[sample.key, sample.mode], sample) for sample in kept]
-    return shown if any(item.result is first for item in shown) else [Failing(first), *shown]
+    """The failing taps in order of execution, with what is drawn of those that have a sample."""
+    detail = report.detail
+    samples = {} if detail is None else {(sample.key, sample.mode): sample for sample in detail.samples}
+    failing = [tap for tap in report.taps if tap.verdict is Verdict.FAIL][:SHOWN]
+    return [
+        Failing(tap)
+        if detail is None or (sample := samples.get((tap.key, tap.mode))) is None
+        else _drawn(tap, sample, detail.prompt)
+        for tap in failing
+    ]
 
 
-def _drawn(result: TapResult, sample: Sample) -> Failing:
+def _drawn(result: TapResult, sample: Sample, prompt: Prompt) -> Failing:
     used = np.flatnonzero(sample.counts)
     low, high = (int(used[0]), int(used[-1])) if used.size else (0, 0)
     low, high = max(low, 1), min(max(high, low, 1), len(EDGES) - 1)
@@ -277,6 +279,7 @@ def _drawn(result: TapResult, sample: Sample) -> Failing:
         found=tuple(rounded(value) for value in sample.found),
         golden=tuple(rounded(value) for value in sample.golden),
         multiples=tuple(rounded(value) for value in sample.multiples),
+        tokens=_map(prompt, sample.mode, str(sample.key), {sample.key.layer: sample.tokens}),
     )
 
 

@@ -180,7 +180,7 @@ def token_map(data: TokenMap, name: str) -> Markup:
             f"{rows} layers by {tokens} positions; largest {short(max(known))} noise floors, "
             f"{beyond} of {len(known)} cells beyond the limit of {LIMITS.row:g}."
         )
-        return to_svg(figure, name, f"Error by token and layer, {MAPS[data.what]}, {data.mode}", words)
+        return to_svg(figure, name, f"Error by token and layer, {MAPS.get(data.what, data.what)}, {data.mode}", words)
 
 
 #: Titles of the maps over tokens.

@@ -1,4 +1,4 @@
-"""One page that holds everything: no script that runs, nothing from elsewhere, light and dark."""
+"""One page that holds everything: nothing from elsewhere, light and dark, readable without its few lines of script."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from markupsafe import Markup, escape
 
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.logits import TOP
-from dsv4_convert.parity.report.data import SEVERITY, ParityReport, plain
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.data import SEVERITY, ParityReport, TapResult, plain
 from dsv4_convert.parity.report.html import figures
 from dsv4_convert.parity.report.html.data import PageData, page_data
 from dsv4_convert.parity.report.html.marks import GLYPHS, SHADES, short
 from dsv4_convert.parity.report.html.table import tables
-from dsv4_convert.parity.report.secrets import without_secrets
 from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
@@ -36,7 +36,10 @@ from dsv4_convert.parity.report.words import (
     verdict,
     why,
 )
+from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.text import for_html, for_json
 from dsv4_convert.units import ranges
+from dsv4_convert.urls import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60
@@ -45,17 +48,42 @@ _HERE = Path(__file__).parent
 SCHEMA_VERSION = 1
 
 
+#: Options of ``dsv4 parity`` that write a file or choose taps: left out of a command that looks at one tap, with their
+#: values.
+_NOT_AGAIN = ("--report", "--junit", "--json", "--layer", "--taps", "--baseline", "--reason")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """The command line of a run, and when it ended."""
+    """The words of a run's command, when it ended, and how many seconds it took (None: not known)."""
 
-    command: str
+    words: tuple[str, ...]
     date: datetime.datetime
+    seconds: float | None = None
 
     @classmethod
-    def now(cls) -> RunInfo:
+    def now(cls, seconds: float | None = None) -> RunInfo:
         """This process, at this moment."""
-        return cls(command=shlex.join(["dsv4", *sys.argv[1:]]), date=datetime.datetime.now().astimezone())
+        words = ("dsv4", *sys.argv[1:])
+        return cls(words=words, date=datetime.datetime.now().astimezone(), seconds=seconds)
+
+    @property
+    def command(self) -> str:
+        """The command as a shell takes it, without the secrets of URLs."""
+        return without_secrets(shlex.join(self.words))
+
+    def of_tap(self, tap: TapResult) -> str:
+        """The command that compares one tap of this run again, with all of its numbers; without the secrets of URLs."""
+        kept: list[str] = []
+        words = iter(self.words)
+        for word in words:
+            option, joined, _ = word.partition("=")
+            if option not in _NOT_AGAIN:
+                kept.append(word)
+            elif not joined:
+                next(words, None)
+        layer = [] if tap.layer is None else ["--layer", str(tap.layer)]
+        return without_secrets(shlex.join([*kept, *layer, "--taps", tap.short, "-vv"]))
 
 
 def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
@@ -80,14 +108,14 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     environment.filters |= {"short": short, "coded": _coded, "broken": _broken}
     document = {
         "schema_version": SCHEMA_VERSION,
-        "command": without_secrets(run.command),
+        "command": run.command,
         "date": run.date.isoformat(timespec="seconds"),
-        "report": report.to_json(verdict(report)),
+        "report": _digits(report.to_json(verdict(report))),
         "figures": plain(_lean(data)),
     }
     said = summarized(report)
     headline = said.headline.partition(": ")[2]
-    return environment.get_template("page.html.j2").render(
+    html = environment.get_template("page.html.j2").render(
         report=report,
         run=run,
         data=data,
@@ -103,10 +131,15 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         noise_floor=noise_floor(report),
         facts=_facts(report),
         drawn=_drawn(data),
-        tables=tables(report),
+        tables=tables(report, _ids(report, data)),
         reasons=[why(item.result, report) for item in data.failing],
         findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
         clean=_clean(report),
+        title=_title(report),
+        ids=_ids(report, data),
+        numbers=[_numbers(item.result, report) for item in data.failing],
+        again=[run.of_tap(item.result) for item in data.failing],
+        unopened=report.count(Verdict.FAIL) - len(data.failing),
         operations=report.golden.get("reference", {}).get("numerics") == "release",
         baseline=_baseline(report),
         missed=reach(report),
@@ -116,10 +149,35 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         ],
         provenance=_provenance(report, run),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        document=htmlsafe_json_dumps(
-            document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+        script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
+        document=Markup(
+            for_json(
+                htmlsafe_json_dumps(
+                    document, separators=(",", ":"), allow_nan=False, ensure_ascii=False, sort_keys=False
+                )
+            )
         ),
     )
+    return for_html(html)
+
+
+def _digits(value: Any) -> Any:
+    """JSON with six digits of each number, and without what is null or empty in the entries of lists.
+
+    A page of 61 layers has thousands of entries.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _digits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [
+            {key: _digits(part) for key, part in item.items() if part not in (None, "")}
+            if isinstance(item, dict)
+            else _digits(item)
+            for item in value
+        ]
+    return value
 
 
 def _lean(data: PageData) -> PageData:
@@ -127,7 +185,11 @@ def _lean(data: PageData) -> PageData:
     return dataclasses.replace(
         data,
         growth=(),
-        failing=tuple(dataclasses.replace(item, result=None) for item in data.failing),  # type: ignore[arg-type]
+        failing=tuple(
+            dataclasses.replace(item, result=None)  # type: ignore[arg-type]
+            for item in data.failing
+            if item.edges
+        ),
     )
 
 
@@ -139,7 +201,11 @@ def _drawn(data: PageData) -> dict[str, Any]:
         "growth": figures.growth(data.growth, "growth") if len(data.growth) > 1 else None,
         "maps": [figures.token_map(item, f"map-{item.mode}-{item.what}") for item in data.maps],
         "failing": [
-            (figures.distribution(item, f"distribution-{place}"), figures.scatter(item, f"scatter-{place}"))
+            (
+                figures.distribution(item, f"distribution-{place}"),
+                figures.scatter(item, f"scatter-{place}"),
+                None if item.tokens is None else figures.token_map(item.tokens, f"tokens-{place}"),
+            )
             if item.edges
             else None
             for place, item in enumerate(data.failing)
@@ -153,6 +219,8 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
     measured = [tap.distance.noise.largest for tap in report.taps if tap.distance is not None]
     counts = [f"{GLYPHS[kind]} {report.count(kind)} {kind}" for kind in SEVERITY if report.count(kind)]
     facts = [
+        ("checkpoint", _side(report.checkpoint)),
+        ("golden", _side(report.golden)),
         ("taps", " · ".join(counts) or "none"),
         ("layers", _dashed(report.layers)),
         ("mode", " and ".join(report.modes)),
@@ -170,6 +238,55 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
             ("tokens", f"{many}{prompt.tokens:,}" + (f", {prompt.decode} one by one" if prompt.decode else ""))
         )
     return facts
+
+
+def _side(facts: Mapping[str, Any]) -> str:
+    """What a side of the comparison is called: the end of its path, or of its URL."""
+    path = str(facts.get("path", "not a path"))
+    return "/".join(path.rstrip("/").split("/")[-2:])
+
+
+def _title(report: ParityReport) -> str:
+    """What a tab of a browser says: the verdict, the tap, the checkpoint."""
+    first = report.first_diverging
+    return " · ".join(
+        [
+            "PASS" if report.passed else "FAIL" if first is None else f"FAIL {first.name}",
+            f"{_side(report.checkpoint)} against {_side(report.golden)}",
+            "dsv4 parity",
+        ]
+    )
+
+
+def _ids(report: ParityReport, data: PageData) -> dict[tuple[TapKey, Mode], str]:
+    """Of the failing taps that can be opened, what a link to them ends with."""
+    return {
+        (item.result.key, item.result.mode): item.result.name
+        if item.result.mode is report.modes[0]
+        else f"{item.result.name}.{item.result.mode}"
+        for item in data.failing
+    }
+
+
+def _numbers(tap: TapResult, report: ParityReport) -> list[tuple[str, str]]:
+    """The measures of one tap."""
+    distance = tap.distance
+    if distance is None:
+        return []
+    limits = dataclasses.asdict(report.limits)
+    noise = [
+        (f"noise, {name}", f"{short(value)} × the floor, {limits[name]:g} allowed")
+        for name, value in dataclasses.asdict(distance.noise).items()
+    ]
+    return [
+        *noise,
+        ("rows beyond a limit", f"{distance.rows_outside} of {distance.rows}"),
+        ("largest difference", f"{distance.max_abs:.3g}"),
+        ("relative rms", f"{distance.relative_rms:.3g}"),
+        ("1 - cosine", f"{1 - distance.cosine:.3g}"),
+        ("float32 ulp", f"{distance.max_ulp:.3g}"),
+        ("worst element", f"{list(distance.worst)}: golden {distance.golden:.6g}, found {distance.found:.6g}"),
+    ]
 
 
 def _baseline(report: ParityReport) -> dict[str, Any] | None:
@@ -200,7 +317,7 @@ def _clean(report: ParityReport) -> str:
 def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tuple[str, str]], bool]]:
     """Groups of lines, and whether they are folded: the files of a checkpoint can be many."""
     run_lines = [
-        ("command", without_secrets(run.command)),
+        ("command", run.command),
         ("date", run.date.isoformat(sep=" ", timespec="seconds")),
         ("modes", ", ".join(report.modes)),
         ("numbers", report.arithmetic),

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.html.data import kind
 from dsv4_convert.parity.report.html.marks import GLYPHS, shade, short
-from dsv4_convert.spec.taps import STATE, TAPS
+from dsv4_convert.spec.taps import STATE, TAPS, TapKey
 
+#: Layers that a table always shows.
+_UNFOLDED = 8
 _ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One tap of one layer: classes of the style sheet, and text. Both empty where there is none."""
+    """One tap of one layer: classes of the style sheet, text, and what a link to more about it ends with."""
 
     classes: str = ""
     text: str = ""
-    title: str = ""
+    link: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +37,51 @@ class Table:
     rows: tuple[tuple[str, str, tuple[Cell, ...]], ...]
     failing: tuple[tuple[str, int], ...]
 
+    @property
+    def passing(self) -> tuple[bool, ...]:
+        """Of each column, whether no tap fails in it."""
+        failing = {name for name, _ in self.failing}
+        return tuple(name not in failing for name, _ in self.columns)
 
-def tables(report: ParityReport) -> list[Table]:
-    """For each mode a table of the layers, then for each one of the model level; those that have something."""
+    @property
+    def folded(self) -> bool:
+        """Whether the columns in which nothing fails are hidden at first."""
+        return len(self.columns) > _UNFOLDED and 0 < len(self.failing) < len(self.columns)
+
+
+def tables(report: ParityReport, links: Mapping[tuple[TapKey, Mode], str]) -> list[Table]:
+    """For each mode a table of the layers, then for each one of the model level; those that have something.
+
+    Args:
+        report: the run.
+        links: of taps about which the page says more, what a link to them ends with.
+    """
     layers, outer = [], []
     for mode in report.modes:
         of_mode = [tap for tap in report.taps if tap.mode is mode]
         inside = [tap for tap in of_mode if tap.layer is not None]
         columns = sorted({tap.layer for tap in inside if tap.layer is not None})
-        layers.append(_table(report, mode, inside, columns))
-        outer.append(_table(report, mode, [tap for tap in of_mode if tap.layer is None], [None]))
+        layers.append(_table(report, inside, columns, links))
+        outer.append(_table(report, [tap for tap in of_mode if tap.layer is None], [None], links))
     return [table for table in (*layers, *outer) if table.rows]
 
 
-def _table(report: ParityReport, mode: Mode, taps: list[TapResult], columns: list[int] | list[None]) -> Table:
+def _table(
+    report: ParityReport,
+    taps: list[TapResult],
+    columns: list[int] | list[None],
+    links: Mapping[tuple[TapKey, Mode], str],
+) -> Table:
     first = report.first_diverging
-    cells = {(tap.short, tap.layer): _cell(tap, first=tap is first, wrong=tap.key in report.wrong) for tap in taps}
+    cells = {}
+    for tap in taps:
+        cell = _cell(tap, first=tap is first, wrong=tap.key in report.wrong)
+        cells[tap.short, tap.layer] = dataclasses.replace(cell, link=links.get((tap.key, tap.mode), ""))
     failing = Counter(tap.layer for tap in taps if tap.verdict is Verdict.FAIL)
     meanings = {tap.short: tap.meaning for tap in taps}
     names = sorted(meanings, key=_ORDER.__getitem__)
     return Table(
-        mode=mode,
+        mode=taps[0].mode if taps else report.modes[0],
         columns=tuple(_column(report, layer) for layer in columns),
         rows=tuple(
             (name, meanings[name], tuple(cells.get((name, layer), Cell()) for layer in columns)) for name in names
@@ -87,4 +114,4 @@ def _cell(tap: TapResult, *, first: bool, wrong: bool) -> Cell:
     if wrong and fails:
         classes.append("wrong")
     text = " ".join(part for part in (glyph, "" if number is None else short(number)) if part)
-    return Cell(" ".join(classes), text or GLYPHS[tap.verdict], tap.reason if fails else "")
+    return Cell(" ".join(classes), text or GLYPHS[tap.verdict])

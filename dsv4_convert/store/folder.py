@@ -1,75 +1,28 @@
-"""Where a checkpoint grows and appears: a folder, or a prefix of a bucket."""
+"""A local destination, and the stage beside it in which a checkpoint grows."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
-from dsv4_convert.files.workspace import Workspace, scratch_folder, stage_of
+from dsv4_convert.files.workspace import Workspace, require_writable, scratch_folder, stage_of
 from dsv4_convert.files.writing import sync, writing
-from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array, is_local
+from dsv4_convert.folders import is_converted
+from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array
+from dsv4_convert.store.destination import ChunkWriter, timed_writes
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
 
-#: A local path, or the path in a bucket that etils.epath makes of a URL, which has the methods used here.
-AnyPath: TypeAlias = Path
-
 #: Every name in the stage of a conversion or an export; of earlier versions too.
 _OWN = re.compile(r"lock|journal.*\.jsonl|journal\.new|leaves|commit.*|replaced|export\.json|export\.new")
-
-
-class ChunkWriter(Protocol):
-    """Writes the chunks of one array; threads and processes may write at once."""
-
-    def write_chunk(self, index: Index, chunk: Array) -> None:
-        """Write a chunk durably; it is C-contiguous, of the layout's dtype and the clipped shape."""
-
-
-class Place(Protocol):
-    """A destination, and the work that is done beside it."""
-
-    @property
-    def target(self) -> AnyPath:
-        """Where the checkpoint will be."""
-
-    def check(self, *, overwrite: bool) -> None:
-        """Raise :class:`UsageError` if something is at the destination that must not be replaced."""
-
-    def held(self) -> AbstractContextManager[object]:
-        """Keep others from writing the same destination. Raises :class:`ResourceError` if one does."""
-
-    def clear(self) -> None:
-        """Discard what an interrupted run left."""
-
-    def prepare(self, layouts: Mapping[str, ArrayLayout], *, plan: Mapping[str, Any], compression: Compression) -> None:
-        """Make an array for every leaf, and journal and arrays agree, whatever an interrupted run left."""
-
-    def journal(self, plan: Mapping[str, Any], member: int) -> Journal:
-        """Read the record of all processes so far; process ``member`` goes on with it."""
-
-    def writer(self, path: str, layout: ArrayLayout, compression: Compression) -> ChunkWriter:
-        """Give the writer of a leaf's chunks."""
-
-    def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> AbstractContextManager[Path]:
-        """Let Orbax make a checkpoint of the leaves; its local folder can be added to before all of it appears."""
-
-    def free(self) -> int | None:
-        """Bytes that are free, those written by an interrupted run included; None where there is no end."""
-
-    def device(self) -> int | None:
-        """Give the number of the disk; None for a bucket."""
-
-    def probe(self, chunk: Array, count: int, compression: Compression) -> tuple[float, int]:
-        """Write a chunk ``count`` times and remove it again: seconds, and bytes that were stored."""
 
 
 class Folder:
@@ -96,14 +49,17 @@ class Folder:
 
     def check(self, *, overwrite: bool) -> None:
         if not os.path.lexists(self._target):
+            require_writable(self._target)
             return
+        if not is_converted(self._target):
+            raise UsageError(
+                f"{self._target}: exists already, and is not a checkpoint that dsv4 converted (no {MANIFEST_FILE}), so "
+                "it is never overwritten. Choose another destination, or remove it."
+            )
         if not overwrite:
             raise UsageError(
-                f"{self._target}: exists already. Choose another destination, remove it, or allow overwriting."
-            )
-        if not (self._target / MANIFEST_FILE).is_file():
-            raise UsageError(
-                f"{self._target}: not overwritten, because it is not a checkpoint of dsv4 (no {MANIFEST_FILE})."
+                f"{self._target}: exists already, a finished conversion. --overwrite replaces it; or choose another "
+                "destination."
             )
 
     def held(self) -> Workspace:
@@ -113,7 +69,7 @@ class Folder:
         self.workspace.clear()
 
     def prepare(self, layouts: Mapping[str, ArrayLayout], *, plan: Mapping[str, Any], compression: Compression) -> None:
-        """As :meth:`Place.prepare`.
+        """As :meth:`~dsv4_convert.store.destination.Destination.prepare`.
 
         Raises:
             UsageError: an unfinished export is here; or as :meth:`Journal.open`.
@@ -216,45 +172,3 @@ def leaves_of(stage: Path) -> list[Path]:
 def staged_bytes(destination: Path) -> int:
     """Bytes of the chunks that an interrupted run has left for ``destination``."""
     return sum(entry.stat().st_size for folder in leaves_of(stage_of(destination)) for entry in os.scandir(folder))
-
-
-def timed_writes(writer: ChunkWriter, indices: Iterable[Index], chunk: Array) -> float:
-    """Seconds to write the same chunk as each of a stack."""
-    start = time.perf_counter()
-    for index in indices:
-        writer.write_chunk(index, chunk[None])
-    return max(time.perf_counter() - start, 1e-6)
-
-
-def as_path(place: str | os.PathLike[str]) -> AnyPath:
-    """A path to read from or write to: local, or of a bucket for a URL such as ``gs://bucket/model``.
-
-    Raises:
-        UsageError: a URL of something that is not supported, or whose library is not installed.
-    """
-    text = os.fspath(place)
-    if "://" not in text:
-        return Path(os.path.abspath(text))
-    from dsv4_convert.store.bucket import bucket_path
-
-    return bucket_path(text)
-
-
-def place_of(destination: str | os.PathLike[str]) -> Place:
-    """The place of a destination, as a path or a URL.
-
-    Raises:
-        UsageError: as :func:`as_path`, or a name that is not text in this locale, which Orbax and tensorstore ask for.
-    """
-    try:
-        os.fspath(destination).encode()
-    except UnicodeEncodeError:
-        raise UsageError(
-            f"{destination}: not a name in UTF-8; choose another, or set a locale that has it, such as LC_ALL=C.UTF-8"
-        ) from None
-    path = as_path(destination)
-    if is_local(path):
-        return Folder(path)
-    from dsv4_convert.store.bucket import Bucket
-
-    return Bucket(path)

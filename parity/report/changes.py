@@ -1,0 +1,129 @@
+"""Two runs side by side: what became worse, what became better, and what only one of them compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dsv4_convert.errors import BadInput, Dsv4Error
+from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.golden.noise import Mode
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.data import SCHEMA_VERSION, TapInMode
+from dsv4_convert.spec.taps import TapKey
+
+#: An error that two runs of one program may have: other threads, another instruction set.
+STEADY = 2.0
+#: An error below this many noise floors is rounding, however it changes.
+_ROUNDING = 1.0
+
+
+class Became(StrEnum):
+    """What became of a tap, the worst first."""
+
+    FAILS_NOW = "fails now"
+    GONE = "no longer compared"
+    WORSE = "worse"
+    BETTER = "better"
+    PASSES_NOW = "passes now"
+    NEW = "compared for the first time"
+    SAME = "the same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A tap in one run. ``multiple``: its error in noise floors, None for a choice or where there is none."""
+
+    verdict: Verdict
+    multiple: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change(TapInMode):
+    """A tap in both runs; None in a run that did not compare it."""
+
+    kind: Became
+    before: Measured | None
+    after: Measured | None
+
+
+def changes(before: Path, after: Path) -> list[Change]:
+    """Compare two files that ``dsv4 parity --json`` wrote, the worst changes first.
+
+    An error is worse or better if it changes by more than :data:`STEADY` times and the larger one is more than a noise
+    floor.
+
+    Raises:
+        BadInput: a file is not such a report.
+    """
+    old, new = _read(before), _read(after)
+    found = [
+        Change(
+            key=key,
+            mode=mode,
+            kind=_kind(old.get((key, mode)), new.get((key, mode))),
+            before=old.get((key, mode)),
+            after=new.get((key, mode)),
+        )
+        for key, mode in dict.fromkeys([*new, *old])
+    ]
+    order = list(Became)
+    return sorted(found, key=lambda change: order.index(change.kind))
+
+
+def table(found: list[Change]) -> Table:
+    """The taps that changed."""
+    drawn = Table("tap", "mode", "change", box=None, pad_edge=False)
+    for column in ("before", "after"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for change in found:
+        if change.kind is not Became.SAME:
+            drawn.add_row(change.name, change.mode, change.kind, _shown(change.before), _shown(change.after))
+    return drawn
+
+
+def _shown(measured: Measured | None) -> str:
+    if measured is None:
+        return "–"
+    return str(measured.verdict) if measured.multiple is None else f"{measured.multiple:.3g}x"
+
+
+def _kind(before: Measured | None, after: Measured | None) -> Became:
+    if before is None or after is None:
+        if after is None:
+            return Became.GONE
+        return Became.FAILS_NOW if after.verdict is Verdict.FAIL else Became.NEW
+    if (before.verdict is Verdict.FAIL) != (after.verdict is Verdict.FAIL):
+        return Became.FAILS_NOW if after.verdict is Verdict.FAIL else Became.PASSES_NOW
+    first, second = before.multiple, after.multiple
+    if first is None or second is None or max(first, second) <= _ROUNDING:
+        return Became.SAME
+    if second > first * STEADY:
+        return Became.WORSE
+    return Became.BETTER if first > second * STEADY else Became.SAME
+
+
+def _read(path: Path) -> dict[tuple[TapKey, Mode], Measured]:
+    document = read_object(path)
+    if document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("taps"), list):
+        raise BadInput(
+            f"{path}: expected what this version of `dsv4 parity --json FILE` writes (schema_version {SCHEMA_VERSION} "
+            f"and taps), found schema_version {document.get('schema_version')!r}; run that comparison again"
+        )
+    try:
+        return {(TapKey.parse(entry["name"]), Mode(entry["mode"])): _measured(entry) for entry in document["taps"]}
+    except (KeyError, TypeError, ValueError, AttributeError, Dsv4Error) as error:
+        raise BadInput(f"{path}: an entry of taps is damaged ({error!r}); run that comparison again") from error
+
+
+def _measured(entry: Mapping[str, Any]) -> Measured:
+    distance = entry["distance"]
+    multiples = [] if distance is None else [float(value) for value in distance["noise"].values()]
+    largest = max((math.inf if math.isnan(value) else value for value in multiples), default=None)
+    return Measured(Verdict(entry["verdict"]), largest)

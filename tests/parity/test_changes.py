@@ -1,0 +1,79 @@
+"""Two reports side by side: what becomes of each tap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dsv4_convert.cli import app
+from dsv4_convert.errors import BadInput
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.changes import Became, changes
+from dsv4_convert.parity.report.data import TapResult
+
+from .synthetic import choice, real, report
+
+
+def _written(folder: Path, name: str, *taps: TapResult) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(report(taps).to_json("")), encoding="utf-8")
+    return path
+
+
+def _tap(name: str, multiple: float, *, fails: bool = False) -> TapResult:
+    verdict = Verdict.FAIL if fails else Verdict.PASS
+    return real(f"layers.0.{name}", multiple, multiple, multiple, verdict=verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (_tap("attn.q", 3.0), _tap("attn.q", 9e6, fails=True), Became.FAILS_NOW),
+        (_tap("attn.q", 9e6, fails=True), _tap("attn.q", 3.0), Became.PASSES_NOW),
+        (_tap("attn.q", 2.0), _tap("attn.q", 4.1), Became.WORSE),
+        (_tap("attn.q", 4.1), _tap("attn.q", 2.0), Became.BETTER),
+        (_tap("attn.q", 2.0), _tap("attn.q", 3.9), Became.SAME),
+        (_tap("attn.q", 0.1), _tap("attn.q", 0.9), Became.SAME),
+        (_tap("attn.q", 9e6, fails=True), _tap("attn.q", 8e6, fails=True), Became.SAME),
+        (_tap("attn.q", 9e6, fails=True), _tap("attn.q", float("nan"), fails=True), Became.WORSE),
+        (choice("layers.0.ffn.gate.experts", 0), choice("layers.0.ffn.gate.experts", 3), Became.SAME),
+    ],
+)
+def test_a_change_has_its_kind(tmp_path: Path, before: TapResult, after: TapResult, kind: Became) -> None:
+    (found,) = changes(_written(tmp_path, "a.json", before), _written(tmp_path, "b.json", after))
+    assert found.kind is kind
+
+
+def test_taps_of_one_run_alone_are_named_the_worst_first(tmp_path: Path) -> None:
+    before = _written(tmp_path, "a.json", _tap("attn.q", 1.0), _tap("attn.wkv", 2.0))
+    after = _written(tmp_path, "b.json", _tap("attn.q", 1.0), _tap("attn.wo_b", 1.0), _tap("ffn", 9e6, fails=True))
+    assert [(change.short, change.kind) for change in changes(before, after)] == [
+        ("ffn", Became.FAILS_NOW),
+        ("attn.wkv", Became.GONE),
+        ("attn.wo_b", Became.NEW),
+        ("attn.q", Became.SAME),
+    ]
+
+
+def test_the_command_fails_for_what_fails_now(tmp_path: Path) -> None:
+    good = _written(tmp_path, "good.json", _tap("attn.q", 2.0), _tap("attn.wkv", 2.0))
+    bad = _written(tmp_path, "bad.json", _tap("attn.q", 9e6, fails=True), _tap("attn.wkv", 2.0))
+    found = CliRunner().invoke(app, ["report", str(good), str(bad)])
+    assert found.exit_code == 1
+    assert "layers.0.attn.q" in found.stdout
+    assert "attn.wkv" not in found.stdout
+    assert "fails now: 1 tap, the same: 1 tap" in found.stdout
+    back = CliRunner().invoke(app, ["report", str(bad), str(good), "--json", "-"])
+    assert back.exit_code == 0
+    assert json.loads(back.stdout)["counts"]["passes now"] == 1
+
+
+@pytest.mark.parametrize("damage", [{"schema_version": 1}, {"taps": {}}, {"taps": [{"name": "x"}]}, {"taps": [7]}])
+def test_another_file_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:
+    path = _written(tmp_path, "a.json", _tap("attn.q", 1.0))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"a\.json: .*run that comparison again"):
+        changes(path, path)
