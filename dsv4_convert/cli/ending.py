@@ -15,6 +15,8 @@ from dsv4_convert.units import duration
 
 #: The files that the command has written, by what they are.
 _WROTE: ContextVar[list[tuple[str, str]]] = ContextVar("wrote")
+#: When the command began, by :func:`time.monotonic`.
+_BEGUN: ContextVar[float] = ContextVar("begun")
 
 
 def wrote(what: str, path: str | Path) -> None:
@@ -25,20 +27,26 @@ def wrote(what: str, path: str | Path) -> None:
 @contextmanager
 def ending() -> Iterator[None]:
     """End a command that ran its course: say what it wrote and, where that is over a second, how long it took."""
-    begun, token = time.monotonic(), _WROTE.set([])
+    begun, written = _BEGUN.set(time.monotonic()), _WROTE.set([])
     try:
         try:
             yield
         except (typer.Exit, CheckFailed):
-            _say(begun)
+            _say()
             raise
-        _say(begun)
+        _say()
     finally:
-        _WROTE.reset(token)
+        _WROTE.reset(written)
+        _BEGUN.reset(begun)
 
 
-def _say(begun: float) -> None:
+def seconds() -> float:
+    """How long the command has run so far."""
+    return time.monotonic() - _BEGUN.get(time.monotonic())
+
+
+def _say() -> None:
     for what, path in _WROTE.get():
         typer.echo(f"{what:<8}{path}", err=True)
-    if (seconds := time.monotonic() - begun) >= 1:
-        typer.echo(f"took    {duration(seconds)}", err=True)
+    if seconds() >= 1:
+        typer.echo(f"took    {duration(seconds())}", err=True)

@@ -13,7 +13,7 @@ import typer
 
 from dsv4_convert.cli.common import console, write_json
 from dsv4_convert.cli.destination import append_text, check_destination, write_text
-from dsv4_convert.cli.ending import wrote
+from dsv4_convert.cli.ending import seconds, wrote
 
 if TYPE_CHECKING:
     from dsv4_convert.parity.report.data import ParityReport
@@ -68,7 +68,7 @@ class Outputs:
         if self.page is not None:
             from dsv4_convert.parity.report.html.page import RunInfo, page
 
-            write_text("--report", self.page, page(report, RunInfo.now(), decode))
+            write_text("--report", self.page, page(report, RunInfo.now(seconds()), decode))
             wrote("report", self.page)
         render(report, console(err=self.json == "-"), verbosity=verbosity, explained=explained, decode=decode)
         if self.github:

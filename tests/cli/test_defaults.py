@@ -59,7 +59,7 @@ def asked(*arguments: str) -> dict[str, Any]:
 )
 def test_checkpoint_and_golden_in_any_order(arguments: tuple[str, ...]) -> None:
     found = asked(*arguments)
-    assert (found["checkpoint"], found["golden"]) == (Path("orbax"), "golden")
+    assert (found["checkpoint"], found["golden"]) == ("orbax", "golden")
 
 
 def test_a_source_and_a_golden() -> None:

@@ -38,7 +38,7 @@ from dsv4_convert.parity.report.words import (
 )
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.text import for_html, for_json
-from dsv4_convert.units import ranges
+from dsv4_convert.units import duration, ranges
 from dsv4_convert.urls import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
@@ -105,7 +105,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"short": short, "coded": _coded, "broken": _broken}
+    environment.filters |= {"short": short, "duration": duration, "coded": _coded, "broken": _broken}
     document = {
         "schema_version": SCHEMA_VERSION,
         "command": run.command,
