@@ -223,7 +223,7 @@ def audit(session: nox.Session) -> None:
 
 @nox.session
 def tpu(session: nox.Session) -> None:
-    """Programs for TPUs that are not there, through the real compiler; takes two minutes and no TPU."""
+    """Programs for TPUs that are not there, parity's own among them, through the real compiler; takes five minutes."""
     _install(session, *TEST, reference=True)
     session.install("--constraint", str(CONSTRAINTS), ".[tpu]")
     session.run("pytest", "-m", "tpu", *session.posargs)

@@ -1,4 +1,4 @@
-"""Does parity find what people get wrong? Every fault of the catalogue, planted in a small model, one table.
+"""Does parity find what people get wrong? Every fault of both catalogues, planted in a small model, one table.
 
 For each fault, the table shows four things. Does isolated parity fail? Does it name the faulty layer and operation (the
 first tap that diverges, and the first operation that is wrong on the golden's own inputs), and no other layer? Which
@@ -6,16 +6,23 @@ measures fail? How many noise floors is the error? With ``--compact`` the golden
 token exactly, and the model runs from the tokens. With ``--dtype bfloat16``, where rounding is as large as many a
 fault, every matrix is scaled a little as well. Needs the ``reference`` extra.
 
-Run: python -m benchmarks.faults [--compact] [--dtype bfloat16] [NAME ...]
+``--program streamed`` plants the faults of weights, tables and code in the streamed layers; ``model`` those of the
+compiled layer, on each of its paths; eight simulated devices share some.
+
+Run: python -m benchmarks.faults [--program streamed|model|both] [--compact] [--dtype bfloat16] [NAME ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +31,16 @@ from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
+from tests.parity.faults import program
 from tests.parity.faults.catalogue import CATALOGUE
-from tests.parity.faults.fault import MODELS, examine, patient
+from tests.parity.faults.fault import MODELS, Fault, examine, patient
+from tests.parity.faults.program import PATHS, PROGRAM, ProgramFault
 from tests.parity.faults.scales import SCALES
+
+#: Some paths of the compiled layer need eight devices; read when JAX starts.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+_Planted = TypeVar("_Planted", Fault, ProgramFault)
+_PROGRAMS = ("streamed", "model", "both")
 
 
 def _multiple(report: ParityReport) -> str:
@@ -36,49 +50,79 @@ def _multiple(report: ParityReport) -> str:
     return f"{first.distance.noise.row:.1e}"
 
 
+def streamed(
+    folder: Path, faults: list[Fault], *, compact: bool, dtype: str
+) -> Iterator[tuple[Fault, str, ParityReport]]:
+    """Each fault of the streamed layers, its kind, and the report."""
+    patients = {}
+    for name in MODELS:
+        (folder / name).mkdir()
+        patients[name] = patient(folder / name, name, noise=[dtype])
+        if compact:
+            patients[name] = patients[name].compacted()
+        healthy = ParityRun(patients[name].held, patients[name].golden, ParityOptions(dtype=dtype)).run()
+        assert healthy.passed, verdict(healthy)
+    for fault in faults:
+        yield fault, fault.kind, examine(patients[fault.model], fault, dtype=dtype)
+
+
+def compiled(folder: Path, faults: list[ProgramFault]) -> Iterator[tuple[ProgramFault, str, ParityReport]]:
+    """Each fault of the compiled layer, its path, and the report."""
+    subject = program.subject(folder)
+    for path in PATHS:
+        if any(fault.path == path for fault in faults):
+            healthy = program.examine(subject, path)
+            assert healthy.passed, f"{path}: {verdict(healthy)}"
+    for fault in faults:
+        yield fault, fault.path, program.examine(subject, fault.path, fault, **program.options_of(fault))
+
+
+def _chosen(faults: Iterable[_Planted], names: list[str]) -> list[_Planted]:
+    return [fault for fault in faults if not names or any(part in fault.name for part in names)]
+
+
 def main() -> None:
     """Plant every fault, print the table and the counts as JSON."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names; all faults if none is given")
-    parser.add_argument("--compact", action="store_true", help="compare with a compact golden, from the tokens")
-    parser.add_argument("--dtype", choices=tuple(UNIT), default="float32", help="dtype of weights and activations")
+    parser.add_argument("--program", choices=_PROGRAMS, default="both", help="the program that faults are planted in")
+    parser.add_argument(
+        "--compact", action="store_true", help="streamed: compare with a compact golden, from the tokens"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(UNIT), default="float32", help="streamed: dtype of weights and activations"
+    )
     options = parser.parse_args()
-    everything = CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})
-    chosen = [
-        fault for name, fault in everything.items() if not options.names or any(part in name for part in options.names)
-    ]
     found = rightly = 0
     kinds: Counter[str] = Counter()
     table = Table(box=None)
     for column in ("fault", "in", "operation", "found", "named", "by", "noise floors"):
         table.add_column(column, overflow="fold")
     with tempfile.TemporaryDirectory() as folder:
-        patients = {}
-        for name in MODELS:
-            (Path(folder) / name).mkdir()
-            patients[name] = patient(Path(folder) / name, name, noise=[options.dtype])
-            if options.compact:
-                patients[name] = patients[name].compacted()
-            healthy = ParityRun(patients[name].held, patients[name].golden, ParityOptions(dtype=options.dtype)).run()
-            assert healthy.passed, verdict(healthy)
-        for done, fault in enumerate(chosen, start=1):
-            report = examine(patients[fault.model], fault, dtype=options.dtype)
+        examined: list[Iterator[tuple[Fault | ProgramFault, str, ParityReport]]] = []
+        if options.program != "model":
+            faults = _chosen((CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})).values(), options.names)
+            examined.append(streamed(Path(folder), faults, compact=options.compact, dtype=options.dtype))
+        if options.program != "streamed":
+            examined.append(compiled(Path(folder) / "program", _chosen(PROGRAM, options.names)))
+        for fault, kind, report in chain.from_iterable(examined):
             right = fault.named_by(report)
             found, rightly = found + (not report.passed), rightly + right
-            kinds[fault.kind] += 1
+            kinds[kind] += 1
             first = report.first_diverging
             table.add_row(
                 fault.name,
-                fault.kind,
+                kind,
                 fault.full_tap,
                 "no" if report.passed else "yes",
                 "yes" if right else f"no: {first.name if first is not None else 'nothing'}",
                 "" if first is None else ", ".join(first.exceeded(report.limits)),
                 _multiple(report),
             )
-            print(f"{done} of {len(chosen)}", end="\r", flush=True)
+            print(f"{kinds.total()} done", end="\r", flush=True)
     Console(width=160).print(table)
-    print(json.dumps({"faults": len(chosen), "kinds": kinds, "found": found, "named_rightly": rightly}))
+    print(json.dumps({"faults": kinds.total(), "kinds": kinds, "found": found, "named_rightly": rightly}))
 
 
 if __name__ == "__main__":

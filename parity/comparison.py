@@ -257,7 +257,8 @@ class Comparison:
             return None
         views = self.golden.views(key)
         golden = views[0].values if self.golden.whole(key) else None
-        ours = golden if teacher_forced else activations.get(key)
+        # Scores that were not recorded were not replaced either: the choice was made by the model's own.
+        ours = golden if teacher_forced and key in activations else activations.get(key)
         return Scores(
             golden=golden,
             floor=self.floor(key, views, mode),

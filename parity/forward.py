@@ -5,7 +5,7 @@ Several processes share the devices of a mesh, and the experts; see :mod:`dsv4_c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import calls, joined, rows_of
+from dsv4_convert.golden.layout import STREAMS
+from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import Block, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
+from dsv4_convert.parity.calls import calls_of, rows_in_all
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
@@ -66,9 +68,8 @@ class Forward:
         self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
         self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
-        positions = first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        self._positions = jnp.broadcast_to(positions, tokens.shape)
-        self._calls = calls(tokens.shape[1], decode)
+        self._first_position, self._decode = first_position, decode
+        self._calls = calls_of(len(tokens), tokens.shape[1], decode)
 
     def embed(self) -> tuple[Activations, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
@@ -82,57 +83,60 @@ class Forward:
             self._dtype,
             taps,
         )
-        return _activations(None, taps.values), streams
+        return activations(None, taps.values), streams
 
     def layer(
         self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
-    ) -> tuple[Activations, jax.Array]:
+    ) -> tuple[Activations, jax.Array | Array]:
         """Run one layer. ``overrides`` replace the activations that it goes on with."""
-        graph, state = self._block(layer)
         entering = jnp.asarray(entering, self._dtype)
         config, kind = self._weights.config, self._weights.config.attention[layer]
         batch, tokens = self._tokens.shape
-        cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if len(self._calls) > 1 else None
+        cached = self._calls[0].cached
+        cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if cached else None
         # The state follows from taps that can be replaced themselves.
         given = {key: value for key, value in (overrides or {}).items() if not key.tap.is_state}
-        parts: dict[TapKey, list[Array]] = {}
-        leaving, state_taps = [], {}
-        for start, stop in self._calls:
-            now = slice(start, stop)
-            replace = {key.tap.name: jnp.asarray(self._part(value, key, now)) for key, value in given.items()}
-            past = None if cache is None else Past(cache, jnp.full(batch, start), jnp.full(batch, stop - start))
-            streams, routed, first, cache = self._devices.run(
-                _to_experts,
-                graph,
-                state,
-                entering[:, now],
-                self._tokens[:, now],
-                self._positions[:, now],
-                replace,
-                past,
-            )
-            output = self._experts(layer, routed)
-            left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
-            leaving.append(left)
-            for key, value in _activations(layer, {**first, **second}).items():
-                rows = rows_of(key, config, start, stop)
-                parts.setdefault(key, []).append(value[:, : len(rows)])  # an incomplete block has no entry
-            if start == 0 and cache is not None:
-                state_taps = _activations(layer, state_after(nnx.merge(graph, state).attn, cache, stop))
-        whole = {key: joined(values, values[0].shape) for key, values in parts.items()}
-        return whole | state_taps, jnp.concatenate(leaving, axis=1)
+        whole: Activations = {}
+        leaving = np.empty((), np.float32)
+        state: dict[str, Array] = {}
+        for call in self._calls:
+            replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
+            past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
+            positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
+            operands = (call.take(entering), call.take(self._tokens), positions, replace, past)
+            left, values, cache = self._call(layer, operands)
+            found = activations(layer, values)
+            if cache is None:
+                return found, left
+            if not whole:
+                whole = {key: self._empty(key, value) for key, value in found.items()}
+                leaving = np.empty(entering.shape, left.dtype)
+            for key, value in found.items():
+                call.put(value, whole[key], key, config)
+            call.put(np.asarray(left), leaving, TapKey(layer, STREAMS), config)
+            if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
+                state = state_after(self._attention(layer), cache, tokens - self._decode)
+        return whole | activations(layer, state), leaving
 
-    def _part(self, whole: Array, key: TapKey, now: slice) -> Array:
-        """The part of an override that a call takes; new entries are padded to as many as the call may make."""
-        assert key.layer is not None
-        config = self._weights.config
-        rows = rows_of(key, config, now.start, now.stop)
-        part = whole[:, rows.start : rows.stop]
-        if len(self._calls) == 1 or key.tap.shape.split()[1] == "S":
-            return part
-        ratio = config.ratio(config.attention[key.layer])
-        missing = -(-(now.stop - now.start) // ratio) - len(rows)
-        return np.pad(part, [(0, 0), (0, missing), *((0, 0) for _ in part.shape[2:])])
+    def _empty(self, key: TapKey, part: Array) -> Array:
+        """Room for all rows of a tap, of which ``part`` has some."""
+        rows = rows_in_all(key, self._weights.config, self._tokens.shape[1])
+        return np.empty((part.shape[0], rows, *part.shape[2:]), part.dtype)
+
+    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+        """A layer on the tokens of one call: the streams that leave it, its taps by name, and its new state.
+
+        ``operands``: streams, token ids, positions, overrides by name, and the state before.
+        """
+        graph, state = self._block(layer)
+        streams, routed, first, cache = self._devices.run(_to_experts, graph, state, *operands)
+        output = self._experts(layer, routed)
+        *_, replace, _ = operands
+        left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
+        return left, {**first, **second}, cache
+
+    def _attention(self, layer: int) -> Attention:
+        return nnx.merge(*self._block(layer)).attn
 
     def head(self, streams: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None) -> Activations:
         """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
@@ -142,7 +146,7 @@ class Forward:
         given = {key.tap.name: jnp.asarray(value) for key, value in (overrides or {}).items() if key != _LOGITS}
         entering = jnp.asarray(streams, self._dtype)
         logits = []
-        step = self._devices.multiple(HEAD_WORDS, "vocab")
+        step = self._head_step()
         for start in range(0, config.vocab_size, step):
             stop = min(start + step, config.vocab_size)
             with self._devices.step("read the output head"):
@@ -150,9 +154,16 @@ class Forward:
                     HEAD_AXES, (config.hidden_size, stop - start), _FLOAT32, partial(self._words, start), "head"
                 )
             # The operations before the matrix are small, so they run again for every piece.
-            values = self._devices.run(_to_logits, config, (*fixed, words), entering, given)
+            values = self._devices.run(self._head_program(), config, (*fixed, words), entering, given)
             logits.append(np.asarray(values[_LOGITS.tap.name]))
-        return {**_activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
+        return {**activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
+
+    def _head_program(self) -> Callable[..., Any]:
+        return to_logits
+
+    def _head_step(self) -> int:
+        """Columns of the output head that are in memory at a time."""
+        return self._devices.multiple(HEAD_WORDS, "vocab")
 
     def _words(self, start: int, region: Region) -> Array:
         """A part of the output head's columns from ``start`` on."""
@@ -243,7 +254,7 @@ def _from_experts(
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
 
 
-def _to_logits(
+def to_logits(
     config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, overrides: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The taps of the model level after the layers, for some words."""
@@ -256,7 +267,7 @@ def _to_logits(
 _expert = jax.jit(weighted, static_argnums=(5, 6))
 
 
-def _activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
+def activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
     """Recorded values, by name within the layer, as NumPy arrays; bfloat16 becomes float32."""
     arrays = {TapKey(layer, tap_named(name)): np.asarray(value) for name, value in values.items()}
     return {key: array if array.dtype.kind in "if" else array.astype(np.float32) for key, array in arrays.items()}

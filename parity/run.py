@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_convert.checkpoint.locate import open_source
-from dsv4_convert.errors import BadInput, UsageError, did_you_mean, listed
+from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
@@ -24,6 +25,7 @@ from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, Phase
+from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.forward import Activations, Forward
@@ -31,6 +33,7 @@ from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
+from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.parity.unchecked import Unchecked, unchecked
@@ -73,6 +76,9 @@ class ParityOptions:
             it; None for a mesh that divides everything.
         require_coverage: whether a golden that leaves an operation or an expert unchecked is a failure, and so are
             weights of a conversion that it does not use, unless ``against`` has the same.
+        programs: the programs to prove, in :data:`~dsv4_convert.parity.programs.Program`'s order; None for both, where
+            memory allows the compiled layers.
+        model: how the compiled layers run.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
 
@@ -91,6 +97,8 @@ class ParityOptions:
     mesh: str | None = None
     require_coverage: bool = False
     detail: bool = False
+    programs: Sequence[Program] | None = None
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
 
 _DEFAULTS = ParityOptions()
@@ -136,8 +144,7 @@ def run_parity(
     recorded = open_golden(golden)
     layers = None if options.layers is None else check_layers(recorded.config, options.layers)
     # A published checkpoint is opened as far as it is needed.
-    partial = recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None
-    opened = layers or partial
+    opened = layers or (recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None)
     with ExitStack() as held:
 
         def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
@@ -154,7 +161,8 @@ def run_parity(
         _check_architecture(weights.config, recorded)
         if baseline is not None:
             _check_baseline(baseline, recorded, options, write=processes.first)
-        report = ParityRun(
+        prepare = partial(
+            ParityRun,
             weights,
             recorded,
             options,
@@ -162,12 +170,32 @@ def run_parity(
             devices=Devices.all(weights.config, processes, mesh),
             progress=progress,
             name=str(checkpoint or source),
-        ).run()
+        )
+        report = _run(prepare, options)
     if baseline is None:
         return report
     with processes.step("baseline"):
         some = layers is not None or bool(options.taps) or report.layers != recorded.layers
         return gated(report, recorded, baseline, partial=some, write=processes.first)
+
+
+def _run(prepare: Callable[..., ParityRun], options: ParityOptions) -> ParityReport:
+    """The report of every program; both are prepared before the first one runs."""
+    programs = tuple(Program) if options.programs is None else options.programs
+    streamed = prepare() if Program.STREAMED in programs else None
+    compiled, unproven = None, None
+    if Program.MODEL in programs:
+        try:
+            compiled = prepare(model=options.model)
+        except ResourceError as error:
+            if options.programs is not None:
+                raise
+            unproven = str(error)
+    if streamed is None:
+        assert compiled is not None
+        return compiled.run()
+    report = streamed.run()
+    return dataclasses.replace(report, model=None if compiled is None else compiled.run(), unproven=unproven)
 
 
 class ParityRun:
@@ -186,8 +214,12 @@ class ParityRun:
         devices: Devices | None = None,
         progress: Progress = lambda done, total, what: None,
         name: str = "weights",
+        model: ModelOptions | None = None,
     ) -> None:
-        """``name`` is what the report calls the weights. Raises as :func:`run_parity`."""
+        """``name`` is what the report calls the weights. ``model``: run the compiled layers; None: the streamed ones.
+
+        Raises as :func:`run_parity`.
+        """
         self._weights, self._golden, self._options = weights, golden, options
         self._against, self._progress, self._name = against, progress, name
         self._devices = devices or Devices()
@@ -211,22 +243,26 @@ class ParityRun:
             and not self._teacher_forced
             and Mode.ISOLATED in self._modes
         )
+        self._numerics = Numerics.of_release(golden.config) if self._teacher_forced else PLAIN
         self._comparison = Comparison(golden, self._dtype, options.phase)
+        #: The layers that each mode has to run.
+        self._needed = {mode: self._layers_of(mode) for mode in self._modes}
+        self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))
+        weights.check_layers(self._running)
+        self._model = model if model is None else self._planned(model)
         self._check_something_is_compared()
-        self._forward = Forward(
+        make = Forward if self._model is None else partial(CompiledForward, model=self._model)
+        self._forward = make(
             weights,
             golden.tokens,
             jnp.dtype(self._dtype),
             first_position=golden.manifest.request.first_position,
             decode=golden.decode,
-            numerics=Numerics.of_release(golden.config) if self._teacher_forced else PLAIN,
+            numerics=self._numerics,
             devices=self._devices,
         )
-        #: The layers that each mode has to run.
-        self._needed = {mode: self._layers_of(mode) for mode in self._modes}
-        weights.check_layers(tuple(sorted({layer for layers in self._needed.values() for layer in layers})))
         self._streams: Any = None
-        self._detail = Detail(golden) if options.detail else None
+        self._detail = Detail(golden) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
         self._error_splits: list[ErrorSplit] = []
@@ -260,6 +296,7 @@ class ParityRun:
             other_weights=other_weights,
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
+            program=streamed_facts(self._running) if self._model is None else self._model.facts(self._running),
         )
 
     def _layers_left_out(self) -> tuple[int, ...]:
@@ -267,6 +304,10 @@ class ParityRun:
         if self._options.layers is not None:
             return ()
         return tuple(sorted(set(range(self._golden.config.num_hidden_layers)) - set(self._layers)))
+
+    def _planned(self, model: ModelOptions) -> ModelOptions:
+        width = np.dtype(self._numerics.weight_dtype(jnp.dtype(self._dtype)))
+        return planned(self._weights, self._golden, self._running, width, model, self._devices)
 
     def _check_something_is_compared(self) -> None:
         """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
@@ -302,9 +343,8 @@ class ParityRun:
     def _run_all(self) -> None:
         if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
             self._run_embedding()
-        layers = sorted({layer for layers in self._needed.values() for layer in layers})
-        total = len(layers) + self._wants_head
-        for done, layer in enumerate(layers):
+        total = len(self._running) + self._wants_head
+        for done, layer in enumerate(self._running):
             self._progress(done, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
             self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
         if self._wants_head:
@@ -470,6 +510,8 @@ def _modes(golden: Golden, modes: Sequence[Mode] | None) -> tuple[Mode, ...]:
 
 def _check_baseline(baseline: BaselineRequest, golden: Golden, options: ParityOptions, *, write: bool) -> None:
     """Raise before the run for a baseline that could not be compared with, or not be written."""
+    if options.programs is not None and Program.STREAMED not in options.programs:
+        raise UsageError("--baseline records the errors of the streamed layers, which --program model leaves out")
     if baseline.update and options.precision != "highest":
         raise UsageError(
             f"--update-baseline: expected --precision highest, found {options.precision}; a baseline has one record "

@@ -61,13 +61,7 @@ def first_layers(config: Config, count: int) -> Config:
     """
     if not 1 <= count <= config.num_hidden_layers:
         raise UsageError(f"{count} layers: the model has {config.num_hidden_layers}")
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=count,
-        num_mtp_stages=0,
-        attention=config.attention[:count],
-        hash_routed=config.hash_routed[:count],
-    )
+    return config.of_layers(range(count))
 
 
 def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Model], State]:

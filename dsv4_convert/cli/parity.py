@@ -54,6 +54,40 @@ def parity(
             autocompletion=complete_taps,
         ),
     ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            **one_of("streamed", "model", "both"),
+            help="streamed: a layer without its experts, then expert by expert. model: the compiled layer as the model "
+            "runs it, with all of its experts. Default: both, or streamed where memory does not suffice.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            **one_of("expanded", "source"),
+            help="Weights of the compiled layer: expanded, or published codes, which each use decodes. Default: the "
+            "first of the two that fits.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            **one_of("grouped", "packed"),
+            help="How the compiled layer computes experts: grouped (ragged_dot) or packed. Default: grouped on "
+            "accelerators with expanded weights, packed otherwise.",
+        ),
+    ] = None,
+    scanned: Annotated[
+        bool, typer.Option("--scanned", help="The compiled layer is part of a loop over stacked layers.")
+    ] = False,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="The compiled layer gets prompts in chunks from the cache, as dsv4 generate runs them.",
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -170,9 +204,17 @@ def parity(
     from dsv4_convert.golden.tokens import token_decoder
     from dsv4_convert.parity.comparison import Phase
     from dsv4_convert.parity.gate import baseline_request
+    from dsv4_convert.parity.programs import ModelOptions, Program
     from dsv4_convert.parity.run import ParityOptions, run_parity
 
     chosen = None if mode is None else parse_choice("--mode", mode, (*MODES, "both"))
+    ran = None if program is None else parse_choice("--program", program, (*Program, "both"))
+    model = ModelOptions(
+        weights=None if weights is None else parse_choice("--weights", weights, ("expanded", "source")),
+        experts=None if experts is None else parse_choice("--experts", experts, ("grouped", "packed")),
+        scanned=scanned,
+        chunk=chunk,
+    )
     outputs = Outputs(json=json, junit=junit, github=github, page=page)
     gate = baseline_request(baseline, update=update_baseline, reason=reason)
     processes = join_processes(coordinator, num_processes, process_id)
@@ -195,6 +237,8 @@ def parity(
                 mesh=mesh,
                 require_coverage=require_coverage,
                 detail=processes.first and page is not None,
+                programs=None if ran is None else tuple(Program) if ran == "both" else (Program(ran),),
+                model=model,
             )
             report = run_parity(
                 checkpoint,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from dsv4_convert.model.ops import parameter, precision
 from dsv4_convert.model.router import Routing
 from dsv4_convert.spec.config import Config
 
+#: The two ways to compute routed experts: :func:`grouped` and :func:`packed`.
+ExpertPath: TypeAlias = Literal["grouped", "packed"]
 #: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
 _ROWS = 8192
 #: Rows of a large and a small tile of :func:`packed`.
@@ -91,9 +94,10 @@ class SharedExpert(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts, stacked ``[E, ...]``."""
+    """The routed experts, stacked ``[E, ...]``. ``path``: how they are computed; None for :func:`expert_path`."""
 
     def __init__(self, config: Config, numerics: Numerics) -> None:
+        self.path: ExpertPath | None = None
         self.numerics = numerics
         self.limit = config.swiglu_limit
         stack, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -104,8 +108,16 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
         """Sum of the chosen experts' outputs, each times its weight; accumulated in float32."""
         stacks = (self.w1.get_value(), self.w2.get_value(), self.w3.get_value())
-        total = _sum_of_experts(x, *routing, *stacks, limit=self.limit, numerics=self.numerics)
+        total = _sum_of_experts(x, *routing, *stacks, way=self._way)
         return self.numerics.sum_of_experts(total, x.dtype)
+
+    def _way(self, platform: str) -> Callable[..., Array]:
+        """:func:`grouped` or :func:`packed`, on a platform."""
+        encoded = isinstance(self.w1.get_value(), Encoded)
+        if (self.path or expert_path(platform, encoded=encoded)) == "grouped":
+            return partial(grouped, limit=self.limit, numerics=self.numerics)
+        tiles = CPU_TILES if platform == "cpu" else ACCELERATOR_TILES
+        return partial(packed, limit=self.limit, numerics=self.numerics, tiles=tiles)
 
 
 @shard_map(E="experts", I="inner")
@@ -117,25 +129,28 @@ def _sum_of_experts(
     w2: Float[Array | Encoded, "E I D"],
     w3: Float[Array | Encoded, "E D I"],
     *,
-    limit: float,
-    numerics: Numerics,
+    way: Callable[[str], Callable[..., Array]],
 ) -> Float[Array, "B S D"]:
     """The float32 sum over the chosen experts of every token.
 
     On a mesh every device computes the experts that it holds, for the tokens of all devices that share the experts. No
-    expert's matrices move, except along their width where ``fsdp`` splits them.
+    expert's matrices move, except along their width where ``fsdp`` splits them. ``way``: the function that computes
+    them, by platform.
+    """
+    x, experts, weights = all_gather((x, experts, weights), "experts")
+    experts = experts - axis_index("experts") * w1.shape[0]
+    rows, *routing = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
+    total = lax.platform_dependent(rows, Routing(*routing), w1, w2, w3, cpu=way("cpu"), default=way("tpu"))
+    return psum_scatter(psum(total.reshape(x.shape), "inner"), "experts")
+
+
+def expert_path(platform: str, *, encoded: bool) -> ExpertPath:
+    """How a platform computes routed experts whose stacks are ``encoded`` or expanded.
 
     Accelerators run one grouped matmul per matrix. XLA's grouped matmul on CPU computes every expert for every row, so
     there the rows are packed. Encoded stacks are packed everywhere: a grouped matmul would decode all experts at once.
     """
-    x, experts, weights = all_gather((x, experts, weights), "experts")
-    experts = experts - axis_index("experts") * w1.shape[0]
-    on_cpu = partial(packed, limit=limit, numerics=numerics)
-    encoded = partial(packed, limit=limit, numerics=numerics, tiles=ACCELERATOR_TILES)
-    default = encoded if isinstance(w1, Encoded) else partial(grouped, limit=limit, numerics=numerics)
-    rows, *routing = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
-    total = lax.platform_dependent(rows, Routing(*routing), w1, w2, w3, cpu=on_cpu, default=default)
-    return psum_scatter(psum(total.reshape(x.shape), "inner"), "experts")
+    return "packed" if encoded or platform == "cpu" else "grouped"
 
 
 def grouped(

@@ -20,7 +20,6 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
-from dsv4_convert.spec.taps import TapKey, taps_of
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:
@@ -65,7 +64,7 @@ class ScannedLayers(nnx.Module):
     """All layers as loops over stacked weights: a program does not grow with the number of layers.
 
     ``segments[i][j]`` stacks the weights of all layers at place ``j`` of segment ``i``'s pattern, ``[layer, ...]``.
-    State is stacked in the same way. The layers' taps cannot be recorded.
+    State is stacked in the same way. Taps have the names of their layers, as without a loop.
     """
 
     def __init__(self, config: Config, numerics: Numerics) -> None:
@@ -90,30 +89,47 @@ class ScannedLayers(nnx.Module):
         taps: Taps,
         past: Past[tuple[Any, ...]] | None = None,
     ) -> tuple[Float[Array, "B S N D"], tuple[Any, ...]]:
-        """:func:`through` them. Raises :class:`ValueError` if a tap of a layer is recorded or replaced."""
-        layers = range(self.config.num_hidden_layers)
-        if any(taps.uses(str(TapKey(layer, tap))) for layer in layers for tap in taps_of(self.config, layer)):
-            raise ValueError("taps of scanned layers cannot be recorded: one program serves many of them")
+        """:func:`through` them.
+
+        Raises:
+            ValueError: a tap is replaced in some of the layers that share a program, but not in all.
+        """
         states = []
         for index, segment in enumerate(segments(self.config)):
-            # Errors name the first layer of a kind.
-            own = [Taps(prefix=f"layers.{segment.first + place}.") for place in range(len(segment.pattern))]
+            prefixes = [
+                [f"layers.{layer}." for layer in segment.layers(place)] for place in range(len(segment.pattern))
+            ]
             graphs, weights = zip(*map(nnx.split, self.segments[index]), strict=True)
 
-            def step(streams: Array, of_layer: Any, own: Any = own, graphs: Any = graphs) -> tuple[Array, Any]:
-                weights, states = of_layer
-                left = []
-                for graph, weight, state, taps in zip(graphs, weights, states, own, strict=True):
+            def step(
+                streams: Array, of_layer: Any, prefixes: Any = prefixes, graphs: Any = graphs
+            ) -> tuple[Array, Any]:
+                left, values = [], []
+                for graph, own, weight, state, replaced in zip(graphs, prefixes, *of_layer, strict=True):
                     before = None if past is None else past.of(state)
                     block = _when_there(streams, nnx.merge(graph, weight))
-                    streams, new = block(streams, token_ids, positions, taps, before)
+                    recording = taps.one_of(own, replaced)
+                    streams, new = block(streams, token_ids, positions, recording, before)
                     left.append(new)
-                return streams, tuple(left)
+                    values.append(recording.values)
+                return streams, (tuple(left), values)
 
-            before = tuple(None for _ in own) if past is None else past.cache[index]
-            streams, left = jax.lax.scan(step, streams, (weights, before))
+            before = tuple(None for _ in prefixes) if past is None else past.cache[index]
+            replaced = tuple(map(taps.overrides_of, prefixes))
+            streams, (left, values) = jax.lax.scan(step, streams, (weights, before, replaced))
             states.append(left)
+            for repeat in range(segment.repeats):
+                for own, recorded in zip(prefixes, values, strict=True):
+                    for name, stacked in recorded.items():
+                        taps.record(own[repeat] + name.removeprefix(own[0]), stacked[repeat])
         return streams, tuple(states)
+
+
+class Layers(nnx.Module):
+    """The layers of a model by themselves, as it has them."""
+
+    def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
+        self.layers = ScannedLayers(config, numerics) if scanned else nnx.List(listed(config, numerics))
 
 
 def _stacked(block: Block, count: int) -> Block:

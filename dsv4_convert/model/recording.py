@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from dsv4_convert.model.axes import constrain_tap
@@ -38,6 +39,39 @@ class Taps:
         inner = Taps(self._wanted, self._overrides, self._prefix + prefix)
         inner.values = self.values
         return inner
+
+    def overrides_of(self, prefixes: Sequence[str]) -> dict[str, Array]:
+        """The replaced values below ``prefixes`` by their name below it, stacked in the order of the prefixes.
+
+        Raises:
+            ValueError: a value is replaced below some of the prefixes only.
+        """
+        full = [self._prefix + prefix for prefix in prefixes]
+        names = dict.fromkeys(
+            name.removeprefix(prefix) for prefix in full for name in self._overrides if name.startswith(prefix)
+        )
+        if partly := [name for name in names if any(prefix + name not in self._overrides for prefix in full)]:
+            raise ValueError(
+                f"{partly[0]}: scanned layers share a program, so all of {list(prefixes)} need an override"
+            )
+        return {name: jnp.stack([self._overrides[prefix + name] for prefix in full]) for name in names}
+
+    def one_of(self, prefixes: Sequence[str], overrides: Mapping[str, Array]) -> Taps:
+        """The recording below one of the ``prefixes``, whichever that is: a name is wanted if any of them wants it.
+
+        ``overrides``: of that one, by name. Values are recorded under the first prefix.
+        """
+        first, *_ = full = [self._prefix + prefix for prefix in prefixes]
+        wanted = self._wanted
+        replaced = {first + name: value for name, value in overrides.items()}
+        if wanted is None:
+            return Taps(None, replaced, first)
+        return Taps(lambda name: any(wanted(prefix + name.removeprefix(first)) for prefix in full), replaced, first)
+
+    def record(self, name: str, value: Array) -> None:
+        """Record a value that has been through its tap already, if it is wanted."""
+        if self._wanted is not None and self._wanted(self._prefix + name):
+            self.values[self._prefix + name] = value
 
     def uses(self, name: str) -> bool:
         """Whether ``name`` is recorded or replaced. If not, the model may compute its value in chunks."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,6 +186,16 @@ class Config:
     def hashed(self, layer: int) -> bool:
         """Whether a layer, or a stage after the backbone, chooses experts by the token's id."""
         return layer < self.num_hidden_layers and self.hash_routed[layer]
+
+    def of_layers(self, layers: Sequence[int]) -> Config:
+        """The architecture with some of its layers only, in this order, and without stages after the backbone."""
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=len(layers),
+            num_mtp_stages=0,
+            attention=tuple(self.attention[layer] for layer in layers),
+            hash_routed=tuple(self.hash_routed[layer] for layer in layers),
+        )
 
     @property
     def stage_layers(self) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh, NamedSharding
 
     from dsv4_convert.model import Block, Model, Numerics
+    from dsv4_convert.model.layers import Layers
 
 #: Host memory for parts of an array that are read at once.
 _BYTES_AT_ONCE = 512 << 20
@@ -51,7 +52,69 @@ def restore_block(
     config, numerics = weights.config, numerics or PLAIN
     kind, hashed = config.kind(layer), config.hashed(layer)
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
-    return _fill(block, weights, f"layers.{layer}.", dtype, mesh)
+    return _Filling(weights, config, f"layers.{layer}.".__add__, dtype, mesh).fill(block)
+
+
+def restore_layers(
+    weights: Parameters,
+    layers: Sequence[int],
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    numerics: Numerics | None = None,
+    scanned: bool = False,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> Layers:
+    """Some layers as a model has them, numbered from 0. Arguments as for :func:`restore_model`.
+
+    Raises:
+        UsageError: as :func:`restore_model`.
+    """
+    from flax import nnx
+
+    from dsv4_convert.model import PLAIN
+    from dsv4_convert.model.layers import Layers
+
+    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
+    return filling.fill(nnx.eval_shape(lambda: Layers(filling.config, numerics or PLAIN, scanned=scanned)))
+
+
+def layers_bytes(
+    weights: Parameters,
+    layers: Sequence[int],
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    scanned: bool = False,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> int:
+    """Bytes of :func:`restore_layers` on the devices of this process. Raises likewise."""
+    from flax import nnx
+
+    from dsv4_convert.model import PLAIN
+    from dsv4_convert.model.layers import Layers
+
+    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
+    return filling.bytes_of(nnx.eval_shape(lambda: Layers(filling.config, PLAIN, scanned=scanned)))
+
+
+def _of_layers(
+    weights: Parameters,
+    layers: Sequence[int],
+    dtype: np.dtype[Any],
+    mesh: Mesh | None,
+    *,
+    encoded: bool,
+    scanned: bool,
+) -> _Filling:
+    """Fills layers that are numbered from 0 with the parameters of ``layers``."""
+
+    def path(own: str) -> str:
+        _, number, rest = own.split(".", 2)
+        return f"layers.{layers[int(number)]}.{rest}"
+
+    codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
+    return _Filling(weights, weights.config.of_layers(layers), path, dtype, mesh, codes)
 
 
 def restore_model(
@@ -105,11 +168,12 @@ def restore_model(
         config = dataclasses.replace(config, num_mtp_stages=0)
     model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
     codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
-    _check_memory(model, weights.config, dtype, mesh, codes)
-    return _fill(model, weights, "", dtype, mesh, codes)
+    filling = _Filling(weights, weights.config, str, dtype, mesh, codes)
+    _check_memory(filling, model)
+    return filling.fill(model)
 
 
-def _codes(weights: Whole, *, apart: bool) -> Weights:
+def _codes(weights: Parameters, *, apart: bool) -> Weights:
     """The weights as a source of codes; ``apart``: one device, and layers that are not scanned.
 
     Raises:
@@ -134,10 +198,12 @@ class _Variable:
     stacked: bool
 
     @classmethod
-    def of(cls, key: tuple[Any, ...], variable: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> _Variable:
+    def of(
+        cls, key: tuple[Any, ...], variable: Any, path: Callable[[str], str], config: Config, dtype: np.dtype[Any]
+    ) -> _Variable:
         from dsv4_convert.spec.segments import paths_of
 
-        paths = tuple(prefix + path for path in paths_of(config, key))
+        paths = tuple(map(path, paths_of(config, key)))
         stacked = key[:2] == ("layers", "segments")
         return cls(variable.axes, variable.shape, dtype_of(names.rule_of(paths[0]), dtype), paths, stacked)
 
@@ -202,70 +268,97 @@ def read_sharded(
     return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 
-def _variables(module: Any, prefix: str, config: Config, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Any, _Variable]]:
-    """Key, abstract variable and origin of every variable of a module."""
-    from flax import nnx
+@dataclasses.dataclass(frozen=True)
+class _Filling:
+    """Fills the variables of an abstract module.
 
-    for key, variable in nnx.to_flat_state(nnx.state(module)):
-        yield key, variable, _Variable.of(key, variable, prefix, config, dtype)
+    Attributes:
+        weights: the parameters.
+        config: the module's, whose layers ``path`` finds among the parameters: their paths by the module's own.
+        dtype, mesh: as for :func:`restore_model`.
+        codes: where quantised matrices come from; None for expanded ones.
+    """
+
+    weights: Parameters
+    config: Config
+    path: Callable[[str], str]
+    dtype: np.dtype[Any]
+    mesh: Mesh | None = None
+    codes: Weights | None = None
+
+    def fill(self, module: Any) -> Any:
+        """The module with its weights. Raises :class:`BadInput` on a wrong shape."""
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from dsv4_convert.model.encoded import Encoded
+
+        filled = {}
+        for key, variable, origin in self._variables(module):
+            path = origin.paths[0]
+            coded = None if self.codes is None else self.codes.read_codes(path)
+            if self.mesh is not None:
+                value = origin.on_mesh(self.weights, self.mesh)
+            elif coded is None:
+                value = jnp.asarray(origin.read(self.weights))
+            else:
+                value = jax.tree.map(jnp.asarray, Encoded(*coded, np.dtype(self.dtype)))
+                if value.shape != variable.shape:
+                    raise BadInput(f"{path}: the model has shape {list(variable.shape)}, its codes {list(value.shape)}")
+            filled[key] = variable.replace(value)
+        return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
+
+    def bytes_of(self, module: Any) -> int:
+        """Bytes that the devices of this process need for the module."""
+        needed = 0
+        for _, _, variable in self._variables(module):
+            coded = None if self.codes is None else self.codes.encoded_bytes(variable.paths[0])
+            shape, holders = variable.shape, 1
+            if self.mesh is not None:
+                sharding = variable.sharding(self.mesh)
+                shape, holders = sharding.shard_shape(shape), len(sharding.addressable_devices)
+            needed += math.prod(shape) * holders * variable.dtype.itemsize if coded is None else coded
+        return needed
+
+    def _variables(self, module: Any) -> Iterator[tuple[Any, Any, _Variable]]:
+        """Key, abstract variable and origin of every variable of a module."""
+        from flax import nnx
+
+        for key, variable in nnx.to_flat_state(nnx.state(module)):
+            yield key, variable, _Variable.of(key, variable, self.path, self.config, self.dtype)
 
 
-def _check_memory(model: Model, config: Config, dtype: np.dtype[Any], mesh: Mesh | None, codes: Weights | None) -> None:
+def available_bytes(mesh: Mesh | None = None) -> int | None:
+    """Bytes that this process could still use on its devices: of this machine for CPUs; None if that is unknown."""
     import jax
 
+    devices = jax.local_devices() if mesh is None else [d for d in mesh.devices.flat if d in jax.local_devices()]
+    if devices[0].platform != "cpu":
+        stats = [device.memory_stats() or {} for device in (devices[:1] if mesh is None else devices)]
+        free = [of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats if "bytes_limit" in of]
+        return sum(free) if len(free) == len(stats) else None
     file = Path("/proc/meminfo")
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform != "cpu" or not file.exists():
-        return
-    available = next(
+    if not file.exists():
+        return None
+    return next(
         1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("MemAvailable")
     )
-    needed = 0
-    for _, _, variable in _variables(model, "", config, dtype):
-        coded = None if codes is None else codes.encoded_bytes(variable.paths[0])
-        shape, holders = variable.shape, 1
-        if mesh is not None:
-            sharding = variable.sharding(mesh)
-            shape, holders = sharding.shard_shape(shape), len(sharding.addressable_devices)
-        needed += math.prod(shape) * holders * variable.dtype.itemsize if coded is None else coded
+
+
+def _check_memory(filling: _Filling, model: Model) -> None:
+    """Raise :class:`ResourceError` if the model exceeds this machine's memory."""
+    import jax
+
+    mesh = filling.mesh
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    available = available_bytes(mesh)
+    if platform != "cpu" or available is None:
+        return
+    needed = filling.bytes_of(model)
     if needed > available:
         what = "the whole model takes" if mesh is None else "the devices of this process take"
         raise ResourceError(
-            f"{what} {needed:,} bytes in {dtype if codes is None else 'their published form'}, {available:,} are "
-            "available; parity, which holds one layer at a time, runs on this machine"
+            f"{what} {needed:,} bytes in {filling.dtype if filling.codes is None else 'their published form'}, "
+            f"{available:,} are available; parity, which holds one layer at a time, runs on this machine"
         )
-
-
-def _fill(
-    module: Any,
-    weights: Parameters,
-    prefix: str,
-    dtype: np.dtype[Any],
-    mesh: Mesh | None,
-    codes: Weights | None = None,
-) -> Any:
-    """Fill every variable of an abstract module; quantised matrices come from ``codes`` unless it is None.
-
-    Raises:
-        BadInput: a wrong shape.
-    """
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from dsv4_convert.model.encoded import Encoded
-
-    filled = {}
-    for key, variable, origin in _variables(module, prefix, weights.config, dtype):
-        coded = None if codes is None else codes.read_codes(origin.paths[0])
-        if mesh is not None:
-            value = origin.on_mesh(weights, mesh)
-        elif coded is None:
-            value = jnp.asarray(origin.read(weights))
-        else:
-            value = jax.tree.map(jnp.asarray, Encoded(*coded, np.dtype(dtype)))
-            if value.shape != variable.shape:
-                path = origin.paths[0]
-                raise BadInput(f"{path}: the model has shape {list(variable.shape)}, its codes {list(value.shape)}")
-        filled[key] = variable.replace(value)
-    return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))

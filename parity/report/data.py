@@ -209,6 +209,29 @@ class LayerSummary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramFacts:
+    """A program that was compared.
+
+    Attributes:
+        program: ``streamed``, or ``model`` for the compiled layer.
+        platform: where it ran.
+        experts: how routed experts were computed: one by one, ``grouped`` or ``packed``.
+        weights: ``expanded``, or ``source`` for published codes.
+        layers: the layers that it ran.
+        scanned: they were part of a loop over stacked weights.
+        chunk: tokens of a call, where prompts came from the cache; None: at once.
+    """
+
+    program: str
+    platform: str
+    experts: str
+    weights: str
+    layers: tuple[int, ...]
+    scanned: bool = False
+    chunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
@@ -219,6 +242,9 @@ class ParityReport:
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
     ``unchecked``: what the run says nothing about; None for activations of another implementation.
     ``detail``: numbers for figures, if asked for; not part of the JSON.
+    ``program``: the program that computed; None for activations of another implementation. ``model``: the same
+    comparison for the compiled layers, where both programs ran; its taps are not among ``taps``. ``unproven``: why the
+    compiled layers did not run, where that was not asked for.
     """
 
     modes: tuple[Mode, ...]
@@ -241,6 +267,9 @@ class ParityReport:
     detail: Detail | None = None
     layers_left_out: tuple[int, ...] = ()
     other_weights: tuple[str, ...] | None = None
+    program: ProgramFacts | None = None
+    model: ParityReport | None = None
+    unproven: str | None = None
 
     def __post_init__(self) -> None:
         """Remove secrets once, for every presentation of the report."""
@@ -311,9 +340,16 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Everything agrees, the weights are the golden's, it reaches all if that is required, no error has grown."""
-        right = self.agrees and not self.other_weights
+        """Everything agrees, in both programs, the weights are the golden's, it reaches all if that is required, and no
+        error has grown."""
+        programs = self.agrees and (self.model is None or self.model.agrees)
+        right = programs and not self.other_weights
         return right and self.covered and (self.gate is None or self.gate.passed)
+
+    @property
+    def programs(self) -> tuple[ParityReport, ...]:
+        """This report, and that of the compiled layers where they ran as well; none for another implementation."""
+        return tuple(report for report in (self, self.model) if report is not None and report.program is not None)
 
     def save_html(self, path: PathLike) -> None:
         """Write the page that ``dsv4 parity --report`` writes. Raises :class:`ResourceError` if that fails."""
@@ -360,8 +396,22 @@ class ParityReport:
             "checkpoint": dict(self.checkpoint),
             "golden": dict(self.golden),
             "platform": dict(self.platform),
+            "programs": [report._program_json() for report in self.programs],
+            "unproven": self.unproven,
         }
         return {key: plain(value) for key, value in document.items()}
+
+    def _program_json(self) -> dict[str, Any]:
+        """A program, and whether its layers agree."""
+        first, wrong = self.first_diverging, self.first_wrong
+        assert self.program is not None
+        return {
+            **plain(self.program),
+            "verdict": "pass" if self.agrees else "fail",
+            "first_diverging": None if first is None else first.name,
+            "first_wrong_operation": None if wrong is None else wrong.name,
+            "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
+        }
 
 
 def _farthest(taps: Iterable[TapResult]) -> TapResult | None:

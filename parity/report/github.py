@@ -30,7 +30,12 @@ def commands(report: ParityReport) -> Iterator[str]:
     )
     if report.passed:
         return
-    taps = [(f"{tap.name} ({tap.mode})", why(tap, report)) for tap in report.taps if tap.verdict is Verdict.FAIL]
+    taps = [
+        (f"{tap.name} ({tap.mode})", why(tap, of))
+        for of in (report.programs or (report,))
+        for tap in of.taps
+        if tap.verdict is Verdict.FAIL
+    ]
     if report.gate is not None and not report.gate.passed:
         for (mode, name), group in groupby(report.gate.grown, key=lambda grown: (grown.mode, grown.name)):
             taps.append((f"{name} ({mode})", f"{name}: {'; '.join(map(grown_by, group))}."))
@@ -45,7 +50,7 @@ def summary(report: ParityReport) -> str:
     lines += [*(f"- **{label}** {for_markdown(text)}" for label, text in said.lines), ""]
     for mode in report.modes:
         lines += [f"### {for_markdown(report.arithmetic)}, {mode}", "", *_layers(report, mode), ""]
-    failing = [tap for tap in report.taps if tap.verdict is Verdict.FAIL]
+    failing = [tap for of in (report.programs or (report,)) for tap in of.taps if tap.verdict is Verdict.FAIL]
     if failing:
         lines += ["### Taps that fail", "", *_failing(failing), ""]
     if report.gate is not None and report.gate.grown:

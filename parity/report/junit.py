@@ -1,7 +1,8 @@
 """A parity report as JUnit XML, which every CI system shows: one test case for each layer and tap.
 
-A test suite for each mode. A case's class is its mode and layer (``isolated.layers.3``, ``isolated.model``: some
-systems forget the suite), its name the tap. A tap with ties passes and says so in its output; an empty one is skipped.
+A test suite for each mode, and one more for each mode of the compiled layers. A case's class is its mode and layer
+(``isolated.layers.3``, ``isolated.model``, compiled ``model.isolated.layers.3``: some systems forget the suite), its
+name the tap. A tap with ties passes and says so in its output; an empty one is skipped.
 An error that grew beyond its baseline fails its tap. Problems of the run as a whole are cases of the class ``run``.
 There are no times, since taps are not run one by one.
 """
@@ -28,6 +29,10 @@ def junit(report: ParityReport) -> str:
     for mode in report.modes:
         cases = [_tap(tap, report, grown.get((mode, tap.name), ())) for tap in report.taps if tap.mode is mode]
         root.append(_suite(f"parity, {report.arithmetic}, {mode}", cases, _properties(report)))
+    if report.model is not None:
+        for mode in report.model.modes:
+            cases = [_tap(tap, report.model, (), "model.") for tap in report.model.taps if tap.mode is mode]
+            root.append(_suite(f"parity, {report.arithmetic}, {mode}, compiled", cases, _properties(report.model)))
     if whole := list(_whole(report)):
         root.append(_suite("parity, the run", whole, {}))
     for counted in ("tests", "failures", "skipped"):
@@ -63,8 +68,8 @@ def _properties(report: ParityReport) -> dict[str, str]:
     }
 
 
-def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError]) -> ET.Element:
-    case = _case(f"{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
+def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError], program: str = "") -> ET.Element:
+    case = _case(f"{program}{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
     explanation = why(tap, report)
     if tap.verdict is Verdict.EMPTY:
         ET.SubElement(case, "skipped", message="the prompt makes no element of it")

@@ -75,8 +75,10 @@ def render(
             console.print(Text(why(tap, report), style=_STYLE[tap.verdict] if tap.verdict is Verdict.FAIL else ""))
     elif verbosity >= Verbosity.TABLES:
         render_tables(report, console, every_tap=verbosity >= Verbosity.EVERYTHING, decode=decode)
-    elif verbosity == Verbosity.VERDICT and (failing := _failing_layers(report)) is not None:
-        _print(console, failing)
+    elif verbosity == Verbosity.VERDICT:
+        programs = (report,) if report.model is None else (report, report.model)
+        if failing := next(filter(None, map(_failing_layers, programs)), None):
+            _print(console, failing)
     said = summarized(report)
     console.print(Text(said.headline, style="bold green" if report.passed else "bold red"))
     if verbosity > Verbosity.HEADLINE:
@@ -92,6 +94,10 @@ def render_tables(report: ParityReport, console: Console, *, every_tap: bool = F
             _print(console, _summary(report, mode))
     for table in _tables(taps, report, len(taps) if every_tap else _FEW):
         _print(console, table)
+    if report.model is not None:
+        severe = [tap for tap in report.model.taps if tap.verdict in (Verdict.FAIL, Verdict.TIE)]
+        for table in _tables(severe, report.model, _FEW):
+            _print(console, table)
     if report.error_splits:
         _print(console, _growth(report.error_splits))
     if report.logits is not None:
@@ -199,7 +205,8 @@ def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iter
             table.add_row(tap.short, *_numbers(tap), text)
         if len(listed) > limit:
             table.add_row(f"and {len(listed) - limit} more that do not pass")
-        yield _titled(f"{title}, {report.arithmetic}, {mode}", table)
+        compiled = ", compiled" if report.program is not None and report.program.program == "model" else ""
+        yield _titled(f"{title}{compiled}, {report.arithmetic}, {mode}", table)
 
 
 def _numbers(tap: TapResult) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, shown
-from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, TapResult
+from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, ProgramFacts, TapResult
 from dsv4_convert.parity.unchecked import closing_step, unchecked_sentences
 from dsv4_convert.units import few_ranges, number_of
 
@@ -31,6 +31,9 @@ _SAME_WEIGHTS = (
     "Compare with a golden of these weights: `dsv4 golden record` makes one of their source. If they should be those "
     "of the golden, convert them again."
 )
+#: Ways to compute routed experts, and forms of weights, in words.
+_EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
+_WEIGHTS = {"expanded": "expanded", "source": "encoded"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
     "reach says what is missing."
@@ -62,6 +65,8 @@ def summarized(report: ParityReport) -> Summary:
     first = report.first_diverging
     if first is not None:
         return _failing(report, first)
+    if report.model is not None and (parting := report.model.first_diverging) is not None:
+        return _compiled(report, report.model, parting)
     if not report.agrees:
         return Summary(
             "FAIL: nothing was compared",
@@ -105,10 +110,55 @@ def _other_weights(report: ParityReport) -> str:
     return f"other weights than the golden's, in {number_of(len(other), 'parameter')} ({_list(other)}); "
 
 
+def _compiled(report: ParityReport, model: ParityReport, first: TapResult) -> Summary:
+    """Compiled layers that are wrong although every operation of the streamed ones is right."""
+    headline = (
+        f"FAIL: each operation is right; the compiled layer is not: {first.name} is the first tap that parts from the "
+        f"streamed layer; {model.count(Verdict.FAIL)} of {len(model.taps)} taps fail{_aside(model)}"
+    )
+    where = "Model level" if first.layer is None else f"Layer {first.layer}"
+    how = "" if model.program is None else f", through {ways(model.program)}"
+    return Summary(
+        headline,
+        (
+            ("Where", f"{where}, {first.meaning}{how}; {model.arithmetic}, {first.mode}."),
+            ("Cause", " ".join(_cause(model, first))),
+            ("Evidence", " ".join(_evidence(first))),
+            *_last_lines(report),
+        ),
+    )
+
+
+def programs(report: ParityReport) -> Iterator[str]:
+    """The programs that were compared, where, and what is not proven; nothing for another implementation."""
+    for of in report.programs:
+        assert of.program is not None
+        agreement = "agrees" if of.agrees else "does not agree"
+        first = of.first_diverging
+        yield f"{_program(of.program)}: {agreement}{'' if first is None else f', first at {first.name}'}."
+    if report.unproven is not None:
+        yield f"model: not proven, since {report.unproven}."
+
+
+def _program(facts: ProgramFacts) -> str:
+    how = f", {ways(facts)}" if facts.program == "model" else ""
+    return f"{facts.program} on {facts.platform}{how}"
+
+
+def ways(facts: ProgramFacts) -> str:
+    """How a compiled layer ran."""
+    found = [f"{_EXPERTS[facts.experts]} experts", f"{_WEIGHTS[facts.weights]} weights"]
+    found += ["scanned"] if facts.scanned else []
+    found += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
+    return ", ".join(found)
+
+
 def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
-    """The next step, layers that were not compared, and a baseline that was to be written and is not."""
+    """The next step, layers that were not compared, the programs, and a baseline that was to be written and is not."""
     yield "Next", next_steps(report)[0]
     yield from _left_out(report)
+    if report.programs:
+        yield "Programs", " ".join(programs(report))
     if unchanged := " ".join(_unchanged(report)):
         yield "Baseline", unchanged
 
@@ -155,6 +205,8 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
     yield from _left_out(report)
     if report.prompt_coverage:
         yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
+    if report.programs:
+        yield "Programs", " ".join(programs(report))
     if report.unchecked is not None and (said := " ".join(unchecked_sentences(report.unchecked))):
         yield "Unchecked", said
         if (step := closing_step(report.unchecked, str(report.checkpoint.get("path", "CHECKPOINT")))) is not None:
@@ -552,9 +604,15 @@ def _at_highest_precision(report: ParityReport) -> Iterator[str]:
 
 
 def _after_objections(report: ParityReport) -> Iterator[str]:
-    """Everything is within tolerance, but of other weights, not reached, or not as its baseline has it."""
+    """Everything is within tolerance, but of other weights, not when compiled, not reached, or not as its baseline has it."""
     if report.other_weights:
         yield _SAME_WEIGHTS
+    if report.model is not None and (parting := report.model.first_diverging) is not None:
+        yield from _at_highest_precision(report)
+        yield (
+            f"Look at how the compiled layer computes `{parting.short}`: its weights are right, as the streamed layer "
+            f"shows. `--program model --layer {parting.layer}` runs it alone."
+        )
     if not report.covered and report.uncovered:
         yield _MORE_TOKENS
     if not report.covered and report.unchecked is not None and report.unchecked.unproven:

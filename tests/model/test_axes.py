@@ -85,18 +85,26 @@ def test_segments_of_the_releases_do_not_grow_with_their_layers() -> None:
     assert [(len(part.pattern), part.repeats) for part in segments(pro)] == [(1, 2), (1, 1), (2, 29)]
 
 
-def test_scanned_layers_record_no_taps() -> None:
+def test_scanned_layers_record_and_replace_the_taps_of_each_layer() -> None:
+    """Six layers, of which the last four are a loop: taps have the names and shapes that they have without one."""
     from dsv4_convert.model import Taps
 
-    config = Config.from_hf(tiny_config())
+    config = Config.from_hf(tiny_config(num_hidden_layers=6, compress_ratios=[0, 0, 4, 128, 4, 128, 0]))
     tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
 
-    def run(tokens: jax.Array, wanted: str) -> jax.Array:
-        return Model(config, scanned=True)(tokens, taps=Taps(lambda name: name == wanted))
+    def run(tokens: jax.Array, scanned: bool, overrides: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        taps = Taps(lambda name: not name.startswith("layers.4.attn."), overrides)
+        Model(config, scanned=scanned)(tokens, taps=taps)
+        return taps.values
 
-    with pytest.raises(ValueError, match="taps of scanned layers cannot be recorded"):
-        jax.eval_shape(lambda tokens: run(tokens, "layers.2.attn_norm"), tokens)
-    assert jax.eval_shape(lambda tokens: run(tokens, "logits"), tokens).shape == (1, 4, config.vocab_size)
+    found, expected = (jax.eval_shape(lambda tokens, s=s: run(tokens, s, {}), tokens) for s in (True, False))
+    assert list(found) == list(expected)
+    assert found == expected
+    norm = jnp.zeros((1, 4, config.hidden_size))
+    with pytest.raises(ValueError, match=r"attn_norm: scanned layers share a program"):
+        jax.eval_shape(lambda tokens: run(tokens, True, {"layers.2.attn_norm": norm}), tokens)
+    both = {"layers.2.attn_norm": norm, "layers.4.attn_norm": norm}
+    assert jax.eval_shape(lambda tokens: run(tokens, True, both), tokens) == expected
 
 
 class Pair(NamedTuple):

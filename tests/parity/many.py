@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity import forward
 from dsv4_convert.parity.devices import Devices
+from dsv4_convert.parity.programs import Program
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, run_parity
@@ -25,7 +27,7 @@ from dsv4_convert.weights.converted import Weights
 
 #: A CSA layer with learned routing, which has every operation but the hash table's. One, because programs take seconds.
 LAYERS = (3,)
-OPTIONS = ParityOptions(layers=LAYERS, modes=[Mode.ISOLATED])
+OPTIONS = ParityOptions(layers=LAYERS, modes=[Mode.ISOLATED], programs=[Program.STREAMED])
 
 
 def found(report: ParityReport) -> dict[str, Any]:
@@ -79,7 +81,11 @@ def main(given: argparse.Namespace) -> None:
         patch.setattr(Weights, "read_expert", counted)
         for checkpoint in given.checkpoints:
             read = 0
-            report = run_parity(checkpoint, given.golden, OPTIONS, processes=processes)
+            options = dataclasses.replace(OPTIONS, programs=tuple(Program)) if given.both else OPTIONS
+            report = run_parity(checkpoint, given.golden, options, processes=processes)
+            if given.both:
+                assert report.model is not None
+                assert report.model.passed == report.agrees, verdict(report.model)
             results.append({**found(report), "read": read, "platform": dict(report.platform)})
     if given.taps:
         same_taps(given.checkpoints[0])
@@ -92,6 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("golden", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--taps", action="store_true")
+    parser.add_argument("--both", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)

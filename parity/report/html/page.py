@@ -30,6 +30,7 @@ from dsv4_convert.parity.report.words import (
     noise_floor,
     operation,
     position_cells,
+    programs,
     reach,
     summarized,
     verdict,
@@ -228,6 +229,8 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
     if measured:
         worst = max(measured, key=lambda value: value if value == value else float("inf"))
         facts.append(("largest error", f"{short(worst)} × noise floor, {report.limits.row:g} allowed"))
+    if report.programs:
+        facts.append(("programs", " ".join(programs(report))))
     if report.detail is not None:
         prompt = report.detail.prompt
         many = f"{prompt.prompts} prompts of " if prompt.prompts > 1 else ""

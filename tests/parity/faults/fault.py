@@ -105,18 +105,23 @@ class Fault:
 
     def named_by(self, report: ParityReport) -> bool:
         """Whether divergence, localization and verdict name the operation, and other layers are clean."""
-        first, wrong = report.first_diverging, report.first_wrong
-        isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
-        failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
-        return (
-            first is not None
-            and wrong is not None
-            and first.name == wrong.name
-            and first.layer == self.layer
-            and first.short in (self.tap, *self.or_taps)
-            and (failing <= {self.layer, *self.also} or not isolated)
-            and first.name in verdict(report)
-        )
+        return names(report, self.layer, (self.tap, *self.or_taps), also=self.also)
+
+
+def names(report: ParityReport, layer: int | None, taps: Iterable[str], *, also: Iterable[int | None] = ()) -> bool:
+    """Whether divergence, localization and verdict name one of some taps, and layers but its own and ``also`` pass."""
+    first, wrong = report.first_diverging, report.first_wrong
+    isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
+    failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
+    return (
+        first is not None
+        and wrong is not None
+        and first.name == wrong.name
+        and first.layer == layer
+        and first.short in taps
+        and (failing <= {layer, *also} or not isolated)
+        and first.name in verdict(report)
+    )
 
 
 class Held:

@@ -1,0 +1,201 @@
+"""Running a layer as the model runs it: one compiled program, with all of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.model.attention import Attention
+from dsv4_convert.model.block import Block
+from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.model.layers import Layers, ScannedLayers, through
+from dsv4_convert.model.model import embed
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.parity.calls import calls_of
+from dsv4_convert.parity.forward import Activations, Array, Forward, activations, to_logits
+from dsv4_convert.parity.programs import ModelOptions, stack_of
+from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.weights.restore import restore_layers
+
+_EMBED_AXES = "vocab width"
+#: The tap that changes the program when it is recorded or replaced: without it, scores are not all in memory at once.
+_SCORES = "attn.indexer.scores"
+
+
+class LayerProgram(NamedTuple):
+    """The static part of a layer's compiled program, besides shapes.
+
+    ``layers``: how many the program has; the last one is the layer. ``capacity``: tokens that a cache has room for.
+    ``recorded``: the layer's taps are results, too.
+    """
+
+    graph: nnx.GraphDef[Layers]
+    layers: int
+    capacity: int
+    recorded: bool = True
+
+
+class CompiledForward(Forward):
+    """The model over one batch of prompts, each layer as :class:`~dsv4_convert.model.Model` runs it.
+
+    Index scores are neither recorded nor replaced, since the model then would take another branch.
+    """
+
+    def __init__(self, *arguments: Any, model: ModelOptions, decode: int = 0, **options: Any) -> None:
+        """``model``: with a form of weights (:func:`dsv4_convert.parity.programs.planned`). Else as ``Forward``."""
+        super().__init__(*arguments, decode=decode, **options)
+        self._model = model
+        self._calls = calls_of(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
+        self._compiled: tuple[int, tuple[LayerProgram, nnx.State[Any, Any]]] | None = None
+
+    def embed(self) -> tuple[Activations, jax.Array]:
+        """The embedding from the whole table, and the streams that enter layer 0."""
+        config = self._weights.config
+        with self._devices.step("read the embedding"):
+            table = self._devices.read(
+                _EMBED_AXES,
+                (config.vocab_size, config.hidden_size),
+                self._weight_dtype,
+                lambda region: self._weights.read_region("embed", region, self._weight_dtype),
+                "embed",
+            )
+        streams, values = self._devices.run(_embed, (config.hc_mult, self._dtype), table, self._tokens)
+        return activations(None, values), streams
+
+    def layer(
+        self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, jax.Array | Array]:
+        """Run one layer. ``overrides`` replace the activations that it goes on with."""
+        kept = {key: value for key, value in (overrides or {}).items() if key.tap.name not in (_SCORES, STREAMS.name)}
+        return super().layer(layer, entering, kept)
+
+    def _head_step(self) -> int:
+        return self._weights.config.vocab_size
+
+    def _head_program(self) -> Callable[..., Any]:
+        return _compiled_head
+
+    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+        program, state = self._program(layer)
+        found: tuple[jax.Array, dict[str, Any], LayerCache | None] = self._devices.run(
+            run_layer, program, state, *operands
+        )
+        return found
+
+    def _attention(self, layer: int) -> Attention:
+        program, state = self._program(layer)
+        layers = nnx.merge(program.graph, state).layers
+        if not isinstance(layers, ScannedLayers):
+            return layers[-1].attn
+        (segment,) = layers.segments
+        last: Block = jax.tree.map(lambda stacked: stacked[-1], segment[-1])
+        return last.attn
+
+    def _program(self, layer: int) -> tuple[LayerProgram, nnx.State[Any, Any]]:
+        """The program and weights of a layer; cached until another layer is requested."""
+        if self._compiled is None or self._compiled[0] != layer:
+            self._compiled = None  # give the memory back first
+            model = self._model
+            stack = stack_of(self._weights.config, layer, scanned=model.scanned)
+            with self._devices.step(f"read all of layer {layer}"):
+                layers = restore_layers(
+                    self._weights,
+                    stack,
+                    dtype=self._weight_dtype,
+                    numerics=self._numerics,
+                    scanned=model.scanned,
+                    mesh=self._devices.mesh,
+                    encoded=model.weights == "source",
+                )
+            for block in blocks_of(layers):
+                block.ffn.experts.path = model.experts
+            graph, state = nnx.split(layers)
+            self._compiled = (layer, (LayerProgram(graph, len(stack), self._tokens.shape[1]), state))
+        return self._compiled[1]
+
+
+def blocks_of(layers: Layers) -> list[Any]:
+    """The blocks of some layers, stacked ones where they are scanned."""
+    if isinstance(layers.layers, ScannedLayers):
+        return [block for segment in layers.layers.segments for block in segment]
+    return list(layers.layers)
+
+
+@partial(jax.jit, static_argnums=0)
+def run_layer(
+    program: LayerProgram,
+    state: nnx.State[Any, Any],
+    streams: jax.Array,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    overrides: dict[str, jax.Array],
+    past: Past[LayerCache] | None,
+) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
+    """A layer by the model's own functions: the streams that leave it, its taps, and its new state.
+
+    A scanned layer is the last of its loop, and gets its own input all the same.
+    """
+    layers = nnx.merge(program.graph, state).layers
+    own = f"layers.{program.layers - 1}."
+    replaced = {own + name: value for name, value in overrides.items()}
+    if isinstance(layers, ScannedLayers):
+        # Layers at one place of the pattern share a program, and so the names that are replaced in it. Zeros for the
+        # others, so that none can pass for the layer.
+        (segment,) = layers.segments
+        others = range(len(segment) - 1, program.layers - 1, len(segment))
+        replaced[own + INPUT.name] = streams
+        replaced |= {
+            name.replace(own, f"layers.{other}."): jnp.zeros_like(value)
+            for other in others
+            for name, value in replaced.items()
+        }
+    taps = Taps(
+        (lambda name: name.startswith(own) and not name.endswith(_SCORES)) if program.recorded else None, replaced
+    )
+    left, states = through(layers, streams, token_ids, positions, taps, _past_of_all(program, layers, past))
+    values = {name.removeprefix(own): value for name, value in taps.values.items()}
+    if program.recorded:
+        # A scanned layer recorded what its neighbour left; and what leaves the loop must be what it left itself.
+        values |= {INPUT.name: streams, STREAMS.name: left}
+    if past is None:
+        return left, values, None
+    if isinstance(layers, ScannedLayers):
+        return left, values, jax.tree.map(lambda stacked: stacked[-1], states[-1][-1])
+    return left, values, states[-1]
+
+
+def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | None) -> Past[tuple[Any, ...]] | None:
+    """The past of every layer of the program, in the form that ``through`` expects: the same for all."""
+    if past is None:
+        return None
+    if not isinstance(layers, ScannedLayers):
+        return past.of((past.cache,))
+    (segment,) = layers.segments
+    window, config = past.cache.window, layers.config
+    repeats = program.layers // len(segment)
+    # Only the layer's own state matters; those of another kind get an empty one.
+    states = [
+        empty_layer(config, kind, len(window), program.capacity, window.dtype, block.attn.numerics)
+        for kind, block in zip(config.attention[: len(segment) - 1], segment, strict=False)
+    ]
+    stacked = [jax.tree.map(lambda part: jnp.stack([part] * repeats), state) for state in (*states, past.cache)]
+    return past.of((tuple(stacked),))
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(
+    static: tuple[int, np.dtype[Any]], table: jax.Array, token_ids: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The model's embedding; ``static``: number of streams, and the activations' dtype."""
+    taps = Taps(lambda name: True)
+    return embed(table, token_ids, static[0], static[1], taps), taps.values
+
+
+_compiled_head = jax.jit(to_logits, static_argnums=0)
