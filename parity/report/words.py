@@ -164,8 +164,7 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """What the golden says of itself, the weights if they are others; then the localization that found an operation, that
-    of the first diverging layer first."""
+    """The golden's own reason, then other weights, then the localization that found an operation, first layer first."""
     yield from _other_revision(report)
     if report.other_weights:
         yield _whose(report)
