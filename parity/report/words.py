@@ -603,7 +603,7 @@ def _at_highest_precision(report: ParityReport) -> Iterator[str]:
 
 
 def _after_objections(report: ParityReport) -> Iterator[str]:
-    """Everything is within tolerance, but of other weights, not when compiled, not reached, or not as its baseline has it."""
+    """All is within tolerance, but of other weights, not when compiled, not reached, or not as its baseline has it."""
     if report.other_weights:
         yield _SAME_WEIGHTS
     if report.model is not None and (parting := report.model.first_diverging) is not None:
