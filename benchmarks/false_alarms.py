@@ -2,8 +2,8 @@
 
 Each is compared with its golden, and with the compact golden that keeps its last token exactly.
 
-Prints the number of failures, how often choices were tied, and how many noise floors healthy errors amount to, from
-which the limits in ``parity/tolerances.py`` are derived.
+Prints the number of failures, how often choices were tied, how many noise floors healthy errors amount to, and what
+share they have in common of what is allowed. The limits in ``parity/tolerances.py`` are derived from them.
 
 Run: python -m benchmarks.false_alarms [--cases 200] [--first 0] [--jobs 2]
 """
@@ -62,6 +62,7 @@ def one(case: int) -> list[dict[str, Any]]:
                     "tap": [distance.noise.tap for distance in distances],
                     "row": [distance.noise.row for distance in distances],
                     "element": [distance.noise.element for distance in distances],
+                    "systematic": [tap.systematic.share for tap in report.taps if tap.systematic is not None],
                     "allclose": [max(distance.allclose for distance in distances)],
                 }
             )
@@ -112,10 +113,10 @@ def _multiples(rows: list[dict[str, Any]]) -> Table:
     for name in ("golden", "measure", "median", "99%", "99.9%", "largest", "limit"):
         table.add_column(name, justify="right")
     for what in dict.fromkeys(row["what"] for row in rows):
-        for measure in ("tap", "row", "element", "tie"):
+        for measure in ("tap", "row", "element", "tie", "systematic"):
             values = [value for row in rows if row["what"] == what for value in row[measure]] or [0.0]
             quantiles = (f"{value:.2f}" for value in np.percentile(values, _QUANTILES))
-            table.add_row(what, measure, *quantiles, f"{getattr(LIMITS, measure):g}")
+            table.add_row(what, measure, *quantiles, f"{getattr(LIMITS, measure, 1):g}")
     return table
 
 

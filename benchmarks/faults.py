@@ -2,10 +2,11 @@
 
 For each fault, the table shows four things. Does isolated parity fail? Does it name the faulty layer and operation (the
 first tap that diverges, and the first operation that is wrong on the golden's own inputs), and no other layer? Which
-measures fail? How many noise floors is the error? With ``--compact`` the golden is a compact one that keeps one token
-exactly, and the model runs from the tokens. Needs the ``reference`` extra.
+measures fail? How many noise floors is the error? With ``--compact`` the golden is a compact one that keeps one
+token exactly, and the model runs from the tokens. With ``--dtype bfloat16``, where rounding is as large as many a
+fault, every matrix is scaled a little as well. Needs the ``reference`` extra.
 
-Run: python -m benchmarks.faults [--compact] [NAME ...]
+Run: python -m benchmarks.faults [--compact] [--dtype bfloat16] [NAME ...]
 """
 
 from __future__ import annotations
@@ -19,27 +20,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_convert.golden.noise import Mode
-from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
-from dsv4_convert.parity.run import ParityRun
+from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.parity.tolerances import UNIT
 from tests.parity.faults.catalogue import CATALOGUE
-from tests.parity.faults.fault import MAIN, MANY, Fault, examine, patient
-
-
-def named_rightly(fault: Fault, report: ParityReport) -> bool:
-    """Whether divergence and localization name layer and operation, and blame nothing else."""
-    first, wrong = report.first_diverging, report.first_wrong
-    isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
-    failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
-    return (
-        first is not None
-        and wrong is not None
-        and first.name == wrong.name == fault.full_tap
-        and (failing <= {fault.layer, *fault.also} or not isolated)
-        and fault.full_tap in verdict(report)
-    )
+from tests.parity.faults.fault import MODELS, examine, patient
+from tests.parity.faults.scales import SCALES
 
 
 def _multiple(report: ParityReport) -> str:
@@ -54,9 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names; all faults if none is given")
     parser.add_argument("--compact", action="store_true", help="compare with a compact golden, from the tokens")
+    parser.add_argument("--dtype", choices=tuple(UNIT), default="float32", help="dtype of weights and activations")
     options = parser.parse_args()
+    everything = CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})
     chosen = [
-        fault for name, fault in CATALOGUE.items() if not options.names or any(part in name for part in options.names)
+        fault for name, fault in everything.items() if not options.names or any(part in name for part in options.names)
     ]
     found = rightly = 0
     kinds: Counter[str] = Counter()
@@ -65,16 +54,16 @@ def main() -> None:
         table.add_column(column, overflow="fold")
     with tempfile.TemporaryDirectory() as folder:
         patients = {}
-        for name, raw, tokens in (("main", MAIN, 300), ("many", MANY, 60)):
+        for name in MODELS:
             (Path(folder) / name).mkdir()
-            patients[name] = patient(Path(folder) / name, raw, tokens=tokens)
+            patients[name] = patient(Path(folder) / name, name, noise=[options.dtype])
             if options.compact:
                 patients[name] = patients[name].compacted()
-            healthy = ParityRun(patients[name].held, patients[name].golden).run()
+            healthy = ParityRun(patients[name].held, patients[name].golden, ParityOptions(dtype=options.dtype)).run()
             assert healthy.passed, verdict(healthy)
         for done, fault in enumerate(chosen, start=1):
-            report = examine(patients[fault.model], fault)
-            right = named_rightly(fault, report)
+            report = examine(patients[fault.model], fault, dtype=options.dtype)
+            right = fault.named_by(report)
             found, rightly = found + (not report.passed), rightly + right
             kinds[fault.kind] += 1
             first = report.first_diverging

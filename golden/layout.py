@@ -88,10 +88,15 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
 
 def rows_of(key: TapKey, config: Config, start: int, stop: int) -> range:
     """The rows of axis 1 that tokens ``start:stop`` make of a tap; not defined for the state."""
-    if key.tap.shape.split()[1] == "S" or key.layer is None:
-        return range(start, stop)
-    ratio = config.ratio(config.attention[key.layer])
+    ratio = tokens_of_row(key, config)
     return range(start // ratio, stop // ratio)
+
+
+def tokens_of_row(key: TapKey, config: Config) -> int:
+    """The number of tokens that make a row of axis 1: 1, or those of a compressed entry; not defined for the state."""
+    if key.tap.shape.split()[1] == "S" or key.layer is None:
+        return 1
+    return config.ratio(config.attention[key.layer])
 
 
 def part_shape(key: TapKey, config: Config, *, batch: int, start: int, stop: int) -> tuple[int, ...]:

@@ -84,6 +84,13 @@ class RecordedSource:
     revision: str | None
     #: SHA-256 of every shard that the recording read, by file name.
     files: Mapping[str, str]
+    #: Digest of the values of every parameter of the recorded layers and the model level, by path
+    #: (:mod:`dsv4_convert.weights.values`); empty in goldens that were recorded without.
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values. Goldens without values have no entry for them."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "values" or value}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +174,7 @@ class RecordingRequest:
         """Plain JSON values; :meth:`from_json` is the inverse."""
         return {
             "reference": dataclasses.asdict(self.reference),
-            "source": dataclasses.asdict(self.source),
+            "source": self.source.to_json(),
             "config": self.config.to_json(),
             "tokens": [list(row) for row in self.tokens],
             "text": None if self.text is None else list(self.text),
@@ -193,9 +200,7 @@ class RecordingRequest:
         tokens = _tokens(document["tokens"], config.vocab_size)
         return cls(
             reference=_reference(document),
-            source=RecordedSource(
-                **_record(document, "source", RecordedSource, mappings=("files",), optional=("revision",))
-            ),
+            source=_source(document),
             config=config,
             tokens=tokens,
             text=None if text is None else _strings(text, len(document["tokens"])),
@@ -356,9 +361,16 @@ def _record(
             good = isinstance(value, str) or (value is None and name in optional)
         if not good:
             raise ValueError(f"{key}.{name}: not what it should be: {_shown(value)}")
-    if kind is RecordedSource and not all(map(_is_digest, entry["files"].values())):
-        raise ValueError("source.files: expected SHA-256 digests")
+    if kind is RecordedSource and not all(map(_is_digest, (*entry["files"].values(), *entry["values"].values()))):
+        raise ValueError("source.files, source.values: expected SHA-256 digests")
     return entry
+
+
+def _source(document: Mapping[str, Any]) -> RecordedSource:
+    entry = document["source"]
+    whole = {**document, "source": {"values": {}, **entry}} if isinstance(entry, dict) else document
+    mappings = ("files", "values")
+    return RecordedSource(**_record(whole, "source", RecordedSource, mappings=mappings, optional=("revision",)))
 
 
 def _reference(document: Mapping[str, Any]) -> Reference:

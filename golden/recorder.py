@@ -28,6 +28,8 @@ from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_w
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, resolve
 from dsv4_convert.spec.names import check_layers
+from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.values import value_digests
 
 if TYPE_CHECKING:
     from dsv4_convert.golden.references.release.released import ReleasedModel
@@ -156,7 +158,11 @@ def record_opened(
     if options.greedy:
         request = dataclasses.replace(request, tokens=_rows(model.choose_tokens(progress)))
     progress(0, 0, "hashing the source")
-    hashed = dataclasses.replace(request.source, files=_digests(checkpoint, resolution))
+    hashed = dataclasses.replace(
+        request.source,
+        files=_digests(checkpoint, resolution),
+        values=value_digests(PublishedWeights(checkpoint, layers=wanted), wanted),
+    )
     request = dataclasses.replace(request, source=hashed)
     with golden_writer(out, request) as writer:
         if not writer.complete:

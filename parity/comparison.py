@@ -13,7 +13,7 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of
+from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of, tokens_of_row
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -21,11 +21,16 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
+from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.spec.taps import TapKey, Values, taps_of
+from dsv4_convert.spec.names import Kind, Rule, parameters
+from dsv4_convert.spec.taps import TapKey, Values, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
+#: Where the channels of a head have their errors in common, those of the shares of its keys.
+_SHARES = "attn.context"
+_ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
 
 
 class Phase(StrEnum):
@@ -139,7 +144,8 @@ class Comparison:
             if reason := mismatch(found, self.golden.shape(key), DTYPES[key.tap.values]):
                 return TapResult(key=key, mode=mode, verdict=Verdict.FAIL, reason=reason, shape=found.shape)
             views = self.golden.views(key)
-            return self._real(key, [view.of(found) for view in views], views, mode, detail)
+            result = self._real(key, [view.of(found) for view in views], views, mode, detail)
+            return self._judge_systematic(result, found, views, teacher_forced=teacher_forced)
         scores = self._scores(key, activations, mode, teacher_forced=teacher_forced)
         rows = self._rows(key)
         golden = self.golden.read(key)
@@ -184,6 +190,52 @@ class Comparison:
             detail.add(key, mode, compared, failing=worst.form if worst.verdict is Verdict.FAIL else None)
         return worst
 
+    def _judge_systematic(
+        self, result: TapResult, found: Array, views: Sequence[View], *, teacher_forced: bool
+    ) -> TapResult:
+        """Measure the systematic error of a tap whose operation had the golden's inputs, or that ran from the tokens.
+
+        In bfloat16 it decides. In float32 a scale that is wrong by the least amount is beyond the limits of size.
+        """
+        decides = self.dtype == "bfloat16" and self.golden.numerics == "plain"
+        from_tokens = result.mode is Mode.CUMULATIVE
+        if result.distance is None or result.key.tap.is_state or not (teacher_forced or (from_tokens and decides)):
+            return result
+        measured = self._systematic(result.key, views[0].of(found), views[0], inherited=not teacher_forced)
+        result = dataclasses.replace(result, systematic=measured)
+        if measured is None or not decides or measured.share <= 1 or result.verdict is Verdict.FAIL:
+            return result
+        return dataclasses.replace(result, verdict=Verdict.FAIL, reason=measured.reason)
+
+    def _systematic(self, key: TapKey, part: Array, view: View, *, inherited: bool) -> Systematic | None:
+        ratio = tokens_of_row(key, self._config)
+        tokens = self.golden.tokens[:, ratio - 1 :: ratio]
+        part, inside = self.within_phase(key, part, view)
+        rows = slice(None) if inside.rows is None else list(inside.rows)
+        routing = None
+        if key.tap.name == "ffn.experts":
+            routing = ExpertShares(
+                *(self.golden.read(TapKey(key.layer, tap_named(name)))[:, rows] for name in _ROUTING)
+            )
+        rules = weights_of(key, self._config).values()
+        widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
+        independent = Independence(
+            tokens=tokens[:, rows],
+            width=1 if inherited or key.tap.name == _SHARES else min(widths, default=None),
+            rounded_weights=any(rule.kind in (Kind.LINEAR, Kind.EXPERT) for rule in rules),
+        )
+        golden, sizes, letters = inside.values, None, tuple(key.tap.shape.split()[2:])
+        if view.sketched is not None:  # the first number of a sketched row is its rms
+            part, golden, sizes, letters = part[..., 1:], golden[..., 1:], golden[..., 0].astype(np.float64), ()
+        return systematic(
+            part,
+            golden,
+            row_sizes(golden) if sizes is None else sizes,
+            letters,
+            independent,
+            routing,
+        )
+
     def _rows(self, key: TapKey) -> list[int] | None:
         """The rows of a tap that are compared; None for all."""
         if self._phase is None or key.tap.is_state:
@@ -227,6 +279,14 @@ def _within(part: Array, view: View, rows: Sequence[int] | None) -> tuple[Array,
 
 def _share(result: TapResult) -> float:
     return 0.0 if result.distance is None else result.distance.noise.largest_share(LIMITS)
+
+
+def weights_of(key: TapKey, config: Config) -> dict[str, Rule]:
+    """The parameters that the operation of a tap uses itself, and their rows in the names table."""
+    layers = () if key.layer is None else (key.layer,)
+    rules = {path: rule for path, rule, owner in parameters(config, layers) if owner == key.layer}
+    prefix = "" if key.layer is None else f"layers.{key.layer}."
+    return {path: rules[path] for path in (prefix + weight for weight in key.tap.weights) if path in rules}
 
 
 def _visible(config: Config, scores: TapKey, shape: tuple[int, ...]) -> Array | None:

@@ -15,12 +15,11 @@ import numpy as np
 from dsv4_convert.golden.layout import INPUT, STREAMS
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.blame import differing_weights
-from dsv4_convert.parity.comparison import Comparison
+from dsv4_convert.parity.comparison import Comparison, weights_of
 from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import Localization, TapResult
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import TapKey, tap_named
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.published import PublishedWeights
@@ -39,19 +38,22 @@ class Localizer:
     weights: Parameters
     against: PublishedWeights | None
 
-    def localize(self, layer: int | None, activations: Activations | None = None) -> Localization:
-        """Run a layer, or the model level after the layers (None), operation by operation.
+    def run(self, layer: int | None) -> Activations:
+        """Run a layer, or the model level (None), operation by operation: each on the golden's own inputs.
 
-        ``activations`` are those of the layer if it ran this way already. Raises :class:`BadInput` if golden or weights
-        are damaged.
+        Raises :class:`BadInput` if golden or weights are damaged.
         """
-        golden, comparison = self.comparison.golden, self.comparison
+        golden, overrides = self.comparison.golden, self.comparison.everything(layer)
         if layer is None:
             last = golden.config.num_hidden_layers - 1
             embedded, _ = self.forward.embed()
-            activations = embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), comparison.everything(None))
-        elif activations is None:
-            activations, _ = self.forward.layer(layer, golden.read(TapKey(layer, INPUT)), comparison.everything(layer))
+            return embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), overrides)
+        activations, _ = self.forward.layer(layer, golden.read(TapKey(layer, INPUT)), overrides)
+        return activations
+
+    def localize(self, layer: int | None, activations: Activations) -> Localization:
+        """The wrong operations among ``activations`` of :meth:`run`. Raises likewise."""
+        golden, comparison = self.comparison.golden, self.comparison
         results = comparison.judge(activations, Mode.ISOLATED, golden.taps(layer), teacher_forced=True)
         wrong = [result for result in results if result.verdict is Verdict.FAIL]
         return self._explain(layer, wrong, activations, teacher_forced=True)
@@ -63,7 +65,7 @@ class Localizer:
     def _explain(
         self, layer: int | None, wrong: Sequence[TapResult], activations: Activations, *, teacher_forced: bool
     ) -> Localization:
-        paths = _weights_of(layer, wrong, self.comparison.golden.config)
+        paths = _weights_of(wrong, self.comparison.golden.config)
         source = self.against
         return Localization(
             layer=layer,
@@ -88,9 +90,6 @@ class Localizer:
         return tuple(int(expert) for expert in suspects) if explained else ()
 
 
-def _weights_of(layer: int | None, wrong: Iterable[TapResult], config: Config) -> tuple[str, ...]:
+def _weights_of(wrong: Iterable[TapResult], config: Config) -> tuple[str, ...]:
     """The parameters that the wrong operations use, each once, in order of execution."""
-    exist = {path for path, _, owner in parameters(config, () if layer is None else (layer,)) if owner == layer}
-    prefix = "" if layer is None else f"layers.{layer}."
-    used = (prefix + weight for result in wrong for weight in result.key.tap.weights)
-    return tuple(dict.fromkeys(path for path in used if path in exist))
+    return tuple(dict.fromkeys(path for result in wrong for path in weights_of(result.key, config)))

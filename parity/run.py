@@ -38,9 +38,11 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
 from dsv4_convert.store import ALONE, Processes
+from dsv4_convert.units import ranges
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.values import differing_values
 
 Array = np.ndarray[Any, Any]
 
@@ -58,7 +60,8 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all of them and the model level: embedding, head, logits.
+        layers: layers to compare; None for all that golden and checkpoint both hold, and the model level: embedding,
+            head, logits.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
             inputs of layers.
@@ -132,6 +135,9 @@ def run_parity(
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
     layers = None if options.layers is None else check_layers(recorded.config, options.layers)
+    # A published checkpoint is opened as far as it is needed.
+    partial = recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None
+    opened = layers or partial
     with ExitStack() as held:
 
         def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
@@ -141,7 +147,7 @@ def run_parity(
         if checkpoint is not None and source is None:
             weights = Weights.open(checkpoint)
         elif source is not None and checkpoint is None:
-            weights = published(source, _layers_up_to(layers, _modes(recorded, options.modes)))
+            weights = published(source, _layers_up_to(opened, _modes(recorded, options.modes)))
             weights.prefetch()
         else:
             raise UsageError("expected a converted CHECKPOINT, or --source and a published one")
@@ -152,7 +158,7 @@ def run_parity(
             weights,
             recorded,
             options,
-            against=None if against is None else published(against, layers),
+            against=None if against is None else published(against, opened),
             devices=Devices.all(weights.config, processes, mesh),
             progress=progress,
             name=str(checkpoint or source),
@@ -160,8 +166,8 @@ def run_parity(
     if baseline is None:
         return report
     with processes.step("baseline"):
-        partial = layers is not None or bool(options.taps)
-        return gated(report, recorded, baseline, partial=partial, write=processes.first)
+        some = layers is not None or bool(options.taps) or report.layers != recorded.layers
+        return gated(report, recorded, baseline, partial=some, write=processes.first)
 
 
 class ParityRun:
@@ -189,8 +195,7 @@ class ParityRun:
         if options.phase is Phase.DECODE and not golden.decode:
             raise UsageError(f"{golden.path}: all tokens at once; record one with `dsv4 golden record --decode N`")
         self._modes = _modes(golden, options.modes)
-        self._layers = check_layers(golden.config, options.layers)
-        _check_recorded(golden, self._layers)
+        self._layers = _layers(golden, weights, options.layers)
         keys = _keys(golden, self._layers, model_level=options.layers is None)
         self._wanted = list(select(keys, options.taps)) if options.taps else keys
         self._wanted_layers = {key.layer for key in self._wanted}
@@ -198,6 +203,14 @@ class ParityRun:
         # With quantised activations one rounding grows to the size of a fault within a layer, so every operation gets
         # the golden's own inputs.
         self._teacher_forced = golden.numerics == "release"
+        # In bfloat16 rounding is as large as a fault, and a layer's errors are many roundings after one another. What
+        # those of one operation have in common shows only on its own.
+        self._measures_operations = (
+            self._dtype == "bfloat16"
+            and golden.compact is None
+            and not self._teacher_forced
+            and Mode.ISOLATED in self._modes
+        )
         self._comparison = Comparison(golden, self._dtype, options.phase)
         self._check_something_is_compared()
         self._forward = Forward(
@@ -222,6 +235,8 @@ class ParityRun:
     def run(self) -> ParityReport:
         """Compare everything. Raises :class:`BadInput` if golden or weights are damaged."""
         golden, options = self._golden, self._options
+        recorded = golden.manifest.request.source.values
+        other_weights = differing_values(self._weights, recorded, self._layers) if recorded else None
         with jax.default_matmul_precision(options.precision):
             self._run_all()
         coverage = tuple(prompt_coverage(golden, layer) for layer in self._layers)
@@ -232,6 +247,7 @@ class ParityRun:
             dtype=self._dtype,
             limits=LIMITS,
             layers=self._layers,
+            layers_left_out=self._layers_left_out(),
             taps=tuple(result for mode in self._modes for result in self._results[mode]),
             localizations=tuple(self._localizations),
             error_splits=tuple(self._error_splits),
@@ -240,15 +256,17 @@ class ParityRun:
             require_coverage=options.require_coverage,
             logits=self._logits,
             checkpoint={"path": self._name, **{key: self._weights.metadata[key] for key in ("source", "storage")}},
-            golden={
-                "path": str(golden.path),
-                "digest": golden.manifest.digest,
-                "reference": dataclasses.asdict(golden.manifest.request.reference),
-                "source": dataclasses.asdict(golden.manifest.request.source),
-            },
+            golden=_described(golden),
+            other_weights=other_weights,
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
         )
+
+    def _layers_left_out(self) -> tuple[int, ...]:
+        """The layers that were wanted, since all were, and that golden or checkpoint do not hold."""
+        if self._options.layers is not None:
+            return ()
+        return tuple(sorted(set(range(self._golden.config.num_hidden_layers)) - set(self._layers)))
 
     def _check_something_is_compared(self) -> None:
         """Raise :class:`UsageError` if no wanted tap could tell a right model from a wrong one."""
@@ -309,8 +327,7 @@ class ParityRun:
             leaving[mode] = np.asarray(streams, np.float32)
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
-        if failed:
-            self._localize(layer, activations, modes[-1])
+        self._localize(layer, activations, modes[-1], failed=failed)
         if len(leaving) == len(MODES) and not self._teacher_forced:
             self._error_splits.append(self._split(layer, leaving))
 
@@ -343,8 +360,7 @@ class ParityRun:
             activations = self._forward.head(streams, overrides)
             failed |= self._judge(activations, mode)
             self._compare_logits(activations[_LOGITS], mode)
-        if failed:
-            self._localize(None, activations, self._modes[-1])
+        self._localize(None, activations, self._modes[-1], failed=failed)
 
     def _compare_logits(self, logits: Array, mode: Mode) -> None:
         """Compare the next-token distributions. The last mode's are reported."""
@@ -357,7 +373,8 @@ class ParityRun:
 
     def _judge(self, activations: Activations, mode: Mode) -> bool:
         """Judge the wanted taps; whether any fails."""
-        teacher_forced = self._teacher_forced and mode is Mode.ISOLATED
+        # The embedding's own input is the tokens.
+        teacher_forced = (self._teacher_forced or _EMBED in activations) and mode is Mode.ISOLATED
         compared = [key for key in self._wanted if not is_fed(key, mode)]
         results = self._comparison.judge(
             activations, mode, compared, teacher_forced=teacher_forced, detail=self._detail
@@ -365,16 +382,39 @@ class ParityRun:
         self._results[mode] += results
         return any(result.verdict is Verdict.FAIL for result in results)
 
-    def _localize(self, layer: int | None, activations: Activations, mode: Mode) -> None:
-        """Look for the operation that is wrong. ``activations`` are those of the layer's last run, in ``mode``."""
+    def _localize(self, layer: int | None, activations: Activations, mode: Mode, *, failed: bool) -> None:
+        """Look for the operation that is wrong: in a layer that failed, and wherever rounding may hide one.
+
+        ``activations`` are those of the layer's last run, in ``mode``.
+        """
         localizer = Localizer(self._forward, self._comparison, self._weights, self._against)
-        if self._golden.compact is None:
-            isolated = self._teacher_forced and layer is not None and mode is Mode.ISOLATED
-            self._localizations.append(localizer.localize(layer, activations if isolated else None))
-        elif not self._localizations:
-            results = self._results[Mode.CUMULATIVE]
-            first = next(result for result in results if result.verdict is Verdict.FAIL)
-            self._localizations.append(localizer.localize_first(first, activations))
+        if self._golden.compact is not None:
+            if failed and not self._localizations:
+                results = self._results[Mode.CUMULATIVE]
+                first = next(result for result in results if result.verdict is Verdict.FAIL)
+                self._localizations.append(localizer.localize_first(first, activations))
+            return
+        if not (failed or self._measures_operations):
+            return
+        if not (self._teacher_forced and layer is not None and mode is Mode.ISOLATED):
+            activations = localizer.run(layer)
+        if self._measures_operations:
+            failed |= self._judge_operations(activations)
+        if failed:
+            self._localizations.append(localizer.localize(layer, activations))
+
+    def _judge_operations(self, activations: Activations) -> bool:
+        """Add to the isolated results what every operation does on the golden's own inputs; whether any fails so."""
+        judged = self._comparison.judge(activations, Mode.ISOLATED, self._wanted, teacher_forced=True)
+        alone = {result.key: result for result in judged if result.systematic is not None}
+        results = self._results[Mode.ISOLATED]
+        for at, result in enumerate(results):
+            if (own := alone.get(result.key)) is None:
+                continue
+            fails = result.verdict is Verdict.PASS and own.verdict is Verdict.FAIL
+            verdict, reason = (own.verdict, own.reason) if fails else (result.verdict, result.reason)
+            results[at] = dataclasses.replace(result, systematic=own.systematic, verdict=verdict, reason=reason)
+        return any(own.verdict is Verdict.FAIL for own in alone.values())
 
     def _split(self, layer: int, leaving: Mapping[Mode, Array]) -> ErrorSplit:
         """Split the error of the streams that leave a layer."""
@@ -447,10 +487,20 @@ def _layers_up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[
     return tuple(range(max(layers) + 1)) if Mode.CUMULATIVE in modes else tuple(layers)
 
 
-def _check_recorded(golden: Golden, layers: Iterable[int]) -> None:
-    absent = sorted(set(layers) - set(golden.layers))
-    if absent:
+def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The wanted layers, or all that both sides hold. Raises :class:`UsageError`."""
+    if wanted is None:
+        both = tuple(layer for layer in golden.layers if layer in weights.layers)
+        if not both:
+            raise UsageError(
+                f"{golden.path}: recorded the layers {ranges(golden.layers)}, and the checkpoint holds "
+                f"{ranges(weights.layers)}: none is in both; record, or convert, layers that the other has"
+            )
+        return both
+    layers = check_layers(golden.config, wanted)
+    if absent := sorted(set(layers) - set(golden.layers)):
         raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
+    return layers
 
 
 def _check_architecture(ours: Config, golden: Golden) -> None:
@@ -467,6 +517,17 @@ def _check_architecture(ours: Config, golden: Golden) -> None:
             f"{golden.path}: recorded from another architecture:\n{listed(problems)}\n"
             "Record a golden of this checkpoint's source with `dsv4 golden record`."
         )
+
+
+def _described(golden: Golden) -> dict[str, Any]:
+    """The golden in the report, without the digests of its weights."""
+    request = golden.manifest.request
+    return {
+        "path": str(golden.path),
+        "digest": golden.manifest.digest,
+        "reference": dataclasses.asdict(request.reference),
+        "source": dataclasses.replace(request.source, values={}).to_json(),
+    }
 
 
 def _platform(dtype: str, precision: Precision) -> dict[str, Any]:

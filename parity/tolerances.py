@@ -37,6 +37,7 @@ few times as much.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from dsv4_convert.golden.noise import Mode
 
@@ -52,6 +53,38 @@ class Limits:
 
 
 LIMITS = Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SystematicLimits:
+    """How far errors may be correlated with a trend (:mod:`dsv4_convert.parity.systematic`).
+
+    ``chance`` over the square root of the number of errors is what independent errors may have in common, and ``share``
+    what the errors of any number may. ``least`` is the relative error below which errors do not count, and
+    ``rounded_weights`` the size of a trend that the rounding of weights may have.
+    """
+
+    share: float
+    chance: float
+    least: float
+    rounded_weights: float
+
+    def allowed(self, count: int) -> float:
+        """The largest correlation that passes, of so many errors."""
+        return self.share + self.chance / math.sqrt(max(count, 1))
+
+
+#: Derivation. The largest correlation in healthy models was 0.6 of what is allowed: bfloat16, 35 random architectures,
+#: isolated, cumulative and compact, 9,657 taps (``python -m benchmarks.false_alarms``). Two causes are no chance.
+#:
+#: * The scales of a Base release leave the weights of a tile a few mantissas, which all round alike to bfloat16: whole
+#:   matrices changed by up to 0.0022. One rounding changes a weight by at most 2^-8, so where weights are rounded, a
+#:   smaller trend does not count.
+#: * Values that a clamp makes equal round alike: their correlation was 0.08 over 19,200 elements, for which ``share``
+#:   has room.
+#:
+#: In float32 trends only explain: wrong scales are far beyond the limits of size.
+SYSTEMATIC = SystematicLimits(share=0.1, chance=12.0, least=2.0**-12, rounded_weights=2.0**-8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

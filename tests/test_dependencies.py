@@ -31,7 +31,7 @@ ALLOWED: dict[str, str] = {
     "aot": "spec model",
     "doctor": "files checkpoint",
     "platforms": "",
-    "golden": "files spec formats checkpoint",
+    "golden": "files spec formats checkpoint weights",
     "inspect": "files spec checkpoint store golden",
     "parity": "files spec checkpoint store model weights golden",
     "cli": "files spec checkpoint store weights serve convert aot doctor golden inspect parity package platforms",

@@ -31,6 +31,10 @@ class Parameters(Protocol):
     def metadata(self) -> Mapping[str, Any]:
         """Facts about the weights for reports; at least ``source`` and ``storage``."""
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are there, ascending."""
+
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for missing layers."""
 

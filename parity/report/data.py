@@ -21,12 +21,15 @@ from dsv4_convert.parity.choices import Flips
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.logits import LogitsComparison
 from dsv4_convert.parity.metrics import Distance, Verdict
+from dsv4_convert.parity.systematic import Systematic
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.parity.unchecked import Unchecked
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.urls import all_without_secrets
 
 SCHEMA_VERSION = 3
+#: The correlation of errors with a trend from which the trend is said to be the error.
+_NEARLY_ALL = 0.9
 #: The most severe first.
 SEVERITY = (Verdict.FAIL, Verdict.TIE, Verdict.PASS, Verdict.EMPTY)
 
@@ -65,7 +68,7 @@ class TapResult(TapInMode):
 
     ``form``: the form of the tap that the numbers are about. A compact golden keeps a tap in two forms, and the one
     that came out worst is reported. The worst "element" of a sketch is a number of the sketch, whose first number is
-    the rms of the row.
+    the rms of the row. ``systematic``: what its errors have in common, where that was measured.
     """
 
     verdict: Verdict
@@ -74,6 +77,7 @@ class TapResult(TapInMode):
     distance: Distance | None = None
     flips: Flips | None = None
     form: TapForm = TapForm.WHOLE
+    systematic: Systematic | None = None
 
     @property
     def passes(self) -> bool:
@@ -87,12 +91,20 @@ class TapResult(TapInMode):
             return self.distance.noise.largest
         return None if self.flips is None else self.flips.noise
 
+    @property
+    def explained(self) -> Systematic | None:
+        """What its errors have in common, where that is why it fails, or nearly all of its error."""
+        trend = self.systematic
+        if trend is None or self.verdict is not Verdict.FAIL:
+            return None
+        return trend if self.reason == trend.reason or trend.correlation > _NEARLY_ALL else None
+
     def exceeded(self, limits: Limits) -> tuple[str, ...]:
-        """The measures by which it fails: ``tap``, ``row``, ``element``, ``choice`` or ``shape``."""
+        """The measures by which it fails: ``tap``, ``row``, ``element``, ``systematic``, ``choice`` or ``shape``."""
         if self.verdict is not Verdict.FAIL:
             return ()
         if self.distance is not None:
-            return self.distance.noise.exceeded(limits)
+            return self.distance.noise.exceeded(limits) or ("systematic",)
         return ("shape",) if self.flips is None else ("choice",)
 
 
@@ -200,6 +212,9 @@ class LayerSummary:
 class ParityReport:
     """A whole run: taps in order of execution, isolated before cumulative, and the two sides that were compared.
 
+    ``other_weights``: parameters whose values are not those that the golden was recorded from; None if the golden does
+    not know its weights.
+    ``layers_left_out``: layers that golden or checkpoint do not hold, in a run that was to compare all.
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
     ``unchecked``: what the run says nothing about; None for activations of another implementation.
@@ -224,6 +239,8 @@ class ParityReport:
     unchecked: Unchecked | None = None
     gate: Gate | None = None
     detail: Detail | None = None
+    layers_left_out: tuple[int, ...] = ()
+    other_weights: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Remove secrets once, for every presentation of the report."""
@@ -294,8 +311,9 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Everything agrees, the golden reaches everything if that is required, and no error has grown."""
-        return self.agrees and self.covered and (self.gate is None or self.gate.passed)
+        """Everything agrees, the weights are the golden's, it reaches all if that is required, no error has grown."""
+        right = self.agrees and not self.other_weights
+        return right and self.covered and (self.gate is None or self.gate.passed)
 
     def save_html(self, path: PathLike) -> None:
         """Write the page that ``dsv4 parity --report`` writes. Raises :class:`ResourceError` if that fails."""
@@ -328,6 +346,8 @@ class ParityReport:
             "dtype": self.dtype,
             "limits": self.limits,
             "layers": list(self.layers),
+            "layers_left_out": list(self.layers_left_out),
+            "other_weights": self.other_weights,
             "counts": {verdict.value: self.count(verdict) for verdict in Verdict},
             "taps": self.taps,
             "descents": self.localizations,

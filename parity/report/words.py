@@ -6,7 +6,7 @@ The terminal, JUnit, GitHub and the page all show these words. In the advice, te
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dsv4_convert.golden.archive import TapForm
 from dsv4_convert.golden.noise import Mode
@@ -27,6 +27,10 @@ _PART = {
     TapForm.ROWS: "element of the rows that are kept exactly",
     TapForm.SKETCH: "number of the sketches (of a row: its rms, then its projection)",
 }
+_SAME_WEIGHTS = (
+    "Compare with a golden of these weights: `dsv4 golden record` makes one of their source. If they should be those "
+    "of the golden, convert them again."
+)
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
     "reach says what is missing."
@@ -79,7 +83,7 @@ def summarized(report: ParityReport) -> Summary:
 def _failing(report: ParityReport, first: TapResult) -> Summary:
     where = "Model level" if first.layer is None else f"Layer {first.layer}"
     headline = (
-        f"FAIL: {first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
+        f"FAIL: {_other_weights(report)}{first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
         f"{number_of(len(report.taps), 'tap')} {'fails' if report.count(Verdict.FAIL) == 1 else 'fail'}{_aside(report)}"
     )
     return Summary(
@@ -93,15 +97,28 @@ def _failing(report: ParityReport, first: TapResult) -> Summary:
     )
 
 
+def _other_weights(report: ParityReport) -> str:
+    """The weights that are not those of the golden, for the beginning of the verdict."""
+    other = report.other_weights
+    if not other:
+        return ""
+    return f"other weights than the golden's, in {number_of(len(other), 'parameter')} ({_list(other)}); "
+
+
 def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
-    """The next step, and a baseline that was to be written and is not."""
+    """The next step, layers that were not compared, and a baseline that was to be written and is not."""
     yield "Next", next_steps(report)[0]
+    yield from _left_out(report)
     if unchanged := " ".join(_unchanged(report)):
         yield "Baseline", unchanged
 
 
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """The localization that found an operation, that of the first diverging layer before others."""
+    """What the golden says of itself, the weights if they are others; then the localization that found an operation, that
+    of the first diverging layer first."""
+    yield from _other_revision(report)
+    if report.other_weights:
+        yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:
         yield from operation(found, first)
@@ -135,6 +152,7 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
             f"Same most likely next token at {logits.top1:.2%} of {number_of(logits.positions, 'position')}; KL "
             f"divergence at most {logits.kl_max:.1e} nats.",
         )
+    yield from _left_out(report)
     if report.prompt_coverage:
         yield "Reach", " ".join(f"{line}." for line in reach(report)) or "Every operation and every expert."
     if report.unchecked is not None and (said := " ".join(unchecked_sentences(report.unchecked))):
@@ -145,8 +163,30 @@ def _passing(report: ParityReport) -> Iterator[tuple[str, str]]:
         yield "Baseline", _baseline(report.gate)
 
 
+def _left_out(report: ParityReport) -> Iterator[tuple[str, str]]:
+    """The layers that one of the two sides lacks."""
+    if report.layers_left_out:
+        yield (
+            "Layers",
+            f"Compared are {layers_named(report.layers)}, which golden and checkpoint both hold; not "
+            f"{few_ranges(report.layers_left_out)}.",
+        )
+
+
+def _whose(report: ParityReport) -> str:
+    """Where the weights of both sides come from."""
+    theirs, ours = (side.get("source") for side in (report.golden, report.checkpoint))
+    names = [source.get("name") if isinstance(source, Mapping) else source for source in (theirs, ours)]
+    return (
+        f"The golden was recorded from {names[0]}, the weights are of {names[1]}: another model, or a conversion that "
+        "changed them."
+    )
+
+
 def _objections(report: ParityReport) -> Iterator[str]:
     """Why a run within tolerance does not pass, in a few words."""
+    if report.other_weights:
+        yield f"{_other_weights(report).removesuffix('; ')}, were not all used"
     if not report.covered:
         yield "the run does not reach everything"
     if report.gate is not None and not report.gate.passed:
@@ -155,6 +195,10 @@ def _objections(report: ParityReport) -> Iterator[str]:
 
 def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
     where, causes, evidence = [], [], []
+    if report.other_weights:
+        where.append(str(report.checkpoint["path"]))
+        causes.append(_whose(report))
+        evidence.append(f"Sampled values of {_list(report.other_weights)} differ.")
     if not report.covered and report.uncovered:
         where.append(f"the prompt of {report.golden.get('path', 'the golden')}")
         causes.append("The prompt has too few tokens, or too few different ones.")
@@ -197,6 +241,12 @@ def layers_named(layers: Iterable[int]) -> str:
     """``layer 3``, ``layers 2-5``, ``layers 3, 5, … 41``."""
     numbers = sorted(layers)
     return f"layer{'' if len(numbers) == 1 else 's'} {few_ranges(numbers)}"
+
+
+def _other_revision(report: ParityReport) -> Iterator[str]:
+    """The reason that the golden itself gives for a difference."""
+    if known := report.golden.get("reference", {}).get("versions", {}).get("revision"):
+        yield f"The golden is of code that computes otherwise: {known}. That may explain all that follows."
 
 
 def _steps(report: ParityReport) -> str:
@@ -345,6 +395,9 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
         yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
+    for result in found.wrong[:_NAMED]:
+        if result.explained is not None:
+            yield result.explained.describe(result.name)
     if found.experts:
         who = f"expert {found.experts[0]}" if len(found.experts) == 1 else f"one of experts {_list(found.experts)}"
         yield f"Exactly the tokens that were sent to {who} are wrong."
@@ -409,6 +462,8 @@ def _real(result: TapResult, distance: Distance, report: ParityReport) -> str:
         f"The worst {_PART[result.form]} is {list(distance.worst)}: golden {distance.golden:.7g}, found "
         f"{distance.found:.7g}; over the tap the error is {distance.relative_rms:.1e} of the values."
     )
+    if result.systematic is not None:
+        worst = f"{worst} {_capital(result.systematic.reason)}."
     if result.verdict is Verdict.PASS:
         return f"{floor} {worst}"
     rows = f"{distance.rows_outside} of {distance.rows} rows are beyond a limit; rounding does not explain that."
@@ -463,6 +518,10 @@ def next_steps(report: ParityReport) -> list[str]:
 def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
+    for _ in _other_revision(report):
+        yield "Record the golden again with the `inference` folder of the newest revision, and compare with that."
+    if len(report.other_weights or ()) > _NAMED:
+        yield _SAME_WEIGHTS
     yield from _at_highest_precision(report)
     wrong = [found for found in report.localizations if found.wrong]
     for found in wrong[:1]:
@@ -476,6 +535,11 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
         )
     if report.modes == (Mode.CUMULATIVE,) and all(found.teacher_forced for found in report.localizations):
         yield "Repeat with `--mode both`: it says which layers add error and which only inherit it."
+    if report.other_weights is None and report.localizations:
+        yield (
+            "The golden does not know the values of its weights, so whether these are the same is open: record it "
+            "again with this version of dsv4."
+        )
     if any(not found.teacher_forced for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
@@ -488,7 +552,9 @@ def _at_highest_precision(report: ParityReport) -> Iterator[str]:
 
 
 def _after_objections(report: ParityReport) -> Iterator[str]:
-    """Everything is within tolerance, but not reached, or not as its baseline has it."""
+    """Everything is within tolerance, but of other weights, not reached, or not as its baseline has it."""
+    if report.other_weights:
+        yield _SAME_WEIGHTS
     if not report.covered and report.uncovered:
         yield _MORE_TOKENS
     if not report.covered and report.unchecked is not None and report.unchecked.unproven:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from dsv4_convert.golden.noise import Mode
+from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import summarized, verdict
-from dsv4_convert.parity.run import ParityRun
+from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.catalogue import CATALOGUE
-from .faults.fault import CSA, MAIN, MANY, Fault, Patient, examine, patient
+from .faults.fault import CSA, MAIN, Arrays, Fault, Held, Patient, examine, patient
+from .faults.scales import EXPERT, SCALES
 
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Patient]:
     """The healthy models that faults are planted in."""
-    models = {"main": (MAIN, 300), "many": (MANY, 60)}
-    return {name: patient(tmp_path_factory.mktemp(name), raw, tokens=tokens) for name, (raw, tokens) in models.items()}
+    return {name: patient(tmp_path_factory.mktemp(name), name) for name in ("main", "many")}
 
 
 @pytest.mark.parametrize("model", ["main", "many"])
@@ -149,3 +154,92 @@ def test_without_the_source_it_says_how_to_bring_it(patients: dict[str, Patient]
     lines = dict(summarized(examine(patients["main"], CATALOGUE["router bias dropped"])).lines)
     assert "It uses layers.3.ffn.gate.bias." in lines["Cause"]
     assert lines["Next"].startswith("Repeat with `--against SOURCE`")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+    """The model whose faults are smaller than rounding."""
+    return patient(tmp_path_factory.mktemp("wide"), "wide", noise=["bfloat16"])
+
+
+#: One of each kind of operation, and of both ways in which experts are chosen; the benchmark plants all of them.
+SMALL = (
+    "layers.1.attn.wq_a times 1 + 2^-7",
+    "layers.1.attn.wo_b times 1 + 2^-7",
+    "layers.1.hc_ffn_fn times 1 + 2^-7",
+    "layers.2.attn.wo_a times 1 + 2^-7",
+    "layers.2.ffn.gate.weight times 1 + 2^-7",
+    "layers.2.ffn.shared_experts.w1 times 1 + 2^-7",
+    *(
+        f"layers.{layer}.ffn.experts.w{part}, expert {EXPERT}, times 1 + 2^-7"
+        for layer, part in ((1, 2), (2, 1), (2, 3))
+    ),
+    "head times 1 + 2^-7",
+)
+
+
+def test_a_healthy_model_in_bfloat16_passes(wide: Patient) -> None:
+    report = ParityRun(wide.held, wide.golden, ParityOptions(dtype="bfloat16")).run()
+    assert report.passed, verdict(report)
+    assert {tap.name for tap in report.taps if tap.systematic is None} <= {
+        tap.name for tap in report.taps if tap.flips is not None
+    }
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_scale_that_is_smaller_than_rounding_is_named(wide: Patient, name: str) -> None:
+    fault = SCALES[name]
+    report = examine(wide, fault, layers=None if fault.layer is None else [fault.layer], dtype="bfloat16")
+    assert fault.named_by(report), verdict(report)
+    first = report.first_diverging
+    assert first is not None
+    assert first.exceeded(report.limits) == ("systematic",)
+    assert first.systematic is not None
+    if "hc_" in name:
+        return  # through a sigmoid or Sinkhorn's iterations
+    assert 0.006 < first.systematic.size < 0.013
+    whose = f"The output of expert {EXPERT}" if "expert 3" in name else "Every element"
+    assert f"{whose} of {first.name} is " in verdict(report)
+    assert "% too large." in verdict(report)
+
+
+def test_a_scale_is_said_in_words_in_float32_too(patients: dict[str, Patient]) -> None:
+    def plant(arrays: Arrays) -> None:
+        arrays["layers.1.attn.wo_b"] = arrays["layers.1.attn.wo_b"] * np.float32(1.05)
+
+    report = examine(patients["main"], Fault(name="scale", layer=CSA, tap="attn.wo_b", arrays=plant), layers=[CSA])
+    assert "Every element of layers.1.attn.wo_b is 5 % too large." in verdict(report)
+    assert "Every element" not in verdict(examine(patients["main"], CATALOGUE["square wq_a transposed"], layers=[CSA]))
+
+
+def test_a_compact_golden_sees_a_small_scale(wide: Patient) -> None:
+    compact = wide.compacted()
+    assert ParityRun(compact.held, compact.golden, ParityOptions(layers=[0], dtype="bfloat16")).run().passed
+    fault = SCALES["layers.0.attn.wkv times 1 + 2^-7"]
+    report = examine(compact, fault, layers=[0], dtype="bfloat16")
+    assert fault.named_by(report), verdict(report)
+    assert "Every element of layers.0.attn.wkv is 0.8" in verdict(report)
+
+
+def test_other_weights_come_first(patients: dict[str, Patient], tmp_path: Path) -> None:
+    """All values differ in weights of another seed, one parameter where one tensor was changed."""
+    main = patients["main"]
+    write_checkpoint(tmp_path / "hf", MAIN, seed=1)
+    others = Held.read_from(PublishedWeights.open(tmp_path / "hf"))
+    report = ParityRun(others, main.golden, ParityOptions(layers=[1])).run()
+    assert verdict(report).startswith("FAIL: other weights than the golden's, in ")
+    assert not report.passed
+    assert report.other_weights is not None
+    assert "layers.1.attn.wq_a" in report.other_weights
+    assert "Next: Compare with a golden of these weights" in verdict(report)
+    right = ParityRun(main.held, main.golden, ParityOptions(layers=[1])).run()
+    assert right.other_weights == ()
+    fault = CATALOGUE["square wq_a transposed"]
+    assert verdict(examine(main, fault, layers=[1])).startswith(
+        "FAIL: other weights than the golden's, in 1 parameter (layers.1.attn.wq_a); "
+    )
+    # Weights that the compared taps do not use still are others.
+    unused = examine(main, fault, layers=[1], taps=["hc_attn.pre"])
+    assert not unused.passed
+    assert unused.agrees
+    assert "but other weights than the golden's, in 1 parameter (layers.1.attn.wq_a)" in verdict(unused)

@@ -19,6 +19,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import digest, open_golden
 from dsv4_convert.golden.manifest import GoldenManifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.parity.comparison import Comparison
@@ -122,7 +123,28 @@ def test_a_partial_conversion_serves_its_layers(tiny: Path, golden: Path, tmp_pa
     hf_to_orbax(tiny, tmp_path / "orbax", layers=[1, 2])
     assert run_parity(tmp_path / "orbax", golden, ParityOptions(layers=[2])).passed
     with pytest.raises(UsageError, match="holds the layers 1-2, not 0, 3"):
-        run_parity(tmp_path / "orbax", golden)
+        run_parity(tmp_path / "orbax", golden, ParityOptions(layers=range(4)))
+
+
+def test_the_layers_that_both_hold_are_compared(tiny: Path, golden: Path, tmp_path: Path) -> None:
+    hf_to_orbax(tiny, tmp_path / "orbax", layers=[2, 3])
+    report = run_parity(tmp_path / "orbax", golden)
+    assert report.passed
+    assert report.layers == (2, 3)
+    assert {tap.layer for tap in report.taps} == {2, 3, None}
+    note = "Layers: Compared are layers 2-3, which golden and checkpoint both hold; not 0-1."
+    assert note in verdict(report)
+    assert note not in verdict(run_parity(tmp_path / "orbax", golden, ParityOptions(layers=[2, 3])))
+    # A golden of some layers, and a checkpoint that holds them all or others.
+    ids = np.arange(12, dtype=np.int32)
+    record(tiny, tmp_path / "golden", RecordingOptions(tokens=ids, layers=[1, 2], noise=["float32"]))
+    common = run_parity(tmp_path / "orbax", tmp_path / "golden")
+    assert common.passed
+    assert common.layers == (2,)
+    assert run_parity(None, tmp_path / "golden", source=tiny).layers == (1, 2)
+    hf_to_orbax(tiny, tmp_path / "last", layers=[3])
+    with pytest.raises(UsageError, match="recorded the layers 1-2, and the checkpoint holds 3: none is in both"):
+        run_parity(tmp_path / "last", tmp_path / "golden")
 
 
 def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
@@ -131,7 +153,17 @@ def test_the_report_as_json_is_complete(plain: Path, golden: Path) -> None:
     assert document["schema_version"] == 3
     assert document["verdict"] == "pass"
     assert document["first_diverging"] is document["first_wrong_operation"] is None
-    assert set(document["taps"][0]) == {"name", "mode", "verdict", "reason", "shape", "form", "distance", "flips"}
+    assert set(document["taps"][0]) == {
+        "name",
+        "mode",
+        "verdict",
+        "reason",
+        "shape",
+        "form",
+        "distance",
+        "flips",
+        "systematic",
+    }
     assert set(document["taps"][0]["distance"]["noise"]) == {"tap", "row", "element"}
     assert document["baseline"] is None
     assert document["golden"]["reference"]["name"] == "transformers"

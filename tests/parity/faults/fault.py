@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,15 @@ import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
+from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import experts
 from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
+from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import layer_of, parameters
@@ -46,6 +49,21 @@ MAIN = tiny_config(
 )
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
+#: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+WIDE = tiny_config(
+    vocab_size=4096,
+    hidden_size=64,
+    moe_intermediate_size=64,
+    num_attention_heads=4,
+    head_dim=32,
+    q_lora_rank=64,
+    o_lora_rank=32,
+    index_head_dim=16,
+    swiglu_limit=10.0,
+)
+#: The models by name, and the length of their prompts.
+MODELS: dict[str, tuple[Mapping[str, Any], int]] = {"main": (MAIN, 300), "many": (MANY, 60), "wide": (WIDE, 600)}
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
 
@@ -57,7 +75,8 @@ class Fault:
     tensors as they are read from the source, ``table`` changes the names table (a context), ``config`` replaces fields
     of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
 
-    ``also`` are other layers that the fault is in.
+    ``also`` are other layers that the fault is in. ``or_taps`` are other operations with the same wrong parameter; they
+    may be named instead.
     """
 
     name: str
@@ -69,6 +88,7 @@ class Fault:
     config: Mapping[str, Any] | None = None
     code: Mapping[tuple[Any, str], Any] | None = None
     also: tuple[int, ...] = ()
+    or_taps: tuple[str, ...] = ()
     model: str = "main"
 
     @property
@@ -83,6 +103,21 @@ class Fault:
         """The full name of the tap that must be named."""
         return self.tap if self.layer is None else f"layers.{self.layer}.{self.tap}"
 
+    def named_by(self, report: ParityReport) -> bool:
+        """Whether divergence, localization and verdict name the operation, and other layers are clean."""
+        first, wrong = report.first_diverging, report.first_wrong
+        isolated = Mode.CUMULATIVE not in report.modes  # otherwise the layers after it inherit the error
+        failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
+        return (
+            first is not None
+            and wrong is not None
+            and first.name == wrong.name
+            and first.layer == self.layer
+            and first.short in (self.tap, *self.or_taps)
+            and (failing <= {self.layer, *self.also} or not isolated)
+            and first.name in verdict(report)
+        )
+
 
 class Held:
     """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
@@ -91,6 +126,7 @@ class Held:
         self.config = config
         self.arrays = arrays
         self.metadata = {"source": "memory", "storage": "float32"}
+        self.layers = tuple(range(config.num_hidden_layers))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
@@ -139,11 +175,12 @@ class Patient:
         return dataclasses.replace(self, golden=shrink(self.golden, self.folder / "compact", form))
 
 
-def patient(folder: Path, raw: Mapping[str, Any], *, tokens: int = 300) -> Patient:
-    """Make a healthy model in ``folder`` and record it."""
+def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) -> Patient:
+    """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
+    raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=["float32"]))
+    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=noise))
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
 
