@@ -203,7 +203,8 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
     def beside_itself() -> Any:
         path = tmp_path / "parity.json"
         document = run("parity", orbax, "--golden", GOLDEN, "--layer", "0", "--taps", "attn.q", exit_code=1)
-        path.write_text(json.dumps(document), encoding="utf-8")
+        tap = {"name": "layers.0.attn.q", "mode": "isolated", "verdict": "pass", "distance": None}
+        path.write_text(json.dumps(document | {"taps": [tap]}), encoding="utf-8")
         return run("report", path, path)
 
     generate = ("generate", orbax, "--tokens", "1,2", "--speculative")
