@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: User and password; the password may contain an @. Where it is unclear where they end, the host goes with them.
+#: User and password; the password may contain an @. The host is hidden too if they have no clear end.
 _UNCLEAR = re.compile(r"(://)[^/\s'\"?#]*[?#][^/\s'\"]*@[^/\s'\"]*")
 _USER = re.compile(r"(://)[^/\s'\"]*@")
 #: A query or a fragment, where signatures are.

@@ -237,4 +237,7 @@ def test_errors(place: Place, hostile: str, tmp_path: Path) -> None:
     _run(place, "golden", "show", f"{tmp_path}/{name}", code=3)
     _run(place, "parity", "{orbax}", "--golden", "{golden}", "--taps", hostile, code=2)
     _run(place, "parity", "{orbax}", "--golden", "{golden}", "--layer", hostile, code=2)
+    saved = {"schema_version": 3, "taps": [{"name": hostile, "mode": hostile, "verdict": hostile, "distance": None}]}
+    (tmp_path / "report.json").write_text(json.dumps(saved))
+    _run(place, "report", f"{tmp_path}/report.json", f"{tmp_path}/report.json", code=3)
     harmless(str(BadInput(f"config.json: {hostile}")))

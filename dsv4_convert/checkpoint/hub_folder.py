@@ -28,7 +28,7 @@ from dsv4_convert.checkpoint.planned import SMALL_FILES, PlannedFile
 from dsv4_convert.checkpoint.provenance import is_commit, is_oid
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.files.reading import foreign_content
-from dsv4_convert.files.remote import HttpFolder, HttpStatus
+from dsv4_convert.files.remote import HttpFolder, HttpStatus, Refused
 from dsv4_convert.files.strict_json import parse_value
 
 #: The Hub has a thousand files on a page, in about 300 KB.
@@ -143,6 +143,8 @@ class HubFolder(HttpFolder):
         return bool(response.headers.get("X-Error-Code") == "EntryNotFound")
 
     def _explained(self, name: str, error: Exception) -> Dsv4Error | None:
+        if isinstance(error, Refused | ConnectionError | TimeoutError):
+            return super()._explained(name, error)
         if isinstance(error, HttpStatus):
             kind = _BY_CODE.get(error.response.headers.get("X-Error-Code", ""), HfHubHTTPError)
             error = kind(str(error), response=error.response)

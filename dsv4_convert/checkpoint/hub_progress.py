@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 from dsv4_convert.errors import ResourceError
 
 Stage = Literal["download", "verify"]
-#: What may come more than twice of a file, as it comes in pieces and may come again.
+#: Bytes beyond twice a file's size that may come: a transfer comes in pieces, and may start again.
 _SLACK_BYTES = 64 << 20
 
 

@@ -1,4 +1,4 @@
-"""Where the files of a Hub repository go on this machine: the Hub client's cache, or a folder of the user's choice.
+"""The place of a Hub repository's files on this machine: the Hub client's cache, or a folder of the user's choice.
 
 Shards are fetched by the client, which resumes, deduplicates and unpacks Xet storage. The client bounds neither what a
 small file brings nor how long it takes, so :class:`.hub_folder.HubFolder` fetches these, and they lie where the client
@@ -38,7 +38,7 @@ class HubTarget:
 
     @property
     def folder(self) -> Path:
-        """Where the files are or will be."""
+        """The folder of the files, whether they are there yet or not."""
         return self.local_dir or self._snapshot
 
     @property

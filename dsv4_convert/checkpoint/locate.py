@@ -36,8 +36,9 @@ def wanted_tensors(layers: Iterable[int] | None) -> Callable[[str], bool] | None
 def open_source(
     source: str | Path, *, revision: str | None = None, layers: Iterable[int] | None = None, discard: bool = False
 ) -> Checkpoint:
-    """Open a published checkpoint, wherever it is. Of one that is not here only headers are read; shards come when
-    they are needed.
+    """Open a published checkpoint, wherever it is.
+
+    Only the headers of a remote one are read; its shards come when they are needed.
 
     Args:
         source: a folder; ``ORG/NAME`` or ``ORG/NAME@REVISION``, a repository of the Hub; or ``gs://bucket/path``.

@@ -28,7 +28,7 @@ _PROBE_BYTES = 8 << 20
 class Origin(Protocol):
     """Where the files of a checkpoint come from, and where they go on this machine."""
 
-    #: What the checkpoint is called: a repository, or a URL without secrets.
+    #: The name of the checkpoint: a repository, or a URL without secrets.
     name: str
     #: The commit; None where there is none.
     revision: str | None

@@ -2,7 +2,7 @@
 
 Python calls a signal's handler in the main thread, between two of its own instructions: not while XLA or Numba
 computes. An exception from it can be lost in a callback of theirs, or crash the process on its way through their code.
-So the handlers do nothing; a thread reads the signal from a file descriptor and ends the process without a shutdown.
+So the handlers only note the signal; a thread reads it from a file descriptor and ends the process without a shutdown.
 Nothing on a disk depends on an orderly end: what a killed process leaves is absent, resumable or complete, too.
 """
 
@@ -35,12 +35,16 @@ def interruptible() -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    came = threading.Event()
     for number in _SIGNALS:
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+        signal.signal(number, lambda *_: came.set())
+    watcher = threading.Thread(target=_watch, args=(read,), name="signals", daemon=True)
+    watcher.start()
     try:
         yield
     finally:
+        if came.is_set():  # and the block ended before the thread's turn, perhaps by a call that the signal cut short
+            watcher.join()
         signal.set_wakeup_fd(-1)
         os.close(write)  # which the thread reads as the end
         for number in _SIGNALS:  # from here on a signal ends the process at once

@@ -13,8 +13,9 @@ import numpy as np
 
 from dsv4_convert.checkpoint import TensorInfo
 from dsv4_convert.checkpoint.dtypes import DTYPES, array_shape
+from dsv4_convert.checkpoint.streamed import StreamedCheckpoint
 from dsv4_convert.convert.plan import Described, Plan
-from dsv4_convert.convert.shards import Arriving, as_arriving
+from dsv4_convert.convert.shards import as_arriving
 from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
@@ -147,7 +148,7 @@ def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:
 ASSUMED = {"read": 1e9, "write": 0.5e9, "make": 1e9, "fetch": 100e6}
 
 
-def _assume(planned: Plan, arriving: Arriving | None, place: Destination) -> Rates:
+def _assume(planned: Plan, arriving: StreamedCheckpoint | None, place: Destination) -> Rates:
     sample = next(iter(planned.infos.values()))
     return Rates(
         read=ASSUMED["read"] if arriving is None else None,
@@ -179,7 +180,7 @@ def _on_one_device(sample: TensorInfo, place: Destination) -> bool:
     return nearest_folder(sample.file.parent).stat().st_dev == place.device()
 
 
-def _measure(planned: Plan, arriving: Arriving | None, place: Destination) -> Rates:
+def _measure(planned: Plan, arriving: StreamedCheckpoint | None, place: Destination) -> Rates:
     """Convert random bytes of the most common kind of tensor, write them, and read as many of the source."""
     typical = max(planned.stored_leaves, key=lambda stored_leaf: stored_leaf.nbytes)
     make, chunk = _make_rate(planned, typical)

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
+from dsv4_convert.checkpoint.streamed import StreamedCheckpoint
 from dsv4_convert.convert.plan import Plan
 from dsv4_convert.store import Chunk
 
 
-@runtime_checkable
-class Arriving(Protocol):
-    """A source whose shards arrive while it is read."""
-
-    #: Bytes that have arrived.
-    fetched: int
-    #: Called when some more have.
-    on_bytes: Callable[[], None]
-
-    @property
-    def to_fetch(self) -> int:
-        """Bytes that are still to come."""
-
-    @property
-    def most_on_disk(self) -> int:
-        """Bytes that its files will still take, at most, at a time."""
-
-    def rate(self) -> float:
-        """Bytes per second that come, from a short try."""
-
-    def start(self, order: Sequence[str]) -> None:
-        """Begin to fetch these shards, by name, in this order."""
-
-    def finish(self, shard: str) -> None:
-        """Nothing of this shard is needed any more."""
-
-    def stop(self) -> None:
-        """End what readers may be waiting for."""
-
-
-def as_arriving(source: object) -> Arriving | None:
+def as_arriving(source: object) -> StreamedCheckpoint | None:
     """The source, if its shards arrive while it is read."""
-    return source if isinstance(source, Arriving) else None
+    return source if isinstance(source, StreamedCheckpoint) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +71,7 @@ class ShardUse:
     A context manager: a failure in its block ends what readers of the source may be waiting for.
     """
 
-    def __init__(self, source: Arriving | None, shards: Iterable[str], tasks: Sequence[Task]) -> None:
+    def __init__(self, source: StreamedCheckpoint | None, shards: Iterable[str], tasks: Sequence[Task]) -> None:
         """``shards`` are those of the whole conversion. One that no task reads is given up at once."""
         self._source = source
         self._left = Counter(shard for task in tasks for shard in task.shards)

@@ -5,7 +5,8 @@ other kind of URL, such as ``gs://``, goes through fsspec. (fsspec's own client 
 end, however long it is.)
 
 One rule for all requests: silence of ten seconds ends one; a request may take :data:`GRACE_SECONDS`, and a second more
-for each :data:`SLOWEST` bytes that came. What may have been an accident is tried again :data:`WAITS` seconds later.
+for each :data:`SLOWEST` bytes that came. A request that failed by accident, as far as anybody can tell, is made again
+after :data:`WAITS` seconds.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ class HttpFolder(RemoteFolder):
         return httpx.Client(follow_redirects=True)
 
     def _client(self) -> Any:
-        """What makes the requests. Raises :class:`UsageError`: the environment keeps it from being made."""
+        """The client that makes the requests. Raises :class:`UsageError`: the environment keeps it from being made."""
         try:
             return self._session()
         except OSError as error:
@@ -348,7 +349,7 @@ def get(client: Any, url: str, headers: Mapping[str, str], told: OnBytes, *, lim
 
 
 def misconfigured(error: BaseException) -> str | None:
-    """What in the environment keeps the client from asking at all; None where ``error`` is something else.
+    """The setting of the environment that keeps the client from asking at all; None if ``error`` is something else.
 
     No value is quoted, as the URLs of proxies hold passwords.
     """
@@ -403,7 +404,7 @@ class BucketFolder(RemoteFolder):
         return {entry["name"].rpartition("/")[2]: (entry["size"], self._system.ukey(entry["name"])) for entry in files}
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make a file that is not there yet; False if it is there. Of two processes that try, one succeeds."""
+        """Make a file that is not there yet; False if it is there. One of two processes that try succeeds."""
         try:
             in_time(lambda _: self._system.pipe_file(f"{self._root}/{name}", content, mode="create"))
         except FileExistsError:

@@ -2,13 +2,17 @@
 
 Shape letters: ``B`` batch, ``S`` tokens, ``T`` compressed entries, ``D`` model width, ``R`` query rank, ``H`` heads,
 ``C`` head width. ``G`` output groups, ``I`` and ``O`` input and output width of one group. ``Q`` queries of a chunk,
-``X`` keys, ``K`` tokens of a call, ``P`` tokens before, ``k`` chosen entries.
+``X`` keys, ``N`` tokens that the windows of a chunk reach, ``K`` tokens of a call, ``P`` tokens before, ``k`` chosen
+entries.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -19,11 +23,23 @@ from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm
-from dsv4_convert.model.numerics import Numerics, round_to
+from dsv4_convert.model.numerics import Numerics, round_then_f32
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.spec.config import AttentionKind, Config
+
+#: Entries for each chosen one from which a query's chosen entries are gathered instead of masking the others
+#: (``python -m benchmarks.sparse_attention``).
+GATHER_FROM = 2
+#: Entries that are gathered at a time, for all queries of a chunk: at V4-Flash's width 8 MiB in bfloat16.
+GATHERED_ROWS = 8192
+#: Keys that the published kernel takes at a time.
+KERNEL_KEYS = 64
+
+#: Keys that are values too: those of all queries ``[B, X, C]``, or each query's own ``[B, S, X, C]``. A query meets the
+#: keys of all parts, one part after the other.
+Keys = tuple[Float[Array, "B ... C"], ...]
 
 
 class Earlier(NamedTuple):
@@ -34,11 +50,15 @@ class Earlier(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The compressed past: entries, the number that each query may see, and its choice among these (None: all)."""
+    """The compressed past: entries, the number that each query may see, and its choice among these (None: all).
+
+    ``slot``: where the entries begin in the published kernel's list of keys, after the places of the window.
+    """
 
     values: Float[Array, "B T C"]
     complete: Int[Array, "B S"]
     chosen: Int[Array, "B S k"] | None
+    slot: Int[Array, " B"]
 
 
 class Attention(nnx.Module):
@@ -108,7 +128,10 @@ class Attention(nnx.Module):
 
         earlier = None if past is None else Earlier(past.cache.window, before)
         sink, window = self.attn_sink[...], config.sliding_window
-        past_entries = Entries(entries, complete, chosen)
+        slots = jnp.full(batch, min(tokens, window))
+        if past is not None:  # a prompt that goes on has all places of its window, whether there are tokens for them
+            slots = jnp.where(before == 0, jnp.minimum(past.count, window), window)
+        past_entries = Entries(entries, complete, chosen, slots)
         context = taps("context", _context(q, kv, earlier, past_entries, sink, window=window, numerics=numerics))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
@@ -145,7 +168,8 @@ def _context(
     """Attention of every query over the tokens in its window and its compressed entries.
 
     A chunk of queries meets only the keys that its windows reach, so cost grows with S and not with its square for the
-    window, and memory does so for the entries.
+    window. Where entries outnumber the chosen ones, each query meets those that it chose and no others, so its cost
+    does not grow with the entries.
 
     Args:
         q, kv: queries, and keys that are also values, of the tokens of this call. On a mesh that splits tokens a device
@@ -160,23 +184,53 @@ def _context(
         earlier = Earlier(jnp.zeros((len(kv), reach, kv.shape[2]), kv.dtype), jnp.zeros(len(kv), jnp.int32))
     keys = jnp.concatenate([earlier.keys, kv], axis=1)
     keys = jnp.pad(keys, ((0, 0), (0, window), (0, 0)))  # the last chunk may be padded
+    count, longest = entries.values.shape[1], window
+    gathered = False
+    if entries.chosen is not None and count:
+        chosen_each = entries.chosen.shape[2]
+        gathered = numerics.release or gathers(count, chosen_each)
+        longest = min(window, max(1, GATHERED_ROWS // (len(q) * chosen_each))) if gathered else window
 
     def chunk(
         first: Int[Array, ""], q: Float[Array, "B Q H C"], complete: Int[Array, "B Q"], *chosen: Int[Array, "B Q k"]
     ) -> Float[Array, "B Q H C"]:
         queries, first = q.shape[1], own + first
         near = lax.dynamic_slice_in_dim(keys, first, reach + queries, axis=1)
-        token = jnp.arange(reach + queries) - reach  # of each key, counted from the chunk's first query
-        inside = window_mask(jnp.arange(queries)[:, None] - token, window)
+        query, token = jnp.arange(queries), jnp.arange(reach + queries) - reach  # counted from the chunk's first query
+        inside = window_mask(query[:, None] - token, window)
         inside &= (first + token >= -earlier.tokens[:, None])[:, None]
-        count = entries.values.shape[1]
-        visible = chosen_mask(chosen[0], count) if chosen else entry_mask(complete, count)
-        attention = attend_as_released if numerics.release else attend
-        kv = jnp.concatenate([near, entries.values], axis=1)
-        return attention(q, kv, jnp.concatenate([inside, visible], axis=2), sink)
+        seen: Keys
+        if gathered:
+            seen, visible = (near, chosen_rows(entries.values, chosen[0])), chosen_seen(chosen[0])
+        else:
+            seen = (jnp.concatenate([near, entries.values], axis=1),)
+            visible = chosen_mask(chosen[0], count) if chosen else entry_mask(complete, count)
+        mask = jnp.concatenate([inside, visible], axis=2)
+        if not numerics.release:
+            return attend(q, seen, mask, sink)
+        before = earlier.tokens[:, None] + first
+        places = window_places(before + query, before + token, window)
+        places = jnp.concatenate([places, _entry_places(entries.slot, visible)], axis=2)
+        return attend_as_released(q, seen, mask, sink, places // KERNEL_KEYS)
 
     chosen = () if entries.chosen is None else (entries.chosen,)
-    return map_query_chunks(chunk, window, q, entries.complete, *chosen)
+    return map_query_chunks(chunk, longest, q, entries.complete, *chosen)
+
+
+def gathers(entries: int, chosen: int) -> bool:
+    """Whether queries that choose among so many entries gather those, instead of masking the others."""
+    return entries > GATHER_FROM * chosen
+
+
+def chosen_rows(values: Float[Array, "B T C"], chosen: Int[Array, "B Q k"]) -> Float[Array, "B Q k C"]:
+    """The entries that each query has chosen; for none, the first."""
+    index = jnp.clip(chosen, 0, values.shape[1] - 1)
+    return jax.vmap(lambda rows, own: rows.at[own].get(mode="promise_in_bounds"))(values, index)
+
+
+def chosen_seen(chosen: Int[Array, "B Q k"]) -> Bool[Array, "B Q k"]:
+    """The gathered rows that are a choice, and none of those that stand for no entry."""
+    return chosen >= 0
 
 
 def window_mask(distance: Int[Array, "Q X"], window: int) -> Bool[Array, "Q X"]:
@@ -189,8 +243,21 @@ def complete_blocks(token: Int[Array, "B S"], ratio: int) -> Int[Array, "B S"]:
     return (token + 1) // ratio
 
 
+def window_places(query: Int[Array, "B Q"], token: Int[Array, "B N"], window: int) -> Int[Array, "B Q N"]:
+    """The place of each token in the published kernel's list of a query's keys, which begins with its window.
+
+    ``query`` and ``token`` are indices in the prompt. A window that reaches further back begins with token 0.
+    """
+    return token[:, None] - jnp.maximum(query - window + 1, 0)[..., None]
+
+
+def _entry_places(slot: Int[Array, " B"], visible: Bool[Array, "B Q T"]) -> Int[Array, "B Q T"]:
+    """The places of the entries, behind those of the window."""
+    return jnp.broadcast_to(slot[:, None, None] + jnp.arange(visible.shape[2]), visible.shape)
+
+
 def attend(
-    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
+    q: Float[Array, "B S H C"], kv: Keys, seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
 ) -> Float[Array, "B S H C"]:
     """Softmax attention over keys that are also the values, with a learned sink per head.
 
@@ -202,27 +269,61 @@ def attend(
     peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - peak)
     shares = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
-    return einsum_f32("bshx,bxc->bshc", shares.astype(kv.dtype), kv).astype(q.dtype)
+    return _weighted_sum(shares.astype(kv[0].dtype), kv).astype(q.dtype)
 
 
 def attend_as_released(
-    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"], sink: Float[Array, " H"]
+    q: Float[Array, "B S H C"],
+    kv: Keys,
+    seen: Bool[Array, "B S X"],
+    sink: Float[Array, " H"],
+    block: Int[Array, "B S X"],
 ) -> Float[Array, "B S H C"]:
-    """:func:`attend` as a release rounds: exp(a - max a) before the division by the sum, which then divides the sum."""
+    """:func:`attend` as a release rounds.
+
+    Its kernel takes the keys block by block. It rounds exp(a - m), where m is the largest score up to the end of the
+    key's block, and divides by the sum after the sum over values. ``block``: the block of each key.
+
+    Source: published inference code, ``sparse_attn_kernel`` in kernel.py.
+    """
     scores, sinks = _scores(q, kv, seen), sink.astype(jnp.float32)[:, None]
     peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak)
-    rounded = round_to(weights, kv.dtype)
-    return (einsum_f32("bshx,bxc->bshc", rounded, kv) / total).astype(q.dtype)
+    peaks = _running_peaks(scores, block, -(-scores.shape[-1] // KERNEL_KEYS))
+    weights = jnp.where(seen[:, :, None], jnp.exp(scores - peaks), 0)
+    shrink = jnp.exp(peaks - peak)
+    total = jnp.sum(weights * shrink, axis=-1, keepdims=True) + jnp.exp(sinks - peak)
+    rounded = round_then_f32(weights.astype(kv[0].dtype)) * shrink
+    return (_weighted_sum(rounded, kv) / total).astype(q.dtype)
 
 
-def _scores(
-    q: Float[Array, "B S H C"], kv: Float[Array, "B X C"], seen: Bool[Array, "B S X"]
-) -> Float[Array, "B S H X"]:
+def _running_peaks(scores: Float[Array, "B S H X"], block: Int[Array, "B S X"], blocks: int) -> Float[Array, "B S H X"]:
+    """For each key the largest score of the keys in its block and those before."""
+
+    def step(peak: Float[Array, "B S H"], index: Int[Array, ""]) -> tuple[Array, Array]:
+        peak = jnp.maximum(peak, jnp.max(jnp.where((block == index)[:, :, None], scores, -jnp.inf), axis=-1))
+        return peak, peak
+
+    _, running = lax.scan(step, jnp.full(scores.shape[:3], -jnp.inf), jnp.arange(blocks))
+    index = jnp.clip(block, 0, blocks - 1)[:, :, None]
+    return jnp.take_along_axis(jnp.moveaxis(running, 0, -1), index, axis=-1)
+
+
+def _scores(q: Float[Array, "B S H C"], kv: Keys, seen: Bool[Array, "B S X"]) -> Float[Array, "B S H X"]:
     # Heads stay behind the queries: with one key for all heads this is one large matmul, and nothing is transposed.
-    scores = einsum_f32("bshc,bxc->bshx", q, kv) * q.shape[-1] ** -0.5
+    parts = [einsum_f32("bshc,bxc->bshx" if part.ndim == 3 else "bshc,bsxc->bshx", q, part) for part in kv]
+    scores = jnp.concatenate(parts, axis=-1) * q.shape[-1] ** -0.5
     return jnp.where(seen[:, :, None], scores, -jnp.inf)
+
+
+def _weighted_sum(shares: Float[Array, "B S H X"], kv: Keys) -> Float[Array, "B S H C"]:
+    """The values of all parts times their shares, summed in float32."""
+    ends = list(itertools.accumulate(part.shape[-2] for part in kv))
+    split = jnp.split(shares, ends[:-1], axis=-1)
+    sums = [
+        einsum_f32("bshx,bxc->bshc" if part.ndim == 3 else "bshx,bsxc->bshc", own, part)
+        for own, part in zip(split, kv, strict=True)
+    ]
+    return functools.reduce(jnp.add, sums)
 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:

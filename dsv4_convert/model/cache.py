@@ -14,9 +14,11 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from dsv4_convert.errors import UsageError
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.segments import segments
@@ -62,6 +64,7 @@ class Cache:
             stacked state for each place of each segment's pattern.
         tokens: how many tokens of each prompt the model has seen.
         first: position of each prompt's first token in the rotary tables; 0 unless the prompt continues another.
+        capacity: how many tokens of each prompt fit; :meth:`refuse_overflow` checks it.
 
     Examples:
         >>> model = restore_model(Weights.open(Path("orbax")))
@@ -72,6 +75,7 @@ class Cache:
     layers: tuple[Any, ...]
     tokens: Int[Array, " B"]
     first: Int[Array, " B"]
+    capacity: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(
@@ -85,7 +89,7 @@ class Cache:
         numerics: Numerics = PLAIN,
         scanned: bool = False,
     ) -> Cache:
-        """A cache for ``capacity`` tokens of each of ``batch`` prompts. Entries beyond are dropped silently."""
+        """A cache for ``capacity`` tokens of each of ``batch`` prompts."""
 
         def empty(kind: AttentionKind) -> LayerCache:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
@@ -104,7 +108,28 @@ class Cache:
             layers,
             jnp.zeros(batch, jnp.int32),
             jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,)),
+            capacity,
         )
+
+    def refuse_overflow(self, count: ArrayLike = 0) -> None:
+        """Raise if a prompt has more tokens than fit, once ``count`` more have come.
+
+        Inside ``jax.jit`` the numbers are not known, and this does nothing. :meth:`Model.extend` computes NaN for the
+        tokens that do not fit, and this method, called on the cache that it returns, says why.
+
+        Raises:
+            UsageError: naming the prompt, its tokens and the capacity.
+        """
+        if isinstance(self.tokens, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+            return
+        tokens = np.asarray(self.tokens) + np.asarray(count)
+        if (too_long := np.flatnonzero(tokens > self.capacity)).size:
+            row = int(too_long[0])
+            raise UsageError(
+                f"the cache holds {self.capacity} tokens of each prompt, and prompt {row} has {tokens[row]}: the "
+                f"logits of the last {tokens[row] - self.capacity} are NaN; make it with Cache.empty(…, "
+                f"capacity={tokens.max()}) or more"
+            )
 
     @property
     def dtype(self) -> jnp.dtype:

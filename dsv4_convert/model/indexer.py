@@ -57,21 +57,22 @@ class Indexer(nnx.Module):
         taps: Taps,
         past: Past[Compressed] | None = None,
     ) -> tuple[Int[Array, "B S k"], Compressed | None]:
-        """The chosen entries of each query, ascending, padded with -1 where fewer than k may be chosen.
+        """The chosen entries of each query, padded with -1 where fewer than k may be chosen.
 
-        ``complete`` is the number of entries that each query may choose from.
+        They are in ascending order. Release numerics have the best first, as the published code does: attention rounds
+        in that order. ``complete`` is the number of entries that each query may choose from.
         """
         keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
         q = self.numerics.linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
         q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 
-        if taps.uses("scores"):
+        if taps.uses("scores") or taps.uses("chosen"):
             # The scores of all chunks are in memory at once only where they are recorded.
-            chosen = self._choose_all(taps("scores", self._score_all(keys, q, weights)), complete)
-        else:
-            chosen = self._score_and_choose(keys, q, weights, complete)
-        return taps("chosen", chosen), compressed
+            scores = taps("scores", self._score_all(keys, q, weights))
+            chosen = taps("chosen", self._choose_all(scores, complete))
+            return self._order_all(scores, chosen) if self.numerics.release else chosen, compressed
+        return taps("chosen", self._score_and_choose(keys, q, weights, complete)), compressed
 
     @shard_map()
     def _score_all(
@@ -84,6 +85,10 @@ class Indexer(nnx.Module):
         return map_query_chunks(lambda _, *chunk: self._choose(*chunk), self.longest_chunk, scores, complete)
 
     @shard_map()
+    def _order_all(self, scores: Float[Array, "B S T"], chosen: Int[Array, "B S k"]) -> Int[Array, "B S k"]:
+        return map_query_chunks(lambda _, *chunk: best_first(*chunk), self.longest_chunk, scores, chosen)
+
+    @shard_map()
     def _score_and_choose(
         self,
         keys: Float[Array, "B T C"],
@@ -92,7 +97,9 @@ class Indexer(nnx.Module):
         complete: Int[Array, "B S"],
     ) -> Int[Array, "B S k"]:
         def chunk(_: Array, q: Array, weights: Array, complete: Array) -> Array:
-            return self._choose(self._summed_scores(keys, q, weights), complete)
+            scores = self._summed_scores(keys, q, weights)
+            chosen = self._choose(scores, complete)
+            return best_first(scores, chosen) if self.numerics.release else chosen
 
         return map_query_chunks(chunk, self.longest_chunk, q, weights, complete)
 
@@ -135,6 +142,13 @@ def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: 
     # Invisible entries sort behind all others, under a number that no entry has.
     chosen = jnp.sort(jnp.where(jnp.isneginf(best), entries, chosen), axis=-1, stable=False)
     return jnp.where(chosen == entries, -1, chosen).astype(jnp.int32)
+
+
+def best_first(scores: Float[Array, "B S T"], chosen: Int[Array, "B S k"]) -> Int[Array, "B S k"]:
+    """Chosen entries in the order of falling scores, with -1 for none at the end."""
+    own = jnp.take_along_axis(scores, jnp.maximum(chosen, 0), axis=-1)
+    order = jnp.argsort(jnp.where(chosen < 0, jnp.inf, -own), axis=-1)
+    return jnp.take_along_axis(chosen, order, axis=-1)
 
 
 def entry_mask(complete: Int[Array, "B S"], entries: int) -> Bool[Array, "B S T"]:

@@ -5,6 +5,8 @@ Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` voca
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -90,12 +92,15 @@ class Model(nnx.Module):
 
         Args:
             token_ids: the next ``S`` tokens of each prompt.
-            cache: the tokens before (:meth:`Cache.empty`); the caller watches its capacity.
+            cache: the tokens before (:meth:`Cache.empty`). The logits of tokens that do not fit are NaN.
             count: how many of the ``S`` are tokens; the others are padding, whose logits mean nothing. None for all.
                 A prompt may get none.
             keep: how many of the ``count`` the cache remembers; the next call continues after these. None for all.
             last_only: only the logits of each prompt's last token, ``Y = 1``.
             taps: records activations.
+
+        Raises:
+            UsageError: tokens do not fit, and the call is not inside ``jax.jit`` (:meth:`Cache.refuse_overflow`).
         """
         taps = taps or Taps()
         count = jnp.full(token_ids.shape[0], token_ids.shape[1], jnp.int32) if count is None else count
@@ -114,12 +119,16 @@ class Model(nnx.Module):
         taps: Taps,
     ) -> tuple[Float[Array, "B S N D"], Cache]:
         """:meth:`extend` without the head: the streams that leave the last layer."""
+        cache.refuse_overflow(count)
         keep = count if keep is None else keep
         positions = (cache.first + cache.tokens)[:, None] + jnp.arange(token_ids.shape[1])
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.dtype, taps)
         past = Past(cache.layers, cache.tokens, count, keep)
         streams, layers = through(self.layers, streams, token_ids, positions, taps, past)
-        return streams, Cache(layers, cache.tokens + keep, cache.first)
+        token = jnp.arange(token_ids.shape[1])
+        overflow = (cache.tokens[:, None] + token >= cache.capacity) & (token < count[:, None])
+        streams = jnp.where(overflow[..., None, None], jnp.nan, streams)
+        return streams, dataclasses.replace(cache, layers=layers, tokens=cache.tokens + keep)
 
     def draft(
         self,

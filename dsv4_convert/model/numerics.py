@@ -8,8 +8,12 @@ and its inference code quantises, or simulates quantisation:
 * keys and compressed entries: FP8 in groups of 64, the rotated channels excepted;
 * queries and entries of the indexer: a Hadamard rotation, then FP4 in groups of 32;
 * compressors and router compute in float32; query heads are normalised, and the indexer scores, in bfloat16;
-* attention divides by the sum of probabilities after the sum over values; an expert's weight is multiplied in before
-  its last matrix, and the outputs are added in float32.
+* attention takes keys in blocks of 64, rounds probabilities relative to the largest score so far, and divides by their
+  sum after the sum over values;
+* an expert's weight is multiplied in before its last matrix, and the outputs are added in float32.
+
+On several GPUs that code also rounds each rank's part of ``wo_b``'s product and of the indexer's scores to bfloat16
+before their sum. That is not modelled: results do not depend on a mesh.
 
 Every scale is a power of two, found from the bits of a float32, so all of it is exact and equal on every platform.
 Source: published inference code, ``kernel.py`` and ``model.py`` of its current revision.

@@ -9,7 +9,7 @@ to dsv4, and Orbax's ``commit_success.txt``, which does so to Orbax, come last::
     gs://bucket/model.dsv4-partial/journal*   what is finished, a new object every few seconds
 
 A kill costs what was written since the last journal object. The lock is an object that the bucket makes only where none
-is (a precondition on its generation), so of two runs one gets it. That of a process that was killed stays: another run
+is (a precondition on its generation), so one of two runs gets it. A killed process leaves its lock: another run
 says whose it is. What is not known from here: how real buckets answer under load; tests use a file system in memory.
 """
 

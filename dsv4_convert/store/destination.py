@@ -1,4 +1,4 @@
-"""What a checkpoint is written to: the interface of a folder (:mod:`.folder`) and of a bucket (:mod:`.bucket`)."""
+"""The destination of a checkpoint: the interface of a folder (:mod:`.folder`) and of a bucket (:mod:`.bucket`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ChunkWriter(Protocol):
 
 
 class Destination(Protocol):
-    """What a checkpoint is written to, and the work that is done beside it."""
+    """The place that a checkpoint is written to, and the work that is done beside it."""
 
     @property
     def target(self) -> AnyPath:

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from dsv4_convert.errors import BadInput, Dsv4Error
-from dsv4_convert.files.strict_json import read_object
+from dsv4_convert.files.strict_json import enumerated, read_object
+from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import SCHEMA_VERSION, TapInMode
@@ -60,7 +61,7 @@ def changes(before: Path, after: Path) -> list[Change]:
     floor.
 
     Raises:
-        BadInput: a file is not such a report.
+        BadInput: a file is not such a report, or is that of a run which compared nothing.
     """
     old, new = _read(before), _read(after)
     found = [
@@ -117,13 +118,22 @@ def _read(path: Path) -> dict[tuple[TapKey, Mode], Measured]:
             f"and taps), found schema_version {document.get('schema_version')!r}; run that comparison again"
         )
     try:
-        return {(TapKey.parse(entry["name"]), Mode(entry["mode"])): _measured(entry) for entry in document["taps"]}
+        taps = dict(map(_tap, document["taps"]))
     except (KeyError, TypeError, ValueError, AttributeError, Dsv4Error) as error:
-        raise BadInput(f"{path}: an entry of taps is damaged ({error!r}); run that comparison again") from error
+        raise BadInput(f"{path}: an entry of taps is damaged ({error}); run that comparison again") from error
+    # Earlier versions listed what the golden gives a layer.
+    computed = {(key, mode): measured for (key, mode), measured in taps.items() if not is_fed(key, mode)}
+    if all(measured.verdict is Verdict.EMPTY for measured in computed.values()):
+        raise BadInput(f"{path}: a run that compared nothing; run that comparison again, with taps that have elements")
+    return computed
+
+
+def _tap(entry: Mapping[str, Any]) -> tuple[tuple[TapKey, Mode], Measured]:
+    return (TapKey.parse(entry["name"]), enumerated(entry["mode"], Mode, field="mode")), _measured(entry)
 
 
 def _measured(entry: Mapping[str, Any]) -> Measured:
     distance = entry["distance"]
     multiples = [] if distance is None else [float(value) for value in distance["noise"].values()]
     largest = max((math.inf if math.isnan(value) else value for value in multiples), default=None)
-    return Measured(Verdict(entry["verdict"]), largest)
+    return Measured(enumerated(entry["verdict"], Verdict, field="verdict"), largest)

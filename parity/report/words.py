@@ -114,7 +114,9 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """The weights if they are others; the localization of an operation, that of the first diverging layer first."""
+    """What the golden says of itself, the weights if they are others; then the localization that found an operation, that
+    of the first diverging layer first."""
+    yield from _other_revision(report)
     if report.other_weights:
         yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
@@ -239,6 +241,12 @@ def layers_named(layers: Iterable[int]) -> str:
     """``layer 3``, ``layers 2-5``, ``layers 3, 5, … 41``."""
     numbers = sorted(layers)
     return f"layer{'' if len(numbers) == 1 else 's'} {few_ranges(numbers)}"
+
+
+def _other_revision(report: ParityReport) -> Iterator[str]:
+    """The reason that the golden itself gives for a difference."""
+    if known := report.golden.get("reference", {}).get("versions", {}).get("revision"):
+        yield f"The golden is of code that computes otherwise: {known}. That may explain all that follows."
 
 
 def _steps(report: ParityReport) -> str:
@@ -510,6 +518,8 @@ def next_steps(report: ParityReport) -> list[str]:
 def _after_failure(report: ParityReport) -> Iterator[str]:
     first = report.first_diverging
     assert first is not None
+    for _ in _other_revision(report):
+        yield "Record the golden again with the `inference` folder of the newest revision, and compare with that."
     if len(report.other_weights or ()) > _NAMED:
         yield _SAME_WEIGHTS
     yield from _at_highest_precision(report)

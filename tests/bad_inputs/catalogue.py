@@ -126,6 +126,8 @@ IDS: dict[str, str] = {
     "N08": "the token, which goes nowhere else",
     "N09": "a disk that is too small, known before the start",
     "N10": "hostile names in the listing of a repository",
+    "N11": "a Hub that answers otherwise than the Hub",
+    "N12": "answers without an end, in bytes or in time",
     "P01": "a golden of another model",
     "P02": "a golden with a hole",
     "P03": "NaN, which equals nothing",
@@ -182,6 +184,8 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
         "tests/model/test_structure.py::test_recording_changes_no_bit_and_records_every_tap",
         "a property of the model",
     ),
+    Elsewhere("N11", "tests/checkpoint/test_hub_answers.py::test_an_odd_answer_is_one_error", "all shapes"),
+    Elsewhere("N12", "tests/files/test_remote.py::test_bytes_and_time_are_bounded", "a golden behind a URL"),
     Elsewhere("P12", "tests/parity/test_faults.py::test_a_planted_fault_is_named", "a catalogue of its own"),
 )
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from dsv4_convert.files import remote
 from tests.checkpoint.hub_server import LoopbackHub, serving
+from tests.files.odd_answers import UNBOUNDED, Answer, saying
 
 from .case import SHARD, SHARDS, TOKEN, Case, Place, Step, Words, accepted, invoke, refused
 from .checks import equals_healthy
@@ -203,6 +205,26 @@ def _everything_said(place: Place) -> None:
     assert TOKEN not in done.stdout + done.stderr
     assert {request.token for request in place.hub.requests} == {TOKEN, None}
 
+
+@contextmanager
+def _hasty(place: Place) -> Iterator[None]:
+    """A second where a request may take half a minute."""
+    with _impatient(place), patch.object(remote, "GRACE_SECONDS", 1.0), patch.object(remote, "WAITS", ()):
+        yield
+
+
+_PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
+_ODD: dict[str, tuple[str, Answer]] = {
+    "a login page, whatever is asked": ("/", saying(_PAGE)),
+    "a login page for the listing": ("/tree/", saying(_PAGE)),
+    "no commit": ("/revision/", saying({"id": REPO})),
+    "a list where an object is expected": ("/revision/", saying(["sha"])),
+    "an object where a list is expected": ("/tree/", saying({"files": []})),
+    "entries that are strings": ("/tree/", saying(["config.json"])),
+    "a file without a size": ("/tree/", saying([{"type": "file", "path": "config.json", "oid": "a" * 40}])),
+    "a page that is on another server": ("/tree/", saying([], Link='<http://localhost:9/next>; rel="next"')),
+    "pages without an end": ("/tree/", saying([], Link=f'</api/models/{REPO}/tree/{FIRST}>; rel="next"')),
+}
 
 _HOSTILE = {
     "the folder above": "../evil.safetensors",
@@ -554,5 +576,37 @@ NETWORK: tuple[Case, ...] = (
         )
         for what, name in _HOSTILE.items()
         if name not in ("NUL.safetensors",) and len(name) < 200
+    ),
+    *(
+        refused(
+            "N11",
+            what,
+            "http://127.0.0.1:",
+            "does not answer like the Hub: the ",
+            "expected",
+            "check HF_ENDPOINT",
+            edit=_served(lambda hub, odd=odd: hub.odd.update(dict([odd]))),
+            by=_ALL,
+        )
+        for what, odd in _ODD.items()
+    ),
+    *(
+        refused(
+            "N12",
+            f"{part}: {what}",
+            "127.0.0.1" if what == "one byte at a time" else REPO,
+            code=code[part == "config.json"],
+            edit=_served(lambda hub, part=part, answer=UNBOUNDED[what][0]: hub.odd.update({part: answer})),
+            during=_hasty,
+            by=(DOWNLOAD, FROM_HUB),
+        )
+        for what, code in {
+            "endless": (3, 3),
+            "2^60 bytes": (3, 3),
+            "a gzip bomb": (4, 4),
+            "one byte at a time": (4, 4),
+            "silence": (4, 4),
+        }.items()
+        for part in ("/tree/", "config.json")
     ),
 )

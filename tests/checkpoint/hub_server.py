@@ -180,7 +180,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 return self._api(repo_id, what, revision or "main", url.query, token)
             if match := re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path):
                 return self._resolve(match[1], match[2], match[3], token)
-            if match := re.fullmatch(r"/cdn/(.+)/([^/]+)/([^/]+)", path):
+            if match := re.fullmatch(r"/cdn/(.+?)/([0-9a-f]{40})/(.+)", path):
                 return self._content(hub.commits[match[1]][match[2]][match[3]])
             return self._send(404, {})
 

@@ -1,14 +1,12 @@
-"""What the Hub says oddly is one error that names who answered, and no other server gets the access token."""
+"""An odd answer of the Hub is one error that names who answered, and no other server gets the access token."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
 import tracemalloc
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from dsv4_convert.cli import app
 from dsv4_convert.errors import BadInput, Dsv4Error
 from dsv4_convert.files import remote
 
-from ..files.odd_answers import UNBOUNDED, begin
+from ..files.odd_answers import UNBOUNDED, saying
 from .hub_server import LoopbackHub
 from .safetensors_files import raw_file, u8_header
 
@@ -42,17 +40,6 @@ FILES = {
 def served(hub: LoopbackHub) -> LoopbackHub:
     hub.add(REPO, COMMIT, FILES)
     return hub
-
-
-def saying(body: object, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    """An answer: JSON, or bytes as they are."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        begin(handler, {"Content-Length": str(len(content)), **headers})
-        handler.wfile.write(content)
-
-    return answer
 
 
 def listing(change: Callable[[list[Any]], object] = lambda entries: None) -> list[Any]:

@@ -13,7 +13,7 @@ from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden" / "data" / "tiny"
-PARITY = ("parity", "{hf}", "--golden", str(GOLDEN))
+PARITY = ("parity", "--source", "{hf}", "--golden", str(GOLDEN))
 GENERATE = ("generate", "{hf}", "--tokens", "1,2")
 
 

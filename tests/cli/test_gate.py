@@ -133,7 +133,7 @@ def test_the_action_calls_the_command_as_it_is(tmp_path: Path, inputs: dict[str,
     assert parameters["golden"] == "hf://datasets/x/y"
     assert parameters["github"] is True
     for name in ("checkpoint", "source", "baseline"):
-        assert parameters[name] == (Path(inputs[name]) if name in inputs else None)
+        assert (None if parameters[name] is None else str(parameters[name])) == inputs.get(name)
     assert parameters["mode"] == ("both" if inputs.get("arguments") else None)
     assert parameters["quiet"] is ("--quiet" in inputs["arguments"])
     upload = steps[-1]

@@ -1,4 +1,4 @@
-"""What a URL holds beside its place, a user, a password or a signature, is sent to its server and shown nowhere."""
+"""The user, the password and the signature of a URL are sent to its server, and shown nowhere."""
 
 from __future__ import annotations
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import time
+import json
+import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 
+#: For pauses that last, whatever a test makes of time.sleep.
+_NEVER = threading.Event()
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -16,6 +19,17 @@ def begin(handler: BaseHTTPRequestHandler, headers: dict[str, str], status: int 
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.flush()
+
+
+def saying(body: object, **headers: str) -> Answer:
+    """JSON, or bytes as they are."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        begin(handler, {"Content-Length": str(len(content)), **headers})
+        handler.wfile.write(content)
+
+    return answer
 
 
 def endless(handler: BaseHTTPRequestHandler) -> None:
@@ -54,7 +68,7 @@ def trickle(handler: BaseHTTPRequestHandler) -> None:
     while True:
         handler.wfile.write(b" ")
         handler.wfile.flush()
-        time.sleep(0.05)
+        _NEVER.wait(0.05)
 
 
 def trickling_headers(handler: BaseHTTPRequestHandler) -> None:
@@ -63,13 +77,13 @@ def trickling_headers(handler: BaseHTTPRequestHandler) -> None:
     while True:
         handler.wfile.write(b"x")
         handler.wfile.flush()
-        time.sleep(0.05)
+        _NEVER.wait(0.05)
 
 
 def silence(handler: BaseHTTPRequestHandler) -> None:
     """Headers, then nothing."""
     begin(handler, {"Content-Length": "100"})
-    time.sleep(30)
+    _NEVER.wait(30)
 
 
 def another_range(handler: BaseHTTPRequestHandler) -> None:
@@ -79,7 +93,7 @@ def another_range(handler: BaseHTTPRequestHandler) -> None:
 
 
 def chunked(handler: BaseHTTPRequestHandler) -> None:
-    """Of unknown size, in chunks, whatever range was asked for."""
+    """Chunks of unknown size, whatever range was asked for."""
     begin(handler, {"Transfer-Encoding": "chunked"})
     handler.wfile.write(b"4\r\nxxxx\r\n0\r\n\r\n")
 

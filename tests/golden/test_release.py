@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
@@ -25,6 +26,7 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.words import summarized
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.taps import TapKey, tap_named
 from dsv4_convert.weights.published import PublishedWeights
@@ -33,6 +35,7 @@ from ..model.test_numerics import RELEASE
 from ..parity.faults.fault import uncompiled
 
 CODE = Path(__file__).parent / "release_code"
+CODE_0731 = Path(__file__).parent / "release_code_0731"
 #: Window-only, CSA and HCA layers, hash-routed and not. YaRN, the clamp and the choice of entries all matter.
 RAW = RELEASE | {"index_n_heads": 8, "num_attention_heads": 4, "compress_ratios": [0, 4, 128, 4, 0]}
 TOKENS = np.random.default_rng(1).integers(0, RAW["vocab_size"], (1, 140))
@@ -59,10 +62,30 @@ def test_the_golden_is_what_the_whole_model_computes(folder: Path, golden: Golde
     """Streamed and watched, against the code's own ``Transformer`` with all of its weights, which nobody watches."""
     code = release_code.load(CODE)
     assert golden.numerics == "release"
-    assert golden.manifest.request.reference.versions["model.py"] == f"sha256:{code.sha256}"
+    assert golden.manifest.request.reference.versions["model.py"] == f"sha256:{code.files['model.py']}"
+    # The head evaluates the last token; every entry of the last block is there at token 139.
+    np.testing.assert_array_equal(_last_logits(code, folder, TOKENS), golden.read("logits")[:, -1])
+
+
+def test_code_in_the_shape_of_0731(folder: Path, golden: Golden, tmp_path: Path) -> None:
+    """Its head only multiplies, and blocks collapse the streams: the golden is bit-equal to that of the other shape."""
+    recorded = [
+        record(
+            folder / "fp4", tmp_path / code.name, RecordingOptions(tokens=TOKENS[:, :20], noise=[], release_code=code)
+        )
+        for code in (CODE, CODE_0731)
+    ]
+    assert recorded[0].manifest.taps == recorded[1].manifest.taps
+    logits = recorded[1].read("logits")[:, -1]
+    np.testing.assert_array_equal(_last_logits(release_code.load(CODE_0731), folder, TOKENS[:, :20]), logits)
+
+
+def _last_logits(code: release_code.Code, folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """The logits after the last token by the code's whole model, float32 ``[B, V]``."""
     stored = PublishedWeights.open(folder / "fp4")._checkpoint
+    config = PublishedWeights.open(folder / "fp4").config
     with code.active():
-        args = code.begin(golden.config, batch=1, tokens=140, expert_dtype="fp4", float_scales=False)
+        args = code.begin(config, batch=1, tokens=tokens.shape[1], expert_dtype="fp4", float_scales=False)
         model = code.module.Transformer(args)
         for name, parameter in model.named_parameters():
             array = stored.read(name)
@@ -79,9 +102,8 @@ def test_the_golden_is_what_the_whole_model_computes(folder: Path, golden: Golde
         for part in model.modules():
             if isinstance(part, code.module.Linear) and part.scale is not None:
                 part.weight.scale = part.scale
-        # The head evaluates the last token; every entry of the last block is there at token 139.
-        logits = model(torch.from_numpy(TOKENS)).float().numpy()
-    np.testing.assert_array_equal(logits, golden.read("logits")[:, -1])
+        found = model(torch.from_numpy(tokens))
+    return (found[1] if isinstance(found, tuple) else found).float().numpy()
 
 
 def test_parity_in_both_modes(golden: Golden, weights: PublishedWeights) -> None:
@@ -138,7 +160,7 @@ FAULTS: dict[str, tuple[int, str, Any, str, Callable[..., Any]]] = {
     "query norm in float32": (CSA, "attn.q", Numerics, "query", lambda self, q, eps: numerics.unit_rms(q, eps)),
     "indexer scores in float32": (CSA, "attn.indexer.scores", indexer.Indexer, "_rounded_scores", _scores_in_float32),
     "probabilities divided before they are rounded": (
-        HCA, "attn.context", attention, "attend_as_released", attention.attend),
+        HCA, "attn.context", attention, "attend_as_released", lambda *given: attention.attend(*given[:4])),
     "routing weight after the expert": (HCA, "ffn.experts", experts, "weighted", _not_weighted_before),
     "scales that are no powers of two": (CSA, "attn.wq_a", numerics, "_power_of_two", lambda x: x),
 }  # fmt: skip
@@ -209,6 +231,61 @@ def test_code_that_computes_otherwise_is_an_error_not_a_golden(folder: Path, tmp
     with pytest.raises(Exception, match="not computed"):
         record(folder / "fp4", tmp_path / "golden", RecordingOptions(tokens=TOKENS, release_code=tmp_path))
     assert not (tmp_path / "golden").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "message"),
+    [
+        ("def hc_head(", "def collapse_streams(", r"its output head: .*has no attribute 'hc_head'"),
+        ("def get_logits(", "def get_last_logits(", r"its output head: "),
+        ("pre = torch.sigmoid(", "pre = 1 - torch.sigmoid(-", None),
+        ("def hc_post(", "def hc_after(", r"has no Block\.hc_post"),
+    ],
+)
+def test_an_unknown_head_or_block_is_refused_before_the_first_layer(
+    folder: Path, tmp_path: Path, golden: Golden, wanted: str, given: str, message: str | None
+) -> None:
+    text = (CODE / "model.py").read_text()
+    assert wanted in text
+    (tmp_path / "model.py").write_text(text.replace(wanted, given))
+    steps: list[str] = []
+
+    def step(done: int, total: int, what: str) -> None:
+        steps.append(what)
+
+    options = RecordingOptions(tokens=TOKENS[:, :3], noise=[], release_code=tmp_path)
+    if message is None:  # the same in other words
+        record(folder / "fp4", tmp_path / "golden", options, progress=step)
+        assert "head" in steps
+        return
+    with pytest.raises(Dsv4Error, match=message):
+        record(folder / "fp4", tmp_path / "golden", options, progress=step)
+    assert steps == []
+    assert not (tmp_path / "golden").exists()
+
+
+def test_the_first_revision_is_known_by_its_hashes_and_its_failures_say_so(
+    folder: Path, tmp_path: Path, weights: PublishedWeights, golden: Golden
+) -> None:
+    """The first model.py does not clamp the shared expert: parity gives that reason before it looks for others."""
+    text = (CODE / "model.py").read_text()
+    (tmp_path / "model.py").write_text(text.replace("swiglu_limit=limit)\n\n    def forward", ")\n\n    def forward"))
+    (tmp_path / "kernel.py").write_text("never imported")
+    assert (tmp_path / "model.py").read_text() != text
+    named = {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(): name for name in ("model.py", "kernel.py")}
+    published = dict(zip(named, release_code._REVISIONS.values(), strict=True))
+    options = RecordingOptions(tokens=TOKENS[:, :20], layers=[0], noise=["bfloat16"], release_code=tmp_path)
+    with patch.object(release_code, "_REVISIONS", published):
+        first = record(folder / "fp4", tmp_path / "golden", options)
+    versions = first.manifest.request.reference.versions
+    assert {versions["model.py"], versions["kernel.py"]} == {f"sha256:{sha256}" for sha256 in named}
+    assert "leaves keys and compressed entries unrounded" in versions["kernel revision"]
+    report = ParityRun(weights, first, ParityOptions(layers=[0])).run()
+    assert not report.passed
+    cause = dict(summarized(report).lines)["Cause"]
+    assert cause.startswith("The golden is of code that computes otherwise: model.py is the first, of 2026-04-24")
+    assert cause.index("does not clamp the shared expert") < cause.index("shared_experts.w1")
+    assert "inference` folder" in dict(summarized(report).lines)["Next"]
 
 
 def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: Golden) -> None:

@@ -22,6 +22,7 @@ from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.parity.run import ParityOptions, run_parity
+from tests.checkpoint.hub_server import LoopbackHub
 from tests.memory_bucket import MemoryBucket
 
 COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny"
@@ -117,6 +118,26 @@ def test_every_array_is_the_same_from_a_server_and_a_bucket(server: Server, buck
         for name in local.names:
             np.testing.assert_array_equal(remote.read(name), local.read(name))
         assert remote.verify() == []
+
+
+def test_a_golden_in_a_repository(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.required_token = "hf_secret"
+    hub.add("org/goldens", "1" * 40, {f"tiny/{file.name}": file.read_bytes() for file in COMMITTED.iterdir()})
+    local = open_golden(COMMITTED)
+    for url in ("hf://org/goldens/tiny", "hf://models/org/goldens@main/tiny", f"hf://org/goldens@{'1' * 40}/tiny/"):
+        remote_golden = open_golden(url)
+        np.testing.assert_array_equal(remote_golden.read("layers.1.attn.q"), local.read("layers.1.attn.q"))
+    assert {(request.path.startswith("/cdn/"), request.token) for request in hub.requests} == {
+        (False, "hf_secret"),
+        (True, None),
+    }
+    with pytest.raises(BadInput, match=r"hf://org/goldens/none: no manifest\.json"):
+        open_golden("hf://org/goldens/none")
+    with pytest.raises(BadInput, match="org/nothing: no such repository"):
+        open_golden("hf://org/nothing/tiny")
+    with pytest.raises(UsageError, match="expected hf://ORG/NAME"):
+        open_golden("hf://nothing")
 
 
 def test_only_what_is_read_is_fetched(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from unittest.mock import patch
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Cache, Model, Taps
+from dsv4_convert.model import Cache, Model, Taps, attention
+from dsv4_convert.model.attention import gathers
 from dsv4_convert.spec.config import AttentionKind, Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -178,3 +184,48 @@ def test_what_is_not_kept_leaves_no_trace(small: Small, steps: list[tuple[int, i
     part, cache, _ = small.extend(fed, cache, rest)
     for row, (first, last) in enumerate(zip(start, start + rest, strict=True)):
         np.testing.assert_allclose(part[row, : rest[row]], logits[row, first:last], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["at once", "compiled"])
+def test_tokens_beyond_the_capacity_are_an_error_or_nan(small: Small, compiled: bool) -> None:
+    """Prompt 1 is full after its 6 tokens of the second call; without a check, it loses its last blocks."""
+    logits, _ = small.whole(small.tokens)
+    cache = Cache.empty(small.config, 2, 24)
+    _, cache, _ = small.extend(small.tokens[:, :15], cache, np.array([6, 15], np.int32))
+    cache.refuse_overflow()
+    tokens = np.stack([small.tokens[0, 6:15], small.tokens[1, 15:24]])
+    _, cache, _ = small.extend(tokens, cache)
+    cache.refuse_overflow()
+    message = "holds 24 tokens of each prompt, and prompt 1 has 27: the logits of the last 3 are NaN; .*capacity=27"
+    tokens = np.stack([small.tokens[0, 15:24], small.tokens[1, 24:33]])
+    count = np.array([9, 3], np.int32)
+    if not compiled:
+        with pytest.raises(UsageError, match=message):
+            small._extend(jnp.asarray(tokens), cache, jnp.asarray(count))
+        return
+    found, cache, _ = small.extend(tokens, cache, count)
+    np.testing.assert_allclose(found[0], logits[0, 15:24], atol=1e-5, rtol=1e-5)
+    assert np.isnan(found[1, :3]).all()
+    with pytest.raises(UsageError, match=message):
+        cache.refuse_overflow()
+
+
+def test_a_token_that_just_fits_is_right(small: Small) -> None:
+    """The capacity of 22 is no multiple of a block: its last tokens need no entry of their own."""
+    logits, _ = small.whole(small.tokens)
+    found, cache, _ = small.extend(small.tokens[:, :25], Cache.empty(small.config, 2, 22))
+    np.testing.assert_allclose(found[:, :22], logits[:, :22], atol=1e-5, rtol=1e-5)
+    assert np.isnan(found[:, 22:]).all()
+    with pytest.raises(UsageError, match="of the last 3 are NaN"):
+        cache.refuse_overflow()
+
+
+def test_gathered_entries_give_the_model_of_the_mask(small: Small) -> None:
+    """Queries of this model choose 5 of up to 37 entries, so all tests here gather; the mask gives the same."""
+    assert gathers(TOKENS // small.config.csa_ratio, small.config.index_topk)
+    _, gathered = small.whole(small.tokens)
+    with patch.object(attention, "GATHER_FROM", math.inf):
+        _, masked = jax.jit(lambda tokens: small._whole(tokens))(small.tokens)  # traced again
+    for name, value in masked.items():
+        np.testing.assert_allclose(gathered[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+    assert (np.asarray(gathered["layers.1.attn.context"]) != masked["layers.1.attn.context"]).any(), "another program"

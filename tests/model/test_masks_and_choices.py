@@ -72,5 +72,5 @@ def test_overlapping_rows_are_the_previous_blocks_first_and_the_own_second_half(
 def test_the_sink_takes_its_share_and_gives_nothing() -> None:
     # One query, two equal keys, one of them unseen: softmax over {score 0, sink ln 3} is 1/4 and 3/4.
     q, kv = jnp.zeros((1, 1, 1, 2)), jnp.array([[[4.0, 8.0], [100.0, 100.0]]])
-    context = attend(q, kv, jnp.array([[[True, False]]]), jnp.log(jnp.array([3.0])))
+    context = attend(q, (kv,), jnp.array([[[True, False]]]), jnp.log(jnp.array([3.0])))
     np.testing.assert_allclose(context[0, 0, 0], [1.0, 2.0], rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.references.release import kernels
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Numerics, numerics
-from dsv4_convert.model.attention import attend_as_released
+from dsv4_convert.model import Numerics, attention, numerics
+from dsv4_convert.model.attention import Earlier, Entries, _context, attend_as_released
 from dsv4_convert.spec.config import Config
 
 RELEASE = tiny_config(
@@ -209,7 +210,51 @@ def test_no_rounding_is_left_out_when_compiled() -> None:
     q, kv = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in ((1, 64, 64, 512), (1, 64, 512)))
     sink = rng.normal(size=64).astype(np.float32)
     seen = np.tril(np.ones((1, 64, 64), bool))
-    found = jax.jit(attend_as_released)(*map(jnp.asarray, (q, kv, seen, sink)))
+    block = np.zeros(seen.shape, np.int32)
+    found = jax.jit(attend_as_released)(jnp.asarray(q), (jnp.asarray(kv),), *map(jnp.asarray, (seen, sink, block)))
     index = np.where(seen, np.arange(64), -1).astype(np.int32)
     expected = kernels.sparse_attn(_torch(q), _torch(kv), torch.from_numpy(sink), torch.from_numpy(index), 512**-0.5)
     assert (_float32(found) != _float32(expected)).mean() < 1e-2
+
+
+@pytest.mark.parametrize(("window", "chosen"), [(128, 20), (48, 30), (100, None)], ids=["CSA", "short window", "HCA"])
+@pytest.mark.parametrize("before", [0, 150], ids=["prompt", "one token"])
+def test_attention_rounds_where_the_published_kernel_does(window: int, chosen: int | None, before: int) -> None:
+    """The kernel gets lists of keys as the published code makes them: the window from its first token on, then entries.
+
+    It rounds relative to the largest score so far, after every 64 keys; a choice comes in the order of its scores.
+    """
+    rng = np.random.default_rng(7)
+    tokens, heads, width, entries, prompts = 180, 16, 64, 45, 2
+    total = before + 1 if before else tokens
+    query = np.arange(before, total)
+    q = (2 * rng.normal(size=(prompts, len(query), heads, width))).astype(ml_dtypes.bfloat16)
+    kv, values = (rng.normal(size=(prompts, count, width)).astype(ml_dtypes.bfloat16) for count in (total, entries))
+    sink = rng.normal(size=heads).astype(np.float32)
+    complete = np.broadcast_to((query + 1) // 4, (prompts, len(query))).astype(np.int32)
+    seen = [rng.permutation(count)[:chosen] if chosen else np.arange(count) for count in complete.reshape(-1)]
+    listed = np.stack([np.pad(own, (0, entries - len(own)), constant_values=-1) for own in seen])
+    listed = listed.reshape(*complete.shape, entries)[..., : chosen or entries].astype(np.int32)
+
+    places = window if before else min(total, window)
+    near = np.maximum(query - window + 1, 0)[:, None] + np.arange(places)
+    near = np.broadcast_to(np.where(near > query[:, None], -1, near), (prompts, len(query), places))
+    index = np.concatenate([near, np.where(listed < 0, -1, listed + total)], axis=-1).astype(np.int32)
+    kernel = (_torch(q), _torch(np.concatenate([kv, values], axis=1)), torch.from_numpy(sink), torch.from_numpy(index))
+    expected = _float32(kernels.sparse_attn(*kernel, width**-0.5))
+
+    past = Entries(*map(jnp.asarray, (values, complete)), jnp.asarray(listed) if chosen else None, jnp.full(2, places))
+    earlier = None
+    if before:
+        held = np.pad(kv[:, :-1], ((0, 0), (window, 0), (0, 0)))[:, -(window - 1) :]
+        earlier = Earlier(jnp.asarray(held), jnp.full(prompts, before))
+
+    def run(*given: jax.Array) -> np.ndarray:
+        new = jnp.asarray(kv[:, before:])
+        context = _context(given[0], new, earlier, past, given[1], window=window, numerics=Numerics(True, True))
+        return _float32(context)
+
+    assert (run(jnp.asarray(q), jnp.asarray(sink)) != expected).mean() < 2e-3
+    with patch.object(attention, "KERNEL_KEYS", 1000):  # one peak for all keys
+        apart = (run(jnp.asarray(q), jnp.asarray(sink)) != expected).mean()
+    assert apart > 0.02

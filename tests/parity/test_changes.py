@@ -14,7 +14,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.changes import Became, changes
 from dsv4_convert.parity.report.data import TapResult
 
-from .synthetic import choice, real, report
+from .synthetic import choice, empty, real, report
 
 
 def _written(folder: Path, name: str, *taps: TapResult) -> Path:
@@ -69,6 +69,32 @@ def test_the_command_fails_for_what_fails_now(tmp_path: Path) -> None:
     back = CliRunner().invoke(app, ["report", str(bad), str(good), "--json", "-"])
     assert back.exit_code == 0
     assert json.loads(back.stdout)["counts"]["passes now"] == 1
+
+
+@pytest.mark.parametrize(
+    "taps", [(), (empty("layers.0.attn.compressor.norm"),), (real("layers.0.input", 0.0, 0.0, 0.0),)]
+)
+def test_a_run_that_compared_nothing_is_no_run(tmp_path: Path, taps: tuple[TapResult, ...]) -> None:
+    good, nothing = _written(tmp_path, "good.json", _tap("attn.q", 1.0)), _written(tmp_path, "nothing.json", *taps)
+    for pair in ((good, nothing), (nothing, good), (nothing, nothing)):
+        with pytest.raises(BadInput, match=r"nothing\.json: a run that compared nothing"):
+            changes(*pair)
+
+
+@pytest.mark.parametrize(
+    ("field", "found", "says"),
+    [
+        ("mode", "Isolated", r"mode is 'Isolated', expected one of isolated, cumulative"),
+        ("verdict", "passed", r"verdict is 'passed', expected one of pass, fail, tie, empty"),
+    ],
+)
+def test_words_are_read_strictly(tmp_path: Path, field: str, found: str, says: str) -> None:
+    path = _written(tmp_path, "a.json", _tap("attn.q", 1.0))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["taps"][0][field] = found
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BadInput, match=says):
+        changes(path, path)
 
 
 @pytest.mark.parametrize("damage", [{"schema_version": 1}, {"taps": {}}, {"taps": [{"name": "x"}]}, {"taps": [7]}])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.golden.recorder import RecordingOptions, record
@@ -40,11 +40,16 @@ def test_far_positions_agree_and_near_ones_would_not(source: Path, tmp_path: Pat
     report = ParityRun(weights, golden, ParityOptions(modes=MODES)).run()
     assert report.passed, [result for result in report.taps if result.verdict is Verdict.FAIL]
 
+    run = ParityRun(weights, golden, ParityOptions(modes=MODES[:1], layers=[1]))
+    run._forward._positions -= 16
+    failed = [result.name for result in run.run().taps if result.verdict is Verdict.FAIL]
+    assert failed[0] == "layers.1.attn.q_rope"
+
+    # A manifest with other positions does not fit the recorded arrays.
     request = dataclasses.replace(golden.manifest.request, first_position=first - 16)
     golden.manifest = dataclasses.replace(golden.manifest, request=request)
-    report = ParityRun(weights, golden, ParityOptions(modes=MODES[:1], layers=[1])).run()
-    failed = [result.name for result in report.taps if result.verdict is Verdict.FAIL]
-    assert failed[0] == "layers.1.attn.q_rope"
+    with pytest.raises(BadInput, match="not those that were recorded of this prompt"):
+        ParityRun(weights, golden, ParityOptions(modes=MODES[:1], layers=[1])).run()
 
 
 def test_positions_beyond_the_models_limit_are_refused(source: Path, tmp_path: Path) -> None:

@@ -16,38 +16,45 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.golden.references.release import kernels
 from dsv4_convert.spec.config import Config
 
-_MODEL = "model.py"
+_MODEL, _KERNEL = "model.py", "kernel.py"
 #: GPU functions that the code imports; it gets the CPU stand-ins of :mod:`kernels` instead.
 _KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
 _HADAMARD = ("hadamard_transform",)
-#: SHA-256 of a published ``model.py`` that computes otherwise than today's -> what to know of it.
+#: SHA-256 of a published file that computes otherwise than today's -> the entry of the manifest, and the difference.
+#: Parity gives a "revision" as the reason of a failure. The stand-ins of kernels are never those of the folder.
 _REVISIONS = {
     "6380e70f3690227155ae17fa40b99c8e6900623d00925fd8a8ccc9588e02e818": (
-        "the first, of 2026-04-24: it does not clamp the shared expert, which later ones, and dsv4, do"
+        "revision",
+        "model.py is the first, of 2026-04-24: it does not clamp the shared expert, which later ones, and dsv4, do",
+    ),
+    "c4dc859a2208f9182ae00f6267cf8655deba51dcd92dfd14d0e65401658593e4": (
+        "kernel revision",
+        "kernel.py is the first, of 2026-04-24: on a GPU it leaves keys and compressed entries unrounded, which later "
+        "ones, and dsv4, round to FP8; this golden has them rounded",
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """The published model code. ``sha256`` is that of its file."""
+    """The published model code. ``files``: SHA-256 by name of the files that the folder has."""
 
     module: ModuleType
     path: Path
-    sha256: str
+    files: Mapping[str, str]
 
     @property
     def versions(self) -> dict[str, str]:
         """The code's identity in a manifest."""
-        known = _REVISIONS.get(self.sha256)
-        return {"model.py": f"sha256:{self.sha256}"} | ({"revision": known} if known else {})
+        known = dict(_REVISIONS[sha256] for sha256 in self.files.values() if sha256 in _REVISIONS)
+        return {name: f"sha256:{sha256}" for name, sha256 in self.files.items()} | known
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -119,6 +126,23 @@ class Code:
         self.module.Transformer(dataclasses.replace(args, n_layers=0, n_mtp_layers=0))
         return args
 
+    def collapse(self, args: Any) -> Callable[..., Tensor]:
+        """``(streams, fn, scale, base)`` to one stream: a method of the head, and since V4-Flash-0731 of a block."""
+        module = self.module
+        if hasattr(module.ParallelHead, "hc_head"):
+            method: Callable[..., Tensor] = module.ParallelHead(1, args.dim, args.norm_eps, args.hc_eps).hc_head
+        else:
+            method = module.Block(0, args).hc_head
+        return method
+
+    def logits(self, normed: Tensor, weight: Tensor) -> Tensor:
+        """Logits ``[B, S, words]`` of some rows of the output matrix. The code evaluates the last position it gets."""
+        head = self.module.ParallelHead(*weight.shape)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        # Since V4-Flash-0731 the head's forward is that method.
+        of_last = head.get_logits if hasattr(head, "get_logits") else head
+        return torch.stack([of_last(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)
+
 
 def load(folder: Path) -> Code:
     """Import ``model.py`` of a folder, or of its ``inference`` folder.
@@ -142,10 +166,20 @@ def load(folder: Path) -> Code:
             spec.loader.exec_module(module)
         except Exception as error:
             raise BadInput(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
-    parts = ("ModelArgs", "Transformer", "Block", "ParallelHead", "RMSNorm", "apply_rotary_emb", *_KERNELS)
-    if missing := [name for name in parts if not hasattr(module, name)]:
+    parts = (
+        "ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
+        "apply_rotary_emb", *_KERNELS,
+    )  # fmt: skip
+    if missing := [name for name in parts if not _has(module, name)]:
         raise BadInput(f"{path}: has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
-    return Code(module, path, hashlib.sha256(path.read_bytes()).hexdigest())
+    files = [path, *(other for other in (path.with_name(_KERNEL),) if other.is_file())]
+    return Code(module, path, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+
+
+def _has(owner: object, path: str) -> bool:
+    """Whether ``owner`` has an attribute, or an attribute of one (``Block.hc_pre``)."""
+    first, _, rest = path.partition(".")
+    return hasattr(owner, first) and (not rest or _has(getattr(owner, first), rest))
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class ReleasedModel:
                 expert_dtype="fp4" if all(stored[name].dtype == "I8" for name in names) else None,
                 float_scales=any(stored[name].dtype == "F32" for name in scales),
             )
+            self._try_head()
 
     def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
@@ -137,21 +138,51 @@ class ReleasedModel:
     def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
         with self._code.active():
-            head, norm, collapse = self._head()
-
-            def watching(visit: Any, choices: Mapping[str, Array] | None) -> Any:
-                return watching_head(visit)
-
-            def forward(visit: Any, streams: Tensor) -> Tensor:
-                collapsed = head.hc_head(streams, *collapse)
-                visit("hc_head", collapsed)
-                normed = norm(collapsed)
-                visit("norm", normed)
-                visit("logits", self._logits(normed))
-                return streams
-
-            _, taken = self._run(forward, watching, state, expected, of_visits=True)
+            norm = self._norm()
+            self._fill(norm, "norm.")
+            names = ("hc_head_fn", "hc_head_scale", "hc_head_base")
+            mixing = [self._floats(name, torch.float32) for name in names]
+            forward = partial(self._to_logits, norm, mixing, self._logits)
+            _, taken = self._run(forward, _watching_head, state, expected, of_visits=True)
             return taken
+
+    def _to_logits(
+        self,
+        norm: nn.Module,
+        mixing: Sequence[Tensor],
+        logits: Callable[[Tensor], Tensor],
+        visit: Callable[[str, Tensor], None],
+        streams: Tensor,
+    ) -> Tensor:
+        """Everything after the last layer, step by step. ``mixing``: the parameters of the collapse."""
+        collapsed = self._code.collapse(self._args)(streams, *mixing)
+        visit("hc_head", collapsed)
+        normed = norm(collapsed)
+        visit("norm", normed)
+        visit("logits", logits(normed))
+        return streams
+
+    def _try_head(self) -> None:
+        """Run the head on one token of zeros, so that code with another one is refused before a layer runs.
+
+        Raises:
+            Dsv4Error: the code's head is not one of those that the recorder knows.
+        """
+        streams, width = self._config.hc_mult, self._config.hidden_size
+        mixing = [torch.zeros(*shape, dtype=torch.float32) for shape in ((streams, streams * width), (1,), (streams,))]
+        shapes = {"hc_head.pre": streams, "hc_head": width, "norm": width, "logits": 1}
+        expected = {name: (_FLOAT32, (1, 1, size)) for name, size in shapes.items()}
+        word = torch.zeros(1, width, dtype=torch.float32)
+        forward = partial(self._to_logits, self._norm(), mixing, partial(self._code.logits, weight=word))
+        try:
+            entering = torch.zeros(1, 1, streams, width)
+            _observed(self._code, forward, _watching_head, expected, entering, of_visits=True)
+        except (AttributeError, TypeError) as error:
+            raise complaint(self._code, f"its output head: {error}") from error
+
+    def _norm(self) -> nn.Module:
+        norm: nn.Module = self._code.module.RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
+        return norm
 
     def _run(
         self,
@@ -184,26 +215,12 @@ class ReleasedModel:
         self._fill(block, prefix, besides=block.ffn.experts)
         return block
 
-    def _head(self) -> tuple[Any, nn.Module, list[Tensor]]:
-        """The code's head without its matrix, the final norm, and the parameters of the collapse."""
-        config, module = self._config, self._code.module
-        head = module.ParallelHead(1, config.hidden_size, config.rms_norm_eps, config.hc_eps)
-        norm = module.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._fill(norm, "norm.")
-        names = ("hc_head_fn", "hc_head_scale", "hc_head_base")
-        return head, norm, [self._floats(name, torch.float32) for name in names]
-
     def _logits(self, normed: Tensor) -> Tensor:
         """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
-        words, parts = self._config.vocab_size, []
-        for start in range(0, words, _HEAD_ROWS):
-            rows = slice(start, min(start + _HEAD_ROWS, words))
-            head = self._code.module.ParallelHead(rows.stop - rows.start, self._config.hidden_size)
-            head.weight = nn.Parameter(self._floats("head.weight", torch.float32, rows=rows), requires_grad=False)
-            # The code evaluates the last of the positions that it gets.
-            positions = range(normed.shape[1])
-            parts.append(torch.stack([head.get_logits(normed[:, at : at + 1]) for at in positions], dim=1))
-        return torch.cat(parts, dim=-1)
+        words = self._config.vocab_size
+        parts = (slice(start, min(start + _HEAD_ROWS, words)) for start in range(0, words, _HEAD_ROWS))
+        weights = (self._floats("head.weight", torch.float32, rows=rows) for rows in parts)
+        return torch.cat([self._code.logits(normed, weight) for weight in weights], dim=-1)
 
     def _stream(self, expert: nn.Module, prefix: str) -> None:
         """Give an expert its weights when it is called, and take them away when it is done."""
@@ -275,6 +292,11 @@ class ReleasedModel:
         value = torch.from_numpy(np.array(read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows)))
         self._checkpoint.release(name)
         return value.to(dtype)
+
+
+def _watching_head(visit: Any, choices: Mapping[str, Array] | None) -> Any:
+    """The head makes no choices."""
+    return watching_head(visit)
 
 
 def _observed(

@@ -211,12 +211,13 @@ class Compressor(nn.Module):
         _prompt_only(start_pos)
         ratio, rd = self.compress_ratio, self.rope_head_dim
         entries = x.size(1) // ratio
-        if entries == 0:
-            return None
         used = entries * ratio
         wide = x.float()
-        values = self.wkv(wide)[:, :used].unflatten(1, (entries, ratio))
-        gates = self.wgate(wide)[:, :used].unflatten(1, (entries, ratio)) + self.ape
+        values, gates = self.wkv(wide), self.wgate(wide)
+        if entries == 0:
+            return None
+        values = values[:, :used].unflatten(1, (entries, ratio))
+        gates = gates[:, :used].unflatten(1, (entries, ratio)) + self.ape
         if self.overlap:
             values = self._with_block_before(values, 0.0)
             gates = self._with_block_before(gates, -math.inf)
@@ -257,13 +258,13 @@ class Indexer(nn.Module):
         self.compressor.kv_cache = self.kv_cache
         self.compressor.freqs_cis = self.freqs_cis
         keys = self.compressor(x, start_pos)
-        if keys is None:
-            return torch.empty(batch, seqlen, 0, dtype=torch.int64, device=x.device)
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))
         apply_rotary_emb(q[..., -self.rope_head_dim :], self.freqs_cis[:seqlen])
         q = rotate_activation(q)
         fp4_act_quant(q, FP4_GROUP, True)
         weights = self.weights_proj(x) * self.scale
+        if keys is None:
+            return torch.empty(batch, seqlen, 0, dtype=torch.int64, device=x.device)
 
         scores = torch.einsum("bshd,btd->bsht", q, keys).relu()
         scores = (scores * weights.unsqueeze(-1)).sum(dim=2)

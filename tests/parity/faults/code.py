@@ -28,7 +28,7 @@ _CONFIG = Config.from_hf(MAIN)
 _MAIN_TABLE = frequencies(_CONFIG, AttentionKind.SLIDING)
 _SCALED_TABLE = frequencies(_CONFIG, AttentionKind.CSA)
 
-_attend, _choose = attention.attend, indexer.choose
+_attend, _choose, _chosen_rows = attention.attend, indexer.choose, attention.chosen_rows
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix
 _swiglu = experts.swiglu
 
@@ -118,12 +118,19 @@ def _scaled_scores(factor: float) -> Callable[..., Any]:
 
 def _sink_with_value(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
     """The sink as the probability of the first key."""
-    scores = _einsum_f32("bshc,bxc->bhsx", q, kv) * q.shape[-1] ** -0.5
+    kv = _of_each_query(q, kv)
+    scores = _einsum_f32("bshc,bsxc->bhsx", q, kv) * q.shape[-1] ** -0.5
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     sinks = jnp.broadcast_to(sink[None, :, None, None], (*scores.shape[:3], 1))
     shares = jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)
     shares = shares[..., :-1].at[..., 0].add(shares[..., -1])
-    return _einsum_f32("bhsx,bxc->bshc", shares, kv)
+    return _einsum_f32("bhsx,bsxc->bshc", shares, kv)
+
+
+def _of_each_query(q: Any, kv: Any) -> Any:
+    """The keys of every query, those of all queries repeated."""
+    own = [part if part.ndim == 4 else jnp.broadcast_to(part[:, None], (*q.shape[:2], *part.shape[1:])) for part in kv]
+    return jnp.concatenate(own, axis=2)
 
 
 def _coarse_shares(q: Any, kv: Any, seen: Any, sink: Any) -> Any:
@@ -386,6 +393,12 @@ def _code(name: str, layer: int | None, tap: str, owner: Any, attribute: str, re
     return Fault(name=name, layer=layer, tap=tap, code={(owner, attribute): replacement})
 
 
+def _masked(name: str, layer: int, replacement: Any) -> Fault:
+    """A fault of the mask that stands where entries are too few to be gathered."""
+    code = {(attention, "gathers"): lambda entries, chosen: False, (attention, "chosen_mask"): replacement}
+    return Fault(name=name, layer=layer, tap=_CONTEXT, code=code)
+
+
 def _rope(name: str, layer: int, tap: str, replacement: Any) -> Fault:
     return _code(name, layer, tap, attention, "rotate", replacement)
 
@@ -441,10 +454,21 @@ CODE: tuple[Fault, ...] = (
     _code("causal threshold of CSA entries one token late", LEARNED_CSA, _CHOSEN, attention, "complete_blocks",
           _blocks(-1)),
     _code("block bias ignored: every query sees every entry", HCA, _CONTEXT, attention, "complete_blocks", _all_blocks),
-    _code("chosen entries shared across queries (transformers 45758)", CSA, _CONTEXT, attention, "chosen_mask",
-          _shared_choice),
-    _code("choice ignored: all entries seen", LEARNED_CSA, _CONTEXT, attention, "chosen_mask", _everything_chosen),
-    _code("compressed entries never seen", CSA, _CONTEXT, attention, "chosen_mask", _nothing_chosen),
+    _masked("chosen entries shared across queries (transformers 45758)", CSA, _shared_choice),
+    _masked("choice ignored: all entries seen", LEARNED_CSA, _everything_chosen),
+    _masked("compressed entries never seen", CSA, _nothing_chosen),
+    _code("each gathered entry is the one after", CSA, _CONTEXT, attention, "chosen_rows",
+          lambda values, chosen: _chosen_rows(values, chosen + 1)),
+    _code("gathered entries of the first query for all of a chunk", LEARNED_CSA, _CONTEXT, attention, "chosen_rows",
+          lambda values, chosen: _chosen_rows(values, jnp.broadcast_to(chosen[:, :1], chosen.shape))),
+    _code("gathered entries in another order than their mask", CSA, _CONTEXT, attention, "chosen_rows",
+          lambda values, chosen: _chosen_rows(values, chosen)[:, :, ::-1]),
+    _code("an absent choice gathers an entry that is seen", LEARNED_CSA, _CONTEXT, attention, "chosen_seen",
+          lambda chosen: jnp.ones(chosen.shape, bool)),
+    _code("the last chosen entry is not gathered", CSA, _CONTEXT, attention, "chosen_seen",
+          lambda chosen: (chosen >= 0).at[:, :, -1].set(False)),
+    _code("gathered entries are zeros", LEARNED_CSA, _CONTEXT, attention, "chosen_rows",
+          lambda values, chosen: jnp.zeros((*chosen.shape, values.shape[2]), values.dtype)),
     _code("weightless norm of the queries missing", CSA, "attn.q", numerics, "unit_rms", lambda x, eps: x),
     _code("weightless norm over all heads at once", SLIDING, "attn.q", numerics, "unit_rms",
           lambda x, eps: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-1, -2), keepdims=True) + eps)),
