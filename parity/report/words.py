@@ -114,8 +114,10 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
-    """What the golden says of itself, the weights if they are others; then the localization that found an operation, that
-    of the first diverging layer first."""
+    """The golden's revision and the weights, where they are others; then the localization that found an operation.
+
+    The localization of the first diverging layer comes first.
+    """
     yield from _other_revision(report)
     if report.other_weights:
         yield _whose(report)
