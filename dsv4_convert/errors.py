@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dsv4_convert.text import for_terminal
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.text import for_terminal
+from dsv4_convert.show.urls import without_secrets
 
 _LONGEST_LINE = 2000
 

@@ -35,9 +35,9 @@ from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
 from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode, noise_name, row_sizes
 from dsv4_convert.golden.rounding import excessive_noise, malformed_noise, unit_of
+from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.units import number_of
 
 Array = np.ndarray[Any, Any]
 

@@ -206,7 +206,7 @@ def as_text(report: ParityReport, *, width: int = 100) -> str:
     """The verdict, then the tables of what does not pass: plain text."""
     from dsv4_convert.parity.report.tables import labelled, render_tables
     from dsv4_convert.parity.report.words import summarized
-    from dsv4_convert.screen import Screen
+    from dsv4_convert.show.screen import Screen
 
     out = StringIO()
     console = Screen(file=out, width=width, no_color=True, force_terminal=False, legacy_windows=False)

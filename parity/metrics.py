@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.units import number_of
+from dsv4_convert.show.units import number_of
 
 Array = np.ndarray[Any, Any]
 

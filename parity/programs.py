@@ -19,9 +19,9 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.model.experts import ExpertPath, expert_path
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.report.data import ProgramFacts
+from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
-from dsv4_convert.units import size
 from dsv4_convert.weights.parameters import FLOAT32, Parameters
 from dsv4_convert.weights.restore import available_bytes, layers_bytes
 

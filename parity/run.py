@@ -37,11 +37,11 @@ from dsv4_convert.parity.programs import ModelOptions, Program, planned, streame
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.parity.unchecked import Unchecked, unchecked
+from dsv4_convert.show.units import ranges
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
 from dsv4_convert.store import ALONE, Processes
-from dsv4_convert.units import ranges
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.published import PublishedWeights

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models
 
 import dsv4_convert.parity.report.html
 from dsv4_convert.errors import BadInput
-from dsv4_convert.screen import Screen
-from dsv4_convert.text import (
+from dsv4_convert.show.screen import Screen
+from dsv4_convert.show.text import (
     for_html,
     for_json,
     for_markdown,

@@ -28,6 +28,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "model": "Flax NNX, one block a file",
     },
     {"formats": "FP8, FP4, scales", "files": "workspace, atomic write, JSON", "spec": "config, names, taps, coverage"},
+    {"show": "text escaped for where it goes, URLs without secrets, units, tables: every room uses it"},
 )
 
 #: What happens to a thing, in order, and where.

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from dsv4_convert.aot.report import CompileReport, Memory
 from dsv4_convert.model.mesh import describe_mesh
-from dsv4_convert.tables import fitted
+from dsv4_convert.show.tables import fitted
 
 _GIB = 2**30
 

@@ -30,7 +30,7 @@ from dsv4_convert.checkpoint.hub_health import endpoint
 from dsv4_convert.errors import BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.files.remote import misconfigured
 from dsv4_convert.files.strict_json import shown
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.urls import without_secrets
 
 
 class _WithoutSecrets(logging.Filter):

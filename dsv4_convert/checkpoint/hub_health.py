@@ -8,7 +8,7 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from dsv4_convert.files.remote import misconfigured
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.urls import without_secrets
 
 
 def cache_folder() -> Path:

@@ -21,8 +21,8 @@ from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.cli.ending import ending, wrote
 from dsv4_convert.cli.interrupt import INTERRUPTED, announce
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
-from dsv4_convert.text import for_json, for_terminal
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.text import for_json, for_terminal
+from dsv4_convert.show.urls import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,7 @@ def console(*, err: bool = False) -> Console:
     """The console for results, or for stderr: as wide as the window, styled unless plain text is wanted."""
     from rich.console import ConsoleDimensions
 
-    from dsv4_convert.screen import Screen
+    from dsv4_convert.show.screen import Screen
 
     colors: Literal["auto", "standard"] = "standard" if os.environ.get("DSV4_COLOR") == "always" else "auto"
     screen = Screen(stderr=err, color_system=None if plain() else colors)

@@ -30,7 +30,7 @@ from dsv4_convert.cli.common import (
 )
 from dsv4_convert.cli.progress import conversion_progress
 from dsv4_convert.cli.status import status
-from dsv4_convert.units import duration, size
+from dsv4_convert.show.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ import typer
 
 from dsv4_convert.cli.common import LAYERS_HELP, Json, echo, parse_layers, resumable, write_json
 from dsv4_convert.cli.status import byte_progress, status
-from dsv4_convert.units import size
+from dsv4_convert.show.units import size
 
 if TYPE_CHECKING:
     from dsv4_convert.checkpoint.hub_progress import Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from dsv4_convert.errors import CheckFailed
-from dsv4_convert.units import duration
+from dsv4_convert.show.units import duration
 
 #: The files that the command has written, by what they are.
 _WROTE: ContextVar[list[tuple[str, str]]] = ContextVar("wrote")

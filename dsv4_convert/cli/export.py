@@ -10,7 +10,7 @@ import typer
 
 from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, echo, resumable, write_json
 from dsv4_convert.cli.status import byte_progress
-from dsv4_convert.units import size
+from dsv4_convert.show.units import size
 
 
 @resumable

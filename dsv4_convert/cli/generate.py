@@ -12,7 +12,7 @@ import typer
 from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, Platform, echo, one_of, parse_choice, reported, write_json
 from dsv4_convert.cli.status import note_compilations, status
 from dsv4_convert.cli.stream import Stream
-from dsv4_convert.text import for_terminal
+from dsv4_convert.show.text import for_terminal
 
 
 @reported

@@ -24,7 +24,7 @@ from dsv4_convert.cli.common import (
     write_json,
 )
 from dsv4_convert.cli.status import byte_progress, note_fetched, status
-from dsv4_convert.units import number_of, ranges, size
+from dsv4_convert.show.units import number_of, ranges, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -235,8 +235,8 @@ def show(
 
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer, then the table of taps."""
+    from dsv4_convert.show.tables import fitted
     from dsv4_convert.spec.config import AttentionKind
-    from dsv4_convert.tables import fitted
 
     request = opened.manifest.request
     reference, source = request.reference, request.source

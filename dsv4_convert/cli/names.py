@@ -83,7 +83,7 @@ def _row(rule: Rule) -> dict[str, object]:
 def _print_table(names_table: ModuleType) -> None:
     from rich.table import Table
 
-    from dsv4_convert.tables import fitted
+    from dsv4_convert.show.tables import fitted
 
     screen = console()
     model = [rule for rule in names_table.RULES if not rule.per_layer]

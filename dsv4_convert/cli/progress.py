@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsv4_convert.cli.common import console, plain
 from dsv4_convert.cli.status import status
-from dsv4_convert.units import duration, size
+from dsv4_convert.show.units import duration, size
 
 if TYPE_CHECKING:
     from dsv4_convert.convert import Advance

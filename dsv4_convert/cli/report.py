@@ -10,7 +10,7 @@ import typer
 
 from dsv4_convert.cli.common import Json, console, reported, write_json
 from dsv4_convert.errors import CheckFailed
-from dsv4_convert.units import number_of
+from dsv4_convert.show.units import number_of
 
 
 @reported

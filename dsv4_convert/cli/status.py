@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dsv4_convert.cli.common import console, echo, plain
-from dsv4_convert.units import clock, size
+from dsv4_convert.show.units import clock, size
 
 if TYPE_CHECKING:
     from rich.console import Console

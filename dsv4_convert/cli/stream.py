@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from dsv4_convert.text import for_terminal
+from dsv4_convert.show.text import for_terminal
 
 #: What a tokenizer decodes the beginning of a character to.
 _INCOMPLETE = "\ufffd"

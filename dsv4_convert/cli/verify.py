@@ -8,8 +8,8 @@ import typer
 
 from dsv4_convert.cli.common import CHECKPOINT_HELP, SOURCES, Json, echo, reported, write_json
 from dsv4_convert.cli.status import byte_progress
-from dsv4_convert.units import number_of, size
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.units import number_of, size
+from dsv4_convert.show.urls import without_secrets
 
 
 @reported

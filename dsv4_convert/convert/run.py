@@ -19,12 +19,12 @@ from dsv4_convert.convert.plan import MAX_MEMORY, Plan, plan
 from dsv4_convert.convert.shards import ShardUse, Task, as_arriving, in_order
 from dsv4_convert.convert.sources import SOURCES_FILE, Shard
 from dsv4_convert.folders import PathLike
+from dsv4_convert.show.text import for_terminal
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import TABLE_VERSION
 from dsv4_convert.store import CheckpointWriter, Chunk, Compression, Processes, WriteSummary
 from dsv4_convert.store.orbax_processes import current_processes
 from dsv4_convert.store.threads import in_threads
-from dsv4_convert.text import for_terminal
 
 #: Small files of the source that are copied unchanged if they exist.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

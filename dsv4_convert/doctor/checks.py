@@ -17,7 +17,7 @@ from pathlib import Path
 from dsv4_convert.cache import cache_folder
 from dsv4_convert.doctor.finding import Diagnosis, Finding, State
 from dsv4_convert.files.limits import free_bytes, nearest_folder
-from dsv4_convert.units import size
+from dsv4_convert.show.units import size
 
 #: Seconds that the Hub, and that JAX's search for devices, may take.
 _HUB_SECONDS, _JAX_SECONDS = 5.0, 120.0

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv4_convert.doctor.finding import Diagnosis, State
-from dsv4_convert.tables import fitted
+from dsv4_convert.show.tables import fitted
 
 _STYLES = {State.OK: "green", State.WARN: "yellow", State.MISSING: "red"}
 

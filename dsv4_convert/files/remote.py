@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from dsv4_convert.errors import BUGS, BadInput, Dsv4Error, ResourceError, UsageError
 from dsv4_convert.files.strict_json import MAX_JSON_BYTES
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.urls import without_secrets
 
 T = TypeVar("T")
 #: Called with the bytes of a request that have just come.

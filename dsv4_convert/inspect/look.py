@@ -17,11 +17,11 @@ from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted
 from dsv4_convert.inspect.published import inspect_folder, inspect_opened
 from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.layout import MANIFEST_FILE
-from dsv4_convert.urls import without_secrets
 
 #: Called with a message about the current step.
 Say = Callable[[str], None]

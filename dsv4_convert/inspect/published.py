@@ -13,11 +13,11 @@ from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.inspect.parts import count_published
 from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, compare
 from dsv4_convert.spec.names import detect_dialect, layer_of
 from dsv4_convert.spec.unsupported import of_family, refuse_unsupported
-from dsv4_convert.units import ranges, size
 
 
 def inspect_folder(path: Path, *, place: str, known_by: str) -> Inspection:

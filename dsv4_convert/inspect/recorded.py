@@ -14,7 +14,7 @@ from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Refer
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.units import ranges
+from dsv4_convert.show.units import ranges
 
 
 def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:

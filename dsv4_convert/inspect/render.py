@@ -12,9 +12,9 @@ from rich.text import Text
 from dsv4_convert.inspect.parts import PartRow, Totals
 from dsv4_convert.inspect.report import Inspection
 from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.show.tables import fitted
+from dsv4_convert.show.units import count, size
 from dsv4_convert.spec.config import Config
-from dsv4_convert.tables import fitted
-from dsv4_convert.units import count, size
 
 _MARGIN = 11
 #: Findings that are shown; ``--json`` has all of them.

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import enumerated, parse_object
 from dsv4_convert.folders import CONFIG_FILE, PathLike
-from dsv4_convert.units import number_of
+from dsv4_convert.show.units import number_of
 
 _V = TypeVar("_V")
 

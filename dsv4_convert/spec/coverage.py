@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from dsv4_convert.errors import BadInput, listed
+from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import (
     DSPARK,
@@ -27,7 +28,6 @@ from dsv4_convert.spec.names import (
     stage_of,
 )
 from dsv4_convert.spec.unsupported import refuse_unsupported
-from dsv4_convert.units import number_of
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
 _PLAIN_DTYPES = frozenset({"BF16", "F32"})

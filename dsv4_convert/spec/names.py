@@ -26,8 +26,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.show.units import ranges
 from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.units import ranges
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
 TABLE_VERSION = 1

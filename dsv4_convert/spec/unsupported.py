@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.units import number_of
+from dsv4_convert.show.units import number_of
 
 _ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
 

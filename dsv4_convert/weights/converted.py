@@ -12,12 +12,12 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
+from dsv4_convert.show.units import ranges
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.units import ranges
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
 
 _GROUPED = names.Transform.GROUPED

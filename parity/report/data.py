@@ -24,8 +24,8 @@ from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.systematic import Systematic
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.parity.unchecked import Unchecked
+from dsv4_convert.show.urls import all_without_secrets
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.urls import all_without_secrets
 
 SCHEMA_VERSION = 3
 #: The correlation of errors with a trend from which the trend is said to be the error.

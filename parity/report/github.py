@@ -12,7 +12,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, grown_numbers, summarized, why
-from dsv4_convert.text import for_markdown, for_markdown_code, workflow_command
+from dsv4_convert.show.text import for_markdown, for_markdown_code, workflow_command
 
 #: GitHub shows ten errors of a step; the first is the verdict.
 _ANNOTATIONS = 9

@@ -17,7 +17,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
 from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
 from dsv4_convert.parity.unchecked import unchecked_sentences
-from dsv4_convert.text import for_xml
+from dsv4_convert.show.text import for_xml
 
 
 def junit(report: ParityReport) -> str:

@@ -27,7 +27,7 @@ from dsv4_convert.parity.report.words import (
     summarized,
     why,
 )
-from dsv4_convert.tables import fitted
+from dsv4_convert.show.tables import fitted
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.TIE: "yellow", Verdict.EMPTY: "dim"}
 #: Taps listed per layer, unless all are.

@@ -15,7 +15,7 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, shown
 from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, ProgramFacts, TapResult
 from dsv4_convert.parity.unchecked import closing_step, unchecked_sentences
-from dsv4_convert.units import few_ranges, number_of
+from dsv4_convert.show.units import few_ranges, number_of
 
 #: Makes a token id readable, or says that it cannot.
 Decode = Callable[[int], str]

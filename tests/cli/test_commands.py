@@ -15,7 +15,7 @@ from dsv4_convert.cli import app
 from dsv4_convert.cli.common import parse_layers
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.units import size
+from dsv4_convert.show.units import size
 from golden.archive import open_golden
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"

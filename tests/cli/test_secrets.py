@@ -14,7 +14,7 @@ from dsv4_convert.cli import app
 from dsv4_convert.convert import hf_to_orbax
 from dsv4_convert.files import remote
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.urls import without_secrets
+from dsv4_convert.show.urls import without_secrets
 
 from ..golden.test_remote import COMMITTED, Server
 

@@ -27,9 +27,9 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.tables import Verbosity, render
+from dsv4_convert.show.tables import fitted
+from dsv4_convert.show.units import clock
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.tables import fitted
-from dsv4_convert.units import clock
 
 from .samples import samples
 

@@ -18,7 +18,7 @@ from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.github import commands, summary
 from dsv4_convert.parity.report.junit import junit
 from dsv4_convert.parity.report.words import verdict
-from dsv4_convert.text import workflow_command
+from dsv4_convert.show.text import workflow_command
 
 from .synthetic import choice, empty, real, report
 

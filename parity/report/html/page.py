@@ -36,10 +36,10 @@ from dsv4_convert.parity.report.words import (
     verdict,
     why,
 )
+from dsv4_convert.show.text import for_html, for_json
+from dsv4_convert.show.units import duration, ranges
+from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.text import for_html, for_json
-from dsv4_convert.units import duration, ranges
-from dsv4_convert.urls import without_secrets
 
 #: Errors beyond their record that are listed; all of them are in the page's JSON.
 _MOST = 60

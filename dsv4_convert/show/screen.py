@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from dsv4_convert.text import for_terminal
+from dsv4_convert.show.text import for_terminal
 
 
 class Screen(Console):
