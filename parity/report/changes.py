@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dsv4_convert.errors import BadInput, Dsv4Error
+from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.files.strict_json import enumerated, read_object
 from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import Mode
@@ -62,8 +62,11 @@ def changes(before: Path, after: Path) -> list[Change]:
 
     Raises:
         BadInput: a file is not such a report, or is that of a run which compared nothing.
+        UsageError: the runs are of two goldens, or of two dtypes.
     """
-    old, new = _read(before), _read(after)
+    (of, old), (now, new) = _read(before), _read(after)
+    if of != now:
+        raise UsageError(f"{before} is of {of}, {after} of {now}; only errors of one golden and dtype can be compared")
     found = [
         Change(
             key=key,
@@ -110,7 +113,8 @@ def _kind(before: Measured | None, after: Measured | None) -> Became:
     return Became.BETTER if first > second * STEADY else Became.SAME
 
 
-def _read(path: Path) -> dict[tuple[TapKey, Mode], Measured]:
+def _read(path: Path) -> tuple[str, dict[tuple[TapKey, Mode], Measured]]:
+    """What was compared with what, and each tap."""
     document = read_object(path)
     if document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("taps"), list):
         raise BadInput(
@@ -119,13 +123,14 @@ def _read(path: Path) -> dict[tuple[TapKey, Mode], Measured]:
         )
     try:
         taps = dict(map(_tap, document["taps"]))
+        of = f"golden {document['golden']['digest']} in {document['dtype']}"
     except (KeyError, TypeError, ValueError, AttributeError, Dsv4Error) as error:
-        raise BadInput(f"{path}: an entry of taps is damaged ({error}); run that comparison again") from error
+        raise BadInput(f"{path}: an entry is damaged ({error}); run that comparison again") from error
     # Earlier versions listed what the golden gives a layer.
     computed = {(key, mode): measured for (key, mode), measured in taps.items() if not is_fed(key, mode)}
     if all(measured.verdict is Verdict.EMPTY for measured in computed.values()):
         raise BadInput(f"{path}: a run that compared nothing; run that comparison again, with taps that have elements")
-    return computed
+    return of, computed
 
 
 def _tap(entry: Mapping[str, Any]) -> tuple[tuple[TapKey, Mode], Measured]:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from dsv4_convert.errors import BadInput
+from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.changes import Became, changes
 from dsv4_convert.parity.report.data import TapResult
@@ -56,6 +56,14 @@ def test_taps_of_one_run_alone_are_named_the_worst_first(tmp_path: Path) -> None
         ("attn.wo_b", Became.NEW),
         ("attn.q", Became.SAME),
     ]
+
+
+def test_runs_of_two_dtypes_are_not_compared(tmp_path: Path) -> None:
+    before = _written(tmp_path, "a.json", _tap("attn.q", 1.0))
+    after = tmp_path / "b.json"
+    after.write_text(before.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"in float32, .* in bfloat16"):
+        changes(before, after)
 
 
 def test_the_command_fails_for_what_fails_now(tmp_path: Path) -> None:
