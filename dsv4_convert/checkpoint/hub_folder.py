@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -142,8 +143,12 @@ class HubFolder(HttpFolder):
     def _is_absent(self, response: Any) -> bool:
         return bool(response.headers.get("X-Error-Code") == "EntryNotFound")
 
+    def _passes(self, error: Exception) -> bool:
+        return not isinstance(error, OfflineModeIsEnabled) and super()._passes(error)
+
     def _explained(self, name: str, error: Exception) -> Dsv4Error | None:
-        if isinstance(error, Refused | ConnectionError | TimeoutError):
+        offline = isinstance(error, OfflineModeIsEnabled)  # which is a ConnectionError
+        if isinstance(error, Refused | ConnectionError | TimeoutError) and not offline:
             return super()._explained(name, error)
         if isinstance(error, HttpStatus):
             kind = _BY_CODE.get(error.response.headers.get("X-Error-Code", ""), HfHubHTTPError)

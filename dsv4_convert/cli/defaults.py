@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ def project_defaults() -> Mapping[str, Any]:
         UsageError: a file that is no TOML, or an entry that is no option.
     """
     here = Path.cwd()
-    file = next((folder / _FILE for folder in (here, *here.parents) if (folder / _FILE).is_file()), None)
+    file = next((folder / _FILE for folder in (here, *here.parents) if os.path.isfile(folder / _FILE)), None)
     if file is None:
         return {}
     try:

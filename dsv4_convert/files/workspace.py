@@ -249,7 +249,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         with suppress(OSError, ResourceError), locked(left.with_suffix(".lock"), left):
             shutil.rmtree(left, ignore_errors=True)
     folder = parent / f"{_SCRATCH}{secrets.token_hex(4)}"
-    with locked(folder.with_suffix(".lock"), folder), writing(folder):
+    with locked(folder.with_suffix(".lock"), parent), writing(folder):
         folder.mkdir()
         try:
             yield folder

@@ -67,8 +67,8 @@ class Indexer(nnx.Module):
         q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 
-        if taps.uses("scores") or taps.uses("chosen"):
-            # The scores of all chunks are in memory at once only where they are recorded.
+        if taps.uses("scores") or (self.numerics.release and taps.uses("chosen")):
+            # The scores of all chunks are in memory at once only where they are recorded, or order what is recorded.
             scores = taps("scores", self._score_all(keys, q, weights))
             chosen = taps("chosen", self._choose_all(scores, complete))
             return self._order_all(scores, chosen) if self.numerics.release else chosen, compressed

@@ -247,7 +247,7 @@ def _objections(report: ParityReport) -> Iterator[str]:
 def _objecting(report: ParityReport) -> Iterator[tuple[str, str]]:
     where, causes, evidence = [], [], []
     if report.other_weights:
-        where.append(str(report.checkpoint["path"]))
+        where.append(str(report.checkpoint.get("path", "the checkpoint")))
         causes.append(_whose(report))
         evidence.append(f"Sampled values of {_list(report.other_weights)} differ.")
     if not report.covered and report.uncovered:

@@ -106,7 +106,9 @@ def test_pipes_get_text_alone() -> None:
 @pytest.mark.parametrize("width", [80, 50])
 def test_parity_tables_fit_and_lose_columns_not_letters(width: int) -> None:
     longest = "layers.60.attn.indexer.compressor.entries"
-    (report, *_) = samples(ParityReport, {Detail: None, str: longest, TapKey: TapKey.parse(longest)})
+    (report, *_) = samples(
+        ParityReport, {Detail: None, ParityReport | None: None, str: longest, TapKey: TapKey.parse(longest)}
+    )
     report = dataclasses.replace(report, phase=None, dtype="float32")
     for verbosity in (Verbosity.TABLES, Verbosity.EVERYTHING):
         written = io.StringIO()

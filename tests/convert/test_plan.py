@@ -110,5 +110,5 @@ def test_a_plan_without_measuring_reads_and_writes_nothing(
 
 
 def test_a_destination_that_cannot_be_written_is_refused_by_the_estimate(tiny: Path) -> None:
-    with pytest.raises(ResourceError, match="cannot write"):
+    with pytest.raises(ResourceError, match="/proc: cannot be written"):
         estimate(planned(tiny), opened(tiny), Path("/proc/orbax"), workers=2)

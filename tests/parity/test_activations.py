@@ -248,6 +248,6 @@ def test_what_the_golden_gave_does_not_count_as_compared(archive: Golden, layer:
     """In isolated mode the input is the golden's own: agreement with it says nothing of the implementation."""
     fed = compare_activations({"input": layer["input"]}, archive, layer=3)
     assert not fed.passed
-    assert verdict(fed) == "FAIL: nothing was compared."
+    assert verdict(fed).startswith("FAIL: nothing was compared.")
     assert compare_activations({"input": layer["input"]}, archive, layer=3, mode="cumulative").passed
     assert not compare_activations({"input": layer["input"] + 1, "ffn": layer["ffn"]}, archive, layer=3).passed

@@ -12,6 +12,7 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import summarized, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.show.units import number_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.catalogue import CATALOGUE
@@ -54,8 +55,12 @@ def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> No
     assert failing <= {fault.layer, *fault.also}, "other layers are clean"
     where = "Model level" if fault.layer is None else f"Layer {fault.layer}"
     said = summarized(report)
-    assert said.headline.startswith(f"FAIL: {fault.full_tap} is the first tap that diverges; ")
-    assert [label for label, _ in said.lines] == ["Where", "Cause", "Evidence", "Next"]
+    # Weights that changed are said first, as the golden knows its own.
+    others = f"other weights than the golden's, in {number_of(len(report.other_weights or ()), 'parameter')} ("
+    headline, named = said.headline, f"{fault.full_tap} is the first tap that diverges; "
+    assert headline.startswith(f"FAIL: {others if report.other_weights else named}")
+    assert named in headline
+    assert [label for label, _ in said.lines] == ["Where", "Cause", "Evidence", "Next", "Programs"]
     lines = dict(said.lines)
     assert lines["Where"].startswith(f"{where}, {report.first_diverging.meaning}; ")
     alone = "Fed with the golden's own inputs, it is wrong by itself."

@@ -41,7 +41,7 @@ def test_far_positions_agree_and_near_ones_would_not(source: Path, tmp_path: Pat
     assert report.passed, [result for result in report.taps if result.verdict is Verdict.FAIL]
 
     run = ParityRun(weights, golden, ParityOptions(modes=MODES[:1], layers=[1]))
-    run._forward._positions -= 16
+    run._forward._first_position -= 16
     failed = [result.name for result in run.run().taps if result.verdict is Verdict.FAIL]
     assert failed[0] == "layers.1.attn.q_rope"
 
