@@ -73,5 +73,5 @@ def _token(value: object) -> str | None:
 
 
 def _refuse(message: str) -> None:
-    """What templates call for messages that they do not take."""
+    """The function that templates call for messages that they do not take."""
     raise ValueError(message)

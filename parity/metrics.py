@@ -210,7 +210,7 @@ def _distance(
     )
 
 
-#: Where a measure of an error was taken, in words.
+#: The place where a measure of an error was taken, in words.
 MEASURED = {"tap": "over the whole tap", "row": "in its worst row", "element": "at its worst element"}
 
 

@@ -320,7 +320,7 @@ class ParityRun:
         )
 
     def _unchecked(self, coverage: tuple[LayerCoverage, ...]) -> Unchecked:
-        """What the run says nothing about. If all is required, unused weights are compared with the source."""
+        """The parts of the model that the run does not check. If all is required, unused weights are compared."""
         left = unchecked(
             self._golden,
             self._weights.config,

@@ -1,4 +1,4 @@
-"""What a download from a Hub repository would fetch: which files of which commit, and what is on disk already."""
+"""The plan of a download from a Hub repository: which files of which commit, and what is on disk already."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadPlan:
-    """What a download would fetch.
+    """The plan of a download.
 
     Attributes:
         revision: the commit, 40 hex digits.

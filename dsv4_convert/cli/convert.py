@@ -220,7 +220,7 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
 
 
 def _for_maxtext(planned: Plan, dest: str) -> dict[str, Any] | None:
-    """What a user of MaxText takes from a conversion to its tree."""
+    """Tell a user of MaxText how to load the converted tree."""
     from dsv4_convert.convert import Layout
     from dsv4_convert.spec import maxtext_config
     from dsv4_convert.store import as_path

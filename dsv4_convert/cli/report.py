@@ -15,8 +15,8 @@ from dsv4_convert.show.units import number_of
 
 @reported
 def report(
-    before: Annotated[Path, typer.Argument(help="What `dsv4 parity --json FILE` wrote.")],
-    after: Annotated[Path, typer.Argument(help="What a later run wrote.")],
+    before: Annotated[Path, typer.Argument(help="Report that `dsv4 parity --json FILE` wrote.")],
+    after: Annotated[Path, typer.Argument(help="Report of a later run.")],
     json: Json = None,
 ) -> None:
     """Compare two parity runs tap by tap: what fails now, and what became worse or better.

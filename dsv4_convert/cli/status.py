@@ -108,7 +108,7 @@ def _compilations(shown: Status) -> Iterator[None]:
         _SHOWN.remove(shown)
 
 
-#: Where compilations are noted.
+#: The place where compilations are noted.
 _SHOWN: list[Status] = []
 
 

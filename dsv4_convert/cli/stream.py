@@ -9,7 +9,7 @@ import typer
 
 from dsv4_convert.show.text import for_terminal
 
-#: What a tokenizer decodes the beginning of a character to.
+#: The text that a tokenizer gives for the beginning of a character.
 _INCOMPLETE = "\ufffd"
 
 

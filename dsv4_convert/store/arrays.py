@@ -326,7 +326,7 @@ def _less(bounds: Iterable[tuple[int, int]], region: Region) -> Region:
     return tuple(slice(low - part.start, high - part.start) for (low, high), part in zip(bounds, region, strict=True))
 
 
-#: What every array says of itself in the same words.
+#: The metadata that all arrays share.
 _FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": "."}
 #: Everything that an array says of itself.
 METADATA_KEYS = frozenset((*_FIXED, "compressor", "dtype", "shape", "chunks"))

@@ -26,7 +26,7 @@ _ROUNDING = 1.0
 
 
 class Became(StrEnum):
-    """What became of a tap, the worst first."""
+    """The changes of a tap between two runs, the worst first."""
 
     FAILS_NOW = "fails now"
     GONE = "no longer compared"
@@ -114,7 +114,7 @@ def _kind(before: Measured | None, after: Measured | None) -> Became:
 
 
 def _read(path: Path) -> tuple[str, dict[tuple[TapKey, Mode], Measured]]:
-    """What was compared with what, and each tap."""
+    """The golden and dtype of a report, and its taps."""
     document = read_object(path)
     if document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("taps"), list):
         raise BadInput(

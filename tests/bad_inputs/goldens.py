@@ -36,7 +36,7 @@ def golden_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Pla
 
 
 def _sha256(document: dict[str, Any], array: Array) -> str:
-    """What the manifest says of an array: the digest of its prompt's digest and its bytes."""
+    """The digest of an array in the manifest: of its prompt's digest and its bytes."""
     prompt = {key: document[key] for key in ("tokens", "first_position", "decode")}
     text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(hashlib.sha256(text.encode()).digest() + array.tobytes()).hexdigest()

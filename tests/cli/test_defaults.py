@@ -39,7 +39,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(*arguments: str) -> dict[str, Any]:
-    """What a parity command would run; nothing runs."""
+    """The arguments of the run that a command asks for; nothing runs."""
     seen: dict[str, Any] = {}
 
     def run(checkpoint: object, golden: str, options: Any, **more: Any) -> None:

@@ -98,7 +98,7 @@ def chunked(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"4\r\nxxxx\r\n0\r\n\r\n")
 
 
-#: What a server does -> what is said of it.
+#: The behaviour of a server -> the message about it.
 UNBOUNDED: dict[str, tuple[Answer, str]] = {
     "endless": (endless, r"more than [\d,]+ bytes|bytes came|expected [\d,]+ bytes, found"),
     "2^60 bytes": (of_stated_size(1 << 60), r"more than [\d,]+ bytes|bytes, says|expected [\d,]+ bytes, found"),

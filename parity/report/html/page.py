@@ -241,13 +241,13 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
 
 
 def _side(facts: Mapping[str, Any]) -> str:
-    """What a side of the comparison is called: the end of its path, or of its URL."""
+    """The name of a side of the comparison: the end of its path, or of its URL."""
     path = str(facts.get("path", "not a path"))
     return "/".join(path.rstrip("/").split("/")[-2:])
 
 
 def _title(report: ParityReport) -> str:
-    """What a tab of a browser says: the verdict, the tap, the checkpoint."""
+    """The title of a browser's tab: the verdict, the tap, the checkpoint."""
     first = report.first_diverging
     return " · ".join(
         [
@@ -259,7 +259,7 @@ def _title(report: ParityReport) -> str:
 
 
 def _ids(report: ParityReport, data: PageData) -> dict[tuple[TapKey, Mode], str]:
-    """Of the failing taps that can be opened, what a link to them ends with."""
+    """The anchors of the failing taps that can be opened."""
     return {
         (item.result.key, item.result.mode): item.result.name
         if item.result.mode is report.modes[0]

@@ -39,7 +39,7 @@ class Table:
 
     @property
     def passing(self) -> tuple[bool, ...]:
-        """Of each column, whether no tap fails in it."""
+        """Whether each column has no failing tap."""
         failing = {name for name, _ in self.failing}
         return tuple(name not in failing for name, _ in self.columns)
 
