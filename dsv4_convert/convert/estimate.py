@@ -19,6 +19,7 @@ from dsv4_convert.convert.shards import as_arriving
 from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.files.limits import free_bytes, nearest_folder
+from dsv4_convert.files.workspace import require_writable
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.store import Destination, chunk_digest, open_destination
 
@@ -128,7 +129,9 @@ def estimate(
 
 
 def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:
-    """Refuse what cannot fit. Raises :class:`ResourceError` with the numbers."""
+    """Refuse what cannot be written or cannot fit. Raises :class:`ResourceError` with the numbers."""
+    if "://" not in str(destination) and not os.path.lexists(destination):
+        require_writable(Path(destination))
     needed = costs.needed_disk + (costs.source_disk if costs.rates.shared else 0)
     if costs.free_disk is not None and needed > costs.free_disk:
         both = f", {costs.source_disk:,} of them for the source," if costs.rates.shared and costs.source_disk else ""

@@ -50,7 +50,8 @@ def require_writable(destination: Path) -> None:
     folder = nearest_folder(Path(os.path.abspath(destination)).parent)
     if not folder.is_dir():
         raise _unwritable(destination, f"{folder} is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
         number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
         raise _unwritable(destination, f"{folder}: {os.strerror(number)}")
 

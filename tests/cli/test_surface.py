@@ -162,7 +162,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_convert.serve.speculate import Drafts
 
     drafts = samples(Drafts, {})[0]
-    monkeypatch.setattr(dsv4_convert.golden.recorder, "record", lambda *_, **__: open_golden(GOLDEN))
+    monkeypatch.setattr(dsv4_convert.golden.recorder, "record_opened", lambda *_, **__: open_golden(GOLDEN))
     monkeypatch.setattr(dsv4_convert.weights.restore, "restore_model", lambda *_, **__: None)
     monkeypatch.setattr(
         dsv4_convert.serve.generate,
