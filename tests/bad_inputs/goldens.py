@@ -20,6 +20,15 @@ _LOOKED_AT: tuple[Words, ...] = (("golden", "show"), ("inspect",))
 _VERIFY: Words = ("golden", "verify", "{golden}")
 
 
+def _of_the_reference(field: str, found: object) -> Callable[[dict[str, Any]], None]:
+    """Changes what the manifest says of the reference."""
+
+    def change(document: dict[str, Any]) -> None:
+        document["reference"][field] = found
+
+    return change
+
+
 def golden_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
     """Edits the manifest and states the digest that belongs to it, as a forger would."""
 
@@ -262,9 +271,7 @@ GOLDENS: tuple[Case, ...] = (
             f"{field} that dsv4 does not know: {found}",
             "{golden}/manifest.json: " + says,
             model="tiny",
-            edit=golden_manifest(
-                lambda document, field=field, found=found: document["reference"].update({field: found})
-            ),
+            edit=golden_manifest(_of_the_reference(field, found)),
             by=(("golden", "show", "{golden}"), _VERIFY, ("inspect", "{golden}"), _ON_0),
         )
         for field, found, says in (

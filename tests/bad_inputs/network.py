@@ -36,6 +36,15 @@ _ALL = (DOWNLOAD, TO_FOLDER, FROM_HUB, PLAN_HUB, RECORD_HUB)
 Arrange = Callable[[LoopbackHub], object]
 
 
+def _answering(part: str, answer: Any) -> Arrange:
+    """The Hub answers a question so."""
+
+    def arrange(hub: Any) -> None:
+        hub.odd[part] = answer
+
+    return arrange
+
+
 def _served(*arrange: Arrange, token: bool = True) -> Callable[[Place], None]:
     """The healthy checkpoint as a repository, and what is then done to it; our token is set in the environment."""
 
@@ -585,7 +594,7 @@ NETWORK: tuple[Case, ...] = (
             "does not answer like the Hub: the ",
             "expected",
             "check HF_ENDPOINT",
-            edit=_served(lambda hub, odd=odd: hub.odd.update(dict([odd]))),
+            edit=_served(_answering(*odd)),
             by=_ALL,
         )
         for what, odd in _ODD.items()
@@ -596,7 +605,7 @@ NETWORK: tuple[Case, ...] = (
             f"{part}: {what}",
             "127.0.0.1" if what == "one byte at a time" else REPO,
             code=code[part == "config.json"],
-            edit=_served(lambda hub, part=part, answer=UNBOUNDED[what][0]: hub.odd.update({part: answer})),
+            edit=_served(_answering(part, UNBOUNDED[what][0])),
             during=_hasty,
             by=(DOWNLOAD, FROM_HUB),
         )

@@ -247,7 +247,7 @@ class _FaultyForward(Forward):
         with self._active(None):
             return super().embed()
 
-    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, jax.Array]:
+    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, jax.Array | Array]:
         with self._active(layer):
             return super().layer(layer, entering, overrides)
 

@@ -34,6 +34,8 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
 
+from .fault import names
+
 #: A window-only layer routed by table, then twice a CSA and an HCA layer, which a scanned model loops over.
 CONFIG = tiny_config(num_hidden_layers=5, num_hash_layers=1, compress_ratios=[0, 4, 128, 4, 128, 0])
 SLIDING, CSA, HCA, SECOND_CSA = range(4)
@@ -129,13 +131,13 @@ def _planted(fault: ProgramFault | None) -> Iterator[None]:
 def _edited(fault: ProgramFault) -> Any:
     """The function or property with its edit."""
     original = inspect.getattr_static(fault.owner, fault.function)
-    function = original.fget if isinstance(original, property) else original
+    function: Any = original.fget if isinstance(original, property) else original
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(fault.old) == 1, f"{fault.name}: {fault.old!r} occurs {source.count(fault.old)} times"
     module = sys.modules[inspect.unwrap(function).__module__]
-    names = dict(vars(module))
-    exec(compile(source.replace(fault.old, fault.new), module.__file__ or "", "exec", dont_inherit=True), names)
-    return names[fault.function]
+    scope = dict(vars(module))
+    exec(compile(source.replace(fault.old, fault.new), module.__file__ or "", "exec", dont_inherit=True), scope)
+    return scope[fault.function]
 
 
 def traced_again(program: Any, static: int | tuple[int, ...] = 0) -> Any:
