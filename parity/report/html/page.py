@@ -97,6 +97,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         decode: makes a token id readable.
     """
     data = page_data(report)
+    ids = _ids(report, data)
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -131,12 +132,12 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         noise_floor=noise_floor(report),
         facts=_facts(report),
         drawn=_drawn(data),
-        tables=tables(report, _ids(report, data)),
+        tables=tables(report, ids),
         reasons=[why(item.result, report) for item in data.failing],
         findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
         clean=_clean(report),
         title=_title(report),
-        ids=_ids(report, data),
+        ids=ids,
         numbers=[_numbers(item.result, report) for item in data.failing],
         again=[run.of_tap(item.result) for item in data.failing],
         unopened=report.count(Verdict.FAIL) - len(data.failing),
