@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from dsv4_convert.files import remote
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.show.urls import without_secrets
 
-from ..golden.test_remote import COMMITTED, Server
+from ..golden.test_remote import COMMITTED, Server, serving
 
 SECRETS = ("user7", "pass7", "signature7", "fragment7")
 
@@ -24,12 +22,8 @@ SECRETS = ("user7", "pass7", "signature7", "fragment7")
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "WAITS", ())
-    shutil.copytree(COMMITTED, tmp_path / "served")
-    running = Server(tmp_path / "served")
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving(tmp_path / "served") as running:
+        yield running
 
 
 @pytest.fixture

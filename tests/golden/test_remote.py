@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -84,15 +85,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(remote, "WAITS", (0, 0))
-    shutil.copytree(COMMITTED, tmp_path / "served")
-    running = Server(tmp_path / "served")
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server of the committed golden, which is copied to ``folder``."""
+    shutil.copytree(COMMITTED, folder)
+    running = Server(folder)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
+    with serving(tmp_path / "served") as running:
+        yield running
 
 
 @pytest.fixture
