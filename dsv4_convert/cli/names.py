@@ -35,12 +35,6 @@ def names(
         if json != "-":
             _print_table(table)
         return
-    reason = table.drop_reason(name)
-    if reason is not None:
-        _write([{"name": name, "dropped": reason}], json)
-        if json != "-":
-            echo(f"{name}: left out on purpose: {reason}")
-        return
     found = table.explain(name)
     _write([_explained(item) for item in found], json)
     if json != "-":
@@ -59,8 +53,8 @@ def _print_one(item: Explanation) -> None:
         for number, name in enumerate(names):
             echo(f"  {dialect.value if not number else '':<13} {name}")
     echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
-    where = f", in {rule.when.value} layers" if rule.per_layer else ", in every mtp stage" if rule.per_stage else ""
-    echo(f"  {'kind':<13} {rule.kind.value}{where}")
+    where = "layers" if rule.per_layer else "stages" if rule.per_stage else None
+    echo(f"  {'kind':<13} {rule.kind.value}" + (f", in {rule.when.value} {where}" if where else ""))
 
 
 def _explained(item: Explanation) -> dict[str, object]:
@@ -77,6 +71,7 @@ def _row(rule: Rule) -> dict[str, object]:
         "kind": rule.kind.value,
         "transform": rule.transform.value,
         "layers": rule.when.value if rule.per_layer else None,
+        "stages": rule.when.value if rule.per_stage else None,
     }
 
 
@@ -91,17 +86,15 @@ def _print_table(names_table: ModuleType) -> None:
     tables = (
         ("model level", "", model),
         ("in every layer, below layers.N.", "layers.{}.", layer),
-        ("in every mtp stage, below mtp.N.", "mtp.{}.", names_table.STAGE_RULES),
+        ("in the draft stages, below mtp.N.", "mtp.{}.", names_table.STAGE_RULES),
     )
     for title, prefix, rules in tables:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("published tensor", "shape", "kind", "transform", "layers"):
+        for column in ("published tensor", "shape", "kind", "transform", "only in"):
             table.add_column(column, no_wrap=True)
         for rule in rules:
             name = rule.published.removeprefix(prefix).replace("{}", "E")
-            where = rule.when.value if rule.per_layer else ""
+            where = rule.when.value if prefix else ""
             table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
-        screen.print(fitted(table, screen, dispensable=("transform", "kind", "layers")))
+        screen.print(fitted(table, screen, dispensable=("transform", "kind", "only in")))
     screen.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
-    for prefix, reason in names_table.DROPS.items():
-        screen.print(f"Left out: {prefix.replace('{}', 'N')}.*: {reason}.")

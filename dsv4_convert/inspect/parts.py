@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect, Kind, Rule, drop_reason, lookup, parameters, stage_of
+from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect, Kind, Rule, lookup, parameters
 
 
 class ModelPart(StrEnum):
@@ -25,9 +25,7 @@ class ModelPart(StrEnum):
     ROUTED = "routed experts"
     SHARED = "shared experts"
     HEAD = "head"
-    MTP = "mtp"
-    #: Stages below ``mtp.`` that are DSpark's.
-    DRAFTS = "DSpark drafts"
+    DRAFTS = "draft stages"
     UNKNOWN = "unknown"
 
 
@@ -52,7 +50,7 @@ PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.ROUTED: tuple(f"ffn.experts.w{number}" for number in (1, 2, 3)),
     ModelPart.SHARED: tuple(f"ffn.shared_experts.w{number}" for number in (1, 2, 3)),
     ModelPart.HEAD: ("head",),
-    ModelPart.MTP: tuple(rule.path for rule in STAGE_RULES),
+    ModelPart.DRAFTS: tuple(rule.path for rule in STAGE_RULES),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
 _PART_OF_RULE = {rule.path: _PART_OF[rule.path.removeprefix("layers.{}.")] for rule in (*RULES, *STAGE_RULES)}
@@ -113,12 +111,9 @@ def count_published(
     ``nbytes`` are the stored bytes of every tensor. Without a dialect, every name is unknown.
     """
     census = Census()
-    drafts = any(drop_reason(name) is not None for name in stored)
     for name, tensor in stored.items():
         uses = lookup(name, dialect) if dialect is not None else ()
-        if drafts and stage_of(name) is not None:
-            part, parameters = ModelPart.DRAFTS, 0
-        elif not uses:
+        if not uses:
             part, parameters = ModelPart.UNKNOWN, 0
         else:
             part, packed = part_of(uses[0].rule), uses[0].rule.per_expert and tensor.dtype in ("I8", "U8")
@@ -149,7 +144,7 @@ class Totals:
         for _, rule, layer in parameters(config):
             number = elements(rule, rule.target_shape(config, layer), packed=False, scale=False)
             part = part_of(rule)
-            if part is ModelPart.MTP:
+            if part is ModelPart.DRAFTS:
                 mtp += number
                 continue
             total += number

@@ -79,9 +79,6 @@ _IGNORED = frozenset(
     }
 )
 
-#: Fields that describe DSpark's draft stages, which stand below ``mtp.`` but are of another architecture.
-_DSPARK = frozenset({"dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids"})
-
 #: Integer fields that must be present and positive, under the name that they also have here.
 _SIZES = (
     "vocab_size",
@@ -124,13 +121,29 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DSpark:
+    """The draft of the dated releases: all stages together draft a block of tokens, from the streams of some layers.
+
+    Field names are those of the published ``config.json`` without ``dspark_``.
+    """
+
+    block_size: int
+    #: The token that stands for every token of the block but the first, which is known.
+    noise_token_id: int
+    #: Backbone layers whose outgoing streams the draft reads.
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Every architecture number of one model. Field names are those of the published ``config.json``.
 
     Per-layer facts are tuples of length ``num_hidden_layers``: ``attention`` and ``hash_routed``. The stages after the
-    backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in every release. A stage
-    has the layer number ``num_hidden_layers + stage``, as in the published ``compress_ratios``; :meth:`kind` and
-    :meth:`hashed` accept these numbers too.
+    backbone (``mtp.N``) are counted: they are window-only, score-routed blocks in every release. They predict the token
+    after the next (multi-token prediction), or draft blocks of tokens where ``dspark`` is there. A stage has the layer
+    number ``num_hidden_layers + stage``, as in the published ``compress_ratios``; :meth:`kind` and :meth:`hashed`
+    accept these numbers too.
 
     Examples:
         >>> config = Config.from_file(Path("checkpoint/config.json"))
@@ -169,6 +182,7 @@ class Config:
     csa_ratio: int = 4
     hca_ratio: int = 128
     num_mtp_stages: int = 0
+    dspark: DSpark | None = None
     #: Declared storage of the routed experts ("fp4", "fp8"), None where the file does not say (the first V4-Flash
     #: revision): then the tensors themselves tell.
     expert_dtype: str | None = None
@@ -193,9 +207,14 @@ class Config:
             self,
             num_hidden_layers=len(layers),
             num_mtp_stages=0,
+            dspark=None,
             attention=tuple(self.attention[layer] for layer in layers),
             hash_routed=tuple(self.hash_routed[layer] for layer in layers),
         )
+
+    def without_stages(self) -> Config:
+        """The backbone alone."""
+        return dataclasses.replace(self, num_mtp_stages=0, dspark=None)
 
     @property
     def stage_layers(self) -> range:
@@ -209,7 +228,7 @@ class Config:
 
     def computes_like(self, other: Config) -> bool:
         """Whether both are the same, except for the stages after the backbone, which a conversion may leave out."""
-        return dataclasses.replace(self, num_mtp_stages=0) == dataclasses.replace(other, num_mtp_stages=0)
+        return self.without_stages() == other.without_stages()
 
     @classmethod
     def from_file(cls, path: PathLike) -> Config:
@@ -251,20 +270,27 @@ class Config:
         """
         if not isinstance(data, Mapping):
             raise BadInput(f"stored dsv4 config: expected an object, found {_short(data)}; the file is damaged")
+        data = {"dspark": None, **data}  # conversions and goldens of dsv4 0.1 lack it
         if differing := sorted({*data} ^ {field.name for field in dataclasses.fields(cls)}):
             raise BadInput(f"stored dsv4 config: missing or unknown fields: {differing}; the file is damaged")
         try:
             attention, yarn, block = data["attention"], data["yarn"], data["weight_block_size"]
+            dspark = data["dspark"]
             config = cls(
                 **{
                     **data,
                     "attention": tuple(enumerated(kind, AttentionKind, field="attention") for kind in attention),
                     "hash_routed": tuple(data["hash_routed"]),
                     "yarn": None if yarn is None else Yarn(**yarn),
+                    "dspark": None
+                    if dspark is None
+                    else DSpark(**{**dspark, "target_layer_ids": tuple(dspark["target_layer_ids"])}),
                     "weight_block_size": None if block is None else tuple(block),
                 }
             )
-            problems = [*_ill_typed(config), *([] if config.yarn is None else _ill_typed(config.yarn))]
+            problems = [
+                problem for part in (config, config.yarn, config.dspark) if part for problem in _ill_typed(part)
+            ]
         except (TypeError, ValueError) as error:
             problems = [str(error)]
         if problems:
@@ -272,14 +298,15 @@ class Config:
         return config
 
 
-def _ill_typed(stored: Config | Yarn) -> list[str]:
+def _ill_typed(stored: Config | Yarn | DSpark) -> list[str]:
     """The fields that no config has so."""
     problems = []
     for field in dataclasses.fields(stored):
         value = getattr(stored, field.name)
         match field.type:
             case "int":
-                good = type(value) is int and (field.name != "num_mtp_stages") <= value < _MAX_SIZE
+                least = field.name not in ("num_mtp_stages", "noise_token_id")
+                good = type(value) is int and least <= value < _MAX_SIZE
             case "float":
                 good = type(value) is float and 0 < value < math.inf
             case "tuple[AttentionKind, ...]":
@@ -287,8 +314,10 @@ def _ill_typed(stored: Config | Yarn) -> list[str]:
             case "tuple[bool, ...]":
                 same_length = isinstance(stored, Config) and len(value) == stored.num_hidden_layers
                 good = same_length and all(type(entry) is bool for entry in value)
-            case "Yarn | None":
+            case "Yarn | None" | "DSpark | None":
                 good = True
+            case "tuple[int, ...]":
+                good = bool(value) and all(type(entry) is int and 0 <= entry < _MAX_SIZE for entry in value)
             case "str | None":
                 good = value is None or value in ("fp4", "fp8")
             case "tuple[int, int] | None":
@@ -329,10 +358,11 @@ class _Reader:
             "csa_ratio": rates[AttentionKind.CSA],
             "hca_ratio": rates[AttentionKind.HCA],
             "num_mtp_stages": stages,
+            "dspark": self._dspark(values["vocab_size"], layers),
         }
         values |= self._quantization()
         for name in list(self.left):
-            if name in _IGNORED | _DSPARK:
+            if name in _IGNORED:
                 del self.left[name]
         for name, value in self.left.items():
             self._bad(f"{name}: unknown field (value {_short(value)}); it may change the mathematics")
@@ -442,9 +472,25 @@ class _Reader:
                 "compress_rates and compress_ratios contradict each other: compress_ratios says 4 and 128, "
                 f"compress_rates says {rates[AttentionKind.CSA]} and {rates[AttentionKind.HCA]}"
             )
-        if _DSPARK & self.left.keys():
-            stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts
         return schedule, stages
+
+    def _dspark(self, vocabulary: int, layers: int) -> DSpark | None:
+        """The draft of a dated release, all of whose fields are there or none."""
+        if not any(name.startswith("dspark_") for name in self.left):
+            return None
+        noise, targets = (self.left.pop(name, None) for name in ("dspark_noise_token_id", "dspark_target_layer_ids"))
+        if type(noise) is not int or not 0 <= noise < vocabulary:
+            self._bad(f"dspark_noise_token_id: expected an id of the vocabulary, found {_short(noise)}")
+        good = isinstance(targets, list) and all(type(layer) is int and 0 <= layer < layers for layer in targets)
+        if not targets or not good or targets != sorted(set(targets)):
+            self._bad(f"dspark_target_layer_ids: expected ascending backbone layers, found {_short(targets)}")
+            targets = []
+        return DSpark(
+            block_size=self._size("dspark_block_size"),
+            noise_token_id=noise or 0,
+            target_layer_ids=tuple(targets),
+            markov_rank=self._size("dspark_markov_rank"),
+        )
 
     def _kinds(
         self, name: str, given: Any, table: Mapping[Any, _V], *, exactly: int = 0, at_least: int = 0

@@ -13,7 +13,6 @@ from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import (
-    DSPARK,
     FP4_GROUP,
     FP8_TILE,
     Dialect,
@@ -22,7 +21,6 @@ from dsv4_convert.spec.names import (
     Use,
     check_layers,
     detect_dialect,
-    drop_reason,
     lookup,
     parameters,
     stage_of,
@@ -87,7 +85,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason.
+    """The proof for one checkpoint: every leaf with its sources.
 
     ``config`` is the architecture of what is resolved: it counts the stages after the backbone that are part of it.
     """
@@ -95,7 +93,6 @@ class Resolution:
     config: Config
     dialect: Dialect
     leaves: tuple[Leaf, ...]
-    dropped: Mapping[str, str]
 
 
 def resolve(
@@ -110,8 +107,7 @@ def resolve(
 
     With ``layers`` only those and the model-level parameters are asked for; tensors of other layers, and of the stages
     after the backbone, are neither used nor required, but they still have to be known names. A checkpoint may have no
-    stages at all, although its config counts them; if it has a tensor of one, it has to have all. Stages of DSpark are
-    left out.
+    stages at all, although its config counts them; if it has a tensor of one, it has to have all.
 
     Raises:
         BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
@@ -144,11 +140,10 @@ def compare(
     dialect = dialect or detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
-    dropped = _dspark(stored)
     fitted = config
-    if layers is not None or dropped or all(stage_of(name) is None for name in stored):
-        fitted = dataclasses.replace(config, num_mtp_stages=0)
-    for name in stored.keys() - dropped.keys():
+    if layers is not None or all(stage_of(name) is None for name in stored):
+        fitted = config.without_stages()
+    for name in stored:
         uses = lookup(name, dialect)
         if uses:
             problems += _misplaced(name, uses[0], config)
@@ -165,7 +160,7 @@ def compare(
             if source.scale is not None:
                 used.add(source.scale)
         leaves.append(leaf)
-    for name in stored.keys() - used - dropped.keys():
+    for name in stored.keys() - used:
         uses = lookup(name, dialect)
         asked = (
             uses and (uses[0].layer is None or uses[0].layer in chosen) and (uses[0].stage is None or layers is None)
@@ -173,13 +168,7 @@ def compare(
         if asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
-    return Resolution(fitted, dialect, tuple(leaves), dropped), sorted(problems)
-
-
-def _dspark(stored: Iterable[str]) -> dict[str, str]:
-    """The tensors of DSpark's stages with the reason why they are left out; none if the stages are not DSpark's."""
-    stages = [name for name in stored if stage_of(name) is not None]
-    return dict.fromkeys(stages, DSPARK) if any(map(drop_reason, stages)) else {}
+    return Resolution(fitted, dialect, tuple(leaves)), sorted(problems)
 
 
 def _describe(stored: Stored) -> str:
@@ -194,11 +183,20 @@ def _misplaced(name: str, use: Use, config: Config) -> list[str]:
         if not use.rule.when.holds(config, use.layer):
             kind = f"{config.kind(use.layer)}, {'hash' if config.hashed(use.layer) else 'learned'} routing"
             return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
-    if use.stage is not None and use.stage >= config.num_mtp_stages:
-        return [f"{name}: the config has {config.num_mtp_stages or 'no'} mtp stages"]
+    if use.stage is not None:
+        if use.stage >= config.num_mtp_stages:
+            return [f"{name}: the config has {config.num_mtp_stages or 'no'} {_drafts(config)} stages"]
+        if not use.rule.when.holds(config, config.num_hidden_layers + use.stage):
+            return [
+                f"{name}: exists in {use.rule.when} stages only, and this is stage {use.stage} of {_drafts(config)}"
+            ]
     if use.expert is not None and use.expert >= config.n_routed_experts:
         return [f"{name}: the config has only {config.n_routed_experts} experts"]
     return []
+
+
+def _drafts(config: Config) -> str:
+    return "mtp" if config.dspark is None else "DSpark"
 
 
 def _leaf(

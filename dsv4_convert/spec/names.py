@@ -14,8 +14,9 @@ Dialects (``Dialect``):
 
 Parameter paths follow the published names, because that is what people search for.
 
-The stages of multi-token prediction (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the
-layers. transformers drops these tensors, so there is no other spelling than the published one: it serves every dialect.
+The draft stages (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the layers: stages of
+multi-token prediction, or of DSpark in the dated releases. transformers drops these tensors, so the published spelling
+is the only one: it serves every dialect.
 """
 
 from __future__ import annotations
@@ -79,16 +80,21 @@ FP4_GROUP = (1, 32)
 
 
 class When(StrEnum):
-    """The layers in which a per-layer parameter exists."""
+    """The layers, or the stages after the backbone, in which a parameter of a layer or of a stage exists."""
 
     ALWAYS = "all"
     COMPRESSED = "CSA and HCA"
     CSA = "CSA"
     HASH = "hash-routed"
     LEARNED = "score-routed"
+    MTP = "mtp"
+    DSPARK_FIRST = "first DSpark"
+    DSPARK_LAST = "last DSpark"
+    #: The stages whose streams the output head reads.
+    DRAFT_HEAD = "mtp and last DSpark"
 
     def holds(self, config: Config, layer: int) -> bool:
-        """Whether the parameter exists in ``layer``."""
+        """Whether the parameter exists in ``layer``, the layer number of a stage included."""
         match self:
             case When.ALWAYS:
                 return True
@@ -100,6 +106,14 @@ class When(StrEnum):
                 return config.hashed(layer)
             case When.LEARNED:
                 return not config.hashed(layer)
+            case When.MTP:
+                return config.dspark is None
+            case When.DSPARK_FIRST:
+                return config.dspark is not None and layer == config.stage_layers[0]
+            case When.DSPARK_LAST:
+                return config.dspark is not None and layer == config.stage_layers[-1]
+            case When.DRAFT_HEAD:
+                return config.dspark is None or layer == config.stage_layers[-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +194,10 @@ class Rule:
 
 
 def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
-    """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
+    """The symbols of the ``shape`` column; those of the compressor depend on the layer, and some need DSpark."""
     kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
     overlap = 2 if kind is AttentionKind.CSA else 1
-    return {
+    known = {
         "V": config.vocab_size,
         "D": config.hidden_size,
         "N": config.hc_mult,
@@ -207,6 +221,11 @@ def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
         "1": 1,
         "3": 3,
     }
+    if config.dspark is not None:
+        rank = config.dspark.markov_rank
+        targets = len(config.dspark.target_layer_ids) * config.hidden_size
+        known |= {"TD": targets, "Rm": rank, "D+Rm": config.hidden_size + rank}
+    return known
 
 
 def _layer(
@@ -295,11 +314,14 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, *, weight: bool = True) -> Rule:
+def _stage(
+    path: str, shape: str, kind: Kind, when: When, transform: Transform = Transform.NONE, *, weight: bool = True
+) -> Rule:
     """A row of a stage that layers have not."""
-    published = f"mtp.{{}}.{path}" + (".weight" if weight else "")
+    path = f"mtp.{{}}.{path}"
+    published = path + (".weight" if weight else "")
     return Rule(
-        path=f"mtp.{{}}.{path}", published=published, module=published, shape=shape, kind=kind, transform=transform
+        path=path, published=published, module=published, shape=shape, kind=kind, transform=transform, when=when
     )
 
 
@@ -311,27 +333,23 @@ def _of_stage(rule: Rule) -> Rule:
     )
 
 
-#: The rows of every stage after the backbone: a window-only, score-routed layer, what leads into it, and a head.
+#: The rows of the stages after the backbone: a window-only, score-routed layer each, what leads into it, and a head.
 STAGE_RULES: tuple[Rule, ...] = (
     *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (When.ALWAYS, When.LEARNED)),
-    _stage("e_proj", "D D", Kind.LINEAR, _T),
-    _stage("h_proj", "D D", Kind.LINEAR, _T),
-    _stage("enorm", "D", Kind.NORM),
-    _stage("hnorm", "D", Kind.NORM),
-    _stage("norm", "D", Kind.NORM),
-    _stage("hc_head_fn", "N ND", Kind.FLOAT32, weight=False),
-    _stage("hc_head_base", "N", Kind.FLOAT32, weight=False),
-    _stage("hc_head_scale", "1", Kind.FLOAT32, weight=False),
+    _stage("e_proj", "D D", Kind.LINEAR, When.MTP, _T),
+    _stage("h_proj", "D D", Kind.LINEAR, When.MTP, _T),
+    _stage("enorm", "D", Kind.NORM, When.MTP),
+    _stage("hnorm", "D", Kind.NORM, When.MTP),
+    _stage("main_proj", "D TD", Kind.LINEAR, When.DSPARK_FIRST, _T),
+    _stage("main_norm", "D", Kind.NORM, When.DSPARK_FIRST),
+    _stage("norm", "D", Kind.NORM, When.DRAFT_HEAD),
+    _stage("hc_head_fn", "N ND", Kind.FLOAT32, When.DRAFT_HEAD, weight=False),
+    _stage("hc_head_base", "N", Kind.FLOAT32, When.DRAFT_HEAD, weight=False),
+    _stage("hc_head_scale", "1", Kind.FLOAT32, When.DRAFT_HEAD, weight=False),
+    _stage("markov_head.markov_w1", "V Rm", Kind.PLAIN, When.DSPARK_LAST),
+    _stage("markov_head.markov_w2", "V Rm", Kind.PLAIN, When.DSPARK_LAST, _T),
+    _stage("confidence_head.proj", "1 D+Rm", Kind.PLAIN, When.DSPARK_LAST, _T),
 )
-
-#: Why DSpark's draft stages, which the dated releases have below ``mtp.``, are left out.
-DSPARK = "draft stage of DSpark, another architecture than mtp, which dsv4 does not convert"
-
-#: Templates below which names are left out on purpose, and why. These only DSpark has; where one of them is there, all
-#: of ``mtp.`` belongs to it.
-DROPS: dict[str, str] = {
-    f"mtp.{{}}.{part}": DSPARK for part in ("main_proj", "main_norm", "markov_head", "confidence_head")
-}
 
 
 def template(name: str) -> tuple[str, tuple[int, ...]]:
@@ -391,12 +409,6 @@ def lookup(name: str, dialect: Dialect) -> tuple[Use, ...]:
     return tuple(uses)
 
 
-def drop_reason(name: str) -> str | None:
-    """Why a tensor is left out on purpose, as far as its name alone says so; None for every other name."""
-    key, _ = template(name)
-    return next((reason for prefix, reason in DROPS.items() if key.startswith(f"{prefix}.")), None)
-
-
 def layer_of(name: str) -> int | None:
     """The backbone layer that a tensor of any dialect belongs to; None for those of the model level and of stages."""
     key, numbers = template(name)
@@ -404,7 +416,7 @@ def layer_of(name: str) -> int | None:
 
 
 def stage_of(name: str) -> int | None:
-    """The stage after the backbone (``mtp.N``, also one of DSpark) that a tensor belongs to; None for every other."""
+    """The stage after the backbone (``mtp.N``) that a tensor belongs to; None for every other."""
     if not name.startswith("mtp."):
         return None
     key, numbers = template(name)
@@ -437,7 +449,8 @@ def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[
                 yield rule.path.format(layer), rule, layer
     for layer in config.stage_layers if layers is None else ():
         for rule in STAGE_RULES:
-            yield rule.path.format(*rule.numbers(config, layer)), rule, layer
+            if rule.when.holds(config, layer):
+                yield rule.path.format(*rule.numbers(config, layer)), rule, layer
 
 
 def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ DATA = Path(__file__).parents[1] / "data"
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 SHARD = "model-{:05d}-of-00007.safetensors"
 #: The model cards: parameters in all and for one token, in billions.
-PUBLISHED = {"DeepSeek-V4-Flash": (284, 13), "DeepSeek-V4-Pro": (1573, 49)}
+PUBLISHED = {"DeepSeek-V4-Flash": (284, 13), "DeepSeek-V4-Flash-0731": (284, 13), "DeepSeek-V4-Pro": (1573, 49)}
 
 
 def listing(release: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_every_parameter_has_one_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     assert len(paths) == len(set(paths))
     assert set(paths) == {rule.path.removeprefix("layers.{}.") for rule in (*RULES, *STAGE_RULES)}
-    assert {part_of(rule) for rule in RULES} == set(ModelPart) - {ModelPart.MTP, ModelPart.DRAFTS, ModelPart.UNKNOWN}
+    assert {part_of(rule) for rule in RULES} == set(ModelPart) - {ModelPart.DRAFTS, ModelPart.UNKNOWN}
 
 
 @pytest.mark.parametrize("release", PUBLISHED)
@@ -85,16 +85,17 @@ def test_a_release_is_counted_to_the_last_byte(release: str) -> None:
         tensors[row.dtype] += row.tensors
     assert tensors == summary["dtypes"]
     parts = {row.part for row in rows}
-    dated = release.endswith("0731")
     assert ModelPart.UNKNOWN not in parts
-    assert (ModelPart.DRAFTS in parts, ModelPart.MTP in parts) == (dated, not dated)
+    assert ModelPart.DRAFTS in parts
     totals = Totals.of(config_of(release))
-    assert sum(row.parameters for row in rows) == totals.total + totals.mtp * (not dated)
+    assert sum(row.parameters for row in rows) == totals.total + totals.mtp
     scales = [row for row in rows if row.dtype == "F8_E8M0"]
     assert not any(row.parameters for row in scales)
 
 
-@pytest.mark.parametrize(("release", "width"), [("DeepSeek-V4-Flash", 80), ("DeepSeek-V4-Pro", 50)])
+@pytest.mark.parametrize(
+    ("release", "width"), [("DeepSeek-V4-Flash", 80), ("DeepSeek-V4-Pro", 50), ("DeepSeek-V4-Flash-0731", 80)]
+)
 def test_the_strip_is_the_published_schedule(release: str, width: int) -> None:
     raw = json.loads((DATA / "configs" / f"{release}.json").read_text())
     config = config_of(release)
@@ -106,12 +107,13 @@ def test_the_strip_is_the_published_schedule(release: str, width: int) -> None:
     }
     layers = raw["num_hidden_layers"]
     letters = "".join({0: "S", 4: "C", 128: "H"}[ratio] for ratio in raw["compress_ratios"][:layers])
-    assert rows["attention"] == letters + "M"
-    assert rows["routing"] == "#" * raw["num_hash_layers"] + "-" * (layers - raw["num_hash_layers"] + 1)
+    stages = "DDD" if "dspark_block_size" in raw else "M"
+    assert rows["attention"] == letters + stages
+    assert rows["routing"] == "#" * raw["num_hash_layers"] + "-" * (layers - raw["num_hash_layers"] + len(stages))
     assert [line.split()[1] for line in legend(config, layers=None)][-3:] == [
         str(raw["num_hash_layers"]),
         str(layers - raw["num_hash_layers"]),
-        "1",
+        str(len(stages)),
     ]
 
 
@@ -247,7 +249,7 @@ def test_a_conversion_has_the_parts_of_its_source(whole: Path, converted: Path) 
     # Two of four layers are there, everything outside the layers, and no stage.
     assert ours[ModelPart.ROUTED] == tuple(number // 2 for number in theirs[ModelPart.ROUTED])
     assert ours[ModelPart.HEAD] == theirs[ModelPart.HEAD]
-    assert ModelPart.MTP not in ours
+    assert ModelPart.DRAFTS not in ours
 
 
 @pytest.mark.usefixtures("bucket")
