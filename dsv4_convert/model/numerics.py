@@ -101,8 +101,12 @@ class Numerics:
         scale = jax.lax.rsqrt(round_then_f32((round_then_f32(mean) + eps).astype(q.dtype))).astype(q.dtype)
         return (round_then_f32(q) * round_then_f32(scale)).astype(q.dtype)
 
+    def entry(self, entries: Float[Array, "B T C"], rotated: int) -> Float[Array, "B T C"]:
+        """Round compressed entries; the last ``rotated`` channels are rotated."""
+        return self.key(entries, rotated)
+
     def key(self, kv: Float[Array, "B X C"], rotated: int) -> Float[Array, "B X C"]:
-        """Round a key or compressed entry to FP8, its last ``rotated`` channels excepted."""
+        """Round a key to FP8, its last ``rotated`` channels excepted."""
         if not self.release:
             return kv
         nope, rope = jnp.split(kv, [kv.shape[-1] - rotated], axis=-1)
