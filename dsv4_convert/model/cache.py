@@ -10,7 +10,6 @@ compressor's projections, ``T`` capacity in entries, ``r`` tokens per block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -21,8 +20,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.spec.v41.config import LayerKind, V41Config
 
 _T = TypeVar("_T")
@@ -118,10 +119,10 @@ class Cache:
     ) -> Cache:
         """A cache for ``capacity`` tokens of each of ``batch`` prompts."""
 
-        def empty(kind: Hashable) -> LayerCache | V41LayerCache:
+        def empty(kind: Any) -> LayerCache | V41LayerCache:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
 
-        def stacked(kind: Hashable, count: int) -> LayerCache | V41LayerCache:
+        def stacked(kind: Any, count: int) -> LayerCache | V41LayerCache:
             return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
 
         layers: tuple[Any, ...] = (
@@ -170,18 +171,25 @@ class Cache:
 
 
 def empty_layer(
-    config: Config, kind: Hashable, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
+    config: Config, kind: Any, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
 ) -> LayerCache | V41LayerCache:
     """The state of a layer of this kind before the first token, with a capacity of ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
     window = jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype)
     if isinstance(config, V41Config):
         return _empty_v41(config, kind, window, capacity, pooled)
-    attention, _ = kind
+    assert isinstance(config, V4Config)
+    return _empty_v4(config, kind[0], window, capacity, pooled)
+
+
+def _empty_v4(
+    config: V4Config, kind: AttentionKind, window: Float[Array, "B P C"], capacity: int, pooled: DTypeLike
+) -> LayerCache:
+    batch, dtype = len(window), window.dtype
 
     def compressed(width: int) -> Compressed:
-        ratio = config.ratio(attention)
-        overlap = 2 if attention is AttentionKind.CSA else 1
+        ratio = config.ratio(kind)
+        overlap = 2 if kind is AttentionKind.CSA else 1
         rows = (batch, overlap * ratio - 1, overlap * width)
         # Separate arrays, because a donated cache may give every buffer away only once.
         return Compressed(
@@ -190,8 +198,8 @@ def empty_layer(
 
     return LayerCache(
         window,
-        None if attention is AttentionKind.SLIDING else compressed(config.head_dim),
-        compressed(config.index_head_dim) if attention is AttentionKind.CSA else None,
+        None if kind is AttentionKind.SLIDING else compressed(config.head_dim),
+        compressed(config.index_head_dim) if kind is AttentionKind.CSA else None,
     )
 
 
@@ -200,7 +208,7 @@ def _empty_v41(
 ) -> V41LayerCache:
     batch, dtype = len(window), window.dtype
     source = recent = None
-    if kind.kv_source:
+    if kind.compresses:
         rows, entries = (batch, kind.ratio - 1, config.head_dim), (batch, capacity // kind.ratio)
         source = SourceCache(
             jnp.zeros(rows, pooled if kind.ratio > 1 else dtype),

@@ -5,13 +5,13 @@ Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dsv4_convert.model.block import Block, DecoderBlock
 from dsv4_convert.model.cache import Past
@@ -21,19 +21,18 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.v41.block import V41Block
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v41.config import V41Config
-
 
 #: Parameters whose encoded stacks are decoded one matrix, or one row, at a time.
 _DECODED_IN_PARTS = frozenset({("ffn", "experts", part) for part in ("w1", "w2", "w3")} | {("engram", "embed")})
 
 
-def block_of(
-    config: Config, kind: Hashable, *, with_experts: bool = True, numerics: Numerics = PLAIN
-) -> DecoderBlock:
+def block_of(config: Config, kind: Any, *, with_experts: bool = True, numerics: Numerics = PLAIN) -> DecoderBlock:
     """A layer of one of the config's kinds (``config.layer_kind``)."""
     if isinstance(config, V41Config):
         return V41Block(config, kind, with_experts=with_experts, numerics=numerics)
+    assert isinstance(config, V4Config)
     attention, hashed = kind
     return Block(config, attention, hashed=hashed, with_experts=with_experts, numerics=numerics)
 
@@ -90,10 +89,7 @@ class ScannedLayers(nnx.Module):
         self.segments = nnx.List(
             [
                 nnx.List(
-                    [
-                        _stacked(block_of(config, kind, numerics=numerics), segment.repeats)
-                        for kind in segment.pattern
-                    ]
+                    [_stacked(block_of(config, kind, numerics=numerics), segment.repeats) for kind in segment.pattern]
                 )
                 for segment in segments(config)
             ]

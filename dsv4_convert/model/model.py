@@ -25,6 +25,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
@@ -140,7 +141,7 @@ class Model(Decoder):
         (1, 3, 96)
     """
 
-    def __init__(self, config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
         """``scanned``: layers of one kind share a program, and their weights are stacked."""
         super().__init__(config, numerics, scanned=scanned)
         streams, width = config.hc_mult, config.hidden_size

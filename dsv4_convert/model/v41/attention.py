@@ -52,8 +52,8 @@ class SharedAttention(WindowedAttention):
     def __init__(self, config: V41Config, kind: LayerKind, numerics: Numerics) -> None:
         super().__init__(config, numerics)
         self.ratio = kind.ratio
-        self.compressor = LatentCompressor(config, kind.ratio, numerics) if kind.kv_source else None
-        self.indexer = SharedIndexer(config, kind, numerics) if kind.index_source else None
+        self.compressor = LatentCompressor(config, kind.ratio, numerics) if kind.compresses else None
+        self.indexer = SharedIndexer(config, kind, numerics) if kind.indexes else None
 
     def __call__(
         self,

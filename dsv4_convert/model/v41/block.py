@@ -17,7 +17,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.v41.attention import Shared, SharedAttention
 from dsv4_convert.model.v41.engram import Engram
-from dsv4_convert.spec.v41.config import LayerKind, V41Config
+from dsv4_convert.spec.v41.config import Candidates, LayerKind, V41Config
 
 
 class Carry(NamedTuple):
@@ -66,13 +66,13 @@ class V41Block(DecoderBlock):
     def _entering(self, carry: Carry, taps: Taps) -> Carry:
         """The carry through the taps of what this layer reads."""
         kind, shared = self.kind, carry.shared
-        if kind.ratio and not kind.kv_source:
+        if kind.ratio and not kind.compresses:
             shared = shared._replace(entries=taps("input.entries", shared.entries))
-            if kind.index_source:
+            if kind.indexes:
                 shared = shared._replace(keys=taps("input.keys", shared.keys))
             else:
                 shared = shared._replace(chosen=taps("input.chosen", shared.chosen))
-        if kind.candidates == "user":
+        if kind.candidates is Candidates.USER:
             shared = shared._replace(candidates=taps("input.candidates", shared.candidates))
         return Carry(taps("input", carry.streams), taps("input.pre", carry.pre), shared)
 

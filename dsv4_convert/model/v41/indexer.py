@@ -18,7 +18,7 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.ops import linear, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
-from dsv4_convert.spec.v41.config import LayerKind, V41Config
+from dsv4_convert.spec.v41.config import Candidates, LayerKind, V41Config
 
 
 class SharedIndexer(EntryScorer):
@@ -40,8 +40,8 @@ class SharedIndexer(EntryScorer):
         self.eps = config.rms_norm_eps
         self.candidates = kind.candidates
         self.candidate_blocks, self.candidate_size = config.candidate_topk_blocks, config.candidate_block_size
-        self.wk = parameter("key entry", config.head_dim, self.head_dim) if kind.kv_source else None
-        self.k_norm = parameter("entry", self.head_dim) if kind.kv_source else None
+        self.wk = parameter("key entry", config.head_dim, self.head_dim) if kind.compresses else None
+        self.k_norm = parameter("entry", self.head_dim) if kind.compresses else None
 
     def keys(
         self, latents: Float[Array, "B T W"], start: Int[Array, "B T"], table: np.ndarray, taps: Taps
@@ -70,7 +70,7 @@ class SharedIndexer(EntryScorer):
         """
         q = self._queries(q_low_rank, positions, table, taps)
         weights = self._weights(x, taps)
-        inside = candidates if self.candidates == "user" else None
+        inside = candidates if self.candidates is Candidates.USER else None
         if taps.uses("scores"):
             # The scores of all chunks are in memory at once only where they are recorded.
             scores = taps("scores", self._score_all(keys, q, weights))
@@ -108,7 +108,7 @@ class SharedIndexer(EntryScorer):
     ) -> tuple[Int[Array, "B S k"], Int[Array, "B S c"] | None]:
         entries = scores.shape[2]
         visible = entry_mask(complete, entries)
-        nominated = self._nominate(scores, visible, complete) if self.candidates == "source" else None
+        nominated = self._nominate(scores, visible, complete) if self.candidates is Candidates.SOURCE else None
         if inside is not None:
             visible &= block_mask(inside, self.candidate_size, entries)
         return choose(scores, visible, self.topk), nominated

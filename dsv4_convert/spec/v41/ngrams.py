@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+
 import numpy as np
 
 from dsv4_convert.spec.v41.config import EngramConfig
@@ -31,21 +32,21 @@ class NgramHash:
 
 @functools.cache
 def ngram_hash(engram: EngramConfig, index: int) -> NgramHash:
-    """The hash of the engram number ``index``.
+    """The hash of the engram number ``index`` of the config.
 
     Multipliers are odd random numbers of the layer's own, below the largest int64 by any mapped id. Primes are searched
     from ``vocab_size`` on, from the start again for every length of n-gram; none is used twice, in any engram.
     """
+    table = engram.tables[index]
     largest = np.iinfo(np.int64).max // engram.compressed_vocab_size // 2
-    drawn = np.random.default_rng(_SEED * engram.layer_ids[index]).integers(
+    drawn = np.random.default_rng(_SEED * engram.published_layer_ids[table]).integers(
         0, max(1, largest), engram.max_ngram_size, dtype=np.int64
     )
-    columns = (engram.max_ngram_size - 1) * engram.n_heads
     taken: dict[int, None] = {}
-    for _ in range((index + 1) * (engram.max_ngram_size - 1)):
+    for _ in range((table + 1) * (engram.max_ngram_size - 1)):
         fresh = (number for number in itertools.count(engram.vocab_size) if number not in taken and _is_prime(number))
         taken |= dict.fromkeys(itertools.islice(fresh, engram.n_heads))
-    primes = tuple(taken)[index * columns :]
+    primes = tuple(taken)[table * engram.columns :]
     offsets = (0, *itertools.accumulate(primes[:-1]))
     return NgramHash(tuple(2 * int(number) + 1 for number in drawn), primes, offsets)
 
