@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -27,6 +28,7 @@ from dsv4_convert.model.numerics import Numerics, round_then_f32
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -115,7 +117,7 @@ class WindowedAttention(nnx.Module):
         positions: Int[Array, "B S"],
         table: np.ndarray,
         taps: Taps,
-        past: Past[LayerCache] | None,
+        past: Past[Any] | None,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B P C"] | None]:
         """The output for rotated queries and keys; with a ``past`` the keys that later windows reach too."""
         batch, tokens, *_ = q.shape
@@ -146,7 +148,7 @@ class Attention(WindowedAttention):
     choice (CSA).
     """
 
-    def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, kind: AttentionKind, numerics: Numerics) -> None:
         super().__init__(config, numerics)
         self.kind = kind
         self.compressor = _compressor(config, kind, numerics)

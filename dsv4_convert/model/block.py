@@ -20,6 +20,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -35,7 +36,7 @@ class Routed(NamedTuple):
 class FeedForward(nnx.Module):
     """Router, routed experts and shared expert. ``experts`` is None where the caller computes them itself."""
 
-    def __init__(self, config: V4Config, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
+    def __init__(self, config: Config, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
         self.gate = Router(config, hashed=hashed, numerics=numerics)
         self.experts = Experts(config, numerics) if with_experts else None
         self.shared_experts = SharedExpert(config, numerics)
@@ -56,7 +57,7 @@ class DecoderBlock(nnx.Module):
     combine: Callable[..., Any]
 
     def __init__(
-        self, config: Config, attention: nnx.Module, *, hashed: bool, with_experts: bool, numerics: Numerics
+        self, config: Config, attention: Any, *, hashed: bool, with_experts: bool, numerics: Numerics
     ) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size

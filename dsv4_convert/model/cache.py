@@ -72,7 +72,7 @@ class SourceCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class V41LayerCache:
-    """State of one layer of V4.1: the keys of the last ``sliding_window - 1`` tokens, and what some layers have besides.
+    """State of one layer of V4.1: the keys of the last ``sliding_window - 1`` tokens, and what some layers have more.
 
     ``recent``: ids of the last tokens, of which an engram makes n-grams; -1 before the first token.
     """

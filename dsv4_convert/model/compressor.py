@@ -132,7 +132,7 @@ class Compressor(nnx.Module):
 def written(
     entries: Float[Array, "B T C"], fresh: Float[Array, "B X C"], block: Int[Array, "B X"], complete: Bool[Array, "B X"]
 ) -> Float[Array, "B T C"]:
-    """``entries`` with ``fresh`` ones in the places of their blocks; those of blocks that are not complete are dropped."""
+    """``entries`` with ``fresh`` ones in the places of their blocks; those of incomplete blocks are dropped."""
     slot = jnp.where(complete, block, entries.shape[1])  # out of range, and so dropped
     return entries.at[jnp.arange(len(entries))[:, None], slot].set(fresh, mode="drop")
 

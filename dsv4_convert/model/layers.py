@@ -37,7 +37,7 @@ def block_of(config: Config, kind: Any, *, with_experts: bool = True, numerics: 
     return Block(config, attention, hashed=hashed, with_experts=with_experts, numerics=numerics)
 
 
-def layers_of(config: Config, numerics: Numerics, *, scanned: bool) -> nnx.List | ScannedLayers:
+def layers_of(config: Config, numerics: Numerics, *, scanned: bool) -> nnx.List[DecoderBlock] | ScannedLayers:
     """All layers of the backbone: one block for each, or with ``scanned`` stacks of those of one kind."""
     if scanned:
         return ScannedLayers(config, numerics)
@@ -66,7 +66,10 @@ def through(
 
 
 def _when_there(carry: Any, block: DecoderBlock) -> DecoderBlock:
-    """The block, with encoded matrices that are decoded after its input is computed; what is decoded in parts stays encoded."""
+    """The block, with encoded matrices that are decoded after its input is computed.
+
+    What is decoded in parts stays encoded.
+    """
     graph, state = nnx.split(block)
     streams = jax.tree.leaves(carry)[0]
     flat = {

@@ -38,8 +38,8 @@ class Decoder(nnx.Module):
     2. Every layer mixes its attention and its experts into the streams. What a layer hands to the next is its *carry*.
     3. The streams collapse to one, which is normalised and multiplied with the output head.
 
-    A subclass has ``enter`` (the carry of layer 0), ``leave`` (what the logits are made of, from that of the last layer)
-    and ``logits``.
+    A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (what the logits are made of, from the
+    carry of the last layer) and ``logits``.
     """
 
     enter: Callable[..., Any]

@@ -73,13 +73,13 @@ class SharedAttention(WindowedAttention):
         q = taps("q_rope", rotate(self._queries(q_low_rank, taps), positions, table))
         kv = self._keys(x, positions, table, taps)
 
-        source, entries, chosen = None, kv[:, :0], None
+        source: SourceCache | None = None
+        entries, chosen = kv[:, :0], None
         complete = jnp.zeros((batch, tokens), jnp.int32)
         if self.ratio:
             before = complete[:, :1] if past is None else past.before[:, None]
             complete = complete_blocks(before + jnp.arange(tokens), self.ratio)
             shared, source = self._compress(x, positions, shared, table, taps, past)
-            assert shared.entries is not None
             if self.indexer is not None:
                 assert shared.keys is not None
                 chosen, candidates = self.indexer(
@@ -87,6 +87,7 @@ class SharedAttention(WindowedAttention):
                     taps.within("indexer."),
                 )
                 shared = shared._replace(chosen=chosen, candidates=candidates)
+            assert shared.entries is not None
             entries, chosen = shared.entries, shared.chosen
 
         past_entries = Entries(entries, complete, chosen, self._slots(batch, tokens, past))

@@ -66,15 +66,14 @@ class V41Block(DecoderBlock):
     def _entering(self, carry: Carry, taps: Taps) -> Carry:
         """The carry through the taps of what this layer reads."""
         kind, shared = self.kind, carry.shared
-        if kind.ratio and not kind.compresses:
-            shared = shared._replace(entries=taps("input.entries", shared.entries))
-            if kind.indexes:
-                shared = shared._replace(keys=taps("input.keys", shared.keys))
-            else:
-                shared = shared._replace(chosen=taps("input.chosen", shared.chosen))
-        if kind.candidates is Candidates.USER:
-            shared = shared._replace(candidates=taps("input.candidates", shared.candidates))
-        return Carry(taps("input", carry.streams), taps("input.pre", carry.pre), shared)
+        reads = {
+            "entries": bool(kind.ratio) and not kind.compresses,
+            "keys": kind.indexes and not kind.compresses,
+            "chosen": bool(kind.ratio) and not kind.indexes,
+            "candidates": kind.candidates is Candidates.USER,
+        }
+        read = {name: taps(f"input.{name}", getattr(shared, name)) for name, does in reads.items() if does}
+        return Carry(taps("input", carry.streams), taps("input.pre", carry.pre), shared._replace(**read))
 
     def route(self, carry: Carry, token_ids: Int[Array, "B S"], taps: Taps) -> Routed:
         """The expert half up to the experts' input and the routing."""
