@@ -16,7 +16,6 @@ from dsv4_convert.show.units import ranges
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
-from dsv4_convert.spec.v4.names import DSPARK
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
@@ -77,16 +76,14 @@ class Weights:
             raise UsageError(f"{self._store.folder}: holds the layers {ranges(self.layers)}, not {ranges(absent)}")
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
+        """Raises :class:`UsageError` if no draft stage was converted, with the reason."""
         if any(names.stage_of(path) is not None for path in self._store.paths):
             return
-        if DSPARK in self._store.conversion.dropped:
-            why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
-        elif self.config.num_mtp_stages:
+        if self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"
         else:
             why = "its source has none, or was converted with --layers; convert all of a source that has one"
-        raise UsageError(f"{self._store.folder}: no mtp stage to draft tokens with: {why}")
+        raise UsageError(f"{self._store.folder}: no draft stage (mtp or DSpark) to draft tokens with: {why}")
 
     def read(self, path: str, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.

@@ -55,10 +55,10 @@ class Parameters(Protocol):
 
 
 class Whole(Parameters, Protocol):
-    """Parameters of a whole checkpoint, which may have mtp stages."""
+    """Parameters of a whole checkpoint, which may have draft stages."""
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
+        """Raises :class:`UsageError` if there is no draft stage, with the reason."""
 
 
 def assembled(

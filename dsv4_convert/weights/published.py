@@ -64,9 +64,9 @@ class PublishedWeights:
             raise UsageError(f"{self._checkpoint.root}: opened without the layers {absent}")
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if no mtp stage was opened."""
+        """Raises :class:`UsageError` if no draft stage was opened."""
         if not self.config.num_mtp_stages:
-            raise UsageError(f"{self._checkpoint.root}: no mtp stage, or opened without it")
+            raise UsageError(f"{self._checkpoint.root}: no draft stage, or opened without it")
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
