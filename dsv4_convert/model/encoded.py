@@ -69,6 +69,12 @@ class Encoded:
             raise IndexError("rows of an encoded matrix cannot be decoded one by one")
         return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
 
+    def rows(self, index: Int[Array, "*batch J"]) -> Float[Array, "*batch J O"]:
+        """Decode some rows of a matrix whose rows have scales of their own."""
+        if self.block[0] != 1 or self.packed or len(self.shape) != 2:
+            raise IndexError("only rows with scales of their own can be decoded one by one")
+        return decoded(self.codes[index], self.scales[index], self.block, packed=False, dtype=self.dtype)
+
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
     """An :class:`Encoded` of zeros whose decoded ``shape`` is ``[..., I, O]``."""

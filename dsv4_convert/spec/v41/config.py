@@ -35,22 +35,28 @@ class LayerKind(NamedTuple):
         compresses: it makes the compressed keys and index keys that it and later layers attend to.
         indexes: it chooses entries for itself and later layers.
         candidates: its part in the choice of blocks; None without one.
-        engram: it adds an n-gram lookup to the streams that enter it.
+        engram: the number of its engram among those of the model; None without one.
     """
 
     ratio: int
     compresses: bool
     indexes: bool
     candidates: Candidates | None
-    engram: bool
+    engram: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngramConfig:
-    """The n-gram tables: the published fields ``engram_…``."""
+    """The n-gram tables: the published fields ``engram_…``.
+
+    A model with some of the layers has some of the tables. How a table is hashed depends on its place in the published
+    model, so ``tables`` are the numbers of those that are there, and ``published_layer_ids`` the layers of all.
+    """
 
     layer_ids: tuple[Count, ...]
     num_embeddings: tuple[int, ...]
+    tables: tuple[Count, ...]
+    published_layer_ids: tuple[Count, ...]
     max_ngram_size: int
     vocab_size: int
     n_heads: int
@@ -141,9 +147,8 @@ class V41Config(Config):
         candidates = None
         if source is not None and self.indexes(layer) and layer >= source:
             candidates = Candidates.SOURCE if layer == source else Candidates.USER
-        return LayerKind(
-            self.ratio_of(layer), self.compresses(layer), self.indexes(layer), candidates, self.has_engram(layer)
-        )
+        engram = self.engram.layer_ids.index(layer) if self.engram is not None and self.has_engram(layer) else None
+        return LayerKind(self.ratio_of(layer), self.compresses(layer), self.indexes(layer), candidates, engram)
 
     def abbreviate(self, layer: int) -> str:
         """SWA, or the ratio, with a letter for each thing that the layer makes for others: K keys, I a choice."""
@@ -157,7 +162,7 @@ class V41Config(Config):
         words += ["KV source"] if kind.compresses else []
         words += ["index source"] if kind.indexes else []
         words += ["candidate source"] if kind.candidates is Candidates.SOURCE else []
-        words += ["engram"] if kind.engram else []
+        words += [] if kind.engram is None else ["engram"]
         return ", ".join(words)
 
     def experts_of(self, layer: int | None) -> int:
@@ -192,7 +197,8 @@ class V41Config(Config):
         if engram is not None:
             kept = [at for at, layer in enumerate(engram.layer_ids) if layer in places]
             rows = tuple(engram.num_embeddings[at] for at in kept)
-            engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows)
+            tables = tuple(engram.tables[at] for at in kept)
+            engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows, tables=tables)
         candidates = self.candidate_source_layer_id
         return dataclasses.replace(
             self,
@@ -275,6 +281,8 @@ def _engram(text: Fields) -> EngramConfig | None:
     return EngramConfig(
         layer_ids=layers,
         num_embeddings=rows,
+        tables=tuple(range(len(layers))),
+        published_layer_ids=layers,
         pad_token_id=text.count("engram_pad_token_id"),
         **{name: text.size(f"engram_{name}") for name in sizes},
     )
