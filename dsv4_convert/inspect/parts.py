@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, parameters
+from dsv4_convert.spec.names import Dialect, Kind, NameTable, Rule, Section, parameters
 
 
 class ModelPart(StrEnum):
@@ -57,12 +57,12 @@ PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.ENGRAM: tuple(f"engram.{name}" for name in ("embed", "wkv", "q_weight", "k_weight")),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
-_PART_OF_GROUP = {Group.STAGES: ModelPart.DRAFTS, Group.VISION: ModelPart.VISION}
+_PART_OF_SECTION = {Section.STAGES: ModelPart.DRAFTS, Section.VISION: ModelPart.VISION}
 
 
 def part_of(rule: Rule) -> ModelPart:
     """The part of the model that a parameter belongs to."""
-    return _PART_OF_GROUP.get(rule.group) or _PART_OF[rule.path.removeprefix("layers.{}.")]
+    return _PART_OF_SECTION.get(rule.section) or _PART_OF[rule.path.removeprefix("layers.{}.")]
 
 
 @dataclass(frozen=True, kw_only=True)
