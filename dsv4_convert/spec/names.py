@@ -154,7 +154,7 @@ class Rule:
         return "{}" in self.path
 
     def numbers(self, config: Config, layer: int | None, expert: int | None = None) -> tuple[int, ...]:
-        """Values for the ``{}`` placeholders of its names: the member of its section, and the expert, if it has them."""
+        """Values for the ``{}`` placeholders of its names: the member of its section, and the expert, if any."""
         member = None if layer is None else layer - self.section.first(config)
         return tuple(number for number in (member, expert) if number is not None)
 
