@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, read_only
 from dsv4_convert.formats.fp4 import decode_fp4
 from dsv4_convert.formats.fp8 import decode_fp8
@@ -85,6 +84,8 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
         return Rounding(values)
     else:
         return _of_products(codes, factors, packed=packed)
+    from dsv4_convert.formats import kernels
+
     counts = np.zeros((256, 256), np.uint64)
     kernels.count_codes(codes, read_only(factors), *block, counts)
     return _weighed(values, counts, change, packed=packed)
@@ -150,4 +151,6 @@ def _of_floats(stored: Array, dtype: np.dtype[Any]) -> Rounding:
 
 
 def _counted(values: Array) -> Rounding:
+    from dsv4_convert.formats import kernels
+
     return Rounding(values.size, *kernels.count_rounded(read_only(values.view(np.uint32))))
