@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dsv4_convert.spec.config import Config
     from dsv4_convert.spec.conversion import Storage
     from dsv4_convert.weights.converted import Weights
+    from dsv4_convert.weights.difference import compare_checkpoints
     from dsv4_convert.weights.restore import restore_model
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Weights",
     "__version__",
     "compare_activations",
+    "compare_checkpoints",
     "hf_to_orbax",
     "open_golden",
     "orbax_to_hf",
@@ -55,6 +57,7 @@ _HOMES = {
     "Storage": ("dsv4_convert.spec.conversion", "Storage"),
     "Weights": ("dsv4_convert.weights.converted", "Weights"),
     "compare_activations": ("dsv4_convert.parity.activations", "compare_activations"),
+    "compare_checkpoints": ("dsv4_convert.weights.difference", "compare_checkpoints"),
     "hf_to_orbax": ("dsv4_convert.convert", "hf_to_orbax"),
     "open_golden": ("dsv4_convert.golden.archive", "open_golden"),
     "orbax_to_hf": ("dsv4_convert.convert.to_hf", "orbax_to_hf"),

@@ -10,6 +10,7 @@ import typer
 from dsv4_convert.cli import (
     compile,
     convert,
+    diff,
     doctor,
     download,
     export,
@@ -54,6 +55,7 @@ app.add_typer(_convert, name="convert")
 app.command("download", cls=Command)(download.download)
 app.command("verify", cls=Command)(verify.verify)
 app.command("inspect", cls=Command)(inspect.inspect)
+app.command("diff", cls=Command)(diff.diff)
 _golden = typer.Typer(
     cls=Group,
     no_args_is_help=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
+from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stored_parts
 
 _GROUPED = names.Transform.GROUPED
 #: Leaves of a quantised parameter in a store of storage ``source``.
@@ -69,6 +69,20 @@ class Weights:
         """The layers that were converted."""
         return self._store.conversion.layers
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters that were converted, sorted."""
+        leaves = self._store.manifest.leaves
+        parts = {f"{path}.{part}": path for path in self._scaled for part in _PARTS}
+        return tuple(sorted({parts.get(leaf, leaf) for leaf in leaves}))
+
+    @cached_property
+    def _scaled(self) -> frozenset[str]:
+        """The parameters whose codes and scales are two leaves."""
+        stored = self._store.manifest.leaves
+        weights = (leaf.removesuffix(".weight") for leaf in stored if leaf.endswith(".weight"))
+        return frozenset(path for path in weights if f"{path}.scale" in stored)
+
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
         absent = [layer for layer in wanted if layer not in self.layers]
@@ -118,13 +132,23 @@ class Weights:
             BadInput: as :meth:`read`.
         """
         rule = names.rule_of(path)
-        region = bounded(region, self._shape(path, rule))
+        region = bounded(region, self.shape(path))
 
         def plain(part: Region) -> Array:
             stored = self._store.read_region(path, part)
             return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
 
         return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """As :meth:`~dsv4_convert.weights.parameters.Parameters.read_stored`. Raises as :meth:`read`."""
+        rule = names.rule_of(path)
+        return stored_parts(
+            bounded(region, self.shape(path)),
+            rule,
+            partial(self._matrix, path, rule),
+            partial(self._store.read_region, path),
+        )
 
     def _expert_numbers(self, path: str, stored: Array) -> Array:
         """A table of experts as int32, JAX's widest integer by default; numbers that are no experts are refused."""
@@ -136,8 +160,9 @@ class Weights:
             )
         return stored.astype(np.int32)
 
-    def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
-        """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout. Raises :class:`BadInput` if it is not stored so."""
+        rule = names.rule_of(path)
         stage = names.stage_of(path)
         layer = names.layer_of(path) if stage is None else self.config.num_hidden_layers + stage
         expected = stored = rule.target_shape(self.config, layer)

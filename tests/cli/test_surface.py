@@ -33,6 +33,7 @@ from dsv4_convert.inspect import Inspection
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.spec.config import Config
+from dsv4_convert.weights.difference import CheckpointDifference
 
 from ..checkpoint.hub_server import LoopbackHub
 from .samples import samples
@@ -218,6 +219,10 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         "inspect": lambda: [
             *(run("inspect", thing) for thing in (orbax, GOLDEN, config)),
             *(one.to_json() for one in samples(Inspection, {Config: Config.from_file(config)})),
+        ],
+        "diff": lambda: [
+            run("diff", hf, orbax),
+            *(one.to_json() for one in samples(CheckpointDifference, {})),
         ],
         "golden record": lambda: [run("golden", "record", hf, "--out", tmp_path / "golden", "--random", "4")],
         "golden show": lambda: [run("golden", "show", GOLDEN), run("golden", "show", tmp_path / "compact")],
