@@ -79,7 +79,8 @@ def _print(found: CheckpointDifference, window: Console, *, everything: bool) ->
         line(f"equal values, {how}: {number_of(count, 'parameter')}")
     line(
         f"{number_of(found.equal_bytes, 'parameter')} equal byte by byte, {len(found.stored_otherwise):,} equal in "
-        f"value and stored otherwise, {len(found.changed):,} changed, {len(found.gone) + len(found.added):,} in one only"
+        f"value and stored otherwise, {len(found.changed):,} changed, "
+        f"{len(found.gone) + len(found.added):,} in one only"
     )
 
 

@@ -141,7 +141,7 @@ class Weights:
         return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
 
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
-        """As :meth:`~dsv4_convert.weights.parameters.Parameters.read_stored`. Raises as :meth:`read`."""
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`. Raises as :meth:`read`."""
         rule = names.rule_of(path)
         return stored_parts(
             bounded(region, self.shape(path)),

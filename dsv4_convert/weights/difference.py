@@ -27,7 +27,7 @@ from dsv4_convert.store import as_path
 from dsv4_convert.store.layout import Region
 from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.converted import Weights
-from dsv4_convert.weights.parameters import Array, Parameters
+from dsv4_convert.weights.parameters import Array, StoredParameters
 from dsv4_convert.weights.published import PublishedWeights
 
 #: Called with (elements compared, elements in total, the parameter).
@@ -161,11 +161,11 @@ def compare_checkpoints(
     """
     chosen = None if layers is None else tuple(layers)
     with ExitStack() as held:
-        sides = tuple(_opened(held, where, chosen) for where in (first, second))
-        return _Sides(*sides, chosen).run((str(first), str(second)), progress, workers)
+        mine, its = (_opened(held, where, chosen) for where in (first, second))
+        return _Sides(mine, its, chosen).run((str(first), str(second)), progress, workers)
 
 
-def _opened(held: ExitStack, where: Path | str, layers: tuple[int, ...] | None) -> Parameters:
+def _opened(held: ExitStack, where: Path | str, layers: tuple[int, ...] | None) -> StoredParameters:
     """Open a checkpoint of either kind, until ``held`` closes."""
     text = str(where)
     if "://" not in text or text.startswith("gs://"):
@@ -236,8 +236,8 @@ class _Found:
 class _Sides:
     """Compares the parameters of two sides."""
 
-    first: Parameters
-    second: Parameters
+    first: StoredParameters
+    second: StoredParameters
     layers: tuple[int, ...] | None
 
     def run(self, names: tuple[str, str], progress: Progress, workers: int) -> CheckpointDifference:
@@ -269,7 +269,7 @@ class _Sides:
             equal_bytes=sum(one.same_bytes for one in found.values()),
         )
 
-    def _wanted(self, side: Parameters, name: str) -> set[str]:
+    def _wanted(self, side: StoredParameters, name: str) -> set[str]:
         """The parameters of a side that are to be compared."""
         if self.layers is None:
             return set(side.paths)
@@ -340,7 +340,7 @@ def _changed(
     )
 
 
-def _described(side: Parameters, name: str) -> ComparedCheckpoint:
+def _described(side: StoredParameters, name: str) -> ComparedCheckpoint:
     published = isinstance(side, PublishedWeights)
     return ComparedCheckpoint(
         path=without_secrets(name),

@@ -35,13 +35,6 @@ class Parameters(Protocol):
     def layers(self) -> tuple[int, ...]:
         """The layers that are there, ascending."""
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The parameters that are there."""
-
-    def shape(self, path: str) -> tuple[int, ...]:
-        """Shape of a parameter in the model's layout."""
-
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for missing layers."""
 
@@ -57,14 +50,25 @@ class Parameters(Protocol):
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
 
+    def damaged(self, path: str) -> bool:
+        """Whether a parameter is known to differ from what was written."""
+
+
+class StoredParameters(Parameters, Protocol):
+    """Parameters of a checkpoint, with what it stores for each."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters that are there."""
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout."""
+
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
         """The weights, and the scales where there are some, that a region is decoded from, as they are stored.
 
         The region has one entry of a stack. Axes are those of the model's layout, and tiles are whole.
         """
-
-    def damaged(self, path: str) -> bool:
-        """Whether a parameter is known to differ from what was written."""
 
 
 class Whole(Parameters, Protocol):

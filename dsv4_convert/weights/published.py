@@ -132,7 +132,7 @@ class PublishedWeights:
         return part
 
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
-        """As :meth:`~dsv4_convert.weights.parameters.Parameters.read_stored`. The arrays may be views on the file."""
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`. The arrays may be views on the file."""
         leaf = self._leaf(path)
         weight = leaf.sources[0].weight
         return stored_parts(

@@ -1,4 +1,4 @@
-"""Two checkpoints: equal ones in every storage and dialect, and planted differences with numbers that torch computes."""
+"""Two checkpoints: equal ones in every storage and dialect, and planted differences in numbers of torch."""
 
 from __future__ import annotations
 
