@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -12,7 +13,8 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
-from dsv4_convert.show.units import ranges
+from dsv4_convert.show.notebook import table
+from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
@@ -82,6 +84,24 @@ class Weights:
         stored = self._store.manifest.leaves
         weights = (leaf.removesuffix(".weight") for leaf in stored if leaf.endswith(".weight"))
         return frozenset(path for path in weights if f"{path}.scale" in stored)
+
+    def _repr_html_(self) -> str:
+        """What it is, for a notebook."""
+        config, made = self.config, self._store.conversion
+        stored = [leaf.layout.nbytes for leaf in self._store.manifest.leaves.values()]
+        facts = {
+            "source": f"{made.source.get('name')}, revision {made.source.get('revision') or 'not recorded'}",
+            "storage": made.storage.value,
+            "layers": f"{ranges(self.layers)} of {config.num_hidden_layers}",
+            "width": f"{config.hidden_size:,}, {config.n_routed_experts:,} routed experts",
+            "stored": f"{len(stored):,} leaves, {size(sum(stored))}",
+        }
+        return table(f"Converted checkpoint {self._store.folder}", facts.items())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON: the manifest, which has the digests of everything else."""
+        return {"manifest": hashlib.sha256(self._store.manifest.to_bytes()).hexdigest()}
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""

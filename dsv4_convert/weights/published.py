@@ -75,6 +75,18 @@ class PublishedWeights:
         """Shape of a parameter in the model's layout."""
         return self._leaf(path).target_shape
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON; no weight is read."""
+        checkpoint = self._checkpoint
+        return {
+            "source": checkpoint.repository or str(checkpoint.root.resolve()),
+            "revision": checkpoint.revision,
+            "shards": dict(checkpoint.sizes),
+            # A commit says more than times do, where it is known.
+            "changed": None if checkpoint.revision is not None else dict(checkpoint.changed()),
+        }
+
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that were not opened."""
         absent = sorted(set(wanted) - set(self.layers))
@@ -132,7 +144,7 @@ class PublishedWeights:
         return part
 
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
-        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`. The arrays may be views on the file."""
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`; views on the file, mostly."""
         leaf = self._leaf(path)
         weight = leaf.sources[0].weight
         return stored_parts(

@@ -29,7 +29,7 @@ from dsv4_convert.aot.topology import Slice
 from dsv4_convert.cli import app
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.inspect import Inspection
+from dsv4_convert.inspection import Inspection
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.spec.config import Config
