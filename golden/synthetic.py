@@ -30,7 +30,8 @@ from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.files.workspace import Workspace
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.names import FP4_GROUP, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -112,6 +113,18 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         **changes,
     }
+
+
+def dspark_config(**changes: Any) -> dict[str, Any]:
+    """:func:`tiny_config` as a dated release has it: three stages draft blocks of five tokens."""
+    dated = {
+        "compress_ratios": [0, 4, 128, 4, 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 95,
+        "dspark_target_layer_ids": [1, 2, 3],
+        "dspark_markov_rank": 8,
+    }
+    return tiny_config(**{**dated, **changes})
 
 
 def random_architecture(seed: int) -> dict[str, Any]:

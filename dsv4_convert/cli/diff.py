@@ -61,9 +61,8 @@ def _print(found: CheckpointDifference, window: Console, *, everything: bool) ->
         window.print(text, highlight=False, soft_wrap=True)
 
     for title, side in (("first ", found.first), ("second", found.second)):
-        unknown = f", {number_of(side.left_out, 'tensor')} not compared" if side.left_out else ""
         kind = side.kind if side.kind == side.storage else f"{side.kind} to {side.storage}"
-        line(f"{title}  {side.path}: {kind}, {side.dialect} names{unknown}")
+        line(f"{title}  {side.path}: {kind}, {side.dialect} names")
     for problem in found.config:
         line(f"config  {problem}")
     for title, paths in (("only in the first", found.gone), ("only in the second", found.added)):

@@ -14,10 +14,12 @@ from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.inspection.parts import count_published
 from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
+from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, compare
-from dsv4_convert.spec.names import detect_dialect, layer_of
+from dsv4_convert.spec.names import layer_of
 from dsv4_convert.spec.unsupported import of_family, refuse_unsupported
+from dsv4_convert.spec.v4.config import V4Config
 
 
 def inspect_folder(path: Path, *, place: str, known_by: str) -> Inspection:
@@ -91,8 +93,9 @@ def _inspection(
         if not of_family(raw):
             raise
         odd.append(str(error))
+    names = BY_MODEL_TYPE.get(str(raw.get("model_type")), V4Config).names
     try:
-        dialect = detect_dialect(tensors)
+        dialect = names.detect_dialect(tensors)
         facts["names"] = f"{dialect}, {len(tensors):,} tensors"
     except BadInput as error:
         if config is None:
@@ -112,7 +115,7 @@ def _inspection(
         resolution, uncovered = compare(stored, config, layers=whole, dialect=dialect)
         # Tensors of the model level may be absent too.
         odd += [problem for problem in uncovered if problem.partition(": ")[0] not in absent]
-        odd += _left_out(config, resolution, absent)
+        odd += _without_stages(config, resolution, absent)
     nbytes = {name: info.nbytes for name, info in tensors.items()}
     return Inspection(
         what=what,
@@ -121,16 +124,13 @@ def _inspection(
         facts=facts,
         config=config,
         layers=whole,
-        rows=count_published(stored, nbytes, dialect),
+        rows=count_published(stored, nbytes, names, dialect),
         odd=tuple(odd),
     )
 
 
-def _left_out(config: Config, resolution: Resolution, absent: frozenset[str]) -> list[str]:
-    """The tensors that a conversion would leave out."""
-    if resolution.dropped:
-        reason = next(iter(resolution.dropped.values()))
-        return [f"{len(resolution.dropped):,} tensors below mtp. are left out of a conversion: {reason}"]
+def _without_stages(config: Config, resolution: Resolution, absent: frozenset[str]) -> list[str]:
+    """Stages that the config counts and that are not there."""
     if config.num_mtp_stages and not resolution.config.num_mtp_stages and not absent:
-        return [f"config.json counts {config.num_mtp_stages} mtp stages, and no tensor of one is there"]
+        return [f"config.json counts {config.num_mtp_stages} draft stages, and no tensor of one is there"]
     return []

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 _ATTENTION = {
     AttentionKind.SLIDING: ("S", "blue"),
     AttentionKind.CSA: ("C", "green"),
     AttentionKind.HCA: ("H", "magenta"),
 }
-_STAGE = ("M", "cyan")
+_MTP, _DSPARK = ("M", "cyan"), ("D", "cyan")
 _HASH, _LEARNED = ("#", "yellow"), ("-", "")
 #: Style of an absent layer.
 _ABSENT = "dim"
@@ -27,7 +29,7 @@ def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iter
     ``layers`` are the present layers, None for all; the absent ones are in lower case.
     """
     cells = [(*_cell(config, layer, layers), layer % 10 == 0, str(layer)) for layer in range(config.num_hidden_layers)]
-    cells += [(_STAGE, _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]
+    cells += [(_stage(config), _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]
     groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]] = []
     for attention, routing, first, label in cells:
         if first:
@@ -45,9 +47,19 @@ def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iter
     yield from _lines(line)
 
 
+def _stage(config: Config) -> tuple[str, str]:
+    return _MTP if config.dspark is None else _DSPARK
+
+
+def _drafts(config: Config) -> str:
+    if config.dspark is None:
+        return "of multi-token prediction"
+    return f"of DSpark, which drafts {config.dspark.block_size} tokens at a time"
+
+
 def _cell(config: Config, layer: int, layers: tuple[int, ...] | None) -> tuple[tuple[str, str], tuple[str, str]]:
-    letter, colour = _ATTENTION[config.attention[layer]]
-    routing = _HASH if config.hash_routed[layer] else _LEARNED
+    letter, colour = _ATTENTION[as_v4(config).attention[layer]]
+    routing = _HASH if config.hashed(layer) else _LEARNED
     if layers is not None and layer not in layers:
         return (letter.lower(), _ABSENT), (routing[0], _ABSENT)
     return (letter, colour), routing
@@ -71,6 +83,7 @@ def _lines(groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]]) -> 
 
 def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
     """The meaning of each letter, and its number of layers."""
+    config = as_v4(config)
     number = {kind: config.attention.count(kind) for kind in AttentionKind}
     words = {
         AttentionKind.SLIDING: f"sliding window of {config.sliding_window} tokens alone",
@@ -82,7 +95,7 @@ def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
     rows += [
         (_HASH[0], hashed, "experts by the token's id (hash)"),
         (_LEARNED[0], config.num_hidden_layers - hashed, "experts by learned scores"),
-        (_STAGE[0], config.num_mtp_stages, "of multi-token prediction"),
+        (_stage(config)[0], config.num_mtp_stages, _drafts(config)),
     ]
     yield from (f"{glyph} {count:>3}  {text}" for glyph, count, text in rows if count)
     if layers is not None:

@@ -22,7 +22,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import ORBAX_FILES, is_converted, is_golden, not_converted
 from dsv4_convert.show.units import ranges
 from dsv4_convert.show.urls import without_secrets
-from dsv4_convert.spec.names import DSPARK, FP8_TILE, Rule, Transform, check_layers, layer_of, rule_of, stage_of
+from dsv4_convert.spec.names import Rule, Transform, check_layers, layer_of, stage_of
 from dsv4_convert.store import as_path
 from dsv4_convert.store.layout import Region
 from dsv4_convert.store.threads import in_threads
@@ -33,8 +33,8 @@ from dsv4_convert.weights.published import PublishedWeights
 #: Called with (elements compared, elements in total, the parameter).
 Progress = Callable[[int, int, str], None]
 
-#: Elements that are compared at once.
-_ELEMENTS = 1 << 22
+#: Elements that are compared at once, in a multiple of so many rows, since tiles are whole.
+_ELEMENTS, _ROWS = 1 << 22, 128
 _SHORT = {np.dtype(ml_dtypes.float8_e4m3fn): "FP8", np.dtype(np.int8): "FP4", np.dtype(np.uint8): "FP4"}
 #: Fields of a config that say how weights are stored, or that a conversion may leave out.
 _OF_STORAGE = frozenset({"expert_dtype", "weight_block_size", "num_mtp_stages"})
@@ -42,14 +42,12 @@ _OF_STORAGE = frozenset({"expert_dtype", "weight_block_size", "num_mtp_stages"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedCheckpoint:
-    """One of the two. ``kind``: published or converted. ``dialect``: of the published names. ``left_out``: number of
-    its tensors that dsv4 does not know how to use, and that are not compared."""
+    """One of the two. ``kind``: published or converted. ``dialect``: of the published names."""
 
     path: str
     kind: str
     storage: str
     dialect: str
-    left_out: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +187,11 @@ class _Matrix:
     at: int | None = None
 
     @property
+    def expert(self) -> int | None:
+        """The expert that it belongs to."""
+        return self.at if self.rule.per_expert else None
+
+    @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
@@ -201,7 +204,7 @@ class _Matrix:
         axis = len(self.shape) - 1 if self.rule.transform is not Transform.NONE else 0
         whole = [slice(0, extent) for extent in self.shape]
         row = self.elements // max(self.shape[axis], 1)
-        step = max(FP8_TILE[0], _ELEMENTS // max(row, 1) // FP8_TILE[0] * FP8_TILE[0])
+        step = max(_ROWS, _ELEMENTS // max(row, 1) // _ROWS * _ROWS)
         for start in range(0, self.shape[axis], step):
             whole[axis] = slice(start, min(start + step, self.shape[axis]))
             yield (*first, *whole)
@@ -244,12 +247,12 @@ class _Sides:
         mine, its = (self._wanted(side, name) for side, name in zip((self.first, self.second), names, strict=True))
         both = [path for path in mine if path in its]
         shapes = {path: (self.first.shape(path), self.second.shape(path)) for path in both}
-        tasks = [task for path in both if shapes[path][0] == shapes[path][1] for task in _tasks(path, shapes[path][0])]
+        tasks = [task for path in both if shapes[path][0] == shapes[path][1] for task in self._tasks(path)]
         total, done = sum(task.elements for task in tasks), 0
         found: dict[str, _Found] = {}
         with in_threads(self._compare, tasks, workers=workers) as finished:
             for task, result in finished:
-                found.setdefault(task.path, _Found()).add(result, task.at)
+                found.setdefault(task.path, _Found()).add(result, task.expert)
                 done += task.elements
                 progress(done, total, task.path)
         order = sorted(both, key=_place)
@@ -285,6 +288,13 @@ class _Sides:
             if field.name not in _OF_STORAGE and mine != its:
                 yield f"{field.name}: {mine} in the first, {its} in the second"
 
+    def _tasks(self, path: str) -> Iterator[_Matrix]:
+        rule, shape = self.first.config.names.rule_of(path), self.first.shape(path)
+        if len(shape) < 3:
+            yield _Matrix(path, rule, shape)
+        else:
+            yield from (_Matrix(path, rule, shape[1:], at) for at in range(shape[0]))
+
     def _compare(self, task: _Matrix) -> _Found:
         found, skipped = _Found(), []
         for region in task.blocks():
@@ -300,14 +310,6 @@ class _Sides:
             for region in skipped:
                 found.squares += _squares(self.first.read_region(task.path, region))
         return found
-
-
-def _tasks(path: str, shape: tuple[int, ...]) -> Iterator[_Matrix]:
-    rule = rule_of(path)
-    if len(shape) < 3:
-        yield _Matrix(path, rule, shape)
-    else:
-        yield from (_Matrix(path, rule, shape[1:], at) for at in range(shape[0]))
 
 
 def _changed(
@@ -332,7 +334,7 @@ def _changed(
         path=path,
         shapes=shapes,
         stored=found.stored,
-        experts=tuple(sorted(found.experts)) if rule_of(path).per_expert else None,
+        experts=tuple(sorted(found.experts)) or None,
         changed=found.changed,
         elements=elements,
         max_abs=found.max_abs,
@@ -347,7 +349,6 @@ def _described(side: StoredParameters, name: str) -> ComparedCheckpoint:
         kind="published" if published else "converted",
         storage=str(side.metadata["storage"]),
         dialect=str(side.metadata["dialect"]),
-        left_out=int(side.metadata["tensors"]["dropped"].get(DSPARK, 0)),
     )
 
 

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from dsv4_convert.aot.report import CompileReport
 from dsv4_convert.aot.topology import Slice
+from dsv4_convert.checkpoint.hub_push import Pushed
 from dsv4_convert.cli import app
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
@@ -208,6 +209,10 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         path.write_text(json.dumps(document | {"taps": [tap]}), encoding="utf-8")
         return run("report", path, path)
 
+    def pushed() -> list[Any]:
+        planned = run("push", GOLDEN, REPO, "--dry-run")
+        return [planned, planned | {"pushed": dataclasses.asdict(samples(Pushed, {})[0])}]
+
     generate = ("generate", orbax, "--tokens", "1,2", "--speculative")
     cases: dict[str, Callable[[], Iterable[Any]]] = {
         "convert hf-to-orbax": lambda: [
@@ -239,6 +244,7 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         ],
         "names": lambda: [run("names"), run("names", "layers.3.attn.wq_a"), run("names", "mtp.0.main_proj.weight")],
         "doctor": lambda: [run("doctor", "--offline")],
+        "push": pushed,
         "verify": verified,
     }
     assert set(cases) == WRITING, "a command that writes JSON has no case here"
