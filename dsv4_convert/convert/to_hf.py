@@ -21,6 +21,7 @@ from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
+from dsv4_convert.store.digests import Hasher
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
 from dsv4_convert.store.folder import Folder
 from dsv4_convert.store.layout import raw_bytes
