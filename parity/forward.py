@@ -238,7 +238,7 @@ def _to_experts(
     """The attention half, and the expert half up to the routing."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
-    streams, cache = block.attend(taps("input", streams), positions, taps, past)
+    streams, cache = block.attend(streams, token_ids, positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache
 
 

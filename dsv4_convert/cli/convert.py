@@ -199,8 +199,6 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
     if planned.layout is not Layout.DSV4:
         lines.append(f"warns   {maxtext_config.warning(planned.config)}")
-    if telling := sorted(filter(planned.config.names.drop_reason, planned.dropped)):
-        lines.append(f"drafts  DSpark's, as {len(telling):,} tensors tell: {', '.join(telling)}; the backbone converts")
     if planned.inexact:
         lines.append(f"rounds  {len(planned.inexact):,} leaves to bfloat16; --dtype float32 keeps them exact")
     if costs.to_fetch:

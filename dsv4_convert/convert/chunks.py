@@ -17,7 +17,6 @@ from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.coverage import Source
 from dsv4_convert.spec.names import Kind
-from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 
@@ -84,7 +83,7 @@ class ChunkMaker:
             decode_weight(plain, None, dtype=stored_leaf.dtype, transpose=transpose, out=out)
         elif rule.kind is Kind.INTEGER:
             self._table(part, out)
-        elif inside := part.rows.start % FP8_TILE[0]:
+        elif part.source.block is not None and (inside := part.rows.start % part.source.block[0]):
             # Rows that begin inside a tile, as no quantised tensor of a release has them: decode from its start.
             whole = slice(part.rows.start - inside, part.rows.stop)
             block = read_weight(self._checkpoint, part.source, dtype=stored_leaf.dtype, rows=whole)[inside:]
@@ -111,10 +110,12 @@ class ChunkMaker:
         assert name is not None
         if part.expert is not None:
             np.copyto(out, self._expert(stored_leaf, name, part.expert).reshape(out.shape))
-        elif part.leaf.rule.kind is Kind.INTEGER:
-            np.copyto(out, read_table(self._checkpoint, name, self._experts, rows=part.rows).reshape(out.shape))
+            return
+        rows = slice(None) if part.leaf.stacked else part.rows
+        if part.leaf.rule.kind is Kind.INTEGER:
+            np.copyto(out, read_table(self._checkpoint, name, self._experts, rows=rows).reshape(out.shape))
         else:
-            copy_rows(self._checkpoint, name, out, is_scale=is_scale, start=part.rows.start)
+            copy_rows(self._checkpoint, name, out, is_scale=is_scale, start=rows.start or 0)
 
     def _expert(self, stored_leaf: StoredLeaf, name: str, expert: int) -> Array:
         """One expert of a fused tensor, or the gate (0) or up (1) half of its rows."""

@@ -129,7 +129,7 @@ def restore_model(
 ) -> Model:
     """The whole model with its weights, open or given by the path of a converted checkpoint.
 
-    Its mtp stages, which only draft tokens, are restored with ``drafts``.
+    Its draft stages, which only draft tokens, are restored with ``drafts``.
 
     With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
     With ``scanned`` layers of one kind share a program, and their weights are stacked.
@@ -164,8 +164,10 @@ def restore_model(
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
+        if config.dspark is not None:
+            raise UsageError("DSpark's draft stages convert, and dsv4 does not run them yet; leave --speculative out")
     else:
-        config = dataclasses.replace(config, num_mtp_stages=0)
+        config = config.without_stages()
     model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
     codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
     filling = _Filling(weights, weights.config, str, dtype, mesh, codes)
