@@ -184,7 +184,7 @@ def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | No
     # Only the layer's own state matters; those of another kind get an empty one.
     states = [
         empty_layer(config, kind, len(window), program.capacity, window.dtype, block.attn.numerics)
-        for kind, block in zip(as_v4(config).attention[: len(segment) - 1], segment, strict=False)
+        for kind, block in zip(map(config.layer_kind, range(len(segment) - 1)), segment, strict=False)
     ]
     stacked = [jax.tree.map(lambda part: jnp.stack([part] * repeats), state) for state in (*states, past.cache)]
     return past.of((tuple(stacked),))

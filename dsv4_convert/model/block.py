@@ -56,9 +56,7 @@ class DecoderBlock(nnx.Module):
     route: Callable[..., Routed]
     combine: Callable[..., Any]
 
-    def __init__(
-        self, config: Config, attention: Any, *, hashed: bool, with_experts: bool, numerics: Numerics
-    ) -> None:
+    def __init__(self, config: Config, attention: Any, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
         self.config = config
         mixes, flat = config.hc_mixes, config.hc_mult * config.hidden_size
         self.hc_attn_fn = parameter("mix streams", mixes, flat)
