@@ -22,7 +22,6 @@ from dsv4_convert.parity.calls import calls_of
 from dsv4_convert.parity.forward import Activations, Array, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.weights.restore import restore_layers
 
 _EMBED_AXES = "vocab width"

@@ -80,7 +80,7 @@ class V41LayerCache:
 
     window: Float[Array, "*layer B P C"]
     source: SourceCache | None
-    recent: Int[Array, "*layer B P"] | None
+    recent: Int[Array, "*layer B L"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +124,7 @@ class Cache:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
 
         def stacked(kind: Any, count: int) -> Any:
-            return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
+            return jax.tree.map(lambda part: jnp.stack([part] * count), empty(kind))
 
         layers: tuple[Any, ...] = (
             tuple(empty(config.layer_kind(layer)) for layer in range(config.num_hidden_layers))

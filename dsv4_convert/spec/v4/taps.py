@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values, Where
-from dsv4_convert.spec.v4.kinds import AttentionKind
 
 #: In the words of V4; the conditions hold in any architecture.
 COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer))

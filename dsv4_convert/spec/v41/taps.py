@@ -1,7 +1,7 @@
 """The taps of DeepSeek-V4.1, one row each, in the order of execution (:mod:`dsv4_convert.spec.tap`).
 
-Rows that V4 has too are V4's. Four shape letters are V4.1's own: ``J`` table rows that a token looks up, ``c`` candidate
-blocks, ``Cl`` width of a latent and ``ND`` keys of all streams.
+Rows that V4 has too are V4's. Two shape letters are V4.1's own: ``J`` table rows that a token looks up, and ``c``
+candidate blocks.
 """
 
 from __future__ import annotations
