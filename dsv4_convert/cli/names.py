@@ -79,10 +79,12 @@ def _explained(item: Explanation) -> dict[str, object]:
 
 
 def _row(rule: Rule) -> dict[str, object]:
+    from dsv4_convert.spec.names import Dialect
+
     return {
         "path": rule.path,
         "published": rule.published,
-        "module": rule.module,
+        "module": rule.template(Dialect.MODULE),
         "shape": rule.shape.split(),
         "kind": rule.kind.value,
         "transform": rule.transform.value,

@@ -16,7 +16,6 @@ from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.coverage import Source
 from dsv4_convert.spec.names import Kind
-from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 
@@ -80,7 +79,7 @@ class ChunkMaker:
             decode_weight(plain, None, dtype=stored_leaf.dtype, transpose=transpose, out=out)
         elif rule.kind is Kind.INTEGER:
             self._table(part, out)
-        elif inside := part.rows.start % FP8_TILE[0]:
+        elif part.source.block is not None and (inside := part.rows.start % part.source.block[0]):
             # Rows that begin inside a tile, as no quantised tensor of a release has them: decode from its start.
             whole = slice(part.rows.start - inside, part.rows.stop)
             block = read_weight(self._checkpoint, part.source, dtype=stored_leaf.dtype, rows=whole)[inside:]
@@ -105,7 +104,6 @@ class ChunkMaker:
         assert name is not None
         if part.expert is not None:
             return self._expert(stored_leaf, name, part.expert)
-        # The rows of a part are those of the weight; scales are never cut.
         rows = slice(None) if part.leaf.stacked else part.rows
         if part.leaf.rule.kind is Kind.INTEGER:
             return read_table(self._checkpoint, name, self._experts, rows=rows)

@@ -214,7 +214,9 @@ def _make_rate(planned: Plan, stored_leaf: StoredLeaf) -> tuple[float, Array]:
 
     def make() -> Array:
         if stored_leaf.form is Form.DECODED:
-            chunk = decode_weight(weight, scale, dtype=stored_leaf.dtype, transpose=stored_leaf.transposed)
+            chunk = decode_weight(
+                weight, scale, dtype=stored_leaf.dtype, block=source.block, transpose=stored_leaf.transposed
+            )
         else:
             chunk = weight.copy()
         chunk_digest(chunk)

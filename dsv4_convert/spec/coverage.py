@@ -109,7 +109,7 @@ def resolve(
             without weight, all of them in one message; or a model that is not supported
             (:func:`~dsv4_convert.spec.unsupported.refuse_unsupported`).
     """
-    refuse_unsupported({}, stored, where=where)
+    refuse_unsupported({"model_type": config.model_type}, stored, where=where)
     resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
     if problems:
         raise BadInput(

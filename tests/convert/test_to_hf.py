@@ -307,8 +307,8 @@ def test_values_of_a_power_of_two_scale_survive_any_quantiser(seed: int, byte: i
     limit = 0x7E - 8 * below
     codes = (rng.integers(0, limit + 1, (128, 128)) | rng.choice([0, 128], (128, 128))).astype(np.uint8).view(FP8)
     scale = np.full((1, 1), byte, np.uint8)
-    values = decode_weight(codes, scale, dtype=np.dtype(ml_dtypes.bfloat16))
-    again = decode_weight(*_as_fp8(quantize_fp8(values)), dtype=np.dtype(ml_dtypes.bfloat16))
+    values = decode_weight(codes, scale, block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
+    again = decode_weight(*_as_fp8(quantize_fp8(values)), block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
     assert np.array_equal(values, again)
     packed = rng.integers(0, 256, (8, 16), np.uint8) & np.uint8([0xFF, 0xBB, 0x99][below % 3])
     groups = np.full((8, 1), byte, np.uint8)

@@ -270,7 +270,7 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
             if name.endswith("tid2eid"):
                 return stored
             scales = checkpoint.read(scale) if name.endswith(".weight") and scale in checkpoint.tensors else None
-            return decode_weight(stored, scales, dtype=np.dtype(np.float32))
+            return decode_weight(stored, scales, block=(128, 128), dtype=np.dtype(np.float32))
 
         for path in store.paths:
             rest = path.split(".")[2:]
