@@ -327,7 +327,7 @@ def random_v41_architecture(seed: int) -> dict[str, Any]:
         o_groups=draw.choice([groups for groups in (1, 2) if heads % groups == 0]),
         o_lora_rank=draw.choice((8, 20)),
         n_routed_experts=experts,
-        num_experts_per_tok=draw.randint(1, min(4, experts)),
+        num_experts_per_tok=draw.randint(2, min(4, experts)),
         sliding_window=draw.choice((3, 6, 17)),
         compress_ratios=[*ratios, 0],
         kv_source_layer_ids=sources,

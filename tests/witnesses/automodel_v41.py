@@ -64,8 +64,8 @@ MODEL = {"embed_tokens": "embed", "norm": "norm"}
 #: Architectures that are recorded, tokens of their prompts, and the taps that are kept of every layer.
 RECORDED, TOKENS = range(4), 40
 KEPT = (
-    *("engram.ids", "engram.streams", "hc_attn.pre", "attn.compressor.norm", "attn.indexer.k_norm"),
-    *("attn.indexer.chosen", "attn.indexer.candidates", "attn.wo_b", "ffn", "hc_ffn.pre"),
+    *("engram.ids", "hc_attn.pre", "attn.compressor.norm", "attn.indexer.k_norm", "attn.indexer.chosen"),
+    *("attn.indexer.candidates", "attn.wo_b", "hc_ffn.pre"),
 )
 DATA = Path(__file__).parents[1] / "data" / "v41" / "automodel.safetensors"
 
