@@ -31,7 +31,7 @@ from dsv4_convert.files.workspace import Workspace
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import Group, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.names import Kind, Rule, Section, check_layers, parameters
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v41.config import EngramConfig, V41Config
 from dsv4_convert.spec.v41.ngrams import ngram_hash
@@ -455,7 +455,7 @@ def _shards(
     """As published: the embedding, one shard per layer, the head, one shard per stage, the vision encoder."""
     by_shard: dict[int | str | None, list[tuple[Rule, int | None]]] = {}
     for path, rule, layer in parameters(config) if mtp else parameters(config, layers):
-        key = rule.group if rule.group is Group.VISION else path if path == "embed" else layer
+        key = rule.section if rule.section is Section.VISION else path if path == "embed" else layer
         by_shard.setdefault(key, []).append((rule, layer))
 
     def entries(rows: list[tuple[Rule, int | None]]) -> Iterator[tuple[TensorEntry, int]]:
@@ -464,7 +464,7 @@ def _shards(
                 name = rule.published.format(*rule.numbers(config, layer, expert))
                 yield from _tensors(name, rule, rule.source_shape(config, layer), config, form, seed)
 
-    for key in ("embed", *layers, None, *(config.stage_layers if mtp else ()), Group.VISION):
+    for key in ("embed", *layers, None, *(config.stage_layers if mtp else ()), Section.VISION):
         if key in by_shard:
             yield entries(by_shard[key])
 

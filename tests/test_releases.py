@@ -27,6 +27,7 @@ RELEASES = (
     ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-0731"),
     ("DeepSeek-V4-Pro", "DeepSeek-V4-Pro"),
     ("DeepSeek-V4-Pro-0813", "DeepSeek-V4-Pro-0813.from_public_notes"),
+    ("DeepSeek-V4.1-Flash", "DeepSeek-V4.1-Flash.from_third_party_test"),
 )
 
 
@@ -64,7 +65,7 @@ def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str) -
     assert not planned.dropped
     assert (planned.tensors, planned.bytes_read) == (summary["tensors"], summary["bytes"])
     assert planned.bytes_written == planned.bytes_read
-    assert planned.config.num_mtp_stages == (3 if inventory.endswith(("0731", "0813")) else 1)
+    assert planned.config.num_mtp_stages == (3 if inventory.endswith(("0731", "0813", "V4.1-Flash")) else 1)
 
 
 def _shrunk(config: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_convert.checkpoint.dtypes import array_shape
 from dsv4_convert.checkpoint.folder import Checkpoint
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.sound import (
@@ -64,17 +65,23 @@ def read_weight(
     return decoded
 
 
-def read_published(checkpoint: Checkpoint, name: str, *, is_scale: bool, rows: slice = slice(None)) -> Array:
-    """A stored tensor, or ``rows`` of it. Raises :class:`BadInput` if it holds an invalid number."""
-    stored = checkpoint.read(name)
-    first = rows.indices(stored.shape[0])[0] if stored.shape else 0
-    part = stored[rows] if stored.shape else stored
-    if is_scale:
-        _refuse(checkpoint, name, scale_problem(part, first_row=first))
-        return part
-    problem = plain_problem(part, first_row=first) or code_problem(part, first_row=first)
-    _refuse(checkpoint, name, problem)
-    return part
+def read_rows(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
+    """Rows of a stored weight as they are. Raises :class:`BadInput` if one holds an invalid number."""
+    rows = checkpoint.read_rows(name, start, stop)
+    _refuse_numbers(checkpoint, name, rows, is_scale=False, first_row=start)
+    return rows
+
+
+def copy_rows(checkpoint: Checkpoint, name: str, out: Array, *, is_scale: bool, start: int = 0) -> None:
+    """Fill ``out`` with rows of a stored weight, or with its scales, from row ``start`` on.
+
+    Raises:
+        BadInput: one holds an invalid number.
+    """
+    info = checkpoint.tensors[name]
+    checkpoint.read_into(name, out, start=start * (info.nbytes // info.shape[0]) if start else 0)
+    rows = out.reshape(-1, *array_shape(info.dtype, info.shape)[1:]) if info.shape else out
+    _refuse_numbers(checkpoint, name, rows, is_scale=is_scale, first_row=start)
 
 
 def read_table(checkpoint: Checkpoint, name: str, experts: int, *, rows: slice = slice(None)) -> Array:
@@ -83,6 +90,14 @@ def read_table(checkpoint: Checkpoint, name: str, experts: int, *, rows: slice =
     table = stored[rows]
     _refuse(checkpoint, name, table_problem(table, experts, first_row=rows.indices(len(stored))[0]))
     return table
+
+
+def _refuse_numbers(checkpoint: Checkpoint, name: str, rows: Array, *, is_scale: bool, first_row: int) -> None:
+    if is_scale:
+        problem = scale_problem(rows, first_row=first_row)
+    else:
+        problem = plain_problem(rows, first_row=first_row) or code_problem(rows, first_row=first_row)
+    _refuse(checkpoint, name, problem)
 
 
 def _refuse(checkpoint: Checkpoint, name: str, problem: str | None, way_out: str = _DAMAGED) -> None:

@@ -39,8 +39,8 @@ class Emitted:
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Array]]
-    #: SHA-256 that the bytes must have; None where they need not be those of the source.
-    sha256: str | None = None
+    #: Digest that the bytes must have; None where they need not be those of the source.
+    digest: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,7 @@ class Emitter:
         runs = self._runs()
         for name, tensor in self._sources.tensors.items():
             if name in runs:
-                yield Emitted(name, tensor.dtype, tensor.shape, self._reader(runs[name]), tensor.sha256)
+                yield Emitted(name, tensor.dtype, tensor.shape, self._reader(runs[name]), tensor.digest)
 
     def plain(self) -> Iterator[Emitted]:
         """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""

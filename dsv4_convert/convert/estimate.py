@@ -26,6 +26,8 @@ from dsv4_convert.store import Destination, chunk_digest, open_destination
 Array = np.ndarray[Any, Any]
 
 _PROBE_BYTES = 96 << 20
+#: Bytes of a conversion from which on a measurement is short beside it.
+_WORTH_MEASURING = 40 * _PROBE_BYTES
 _BLOCK_BYTES = 8 << 20
 
 
@@ -126,6 +128,11 @@ def estimate(
         workers=workers,
         rates=rates,
     )
+
+
+def worth_measuring(planned: Plan) -> bool:
+    """Whether to measure before a conversion: it is long, or only a measurement tells the size on disk."""
+    return planned.compression != "none" or planned.bytes_on_disk >= _WORTH_MEASURING
 
 
 def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:

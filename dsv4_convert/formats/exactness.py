@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, read_only
 from dsv4_convert.formats.fp4 import decode_fp4
 from dsv4_convert.formats.fp8 import decode_fp8
@@ -89,6 +88,8 @@ def rounding(
         return Rounding(values)
     else:
         return _of_products(codes, factors, block, packed=packed)
+    from dsv4_convert.formats import kernels
+
     counts = np.zeros((256, 256), np.uint64)
     kernels.count_codes(codes, read_only(factors), block[0], block[1] // per_code, counts)
     return _weighed(values, counts, change, packed=packed)
@@ -156,4 +157,6 @@ def _of_floats(stored: Array, dtype: np.dtype[Any]) -> Rounding:
 
 
 def _counted(values: Array) -> Rounding:
+    from dsv4_convert.formats import kernels
+
     return Rounding(values.size, *kernels.count_rounded(read_only(values.view(np.uint32))))
