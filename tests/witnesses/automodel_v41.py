@@ -26,7 +26,7 @@ from nemo_automodel.components.models.deepseek_v41.model import DeepseekV41ForCa
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from dsv4_convert.golden.synthetic import random_v41_architecture, write_checkpoint
+from dsv4_convert.golden.synthetic import random_v41_architecture, tiny_v41_config, write_checkpoint
 
 from .automodel import Tensors, published
 
@@ -61,8 +61,12 @@ INPUTS = {
 }
 #: Modules before and after the layers.
 MODEL = {"embed_tokens": "embed", "norm": "norm"}
-#: Architectures that are recorded, tokens of their prompts, and the taps that are kept of every layer.
-RECORDED, TOKENS = range(4), 40
+#: Configs that are recorded, tokens of their prompts, and the taps that are kept of every layer.
+RECORDED: dict[str, dict[str, Any]] = {
+    "every kind of layer": tiny_v41_config(index_n_heads=64, sliding_window=6),
+    **{f"architecture {seed}": random_v41_architecture(seed) for seed in (0, 9)},
+}
+TOKENS = 40
 KEPT = (
     *("engram.ids", "hc_attn.pre", "attn.compressor.norm", "attn.indexer.k_norm", "attn.indexer.chosen"),
     *("attn.indexer.candidates", "attn.wo_b", "hc_ffn.pre"),
@@ -181,20 +185,19 @@ def blocks_of(candidates: torch.Tensor, size: int, most: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Record logits and some taps of random architectures."""
-    arrays, configs = {}, {}
-    for seed in RECORDED:
-        raw = random_v41_architecture(seed)
+    """Record logits and some taps of every config."""
+    arrays = {}
+    for name, raw in RECORDED.items():
         with TemporaryDirectory() as work:
-            write_checkpoint(Path(work) / "hf", raw, seed=seed)
+            write_checkpoint(Path(work) / "hf", raw, seed=0)
             theirs = AutomodelV41(Path(work) / "hf")
-        ids = np.random.default_rng(seed).integers(0, raw["text_config"]["vocab_size"], (1, TOKENS)).astype(np.int32)
+        ids = np.random.default_rng(0).integers(0, raw["text_config"]["vocab_size"], (1, TOKENS)).astype(np.int32)
         taps = theirs.taps(ids)
-        kept = {name for name in taps if name == "logits" or name.split(".", 2)[-1] in KEPT}
-        arrays |= {f"{seed}/{name}": np.ascontiguousarray(taps[name]) for name in sorted(kept)}
-        arrays[f"{seed}/tokens"], configs[str(seed)] = ids, json.dumps(raw)
+        kept = {tap: value for tap, value in taps.items() if tap == "logits" or tap.split(".", 2)[-1] in KEPT}
+        arrays |= {f"{name}/{tap}": np.ascontiguousarray(value) for tap, value in kept.items()}
+        arrays[f"{name}/tokens"] = ids
     DATA.parent.mkdir(exist_ok=True)
-    save_file(arrays, DATA, metadata=configs)
+    save_file(arrays, DATA, metadata={name: json.dumps(raw) for name, raw in RECORDED.items()})
 
 
 if __name__ == "__main__":
