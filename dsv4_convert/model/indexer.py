@@ -86,7 +86,7 @@ class EntryScorer(nnx.Module):
 class Indexer(EntryScorer):
     """The indexer of CSA layers of DeepSeek-V4: its keys are the entries of its own, narrower compressor."""
 
-    def __init__(self, config: Config, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
         super().__init__(config, numerics)
         self.compressor = Compressor(
             config.hidden_size,
