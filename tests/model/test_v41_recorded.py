@@ -9,7 +9,6 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,8 +23,8 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.model.v41 import attention, block, compressor, engram, indexer
 from dsv4_convert.model.v41 import model as backbone
-from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.spec.v41 import ngrams
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
