@@ -19,10 +19,10 @@ from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orba
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.inspect import Inspection, ModelPart, Totals, What, inspect
-from dsv4_convert.inspect.parts import PARTS, count_published, part_of
-from dsv4_convert.inspect.recorded import inspect_golden
-from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.inspection import Inspection, ModelPart, Totals, What, inspect
+from dsv4_convert.inspection.parts import PARTS, count_published, part_of
+from dsv4_convert.inspection.recorded import inspect_golden
+from dsv4_convert.inspection.strip import legend, strip
 from dsv4_convert.spec.architectures import ARCHITECTURES
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored

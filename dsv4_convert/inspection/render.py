@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsv4_convert.inspect.parts import PartRow, Totals
-from dsv4_convert.inspect.report import Inspection
-from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.inspection.parts import PartRow, Totals
+from dsv4_convert.inspection.report import Inspection
+from dsv4_convert.inspection.strip import legend, strip
 from dsv4_convert.show.tables import fitted
 from dsv4_convert.show.units import count, size
 from dsv4_convert.spec.config import Config
