@@ -30,8 +30,8 @@ def shrink(
     check_destination(out)
     request = dataclasses.replace(golden.manifest.request, compact=compact)
     with golden_writer(out, request) as writer:
-        for layer in (*request.layers, None):
-            progress(layer)
-            if layer not in writer.finished and not writer.complete:
-                writer.write(layer, request.keep(golden.everything(layer)))
+        for part in writer.parts:
+            progress(part)
+            if part not in writer.finished and not writer.complete:
+                writer.write(part, request.keep(golden.everything(part)))
         return writer.publish()

@@ -197,6 +197,11 @@ class Config:
             hash_routed=tuple(self.hash_routed[layer] for layer in layers),
         )
 
+    def prefix(self, layer: int) -> str:
+        """The beginning of the paths of a layer's or stage's parameters: ``layers.12.``, ``mtp.0.``."""
+        first = self.num_hidden_layers
+        return prefix_of(layer, layer - first if layer in self.stage_layers else None)
+
     @property
     def stage_layers(self) -> range:
         """The layer numbers of the stages after the backbone."""
@@ -270,6 +275,13 @@ class Config:
         if problems:
             raise BadInput(f"stored dsv4 config: not one that dsv4 writes; the file is damaged:\n{listed(problems)}")
         return config
+
+
+def prefix_of(layer: int | None, stage: int | None) -> str:
+    """The beginning of the names of a layer, of a stage by its own number, or of the model level (both None)."""
+    if stage is not None:
+        return f"mtp.{stage}."
+    return "" if layer is None else f"layers.{layer}."
 
 
 def _ill_typed(stored: Config | Yarn) -> list[str]:

@@ -426,31 +426,33 @@ def detect_dialect(names: Iterable[str]) -> Dialect:
 
 
 def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
-    """Every parameter of the model, or of the chosen layers and the model level without stages: path, rule, layer."""
-    chosen = range(config.num_hidden_layers) if layers is None else layers
+    """Every parameter of the model, or of the chosen layers and stages and the model level: path, rule, layer."""
+    chosen = range(config.num_hidden_layers + config.num_mtp_stages) if layers is None else layers
     for rule in RULES:
         if not rule.per_layer:
             yield rule.path, rule, None
     for layer in chosen:
-        for rule in RULES:
-            if rule.per_layer and rule.when.holds(config, layer):
-                yield rule.path.format(layer), rule, layer
-    for layer in config.stage_layers if layers is None else ():
-        for rule in STAGE_RULES:
-            yield rule.path.format(*rule.numbers(config, layer)), rule, layer
+        for rule in STAGE_RULES if layer in config.stage_layers else RULES:
+            if (rule.per_layer or rule.per_stage) and rule.when.holds(config, layer):
+                yield rule.path.format(*rule.numbers(config, layer)), rule, layer
 
 
-def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """The chosen layers, sorted; all of them for None. Raises :class:`UsageError` for one that does not exist."""
+def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool = False) -> tuple[int, ...]:
+    """The chosen layers, sorted; all of them for None, without stages. With ``stages`` these may be chosen too.
+
+    Raises:
+        UsageError: a layer that does not exist.
+    """
     if layers is None:
         return tuple(range(config.num_hidden_layers))
     chosen = tuple(sorted(set(layers)))
-    wrong = [layer for layer in chosen if not 0 <= layer < config.num_hidden_layers]
+    there = range(config.num_hidden_layers + (config.num_mtp_stages if stages else 0))
+    wrong = [layer for layer in chosen if layer not in there]
     if wrong or not chosen:
+        of_stages = f", and its mtp stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
         raise UsageError(
             f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1} "
-            "(mtp stages are not layers)"
+            f"{config.num_hidden_layers - 1}{of_stages or ' (mtp stages are not layers)'}"
         )
     return chosen
 

@@ -2,7 +2,9 @@
 
 One row per tap, in the order of execution, so that "the first diverging tap" is the first diverging row. Names follow
 the parameters: ``attn.wq_a`` is the output of the projection ``attn.wq_a``, ``attn.q_norm`` the output of that norm.
-A full name is ``layers.12.attn.wq_a`` or, for the model level, ``embed``.
+A full name is ``layers.12.attn.wq_a``, ``mtp.0.attn.wq_a`` for a stage after the backbone, or, for the model level,
+``embed``. A stage has rows of its own, the rows of a layer, and those of both ends of the model: it embeds the tokens
+after those of the layers, and it has a head.
 
 Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
 rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``
@@ -19,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import AttentionKind, Config, prefix_of
 
 
 class Values(StrEnum):
@@ -38,24 +40,25 @@ class Where(StrEnum):
     COMPRESSED = "CSA and HCA layers"
     CSA = "CSA layers"
     LEARNED = "layers with learned routing"
+    STAGE = "mtp stages"
     BEFORE = "model, before the layers"
     AFTER = "model, after the layers"
 
     def holds(self, config: Config, layer: int | None) -> bool:
-        """Whether ``layer`` (None: the model level) has the tap."""
+        """Whether ``layer``, a layer or a stage (None: the model level), has the tap."""
         if layer is None:
             return self in (Where.BEFORE, Where.AFTER)
         match self:
+            case Where.BEFORE | Where.AFTER | Where.STAGE:
+                return layer in config.stage_layers
             case Where.LAYER:
                 return True
             case Where.COMPRESSED:
-                return config.attention[layer] is not AttentionKind.SLIDING
+                return config.kind(layer) is not AttentionKind.SLIDING
             case Where.CSA:
-                return config.attention[layer] is AttentionKind.CSA
+                return config.kind(layer) is AttentionKind.CSA
             case Where.LEARNED:
-                return not config.hash_routed[layer]
-            case _:
-                return False
+                return not config.hashed(layer)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,26 +83,68 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class TapKey:
-    """A tap of one layer, or of the model level (``layer`` None). ``str`` gives its full name."""
+    """A tap of one layer or stage, or of the model level (``layer`` None). ``str`` gives its full name.
+
+    ``stage``: the number of the stage, whose ``layer`` is the one that :class:`Config` gives it.
+    """
 
     layer: int | None
     tap: Tap
+    stage: int | None = None
 
     @classmethod
-    def parse(cls, name: str) -> TapKey:
-        """The key of a full name such as ``layers.12.attn.wq_a``. Raises :class:`UsageError` for an unknown one."""
-        layer: int | None = None
-        rest = name
-        if name.startswith("layers.") and name.count(".") >= 2:
-            _, number, rest = name.split(".", 2)
-            layer = int(number) if number.isascii() and number.isdecimal() else None
+    def of(cls, config: Config, layer: int | None, tap: Tap | str) -> TapKey:
+        """The key of a tap, given by itself or by its name within ``layer``, which may be that of a stage."""
+        stage = layer - config.num_hidden_layers if layer is not None and layer in config.stage_layers else None
+        return cls(layer, _BY_NAME[tap] if isinstance(tap, str) else tap, stage)
+
+    @classmethod
+    def parse(cls, name: str, config: Config | None = None) -> TapKey:
+        """The key of a full name such as ``layers.12.attn.wq_a``. The layer of a stage is known with a ``config`` only.
+
+        Raises:
+            UsageError: there is no such tap.
+        """
+        prefix, number, rest = _split(name)
         tap = _BY_NAME.get(rest)
-        if tap is None or (layer is None) != (tap.where in (Where.BEFORE, Where.AFTER)):
+        places = {"": _ENDS, "layers.": _LAYERS, "mtp.": _STAGES}[prefix]
+        if tap is None or tap.where not in places:
             raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
-        return cls(layer, tap)
+        if prefix != "mtp.":
+            return cls(number, tap)
+        return cls(None if config is None or number is None else config.num_hidden_layers + number, tap, number)
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of its full name: ``layers.12.``, ``mtp.0.`` or nothing."""
+        return prefix_of(self.layer, self.stage)
+
+    @property
+    def label(self) -> str:
+        """Its layer, stage or level in tables: ``12``, ``mtp.0`` or ``model``."""
+        return self.prefix.removeprefix("layers.").rstrip(".") or "model"
+
+    @property
+    def where(self) -> str:
+        """Its layer, stage or level in sentences: ``layer 12``, ``stage mtp.0`` or ``model level``."""
+        return "model level" if not self.prefix else f"{'layer' if self.stage is None else 'stage'} {self.label}"
 
     def __str__(self) -> str:
-        return self.tap.name if self.layer is None else f"layers.{self.layer}.{self.tap.name}"
+        return self.prefix + self.tap.name
+
+
+#: The rows that full names without a prefix, of layers, and of stages may have.
+_ENDS = (Where.BEFORE, Where.AFTER)
+_LAYERS = (Where.LAYER, Where.COMPRESSED, Where.CSA, Where.LEARNED)
+_STAGES = (*_ENDS, Where.LAYER, Where.LEARNED, Where.STAGE)
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """A full name as prefix (``layers.``, ``mtp.`` or nothing), number, and name within the layer."""
+    parts = name.split(".", 2)
+    if len(parts) == 3 and parts[0] in ("layers", "mtp") and parts[1].isascii() and parts[1].isdecimal():
+        return f"{parts[0]}.", int(parts[1]), parts[2]
+    return "", None, name
 
 
 def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:
@@ -134,7 +179,12 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    _own("embed", "B S D", "token embedding", Where.BEFORE),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", Where.STAGE),
+    _own("embed", "B S D", "token embedding; in a stage, of the token after", Where.BEFORE),
+    _own("enorm", "B S D", "embedding after its norm", Where.STAGE),
+    _own("hnorm", "B S N D", "streams after their norm", Where.STAGE),
+    _own("e_proj", "B S D", "embedding's part of the stage's streams", Where.STAGE),
+    _own("h_proj", "B S N D", "streams' part of the stage's streams", Where.STAGE),
     Tap("input", "B S N D", "streams entering the layer"),
     *_hyper_connection("hc_attn"),
     _own("attn_norm", "B S D", "input of the attention"),
@@ -205,12 +255,12 @@ _BY_NAME = {tap.name: tap for tap in (*TAPS, *STATE)}
 
 
 def taps_of(config: Config, layer: int | None) -> tuple[Tap, ...]:
-    """The taps of one layer, or of the model level (None), in order of execution."""
+    """The taps of one layer or stage, or of the model level (None), in order of execution."""
     return tuple(tap for tap in TAPS if tap.where.holds(config, layer))
 
 
 def state_of(config: Config, layer: int) -> tuple[Tap, ...]:
-    """The taps of the state that a layer keeps between calls."""
+    """The taps of the state that a layer or stage keeps between calls."""
     return tuple(tap for tap in STATE if tap.where.holds(config, layer))
 
 
@@ -225,8 +275,8 @@ def tap_named(name: str) -> Tap:
 
 
 def shape_of(name: str) -> tuple[str, ...] | None:
-    """The shape letters of a tap by its full name, or as ``layers.3.attn.q``; None for what is no tap."""
-    tap = _BY_NAME.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+    """The shape letters of a tap by its full name; None for what is no tap."""
+    tap = _BY_NAME.get(_split(name)[2])
     return None if tap is None else tuple(tap.shape.split())
 
 

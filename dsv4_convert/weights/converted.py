@@ -66,8 +66,9 @@ class Weights:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that were converted."""
-        return self._store.conversion.layers
+        """The layers and stages that were converted."""
+        stages = {names.stage_of(path) for path in self._store.paths} - {None}
+        return (*self._store.conversion.layers, *(layer for layer in self.config.stage_layers if stages))
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
@@ -77,7 +78,7 @@ class Weights:
 
     def check_stages(self) -> None:
         """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
-        if any(names.stage_of(path) is not None for path in self._store.paths):
+        if self.layers[-1] in self.config.stage_layers:
             return
         if names.DSPARK in self._store.conversion.dropped:
             why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"

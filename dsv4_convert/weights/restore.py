@@ -41,18 +41,24 @@ def restore_block(
     numerics: Numerics | None = None,
     mesh: Mesh | None = None,
 ) -> Block:
-    """One layer of the model with its weights. Without experts these are a small part of the layer.
+    """One layer or stage of the model with its weights. Without experts these are a small part of it.
 
     On a ``mesh`` every process reads only its parts; see :func:`restore_model`.
     """
     from flax import nnx
 
     from dsv4_convert.model import PLAIN, Block
+    from dsv4_convert.model.block import MTPBlock
 
     config, numerics = weights.config, numerics or PLAIN
-    kind, hashed = config.kind(layer), config.hashed(layer)
-    block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
-    return _Filling(weights, config, f"layers.{layer}.".__add__, dtype, mesh).fill(block)
+
+    def make() -> Block:
+        if layer in config.stage_layers:
+            return MTPBlock(config, numerics, with_experts=with_experts)
+        kind, hashed = config.kind(layer), config.hashed(layer)
+        return Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics)
+
+    return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh).fill(nnx.eval_shape(make))
 
 
 def restore_layers(
@@ -96,6 +102,63 @@ def layers_bytes(
 
     filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
     return filling.bytes_of(nnx.eval_shape(lambda: Layers(filling.config, PLAIN, scanned=scanned)))
+
+
+def restore_stage(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    numerics: Numerics | None = None,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> Model:
+    """A model without layers, whose only stage is that of ``layer``; otherwise as :func:`restore_model`."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.fill(_model(filling.config, numerics or PLAIN))
+
+
+def stage_bytes(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> int:
+    """Bytes of :func:`restore_stage` on the devices of this process. Raises likewise."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.bytes_of(_model(filling.config, PLAIN))
+
+
+def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
+    """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
+    config, own = weights.config, weights.config.prefix(layer)
+    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=1)
+    codes = _codes(weights, apart=mesh is None) if encoded else None
+    first = alone.prefix(0)
+    return _Filling(
+        weights,
+        alone,
+        lambda path: own + path.removeprefix(first) if path.startswith(first) else path,
+        dtype,
+        mesh,
+        codes,
+    )
+
+
+def _model(config: Config, numerics: Numerics, *, scanned: bool = False) -> Model:
+    """A model without values."""
+    from flax import nnx
+
+    from dsv4_convert.model import Model
+
+    model: Model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
+    return model
 
 
 def _of_layers(
@@ -152,9 +215,7 @@ def restore_model(
         >>> model.config.num_hidden_layers
         4
     """
-    from flax import nnx
-
-    from dsv4_convert.model import PLAIN, Model, Numerics
+    from dsv4_convert.model import PLAIN, Numerics
 
     if isinstance(weights, str | os.PathLike):
         weights = Weights.open(weights)
@@ -166,7 +227,7 @@ def restore_model(
         weights.check_stages()
     else:
         config = dataclasses.replace(config, num_mtp_stages=0)
-    model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
+    model = _model(config, numerics, scanned=scanned)
     codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
     filling = _Filling(weights, weights.config, str, dtype, mesh, codes)
     _check_memory(filling, model)
