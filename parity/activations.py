@@ -28,7 +28,8 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, Values, tap_named
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey, tap_named
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -303,7 +304,7 @@ def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
         elif key.tap.is_state:
             why = "no token came one by one, so there is no state between calls"
         else:
-            why = f"{key.where}, of {config.kind(number).value}, has no such tap"
+            why = f"{key.where}, of {config.describe(number)}, has no such tap"
         raise UsageError(f"{full}: not in {golden.path}: {why}")
     return key
 

@@ -26,7 +26,9 @@ from dsv4_convert.parity.calls import calls_of, rows_in_all
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, Where
+from dsv4_convert.spec.tap import AFTER
+from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.restore import restore_block
@@ -102,7 +104,8 @@ class Forward:
         self, layer: int, entering: jax.Array, overrides: Mapping[TapKey, Array]
     ) -> tuple[Activations, jax.Array | Array]:
         """One layer or stage, call by call."""
-        config, kind = self._weights.config, self._weights.config.kind(layer)
+        config = as_v4(self._weights.config)
+        kind = config.kind(layer)
         ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
         batch, tokens = self._tokens.shape
         cached = self._calls[0].cached
@@ -169,7 +172,7 @@ class Forward:
         given = {
             key.tap.name: jnp.asarray(value)
             for key, value in (overrides or {}).items()
-            if key.tap.where is Where.AFTER and key.tap.name != _LOGITS
+            if key.tap.where is AFTER and key.tap.name != _LOGITS
         }
         entering = jnp.asarray(streams, self._dtype)
         logits = []
@@ -265,6 +268,7 @@ def _to_experts(
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
     if isinstance(block, MTPBlock):
+        assert embedded is not None
         streams = block.join(streams, embedded, taps)
     streams, cache = block.attend(taps("input", streams), positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache

@@ -149,7 +149,7 @@ def _needed(
     config = weights.config
     stages = [layer for layer in layers if layer in config.stage_layers]
     stacks = {
-        (config.kind(layer), config.hashed(layer)): stack_of(config, layer, scanned=options.scanned)
+        config.layer_kind(layer): stack_of(config, layer, scanned=options.scanned)
         for layer in layers
         if layer not in stages
     }

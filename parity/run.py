@@ -144,9 +144,9 @@ def run_parity(
     recorded = open_golden(golden)
     layers = None if options.layers is None else check_layers(recorded.config, options.layers, stages=True)
     # A published checkpoint is opened as far as it is needed, and all of it for stages.
-    config, opened = recorded.config, layers or recorded.layers
-    if len(opened) == config.num_hidden_layers or set(opened) & set(config.stage_layers):
-        opened = None
+    config, wanted = recorded.config, layers or recorded.layers
+    all_of_them = len(wanted) == config.num_hidden_layers or bool(set(wanted) & set(config.stage_layers))
+    opened = None if all_of_them else wanted
     with ExitStack() as held:
 
         def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:

@@ -19,7 +19,7 @@ from dsv4_convert.formats.sound import (
 )
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.coverage import Source
-from dsv4_convert.spec.names import FP8_TILE
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 _DAMAGED = (

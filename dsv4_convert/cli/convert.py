@@ -184,7 +184,6 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
 
     from dsv4_convert.convert import Layout
     from dsv4_convert.spec import maxtext_config
-    from dsv4_convert.spec.names import drop_reason
 
     rates = costs.rates
     at = f" at {checkpoint.revision}" if checkpoint.revision is not None else ""
@@ -200,7 +199,7 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
     if planned.layout is not Layout.DSV4:
         lines.append(f"warns   {maxtext_config.warning(planned.config)}")
-    if telling := sorted(filter(drop_reason, planned.dropped)):
+    if telling := sorted(filter(planned.config.names.drop_reason, planned.dropped)):
         lines.append(f"drafts  DSpark's, as {len(telling):,} tensors tell: {', '.join(telling)}; the backbone converts")
     if planned.inexact:
         lines.append(f"rounds  {len(planned.inexact):,} leaves to bfloat16; --dtype float32 keeps them exact")

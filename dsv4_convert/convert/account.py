@@ -17,7 +17,8 @@ from dsv4_convert.convert.storage import Form
 from dsv4_convert.formats.exactness import Rounding, rounding
 from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Source
-from dsv4_convert.spec.names import FP8_TILE, Rule
+from dsv4_convert.spec.names import Rule
+from dsv4_convert.spec.v4.names import FP8_TILE
 from dsv4_convert.store import LeafRecord
 
 #: Pages of the source that are in memory at a time, at most, while it is hashed.

@@ -15,7 +15,8 @@ from dsv4_convert.convert.storage import Form, Part, StoredLeaf
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.spec.coverage import Source
-from dsv4_convert.spec.names import FP8_TILE, Kind
+from dsv4_convert.spec.names import Kind
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 

@@ -22,7 +22,8 @@ from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
 from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.spec.names import FP8_TILE, Dialect
+from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.names import FP8_TILE
 from dsv4_convert.store import Store
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,8 @@ import numpy as np
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Leaf, Source, Stored
-from dsv4_convert.spec.names import FP8_TILE, Transform
+from dsv4_convert.spec.names import Transform
+from dsv4_convert.spec.v4.names import FP8_TILE
 from dsv4_convert.store import ArrayLayout, LeafSpec
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.

@@ -23,7 +23,8 @@ from dsv4_convert.formats.checks import as_codes, as_scale, read_only
 from dsv4_convert.formats.fp4 import decode_fp4
 from dsv4_convert.formats.fp8 import decode_fp8
 from dsv4_convert.formats.tables import E2M1, E4M3, FLOAT32, e8m0_values, products
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE
+from dsv4_convert.spec.names import FP4_GROUP
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = NDArray[Any]
 

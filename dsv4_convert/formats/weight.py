@@ -11,7 +11,8 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.formats import cast_plain, decode_fp4, decode_fp8
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE
+from dsv4_convert.spec.names import FP4_GROUP
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 #: Dtypes in which packed FP4 is stored.

@@ -27,7 +27,8 @@ from dsv4_convert.model.numerics import Numerics, round_then_f32
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 #: Entries for each chosen one from which a query's chosen entries are gathered instead of masking the others
 #: (``python -m benchmarks.sparse_attention``).
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
     Source: paper section 2.3; published inference code, ``Attention``.
     """
 
-    def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, kind: AttentionKind, numerics: Numerics) -> None:
         self.config = config
         self.kind = kind
         self.numerics = numerics
@@ -143,7 +144,7 @@ class Attention(nnx.Module):
         return output, LayerCache(kept, compressed, indexed)
 
 
-def _compressor(config: Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
+def _compressor(config: V4Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
     """The compressor of a layer. Blocks of CSA overlap, so each token projects to two series of values."""
     width = config.head_dim
     if kind is AttentionKind.SLIDING:

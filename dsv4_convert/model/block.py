@@ -19,7 +19,8 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.router import Router, Routing
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 
 class Routed(NamedTuple):
@@ -33,7 +34,7 @@ class Routed(NamedTuple):
 class FeedForward(nnx.Module):
     """Router, routed experts and shared expert. ``experts`` is None where the caller computes them itself."""
 
-    def __init__(self, config: Config, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
         self.gate = Router(config, hashed=hashed, numerics=numerics)
         self.experts = Experts(config, numerics) if with_experts else None
         self.shared_experts = SharedExpert(config, numerics)
@@ -48,7 +49,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        config: Config,
+        config: V4Config,
         kind: AttentionKind,
         *,
         hashed: bool,
@@ -127,7 +128,7 @@ class MTPBlock(Block):
     Source: published inference code, the block of its ``mtp`` layers.
     """
 
-    def __init__(self, config: Config, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
         super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size

@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.v4.config import as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -98,7 +100,7 @@ class Cache:
             return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
 
         layers: tuple[Any, ...] = (
-            tuple(map(empty, config.attention))
+            tuple(map(empty, as_v4(config).attention))
             if not scanned
             else tuple(
                 tuple(stacked(kind, segment.repeats) for kind, _ in segment.pattern) for segment in segments(config)
@@ -149,7 +151,7 @@ def empty_layer(
     pooled = jnp.float32 if numerics.release else dtype
 
     def compressed(width: int) -> Compressed:
-        ratio = config.ratio(kind)
+        ratio = as_v4(config).ratio(kind)
         overlap = 2 if kind is AttentionKind.CSA else 1
         rows = (batch, overlap * ratio - 1, overlap * width)
         # Separate arrays, because a donated cache may give every buffer away only once.

@@ -23,8 +23,9 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
 from dsv4_convert.model.numerics import round_to
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.names import FP4_GROUP, Kind, Rule, Transform
 from dsv4_convert.spec.segments import paths_of
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 
@@ -195,7 +196,7 @@ def in_source_form(module: _Module, config: Config, dtype: DTypeLike, *, prefix:
     graph, state = nnx.split(module)
     flat = {}
     for key, variable in nnx.to_flat_state(state):
-        rule = rule_of(prefix + paths_of(config, key)[0])
+        rule = config.names.rule_of(prefix + paths_of(config, key)[0])
         flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 

@@ -19,7 +19,7 @@ from dsv4_convert.model.numerics import Numerics, round_then_f32
 from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 
 class Indexer(nnx.Module):
@@ -31,7 +31,7 @@ class Indexer(nnx.Module):
     Source: paper equations 13-17; published inference code, ``Indexer``.
     """
 
-    def __init__(self, config: Config, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
         self.numerics = numerics
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.longest_chunk = config.sliding_window

@@ -20,12 +20,14 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.v4.config import as_v4
 
 
 def listed(config: Config, numerics: Numerics) -> list[Block]:
     """One block for each layer of the backbone: a program of the model contains the operations of every layer."""
-    kinds = zip(config.attention, config.hash_routed, strict=True)
-    return [Block(config, kind, hashed=hashed, numerics=numerics) for kind, hashed in kinds]
+    known = as_v4(config)
+    kinds = map(known.layer_kind, range(known.num_hidden_layers))
+    return [Block(known, kind, hashed=hashed, numerics=numerics) for kind, hashed in kinds]
 
 
 def through(
@@ -73,7 +75,7 @@ class ScannedLayers(nnx.Module):
             [
                 nnx.List(
                     [
-                        _stacked(Block(config, kind, hashed=hashed, numerics=numerics), segment.repeats)
+                        _stacked(Block(as_v4(config), kind, hashed=hashed, numerics=numerics), segment.repeats)
                         for kind, hashed in segment.pattern
                     ]
                 )

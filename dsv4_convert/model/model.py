@@ -22,6 +22,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
 
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
@@ -56,7 +57,7 @@ class Model(nnx.Module):
         self.hc_head_scale = parameter("mix", 1)
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
-        self.mtp = nnx.List([MTPBlock(config, numerics) for _ in range(config.num_mtp_stages)])
+        self.mtp = nnx.List([MTPBlock(as_v4(config), numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
         self,

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.config import Config, Yarn
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 
 def frequencies(config: Config, kind: AttentionKind) -> np.ndarray:

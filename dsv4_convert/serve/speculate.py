@@ -20,7 +20,8 @@ from jax.typing import DTypeLike
 
 from dsv4_convert.model import Cache, Model, Numerics, Taps
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Shaped

@@ -16,6 +16,7 @@ from dsv4_convert.show.units import ranges
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
+from dsv4_convert.spec.v4.names import DSPARK
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
@@ -80,7 +81,7 @@ class Weights:
         """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
         if self.layers[-1] in self.config.stage_layers:
             return
-        if names.DSPARK in self._store.conversion.dropped:
+        if DSPARK in self._store.conversion.dropped:
             why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
         elif self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"
@@ -94,7 +95,7 @@ class Weights:
         Raises:
             BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
         """
-        rule = names.rule_of(path)
+        rule = self.config.names.rule_of(path)
         if rule.per_expert:
             stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
             return np.stack(stack)
@@ -102,7 +103,7 @@ class Weights:
 
     def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
-        return self._decoded(path, names.rule_of(path), expert, dtype)
+        return self._decoded(path, self.config.names.rule_of(path), expert, dtype)
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
@@ -118,7 +119,7 @@ class Weights:
         Raises:
             BadInput: as :meth:`read`.
         """
-        rule = names.rule_of(path)
+        rule = self.config.names.rule_of(path)
         region = bounded(region, self._shape(path, rule))
 
         def plain(part: Region) -> Array:
@@ -194,7 +195,7 @@ class Weights:
 
         if f"{path}.scale" not in self._store.paths:
             return None
-        rule = names.rule_of(path)
+        rule = self.config.names.rule_of(path)
         packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
         if rule.per_expert:
             experts = range(self.config.n_routed_experts)

@@ -16,12 +16,13 @@ from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.golden.references.probes import HEAD_PROBES, Input, Output, Probe
-from dsv4_convert.spec.names import RULES
+from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.names import RULES
 
 #: The module that is a layer of the backbone.
 _BLOCK = "block"
 #: Name of a parameter within a layer, or of the model level -> its name in transformers' model.
-_MODULES = {rule.path.removeprefix("layers.{}."): rule.module for rule in RULES}
+_MODULES = {rule.path.removeprefix("layers.{}."): rule.template(Dialect.MODULE) for rule in RULES}
 
 
 class Stage(nn.Module):

@@ -44,10 +44,12 @@ from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_p
 from dsv4_convert.golden.references.stage import Stage, module_name
 from dsv4_convert.golden.references.stage import probes as stage_probes
 from dsv4_convert.golden.references.state import state_after
-from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.config import Config, Yarn
 from dsv4_convert.spec.coverage import Leaf, Resolution, Source
-from dsv4_convert.spec.names import Kind, Rule
+from dsv4_convert.spec.names import Dialect, Kind, Rule
 from dsv4_convert.spec.taps import TapKey, is_state
+from dsv4_convert.spec.v4.config import V4Config, as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 Array = np.ndarray[Any, Any]
 
@@ -137,7 +139,7 @@ class StreamedModel:
             Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
         """
         self._checkpoint = checkpoint
-        self._config = config
+        self._config = as_v4(config)
         self._leaves = resolution.leaves
         self._ids = torch.from_numpy(tokens.astype(np.int64))
         self._noise = {dtype: RUN_DTYPES[dtype] for dtype in noise}
@@ -145,11 +147,11 @@ class StreamedModel:
         raw.pop("quantization_config", None)  # weights are decoded here, so nothing is to be quantised there
         self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
-        _check_agreement(self._hf, self._rotary, config)
+        _check_agreement(self._hf, self._rotary, self._config)
         # Its config describes the stages as further layers.
-        self._hf.num_hidden_layers = config.stage_layers.stop
-        self._hf.layer_types = [config.kind(layer).value for layer in range(config.stage_layers.stop)]
-        self._hf.mlp_layer_types += ["moe"] * config.num_mtp_stages
+        self._hf.num_hidden_layers = self._config.stage_layers.stop
+        self._hf.layer_types = [self._config.kind(layer).value for layer in range(self._config.stage_layers.stop)]
+        self._hf.mlp_layer_types += ["moe"] * self._config.num_mtp_stages
         self._rotary.register_forward_pre_hook(partial(_moved, first_position), with_kwargs=True)
         self._calls = calls(tokens.shape[1], decode)
         self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
@@ -229,7 +231,11 @@ class StreamedModel:
         with torch.device("meta"):
             module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
         prefix = f"model.layers.{layer}."
-        convert = self._fill_layer(module, module, layer, lambda rule: rule.module.format(layer).removeprefix(prefix))
+
+        def name(rule: Rule) -> str:
+            return rule.template(Dialect.MODULE).format(layer).removeprefix(prefix)
+
+        convert = self._fill_layer(module, module, layer, name)
 
         def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
             result: Tensor = module(streams, **self._options(run, call, cache))
@@ -256,7 +262,7 @@ class StreamedModel:
         return _Part(module, layer, module.block, forward, convert)
 
     def _fill_layer(
-        self, module: nn.Module, block: nn.Module, layer: int, name: Callable[[Rule], str]
+        self, module: nn.Module, block: Any, layer: int, name: Callable[[Rule], str]
     ) -> Callable[[str], None]:
         """Give ``module``, with a decoder layer ``block`` in it, the weights of ``layer`` under their ``name`` in it.
 
@@ -302,7 +308,7 @@ class StreamedModel:
             head = nn.Identity()
         root = nn.ModuleDict({"hc_head": hc_head, "norm": norm, "lm_head": head})
         leaves = [self._leaf(name) for name in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")]
-        self._fill(root, {leaf.rule.module.removeprefix("model."): leaf for leaf in leaves})
+        self._fill(root, {leaf.rule.template(Dialect.MODULE).removeprefix("model."): leaf for leaf in leaves})
 
         def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
             result: Tensor = head(self._logits(norm(hc_head(streams))))
@@ -491,7 +497,7 @@ _SAME_NAME = (
 )  # fmt: skip
 
 
-def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: Config) -> None:
+def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: V4Config) -> None:
     """transformers fills in defaults for what a config.json does not say; here none of them may differ from ours.
 
     Raises:

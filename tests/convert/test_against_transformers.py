@@ -21,7 +21,8 @@ from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orba
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import RULES, Dialect, Kind, Rule, Transform, explain, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Kind, Rule, Transform, parameters, stage_of
+from dsv4_convert.spec.v4.names import RULES
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from dsv4_convert.weights.converted import Weights
 

@@ -23,7 +23,7 @@ from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.formats import quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.names import Dialect, explain
+from dsv4_convert.spec.names import Dialect
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 TOKENS = torch.arange(1, 24)[None]

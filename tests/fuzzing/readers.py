@@ -146,7 +146,7 @@ def _index_seeds() -> list[bytes]:
 def _config(data: bytes, folder: Path) -> bool:
     config = Config.from_file(_file(folder, "config.json", data))
     _agree(Config.from_json(json.loads(json.dumps(config.to_json()))) == config, "what is stored is another config")
-    _agree(len(config.attention) == len(config.hash_routed) == config.num_hidden_layers, "layers without a kind")
+    _agree(not config.inconsistent(), "a config that contradicts itself")
     _agree(_keys_are_unique(data), "accepted, and a key occurs twice")
     return True
 

@@ -25,7 +25,8 @@ from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect
+from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.names import RULES, STAGE_RULES
 from dsv4_convert.store.export_state import Written, write_export_state
 
 from ..checkpoint.hub_server import LoopbackHub

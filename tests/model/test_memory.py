@@ -9,7 +9,8 @@ from flax import nnx
 
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))
 

@@ -18,7 +18,8 @@ from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 
 @pytest.fixture(scope="module")

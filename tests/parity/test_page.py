@@ -40,7 +40,9 @@ from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.show.urls import without_secrets
-from dsv4_convert.spec.taps import TAPS, TapKey, Where, is_state
+from dsv4_convert.spec.tap import Where
+from dsv4_convert.spec.taps import TapKey, is_state
+from dsv4_convert.spec.v4.taps import TAPS
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held

@@ -30,8 +30,9 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec import maxtext, maxtext_config
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.store import open_store, verify
 from dsv4_convert.weights.converted import Weights
 

@@ -15,7 +15,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
-from dsv4_convert.spec.names import Dialect, lookup, template
+from dsv4_convert.spec.names import Dialect, template
 
 DATA = Path(__file__).parents[1] / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.

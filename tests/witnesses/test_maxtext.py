@@ -20,7 +20,8 @@ from dsv4_convert import Weights, restore_model
 from dsv4_convert.convert import Layout, Storage, hf_to_orbax
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.spec import maxtext, maxtext_config
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.store import open_store
 
 from . import small_models

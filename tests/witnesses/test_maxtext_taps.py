@@ -18,7 +18,8 @@ import pytest
 
 from dsv4_convert.convert import Layout, Storage, hf_to_orbax
 from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from golden.synthetic import make_checkpoint
 from parity.activations import Expected
 

@@ -19,7 +19,6 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.spec.config import AttentionKind
 from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
@@ -154,8 +153,7 @@ def page_data(report: ParityReport) -> PageData:
 
 def kind(prompt: Prompt, layer: int) -> str:
     """The kind of a layer in two or three letters: its attention, and an asterisk for routing by table."""
-    short = {AttentionKind.SLIDING: "SWA", AttentionKind.CSA: "CSA", AttentionKind.HCA: "HCA"}
-    return short[prompt.config.kind(layer)] + ("*" if prompt.config.hashed(layer) else "")
+    return prompt.config.abbreviate(layer) + ("*" if prompt.config.hashed(layer) else "")
 
 
 def _depth(report: ParityReport, mode: Mode) -> Depth | None:
@@ -233,9 +231,8 @@ def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Arra
 
 def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
     """Tokens of the longest block that any of the layers compresses, if there are few enough of them to be marked."""
-    kinds = {prompt.config.kind(layer) for layer in layers if layer is not None} - {AttentionKind.SLIDING}
-    longest = max((prompt.config.ratio(kind) for kind in kinds), default=None)
-    return longest if longest is not None and longest <= prompt.tokens <= BLOCKS * longest else None
+    longest = max((prompt.config.ratio_of(layer) for layer in layers if layer is not None), default=0)
+    return longest if longest and longest <= prompt.tokens <= BLOCKS * longest else None
 
 
 def _binned(errors: Array, step: int) -> tuple[float | None, ...]:

@@ -19,7 +19,8 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
 from dsv4_convert.parity import forward
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 

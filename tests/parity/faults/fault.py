@@ -251,9 +251,9 @@ class _FaultyForward(Forward):
         with self._active(layer):
             return super().layer(layer, entering, overrides)
 
-    def head(self, streams: Any, overrides: Any = None) -> Activations:
-        with self._active(None):
-            return super().head(streams, overrides)
+    def head(self, streams: Any, overrides: Any = None, *, stage: int | None = None) -> Activations:
+        with self._active(stage):
+            return super().head(streams, overrides, stage=stage)
 
     def _active(self, layer: int | None) -> Any:
         fault = self._fault
