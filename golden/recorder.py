@@ -208,14 +208,18 @@ class _Reference:
 
 def _reference(options: RecordingOptions) -> _Reference:
     """transformers' model, or the release's code; imports torch."""
-    if options.release_code is not None and (options.first_position or options.decode):
-        raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
+    if options.release_code is not None and (options.first_position or options.greedy):
+        raise UsageError(
+            "the release's code is recorded from position 0 on, with tokens that are given: leave --first-position and "
+            "--greedy out"
+        )
     _installed("torch")
     if options.release_code is not None:
         from dsv4_convert.golden.references.release import code, released
 
-        loaded = code.load(options.release_code)
-        return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
+        loaded = code.load(options.release_code, stages=options.stages)
+        model = partial(released.ReleasedModel, loaded, decode=options.decode)
+        return _Reference(released.describe(loaded), ("bfloat16",), model)
     version = _installed("transformers")
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise UsageError(
