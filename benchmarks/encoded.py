@@ -13,7 +13,6 @@ Run: python -m benchmarks.encoded [--width 1024] [--experts 64] [--tokens 128] [
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -154,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = Config.from_hf(json.loads(options.config.read_text(encoding="utf-8")))
-    backbone = dataclasses.replace(config, num_mtp_stages=0)
+    backbone = config.without_stages()
     whole = {
         f"{form}{drafts}": weight_bytes(shapes(of, jnp.bfloat16, encoded=form == "encoded", scanned=True)[1])
         for drafts, of in (("", backbone), ("_with_mtp", config))

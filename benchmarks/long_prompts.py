@@ -39,7 +39,7 @@ def temporaries(config: V4Config, kind: AttentionKind, tokens: int) -> int:
     graph, state = nnx.split(block)
 
     def attend(state: Any, streams: jax.Array, positions: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state).attend(streams, positions, Taps())[0]
+        return nnx.merge(graph, state).attend(streams, positions, positions, Taps())[0]
 
     streams = jax.eval_shape(lambda: jnp.zeros((1, tokens, config.hc_mult, config.hidden_size)))
     positions = jax.eval_shape(lambda: jnp.zeros((1, tokens), jnp.int32))

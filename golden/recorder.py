@@ -218,7 +218,7 @@ def _reference(options: RecordingOptions) -> _Reference:
         from dsv4_convert.golden.references.release import code, released
 
         loaded = code.load(options.release_code, stages=options.stages)
-        model = partial(released.ReleasedModel, loaded, decode=options.decode)
+        model: Callable[..., Any] = partial(released.ReleasedModel, loaded, decode=options.decode)
         return _Reference(released.describe(loaded), ("bfloat16",), model)
     version = _installed("transformers")
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
@@ -244,9 +244,10 @@ def _resolve(checkpoint: Checkpoint, config: Config, layers: range | None) -> Re
 
 
 def _stages(checkpoint: Checkpoint, config: Config) -> tuple[int, ...]:
-    """The layer numbers of the stages. Raises :class:`UsageError` if there is none."""
-    if not config.num_mtp_stages:
-        raise UsageError(f"--stages: {checkpoint.root} has no mtp stage; leave --stages out")
+    """The layer numbers of the mtp stages. Raises :class:`UsageError` if there is none."""
+    if not config.num_mtp_stages or config.dspark is not None:
+        instead = "no mtp stage" if config.dspark is None else "DSpark's draft stages, which have no taps"
+        raise UsageError(f"--stages: {checkpoint.root} has {instead}; leave --stages out")
     return tuple(config.stage_layers)
 
 

@@ -115,6 +115,18 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def dspark_config(**changes: Any) -> dict[str, Any]:
+    """:func:`tiny_config` as a dated release has it: three stages draft blocks of five tokens."""
+    dated = {
+        "compress_ratios": [0, 4, 128, 4, 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 95,
+        "dspark_target_layer_ids": [1, 2, 3],
+        "dspark_markov_rank": 8,
+    }
+    return tiny_config(**{**dated, **changes})
+
+
 def random_architecture(seed: int) -> dict[str, Any]:
     """The raw ``config.json`` of a random small model; every field that has a choice is drawn."""
     draw = Random(seed)

@@ -270,7 +270,7 @@ def _to_experts(
     if isinstance(block, MTPBlock):
         assert embedded is not None
         streams = block.join(streams, embedded, taps)
-    streams, cache = block.attend(taps("input", streams), positions, taps, past)
+    streams, cache = block.attend(streams, token_ids, positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache
 
 

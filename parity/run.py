@@ -556,9 +556,10 @@ def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -
 
 def _check_architecture(ours: Config, golden: Golden) -> None:
     """Raise :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
-    storage = {"expert_dtype", "weight_block_size", "num_mtp_stages"}
+    storage = {"expert_dtype", "weight_block_size"}
+    backbones = ours.without_stages(), golden.config.without_stages()
     pairs = [
-        (field.name, getattr(ours, field.name), getattr(golden.config, field.name))
+        (field.name, *(getattr(each, field.name) for each in backbones))
         for field in dataclasses.fields(Config)
         if field.name not in storage
     ]

@@ -20,7 +20,7 @@ class Unchecked:
     """The parts of a checkpoint that a run does not use.
 
     Attributes:
-        stages: number of mtp stages that were left out.
+        stages: number of draft stages that were left out.
         layers: layers that were left out.
         taps: number of taps that were left out in the layers that ran.
         embedding, head: whether the model level was left out, before and after the layers.
@@ -115,7 +115,7 @@ def unchecked(
 def unchecked_parts(left: Unchecked) -> Iterator[str]:
     """The same in noun phrases."""
     if left.stages:
-        yield "the mtp stage" if left.stages == 1 else f"{left.stages} mtp stages"
+        yield "the draft stage" if left.stages == 1 else f"{left.stages} draft stages"
     if left.layers:
         yield f"{len(left.layers)} of the layers"
     if left.embedding:

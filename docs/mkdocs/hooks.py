@@ -118,18 +118,18 @@ def _names() -> str:
         for rule in rules:
             names = [_code(_spelled(name).removeprefix(below)) for name in (rule.published, rule.path)]
             shape = " × ".join(rule.shape.split())
-            when = rule.when.label if rule.when is not ALWAYS and rule.per_layer else ""
+            when = rule.when.label if rule.when is not ALWAYS else ""
             kind = f"{rule.kind.value}{', stacked' if rule.per_expert else ''}"
             transform = "" if rule.transform is Transform.NONE else rule.transform.value
-            yield [*names, shape, kind, transform, *([when] if below == _LAYER else [])]
+            yield [*names, shape, kind, transform, *([when] if below else [])]
 
     header = ["published tensor", "parameter", "shape", "kind", "transform"]
     model = table(header, rows((rule for rule in RULES if not rule.per_layer), ""))
     layer = table([*header, "only in"], rows((rule for rule in RULES if rule.per_layer), _LAYER))
-    stage = table(header, rows(STAGE_RULES, _STAGE))
+    stage = table([*header, "only in"], rows(STAGE_RULES, _STAGE))
     return (
         f"## The model\n\n{model}\n\n## Every layer\n\nBelow `{_LAYER}`:\n\n{layer}\n\n"
-        f"## Every mtp stage\n\nBelow `{_STAGE}`:\n\n{stage}"
+        f"## The draft stages\n\nBelow `{_STAGE}`:\n\n{stage}"
     )
 
 
@@ -151,21 +151,18 @@ def _sizes() -> str:
     from dsv4_convert.spec.config import Config
     from dsv4_convert.spec.v4.names import sizes
 
-    models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")}
+    models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Pro")}
     csa = [sizes(config, 2) for config in models.values()]
     hca = [sizes(config, 3) for config in models.values()]
 
-    def value(in_csa: int, in_hca: int) -> str:
-        return f"{in_csa}" if in_csa == in_hca else f"{in_csa} in CSA, {in_hca} in HCA layers"
+    def value(in_csa: int | None, in_hca: int | None) -> str:
+        return f"{in_csa or ''}" if in_csa == in_hca else f"{in_csa} in CSA, {in_hca} in HCA layers"
 
-    rows = [[symbol, *map(value, [each[symbol] for each in csa], [each[symbol] for each in hca])] for symbol in csa[0]]
-    return table(["symbol", "V4-Flash", "V4-Pro"], rows)
-
-
-def _drops() -> str:
-    from dsv4_convert.spec.v4.names import DROPS
-
-    return table(["below", "reason"], [[_code(_spelled(name)), reason] for name, reason in DROPS.items()])
+    rows = [
+        [symbol, *map(value, [each.get(symbol) for each in csa], [each.get(symbol) for each in hca])]
+        for symbol in csa[0]
+    ]
+    return table(["symbol", "V4-Flash-0731", "V4-Pro"], rows)
 
 
 def _kinds() -> str:
@@ -310,7 +307,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "commands": _commands,
     "configs": _configs,
     "dialects": _dialects,
-    "drops": _drops,
     "exit-codes": _exit_codes,
     "kinds": _kinds,
     "limits": _limits,

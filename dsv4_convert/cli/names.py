@@ -38,13 +38,7 @@ def names(
         if json != "-":
             _print_table(tables[0])
         return
-    table = next((each for each in tables if each.drop_reason(name) or each.find(name)), tables[0])
-    reason = table.drop_reason(name)
-    if reason is not None:
-        _write([{"name": name, "dropped": reason}], json)
-        if json != "-":
-            echo(f"{name}: left out on purpose: {reason}")
-        return
+    table = next((each for each in tables if each.find(name)), tables[0])
     found = table.explain(name)
     _write([_explained(item) for item in found], json)
     if json != "-":
@@ -75,8 +69,8 @@ def _print_one(item: Explanation) -> None:
         for number, name in enumerate(names):
             echo(f"  {dialect.value if not number else '':<13} {name}")
     echo(f"  {'shape':<13} [{rule.shape}] as stored, transform: {rule.transform.value}")
-    where = f", in {rule.when.label} layers" if rule.per_layer else ", in every mtp stage" if rule.per_stage else ""
-    echo(f"  {'kind':<13} {rule.kind.value}{where}")
+    where = "layers" if rule.per_layer else "stages" if rule.per_stage else None
+    echo(f"  {'kind':<13} {rule.kind.value}" + (f", in {rule.when.label} {where}" if where else ""))
 
 
 def _explained(item: Explanation) -> dict[str, object]:
@@ -85,14 +79,17 @@ def _explained(item: Explanation) -> dict[str, object]:
 
 
 def _row(rule: Rule) -> dict[str, object]:
+    from dsv4_convert.spec.names import Dialect
+
     return {
         "path": rule.path,
         "published": rule.published,
-        "module": rule.module,
+        "module": rule.template(Dialect.MODULE),
         "shape": rule.shape.split(),
         "kind": rule.kind.value,
         "transform": rule.transform.value,
         "layers": rule.when.label if rule.per_layer else None,
+        "stages": rule.when.label if rule.per_stage else None,
     }
 
 
@@ -106,7 +103,7 @@ def _print_table(names: NameTable) -> None:
     parts = (
         ("model level", "", Group.MODEL),
         ("in every layer, below layers.N.", "layers.{}.", Group.LAYERS),
-        ("in every mtp stage, below mtp.N.", "mtp.{}.", Group.STAGES),
+        ("in the draft stages, below mtp.N.", "mtp.{}.", Group.STAGES),
         ("in the vision encoder", "", Group.VISION),
     )
     for title, prefix, group in parts:
@@ -114,13 +111,11 @@ def _print_table(names: NameTable) -> None:
         if not rules:
             continue
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("published tensor", "shape", "kind", "transform", "layers"):
+        for column in ("published tensor", "shape", "kind", "transform", "only in"):
             table.add_column(column, no_wrap=True)
         for rule in rules:
             name = rule.published.removeprefix(prefix).replace("{}", "N" if group is Group.VISION else "E")
-            where = rule.when.label if rule.per_layer else ""
+            where = rule.when.label if prefix else ""
             table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
-        screen.print(fitted(table, screen, dispensable=("transform", "kind", "layers")))
+        screen.print(fitted(table, screen, dispensable=("transform", "kind", "only in")))
     screen.print("The parameter has the tensor's name without .weight; experts are stacked to [E, ...].")
-    for prefix, reason in names.drops.items():
-        screen.print(f"Left out: {prefix.replace('{}', 'N')}.*: {reason}.")

@@ -188,7 +188,7 @@ def plan(
     written: Counter[str] = Counter()
     for stored_leaf in found:
         written[stored_leaf.dtype.name] += stored_leaf.nbytes
-    unused = {*checkpoint.tensors, *checkpoint.absent} - names - resolution.dropped.keys()
+    unused = {*checkpoint.tensors, *checkpoint.absent} - names
     return Plan(
         config=config,
         storage=storage,
@@ -201,7 +201,7 @@ def plan(
         read=dict(read),
         written=dict(written),
         tensors=len(names),
-        dropped={**resolution.dropped, **{name: _unused(name, layout) for name in sorted(unused)}},
+        dropped={name: _unused(name, layout) for name in sorted(unused)},
         inexact=tuple(stored_leaf.path for stored_leaf in found if _may_round(stored_leaf, storage, stored)),
     )
 
@@ -209,7 +209,7 @@ def plan(
 def _unused(name: str, layout: Layout) -> str:
     """Why a tensor that is known and in its place is left out."""
     if layout is not Layout.DSV4 and stage_of(name) is not None:
-        return "mtp stage, for which MaxText's tree has no place"
+        return "draft stage, for which MaxText's tree has no place"
     return "belongs to a layer that was not asked for"
 
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, parameters
 
 
 class ModelPart(StrEnum):
@@ -26,10 +26,8 @@ class ModelPart(StrEnum):
     SHARED = "shared experts"
     HEAD = "head"
     ENGRAM = "engram"
-    MTP = "mtp"
+    DRAFTS = "draft stages"
     VISION = "vision"
-    #: Stages below ``mtp.`` that are DSpark's.
-    DRAFTS = "DSpark drafts"
     UNKNOWN = "unknown"
 
 
@@ -59,7 +57,7 @@ PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.ENGRAM: tuple(f"engram.{name}" for name in ("embed", "wkv", "q_weight", "k_weight")),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
-_PART_OF_GROUP = {Group.STAGES: ModelPart.MTP, Group.VISION: ModelPart.VISION}
+_PART_OF_GROUP = {Group.STAGES: ModelPart.DRAFTS, Group.VISION: ModelPart.VISION}
 
 
 def part_of(rule: Rule) -> ModelPart:
@@ -118,12 +116,9 @@ def count_published(
     name is unknown.
     """
     census = Census()
-    drafts = any(names.drop_reason(name) is not None for name in stored)
     for name, tensor in stored.items():
         uses = names.lookup(name, dialect) if dialect is not None else ()
-        if drafts and stage_of(name) is not None:
-            part, parameters = ModelPart.DRAFTS, 0
-        elif not uses:
+        if not uses:
             part, parameters = ModelPart.UNKNOWN, 0
         else:
             part, packed = part_of(uses[0].rule), uses[0].rule.per_expert and tensor.dtype in ("I8", "U8")
@@ -154,7 +149,7 @@ class Totals:
         for _, rule, layer in parameters(config):
             number = elements(rule, rule.target_shape(config, layer), packed=False, scale=False)
             part = part_of(rule)
-            if part is ModelPart.MTP:
+            if part is ModelPart.DRAFTS:
                 mtp += number
                 continue
             total += number

@@ -115,7 +115,7 @@ def _inspection(
         resolution, uncovered = compare(stored, config, layers=whole, dialect=dialect)
         # Tensors of the model level may be absent too.
         odd += [problem for problem in uncovered if problem.partition(": ")[0] not in absent]
-        odd += _left_out(config, resolution, absent)
+        odd += _without_stages(config, resolution, absent)
     nbytes = {name: info.nbytes for name, info in tensors.items()}
     return Inspection(
         what=what,
@@ -129,11 +129,8 @@ def _inspection(
     )
 
 
-def _left_out(config: Config, resolution: Resolution, absent: frozenset[str]) -> list[str]:
-    """The tensors that a conversion would leave out."""
-    if resolution.dropped:
-        reason = next(iter(resolution.dropped.values()))
-        return [f"{len(resolution.dropped):,} tensors below mtp. are left out of a conversion: {reason}"]
+def _without_stages(config: Config, resolution: Resolution, absent: frozenset[str]) -> list[str]:
+    """Stages that the config counts and that are not there."""
     if config.num_mtp_stages and not resolution.config.num_mtp_stages and not absent:
-        return [f"config.json counts {config.num_mtp_stages} mtp stages, and no tensor of one is there"]
+        return [f"config.json counts {config.num_mtp_stages} draft stages, and no tensor of one is there"]
     return []

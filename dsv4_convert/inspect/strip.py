@@ -15,7 +15,7 @@ _ATTENTION = {
     AttentionKind.CSA: ("C", "green"),
     AttentionKind.HCA: ("H", "magenta"),
 }
-_STAGE = ("M", "cyan")
+_MTP, _DSPARK = ("M", "cyan"), ("D", "cyan")
 _HASH, _LEARNED = ("#", "yellow"), ("-", "")
 #: Style of an absent layer.
 _ABSENT = "dim"
@@ -29,7 +29,7 @@ def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iter
     ``layers`` are the present layers, None for all; the absent ones are in lower case.
     """
     cells = [(*_cell(config, layer, layers), layer % 10 == 0, str(layer)) for layer in range(config.num_hidden_layers)]
-    cells += [(_STAGE, _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]
+    cells += [(_stage(config), _LEARNED, stage == 0, "mtp") for stage in range(config.num_mtp_stages)]
     groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]] = []
     for attention, routing, first, label in cells:
         if first:
@@ -45,6 +45,16 @@ def strip(config: Config, *, layers: tuple[int, ...] | None, width: int) -> Iter
         line.append(group)
         used += max(len(group), len(group[0][2])) + 1
     yield from _lines(line)
+
+
+def _stage(config: Config) -> tuple[str, str]:
+    return _MTP if config.dspark is None else _DSPARK
+
+
+def _drafts(config: Config) -> str:
+    if config.dspark is None:
+        return "of multi-token prediction"
+    return f"of DSpark, which drafts {config.dspark.block_size} tokens at a time"
 
 
 def _cell(config: Config, layer: int, layers: tuple[int, ...] | None) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -85,7 +95,7 @@ def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
     rows += [
         (_HASH[0], hashed, "experts by the token's id (hash)"),
         (_LEARNED[0], config.num_hidden_layers - hashed, "experts by learned scores"),
-        (_STAGE[0], config.num_mtp_stages, "of multi-token prediction"),
+        (_stage(config)[0], config.num_mtp_stages, _drafts(config)),
     ]
     yield from (f"{glyph} {count:>3}  {text}" for glyph, count, text in rows if count)
     if layers is not None:

@@ -49,12 +49,28 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DSpark:
+    """The draft of a release: all stages together draft a block of tokens, from the streams of some layers.
+
+    Field names are those of the published ``config.json`` without ``dspark_``.
+    """
+
+    block_size: int
+    #: The token that stands for every token of the block but the first, which is known.
+    noise_token_id: Count
+    #: Backbone layers whose streams the draft reads.
+    target_layer_ids: tuple[Count, ...]
+    markov_rank: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ABC):
     """Every architecture number of one model. Field names are those of the published ``config.json``.
 
-    The stages after the backbone (``mtp.N``) are counted, not described: they are window-only, score-routed blocks in
-    every release. A stage has the layer number ``num_hidden_layers + stage``, as in the published ``compress_ratios``,
-    and every method that takes a layer accepts these numbers too.
+    The stages after the backbone (``mtp.N``) are counted: they are window-only, score-routed blocks in every release.
+    They predict the token after the next (multi-token prediction), or draft blocks of tokens where ``dspark`` is there.
+    A stage has the layer number ``num_hidden_layers + stage``, as in the published ``compress_ratios``. All methods
+    that take a layer accept these numbers too.
 
     Examples:
         >>> config = Config.from_file(Path("checkpoint/config.json"))
@@ -98,6 +114,7 @@ class Config(ABC):
     yarn: Yarn | None
     max_position_embeddings: int
     num_mtp_stages: Count = 0
+    dspark: DSpark | None = None
     #: Declared storage of the routed experts ("fp4", "fp8"), None where the file does not say (the first V4-Flash
     #: revision): then the tensors themselves tell.
     expert_dtype: str | None = None
@@ -153,6 +170,10 @@ class Config(ABC):
         """The beginning of the paths of a layer's or stage's parameters: ``layers.12.``, ``mtp.0.``."""
         return prefix_of(layer, layer - self.num_hidden_layers if layer in self.stage_layers else None)
 
+    def without_stages(self) -> Self:
+        """The backbone alone."""
+        return dataclasses.replace(self, num_mtp_stages=0, dspark=None)
+
     @property
     def stage_layers(self) -> range:
         """The layer numbers of the stages after the backbone."""
@@ -170,7 +191,7 @@ class Config(ABC):
 
     def computes_like(self, other: Config) -> bool:
         """Whether both are the same, except for the stages after the backbone, which a conversion may leave out."""
-        return dataclasses.replace(self, num_mtp_stages=0) == dataclasses.replace(other, num_mtp_stages=0)
+        return self.without_stages() == other.without_stages()
 
     @classmethod
     def from_file(cls, path: PathLike) -> Config:
@@ -232,7 +253,7 @@ class Config(ABC):
 
         if not isinstance(data, Mapping):
             raise BadInput(f"stored dsv4 config: expected an object, found {short(data)}; the file is damaged")
-        values = dict(data)
+        values = {"dspark": None, **data}  # conversions and goldens of dsv4 0.1 lack it
         model_type = values.pop(_ARCHITECTURE, _FIRST)
         known = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
         if known is None:
@@ -252,7 +273,17 @@ class Config(ABC):
 
     def inconsistent(self) -> list[str]:
         """The fields that contradict others, each with what it says; none in a config that was read from a file."""
-        return [] if self.expert_dtype in (None, "fp4", "fp8") else [f"expert_dtype: {short(self.expert_dtype)}"]
+        problems = []
+        if self.expert_dtype not in (None, "fp4", "fp8"):
+            problems.append(f"expert_dtype: {short(self.expert_dtype)}")
+        targets = () if self.dspark is None else self.dspark.target_layer_ids
+        if self.dspark is not None and (not targets or self.unordered(targets)):
+            problems.append(f"dspark_target_layer_ids: expected ascending layers, found {short(list(targets))}")
+        return problems
+
+    def unordered(self, layers: Sequence[int]) -> bool:
+        """Whether these are not ascending layers of the backbone."""
+        return list(layers) != sorted(set(layers)) or any(layer >= self.num_hidden_layers for layer in layers)
 
 
 def prefix_of(layer: int | None, stage: int | None) -> str:

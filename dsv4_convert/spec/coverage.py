@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, Use, check_layers, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Group, Kind, Rule, Use, check_layers, parameters, stage_of
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
@@ -80,7 +80,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason.
+    """The proof for one checkpoint: every leaf with its sources.
 
     ``config`` is the architecture of what is resolved: it counts the stages after the backbone that are part of it.
     """
@@ -88,7 +88,6 @@ class Resolution:
     config: Config
     dialect: Dialect
     leaves: tuple[Leaf, ...]
-    dropped: Mapping[str, str]
 
 
 def resolve(
@@ -103,8 +102,7 @@ def resolve(
 
     With ``layers`` only those and the model-level parameters are asked for; tensors of other layers, and of the stages
     after the backbone, are neither used nor required, but they still have to be known names. A checkpoint may have no
-    stages at all, although its config counts them; if it has a tensor of one, it has to have all. Stages of DSpark are
-    left out.
+    stages at all, although its config counts them; if it has a tensor of one, it has to have all.
 
     Raises:
         BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
@@ -137,11 +135,10 @@ def compare(
     dialect = dialect or config.names.detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
-    dropped = _drafts(stored, config.names)
     fitted = config
-    if layers is not None or dropped or all(stage_of(name) is None for name in stored):
-        fitted = dataclasses.replace(config, num_mtp_stages=0)
-    for name in stored.keys() - dropped.keys():
+    if layers is not None or all(stage_of(name) is None for name in stored):
+        fitted = config.without_stages()
+    for name in stored:
         uses = config.names.lookup(name, dialect)
         if uses:
             problems += _misplaced(name, uses[0], config)
@@ -158,21 +155,14 @@ def compare(
             if source.scale is not None:
                 used.add(source.scale)
         leaves.append(leaf)
-    for name in stored.keys() - used - dropped.keys():
+    for name in stored.keys() - used:
         uses = config.names.lookup(name, dialect)
         group = uses[0].rule.group if uses else None
         asked = group is Group.MODEL or (uses[0].layer in chosen if group is Group.LAYERS else layers is None)
         if uses and asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
-    return Resolution(fitted, dialect, tuple(leaves), dropped), sorted(problems)
-
-
-def _drafts(stored: Iterable[str], names: NameTable) -> dict[str, str]:
-    """The tensors of stages that the table does not have, with the reason why they are left out."""
-    stages = [name for name in stored if stage_of(name) is not None]
-    reason = next(filter(None, map(names.drop_reason, stages)), None)
-    return dict.fromkeys(stages, reason) if reason is not None else {}
+    return Resolution(fitted, dialect, tuple(leaves)), sorted(problems)
 
 
 def _describe(stored: Stored) -> str:
@@ -185,16 +175,25 @@ def _misplaced(name: str, use: Use, config: Config) -> list[str]:
     if number is not None and number >= len(group.members(config)):
         if group is Group.LAYERS:
             return [f"{name}: the config has only {config.num_hidden_layers} layers"]
-        return [f"{name}: the config has {len(group.members(config)) or 'no'} {group}"]
+        return [f"{name}: the config has {len(group.members(config)) or 'no'} {_members(group, config)}"]
     member = group.first(config) + (number or 0)
     if not use.rule.when.holds(config, member):
         if group is Group.LAYERS:
             kind = config.describe(member)
             return [f"{name}: exists in {use.rule.when.label} layers only, layer {member} is {kind}"]
-        return [f"{name}: only for {use.rule.when.label} of {group}"]
+        if group is Group.STAGES:
+            of = "mtp" if config.dspark is None else "DSpark"
+            return [f"{name}: exists in {use.rule.when.label} stages only, and this is stage {number} of {of}"]
+        return [f"{name}: the config has no {group}"]
     if use.expert is not None and use.expert >= config.experts_of(member):
         return [f"{name}: the config has only {config.experts_of(member)} experts"]
     return []
+
+
+def _members(group: Group, config: Config) -> str:
+    if group is Group.VISION:
+        return "vision blocks"
+    return "mtp stages" if config.dspark is None else "DSpark stages"
 
 
 def _leaf(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
-from dsv4_convert.spec.config import MAX_SIZE, Yarn, short
+from dsv4_convert.spec.config import MAX_SIZE, DSpark, Yarn, short
 
 _V = TypeVar("_V")
 
@@ -105,9 +105,9 @@ class Fields:
         """Report a problem of a field of this object."""
         self.problems.append(f"{self._prefix}{problem}")
 
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Report every field that nobody took and that is not ``ignored``."""
-        for name in IGNORED | frozenset(ignored):
+    def finish(self) -> None:
+        """Report every field that nobody took and that could matter."""
+        for name in IGNORED:
             self.left.pop(name, None)
         for name, value in self.left.items():
             self.bad(f"{name}: unknown field (value {short(value)}); it may change the mathematics")
@@ -265,6 +265,24 @@ class Fields:
             beta_fast=float(numbers["beta_fast"]),
             beta_slow=float(numbers["beta_slow"]),
             original_max_position_embeddings=int(numbers["original_max_position_embeddings"]),
+        )
+
+    def dspark(self, vocabulary: int, layers: int) -> DSpark | None:
+        """The draft, all of whose fields are there or none."""
+        if not any(name.startswith("dspark_") for name in self.left):
+            return None
+        noise, targets = (self.left.pop(name, None) for name in ("dspark_noise_token_id", "dspark_target_layer_ids"))
+        if type(noise) is not int or not 0 <= noise < vocabulary:
+            self.bad(f"dspark_noise_token_id: expected an id of the vocabulary, found {short(noise)}")
+        good = isinstance(targets, list) and all(type(layer) is int and 0 <= layer < layers for layer in targets)
+        if not targets or not good or targets != sorted(set(targets)):
+            self.bad(f"dspark_target_layer_ids: expected ascending backbone layers, found {short(targets)}")
+            targets = []
+        return DSpark(
+            block_size=self.size("dspark_block_size"),
+            noise_token_id=noise or 0,
+            target_layer_ids=tuple(targets),
+            markov_rank=self.size("dspark_markov_rank"),
         )
 
     def quantization(self, block: tuple[int, int]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Group(StrEnum):
     MODEL = "model"
     LAYERS = "layers"
     #: The stages after the backbone, ``mtp.N``.
-    STAGES = "mtp stages"
+    STAGES = "draft stages"
     #: The vision encoder: blocks, and what is beside them.
     VISION = "vision encoder"
 
@@ -207,7 +207,7 @@ class Rule:
 
 def common_sizes(config: Config, layer: int | None) -> dict[str, int]:
     """The symbols of the ``shape`` column that mean the same in every architecture."""
-    return {
+    known = {
         "V": config.vocab_size,
         "D": config.hidden_size,
         "N": config.hc_mult,
@@ -227,6 +227,11 @@ def common_sizes(config: Config, layer: int | None) -> dict[str, int]:
         "1": 1,
         "3": 3,
     }
+    if config.dspark is not None:
+        rank = config.dspark.markov_rank
+        targets = len(config.dspark.target_layer_ids) * config.hidden_size
+        known |= {"TD": targets, "Rm": rank, "D+Rm": config.hidden_size + rank}
+    return known
 
 
 def template(name: str) -> tuple[str, tuple[int, ...]]:
@@ -281,13 +286,11 @@ class NameTable:
         title: the architecture in prose.
         rules: every row: those of a group stand together, in the order in which they are shown.
         sizes: the symbols of the ``shape`` column for a config and a layer.
-        drops: templates below which names are left out on purpose, and why.
     """
 
     title: str
     rules: tuple[Rule, ...]
     sizes: Callable[[Any, int | None], Mapping[str, int]]
-    drops: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def _index(self) -> Mapping[Dialect, Mapping[str, list[_Entry]]]:
@@ -318,11 +321,6 @@ class NameTable:
             expert = numbers[1] if rule.per_expert and not fused else None
             uses.append(Use(rule, numbers[0] if rule.numbered else None, expert, is_scale, fused))
         return tuple(uses)
-
-    def drop_reason(self, name: str) -> str | None:
-        """Why a tensor is left out on purpose, as far as its name alone says so; None for every other name."""
-        key, _ = template(name)
-        return next((reason for prefix, reason in self.drops.items() if key.startswith(f"{prefix}.")), None)
 
     def detect_dialect(self, names: Iterable[str]) -> Dialect:
         """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
@@ -436,7 +434,7 @@ def layer_of(name: str) -> int | None:
 
 
 def stage_of(name: str) -> int | None:
-    """The stage after the backbone (``mtp.N``, also one of DSpark) that a tensor belongs to; None for every other."""
+    """The stage after the backbone (``mtp.N``) that a tensor belongs to; None for every other."""
     if not name.startswith("mtp."):
         return None
     key, numbers = template(name)

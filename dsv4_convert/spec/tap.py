@@ -2,8 +2,8 @@
 
 The rows stand in :mod:`dsv4_convert.spec.v4.taps` and :mod:`dsv4_convert.spec.v41.taps`, in the order of execution, so
 that "the first diverging tap" is the first diverging row. Names follow the parameters: ``attn.wq_a`` is the output of
-the projection ``attn.wq_a``, ``attn.q_norm`` the output of that norm. A name means one tap: two architectures that
-share one have the same row. :mod:`dsv4_convert.spec.taps` has the keys that golden and reports speak of.
+the projection ``attn.wq_a``, ``attn.q_norm`` the output of that norm. A name means one tap: architectures that share
+one have the same row. :mod:`dsv4_convert.spec.taps` has the keys that golden and reports speak of.
 
 Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
 rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``

@@ -16,7 +16,6 @@ from dsv4_convert.show.units import ranges
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
-from dsv4_convert.spec.v4.names import DSPARK
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
@@ -78,16 +77,14 @@ class Weights:
             raise UsageError(f"{self._store.folder}: holds the layers {ranges(self.layers)}, not {ranges(absent)}")
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if no mtp stage was converted, with the reason."""
+        """Raises :class:`UsageError` if no draft stage was converted, with the reason."""
         if self.layers[-1] in self.config.stage_layers:
             return
-        if DSPARK in self._store.conversion.dropped:
-            why = "its source has no mtp stage, but DSpark's draft stages, which dsv4 does not convert"
-        elif self.config.num_mtp_stages:
+        if self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"
         else:
             why = "its source has none, or was converted with --layers; convert all of a source that has one"
-        raise UsageError(f"{self._store.folder}: no mtp stage to draft tokens with: {why}")
+        raise UsageError(f"{self._store.folder}: no draft stage (mtp or DSpark) to draft tokens with: {why}")
 
     def read(self, path: str, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """One parameter as the model has it: weights in ``dtype``, norms and the like in float32, integers as int32.
@@ -95,9 +92,9 @@ class Weights:
         Raises:
             BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
         """
-        rule = self.config.names.rule_of(path)
+        rule, layer = names.located(self.config, path)
         if rule.per_expert:
-            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
+            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.experts_of(layer))]
             return np.stack(stack)
         return self._decoded(path, rule, None, dtype)
 
@@ -106,10 +103,18 @@ class Weights:
         return self._decoded(path, self.config.names.rule_of(path), expert, dtype)
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = FLOAT32) -> Array:
-        """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
-        return np.stack(
-            [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
-        )
+        """Some rows of a table that is looked up, such as the embeddings of a prompt's tokens, along its first axis.
+
+        Reads these rows only, each of them once.
+        """
+        rule = self.config.names.rule_of(path)
+        _, width = self._shape(path, rule)
+        matrix = self._matrix(path, rule, None)
+        distinct, places = np.unique(rows, return_inverse=True)
+        found = np.empty((len(distinct), width), dtype)
+        for out, row in zip(found, map(int, distinct), strict=True):
+            matrix.fill(out[None], (slice(row, row + 1), slice(0, width)))
+        return found[places.reshape(np.shape(rows))]
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """A part of the result of :meth:`read`: one slice of step 1 for every axis.
@@ -140,8 +145,7 @@ class Weights:
 
     def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
         """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
-        stage = names.stage_of(path)
-        layer = names.layer_of(path) if stage is None else self.config.num_hidden_layers + stage
+        _, layer = names.located(self.config, path)
         expected = stored = rule.target_shape(self.config, layer)
         scaled = f"{path}.scale" in self._store.paths
         leaf = self._store.leaf(f"{path}.weight" if scaled else path)
@@ -168,6 +172,7 @@ class Weights:
             read=reader(leaf),
             dtype=self._store.leaf(leaf).dtype,
             scale=reader(f"{path}.scale") if scaled else None,
+            block=rule.block(packed=self._store.leaf(leaf).dtype in PACKED_FP4) if scaled else None,
             transposed=published and rule.transform is not names.Transform.NONE,
             first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
         )
@@ -191,26 +196,26 @@ class Weights:
 
         The orientation is the model's. Requires storage ``source`` (:meth:`check_codes`).
         """
-        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+        from dsv4_convert.model.encoded import block_of
 
         if f"{path}.scale" not in self._store.paths:
             return None
-        rule = self.config.names.rule_of(path)
+        rule, layer = names.located(self.config, path)
         packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
+        block = block_of(rule, packed=packed, outputs=rule.target_shape(self.config, layer)[-1])
         if rule.per_expert:
-            experts = range(self.config.n_routed_experts)
             pairs = [
-                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts
+                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS))
+                for expert in range(self.config.experts_of(layer))
             ]
             codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
-            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
+            return codes, scales, block, packed
         codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
         if rule.transform is not _GROUPED:
-            return *_transposed(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
-        groups = self.config.o_groups
-        block = grouped_block(len(codes) // groups)
+            return *_transposed(codes, scales), block, packed
         # Groups narrower than a block each get a copy of its scale.
-        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
+        scales = scales[np.arange(0, len(codes), block[1]) // rule.block(packed=packed)[0]]
+        groups = self.config.o_groups
         return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
 
     def encoded_bytes(self, path: str) -> int | None:
@@ -228,7 +233,8 @@ class Weights:
             return self._expert_numbers(path, stored)
         scale = self._store.read(f"{path}.scale", expert) if scaled else None
         transpose = published and rule.transform is names.Transform.TRANSPOSE
-        decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
+        block = rule.block(packed=stored.dtype in PACKED_FP4) if scaled else None
+        decoded = decode_weight(stored, scale, dtype=dtype, block=block, transpose=transpose)
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
 
 

@@ -45,7 +45,7 @@ class Parameters(Protocol):
         """One matrix of a stack of experts."""
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
-        """Some rows of an unquantised parameter."""
+        """Some rows of a table that is looked up: no more than these are read."""
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
@@ -55,10 +55,10 @@ class Parameters(Protocol):
 
 
 class Whole(Parameters, Protocol):
-    """Parameters of a whole checkpoint, which may have mtp stages."""
+    """Parameters of a whole checkpoint, which may have draft stages."""
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
+        """Raises :class:`UsageError` if there is no draft stage, with the reason."""
 
 
 def assembled(

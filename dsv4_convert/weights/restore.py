@@ -157,7 +157,8 @@ def _model(config: Config, numerics: Numerics, *, scanned: bool = False) -> Mode
 
     from dsv4_convert.model import Model
 
-    model: Model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
+    v4 = as_v4(config)
+    model: Model = nnx.eval_shape(lambda: Model(v4, numerics, scanned=scanned))
     return model
 
 
@@ -192,7 +193,7 @@ def restore_model(
 ) -> Model:
     """The whole model with its weights, open or given by the path of a converted checkpoint.
 
-    Its mtp stages, which only draft tokens, are restored with ``drafts``.
+    Its draft stages, which only draft tokens, are restored with ``drafts``.
 
     With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
     With ``scanned`` layers of one kind share a program, and their weights are stacked.
@@ -225,8 +226,10 @@ def restore_model(
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
+        if config.dspark is not None:
+            raise UsageError("DSpark's draft stages convert, and dsv4 does not run them yet; leave --speculative out")
     else:
-        config = dataclasses.replace(config, num_mtp_stages=0)
+        config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)
     codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
     filling = _Filling(weights, weights.config, str, dtype, mesh, codes)

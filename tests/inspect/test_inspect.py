@@ -23,10 +23,11 @@ from dsv4_convert.inspect import Inspection, ModelPart, Totals, What, inspect
 from dsv4_convert.inspect.parts import PARTS, count_published, part_of
 from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.spec.architectures import ARCHITECTURES
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import Dialect
-from dsv4_convert.spec.v4.names import RULES, STAGE_RULES
+from dsv4_convert.spec.names import Dialect, Group
+from dsv4_convert.spec.v4.names import NAMES
 from dsv4_convert.store.export_state import Written, write_export_state
 
 from ..checkpoint.hub_server import LoopbackHub
@@ -35,7 +36,7 @@ DATA = Path(__file__).parents[1] / "data"
 GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "tiny"
 SHARD = "model-{:05d}-of-00007.safetensors"
 #: The model cards: parameters in all and for one token, in billions.
-PUBLISHED = {"DeepSeek-V4-Flash": (284, 13), "DeepSeek-V4-Pro": (1573, 49)}
+PUBLISHED = {"DeepSeek-V4-Flash": (284, 13), "DeepSeek-V4-Flash-0731": (284, 13), "DeepSeek-V4-Pro": (1573, 49)}
 
 
 def listing(release: str) -> dict[str, Any]:
@@ -59,8 +60,10 @@ def config_of(release: str) -> Config:
 def test_every_parameter_has_one_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     assert len(paths) == len(set(paths))
-    assert set(paths) == {rule.path.removeprefix("layers.{}.") for rule in (*RULES, *STAGE_RULES)}
-    assert {part_of(rule) for rule in RULES} == set(ModelPart) - {ModelPart.MTP, ModelPart.DRAFTS, ModelPart.UNKNOWN}
+    rules = [rule for known in ARCHITECTURES for rule in known.names.rules]
+    own = {rule.path.removeprefix("layers.{}.") for rule in rules if rule.group in (Group.MODEL, Group.LAYERS)}
+    assert set(paths) == own
+    assert set(map(part_of, rules)) == set(ModelPart) - {ModelPart.UNKNOWN}
 
 
 @pytest.mark.parametrize("release", PUBLISHED)
@@ -79,23 +82,24 @@ def test_totals_are_those_of_the_model_card(release: str) -> None:
 def test_a_release_is_counted_to_the_last_byte(release: str) -> None:
     stored, summary = inventory(release)
     nbytes = {name: stored_nbytes(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
-    rows = count_published(stored, nbytes, Dialect.PUBLISHED)
+    rows = count_published(stored, nbytes, NAMES, Dialect.PUBLISHED)
     assert sum(row.nbytes for row in rows) == summary["bytes"]
     tensors: Counter[str] = Counter()
     for row in rows:
         tensors[row.dtype] += row.tensors
     assert tensors == summary["dtypes"]
     parts = {row.part for row in rows}
-    dated = release.endswith("0731")
     assert ModelPart.UNKNOWN not in parts
-    assert (ModelPart.DRAFTS in parts, ModelPart.MTP in parts) == (dated, not dated)
+    assert ModelPart.DRAFTS in parts
     totals = Totals.of(config_of(release))
-    assert sum(row.parameters for row in rows) == totals.total + totals.mtp * (not dated)
+    assert sum(row.parameters for row in rows) == totals.total + totals.mtp
     scales = [row for row in rows if row.dtype == "F8_E8M0"]
     assert not any(row.parameters for row in scales)
 
 
-@pytest.mark.parametrize(("release", "width"), [("DeepSeek-V4-Flash", 80), ("DeepSeek-V4-Pro", 50)])
+@pytest.mark.parametrize(
+    ("release", "width"), [("DeepSeek-V4-Flash", 80), ("DeepSeek-V4-Pro", 50), ("DeepSeek-V4-Flash-0731", 80)]
+)
 def test_the_strip_is_the_published_schedule(release: str, width: int) -> None:
     raw = json.loads((DATA / "configs" / f"{release}.json").read_text())
     config = config_of(release)
@@ -107,12 +111,13 @@ def test_the_strip_is_the_published_schedule(release: str, width: int) -> None:
     }
     layers = raw["num_hidden_layers"]
     letters = "".join({0: "S", 4: "C", 128: "H"}[ratio] for ratio in raw["compress_ratios"][:layers])
-    assert rows["attention"] == letters + "M"
-    assert rows["routing"] == "#" * raw["num_hash_layers"] + "-" * (layers - raw["num_hash_layers"] + 1)
+    stages = "DDD" if "dspark_block_size" in raw else "M"
+    assert rows["attention"] == letters + stages
+    assert rows["routing"] == "#" * raw["num_hash_layers"] + "-" * (layers - raw["num_hash_layers"] + len(stages))
     assert [line.split()[1] for line in legend(config, layers=None)][-3:] == [
         str(raw["num_hash_layers"]),
         str(layers - raw["num_hash_layers"]),
-        "1",
+        str(len(stages)),
     ]
 
 
@@ -248,7 +253,7 @@ def test_a_conversion_has_the_parts_of_its_source(whole: Path, converted: Path) 
     # Two of four layers are there, everything outside the layers, and no stage.
     assert ours[ModelPart.ROUTED] == tuple(number // 2 for number in theirs[ModelPart.ROUTED])
     assert ours[ModelPart.HEAD] == theirs[ModelPart.HEAD]
-    assert ModelPart.MTP not in ours
+    assert ModelPart.DRAFTS not in ours
 
 
 @pytest.mark.usefixtures("bucket")

@@ -20,7 +20,7 @@ def _temporaries(kind: AttentionKind, tokens: int, wanted: str | None = None) ->
 
     def attend(state, streams, positions):
         taps = Taps(None if wanted is None else lambda name: name == wanted)
-        return nnx.merge(graph, state).attend(streams, positions, taps)[0], taps.values
+        return nnx.merge(graph, state).attend(streams, positions, positions, taps)[0], taps.values
 
     shape = (1, tokens, CONFIG.hc_mult, CONFIG.hidden_size)
     arguments = jax.eval_shape(lambda: (jnp.zeros(shape), jnp.zeros((1, tokens), jnp.int32)))

@@ -28,9 +28,6 @@ _HASH, _LEARNED = "hash_moe", "moe"
 #: Further fields with exactly one supported value; absent means that value.
 _FIXED = FIXED | {"model_type": "deepseek_v4", "mlp_bias": False, "is_encoder_decoder": False}
 
-#: Fields that describe DSpark's draft stages, which stand below ``mtp.`` but are of another architecture.
-_DSPARK = frozenset({"dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids"})
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class V4Config(Config):
@@ -98,6 +95,7 @@ class V4Config(Config):
             self,
             num_hidden_layers=len(layers),
             num_mtp_stages=0,
+            dspark=None,
             attention=tuple(self.attention[layer] for layer in layers),
             hash_routed=tuple(self.hash_routed[layer] for layer in layers),
         )
@@ -125,9 +123,10 @@ class V4Config(Config):
             "csa_ratio": rates[AttentionKind.CSA],
             "hca_ratio": rates[AttentionKind.HCA],
             "num_mtp_stages": stages,
+            "dspark": fields.dspark(values["vocab_size"], layers),
         }
         values |= fields.quantization(FP8_TILE)
-        fields.finish(_DSPARK)
+        fields.finish()
         fields.relations(values)
         fields.refuse(cls.title)
         return cls(**values)
@@ -196,8 +195,6 @@ def _schedule(fields: Fields, layers: int, rates: Mapping[AttentionKind, int]) -
             "compress_rates and compress_ratios contradict each other: compress_ratios says 4 and 128, "
             f"compress_rates says {rates[AttentionKind.CSA]} and {rates[AttentionKind.HCA]}"
         )
-    if _DSPARK & fields.left.keys():
-        stages = 0  # the entries, and num_nextn_predict_layers, are those of DSpark's drafts
     return schedule, stages
 
 

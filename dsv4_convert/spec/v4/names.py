@@ -1,7 +1,8 @@
 """THE table of DeepSeek-V4: which checkpoint tensor becomes which model parameter, how, and in which dtype.
 
-The stages of multi-token prediction (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the
-layers. transformers drops these tensors, so there is no other spelling than the published one: it serves every dialect.
+The draft stages (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the layers: stages of
+multi-token prediction, or of DSpark in the dated releases. transformers drops these tensors, so the published spelling
+is the only one: it serves every dialect.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ COMPRESSED = When("CSA and HCA", lambda config, layer: config.kind(layer) is not
 CSA = When("CSA", lambda config, layer: config.kind(layer) is AttentionKind.CSA)
 HASH = When("hash-routed", lambda config, layer: config.hashed(layer))
 LEARNED = When("score-routed", lambda config, layer: not config.hashed(layer))
+MTP = When("mtp", lambda config, layer: config.dspark is None)
+DSPARK_FIRST = When("first DSpark", lambda config, layer: config.dspark and layer == config.stage_layers[0])
+DSPARK_LAST = When("last DSpark", lambda config, layer: config.dspark and layer == config.stage_layers[-1])
+#: The stages whose streams the output head reads.
+DRAFT_HEAD = When("mtp and last DSpark", lambda config, layer: not config.dspark or layer == config.stage_layers[-1])
 
 
 def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
-    """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
+    """The symbols of the ``shape`` column; those of the compressor depend on the layer, and some need DSpark."""
     kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
     overlap = 2 if kind is AttentionKind.CSA else 1
     return common_sizes(config, layer) | {
@@ -121,7 +127,9 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, *, weight: bool = True) -> Rule:
+def _stage(
+    path: str, shape: str, kind: Kind, when: When, transform: Transform = Transform.NONE, *, weight: bool = True
+) -> Rule:
     """A row of a stage that layers have not."""
     return Rule(
         path=f"mtp.{{}}.{path}",
@@ -130,6 +138,7 @@ def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.N
         kind=kind,
         transform=transform,
         group=Group.STAGES,
+        when=when,
         tile=FP8_TILE,
     )
 
@@ -142,26 +151,22 @@ def _of_stage(rule: Rule) -> Rule:
     )
 
 
-#: The rows of every stage after the backbone: a window-only, score-routed layer, what leads into it, and a head.
+#: The rows of the stages after the backbone: a window-only, score-routed layer each, what leads into it, and a head.
 STAGE_RULES: tuple[Rule, ...] = (
     *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (ALWAYS, LEARNED)),
-    _stage("e_proj", "D D", Kind.LINEAR, _T),
-    _stage("h_proj", "D D", Kind.LINEAR, _T),
-    _stage("enorm", "D", Kind.NORM),
-    _stage("hnorm", "D", Kind.NORM),
-    _stage("norm", "D", Kind.NORM),
-    _stage("hc_head_fn", "N ND", Kind.FLOAT32, weight=False),
-    _stage("hc_head_base", "N", Kind.FLOAT32, weight=False),
-    _stage("hc_head_scale", "1", Kind.FLOAT32, weight=False),
+    _stage("e_proj", "D D", Kind.LINEAR, MTP, _T),
+    _stage("h_proj", "D D", Kind.LINEAR, MTP, _T),
+    _stage("enorm", "D", Kind.NORM, MTP),
+    _stage("hnorm", "D", Kind.NORM, MTP),
+    _stage("main_proj", "D TD", Kind.LINEAR, DSPARK_FIRST, _T),
+    _stage("main_norm", "D", Kind.NORM, DSPARK_FIRST),
+    _stage("norm", "D", Kind.NORM, DRAFT_HEAD),
+    _stage("hc_head_fn", "N ND", Kind.FLOAT32, DRAFT_HEAD, weight=False),
+    _stage("hc_head_base", "N", Kind.FLOAT32, DRAFT_HEAD, weight=False),
+    _stage("hc_head_scale", "1", Kind.FLOAT32, DRAFT_HEAD, weight=False),
+    _stage("markov_head.markov_w1", "V Rm", Kind.PLAIN, DSPARK_LAST),
+    _stage("markov_head.markov_w2", "V Rm", Kind.PLAIN, DSPARK_LAST, _T),
+    _stage("confidence_head.proj", "1 D+Rm", Kind.PLAIN, DSPARK_LAST, _T),
 )
 
-#: Why DSpark's draft stages, which the dated releases have below ``mtp.``, are left out.
-DSPARK = "draft stage of DSpark, another architecture than mtp, which dsv4 does not convert"
-
-#: Templates below which names are left out on purpose, and why. These only DSpark has; where one of them is there, all
-#: of ``mtp.`` belongs to it.
-DROPS: dict[str, str] = {
-    f"mtp.{{}}.{part}": DSPARK for part in ("main_proj", "main_norm", "markov_head", "confidence_head")
-}
-
-NAMES = NameTable("DeepSeek-V4", (*RULES, *STAGE_RULES), sizes, DROPS)
+NAMES = NameTable("DeepSeek-V4", (*RULES, *STAGE_RULES), sizes)

@@ -8,7 +8,7 @@ from dsv4_convert.spec.v4.kinds import AttentionKind
 COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.kind(layer) is not AttentionKind.SLIDING)
 CSA = Where("CSA layers", lambda config, layer: config.kind(layer) is AttentionKind.CSA)
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
-STAGE = Where("mtp stages", lambda config, layer: layer in config.stage_layers)
+STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
 
 
 def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:

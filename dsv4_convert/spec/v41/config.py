@@ -35,22 +35,28 @@ class LayerKind(NamedTuple):
         compresses: it makes the compressed keys and index keys that it and later layers attend to.
         indexes: it chooses entries for itself and later layers.
         candidates: its part in the choice of blocks; None without one.
-        engram: it adds an n-gram lookup to the streams that enter it.
+        engram: the number of its engram among those of the model; None without one.
     """
 
     ratio: int
     compresses: bool
     indexes: bool
     candidates: Candidates | None
-    engram: bool
+    engram: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngramConfig:
-    """The n-gram tables: the published fields ``engram_…``."""
+    """The n-gram tables: the published fields ``engram_…``.
+
+    A model with some of the layers has some of the tables. How a table is hashed depends on its place in the published
+    model, so ``tables`` are the numbers of those that are there, and ``published_layer_ids`` the layers of all.
+    """
 
     layer_ids: tuple[Count, ...]
     num_embeddings: tuple[int, ...]
+    tables: tuple[Count, ...]
+    published_layer_ids: tuple[Count, ...]
     max_ngram_size: int
     vocab_size: int
     n_heads: int
@@ -62,18 +68,6 @@ class EngramConfig:
     def columns(self) -> int:
         """Rows that are looked up for one token: one per n-gram size and head."""
         return (self.max_ngram_size - 1) * self.n_heads
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DSparkConfig:
-    """The draft stages: the published fields ``dspark_…``."""
-
-    block_size: int
-    noise_token_id: Count
-    target_layer_ids: tuple[Count, ...]
-    markov_rank: int
-    n_routed_experts: int
-    num_experts_per_tok: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +108,9 @@ class V41Config(Config):
     candidate_topk_blocks: Count
     candidate_block_size: Count
     engram: EngramConfig | None
-    dspark: DSparkConfig | None
+    #: Experts of a draft stage, and how many of them a token takes; 0 without stages.
+    dspark_n_routed_experts: Count
+    dspark_num_experts_per_tok: Count
     vision: VisionConfig | None
 
     def ratio_of(self, layer: int) -> int:
@@ -151,9 +147,8 @@ class V41Config(Config):
         candidates = None
         if source is not None and self.indexes(layer) and layer >= source:
             candidates = Candidates.SOURCE if layer == source else Candidates.USER
-        return LayerKind(
-            self.ratio_of(layer), self.compresses(layer), self.indexes(layer), candidates, self.has_engram(layer)
-        )
+        engram = self.engram.layer_ids.index(layer) if self.engram is not None and self.has_engram(layer) else None
+        return LayerKind(self.ratio_of(layer), self.compresses(layer), self.indexes(layer), candidates, engram)
 
     def abbreviate(self, layer: int) -> str:
         """SWA, or the ratio, with a letter for each thing that the layer makes for others: K keys, I a choice."""
@@ -167,13 +162,13 @@ class V41Config(Config):
         words += ["KV source"] if kind.compresses else []
         words += ["index source"] if kind.indexes else []
         words += ["candidate source"] if kind.candidates is Candidates.SOURCE else []
-        words += ["engram"] if kind.engram else []
+        words += [] if kind.engram is None else ["engram"]
         return ", ".join(words)
 
     def experts_of(self, layer: int | None) -> int:
         """Number of routed experts of a layer, or of a draft stage, which has fewer."""
-        of_stage = layer is not None and layer >= self.num_hidden_layers and self.dspark is not None
-        return self.dspark.n_routed_experts if of_stage and self.dspark is not None else self.n_routed_experts
+        of_stage = layer is not None and layer >= self.num_hidden_layers
+        return self.dspark_n_routed_experts if of_stage else self.n_routed_experts
 
     @property
     def num_vision_blocks(self) -> int:
@@ -202,12 +197,14 @@ class V41Config(Config):
         if engram is not None:
             kept = [at for at, layer in enumerate(engram.layer_ids) if layer in places]
             rows = tuple(engram.num_embeddings[at] for at in kept)
-            engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows)
+            tables = tuple(engram.tables[at] for at in kept)
+            engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows, tables=tables)
         candidates = self.candidate_source_layer_id
         return dataclasses.replace(
             self,
             num_hidden_layers=len(layers),
             num_mtp_stages=0,
+            dspark=None,
             compress_ratios=tuple(self.compress_ratios[layer] for layer in layers),
             kv_source_layer_ids=mapped(self.kv_source_layer_ids),
             index_source_layer_ids=mapped(self.index_source_layer_ids),
@@ -232,7 +229,7 @@ class V41Config(Config):
         values["num_mtp_stages"] = text.count("num_nextn_predict_layers")
         values |= _schedule(text, values["num_hidden_layers"], values["num_mtp_stages"])
         values["engram"] = _engram(text)
-        values["dspark"] = _dspark(text, values["num_mtp_stages"])
+        values |= _drafts(text, values)
         values["vision"] = _vision(whole)
         values |= whole.quantization(FP8_TILE)
         whole.finish()
@@ -284,22 +281,18 @@ def _engram(text: Fields) -> EngramConfig | None:
     return EngramConfig(
         layer_ids=layers,
         num_embeddings=rows,
+        tables=tuple(range(len(layers))),
+        published_layer_ids=layers,
         pad_token_id=text.count("engram_pad_token_id"),
         **{name: text.size(f"engram_{name}") for name in sizes},
     )
 
 
-def _dspark(text: Fields, stages: int) -> DSparkConfig | None:
-    sizes = ("block_size", "markov_rank", "n_routed_experts", "num_experts_per_tok")
-    if not stages:
-        for name in (*sizes, "noise_token_id", "target_layer_ids"):  # nothing has them
-            text.left.pop(f"dspark_{name}", None)
-        return None
-    return DSparkConfig(
-        noise_token_id=text.count("dspark_noise_token_id"),
-        target_layer_ids=text.numbers("dspark_target_layer_ids"),
-        **{name: text.size(f"dspark_{name}") for name in sizes},
-    )
+def _drafts(text: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The draft stages."""
+    found: dict[str, Any] = {"dspark": text.dspark(values["vocab_size"], values["num_hidden_layers"])}
+    read = text.count if found["dspark"] is None else text.size
+    return found | {name: read(name) for name in ("dspark_n_routed_experts", "dspark_num_experts_per_tok")}
 
 
 def _vision(whole: Fields) -> VisionConfig | None:
@@ -335,7 +328,7 @@ def _schedule_problems(config: V41Config) -> list[str]:
         "kv_source_layer_ids": config.kv_source_layer_ids,
         "index_source_layer_ids": config.index_source_layer_ids,
     }
-    problems += [problem for name, ids in sources.items() for problem in _order_problems(name, ids, layers)]
+    problems += [problem for name, ids in sources.items() for problem in _order_problems(config, name, ids)]
     if problems:
         return problems
     for name, ids in sources.items():
@@ -360,18 +353,18 @@ def _schedule_problems(config: V41Config) -> list[str]:
     return problems
 
 
-def _order_problems(name: str, ids: Sequence[int], layers: int) -> list[str]:
-    if list(ids) != sorted(set(ids)) or (ids and ids[-1] >= layers):
-        return [f"{name}: expected ascending layers below {layers}, found {short(list(ids))}"]
+def _order_problems(config: Config, name: str, ids: Sequence[int]) -> list[str]:
+    if config.unordered(ids):
+        return [f"{name}: expected ascending backbone layers, found {short(list(ids))}"]
     return []
 
 
 def _parts_problems(config: V41Config) -> list[str]:
     """Problems of the n-gram tables, the draft stages and the vision encoder."""
     problems = []
-    layers, engram, dspark, vision = config.num_hidden_layers, config.engram, config.dspark, config.vision
+    engram, vision = config.engram, config.vision
     if engram is not None:
-        problems += _order_problems("engram_layer_ids", engram.layer_ids, layers)
+        problems += _order_problems(config, "engram_layer_ids", engram.layer_ids)
         if len(engram.layer_ids) != len(engram.num_embeddings) or not all(engram.num_embeddings):
             found = f"{len(engram.layer_ids)} and {short(list(engram.num_embeddings))}"
             problems.append(f"engram_layer_ids and engram_num_embeddings: expected a table per layer, found {found}")
@@ -379,14 +372,10 @@ def _parts_problems(config: V41Config) -> list[str]:
             problems.append("engram_max_ngram_size: an n-gram has at least 2 tokens")
         if engram.pad_token_id >= config.vocab_size:
             problems.append(f"engram_pad_token_id: {engram.pad_token_id} is beyond vocab_size {config.vocab_size}")
-    if (dspark is None) != (config.num_mtp_stages == 0):
+    if (config.dspark is None) != (config.num_mtp_stages == 0):
         problems.append("num_nextn_predict_layers and the dspark fields contradict each other")
-    if dspark is not None:
-        problems += _order_problems("dspark_target_layer_ids", dspark.target_layer_ids, layers)
-        if not dspark.target_layer_ids:
-            problems.append("dspark_target_layer_ids: expected at least one layer, found none")
-        if dspark.num_experts_per_tok > dspark.n_routed_experts:
-            problems.append("dspark_num_experts_per_tok must not exceed dspark_n_routed_experts")
+    if config.dspark_num_experts_per_tok > config.dspark_n_routed_experts:
+        problems.append("dspark_num_experts_per_tok must not exceed dspark_n_routed_experts")
     if vision is not None and vision.hidden_size % vision.num_attention_heads:
         problems.append("vision_config.hidden_size must be a multiple of vision_config.num_attention_heads")
     return problems

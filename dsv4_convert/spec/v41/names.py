@@ -20,26 +20,20 @@ POOLED = When("KV source of ratio 2", lambda config, layer: config.compresses(la
 INDEX_SOURCE = When("index source", lambda config, layer: config.indexes(layer))
 ENGRAM = When("engram", lambda config, layer: config.has_engram(layer))
 WITH_VISION = When("all, with a vision encoder", lambda config, layer: config.vision is not None)
-FIRST_STAGE = When("first", lambda config, layer: layer == config.stage_layers.start)
-LAST_STAGE = When("last", lambda config, layer: layer == config.stage_layers.stop - 1)
+FIRST_STAGE = When("first", lambda config, layer: layer == config.stage_layers[0])
+LAST_STAGE = When("last", lambda config, layer: layer == config.stage_layers[-1])
 
 
 def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; the rows of an n-gram table, and the experts, depend on the layer."""
     known = common_sizes(config, layer)
-    engram, dspark, vision = config.engram, config.dspark, config.vision
+    engram, vision = config.engram, config.vision
     if engram is not None and layer in engram.layer_ids:
         known |= {
             "Re": engram.num_embeddings[engram.layer_ids.index(layer)],
             "Ce": engram.head_dim,
             "KeCe": engram.columns * engram.head_dim,
             "(N+1)D": (config.hc_mult + 1) * config.hidden_size,
-        }
-    if dspark is not None:
-        known |= {
-            "tD": len(dspark.target_layer_ids) * config.hidden_size,
-            "m": dspark.markov_rank,
-            "D+m": config.hidden_size + dspark.markov_rank,
         }
     if vision is not None:
         width = vision.hidden_size
@@ -144,12 +138,12 @@ def _of_stage(rule: Rule) -> Rule:
 
 STAGE_RULES: tuple[Rule, ...] = (
     *map(_of_stage, _SHARED),
-    _stage("main_proj", "D tD", Kind.LINEAR, _T, FIRST_STAGE),
+    _stage("main_proj", "D TD", Kind.LINEAR, _T, FIRST_STAGE),
     _stage("main_norm", "D", Kind.NORM, when=FIRST_STAGE),
     _stage("norm", "D", Kind.NORM),
-    _stage("markov_head.embed", "V m", Kind.PLAIN),
-    _stage("markov_head.head", "V m", Kind.PLAIN, _T),
-    _stage("confidence_head.proj", "1 D+m", Kind.PLAIN, _T),
+    _stage("markov_head.embed", "V Rm", Kind.PLAIN),
+    _stage("markov_head.head", "V Rm", Kind.PLAIN, _T),
+    _stage("confidence_head.proj", "1 D+Rm", Kind.PLAIN, _T),
 )
 
 
