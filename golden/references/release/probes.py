@@ -59,7 +59,7 @@ _INPUTS = {
 
 @contextmanager
 def watching_block(
-    code: Code, block: nn.Module, visit: Visit, choices: Choices | None = None, *, slot: int | None = None
+    code: Code, block: Any, visit: Visit, choices: Choices | None = None, *, slot: int | None = None
 ) -> Iterator[None]:
     """Visit every tap of one forward of a ``Block`` or ``MTPBlock``; with ``choices`` these are made instead.
 
