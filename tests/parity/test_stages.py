@@ -84,7 +84,7 @@ def test_taps_of_a_stage_come_after_the_head(golden: Golden) -> None:
     assert order == sorted(order)
     assert golden.manifest.aliases["mtp.0.streams"] == "layers.0.hc_ffn.streams"
     following = np.pad(IDS[:, 1:], ((0, 0), (0, 1)))
-    embeddings = {token: row for token, row in zip(IDS.flat, golden.read("embed").reshape(IDS.size, -1), strict=True)}
+    embeddings = dict(zip(IDS.flat, golden.read("embed").reshape(IDS.size, -1), strict=True))
     expected = np.array([[embeddings[token] for token in row] for row in following[:, :-1]])
     assert np.array_equal(golden.read("mtp.0.embed")[:, :-1], expected)
 

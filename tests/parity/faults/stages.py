@@ -13,12 +13,11 @@ from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.model import attention
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.rope import rotate as _rotate
 
 from .decoding import _where
 from .fault import STAGE, Fault
 from .weights import _change, _copy, _swap, _two_swapped
-
-_rotate = attention.rotate
 
 
 def _join(
