@@ -44,7 +44,7 @@ from dsv4_convert.golden.references.release.probes import (
 )
 from dsv4_convert.golden.references.release.state import state_after
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.coverage import Resolution, Source
+from dsv4_convert.spec.coverage import Resolution
 from dsv4_convert.spec.names import Dialect
 from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named
@@ -103,6 +103,7 @@ class ReleasedModel:
         self._checkpoint = checkpoint
         self._config = as_v4(config)
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
+        self._sources = {source.weight: source for leaf in resolution.leaves for source in leaf.sources}
         self._ids = torch.from_numpy(tokens.astype(np.int64))
         self._noise = bool(noise)
         self._whole, self._calls = calls(tokens.shape[1], 0), calls(tokens.shape[1], decode)
@@ -375,9 +376,9 @@ class ReleasedModel:
         return copied
 
     def _floats(self, name: str, dtype: torch.dtype, *, rows: slice = slice(None)) -> Tensor:
-        scale = name.removesuffix(".weight") + ".scale"
-        source = Source(name, scale if name.endswith(".weight") and scale in self._checkpoint.tensors else None)
-        value = torch.from_numpy(np.array(read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows)))
+        value = torch.from_numpy(
+            np.array(read_weight(self._checkpoint, self._sources[name], dtype=_FLOAT32, rows=rows))
+        )
         self._checkpoint.release(name)
         return value.to(dtype)
 
