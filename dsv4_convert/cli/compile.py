@@ -89,7 +89,7 @@ def compile(
     model = Config.from_file(config)
     with status("compile") as say:
         if topology is not None:
-            say(topology)
+            say(f"{topology}, which gives no progress")
             where, sizes = Slice.parse(topology), None if mesh is None else parse_mesh(mesh)
             report = compile_model(
                 model, where, tokens=tokens, batch=batch, decode=decode, source=source, mesh=sizes, layers=layers

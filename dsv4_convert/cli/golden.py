@@ -184,7 +184,7 @@ def compact(
         say("opening")
         opened = open_golden(golden)
         kept = Compact.of(_positions(exact), opened.tokens.shape[1])
-        made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
+        made = shrink(opened, out, kept, say.step)
     before, after = opened.nbytes, made.nbytes
     echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
@@ -206,8 +206,8 @@ def show(
         say("opening")
         opened = open_golden(golden)
         reached = []
-        for layer in opened.layers:
-            say(f"layer {layer}")
+        for done, layer in enumerate(opened.layers):
+            say.step(done, len(opened.layers), f"layer {layer} of {opened.config.num_hidden_layers}")
             reached.append(prompt_coverage(opened, layer))
         odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {

@@ -11,6 +11,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.changes import Became, Change, Measured, ReportedRun
 from dsv4_convert.parity.report.html.marks import GLYPHS, shade, short
 from dsv4_convert.parity.report.html.page import template
+from dsv4_convert.parity.report.html.table import Cell
 from dsv4_convert.show.text import for_html
 from dsv4_convert.show.units import number_of
 
@@ -19,22 +20,13 @@ _OPEN = (Became.FAILS_NOW, Became.GONE, Became.WORSE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A measured tap: class of the style sheet, text, and a text that appears beside it."""
-
-    classes: str
-    text: str
-    title: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class LayerPair:
-    """The worst tap of a layer in either run."""
+    """The worst tap of a layer in either run: its name and its cell."""
 
     name: str
     mode: str
-    before: Cell
-    after: Cell
+    before: tuple[str, Cell]
+    after: tuple[str, Cell]
 
 
 def page(before: ReportedRun, after: ReportedRun, found: Sequence[Change]) -> str:
@@ -93,13 +85,13 @@ def _after(change: Change) -> Measured | None:
     return change.after
 
 
-def _worst(measured: list[tuple[str, Measured | None]]) -> Cell:
+def _worst(measured: list[tuple[str, Measured | None]]) -> tuple[str, Cell]:
     """The tap that fails with the largest error, or else the one with the largest error."""
     there = [(name, one) for name, one in measured if one is not None]
     if not there:
-        return _cell(None)
+        return "", _cell(None)
     name, worst = max(there, key=lambda each: (each[1].verdict is Verdict.FAIL, _size(each[1])))
-    return dataclasses.replace(_cell(worst), title=name)
+    return name, _cell(worst)
 
 
 def _size(measured: Measured) -> float:
