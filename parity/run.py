@@ -20,7 +20,8 @@ from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
-from dsv4_convert.model import PLAIN, Numerics
+from dsv4_convert.model import PLAIN
+from dsv4_convert.model.architectures import release_numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.blame import differing_weights
@@ -264,7 +265,7 @@ class ParityRun:
             and not self._teacher_forced
             and Mode.ISOLATED in self._modes
         )
-        self._numerics = Numerics.of_release(golden.config) if self._teacher_forced else PLAIN
+        self._numerics = release_numerics(golden.config) if self._teacher_forced else PLAIN
         self._comparison = Comparison(golden, self._dtype, options.phase)
         #: The layers that each mode has to run.
         self._needed = {mode: self._layers_of(mode) for mode in self._modes}

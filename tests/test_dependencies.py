@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dsv4_convert", "parity", "golden")
 
@@ -144,12 +146,21 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
-        "import dsv4_convert.convert, dsv4_convert.weights.restore, dsv4_convert.store.orbax_commit\n"
+        "import dsv4_convert.convert, dsv4_convert.weights.restore\n"
         "import dsv4_convert.parity.run, dsv4_convert.parity.report.tables\n"
         "import dsv4_convert.golden.archive, dsv4_convert.golden.synthetic"
     )
-    assert {"jax", "flax", "orbax"} <= loaded
+    assert {"jax", "flax"} <= loaded
     assert not {"torch", "transformers", "matplotlib", "jinja2"} & loaded
+
+
+def test_copying_published_bytes_loads_neither_orbax_nor_numba(tmp_path: Path) -> None:
+    """Each of them takes longer to load than a gigabyte takes to convert."""
+    write_checkpoint(tmp_path / "hf", tiny_config())
+    paths = [str(tmp_path / "hf"), str(tmp_path / "orbax")]
+    loaded = _loaded(f"from dsv4_convert import Storage, hf_to_orbax; hf_to_orbax(*{paths}, storage=Storage.SOURCE)")
+    assert not (HEAVY - {"numpy"}) & loaded
+    assert (tmp_path / "orbax" / "_METADATA").exists()
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -19,6 +19,7 @@ from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import assembled, grouped, stored_parts
+from dsv4_convert.weights.token_map import token_map
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -93,6 +94,10 @@ class PublishedWeights:
         """Raises :class:`UsageError` if no draft stage was opened."""
         if not self.config.num_mtp_stages:
             raise UsageError(f"{self._checkpoint.root}: no draft stage, or opened without it")
+
+    def token_map(self) -> Array:
+        """The mapped id of every token. Raises as :func:`~dsv4_convert.weights.token_map.token_map`."""
+        return token_map(self._checkpoint.root, self.config)
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
