@@ -54,7 +54,9 @@ def compile(
             help="source: quantised matrices stay published codes and scales, and are decoded at every use.",
         ),
     ] = "bfloat16",
-    layers: Annotated[int | None, typer.Option(min=1, help="Compile only the first N layers.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Compile only the first N layers. Default: all.")
+    ] = None,
     find_mesh: Annotated[
         str | None,
         typer.Option(

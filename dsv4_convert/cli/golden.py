@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    REVISION_HELP,
     SOURCES,
     Json,
     console,
@@ -52,10 +53,13 @@ def record(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     first_position: Annotated[
-        int, typer.Option(help="Rotary position of the first token, without the tokens before it.")
+        int, typer.Option(metavar="POSITION", help="Rotary position of the first token, without the tokens before it.")
     ] = 0,
     decode: Annotated[
-        int, typer.Option(help="Decode the last N tokens of the prompt one by one, from the reference's cache.")
+        int,
+        typer.Option(
+            metavar="N", help="Decode the last N tokens of the prompt one by one, from the reference's cache."
+        ),
     ] = 0,
     greedy: Annotated[
         bool,
@@ -91,7 +95,7 @@ def record(
         typer.Option("--compact", help="Keep sketches and a few exact tokens, at most 1% of the size."),
     ] = False,
     exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     json: Json = None,
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.

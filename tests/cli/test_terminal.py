@@ -251,11 +251,11 @@ def test_the_last_lines_name_what_was_written_and_the_time(
 def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_convert.spec import names
 
-    def broken(name: str) -> None:
+    def broken(table: object, name: str) -> None:
         secret = "hf_" + "secret"
         raise ZeroDivisionError(len(secret))
 
-    monkeypatch.setattr(names, "explain", broken)
+    monkeypatch.setattr(names.NameTable, "explain", broken)
     result = CliRunner().invoke(app, ["names", "norm"])
     assert result.exit_code == 70
     assert "ZeroDivisionError: 9" in result.stderr
@@ -268,10 +268,10 @@ def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from dsv4_convert.spec import names
 
-    def starved(name: str) -> None:
+    def starved(table: object, name: str) -> None:
         raise error
 
-    monkeypatch.setattr(names, "explain", starved)
+    monkeypatch.setattr(names.NameTable, "explain", starved)
     result = CliRunner().invoke(app, ["names", "norm"])
     assert result.exit_code == 4
     assert result.stderr.startswith("error: not enough memory: ")
