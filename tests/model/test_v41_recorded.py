@@ -107,77 +107,112 @@ FAULTS: dict[str, Edit] = {
         "engram.ids", ngrams, "ngram_hash", "engram.published_layer_ids[table]", "table"
     ),
     "multipliers not odd": Edit("engram.ids", ngrams, "ngram_hash", "2 * int(number) + 1", "2 * int(number)"),
-    "ids joined without multipliers": Edit(
-        "engram.ids", engram, "ngram_rows", "ngrams.multipliers[distance])", "1)"
-    ),
+    "ids joined without multipliers": Edit("engram.ids", engram, "ngram_rows", "ngrams.multipliers[distance])", "1)"),
     "products added, not joined by exclusive or": Edit("engram.ids", engram, "ngram_rows", "one ^ limb", "one + limb"),
     "n-grams of the tokens that follow": Edit(
         "engram.ids", engram, "ngram_rows", "first = look_back - distance", "first = distance"
     ),
     "offsets of the parts forgotten": Edit("engram.ids", engram, "ngram_rows", "primes) + offsets", "primes)"),
     "look-back past the start finds the first token": Edit(
-        "engram.ids", _E, "__call__", "jnp.where(history < 0, self.pad, history)",
+        "engram.ids",
+        _E,
+        "__call__",
+        "jnp.where(history < 0, self.pad, history)",
         "jnp.where(history < 0, token_ids[:, :1], history)",
     ),
     "token ids not mapped": Edit(
-        "engram.ids", _E, "__call__", "self.token_map[...][jnp.where(history < 0, self.pad, history)]",
+        "engram.ids",
+        _E,
+        "__call__",
+        "self.token_map[...][jnp.where(history < 0, self.pad, history)]",
         "jnp.where(history < 0, self.pad, history)",
     ),
-    "gate without the square root": Edit("hc_attn.pre", _E, "_gate", "jnp.sqrt(jnp.maximum(jnp.abs(match), _LEAST))", "jnp.abs(match)"),
+    "gate without the square root": Edit(
+        "hc_attn.pre", _E, "_gate", "jnp.sqrt(jnp.maximum(jnp.abs(match), _LEAST))", "jnp.abs(match)"
+    ),
     "gate without the sign": Edit("hc_attn.pre", _E, "_gate", "jnp.copysign(", "jnp.maximum("),
     "engram's norm over all streams": Edit(
-        "hc_attn.pre", _E, "_gate", "rms_scale(h, self.eps)",
+        "hc_attn.pre",
+        _E,
+        "_gate",
+        "rms_scale(h, self.eps)",
         "rms_scale(h.reshape(*h.shape[:2], -1), self.eps)[..., None]",
     ),
     "value added without the gate": Edit("hc_attn.pre", _E, "__call__", "gate[..., None] * value", "value"),
     "pre of the same half in the attention": Edit(
-        "attn.wo_b", block.V41Block, "attend", "self._attention_input(streams, pre, taps)",
+        "attn.wo_b",
+        block.V41Block,
+        "attend",
+        "self._attention_input(streams, pre, taps)",
         "self._attention_input(streams, mixing.pre, taps)",
     ),
     "pre of the same half in the experts": Edit(
-        "hc_attn.pre", block.V41Block, "route", "self._expert_input(carry.streams, carry.pre, taps)",
+        "hc_attn.pre",
+        block.V41Block,
+        "route",
+        "self._expert_input(carry.streams, carry.pre, taps)",
         "self._expert_input(carry.streams, mixing.pre, taps)",
     ),
     "the first half takes the mean of the streams": Edit(
         "attn.wo_b", backbone.V41Model, "enter", "jnp.float32).at[..., 0].set(1)", "jnp.float32) + 0.25"
     ),
-    "pre of the attention before the head": Edit(
-        "logits", block.V41Block, "combine", "routed.mixing.pre", "carry.pre"
-    ),
+    "pre of the attention before the head": Edit("logits", block.V41Block, "combine", "routed.mixing.pre", "carry.pre"),
     "ratio-2 pair shifted": Edit(
-        "attn.compressor.norm", compressor.LatentCompressor, "_pool", "rows.astype(jnp.float32)",
+        "attn.compressor.norm",
+        compressor.LatentCompressor,
+        "_pool",
+        "rows.astype(jnp.float32)",
         "jnp.roll(rows.astype(jnp.float32), 1, axis=1)",
     ),
     "softmax over channels": Edit(
         "attn.compressor.norm", compressor.LatentCompressor, "_pool", "axis=2), axis=2)", "axis=3), axis=2)"
     ),
     "entries rotated to the next token": Edit(
-        "attn.wo_b", compressor.LatentCompressor, "__call__", "before[:, None] + block * ratio",
+        "attn.wo_b",
+        compressor.LatentCompressor,
+        "__call__",
+        "before[:, None] + block * ratio",
         "before[:, None] + block * ratio + 1",
     ),
     "index keys from the rotated latent": Edit(
-        "attn.indexer.k_norm", attention.SharedAttention, "_compress", "self.indexer.keys(latents.values,",
+        "attn.indexer.k_norm",
+        attention.SharedAttention,
+        "_compress",
+        "self.indexer.keys(latents.values,",
         "self.indexer.keys(rotate(latents.values, latents.start, table),",
     ),
     "index keys not normed": Edit(
-        "attn.indexer.k_norm", indexer.SharedIndexer, "keys",
+        "attn.indexer.k_norm",
+        indexer.SharedIndexer,
+        "keys",
         'rms_norm(taps("wk", linear(latents, self.wk[...])), self.k_norm[...], self.eps)',
         'taps("wk", linear(latents, self.wk[...])) * self.k_norm[...]',
     ),
     "index keys not rotated": Edit(
-        "attn.indexer.chosen", indexer.SharedIndexer, "keys", 'rotate(taps("k_norm", normed), start, table)',
+        "attn.indexer.chosen",
+        indexer.SharedIndexer,
+        "keys",
+        'rotate(taps("k_norm", normed), start, table)',
         'taps("k_norm", normed)',
     ),
     "newest block not forced": Edit(
-        "attn.indexer.candidates", indexer.SharedIndexer, "_nominate",
-        "jnp.where(jnp.arange(best.shape[2]) == newest, jnp.inf, best)", "best",
+        "attn.indexer.candidates",
+        indexer.SharedIndexer,
+        "_nominate",
+        "jnp.where(jnp.arange(best.shape[2]) == newest, jnp.inf, best)",
+        "best",
     ),
     "newest block that of the next entry": Edit(
-        "attn.indexer.candidates", indexer.SharedIndexer, "_nominate", "(complete[..., None] - 1)",
+        "attn.indexer.candidates",
+        indexer.SharedIndexer,
+        "_nominate",
+        "(complete[..., None] - 1)",
         "(complete[..., None])",
     ),
     "blocks by their mean": Edit(
-        "attn.indexer.candidates", indexer, "block_scores",
+        "attn.indexer.candidates",
+        indexer,
+        "block_scores",
         "jnp.max(padded.reshape(*scores.shape[:2], -1, size), axis=3)",
         "jnp.mean(jnp.maximum(padded.reshape(*scores.shape[:2], -1, size), -99), axis=3)",
     ),
@@ -185,18 +220,27 @@ FAULTS: dict[str, Edit] = {
         "attn.indexer.chosen", indexer.SharedIndexer, "_choose", "if inside is not None:", "if False:"
     ),
     "the candidate source limits itself": Edit(
-        "attn.indexer.chosen", indexer.SharedIndexer, "_choose", "if inside is not None:\n",
+        "attn.indexer.chosen",
+        indexer.SharedIndexer,
+        "_choose",
+        "if inside is not None:\n",
         "inside = nominated if nominated is not None else inside\n    if inside is not None:\n",
     ),
     "entries of the window-only layers' rotary table": Edit(
         "attn.wo_b", attention.SharedAttention, "__call__", "compressed=self.ratio > 0", "compressed=False"
     ),
     "queries may see the open block": Edit(
-        "attn.indexer.chosen", attention.SharedAttention, "__call__", "complete_blocks(before +",
+        "attn.indexer.chosen",
+        attention.SharedAttention,
+        "__call__",
+        "complete_blocks(before +",
         "complete_blocks(before + 1 +",
     ),
     "the choice of the layer before the last indexer": Edit(
-        "attn.wo_b", attention.SharedAttention, "__call__", "shared._replace(chosen=chosen, candidates=candidates)",
+        "attn.wo_b",
+        attention.SharedAttention,
+        "__call__",
+        "shared._replace(chosen=chosen, candidates=candidates)",
         "shared._replace(chosen=chosen if shared.chosen is None else shared.chosen, candidates=candidates)",
     ),
 }
