@@ -16,7 +16,7 @@ from flax import nnx
 
 from dsv4_convert.golden.layout import STREAMS
 from dsv4_convert.model.attention import Attention
-from dsv4_convert.model.block import Block, Routed
+from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
@@ -67,7 +67,7 @@ class Forward:
         self._dtype = dtype
         self._numerics = numerics
         self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
-        self._resident: tuple[int, tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]] | None = None
+        self._resident: tuple[int, tuple[nnx.GraphDef[DecoderBlock], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
         self._calls = calls_of(len(tokens), tokens.shape[1], decode)
@@ -92,10 +92,10 @@ class Forward:
         """Run one layer. ``overrides`` replace the activations that it goes on with."""
         entering = jnp.asarray(entering, self._dtype)
         config = as_v4(self._weights.config)
-        kind = config.kind(layer)
         batch, tokens = self._tokens.shape
-        cached = self._calls[0].cached
-        cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if cached else None
+        cache = None
+        if self._calls[0].cached:
+            cache = empty_layer(config, config.layer_kind(layer), batch, tokens, self._dtype, self._numerics)
         # The state follows from taps that can be replaced themselves.
         given = {key: value for key, value in (overrides or {}).items() if not key.tap.is_state}
         whole: Activations = {}
@@ -172,7 +172,7 @@ class Forward:
         rows, columns = region
         return self._weights.read_region("head", (rows, slice(start + (columns.start or 0), start + columns.stop)))
 
-    def _block(self, layer: int) -> tuple[nnx.GraphDef[Block], nnx.State[Any, Any]]:
+    def _block(self, layer: int) -> tuple[nnx.GraphDef[DecoderBlock], nnx.State[Any, Any]]:
         """One layer's weights without its experts; cached until another layer is requested."""
         if self._resident is None or self._resident[0] != layer:
             self._resident = None  # give the memory back first
@@ -227,7 +227,7 @@ def _everything(name: str) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def _to_experts(
-    graph: nnx.GraphDef[Block],
+    graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
     streams: jax.Array,
     token_ids: jax.Array,
@@ -244,7 +244,7 @@ def _to_experts(
 
 @partial(jax.jit, static_argnums=0)
 def _from_experts(
-    graph: nnx.GraphDef[Block],
+    graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
     streams: jax.Array,
     routed: Routed,

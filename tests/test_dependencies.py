@@ -35,10 +35,10 @@ ALLOWED: dict[str, str] = {
     "doctor": "files checkpoint",
     "platforms": "",
     "golden": "files spec formats checkpoint weights",
-    "inspect": "files spec checkpoint store golden",
+    "inspection": "files spec checkpoint store golden",
     "parity": "files spec checkpoint store model weights golden",
-    "cli": "files spec checkpoint store weights serve convert aot doctor golden inspect parity package platforms",
-    "package": "spec model weights convert golden parity",
+    "cli": "files spec checkpoint store weights serve convert aot doctor golden inspection parity package platforms",
+    "package": "spec model weights convert golden parity checkpoint inspection serve",
     # pytest loads it wherever dsv4 is installed.
     "pytest_plugin": "parity",
 }
@@ -59,6 +59,8 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "matplotlib": "parity/report/html/",
     "jinja2": ("parity/report/html/", "golden/chat.py"),
     "markupsafe": "parity/report/html/",
+    "pandas": "parity/report/frame.py",
+    "pyarrow": "parity/report/frame.py",
     "pytest": "dsv4_convert/pytest_plugin.py",
     # Only the name of an exception that Numba's own cache raises.
     "pickle": "dsv4_convert/formats/kernels.py",

@@ -22,7 +22,7 @@ Source: published inference code, ``kernel.py`` and ``model.py`` of its current 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Numerics:
     input_group: ClassVar[int] = 128
 
     @classmethod
-    def of_release(cls, config: Config) -> Self:
+    def of_release(cls, config: Config) -> Numerics:
         """The numerics of DeepSeek's inference code for this model.
 
         Raises:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.serve.speculate import PASS, DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Sampling:
 class Generator:
     """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
 
-    def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
+    def __init__(self, model: Decoder, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
         With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not
@@ -68,7 +69,7 @@ class Generator:
         Raises:
             UsageError: the model has no stage to draft with.
         """
-        if speculative and not len(model.mtp):
+        if speculative and not (isinstance(model, Model) and len(model.mtp)):
             raise UsageError("speculative decoding: this model has no mtp stage to draft tokens with")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
@@ -170,6 +171,29 @@ class Generator:
         return logits, cache
 
 
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """The tokens that follow each prompt, without a cache of your own; float32 activations.
+
+    A :class:`Generator` keeps what is compiled for the next call, and has more options.
+
+    Raises:
+        UsageError: as :class:`Generator`.
+
+    Examples:
+        >>> model = restore_model(Weights.open("orbax"))
+        >>> len(generate(model, [[3, 1, 4]], new_tokens=2)[0])
+        2
+    """
+    return Generator(model)(prompts, new_tokens=new_tokens, sampling=sampling, stop=stop)
+
+
 class _Texts:
     """The new tokens of every prompt, and which prompts continue."""
 
@@ -207,7 +231,7 @@ def _chunks(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _extend(
-    graph: nnx.GraphDef[Model],
+    graph: nnx.GraphDef[Decoder],
     state: nnx.State[Any, Any],
     tokens: Int[Array, "B S"],
     cache: Cache,

@@ -51,7 +51,7 @@ class DecodingState:
         """The state before the first token, for ``capacity`` tokens of each prompt."""
         return cls(
             Cache.empty(config, batch, capacity, dtype=dtype, numerics=numerics),
-            empty_layer(config, AttentionKind.SLIDING, batch, capacity, dtype),
+            empty_layer(config, (AttentionKind.SLIDING, False), batch, capacity, dtype),
         )
 
 

@@ -31,8 +31,8 @@ from dsv4_convert.golden.compact import MAX_NUMBERS, Compact
 from dsv4_convert.golden.manifest import GoldenManifest, StoredTap, layer_file
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.writer import REQUEST_NAME
-from dsv4_convert.inspect.converted import inspect_conversion
-from dsv4_convert.inspect.recorded import inspect_recording
+from dsv4_convert.inspection.converted import inspect_conversion
+from dsv4_convert.inspection.recorded import inspect_recording
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest

@@ -103,7 +103,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     streams, ids, positions = (
         np.concatenate([part, np.repeat(part[:, -1:], most, axis=1)], axis=1) for part in (streams, ids, positions)
     )
-    cache = empty_layer(setting.config, AttentionKind.SLIDING, BATCH, 0, jnp.float32)
+    cache = empty_layer(setting.config, (AttentionKind.SLIDING, False), BATCH, 0, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
         numbers = (jnp.full(BATCH, number, jnp.int32) for number in (start, count, keep))

@@ -153,6 +153,10 @@ class Held:
         """Some rows."""
         return self.arrays[path][rows]
 
+    def token_map(self) -> Array:
+        """V4 has none."""
+        raise NotImplementedError
+
     def damaged(self, path: str) -> bool:
         """Nothing is stored."""
         return False
