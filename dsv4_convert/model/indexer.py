@@ -20,6 +20,7 @@ from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, paramet
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 
 class EntryScorer(nnx.Module):

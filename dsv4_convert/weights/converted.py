@@ -146,7 +146,7 @@ class Weights:
         Reads these rows only, each of them once.
         """
         rule = self.config.names.rule_of(path)
-        _, width = self._shape(path, rule)
+        _, width = self.shape(path)
         matrix = self._matrix(path, rule, None)
         distinct, places = np.unique(rows, return_inverse=True)
         found = np.empty((len(distinct), width), dtype)
