@@ -112,8 +112,7 @@ class Attention(nnx.Module):
         q = taps("wq_b", q.reshape(batch, tokens, config.num_attention_heads, config.head_dim))
         q = taps("q", numerics.query(q, eps))
         q = taps("q_rope", rotate(q, positions, table))
-        kv = taps("kv_norm", rms_norm(taps("wkv", numerics.linear(x, self.wkv[...])), self.kv_norm[...], eps))
-        kv = taps("kv_rope", numerics.key(rotate(kv, positions, table), config.qk_rope_head_dim))
+        kv = self.keys(x, positions, taps)
 
         before = jnp.zeros(batch, jnp.int32) if past is None else past.before
         entries, compressed, indexed, chosen = kv[:, :0], None, None, None
@@ -127,12 +126,11 @@ class Attention(nnx.Module):
             chosen, indexed = self.indexer(x, q_low_rank, positions, complete, table, taps.within("indexer."), at)
 
         earlier = None if past is None else Earlier(past.cache.window, before)
-        sink, window = self.attn_sink[...], config.sliding_window
+        window = config.sliding_window
         slots = jnp.full(batch, min(tokens, window))
         if past is not None:  # a prompt that goes on has all places of its window, whether there are tokens for them
             slots = jnp.where(before == 0, jnp.minimum(past.count, window), window)
-        past_entries = Entries(entries, complete, chosen, slots)
-        context = taps("context", _context(q, kv, earlier, past_entries, sink, window=window, numerics=numerics))
+        context = taps("context", self.context(q, kv, earlier, Entries(entries, complete, chosen, slots)))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
@@ -141,6 +139,21 @@ class Attention(nnx.Module):
             return output, None
         kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
         return output, LayerCache(kept, compressed, indexed)
+
+    def keys(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S C"]:
+        """The rotated keys, which are the values too."""
+        config, numerics = self.config, self.numerics
+        kv = taps("wkv", numerics.linear(x, self.wkv[...]))
+        kv = taps("kv_norm", rms_norm(kv, self.kv_norm[...], config.rms_norm_eps))
+        rotated = rotate(kv, positions, frequencies(config, self.kind))
+        return taps("kv_rope", numerics.key(rotated, config.qk_rope_head_dim))
+
+    def context(
+        self, q: Float[Array, "B S H C"], kv: Float[Array, "B S C"], earlier: Earlier | None, entries: Entries
+    ) -> Float[Array, "B S H C"]:
+        """The values that every query gathers, from the window and the compressed past."""
+        window, sink = self.config.sliding_window, self.attn_sink[...]
+        return _context(q, kv, earlier, entries, sink, window=window, numerics=self.numerics)
 
 
 def _compressor(config: Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:

@@ -222,6 +222,16 @@ class Config:
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
 
     @property
+    def draft_tokens(self) -> int:
+        """How many tokens the stages draft at a time: one, or a block of DSpark's."""
+        return 1 if self.dspark is None else self.dspark.block_size
+
+    @property
+    def draft_sources(self) -> tuple[int, ...]:
+        """The backbone layers whose outgoing streams the stages read: the last one, or DSpark's targets."""
+        return (self.num_hidden_layers - 1,) if self.dspark is None else self.dspark.target_layer_ids
+
+    @property
     def hc_mixes(self) -> int:
         """Rows of a hyper-connection's ``fn``: N for pre, N for post, N*N for comb."""
         return (2 + self.hc_mult) * self.hc_mult

@@ -164,8 +164,6 @@ def restore_model(
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
-        if config.dspark is not None:
-            raise UsageError("DSpark's draft stages convert, and dsv4 does not run them yet; leave --speculative out")
     else:
         config = config.without_stages()
     model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
