@@ -13,8 +13,9 @@ import numpy as np
 
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.noise import Mode, noise_name, noise_shape
-from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.spec.taps import Tap, TapKey, Values, Where, state_of, tap_named, taps_of
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.tap import AFTER, BEFORE, Tap, Values
+from dsv4_convert.spec.taps import TapKey, state_of, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
 
@@ -57,8 +58,7 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
 
     A tap of the state has its shape at the end of the prefill, before the ``decode`` tokens.
     """
-    kind = config.attention[key.layer] if key.layer is not None else AttentionKind.SLIDING
-    ratio = config.ratio(kind)
+    ratio = 0 if key.layer is None else config.ratio_of(key.layer)
     entries = tokens // ratio if ratio else 0  # an incomplete block makes no entry
     sizes = {
         "B": batch,
@@ -69,7 +69,7 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
         "R": config.q_lora_rank,
         "H": config.num_attention_heads,
         "C": config.head_dim,
-        "W": config.head_dim * (2 if kind is AttentionKind.CSA else 1),
+        "W": 0 if key.layer is None else config.compressor_width(key.layer),
         "Hi": config.index_n_heads,
         "Ci": config.index_head_dim,
         "2Ci": 2 * config.index_head_dim,
@@ -96,7 +96,7 @@ def tokens_of_row(key: TapKey, config: Config) -> int:
     """The number of tokens that make a row of axis 1: 1, or those of a compressed entry; not defined for the state."""
     if key.tap.shape.split()[1] == "S" or key.layer is None:
         return 1
-    return config.ratio(config.attention[key.layer])
+    return config.ratio_of(key.layer)
 
 
 def part_shape(key: TapKey, config: Config, *, batch: int, start: int, stop: int) -> tuple[int, ...]:
@@ -132,14 +132,14 @@ def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> 
     """
     model = taps_of(config, None)
     for tap in model:
-        if tap.where is Where.BEFORE:
+        if tap.where is BEFORE:
             yield TapKey(None, tap)
     for layer in layers:
         for tap in (*taps_of(config, layer), *(state_of(config, layer) if decode else ())):
             yield TapKey(layer, tap)
     if config.num_hidden_layers - 1 in layers:
         for tap in model:
-            if tap.where is Where.AFTER:
+            if tap.where is AFTER:
                 yield TapKey(None, tap)
 
 
@@ -183,7 +183,7 @@ def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]
     if key.tap.is_state:
         return ()
     has_entries = key.tap.shape.split()[1] == "T"
-    return compact.rows(block=config.ratio(config.attention[key.layer]) if has_entries and key.layer is not None else 1)
+    return compact.rows(block=config.ratio_of(key.layer) if has_entries and key.layer is not None else 1)
 
 
 def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:

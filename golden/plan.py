@@ -85,7 +85,7 @@ def _attention(config: Config, layer: int, tokens: int) -> int:
     The counts are fitted: at V4-Flash's width the plan says 1.29 and 1.84 GiB for 64 and 320 tokens, measured were 1.26
     and 1.82 GiB.
     """
-    ratio = config.ratio(config.attention[layer])
+    ratio = config.ratio_of(layer)
     entries = tokens // ratio if ratio else 0
     keys = tokens + entries
     scores = 3 * config.num_attention_heads * tokens * keys

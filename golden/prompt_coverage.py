@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,17 +39,16 @@ def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
 
 def _missed(config: Config, layer: int, tokens: int) -> list[str]:
     """The operations of a layer that ``tokens`` tokens leave unchecked."""
-    kind = config.attention[layer]
     missed = []
     if tokens <= config.sliding_window:
         missed.append(f"the window of {config.sliding_window} tokens never drops one")
-    if kind is AttentionKind.SLIDING:
+    ratio = config.ratio_of(layer)
+    if not ratio:
         return missed
-    ratio = config.ratio(kind)
     entries = tokens // ratio
     if not entries:
         return [*missed, f"no block of {ratio} tokens is complete, so the compressor makes no entry"]
-    if kind is AttentionKind.HCA:
+    if not config.indexes(layer):
         return missed
     if entries < 2:
         missed.append(f"a single block of {ratio} tokens is complete, so none overlaps with the one before")

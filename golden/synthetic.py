@@ -30,7 +30,8 @@ from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.files.workspace import Workspace
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.names import FP4_GROUP, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.v4.names import FP8_TILE
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]

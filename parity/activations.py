@@ -28,7 +28,8 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, Values, tap_named
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey, tap_named
 
 Array = np.ndarray[Any, Any]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -240,7 +241,7 @@ def _judged(comparison: Comparison, taken: Activations, mode: Mode, keys: Iterab
 
 def _follows(key: TapKey, config: Config) -> bool:
     """Whether a tap depends on a choice before it: not the state that was there before, nor a choice by table."""
-    by_table = key.tap.values is Values.CHOICE and key.layer is not None and config.hash_routed[key.layer]
+    by_table = key.tap.values is Values.CHOICE and key.layer is not None and config.hashed(key.layer)
     return not (by_table or key.tap.is_state)
 
 
@@ -302,7 +303,7 @@ def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
         elif key.tap.is_state:
             why = "no token came one by one, so there is no state between calls"
         else:
-            why = f"layer {number}, of {golden.config.attention[number].value}, has no such tap"
+            why = f"layer {number}, of {golden.config.describe(number)}, has no such tap"
         raise UsageError(f"{full}: not in {golden.path}: {why}")
     return key
 

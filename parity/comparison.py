@@ -23,9 +23,10 @@ from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
 from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
-from dsv4_convert.spec.taps import TapKey, Values, tap_named, taps_of
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
 #: Where the channels of a head have their errors in common, those of the shares of its keys.
@@ -294,5 +295,4 @@ def _visible(config: Config, scores: TapKey, shape: tuple[int, ...]) -> Array | 
     """Number of compressed entries that each query may choose from; None for a choice of experts."""
     if scores.layer is None or "T" not in scores.tap.shape.split():
         return None
-    assert config.attention[scores.layer] is AttentionKind.CSA
-    return np.broadcast_to((np.arange(shape[1]) + 1) // config.csa_ratio, shape[:2])
+    return np.broadcast_to((np.arange(shape[1]) + 1) // config.ratio_of(scores.layer), shape[:2])

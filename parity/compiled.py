@@ -22,6 +22,7 @@ from dsv4_convert.parity.calls import calls_of
 from dsv4_convert.parity.forward import Activations, Array, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.weights.restore import restore_layers
 
 _EMBED_AXES = "vocab width"
@@ -183,7 +184,7 @@ def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | No
     # Only the layer's own state matters; those of another kind get an empty one.
     states = [
         empty_layer(config, kind, len(window), program.capacity, window.dtype, block.attn.numerics)
-        for kind, block in zip(config.attention[: len(segment) - 1], segment, strict=False)
+        for kind, block in zip(as_v4(config).attention[: len(segment) - 1], segment, strict=False)
     ]
     stacked = [jax.tree.map(lambda part: jnp.stack([part] * repeats), state) for state in (*states, past.cache)]
     return past.of((tuple(stacked),))

@@ -140,7 +140,7 @@ class Detail:
             return errors
         if key.tap.shape.split()[1] == "T":
             assert key.layer is not None
-            ratio = self.prompt.config.ratio(self.prompt.config.attention[key.layer])
+            ratio = self.prompt.config.ratio_of(key.layer)
         for part in parts:
             multiples = _largest(part)
             kept = np.arange(multiples.shape[1]) if part.rows is None else np.asarray(part.rows, np.int64)

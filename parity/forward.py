@@ -27,6 +27,7 @@ from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.restore import restore_block
@@ -90,7 +91,8 @@ class Forward:
     ) -> tuple[Activations, jax.Array | Array]:
         """Run one layer. ``overrides`` replace the activations that it goes on with."""
         entering = jnp.asarray(entering, self._dtype)
-        config, kind = self._weights.config, self._weights.config.attention[layer]
+        config = as_v4(self._weights.config)
+        kind = config.kind(layer)
         batch, tokens = self._tokens.shape
         cached = self._calls[0].cached
         cache = empty_layer(config, kind, batch, tokens, self._dtype, self._numerics) if cached else None
@@ -236,7 +238,7 @@ def _to_experts(
     """The attention half, and the expert half up to the routing."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
-    streams, cache = block.attend(taps("input", streams), positions, taps, past)
+    streams, cache = block.attend(streams, token_ids, positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache
 
 

@@ -147,9 +147,7 @@ def _needed(
 ) -> int:
     """Bytes of the largest layer's weights, and of its activations: on the device, here, and the golden's."""
     config = weights.config
-    stacks = {
-        (config.kind(layer), config.hashed(layer)): stack_of(config, layer, scanned=options.scanned) for layer in layers
-    }
+    stacks = {config.layer_kind(layer): stack_of(config, layer, scanned=options.scanned) for layer in layers}
     encoded = options.weights == "source"
     of_weights = (
         layers_bytes(weights, stack, dtype=dtype, scanned=options.scanned, mesh=devices.mesh, encoded=encoded)

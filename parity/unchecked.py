@@ -81,7 +81,7 @@ def unchecked(
     names = {str(key) for key in wanted}
     left_out = tuple(layer for layer in range(config.num_hidden_layers) if layer not in ran)
     rows = config.vocab_size - len(np.unique(golden.tokens))
-    tables = tuple(layer for layer in ran if config.hash_routed[layer])
+    tables = tuple(layer for layer in ran if config.hashed(layer))
     whole = not left_out and "embed" in names
 
     def weights() -> Iterator[str]:

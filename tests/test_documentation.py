@@ -30,8 +30,8 @@ import dsv4_convert
 from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.names import RULES, STAGE_RULES
-from dsv4_convert.spec.taps import STATE, TAPS
+from dsv4_convert.spec.v4.names import RULES, STAGE_RULES
+from dsv4_convert.spec.v4.taps import STATE, TAPS
 
 from .checkpoint.hub_server import LoopbackHub
 from .documentation import LOOKED_AT, RUN, Block, Command, blocks, commands, inline_commands, leaves, parse, unlike

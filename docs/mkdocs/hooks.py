@@ -111,13 +111,14 @@ def _spelled(template: str) -> str:
 
 
 def _names() -> str:
-    from dsv4_convert.spec.names import RULES, STAGE_RULES, Rule, Transform, When
+    from dsv4_convert.spec.names import ALWAYS, Rule, Transform
+    from dsv4_convert.spec.v4.names import RULES, STAGE_RULES
 
     def rows(rules: Iterable[Rule], below: str) -> Iterator[list[str]]:
         for rule in rules:
             names = [_code(_spelled(name).removeprefix(below)) for name in (rule.published, rule.path)]
             shape = " × ".join(rule.shape.split())
-            when = rule.when.value if rule.when is not When.ALWAYS else ""
+            when = rule.when.label if rule.when is not ALWAYS else ""
             kind = f"{rule.kind.value}{', stacked' if rule.per_expert else ''}"
             transform = "" if rule.transform is Transform.NONE else rule.transform.value
             yield [*names, shape, kind, transform, *([when] if below else [])]
@@ -133,7 +134,8 @@ def _names() -> str:
 
 
 def _dialects() -> str:
-    from dsv4_convert.spec.names import RULES, Dialect
+    from dsv4_convert.spec.names import Dialect
+    from dsv4_convert.spec.v4.names import RULES
 
     def rows() -> Iterator[list[str]]:
         for rule in RULES:
@@ -147,7 +149,7 @@ def _dialects() -> str:
 
 def _sizes() -> str:
     from dsv4_convert.spec.config import Config
-    from dsv4_convert.spec.names import sizes
+    from dsv4_convert.spec.v4.names import sizes
 
     models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Pro")}
     csa = [sizes(config, 2) for config in models.values()]
@@ -181,9 +183,10 @@ def _meaning(owner: type, member: str) -> str:
 
 
 def _taps(which: str) -> str:
-    from dsv4_convert.spec.taps import STATE, TAPS, Values, Where
+    from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
+    from dsv4_convert.spec.v4.taps import STATE, TAPS
 
-    model = (Where.BEFORE, Where.AFTER)
+    model = (BEFORE, AFTER)
     chosen = {
         "layer": [tap for tap in TAPS if tap.where not in model],
         "model": [tap for tap in TAPS if tap.where in model],
@@ -194,7 +197,7 @@ def _taps(which: str) -> str:
             _code(tap.name),
             _code(" ".join(tap.shape.split())),
             tap.meaning + (" (a choice)" if tap.values is Values.CHOICE else ""),
-            "" if tap.where is Where.LAYER else tap.where.value,
+            "" if tap.where is LAYER else tap.where.label,
             ", ".join(map(_code, tap.weights)),
         ]
         for tap in chosen
@@ -205,20 +208,22 @@ def _taps(which: str) -> str:
 def _configs() -> str:
     import json
 
-    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.v4.config import V4Config
 
     raw = [json.loads(_config(name).read_text("utf-8")) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")]
-    fields = [field.name for field in dataclasses.fields(Config)]
+    fields = [field.name for field in dataclasses.fields(V4Config)]
     rows = [[_code(name), *(_shown(document[name]) for document in raw)] for name in fields if name in raw[0]]
     return table(["field", "V4-Flash", "V4-Pro"], rows)
 
 
 def _schedule() -> str:
-    from dsv4_convert.spec.config import AttentionKind, Config
+    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.v4.config import as_v4
+    from dsv4_convert.spec.v4.kinds import AttentionKind
 
     rows = []
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
-        config = Config.from_file(_config(name))
+        config = as_v4(Config.from_file(_config(name)))
         layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in AttentionKind}
         hashed = [layer for layer, own in enumerate(config.hash_routed) if own]
         rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in AttentionKind)])

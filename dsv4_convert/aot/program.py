@@ -23,7 +23,6 @@ from dsv4_convert.model.axes import RULES, named, partition
 from dsv4_convert.model.encoded import Encoded, in_source_form, partitions
 from dsv4_convert.model.mesh import describe_mesh
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import rule_of
 from dsv4_convert.spec.segments import paths_of
 
 State = nnx.State[Any, Any]
@@ -80,7 +79,7 @@ def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Model], 
     for key, variable in nnx.to_flat_state(state):
         path = paths_of(config, key)[0]
         value = variable.get_value()
-        if not isinstance(value, Encoded) and rule_of(path).kind.follows_dtype:
+        if not isinstance(value, Encoded) and config.names.rule_of(path).kind.follows_dtype:
             value = jax.ShapeDtypeStruct(value.shape, job.dtype)
         specs = partitions(value, variable.axes, mesh.shape, what=path)
         placed[key] = variable.replace(jax.tree.map(partial(_on, mesh), value, specs))

@@ -86,17 +86,19 @@ def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
 
 def complete_taps(incomplete: str) -> list[str]:
     """Names of taps within a layer and of the model level."""
-    from dsv4_convert.spec.taps import STATE, TAPS
+    from dsv4_convert.spec.taps import ALL_TAPS
 
-    return [tap.name for tap in (*TAPS, *STATE) if tap.name.startswith(incomplete)]
+    return [tap.name for tap in ALL_TAPS if tap.name.startswith(incomplete)]
 
 
 def complete_names(incomplete: str) -> list[str]:
     """Parameter paths, with the number that stands in the word already."""
-    from dsv4_convert.spec.names import RULES, STAGE_RULES, template
+    from dsv4_convert.spec.architectures import ARCHITECTURES
+    from dsv4_convert.spec.names import template
 
     numbers = template(incomplete)[1]
-    paths = (rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in (*RULES, *STAGE_RULES))
+    rules = (rule for known in ARCHITECTURES for rule in known.names.rules)
+    paths = dict.fromkeys(rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in rules)
     return [path for path in paths if path.startswith(incomplete)]
 
 

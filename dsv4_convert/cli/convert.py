@@ -118,7 +118,7 @@ def hf_to_orbax(
     from dsv4_convert.files.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
-    # Orbax starts JAX's default backend. A conversion has no use for an accelerator, whatever the environment says.
+    # For jax.distributed. A conversion has no use for an accelerator, whatever the environment says.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
@@ -152,7 +152,7 @@ def hf_to_orbax(
             say("memory, disk and time")
             costs = None
             if processes.first:
-                trying = measure or not dry_run
+                trying = measure or (not dry_run and convert.worth_measuring(planned))
                 costs = convert.estimate(planned, checkpoint, dest, workers=threads, measure=trying)
         maxtext = _for_maxtext(planned, dest)
         if costs is not None:
@@ -237,7 +237,7 @@ def _speeds(costs: Estimate) -> str:
     rates = costs.rates
     reading = f"reads {size(rates.read)}/s, " if rates.read is not None else ""
     fetching = f"fetches {size(rates.fetch)}/s, " if rates.fetch is not None else ""
-    assumed = "" if rates.measured else "; assumed, --measure tries them"
+    assumed = "" if rates.measured else "; assumed"
     return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s{assumed}"
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dsv4_convert.golden.archive import Golden as Opened
     from dsv4_convert.golden.plan import RecordingPlan
     from dsv4_convert.golden.prompt_coverage import LayerCoverage
-    from dsv4_convert.spec.taps import Tap
+    from dsv4_convert.spec.tap import Tap
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
@@ -236,7 +236,6 @@ def show(
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer, then the table of taps."""
     from dsv4_convert.show.tables import fitted
-    from dsv4_convert.spec.config import AttentionKind
 
     request = opened.manifest.request
     reference, source = request.reference, request.source
@@ -251,8 +250,8 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         "decode": str(opened.decode),
         "layers": ranges(opened.layers),
         **{
-            f"{kind.name} layers": ranges(layer for layer in opened.layers if opened.config.attention[layer] is kind)
-            for kind in (AttentionKind.CSA, AttentionKind.HCA)
+            f"{kind} layers": ranges(layer for layer in opened.layers if opened.config.abbreviate(layer) == kind)
+            for kind in dict.fromkeys(map(opened.config.abbreviate, opened.layers))
         },
         "noise": ", ".join(request.noise) or "none",
         "compact": "no" if opened.compact is None else f"exact at {ranges(opened.compact.positions)}",
@@ -272,18 +271,16 @@ def _table_of_taps(opened: Opened) -> Table:
     """A row for each tap; one for each kind of attention where they differ in its shape."""
     from rich.table import Table
 
-    from dsv4_convert.spec.taps import STATE, TAPS
-
     shapes: dict[Tap, dict[tuple[int, ...], str]] = {}
     for key in opened.keys:
-        kind = key.tap.where.value if key.layer is None else f"{opened.config.attention[key.layer].name} layers"
+        kind = key.tap.where.label if key.layer is None else f"{opened.config.abbreviate(key.layer)} layers"
         shapes.setdefault(key.tap, {}).setdefault(opened.shape(key), kind)
     table = Table(box=None, pad_edge=False)
     for column in ("tap", "shape", "axes", "in"):
         table.add_column(column, no_wrap=True)
-    for tap in (each for each in (*TAPS, *STATE) if each in shapes):
+    for tap in (each for each in (*opened.config.taps, *opened.config.state) if each in shapes):
         for shape, kind in shapes[tap].items():
-            table.add_row(tap.name, str(list(shape)), tap.shape, kind if len(shapes[tap]) > 1 else tap.where.value)
+            table.add_row(tap.name, str(list(shape)), tap.shape, kind if len(shapes[tap]) > 1 else tap.where.label)
     return table
 
 

@@ -14,7 +14,7 @@ from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.inspect.tables import repeated_experts
 from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.conversion import Layout, Storage
-from dsv4_convert.spec.names import Dialect, lookup
+from dsv4_convert.spec.names import Dialect
 from dsv4_convert.store import Store, unaccounted
 from dsv4_convert.store.arrays import StoredArray, is_local
 from dsv4_convert.store.export_state import read_export_state
@@ -124,10 +124,10 @@ def _rounded(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _rows(store: Store, dialect: Dialect) -> tuple[PartRow, ...]:
     """Count leaves by their source tensors, since layouts differ in their paths."""
-    census = Census()
+    census, names = Census(), store.conversion.config.names
     for path in store.paths:
         record = store.manifest.leaves[path]
-        uses = lookup(record.sources[0], dialect) if record.sources else ()
+        uses = names.lookup(record.sources[0], dialect) if record.sources else ()
         shape, dtype = record.layout.shape, record.layout.dtype
         if uses:
             rule = uses[0].rule

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect, Kind, Rule, lookup, parameters
+from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, parameters
 
 
 class ModelPart(StrEnum):
@@ -25,14 +25,17 @@ class ModelPart(StrEnum):
     ROUTED = "routed experts"
     SHARED = "shared experts"
     HEAD = "head"
+    ENGRAM = "engram"
     DRAFTS = "draft stages"
+    VISION = "vision"
     UNKNOWN = "unknown"
 
 
 _COMPRESSOR = ("ape", "wkv", "wgate", "norm")
 _HYPER = ("fn", "base", "scale")
 
-#: THE table: part -> parameters by path; those of layers without ``layers.{}.``. All of a stage is one part.
+#: THE table: part -> parameters by path; those of layers without ``layers.{}.``. A stage, and the vision encoder, are
+#: one part as a whole.
 PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.EMBEDDING: ("embed",),
     ModelPart.ATTENTION: (
@@ -42,23 +45,24 @@ PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.COMPRESSOR: tuple(f"attn.compressor.{name}" for name in _COMPRESSOR),
     ModelPart.INDEXER: (
         *("attn.indexer.wq_b", "attn.indexer.weights_proj"),
+        *("attn.indexer.wk", "attn.indexer.k_norm"),
         *(f"attn.indexer.compressor.{name}" for name in _COMPRESSOR),
     ),
     ModelPart.HYPER: tuple(f"{half}_{name}" for half in ("hc_attn", "hc_ffn", "hc_head") for name in _HYPER),
     ModelPart.NORMS: ("attn_norm", "ffn_norm", "norm"),
-    ModelPart.ROUTER: ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.tid2eid"),
+    ModelPart.ROUTER: ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.bias_vl", "ffn.gate.tid2eid"),
     ModelPart.ROUTED: tuple(f"ffn.experts.w{number}" for number in (1, 2, 3)),
     ModelPart.SHARED: tuple(f"ffn.shared_experts.w{number}" for number in (1, 2, 3)),
     ModelPart.HEAD: ("head",),
-    ModelPart.DRAFTS: tuple(rule.path for rule in STAGE_RULES),
+    ModelPart.ENGRAM: tuple(f"engram.{name}" for name in ("embed", "wkv", "q_weight", "k_weight")),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
-_PART_OF_RULE = {rule.path: _PART_OF[rule.path.removeprefix("layers.{}.")] for rule in (*RULES, *STAGE_RULES)}
+_PART_OF_GROUP = {Group.STAGES: ModelPart.DRAFTS, Group.VISION: ModelPart.VISION}
 
 
 def part_of(rule: Rule) -> ModelPart:
     """The part of the model that a parameter belongs to."""
-    return _PART_OF_RULE[rule.path]
+    return _PART_OF_GROUP.get(rule.group) or _PART_OF[rule.path.removeprefix("layers.{}.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +108,16 @@ def elements(rule: Rule, shape: Iterable[int], *, packed: bool, scale: bool) -> 
 
 
 def count_published(
-    stored: Mapping[str, Stored], nbytes: Mapping[str, int], dialect: Dialect | None
+    stored: Mapping[str, Stored], nbytes: Mapping[str, int], names: NameTable, dialect: Dialect | None
 ) -> tuple[PartRow, ...]:
     """Count the contents of a checkpoint by its headers; unknown names form a part of their own.
 
-    ``nbytes`` are the stored bytes of every tensor. Without a dialect, every name is unknown.
+    ``nbytes`` are the stored bytes of every tensor, ``names`` the table of its architecture. Without a dialect, every
+    name is unknown.
     """
     census = Census()
     for name, tensor in stored.items():
-        uses = lookup(name, dialect) if dialect is not None else ()
+        uses = names.lookup(name, dialect) if dialect is not None else ()
         if not uses:
             part, parameters = ModelPart.UNKNOWN, 0
         else:

@@ -14,10 +14,12 @@ from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.inspect.parts import count_published
 from dsv4_convert.inspect.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
+from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, compare
-from dsv4_convert.spec.names import detect_dialect, layer_of
+from dsv4_convert.spec.names import layer_of
 from dsv4_convert.spec.unsupported import of_family, refuse_unsupported
+from dsv4_convert.spec.v4.config import V4Config
 
 
 def inspect_folder(path: Path, *, place: str, known_by: str) -> Inspection:
@@ -91,8 +93,9 @@ def _inspection(
         if not of_family(raw):
             raise
         odd.append(str(error))
+    names = BY_MODEL_TYPE.get(str(raw.get("model_type")), V4Config).names
     try:
-        dialect = detect_dialect(tensors)
+        dialect = names.detect_dialect(tensors)
         facts["names"] = f"{dialect}, {len(tensors):,} tensors"
     except BadInput as error:
         if config is None:
@@ -121,7 +124,7 @@ def _inspection(
         facts=facts,
         config=config,
         layers=whole,
-        rows=count_published(stored, nbytes, dialect),
+        rows=count_published(stored, nbytes, names, dialect),
         odd=tuple(odd),
     )
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 _ATTENTION = {
     AttentionKind.SLIDING: ("S", "blue"),
@@ -56,8 +58,8 @@ def _drafts(config: Config) -> str:
 
 
 def _cell(config: Config, layer: int, layers: tuple[int, ...] | None) -> tuple[tuple[str, str], tuple[str, str]]:
-    letter, colour = _ATTENTION[config.attention[layer]]
-    routing = _HASH if config.hash_routed[layer] else _LEARNED
+    letter, colour = _ATTENTION[as_v4(config).attention[layer]]
+    routing = _HASH if config.hashed(layer) else _LEARNED
     if layers is not None and layer not in layers:
         return (letter.lower(), _ABSENT), (routing[0], _ABSENT)
     return (letter, colour), routing
@@ -81,6 +83,7 @@ def _lines(groups: list[list[tuple[tuple[str, str], tuple[str, str], str]]]) -> 
 
 def legend(config: Config, *, layers: tuple[int, ...] | None) -> Iterator[str]:
     """The meaning of each letter, and its number of layers."""
+    config = as_v4(config)
     number = {kind: config.attention.count(kind) for kind in AttentionKind}
     words = {
         AttentionKind.SLIDING: f"sliding window of {config.sliding_window} tokens alone",

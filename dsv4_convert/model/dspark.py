@@ -38,7 +38,9 @@ from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.model.rope import frequencies
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 
 class Drafted(NamedTuple):
@@ -52,10 +54,14 @@ class Drafted(NamedTuple):
 class BlockAttention(Attention):
     """Attention in which every query sees the whole block, and the window of known tokens before it."""
 
-    def context(
+    def keys(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S C"]:
+        """The rotated keys of known tokens, which are their values too."""
+        return self._keys(x, positions, frequencies(self.config, compressed=False), taps)
+
+    def _gathered(
         self, q: Float[Array, "B Q H C"], kv: Float[Array, "B Q C"], earlier: Earlier | None, entries: Entries
     ) -> Float[Array, "B Q H C"]:
-        """The values that every query gathers; there are no compressed entries."""
+        """The values that every query gathers. There are no compressed entries."""
         assert earlier is not None
         return _block_context(q, kv, earlier, self.attn_sink[...], numerics=self.numerics)
 
@@ -85,7 +91,7 @@ def _block_context(
 class MarkovHead(nnx.Module):
     """Logits that depend on the token before alone: a table of rank R."""
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: V4Config, rank: int) -> None:
         self.markov_w1 = parameter("vocab whole_rank", config.vocab_size, rank)
         self.markov_w2 = parameter("whole_rank vocab", rank, config.vocab_size)
 
@@ -101,7 +107,7 @@ class MarkovHead(nnx.Module):
 class ConfidenceHead(nnx.Module):
     """The logit of a drafted token being accepted."""
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: V4Config, rank: int) -> None:
         self.proj = parameter("whole_width mix", config.hidden_size + rank, 1)
 
     def __call__(self, x: Float[Array, "B Q D"], embedded: Float[Array, "B Q R"]) -> Float[Array, "B Q"]:
@@ -116,7 +122,7 @@ class DSparkBlock(Block):
     It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
     """
 
-    def __init__(self, config: Config, stage: int, numerics: Numerics = PLAIN) -> None:
+    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN) -> None:
         super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
         assert config.dspark is not None
         self.numerics = numerics

@@ -20,8 +20,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dsv4_convert.model import Cache, Model, Numerics, Taps
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.model.cache import LayerCache, Past, empty_stages
+from dsv4_convert.spec.config import Config
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Shaped
@@ -48,9 +48,7 @@ class DecodingState:
         """The state before the first token, for ``capacity`` tokens of each prompt."""
         return cls(
             Cache.empty(config, batch, capacity, dtype=dtype, numerics=numerics),
-            tuple(
-                empty_layer(config, AttentionKind.SLIDING, batch, capacity, dtype) for _ in range(config.num_mtp_stages)
-            ),
+            empty_stages(config, batch, dtype),
         )
 
 

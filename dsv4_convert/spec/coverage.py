@@ -12,19 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import (
-    FP4_GROUP,
-    FP8_TILE,
-    Dialect,
-    Kind,
-    Rule,
-    Use,
-    check_layers,
-    detect_dialect,
-    lookup,
-    parameters,
-    stage_of,
-)
+from dsv4_convert.spec.names import Dialect, Group, Kind, Rule, Use, check_layers, parameters, stage_of
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
@@ -51,10 +39,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensor(s) that one parameter, or one expert of a stack, is made of."""
+    """The tensor(s) that one parameter, or one expert of a stack, is made of.
+
+    Attributes:
+        weight: the tensor of the numbers, or of their codes.
+        scale: the tensor of the codes' scales; None for numbers.
+        block: ``[out, in]`` elements that share a scale; None without scales.
+    """
 
     weight: str
-    scale: str | None
+    scale: str | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,14 +132,14 @@ def compare(
     Raises:
         BadInput: no name is known to any dialect.
     """
-    dialect = dialect or detect_dialect(stored)
+    dialect = dialect or config.names.detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
     fitted = config
     if layers is not None or all(stage_of(name) is None for name in stored):
         fitted = config.without_stages()
     for name in stored:
-        uses = lookup(name, dialect)
+        uses = config.names.lookup(name, dialect)
         if uses:
             problems += _misplaced(name, uses[0], config)
         else:
@@ -153,19 +148,18 @@ def compare(
     used: set[str] = set()
     leaves = []
     for path, rule, layer in parameters(fitted, None if layers is None else chosen):
-        leaf = _leaf(path, rule, layer, config, dialect, stored)
-        problems += _check_leaf(leaf, config, stored)
+        leaf = _leaf(path, rule, layer, fitted, dialect, stored)
+        problems += _check_leaf(leaf, fitted, stored)
         for source in leaf.sources:
             used.add(source.weight)
             if source.scale is not None:
                 used.add(source.scale)
         leaves.append(leaf)
     for name in stored.keys() - used:
-        uses = lookup(name, dialect)
-        asked = (
-            uses and (uses[0].layer is None or uses[0].layer in chosen) and (uses[0].stage is None or layers is None)
-        )
-        if asked and not _misplaced(name, uses[0], config):
+        uses = config.names.lookup(name, dialect)
+        group = uses[0].rule.group if uses else None
+        asked = group is Group.MODEL or (uses[0].layer in chosen if group is Group.LAYERS else layers is None)
+        if uses and asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
     return Resolution(fitted, dialect, tuple(leaves)), sorted(problems)
@@ -177,26 +171,29 @@ def _describe(stored: Stored) -> str:
 
 def _misplaced(name: str, use: Use, config: Config) -> list[str]:
     """A known name in a place where this model has no such parameter."""
-    if use.layer is not None:
-        if use.layer >= config.num_hidden_layers:
+    group, number = use.rule.group, use.number
+    if number is not None and number >= len(group.members(config)):
+        if group is Group.LAYERS:
             return [f"{name}: the config has only {config.num_hidden_layers} layers"]
-        if not use.rule.when.holds(config, use.layer):
-            kind = f"{config.kind(use.layer)}, {'hash' if config.hashed(use.layer) else 'learned'} routing"
-            return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
-    if use.stage is not None:
-        if use.stage >= config.num_mtp_stages:
-            return [f"{name}: the config has {config.num_mtp_stages or 'no'} {_drafts(config)} stages"]
-        if not use.rule.when.holds(config, config.num_hidden_layers + use.stage):
-            return [
-                f"{name}: exists in {use.rule.when} stages only, and this is stage {use.stage} of {_drafts(config)}"
-            ]
-    if use.expert is not None and use.expert >= config.n_routed_experts:
-        return [f"{name}: the config has only {config.n_routed_experts} experts"]
+        return [f"{name}: the config has {len(group.members(config)) or 'no'} {_members(group, config)}"]
+    member = group.first(config) + (number or 0)
+    if not use.rule.when.holds(config, member):
+        if group is Group.LAYERS:
+            kind = config.describe(member)
+            return [f"{name}: exists in {use.rule.when.label} layers only, layer {member} is {kind}"]
+        if group is Group.STAGES:
+            of = "mtp" if config.dspark is None else "DSpark"
+            return [f"{name}: exists in {use.rule.when.label} stages only, and this is stage {number} of {of}"]
+        return [f"{name}: the config has no {group}"]
+    if use.expert is not None and use.expert >= config.experts_of(member):
+        return [f"{name}: the config has only {config.experts_of(member)} experts"]
     return []
 
 
-def _drafts(config: Config) -> str:
-    return "mtp" if config.dspark is None else "DSpark"
+def _members(group: Group, config: Config) -> str:
+    if group is Group.VISION:
+        return "vision blocks"
+    return "mtp stages" if config.dspark is None else "DSpark stages"
 
 
 def _leaf(
@@ -210,17 +207,19 @@ def _leaf(
     )
     shape, target = rule.source_shape(config, layer), rule.target_shape(config, layer)
     if fused and rule.fused is not None:
-        sources: tuple[Source, ...] = (Source(rule.fused.format(layer), None),)
+        sources: tuple[Source, ...] = (Source(rule.fused.format(layer)),)
     else:
-        experts = range(config.n_routed_experts) if rule.per_expert else (None,)
-        weight, scale = rule.template(dialect), rule.scale_template(dialect)
-        sources = tuple(_source(weight, scale, rule.numbers(config, layer, expert), stored) for expert in experts)
+        experts = range(config.experts_of(layer)) if rule.per_expert else (None,)
+        sources = tuple(_source(rule, dialect, rule.numbers(config, layer, expert), stored) for expert in experts)
     return Leaf(path, rule, layer, shape, target, sources, fused)
 
 
-def _source(weight: str, scale: str | None, numbers: tuple[int, ...], stored: Mapping[str, Stored]) -> Source:
-    scale_name = scale.format(*numbers) if scale is not None else None
-    return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
+def _source(rule: Rule, dialect: Dialect, numbers: tuple[int, ...], stored: Mapping[str, Stored]) -> Source:
+    weight, template = rule.template(dialect).format(*numbers), rule.scale_template(dialect)
+    scale = None if template is None else template.format(*numbers)
+    if scale not in stored:
+        return Source(weight)
+    return Source(weight, scale, rule.block(packed=weight in stored and stored[weight].dtype in _PACKED))
 
 
 def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
@@ -249,12 +248,11 @@ def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Ite
         if packed:
             wanted = (wanted[0], -(-wanted[1] // 2))
         if leaf.fused:
-            wanted = (config.n_routed_experts, wanted[0] * (2 if rule.half is not None else 1), wanted[1])
+            wanted = (config.experts_of(leaf.layer), wanted[0] * (2 if rule.half is not None else 1), wanted[1])
         if weight.shape != wanted:
             yield f"{source.weight}: expected shape {list(wanted)}, found {_describe(weight)}"
-        if scale is not None:
-            block = FP4_GROUP if packed else FP8_TILE
-            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
+        if scale is not None and source.block is not None:
+            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, source.block, strict=True))
             if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
                 yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"
             if config.weight_block_size is None:

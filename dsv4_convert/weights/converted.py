@@ -91,21 +91,29 @@ class Weights:
         Raises:
             BadInput: the checkpoint has no such parameter, or its shape or dtype on disk is not the manifest's.
         """
-        rule = names.rule_of(path)
+        rule, layer = names.located(self.config, path)
         if rule.per_expert:
-            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)]
+            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.experts_of(layer))]
             return np.stack(stack)
         return self._decoded(path, rule, None, dtype)
 
     def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
-        return self._decoded(path, names.rule_of(path), expert, dtype)
+        return self._decoded(path, self.config.names.rule_of(path), expert, dtype)
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = FLOAT32) -> Array:
-        """Some rows of an unquantised parameter along its first axis, such as the embeddings of a prompt's tokens."""
-        return np.stack(
-            [decode_weight(self._store.read(path, slice(row, row + 1)), None, dtype=dtype)[0] for row in map(int, rows)]
-        )
+        """Some rows of a table that is looked up, such as the embeddings of a prompt's tokens, along its first axis.
+
+        Reads these rows only, each of them once.
+        """
+        rule = self.config.names.rule_of(path)
+        _, width = self._shape(path, rule)
+        matrix = self._matrix(path, rule, None)
+        distinct, places = np.unique(rows, return_inverse=True)
+        found = np.empty((len(distinct), width), dtype)
+        for out, row in zip(found, map(int, distinct), strict=True):
+            matrix.fill(out[None], (slice(row, row + 1), slice(0, width)))
+        return found[places.reshape(np.shape(rows))]
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """A part of the result of :meth:`read`: one slice of step 1 for every axis.
@@ -115,7 +123,7 @@ class Weights:
         Raises:
             BadInput: as :meth:`read`.
         """
-        rule = names.rule_of(path)
+        rule = self.config.names.rule_of(path)
         region = bounded(region, self._shape(path, rule))
 
         def plain(part: Region) -> Array:
@@ -136,8 +144,7 @@ class Weights:
 
     def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
         """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
-        stage = names.stage_of(path)
-        layer = names.layer_of(path) if stage is None else self.config.num_hidden_layers + stage
+        _, layer = names.located(self.config, path)
         expected = stored = rule.target_shape(self.config, layer)
         scaled = f"{path}.scale" in self._store.paths
         leaf = self._store.leaf(f"{path}.weight" if scaled else path)
@@ -164,6 +171,7 @@ class Weights:
             read=reader(leaf),
             dtype=self._store.leaf(leaf).dtype,
             scale=reader(f"{path}.scale") if scaled else None,
+            block=rule.block(packed=self._store.leaf(leaf).dtype in PACKED_FP4) if scaled else None,
             transposed=published and rule.transform is not names.Transform.NONE,
             first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
         )
@@ -187,26 +195,26 @@ class Weights:
 
         The orientation is the model's. Requires storage ``source`` (:meth:`check_codes`).
         """
-        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+        from dsv4_convert.model.encoded import block_of
 
         if f"{path}.scale" not in self._store.paths:
             return None
-        rule = names.rule_of(path)
+        rule, layer = names.located(self.config, path)
         packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
+        block = block_of(rule, packed=packed, outputs=rule.target_shape(self.config, layer)[-1])
         if rule.per_expert:
-            experts = range(self.config.n_routed_experts)
             pairs = [
-                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts
+                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS))
+                for expert in range(self.config.experts_of(layer))
             ]
             codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
-            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
+            return codes, scales, block, packed
         codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
         if rule.transform is not _GROUPED:
-            return *_transposed(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
-        groups = self.config.o_groups
-        block = grouped_block(len(codes) // groups)
+            return *_transposed(codes, scales), block, packed
         # Groups narrower than a block each get a copy of its scale.
-        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
+        scales = scales[np.arange(0, len(codes), block[1]) // rule.block(packed=packed)[0]]
+        groups = self.config.o_groups
         return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
 
     def encoded_bytes(self, path: str) -> int | None:
@@ -224,7 +232,8 @@ class Weights:
             return self._expert_numbers(path, stored)
         scale = self._store.read(f"{path}.scale", expert) if scaled else None
         transpose = published and rule.transform is names.Transform.TRANSPOSE
-        decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
+        block = rule.block(packed=stored.dtype in PACKED_FP4) if scaled else None
+        decoded = decode_weight(stored, scale, dtype=dtype, block=block, transpose=transpose)
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
 
 

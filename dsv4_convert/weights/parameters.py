@@ -45,7 +45,7 @@ class Parameters(Protocol):
         """One matrix of a stack of experts."""
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
-        """Some rows of an unquantised parameter."""
+        """Some rows of a table that is looked up: no more than these are read."""
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""

@@ -72,7 +72,8 @@ class PublishedWeights:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
         leaf = self._leaf(path)
         if leaf.rule.per_expert:
-            return np.stack([self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)])
+            experts = range(self.config.experts_of(leaf.layer))
+            return np.stack([self.read_expert(path, expert, dtype) for expert in experts])
         (source,) = leaf.sources
         if leaf.rule.kind is Kind.INTEGER:
             return read_table(self._checkpoint, source.weight, self.config.n_routed_experts).astype(np.int32)
@@ -96,11 +97,17 @@ class PublishedWeights:
         return decoded
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
-        """Some rows of an unquantised parameter along its first axis."""
+        """Some rows of a table that is looked up, along its first axis; reads their pages only."""
         leaf = self._leaf(path)
-        stored = self._checkpoint.read(leaf.sources[0].weight)[rows]
+        (source,) = leaf.sources
+        distinct, places = np.unique(rows, return_inverse=True)
+        stored = self._checkpoint.read(source.weight)[distinct]
+        scale = None
+        if source.scale is not None and source.block is not None:
+            assert source.block[0] == 1, f"rows of {path} share their scales"
+            scale = self._checkpoint.read(source.scale)[distinct]
         self._release(leaf)
-        return decode_weight(stored, None, dtype=dtype)
+        return decode_weight(stored, scale, dtype=dtype, block=source.block)[places.reshape(np.shape(rows))]
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """A part of the result of :meth:`read`: one slice of step 1 for every axis. Reads only its pages."""
@@ -130,6 +137,7 @@ class PublishedWeights:
             read=reader(weight),
             dtype=weight.dtype,
             scale=None if scale is None else reader(scale),
+            block=source.block,
             transposed=leaf.rule.transform is not Transform.NONE,
             first_row=first_row,
         )

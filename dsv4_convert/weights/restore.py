@@ -14,8 +14,8 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
-from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.converted import Weights
@@ -49,8 +49,8 @@ def restore_block(
 
     from dsv4_convert.model import PLAIN, Block
 
-    config, numerics = weights.config, numerics or PLAIN
-    kind, hashed = config.kind(layer), config.hashed(layer)
+    config, numerics = as_v4(weights.config), numerics or PLAIN
+    kind, hashed = config.layer_kind(layer)
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
     return _Filling(weights, config, f"layers.{layer}.".__add__, dtype, mesh).fill(block)
 
@@ -205,7 +205,7 @@ class _Variable:
 
         paths = tuple(map(path, paths_of(config, key)))
         stacked = key[:2] == ("layers", "segments")
-        return cls(variable.axes, variable.shape, dtype_of(names.rule_of(paths[0]), dtype), paths, stacked)
+        return cls(variable.axes, variable.shape, dtype_of(config.names.rule_of(paths[0]), dtype), paths, stacked)
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """How it lies on a mesh. Raises :class:`UsageError` as :func:`dsv4_convert.model.axes.partition`."""

@@ -42,10 +42,12 @@ from dsv4_convert.golden.references.precision import (
 )
 from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
 from dsv4_convert.golden.references.state import state_after
-from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.config import Config, Yarn
 from dsv4_convert.spec.coverage import Leaf, Resolution, Source
-from dsv4_convert.spec.names import Kind
+from dsv4_convert.spec.names import Dialect, Kind
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named
+from dsv4_convert.spec.v4.config import V4Config, as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 Array = np.ndarray[Any, Any]
 
@@ -133,7 +135,7 @@ class StreamedModel:
             Dsv4Error: transformers understands the checkpoint's config.json in another way than ``config`` does.
         """
         self._checkpoint = checkpoint
-        self._config = config
+        self._config = as_v4(config)
         self._leaves = resolution.leaves
         self._ids = torch.from_numpy(tokens.astype(np.int64))
         self._noise = {dtype: RUN_DTYPES[dtype] for dtype in noise}
@@ -141,7 +143,7 @@ class StreamedModel:
         raw.pop("quantization_config", None)  # weights are decoded here, so nothing is to be quantised there
         self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
-        _check_agreement(self._hf, self._rotary, config)
+        _check_agreement(self._hf, self._rotary, self._config)
         self._rotary.register_forward_pre_hook(partial(_moved, first_position), with_kwargs=True)
         self._calls = calls(tokens.shape[1], decode)
         self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
@@ -349,7 +351,7 @@ class StreamedModel:
         weights = {}
         for leaf in leaves:
             (source,) = leaf.sources
-            name = leaf.rule.module.format(leaf.layer).removeprefix(prefix)
+            name = leaf.rule.template(Dialect.MODULE).format(leaf.layer).removeprefix(prefix)
             weights[name] = self._integers(source) if leaf.rule.kind is Kind.INTEGER else self._floats(leaf, source)
         try:
             module.load_state_dict(weights, strict=True, assign=True)
@@ -445,7 +447,7 @@ _SAME_NAME = (
 )  # fmt: skip
 
 
-def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: Config) -> None:
+def _check_agreement(hf: DeepseekV4Config, rotary: nn.Module, config: V4Config) -> None:
     """transformers fills in defaults for what a config.json does not say; here none of them may differ from ours.
 
     Raises:

@@ -21,7 +21,8 @@ from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orba
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import RULES, Dialect, Kind, Rule, Transform, explain, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Kind, Rule, Transform, parameters, stage_of
+from dsv4_convert.spec.v4.names import NAMES, RULES
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from dsv4_convert.weights.converted import Weights
 
@@ -169,7 +170,7 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
         entries = []
         for name, info in checkpoint.tensors.items():
             if stage_of(name) is None:
-                (item,) = explain(name)
+                (item,) = NAMES.explain(name)
                 weight, *scales = item.spellings[Dialect.MODULE]
                 spelled = scales[0] if name.endswith(".scale") else weight
                 entries.append((spelled, info.dtype, info.shape, checkpoint.read_bytes(name)))

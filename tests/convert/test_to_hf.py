@@ -23,7 +23,8 @@ from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.formats import quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
-from dsv4_convert.spec.names import Dialect, explain
+from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.names import NAMES
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 TOKENS = torch.arange(1, 24)[None]
@@ -193,7 +194,7 @@ def test_module_names_and_fused_experts_come_back(folders: dict[str, Path], tmp_
     hf_to_orbax(tmp_path / "module", tmp_path / "plain", storage=Storage.FLOAT32)
     orbax_to_hf(tmp_path / "plain", tmp_path / "published")
     for name in tensors(tmp_path / "published"):
-        assert name in explain(name)[0].spellings[Dialect.PUBLISHED]
+        assert name in NAMES.explain(name)[0].spellings[Dialect.PUBLISHED]
 
 
 def test_a_flipped_bit_is_named_and_nothing_appears(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -306,8 +307,8 @@ def test_values_of_a_power_of_two_scale_survive_any_quantiser(seed: int, byte: i
     limit = 0x7E - 8 * below
     codes = (rng.integers(0, limit + 1, (128, 128)) | rng.choice([0, 128], (128, 128))).astype(np.uint8).view(FP8)
     scale = np.full((1, 1), byte, np.uint8)
-    values = decode_weight(codes, scale, dtype=np.dtype(ml_dtypes.bfloat16))
-    again = decode_weight(*_as_fp8(quantize_fp8(values)), dtype=np.dtype(ml_dtypes.bfloat16))
+    values = decode_weight(codes, scale, block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
+    again = decode_weight(*_as_fp8(quantize_fp8(values)), block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
     assert np.array_equal(values, again)
     packed = rng.integers(0, 256, (8, 16), np.uint8) & np.uint8([0xFF, 0xBB, 0x99][below % 3])
     groups = np.full((8, 1), byte, np.uint8)

@@ -36,7 +36,7 @@ from dsv4_convert.inspect.recorded import inspect_recording
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
-from dsv4_convert.store.arrays import StoredArray, encoded_metadata
+from dsv4_convert.store.arrays import StoredArray, array_metadata
 from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
@@ -146,7 +146,7 @@ def _index_seeds() -> list[bytes]:
 def _config(data: bytes, folder: Path) -> bool:
     config = Config.from_file(_file(folder, "config.json", data))
     _agree(Config.from_json(json.loads(json.dumps(config.to_json()))) == config, "what is stored is another config")
-    _agree(len(config.attention) == len(config.hash_routed) == config.num_hidden_layers, "layers without a kind")
+    _agree(not config.inconsistent(), "a config that contradicts itself")
     _agree(_keys_are_unique(data), "accepted, and a key occurs twice")
     return True
 
@@ -222,7 +222,7 @@ def _array(data: bytes, folder: Path) -> bool:
 def _array_seeds() -> list[bytes]:
     layout = ArrayLayout(shape=(3, 4), dtype=DTYPES["bfloat16"], chunk_shape=(1, 4))
     codes = ArrayLayout(shape=(), dtype=DTYPES["int64"], chunk_shape=())
-    return [encoded_metadata(layout, "none"), encoded_metadata(codes, "zstd")]
+    return [array_metadata(layout, "none"), array_metadata(codes, "zstd")]
 
 
 _PLAN = {

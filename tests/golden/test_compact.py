@@ -19,7 +19,8 @@ from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, Values
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 140)).astype(np.int32)

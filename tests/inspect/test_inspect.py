@@ -23,9 +23,11 @@ from dsv4_convert.inspect import Inspection, ModelPart, Totals, What, inspect
 from dsv4_convert.inspect.parts import PARTS, count_published, part_of
 from dsv4_convert.inspect.recorded import inspect_golden
 from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.spec.architectures import ARCHITECTURES
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import RULES, STAGE_RULES, Dialect
+from dsv4_convert.spec.names import Dialect, Group
+from dsv4_convert.spec.v4.names import NAMES
 from dsv4_convert.store.export_state import Written, write_export_state
 
 from ..checkpoint.hub_server import LoopbackHub
@@ -58,8 +60,10 @@ def config_of(release: str) -> Config:
 def test_every_parameter_has_one_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     assert len(paths) == len(set(paths))
-    assert set(paths) == {rule.path.removeprefix("layers.{}.") for rule in (*RULES, *STAGE_RULES)}
-    assert {part_of(rule) for rule in RULES} == set(ModelPart) - {ModelPart.DRAFTS, ModelPart.UNKNOWN}
+    rules = [rule for known in ARCHITECTURES for rule in known.names.rules]
+    own = {rule.path.removeprefix("layers.{}.") for rule in rules if rule.group in (Group.MODEL, Group.LAYERS)}
+    assert set(paths) == own
+    assert set(map(part_of, rules)) == set(ModelPart) - {ModelPart.UNKNOWN}
 
 
 @pytest.mark.parametrize("release", PUBLISHED)
@@ -78,7 +82,7 @@ def test_totals_are_those_of_the_model_card(release: str) -> None:
 def test_a_release_is_counted_to_the_last_byte(release: str) -> None:
     stored, summary = inventory(release)
     nbytes = {name: stored_nbytes(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
-    rows = count_published(stored, nbytes, Dialect.PUBLISHED)
+    rows = count_published(stored, nbytes, NAMES, Dialect.PUBLISHED)
     assert sum(row.nbytes for row in rows) == summary["bytes"]
     tensors: Counter[str] = Counter()
     for row in rows:

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model import dspark as drafts
 from dsv4_convert.model.attention import attend
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.model.cache import LayerCache, Past, empty_stages
+from dsv4_convert.model.rope import frequencies
+from dsv4_convert.spec.config import Config
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
@@ -71,8 +72,9 @@ def propose(graph: Any, state: Any, streams: Any, following: Any, past: Any) -> 
 
 
 def nothing_before(config: Config, count: int) -> Past[tuple[LayerCache, ...]]:
-    states = tuple(empty_layer(config, AttentionKind.SLIDING, BATCH, 0, jnp.float32) for _ in range(3))
-    return Past(states, jnp.zeros(BATCH, jnp.int32), jnp.full(BATCH, count, jnp.int32))
+    return Past(
+        empty_stages(config, BATCH, jnp.float32), jnp.zeros(BATCH, jnp.int32), jnp.full(BATCH, count, jnp.int32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,10 @@ def _blind(q: Any, kv: Any, earlier: Any, sink: Any, *, numerics: Any) -> Any:
     return attend(q, (earlier.keys,), seen, sink)
 
 
+def _yarn(config: Config, *, compressed: bool) -> Any:
+    return frequencies(config, compressed=True)
+
+
 def _features(change: Callable[[Any, Any], Any]) -> Plant:
     """The first stage reads the streams otherwise; ``change`` gets its method and the streams."""
     original = drafts.DSparkBlock.context
@@ -285,7 +291,6 @@ IN_THE_MODEL: dict[str, tuple[Plant, str]] = {
     "hyper-connections exchanged": (_swap(1, "hc_attn_fn", "hc_ffn_fn"), "mtp.1.hc_attn.post"),
     "sink forgotten": (_set(1, "attn.attn_sink", lambda sink: sink - 30), "mtp.1.attn.wo_a"),
     "router's bias forgotten": (_set(1, "ffn.gate.bias", lambda bias: -9 * bias), "mtp.1.ffn"),
-    "YaRN's table": (lambda model, _: setattr(model.mtp[0].attn, "kind", AttentionKind.CSA), "mtp.0.attn.wo_a"),
 }
 IN_THE_CODE: dict[str, tuple[Plant, str]] = {
     "targets in another order": (_features(lambda _, streams: streams[:, :, ::-1]), "mtp.0.main_proj"),
@@ -301,6 +306,7 @@ IN_THE_CODE: dict[str, tuple[Plant, str]] = {
         _refined(lambda given: {**given, "past": _one_fewer(given["past"])}),
         "mtp.0.attn.wo_a",
     ),
+    "YaRN's table for the known tokens": (_patched("frequencies", _yarn), "mtp.0.attn.wo_a"),
     "the noise token before each": (_stateless_markov, "mtp.2.tokens"),
 }
 

@@ -30,8 +30,9 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
 from dsv4_convert.spec import maxtext, maxtext_config
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.store import open_store, verify
 from dsv4_convert.weights.converted import Weights
 
@@ -269,7 +270,7 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
             if name.endswith("tid2eid"):
                 return stored
             scales = checkpoint.read(scale) if name.endswith(".weight") and scale in checkpoint.tensors else None
-            return decode_weight(stored, scales, dtype=np.dtype(np.float32))
+            return decode_weight(stored, scales, block=(128, 128), dtype=np.dtype(np.float32))
 
         for path in store.paths:
             rest = path.split(".")[2:]

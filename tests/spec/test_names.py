@@ -15,7 +15,8 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
-from dsv4_convert.spec.names import Dialect, lookup, template
+from dsv4_convert.spec.names import Dialect, Group, template
+from dsv4_convert.spec.v4.names import DRAFT_HEAD, MTP, NAMES, STAGE_RULES
 
 DATA = Path(__file__).parents[1] / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.
@@ -110,20 +111,20 @@ def test_a_rule_for_every_name_and_back(release: str) -> None:
     """From a tensor to its parameter and from the parameter to the tensor, in every dialect."""
     config = Config.from_file(DATA / "configs" / f"{release}.json")
     for path, rule, layer in names.parameters(config):
-        (explained,) = names.explain(path)
+        (explained,) = NAMES.explain(path)
         assert explained.path == path
         for dialect in Dialect:
             weight = explained.spellings[dialect][0].replace(".E.", ".7.")
-            (use,) = lookup(weight, dialect)
-            number = use.layer if use.stage is None else config.num_hidden_layers + use.stage
+            (use,) = NAMES.lookup(weight, dialect)
+            number = None if use.number is None else rule.group.first(config) + use.number
             assert (use.rule, number, use.is_scale) == (rule, layer, False)
             assert use.expert == (7 if rule.per_expert else None)
-            assert path in [item.path for item in names.explain(weight)]
+            assert path in [item.path for item in NAMES.explain(weight)]
 
 
 def test_no_two_rules_share_a_name_except_fused_gate_and_up() -> None:
     for dialect in Dialect:
-        for key, entries in names._INDEX[dialect].items():
+        for key, entries in NAMES._index[dialect].items():
             assert len(entries) == (2 if key.endswith("gate_up_proj") else 1), key
 
 
@@ -149,7 +150,7 @@ def test_no_two_rules_share_a_name_except_fused_gate_and_up() -> None:
     ],
 )
 def test_near_misses_are_unknown(name: str) -> None:
-    assert not lookup(name, Dialect.PUBLISHED)
+    assert not NAMES.lookup(name, Dialect.PUBLISHED)
 
 
 @given(st.text(alphabet="layers.0123456789wmtp_ａ٣\n", max_size=40))
@@ -229,9 +230,9 @@ def test_stages_are_all_there_or_none(flash: tuple[dict[str, Stored], Config]) -
 @pytest.mark.parametrize("dialect", Dialect)
 def test_stages_have_the_published_names_in_every_dialect(dialect: Dialect) -> None:
     for name, scaled in (("mtp.0.e_proj", True), ("mtp.0.ffn.experts.3.w2", True), ("mtp.0.norm", False)):
-        (use,) = lookup(f"{name}.weight", dialect)
-        assert (use.stage, use.layer, use.fused) == (0, None, False)
-        assert bool(lookup(f"{name}.scale", dialect)) == scaled
+        (use,) = NAMES.lookup(f"{name}.weight", dialect)
+        assert (use.rule.group, use.number, use.fused) == (Group.STAGES, 0, False)
+        assert bool(NAMES.lookup(f"{name}.scale", dialect)) == scaled
 
 
 def test_the_rows_of_a_stage_are_those_of_a_window_only_score_routed_layer(
@@ -242,8 +243,8 @@ def test_the_rows_of_a_stage_are_those_of_a_window_only_score_routed_layer(
     of_layer = {name.removeprefix("layers.3.") for name in flash[0] if name.startswith("layers.3.")}
     own = {name for name in of_stage if name not in of_layer}
     assert of_layer - of_stage == {name for name in of_layer if "compressor" in name}
-    whens = (names.When.MTP, names.When.DRAFT_HEAD)
-    extra = [rule.published.removeprefix("mtp.{}.") for rule in names.STAGE_RULES if rule.when in whens]
+    whens = (MTP, DRAFT_HEAD)
+    extra = [rule.published.removeprefix("mtp.{}.") for rule in STAGE_RULES if rule.when in whens]
     assert own == {*extra, "e_proj.scale", "h_proj.scale"}
 
 
@@ -336,9 +337,9 @@ def test_chosen_layers_need_only_their_tensors(flash: tuple[dict[str, Stored], C
 
 def test_an_unknown_checkpoint_is_said_to_be_one() -> None:
     with pytest.raises(BadInput, match="none of the 1 tensor names"):
-        names.detect_dialect(["transformer.h.0.attn.weight"])
+        NAMES.detect_dialect(["transformer.h.0.attn.weight"])
 
 
 def test_explain_suggests_close_names() -> None:
     with pytest.raises(UsageError, match=r"layers\.N\.attn\.wq_a"):
-        names.explain("layers.3.attn.wq_c.weight")
+        NAMES.explain("layers.3.attn.wq_c.weight")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dsv4_convert.spec.names import RULES
-from dsv4_convert.spec.taps import TAPS
+from dsv4_convert.spec.v4.names import RULES
+from dsv4_convert.spec.v4.taps import TAPS
 
 
 def test_every_parameter_is_some_taps() -> None:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.golden.references.release import kernels
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 _MODEL, _KERNEL = "model.py", "kernel.py"
 #: GPU functions that the code imports; it gets the CPU stand-ins of :mod:`kernels` instead.
@@ -67,7 +67,7 @@ class Code:
         finally:
             torch.set_default_dtype(before)
 
-    def begin(self, config: Config, *, batch: int, tokens: int, expert_dtype: str | None, float_scales: bool) -> Any:
+    def begin(self, config: V4Config, *, batch: int, tokens: int, expert_dtype: str | None, float_scales: bool) -> Any:
         """Its arguments for this architecture; the module is set up for them.
 
         Args:

@@ -38,6 +38,7 @@ from dsv4_convert.golden.references.release.probes import (
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, Source
 from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.config import as_v4
 
 Array = np.ndarray[Any, Any]
 #: Tap (name within the layer, or of the model level) -> dtype and shape that it must have.
@@ -89,7 +90,7 @@ class ReleasedModel:
             )
         self._code = code
         self._checkpoint = checkpoint
-        self._config = config
+        self._config = as_v4(config)
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
         self._ids = torch.from_numpy(tokens.astype(np.int64))
         self._noise = bool(noise)
@@ -98,7 +99,7 @@ class ReleasedModel:
         scales = {source.scale for leaf in resolution.leaves for source in leaf.sources if source.scale is not None}
         with code.active():
             self._args = code.begin(
-                config,
+                self._config,
                 batch=tokens.shape[0],
                 tokens=tokens.shape[1],
                 expert_dtype="fp4" if all(stored[name].dtype == "I8" for name in names) else None,

@@ -19,7 +19,6 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.spec.config import AttentionKind
 
 Array = np.ndarray[Any, Any]
 
@@ -153,8 +152,7 @@ def page_data(report: ParityReport) -> PageData:
 
 def kind(prompt: Prompt, layer: int) -> str:
     """The kind of a layer in two or three letters: its attention, and an asterisk for routing by table."""
-    short = {AttentionKind.SLIDING: "SWA", AttentionKind.CSA: "CSA", AttentionKind.HCA: "HCA"}
-    return short[prompt.config.attention[layer]] + ("*" if prompt.config.hash_routed[layer] else "")
+    return prompt.config.abbreviate(layer) + ("*" if prompt.config.hashed(layer) else "")
 
 
 def _depth(report: ParityReport, mode: Mode) -> Depth | None:
@@ -232,9 +230,8 @@ def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Arra
 
 def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
     """Tokens of the longest block that any of the layers compresses, if there are few enough of them to be marked."""
-    kinds = {prompt.config.attention[layer] for layer in layers if layer is not None} - {AttentionKind.SLIDING}
-    longest = max((prompt.config.ratio(kind) for kind in kinds), default=None)
-    return longest if longest is not None and longest <= prompt.tokens <= BLOCKS * longest else None
+    longest = max((prompt.config.ratio_of(layer) for layer in layers if layer is not None), default=0)
+    return longest if longest and longest <= prompt.tokens <= BLOCKS * longest else None
 
 
 def _binned(errors: Array, step: int) -> tuple[float | None, ...]:
@@ -287,7 +284,7 @@ def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
     assert tap.flips is not None
     assert tap.layer is not None
     experts = tap.short.startswith("ffn.")
-    hashed = experts and detail is not None and detail.prompt.config.hash_routed[tap.layer]
+    hashed = experts and detail is not None and detail.prompt.config.hashed(tap.layer)
     return Agreement(
         layer=tap.layer,
         mode=tap.mode,

@@ -11,11 +11,11 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.html.data import kind
 from dsv4_convert.parity.report.html.marks import GLYPHS, shade, short
-from dsv4_convert.spec.taps import STATE, TAPS, TapKey
+from dsv4_convert.spec.taps import ALL_TAPS, TapKey
 
 #: Layers that a table always shows.
 _UNFOLDED = 8
-_ORDER = {tap.name: place for place, tap in enumerate((*TAPS, *STATE))}
+_ORDER = {tap.name: place for place, tap in enumerate(ALL_TAPS)}
 
 
 @dataclasses.dataclass(frozen=True)
