@@ -48,8 +48,8 @@ def differing_weights(
     """
     dtype = _BFLOAT16 if weights.metadata["storage"] == "bfloat16" else _FLOAT32
     for path in paths:
-        rule = source.config.names.rule_of(path)
-        experts = range(source.config.n_routed_experts) if rule.per_expert else (None,)
+        rule, layer = names.located(source.config, path)
+        experts = range(source.config.experts_of(layer)) if rule.per_expert else (None,)
         for expert in experts:
             ours, theirs = (_published(_read(side, path, expert, dtype), rule) for side in (weights, source))
             if _equal(ours, theirs):

@@ -99,6 +99,15 @@ class Sample:
         return int(self.counts.sum()) + self.exact + self.infinite
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetailPart:
+    """The part of :class:`Detail` that a step of a run fills."""
+
+    tokens: tuple[tuple[Mode, int | None, TokenErrors], ...]
+    samples: tuple[Sample, ...]
+    positions: tuple[tuple[Mode, tuple[Position, ...]], ...]
+
+
 class Detail:
     """Filled by :class:`dsv4_convert.parity.run.ParityRun` as it goes.
 
@@ -132,6 +141,20 @@ class Detail:
             return
         (part,) = (part for part in parts if part.form is failing)
         self.samples.append(_sample(key, mode, part, errors))
+
+    def part(self, layer: int | None, samples: int) -> DetailPart:
+        """What there is of a layer; of the samples those after the first ``samples``."""
+        return DetailPart(
+            tokens=tuple((mode, of, errors) for (mode, of), errors in self.tokens.items() if of == layer),
+            samples=tuple(self.samples[samples:]),
+            positions=tuple((mode, tuple(positions)) for mode, positions in self.positions.items()),
+        )
+
+    def add_part(self, part: DetailPart) -> None:
+        """Add a part of another run of the same comparison."""
+        self.tokens |= {(mode, layer): errors for mode, layer, errors in part.tokens}
+        self.samples += part.samples
+        self.positions |= dict(part.positions)
 
     def _by_token(self, key: TapKey, parts: Sequence[ComparedPart]) -> Array:
         """The largest error of each token, of whichever part has it."""

@@ -27,6 +27,7 @@ RELEASES = (
     ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-0731"),
     ("DeepSeek-V4-Pro", "DeepSeek-V4-Pro"),
     ("DeepSeek-V4-Pro-0813", "DeepSeek-V4-Pro-0813.from_public_notes"),
+    ("DeepSeek-V4.1-Flash", "DeepSeek-V4.1-Flash.from_third_party_test"),
 )
 
 
@@ -64,7 +65,7 @@ def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str) -
     assert not planned.dropped
     assert (planned.tensors, planned.bytes_read) == (summary["tensors"], summary["bytes"])
     assert planned.bytes_written == planned.bytes_read
-    assert planned.config.num_mtp_stages == (3 if inventory.endswith(("0731", "0813")) else 1)
+    assert planned.config.num_mtp_stages == (3 if inventory.endswith(("0731", "0813", "V4.1-Flash")) else 1)
 
 
 def _shrunk(config: str) -> dict[str, Any]:
@@ -145,23 +146,13 @@ _VISION_FIELDS = {
     "vision_n_heads": 16, "vision_inter_dim": 2816, "vision_patch_size": 14, "vision_rope_theta": 10000,
     "vision_downsample_ratio": 3, "vision_max_n_token": 384, "vision_min_pixels": 147456, "vision_max_wh_ratio": 8,
 }  # fmt: skip
-_NEW = "DeepSeek-V4.1, which dsv4 does not support"
+_NEW = "DeepSeek-V4 with parts of V4.1, which dsv4 does not support"
 _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does not support"
 
 
 @pytest.mark.parametrize(
     ("config", "tensors", "complaints"),
     [
-        (
-            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), _ENGRAM | _VISION,
-            [_NEW, "config.json has model_type 'deepseek_v41', image_token_id, text_config, vision_config",
-             "V4.1 engram memory is not supported: 4 tensors such as layers.1.engram.embed.weight",
-             "vision encoder is not supported: 7 tensors such as vision.blocks.0.attn.qkv.weight"],
-        ),
-        (
-            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), {},
-            [_NEW, "config.json has model_type 'deepseek_v41'"],
-        ),
         (
             {**tiny_config(), **_VISION_FIELDS}, _VISION,
             [_SEES, "config.json has vision_n_layers, vision_dim, vision_n_heads, vision_inter_dim and 6 more",
@@ -177,7 +168,7 @@ _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does n
         ({**tiny_config(), "vision_n_layers": 32}, {}, [_SEES, "config.json has vision_n_layers"]),
         ({**tiny_config(), "engram_layer_ids": [1]}, {}, [_NEW, "config.json has engram_layer_ids"]),
     ],
-    ids=["V4.1", "V4.1 config", "Vision-Exp", "vision tensors", "engram tensors", "vision config", "engram config"],
+    ids=["Vision-Exp", "vision tensors", "engram tensors", "vision config", "engram config"],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_in_one_message(
     tmp_path: Path,

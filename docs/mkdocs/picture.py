@@ -18,7 +18,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "golden": "record, archive",
         "serve": "generate, speculate",
         "aot": "compile for a slice",
-        "inspect": "look at a path",
+        "inspection": "look at a path",
         "doctor": "look at the machine",
     },
     {"weights": "a model's parameters: converted, published, restore"},

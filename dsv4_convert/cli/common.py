@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: What an interrupted command says that can be resumed.
+GO_ON = "interrupted; go on with the same command"
+
 #: The exit code of a bug: EX_SOFTWARE of sysexits.h, so that CI tells it from a check that failed.
 _BUG = 70
 
@@ -167,7 +170,7 @@ def say_error(text: str) -> None:
 
 def resumable(command: Callable[P, R]) -> Callable[P, R]:
     """:func:`reported`, for a command that resumes an interrupted one."""
-    return reported(command, interrupted="interrupted; go on with the same command")
+    return reported(command, interrupted=GO_ON)
 
 
 def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Callable[P, R]:

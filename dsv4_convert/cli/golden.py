@@ -338,6 +338,9 @@ def make_checkpoint(
         Path | None,
         typer.Option(help="config.json of the architecture. Default: a small one with every kind of layer."),
     ] = None,
+    model: Annotated[
+        str, typer.Option(**one_of("v4", "v4.1"), help="Whose small architecture, without --config.")
+    ] = "v4",
     form: Annotated[
         str,
         typer.Option(
@@ -355,6 +358,8 @@ def make_checkpoint(
     from dsv4_convert.golden.synthetic import make_checkpoint as make
 
     with byte_progress("writing") as progress:
-        total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
+        total = make(
+            out, config=config, model=model, form=form, layers=parse_layers(layers), seed=seed, progress=progress
+        )
     echo(f"{out}: {size(total)} of random weights", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": total, "form": form, "seed": seed}, json)

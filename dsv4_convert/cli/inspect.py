@@ -31,8 +31,8 @@ def inspect(
 
     Example: dsv4 inspect ./flash-orbax --json -
     """
-    from dsv4_convert.inspect import inspect as look
-    from dsv4_convert.inspect import render
+    from dsv4_convert.inspection import inspect as look
+    from dsv4_convert.inspection import render
 
     with status("inspect") as say:
         found = look(path, revision=revision, say=say)

@@ -97,24 +97,24 @@ def _print_table(names: NameTable) -> None:
     from rich.table import Table
 
     from dsv4_convert.show.tables import fitted
-    from dsv4_convert.spec.names import Group
+    from dsv4_convert.spec.names import Section
 
     screen = console()
     parts = (
-        ("model level", "", Group.MODEL),
-        ("in every layer, below layers.N.", "layers.{}.", Group.LAYERS),
-        ("in the draft stages, below mtp.N.", "mtp.{}.", Group.STAGES),
-        ("in the vision encoder", "", Group.VISION),
+        ("model level", "", Section.MODEL),
+        ("in every layer, below layers.N.", "layers.{}.", Section.LAYERS),
+        ("in the draft stages, below mtp.N.", "mtp.{}.", Section.STAGES),
+        ("in the vision encoder", "", Section.VISION),
     )
-    for title, prefix, group in parts:
-        rules = names.of(group)
+    for title, prefix, section in parts:
+        rules = names.of(section)
         if not rules:
             continue
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("published tensor", "shape", "kind", "transform", "only in"):
             table.add_column(column, no_wrap=True)
         for rule in rules:
-            name = rule.published.removeprefix(prefix).replace("{}", "N" if group is Group.VISION else "E")
+            name = rule.published.removeprefix(prefix).replace("{}", "N" if section is Section.VISION else "E")
             where = rule.when.label if prefix else ""
             table.add_row(name, rule.shape, rule.kind.value, rule.transform.value, where)
         screen.print(fitted(table, screen, dispensable=("transform", "kind", "only in")))

@@ -101,8 +101,8 @@ class Emitter:
     def plain(self) -> Iterator[Emitted]:
         """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""
         for stored_leaf in self._plan.stored_leaves:
-            rule = stored_leaf.leaf.rule
-            for expert in range(self._plan.config.n_routed_experts) if rule.per_expert else (None,):
+            rule, experts = stored_leaf.leaf.rule, self._plan.config.experts_of(stored_leaf.leaf.layer)
+            for expert in range(experts) if rule.per_expert else (None,):
                 numbers = rule.numbers(self._plan.config, stored_leaf.leaf.layer, expert)
                 name = rule.template(Dialect.PUBLISHED).format(*numbers)
                 run = [index for index in stored_leaf.layout.chunk_indices() if expert is None or index[0] == expert]

@@ -88,16 +88,31 @@ class StoredMatrix:
             block = self._decoded(slice(self.first_row + start, self.first_row + stop), columns, out.dtype)
             out[(slice(None), to) if self.transposed else to] = block
 
+    def stored(self, region: Sequence[slice]) -> tuple[np.ndarray[Any, Any], ...]:
+        """Codes and, where there are some, scales of the whole tiles that a region of the wanted matrix lies in.
+
+        Their axes are those of the wanted matrix; nothing is decoded.
+        """
+        rows, columns = reversed(region) if self.transposed else region
+        parts, _ = self._tiles(slice(self.first_row + rows.start, self.first_row + rows.stop), columns)
+        return tuple(part.T if self.transposed else part for part in parts)
+
     def _decoded(self, rows: slice, columns: slice, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        parts, wanted = self._tiles(rows, columns)
+        scale = parts[1] if len(parts) > 1 else None
+        decoded = decode_weight(parts[0], scale, dtype=dtype, block=self.block, transpose=self.transposed)
+        return decoded[wanted[::-1] if self.transposed else wanted]
+
+    def _tiles(self, rows: slice, columns: slice) -> tuple[tuple[np.ndarray[Any, Any], ...], tuple[slice, slice]]:
+        """The stored tiles that hold a part of the matrix, and where the part is in them."""
         if self.scale is None or self.block is None:
-            return decode_weight(self.read(rows, columns), None, dtype=dtype, transpose=self.transposed)
+            return (self.read(rows, columns),), (slice(None), slice(None))
         tile, packed = self.block, 1 if self.dtype == _FP8 else 2
         tiles = [slice(part.start // n, -(-part.stop // n)) for part, n in zip((rows, columns), tile, strict=True)]
         down, along = (slice(part.start * n, part.stop * n) for part, n in zip(tiles, tile, strict=True))
         codes = self.read(down, slice(along.start // packed, along.stop // packed))
-        decoded = decode_weight(codes, self.scale(*tiles), dtype=dtype, block=tile, transpose=self.transposed)
         wanted = (
             slice(rows.start - down.start, rows.stop - down.start),
             slice(columns.start - along.start, columns.stop - along.start),
         )
-        return decoded[wanted[::-1] if self.transposed else wanted]
+        return (codes, self.scale(*tiles)), wanted

@@ -172,6 +172,29 @@ class Generator:
         return logits, cache
 
 
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """The tokens that follow each prompt, without a cache of your own; float32 activations.
+
+    A :class:`Generator` keeps what is compiled for the next call, and has more options.
+
+    Raises:
+        UsageError: as :class:`Generator`.
+
+    Examples:
+        >>> model = restore_model(Weights.open("orbax"))
+        >>> len(generate(model, [[3, 1, 4]], new_tokens=2)[0])
+        2
+    """
+    return Generator(model)(prompts, new_tokens=new_tokens, sampling=sampling, stop=stop)
+
+
 class _Texts:
     """The new tokens of every prompt, and which prompts continue."""
 

@@ -81,6 +81,8 @@ class Config(ABC):
     #: ``model_type`` of the published file, and the name of the architecture in prose.
     model_type: ClassVar[str]
     title: ClassVar[str]
+    #: ``[out, in]`` elements of an FP8 weight that share a scale.
+    fp8_tile: ClassVar[tuple[int, int]]
     #: Its tensors and parameters.
     names: ClassVar[NameTable]
     #: Its taps in order of execution, and those of the state that a layer keeps between calls.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import Dialect, Group, Kind, Rule, Use, check_layers, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Kind, Rule, Section, Use, check_layers, parameters, stage_of
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
@@ -109,7 +109,7 @@ def resolve(
             without weight, all of them in one message; or a model that is not supported
             (:func:`~dsv4_convert.spec.unsupported.refuse_unsupported`).
     """
-    refuse_unsupported({}, stored, where=where)
+    refuse_unsupported({"model_type": config.model_type}, stored, where=where)
     resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
     if problems:
         raise BadInput(
@@ -157,8 +157,8 @@ def compare(
         leaves.append(leaf)
     for name in stored.keys() - used:
         uses = config.names.lookup(name, dialect)
-        group = uses[0].rule.group if uses else None
-        asked = group is Group.MODEL or (uses[0].layer in chosen if group is Group.LAYERS else layers is None)
+        section = uses[0].rule.section if uses else None
+        asked = section is Section.MODEL or (uses[0].layer in chosen if section is Section.LAYERS else layers is None)
         if uses and asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
@@ -171,27 +171,27 @@ def _describe(stored: Stored) -> str:
 
 def _misplaced(name: str, use: Use, config: Config) -> list[str]:
     """A known name in a place where this model has no such parameter."""
-    group, number = use.rule.group, use.number
-    if number is not None and number >= len(group.members(config)):
-        if group is Group.LAYERS:
+    section, number = use.rule.section, use.number
+    if number is not None and number >= len(section.members(config)):
+        if section is Section.LAYERS:
             return [f"{name}: the config has only {config.num_hidden_layers} layers"]
-        return [f"{name}: the config has {len(group.members(config)) or 'no'} {_members(group, config)}"]
-    member = group.first(config) + (number or 0)
+        return [f"{name}: the config has {len(section.members(config)) or 'no'} {_members(section, config)}"]
+    member = section.first(config) + (number or 0)
     if not use.rule.when.holds(config, member):
-        if group is Group.LAYERS:
+        if section is Section.LAYERS:
             kind = config.describe(member)
             return [f"{name}: exists in {use.rule.when.label} layers only, layer {member} is {kind}"]
-        if group is Group.STAGES:
+        if section is Section.STAGES:
             of = "mtp" if config.dspark is None else "DSpark"
             return [f"{name}: exists in {use.rule.when.label} stages only, and this is stage {number} of {of}"]
-        return [f"{name}: the config has no {group}"]
+        return [f"{name}: the config has no {section}"]
     if use.expert is not None and use.expert >= config.experts_of(member):
         return [f"{name}: the config has only {config.experts_of(member)} experts"]
     return []
 
 
-def _members(group: Group, config: Config) -> str:
-    if group is Group.VISION:
+def _members(section: Section, config: Config) -> str:
+    if section is Section.VISION:
         return "vision blocks"
     return "mtp stages" if config.dspark is None else "DSpark stages"
 

@@ -89,7 +89,7 @@ class When:
 ALWAYS = When("all", lambda config, layer: True)
 
 
-class Group(StrEnum):
+class Section(StrEnum):
     """The parts of a model that have parameters of their own. All but the first have numbered members."""
 
     MODEL = "model"
@@ -101,17 +101,17 @@ class Group(StrEnum):
 
     def first(self, config: Config) -> int:
         """The number that :func:`parameters` gives the first member: stages follow the layers, blocks the stages."""
-        if self is Group.STAGES:
+        if self is Section.STAGES:
             return config.num_hidden_layers
-        return config.stage_layers.stop if self is Group.VISION else 0
+        return config.stage_layers.stop if self is Section.VISION else 0
 
     def members(self, config: Config) -> range:
         """The numbers of all members."""
         first = self.first(config)
         sizes = {
-            Group.LAYERS: config.num_hidden_layers,
-            Group.STAGES: config.num_mtp_stages,
-            Group.VISION: config.num_vision_blocks,
+            Section.LAYERS: config.num_hidden_layers,
+            Section.STAGES: config.num_mtp_stages,
+            Section.VISION: config.num_vision_blocks,
         }
         return range(first, first + sizes.get(self, 0))
 
@@ -128,7 +128,7 @@ class Rule:
     shape: str
     kind: Kind
     transform: Transform = Transform.NONE
-    group: Group = Group.MODEL
+    section: Section = Section.MODEL
     when: When = ALWAYS
     #: Name under ``save_pretrained`` where it is not simply ``model.`` + published.
     saved: str | None = None
@@ -141,21 +141,21 @@ class Rule:
     @property
     def per_layer(self) -> bool:
         """Whether the parameter exists once per layer."""
-        return self.group is Group.LAYERS
+        return self.section is Section.LAYERS
 
     @property
     def per_stage(self) -> bool:
         """Whether the parameter exists once per stage after the backbone."""
-        return self.group is Group.STAGES
+        return self.section is Section.STAGES
 
     @property
     def numbered(self) -> bool:
-        """Whether the parameter exists once per member of its group."""
+        """Whether the parameter exists once per member of its section."""
         return "{}" in self.path
 
     def numbers(self, config: Config, layer: int | None, expert: int | None = None) -> tuple[int, ...]:
-        """Values for the ``{}`` placeholders of its names: the member of its group, and the expert, if it has them."""
-        member = None if layer is None else layer - self.group.first(config)
+        """Values for the ``{}`` placeholders of its names: the member of its section, and the expert, if any."""
+        member = None if layer is None else layer - self.section.first(config)
         return tuple(number for number in (member, expert) if number is not None)
 
     @property
@@ -252,7 +252,7 @@ class Use(NamedTuple):
     """The use of one tensor name. A tuple, because a release has a hundred thousand of them."""
 
     rule: Rule
-    #: The member of the rule's group.
+    #: The member of the rule's section.
     number: int | None
     expert: int | None
     is_scale: bool = False
@@ -262,7 +262,7 @@ class Use(NamedTuple):
     @property
     def layer(self) -> int | None:
         """The layer, for a tensor of one."""
-        return self.number if self.rule.group is Group.LAYERS else None
+        return self.number if self.rule.section is Section.LAYERS else None
 
 
 #: Template of a tensor -> (rule, is a scale, is fused); a fused tensor may serve two rules.
@@ -284,7 +284,7 @@ class NameTable:
 
     Attributes:
         title: the architecture in prose.
-        rules: every row: those of a group stand together, in the order in which they are shown.
+        rules: every row: those of a section stand together, in the order in which they are shown.
         sizes: the symbols of the ``shape`` column for a config and a layer.
     """
 
@@ -309,9 +309,9 @@ class NameTable:
     def _by_path(self) -> Mapping[str, Rule]:
         return {rule.path: rule for rule in self.rules}
 
-    def of(self, group: Group) -> tuple[Rule, ...]:
-        """The rows of one group."""
-        return tuple(rule for rule in self.rules if rule.group is group)
+    def of(self, section: Section) -> tuple[Rule, ...]:
+        """The rows of one section."""
+        return tuple(rule for rule in self.rules if rule.section is section)
 
     def lookup(self, name: str, dialect: Dialect) -> tuple[Use, ...]:
         """Every use of ``name`` under ``dialect``: one, two for a fused gate/up tensor, none if it is unknown."""
@@ -444,16 +444,16 @@ def stage_of(name: str) -> int | None:
 def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
     """Every parameter of the model, or of the chosen layers and the model level: path, rule, layer.
 
-    Stages and vision blocks are numbered on from the layers (:meth:`Group.members`).
+    Stages and vision blocks are numbered on from the layers (:meth:`Section.members`).
     """
-    chosen = Group.LAYERS.members(config) if layers is None else layers
-    groups = (Group.MODEL, Group.LAYERS) if layers is not None else tuple(Group)
-    for group in groups:
-        rules = config.names.of(group)
+    chosen = Section.LAYERS.members(config) if layers is None else layers
+    sections = (Section.MODEL, Section.LAYERS) if layers is not None else tuple(Section)
+    for section in sections:
+        rules = config.names.of(section)
         for rule in rules:
-            if not rule.numbered and rule.when.holds(config, group.first(config)):
+            if not rule.numbered and rule.when.holds(config, section.first(config)):
                 yield rule.path, rule, None
-        for member in chosen if group is Group.LAYERS else group.members(config):
+        for member in chosen if section is Section.LAYERS else section.members(config):
             for rule in rules:
                 if rule.numbered and rule.when.holds(config, member):
                     yield rule.path.format(*rule.numbers(config, member)), rule, member
@@ -462,7 +462,7 @@ def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[
 def located(config: Config, path: str) -> tuple[Rule, int | None]:
     """The row and the layer of a parameter, as :func:`parameters` gives them. Raises as :meth:`NameTable.rule_of`."""
     rule = config.names.rule_of(path)
-    return rule, rule.group.first(config) + template(path)[1][0] if rule.numbered else None
+    return rule, rule.section.first(config) + template(path)[1][0] if rule.numbered else None
 
 
 def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
-from dsv4_convert.show.units import ranges
+from dsv4_convert.show.notebook import table
+from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
+from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stored_parts
 
 _GROUPED = names.Transform.GROUPED
 #: Leaves of a quantised parameter in a store of storage ``source``.
@@ -68,6 +70,38 @@ class Weights:
     def layers(self) -> tuple[int, ...]:
         """The layers that were converted."""
         return self._store.conversion.layers
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters that were converted, sorted."""
+        leaves = self._store.manifest.leaves
+        parts = {f"{path}.{part}": path for path in self._scaled for part in _PARTS}
+        return tuple(sorted({parts.get(leaf, leaf) for leaf in leaves}))
+
+    @cached_property
+    def _scaled(self) -> frozenset[str]:
+        """The parameters whose codes and scales are two leaves."""
+        stored = self._store.manifest.leaves
+        weights = (leaf.removesuffix(".weight") for leaf in stored if leaf.endswith(".weight"))
+        return frozenset(path for path in weights if f"{path}.scale" in stored)
+
+    def _repr_html_(self) -> str:
+        """What it is, for a notebook."""
+        config, made = self.config, self._store.conversion
+        stored = [leaf.layout.nbytes for leaf in self._store.manifest.leaves.values()]
+        facts = {
+            "source": f"{made.source.get('name')}, revision {made.source.get('revision') or 'not recorded'}",
+            "storage": made.storage.value,
+            "layers": f"{ranges(self.layers)} of {config.num_hidden_layers}",
+            "width": f"{config.hidden_size:,}, {config.n_routed_experts:,} routed experts",
+            "stored": f"{len(stored):,} leaves, {size(sum(stored))}",
+        }
+        return table(f"Converted checkpoint {self._store.folder}", facts.items())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON: the manifest, which has the digests of everything else."""
+        return {"manifest": hashlib.sha256(self._store.manifest.to_bytes()).hexdigest()}
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that this checkpoint does not hold."""
@@ -124,13 +158,23 @@ class Weights:
             BadInput: as :meth:`read`.
         """
         rule = self.config.names.rule_of(path)
-        region = bounded(region, self._shape(path, rule))
+        region = bounded(region, self.shape(path))
 
         def plain(part: Region) -> Array:
             stored = self._store.read_region(path, part)
             return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
 
         return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`. Raises as :meth:`read`."""
+        rule = self.config.names.rule_of(path)
+        return stored_parts(
+            bounded(region, self.shape(path)),
+            rule,
+            partial(self._matrix, path, rule),
+            partial(self._store.read_region, path),
+        )
 
     def _expert_numbers(self, path: str, stored: Array) -> Array:
         """A table of experts as int32, JAX's widest integer by default; numbers that are no experts are refused."""
@@ -142,8 +186,9 @@ class Weights:
             )
         return stored.astype(np.int32)
 
-    def _shape(self, path: str, rule: names.Rule) -> tuple[int, ...]:
-        """Shape of a parameter. Raises :class:`BadInput` if it is not stored so."""
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout. Raises :class:`BadInput` if it is not stored so."""
+        rule = self.config.names.rule_of(path)
         _, layer = names.located(self.config, path)
         expected = stored = rule.target_shape(self.config, layer)
         scaled = f"{path}.scale" in self._store.paths

@@ -54,6 +54,23 @@ class Parameters(Protocol):
         """Whether a parameter is known to differ from what was written."""
 
 
+class StoredParameters(Parameters, Protocol):
+    """Parameters of a checkpoint, with what it stores for each."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters that are there."""
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout."""
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """The weights, and the scales where there are some, that a region is decoded from, as they are stored.
+
+        The region has one entry of a stack. Axes are those of the model's layout, and tiles are whole.
+        """
+
+
 class Whole(Parameters, Protocol):
     """Parameters of a whole checkpoint, which may have draft stages."""
 
@@ -88,6 +105,18 @@ def assembled(
         for to, at in enumerate(range(region[0].start, region[0].stop)):
             matrix(at).fill(out[to], region[1:])
     return out
+
+
+def stored_parts(
+    region: Region,
+    rule: names.Rule,
+    matrix: Callable[[int | None], StoredMatrix],
+    plain: Callable[[Region], Array],
+) -> tuple[Array, ...]:
+    """What :func:`assembled` decodes a region from; of a stack, the region has one entry."""
+    if rule.kind is names.Kind.INTEGER or len(region) == 1:
+        return (plain(region),)
+    return matrix(region[0].start if len(region) > 2 else None).stored(region[-2:])
 
 
 def dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -18,7 +18,7 @@ from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import assembled, grouped
+from dsv4_convert.weights.parameters import assembled, grouped, stored_parts
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -39,6 +39,7 @@ class PublishedWeights:
         resolution = resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
         self.config = resolution.config
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
+        self._dialect = resolution.dialect
 
     @classmethod
     def open(cls, source: Path | str, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
@@ -55,7 +56,32 @@ class PublishedWeights:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Facts about the weights for reports."""
-        return {"source": self._checkpoint.repository or str(self._checkpoint.root), "storage": "published"}
+        return {
+            "source": self._checkpoint.repository or str(self._checkpoint.root),
+            "storage": "published",
+            "dialect": self._dialect,
+        }
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters of the opened layers, in the model's order."""
+        return tuple(self._leaves)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout."""
+        return self._leaf(path).target_shape
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON; no weight is read."""
+        checkpoint = self._checkpoint
+        return {
+            "source": checkpoint.repository or str(checkpoint.root.resolve()),
+            "revision": checkpoint.revision,
+            "shards": dict(checkpoint.sizes),
+            # A commit says more than times do, where it is known.
+            "changed": None if checkpoint.revision is not None else dict(checkpoint.changed()),
+        }
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that were not opened."""
@@ -119,6 +145,17 @@ class PublishedWeights:
         )
         self._release(leaf)
         return part
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`; views on the file, mostly."""
+        leaf = self._leaf(path)
+        weight = leaf.sources[0].weight
+        return stored_parts(
+            bounded(region, leaf.target_shape),
+            leaf.rule,
+            partial(self._matrix, leaf),
+            lambda at: self._checkpoint.read(weight)[at],
+        )
 
     def _matrix(self, leaf: Leaf, at: int | None) -> StoredMatrix:
         """A matrix, or entry ``at`` of a stack of experts or groups."""

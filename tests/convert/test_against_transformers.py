@@ -25,6 +25,7 @@ from dsv4_convert.spec.names import Dialect, Kind, Rule, Transform, parameters, 
 from dsv4_convert.spec.v4.names import NAMES, RULES
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.difference import compare_checkpoints
 
 TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
 
@@ -53,6 +54,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     quantised = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if "saved" not in folder.name else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantised)
+
+
+def test_what_transformers_saves_has_the_values_of_the_release(folders: dict[str, Path]) -> None:
+    """Other names, fused experts and another dtype; without the mtp stage, which transformers drops."""
+    found = compare_checkpoints(folders["fp4"], folders["saved-float32"])
+    assert (found.first.dialect, found.second.dialect) == (Dialect.PUBLISHED, Dialect.TRANSFORMERS)
+    assert (found.changed, found.added, found.config) == ((), (), ())
+    assert {stage_of(path) for path in found.gone} == {0}
+    assert ("FP4, scales float8_e8m0fnu", "float32") in {one.stored for one in found.stored_otherwise}
 
 
 def _module_name(rule: Rule, layer: int | None) -> tuple[str, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
 from dsv4_convert.convert import Storage, hf_to_orbax, to_hf
+from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.formats import quantize_fp4, quantize_fp8
@@ -25,6 +27,7 @@ from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
 from dsv4_convert.spec.names import Dialect
 from dsv4_convert.spec.v4.names import NAMES
+from dsv4_convert.store import open_store, verify
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 TOKENS = torch.arange(1, 24)[None]
@@ -203,9 +206,48 @@ def test_a_flipped_bit_is_named_and_nothing_appears(folders: dict[str, Path], tm
     data = bytearray(chunk.read_bytes())
     data[77] ^= 4
     chunk.write_bytes(data)
-    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have sha256"):
+    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have digest"):
         orbax_to_hf(tmp_path / "orbax", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def in_version_1(orbax: Path, published: Path) -> None:
+    """Rewrite what dsv4 says of a conversion as earlier versions did: each digest is a SHA-256, its digits alone."""
+    found = tensors(published)
+    stored = {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+    sources = json.loads((orbax / "dsv4_sources.json").read_bytes())
+    for name, entry in sources["tensors"].items():
+        del entry["digest"]
+        entry["sha256"] = hashlib.sha256(stored[name]).hexdigest()
+    (orbax / "dsv4_sources.json").write_text(json.dumps(sources | {"schema_version": 1}))
+    manifest = json.loads((orbax / "dsv4_manifest.json").read_bytes())
+    for path, entry in manifest["leaves"].items():
+        assert all(size % chunk == 0 for size, chunk in zip(entry["shape"], entry["chunk_shape"], strict=True))
+        grid = np.ndindex(*(size // chunk for size, chunk in zip(entry["shape"], entry["chunk_shape"], strict=True)))
+        files = [orbax / path / (".".join(map(str, index)) or "0") for index in grid]
+        raw = [hashlib.sha256(file.read_bytes()) for file in files]
+        entry["chunk_digests"] = [digest.hexdigest() for digest in raw]
+        entry["digest"] = hashlib.sha256(b"".join(digest.digest() for digest in raw)).hexdigest()
+    manifest["files"] = {name: hashlib.sha256((orbax / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    manifest["schema_version"] = 1
+    del manifest["manifest_digest"]
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    manifest["manifest_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (orbax / "dsv4_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_conversion_of_version_1_is_verified_and_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["fp4-source"], tmp_path / "orbax")
+    in_version_1(tmp_path / "orbax", folders["fp4"])
+    assert verify(open_store(tmp_path / "orbax")) == []
+    assert compare_with_source(open_store(tmp_path / "orbax"), folders["fp4"]) == []
+    summary = orbax_to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert summary.identical == summary.tensors == len(tensors(folders["fp4"]))
+    chunk = tmp_path / "orbax" / "layers.2.ffn.experts.w3.weight" / "4.0.0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    assert "chunk (4, 0, 0)" in verify(open_store(tmp_path / "orbax"))[0]
+    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have digest"):
+        orbax_to_hf(tmp_path / "orbax", tmp_path / "damaged")
 
 
 def test_an_interrupted_export_goes_on(

@@ -15,7 +15,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
-from dsv4_convert.spec.names import Dialect, Group, template
+from dsv4_convert.spec.names import Dialect, Section, template
 from dsv4_convert.spec.v4.names import DRAFT_HEAD, MTP, NAMES, STAGE_RULES
 
 DATA = Path(__file__).parents[1] / "data"
@@ -116,7 +116,7 @@ def test_a_rule_for_every_name_and_back(release: str) -> None:
         for dialect in Dialect:
             weight = explained.spellings[dialect][0].replace(".E.", ".7.")
             (use,) = NAMES.lookup(weight, dialect)
-            number = None if use.number is None else rule.group.first(config) + use.number
+            number = None if use.number is None else rule.section.first(config) + use.number
             assert (use.rule, number, use.is_scale) == (rule, layer, False)
             assert use.expert == (7 if rule.per_expert else None)
             assert path in [item.path for item in NAMES.explain(weight)]
@@ -231,7 +231,7 @@ def test_stages_are_all_there_or_none(flash: tuple[dict[str, Stored], Config]) -
 def test_stages_have_the_published_names_in_every_dialect(dialect: Dialect) -> None:
     for name, scaled in (("mtp.0.e_proj", True), ("mtp.0.ffn.experts.3.w2", True), ("mtp.0.norm", False)):
         (use,) = NAMES.lookup(f"{name}.weight", dialect)
-        assert (use.rule.group, use.number, use.fused) == (Group.STAGES, 0, False)
+        assert (use.rule.section, use.number, use.fused) == (Section.STAGES, 0, False)
         assert bool(NAMES.lookup(f"{name}.scale", dialect)) == scaled
 
 

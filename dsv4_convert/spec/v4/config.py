@@ -39,6 +39,7 @@ class V4Config(Config):
 
     model_type = "deepseek_v4"
     title = "DeepSeek-V4"
+    fp8_tile = FP8_TILE
     names = NAMES
     taps = TAPS
     state = STATE
@@ -125,7 +126,7 @@ class V4Config(Config):
             "num_mtp_stages": stages,
             "dspark": fields.dspark(values["vocab_size"], layers),
         }
-        values |= fields.quantization(FP8_TILE)
+        values |= fields.quantization(cls.fp8_tile)
         fields.finish()
         fields.relations(values)
         fields.refuse(cls.title)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsv4_convert.spec.names import ALWAYS, Group, Kind, NameTable, Rule, Transform, When, common_sizes
+from dsv4_convert.spec.names import ALWAYS, Kind, NameTable, Rule, Section, Transform, When, common_sizes
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
 #: ``[out, in]`` elements of an FP8 weight that share one scale.
@@ -52,7 +52,7 @@ def _layer(
         shape=shape,
         kind=kind,
         transform=transform,
-        group=Group.LAYERS,
+        section=Section.LAYERS,
         when=when,
         tile=FP8_TILE,
         saved=None if saved is None else "model.layers.{}." + saved,
@@ -137,7 +137,7 @@ def _stage(
         shape=shape,
         kind=kind,
         transform=transform,
-        group=Group.STAGES,
+        section=Section.STAGES,
         when=when,
         tile=FP8_TILE,
     )
@@ -147,7 +147,7 @@ def _of_stage(rule: Rule) -> Rule:
     """The same row of a stage's own layer."""
     path, published = (text.replace("layers.", "mtp.", 1) for text in (rule.path, rule.published))
     return dataclasses.replace(
-        rule, path=path, published=published, module=None, group=Group.STAGES, saved=None, fused=None, half=None
+        rule, path=path, published=published, module=None, section=Section.STAGES, saved=None, fused=None, half=None
     )
 
 

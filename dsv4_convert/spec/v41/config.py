@@ -97,6 +97,7 @@ class V41Config(Config):
 
     model_type = "deepseek_v41"
     title = "DeepSeek-V4.1"
+    fp8_tile = FP8_TILE
     names = NAMES
     taps = TAPS
     state = STATE
@@ -231,7 +232,7 @@ class V41Config(Config):
         values["engram"] = _engram(text)
         values |= _drafts(text, values)
         values["vision"] = _vision(whole)
-        values |= whole.quantization(FP8_TILE)
+        values |= whole.quantization(cls.fp8_tile)
         whole.finish()
         text.finish()
         text.relations(values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsv4_convert.spec.names import ALWAYS, Group, Kind, NameTable, Rule, Transform, When, common_sizes
+from dsv4_convert.spec.names import ALWAYS, Kind, NameTable, Rule, Section, Transform, When, common_sizes
 
 #: ``[out, in]`` elements of an FP8 weight, and of a row of an n-gram table, that share one scale.
 FP8_TILE, ENGRAM_TILE = (32, 32), (1, 32)
@@ -53,10 +53,10 @@ _T = Transform.TRANSPOSE
 
 def _row(
     path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, when: When = ALWAYS,
-    *, weight: bool = True, group: Group = Group.LAYERS, tile: tuple[int, int] = FP8_TILE,
+    *, weight: bool = True, section: Section = Section.LAYERS, tile: tuple[int, int] = FP8_TILE,
 ) -> Rule:  # fmt: skip
     """One row, of a layer by default; ``weight`` says whether the checkpoint's name ends in ``.weight``."""
-    prefix = {Group.LAYERS: "layers.{}.", Group.STAGES: "mtp.{}."}.get(group, "")
+    prefix = {Section.LAYERS: "layers.{}.", Section.STAGES: "mtp.{}."}.get(section, "")
     stack = path.replace("experts.w", "experts.{}.w") if kind is Kind.EXPERT else path
     return Rule(
         path=prefix + path,
@@ -64,7 +64,7 @@ def _row(
         shape=shape,
         kind=kind,
         transform=transform,
-        group=group,
+        section=section,
         when=when,
         tile=tile,
     )
@@ -78,7 +78,7 @@ def _hyper_connection(path: str) -> tuple[Rule, ...]:
 
 
 def _model(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE) -> Rule:
-    return _row(path, shape, kind, transform, group=Group.MODEL)
+    return _row(path, shape, kind, transform, section=Section.MODEL)
 
 
 #: The rows of a layer that draft stages have too, up to the attention's inputs and from there on.
@@ -127,13 +127,13 @@ RULES: tuple[Rule, ...] = (
 
 def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, when: When = LAST_STAGE) -> Rule:
     """A row of a draft stage that layers have not."""
-    return _row(path, shape, kind, transform, when, group=Group.STAGES)
+    return _row(path, shape, kind, transform, when, section=Section.STAGES)
 
 
 def _of_stage(rule: Rule) -> Rule:
     """The same row of a draft stage's own layer."""
     path, published = (text.replace("layers.", "mtp.", 1) for text in (rule.path, rule.published))
-    return dataclasses.replace(rule, path=path, published=published, group=Group.STAGES)
+    return dataclasses.replace(rule, path=path, published=published, section=Section.STAGES)
 
 
 STAGE_RULES: tuple[Rule, ...] = (
@@ -149,7 +149,7 @@ STAGE_RULES: tuple[Rule, ...] = (
 
 def _seeing(path: str, shape: str, kind: Kind = Kind.PLAIN, transform: Transform = _T, *, weight: bool = True) -> Rule:
     """A row of the vision encoder."""
-    return _row(path, shape, kind, transform, WITH_VISION, weight=weight, group=Group.VISION)
+    return _row(path, shape, kind, transform, WITH_VISION, weight=weight, section=Section.VISION)
 
 
 def _biased(path: str, shape: str) -> tuple[Rule, Rule]:

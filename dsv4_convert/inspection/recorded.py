@@ -13,7 +13,7 @@ from dsv4_convert.golden.compact import is_kept_part
 from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference, layer_file
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
-from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges
 
 

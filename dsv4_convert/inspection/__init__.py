@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4_convert.inspect.look import inspect
-from dsv4_convert.inspect.parts import ModelPart, PartRow, Totals
-from dsv4_convert.inspect.render import render
-from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.inspection.look import inspect
+from dsv4_convert.inspection.parts import ModelPart, PartRow, Totals
+from dsv4_convert.inspection.render import render
+from dsv4_convert.inspection.report import Inspection, What
 
 __all__ = ["Inspection", "ModelPart", "PartRow", "Totals", "What", "inspect", "render"]

@@ -11,8 +11,8 @@ from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import read_object
-from dsv4_convert.inspect.parts import count_published
-from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.inspection.parts import count_published
+from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from dsv4_convert.inspect.parts import PartRow, Totals
+from dsv4_convert.inspection.parts import PartRow, Totals
+from dsv4_convert.show.notebook import table
+from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 
 #: Version of the JSON form.
@@ -57,6 +59,12 @@ class Inspection:
     def totals(self) -> Totals | None:
         """How large the architecture is."""
         return None if self.config is None else Totals.of(self.config)
+
+    def _repr_html_(self) -> str:
+        """What it is, for a notebook."""
+        stored = [(row.part.value, f"{row.dtype}, {size(row.nbytes)}") for row in self.rows]
+        odd = [("odd", problem) for problem in self.odd]
+        return table(f"{self.place}: {self.what}", [*self.facts.items(), *stored, *odd])
 
     def to_json(self) -> dict[str, Any]:
         """Stable, versioned JSON."""

@@ -19,14 +19,14 @@ from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orba
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.inspect import Inspection, ModelPart, Totals, What, inspect
-from dsv4_convert.inspect.parts import PARTS, count_published, part_of
-from dsv4_convert.inspect.recorded import inspect_golden
-from dsv4_convert.inspect.strip import legend, strip
+from dsv4_convert.inspection import Inspection, ModelPart, Totals, What, inspect
+from dsv4_convert.inspection.parts import PARTS, count_published, part_of
+from dsv4_convert.inspection.recorded import inspect_golden
+from dsv4_convert.inspection.strip import legend, strip
 from dsv4_convert.spec.architectures import ARCHITECTURES
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import Dialect, Group
+from dsv4_convert.spec.names import Dialect, Section
 from dsv4_convert.spec.v4.names import NAMES
 from dsv4_convert.store.export_state import Written, write_export_state
 
@@ -61,7 +61,7 @@ def test_every_parameter_has_one_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     assert len(paths) == len(set(paths))
     rules = [rule for known in ARCHITECTURES for rule in known.names.rules]
-    own = {rule.path.removeprefix("layers.{}.") for rule in rules if rule.group in (Group.MODEL, Group.LAYERS)}
+    own = {rule.path.removeprefix("layers.{}.") for rule in rules if rule.section in (Section.MODEL, Section.LAYERS)}
     assert set(paths) == own
     assert set(map(part_of, rules)) == set(ModelPart) - {ModelPart.UNKNOWN}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4_convert.store import Store
+from dsv4_convert.store.reader import Store
 
 _TABLE = "layers.{}.ffn.gate.tid2eid"
 

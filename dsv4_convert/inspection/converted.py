@@ -9,9 +9,8 @@ from typing import Any
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import enumerated
 from dsv4_convert.files.workspace import destination_of, stage_of
-from dsv4_convert.inspect.parts import Census, ModelPart, PartRow, elements, part_of
-from dsv4_convert.inspect.report import Inspection, What
-from dsv4_convert.inspect.tables import repeated_experts
+from dsv4_convert.inspection.parts import Census, ModelPart, PartRow, elements, part_of
+from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.names import Dialect
@@ -21,6 +20,7 @@ from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.folder import leaves_of, staged_bytes
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE
+from dsv4_convert.store.tables import repeated_experts
 
 
 def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored
-from dsv4_convert.spec.names import Dialect, Group, Kind, NameTable, Rule, parameters
+from dsv4_convert.spec.names import Dialect, Kind, NameTable, Rule, Section, parameters
 
 
 class ModelPart(StrEnum):
@@ -57,12 +57,12 @@ PARTS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.ENGRAM: tuple(f"engram.{name}" for name in ("embed", "wkv", "q_weight", "k_weight")),
 }
 _PART_OF = {path: part for part, paths in PARTS.items() for path in paths}
-_PART_OF_GROUP = {Group.STAGES: ModelPart.DRAFTS, Group.VISION: ModelPart.VISION}
+_PART_OF_SECTION = {Section.STAGES: ModelPart.DRAFTS, Section.VISION: ModelPart.VISION}
 
 
 def part_of(rule: Rule) -> ModelPart:
     """The part of the model that a parameter belongs to."""
-    return _PART_OF_GROUP.get(rule.group) or _PART_OF[rule.path.removeprefix("layers.{}.")]
+    return _PART_OF_SECTION.get(rule.section) or _PART_OF[rule.path.removeprefix("layers.{}.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,29 +132,32 @@ class Totals:
     """The size of the architecture, however much of it is stored.
 
     Attributes:
-        total: parameters of the backbone: all layers, embedding and head.
-        active: those that one token is multiplied with: of the routed experts the chosen ones; not the embedding, of
-            which a token takes one row. DeepSeek's 13B of V4-Flash and 49B of V4-Pro are counted so.
+        total: parameters of the backbone: all layers, embedding and head, but no n-gram tables. V4.1-Flash has 552B.
+        active: those that one token is multiplied with: of the routed experts the chosen ones; no table of which a
+            token takes some rows, as the embedding. DeepSeek's 13B of V4-Flash and 49B of V4-Pro are counted so.
+        tables: parameters of the n-gram tables.
         mtp: parameters of the stages after the backbone.
+        vision: parameters of the vision encoder.
     """
 
     total: int
     active: int
+    tables: int
     mtp: int
+    vision: int
 
     @classmethod
     def of(cls, config: Config) -> Totals:
         """Count the parameters of an architecture."""
-        total = active = mtp = 0
-        for _, rule, layer in parameters(config):
+        found = dict.fromkeys(("total", "active", "tables", "mtp", "vision"), 0)
+        beside = {ModelPart.DRAFTS: "mtp", ModelPart.VISION: "vision"}
+        for path, rule, layer in parameters(config):
             number = elements(rule, rule.target_shape(config, layer), packed=False, scale=False)
             part = part_of(rule)
-            if part is ModelPart.DRAFTS:
-                mtp += number
-                continue
-            total += number
+            name = "tables" if rule.path == "layers.{}.engram.embed" else beside.get(part, "total")
+            found[name] += number
             if part is ModelPart.ROUTED:
-                active += number * config.num_experts_per_tok // config.n_routed_experts
-            elif part is not ModelPart.EMBEDDING:
-                active += number
-        return cls(total=total, active=active, mtp=mtp)
+                found["active"] += number * config.num_experts_per_tok // config.n_routed_experts
+            elif name == "total" and path != "embed":
+                found["active"] += number
+        return cls(**found)

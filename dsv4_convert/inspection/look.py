@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +10,14 @@ from dsv4_convert.checkpoint.index import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.files.workspace import stage_of
-from dsv4_convert.folders import ORBAX_FILES
+from dsv4_convert.folders import ORBAX_FILES, PathLike
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.manifest import MANIFEST_NAME
 from dsv4_convert.golden.writer import REQUEST_NAME
-from dsv4_convert.inspect.converted import inspect_conversion, inspect_converted, inspect_export
-from dsv4_convert.inspect.published import inspect_folder, inspect_opened
-from dsv4_convert.inspect.recorded import inspect_golden, inspect_recording
-from dsv4_convert.inspect.report import Inspection, What
+from dsv4_convert.inspection.converted import inspect_conversion, inspect_converted, inspect_export
+from dsv4_convert.inspection.published import inspect_folder, inspect_opened
+from dsv4_convert.inspection.recorded import inspect_golden, inspect_recording
+from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import as_path, open_store
@@ -32,7 +33,7 @@ _LOOKED_FOR = (
 )
 
 
-def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: None) -> Inspection:
+def inspect(place: PathLike, *, revision: str | None = None, say: Say = lambda _: None) -> Inspection:
     """Find out what lies at ``place``; no weight is read; for a Hub repository, only the shard headers are fetched.
 
     Args:
@@ -45,7 +46,12 @@ def inspect(place: str, *, revision: str | None = None, say: Say = lambda _: Non
         BadInput: nothing that dsv4 knows lies there; the message says what was looked for.
         ResourceError: the Hub or the bucket cannot be reached.
         UsageError: a revision of something that is no repository.
+
+    Examples:
+        >>> str(inspect("orbax").what)
+        'Orbax checkpoint of dsv4'
     """
+    place = os.fspath(place)
     path = Path(place)
     remote = "://" in place
     if revision is not None and (remote or path.exists()):
