@@ -1,4 +1,4 @@
-"""One layer: an attention half and an expert half, each inside a hyper-connection; and the block of the mtp stage.
+"""One layer: an attention half and an expert half, each inside a hyper-connection; and the block of an mtp stage.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
 """

@@ -182,6 +182,16 @@ class Config(ABC):
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
 
     @property
+    def draft_tokens(self) -> int:
+        """How many tokens the stages draft at a time: one, or a block of DSpark's."""
+        return 1 if self.dspark is None else self.dspark.block_size
+
+    @property
+    def draft_sources(self) -> tuple[int, ...]:
+        """The backbone layers whose outgoing streams the stages read: the last one, or DSpark's targets."""
+        return (self.num_hidden_layers - 1,) if self.dspark is None else self.dspark.target_layer_ids
+
+    @property
     def num_vision_blocks(self) -> int:
         """Number of blocks of the vision encoder; 0 without one."""
         return 0

@@ -228,8 +228,6 @@ def restore_model(
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
-        if config.dspark is not None:
-            raise UsageError("DSpark's draft stages convert, and dsv4 does not run them yet; leave --speculative out")
     else:
         config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)

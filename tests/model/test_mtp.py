@@ -17,7 +17,7 @@ from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.block import MTPBlock
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.model.cache import LayerCache, Past, empty_stages
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
@@ -100,7 +100,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     streams, ids, positions = (
         np.concatenate([part, np.repeat(part[:, -1:], most, axis=1)], axis=1) for part in (streams, ids, positions)
     )
-    cache = empty_layer(setting.config, (AttentionKind.SLIDING, False), BATCH, 0, jnp.float32)
+    (cache,) = empty_stages(setting.config, BATCH, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
         numbers = (jnp.full(BATCH, number, jnp.int32) for number in (start, count, keep))

@@ -349,7 +349,9 @@ def _parts_problems(config: V41Config) -> list[str]:
     if (config.dspark is None) != (config.num_mtp_stages == 0):
         problems.append("num_nextn_predict_layers and the dspark fields contradict each other")
     if config.num_experts_per_tok == 1:
-        problems.append("num_experts_per_tok: the published code leaves the weight of a single expert as it is, dsv4 not")
+        problems.append(
+            "num_experts_per_tok: the published code leaves the weight of a single expert as it is, dsv4 not"
+        )
     if config.dspark_num_experts_per_tok > config.dspark_n_routed_experts:
         problems.append("dspark_num_experts_per_tok must not exceed dspark_n_routed_experts")
     if vision is not None and vision.hidden_size % vision.num_attention_heads:
