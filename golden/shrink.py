@@ -33,9 +33,9 @@ def shrink(
     check_destination(out)
     request = dataclasses.replace(golden.manifest.request, compact=compact)
     with golden_writer(out, request) as writer:
-        for done, layer in enumerate((*request.layers, None)):
-            what = "model level" if layer is None else f"layer {layer} of {request.config.num_hidden_layers}"
-            progress(done, len(request.layers) + 1, what)
-            if layer not in writer.finished and not writer.complete:
-                writer.write(layer, request.keep(golden.everything(layer)))
+        for done, part in enumerate(writer.parts):
+            what = "model level" if part is None else f"layer {part} of {request.config.num_hidden_layers}"
+            progress(done, len(writer.parts), what)
+            if part not in writer.finished and not writer.complete:
+                writer.write(part, request.keep(golden.everything(part)))
         return writer.publish()

@@ -70,6 +70,12 @@ def record(
     layers: Annotated[
         str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only these are kept.")
     ] = None,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages", help="Keep the mtp stages too, which run after all layers and have logits of their own."
+        ),
+    ] = False,
     reference: Annotated[
         str,
         typer.Option(
@@ -118,7 +124,7 @@ def record(
     chosen = parse_layers(layers)
     with status("recording") as say, ExitStack() as held:
         say("reading headers")
-        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
+        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, all_of_them=stages or greedy))
         checkpoint = held.enter_context(opened)
         vocabulary = checkpoint.architecture().vocab_size
         note_fetched(checkpoint, say)
@@ -131,6 +137,7 @@ def record(
                 tokens=ids,
                 text=None if text is None else [text],
                 layers=chosen,
+                stages=stages,
                 first_position=first_position,
                 decode=decode,
                 greedy=greedy,
@@ -240,6 +247,7 @@ def show(
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer, then the table of taps."""
     from dsv4_convert.show.tables import fitted
+    from dsv4_convert.spec.taps import TapKey
 
     request = opened.manifest.request
     reference, source = request.reference, request.source
@@ -266,7 +274,8 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         echo(f"{name:<14} {text}")
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
-        echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        where = TapKey.of(opened.config, layer.layer, "ffn").where
+        echo(f"{'reach':<14} {where}: {layer.experts} of {layer.of} experts; {missed}")
     screen = console()
     screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
 
