@@ -122,8 +122,8 @@ class WindowedAttention(nnx.Module):
         """The output for rotated queries and keys; with a ``past`` the keys that later windows reach too."""
         batch, tokens, *_ = q.shape
         earlier = None if past is None else Earlier(past.cache.window, past.before)
-        sink, window, numerics = self.attn_sink[...], self.config.sliding_window, self.numerics
-        context = taps("context", _context(q, kv, earlier, entries, sink, window=window, numerics=numerics))
+        window, numerics = self.config.sliding_window, self.numerics
+        context = taps("context", self._gathered(q, kv, earlier, entries))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, self.config.o_groups, -1)
         low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
@@ -131,6 +131,13 @@ class WindowedAttention(nnx.Module):
         if past is None:
             return output, None
         return output, latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
+
+    def _gathered(
+        self, q: Float[Array, "B S H C"], kv: Float[Array, "B S C"], earlier: Earlier | None, entries: Entries
+    ) -> Float[Array, "B S H C"]:
+        """The values that every query gathers, from its window and the compressed entries."""
+        window, sink = self.config.sliding_window, self.attn_sink[...]
+        return _context(q, kv, earlier, entries, sink, window=window, numerics=self.numerics)
 
     def _slots(self, batch: int, tokens: int, past: Past[Any] | None) -> Int[Array, " B"]:
         """Where entries begin in the published kernel's list of keys (:class:`Entries`)."""

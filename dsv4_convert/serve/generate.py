@@ -18,7 +18,7 @@ from flax import nnx
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.model import Decoder
-from dsv4_convert.serve.speculate import PASS, DecodingState, Drafts, prefill, verify
+from dsv4_convert.serve.speculate import DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -63,14 +63,14 @@ class Generator:
     def __init__(self, model: Decoder, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not
+        With ``speculative`` the model's draft stages draft tokens (:mod:`dsv4_convert.serve.speculate`). That does not
         change the tokens, except where rounding decides between two: a pass has another shape.
 
         Raises:
             UsageError: the model has no stage to draft with.
         """
         if speculative and not (isinstance(model, Model) and len(model.mtp)):
-            raise UsageError("speculative decoding: this model has no mtp stage to draft tokens with")
+            raise UsageError("speculative decoding: this model has no draft stage (mtp or DSpark) to draft tokens with")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
         self._graph, self._state = nnx.split(model)
@@ -131,19 +131,21 @@ class Generator:
         for tokens, following, count in _chunks(prompts, lengths - 1):
             decoding = prefill(self._graph, self._state, decoding, *map(jnp.asarray, (tokens, following, count)))
         certain = [[prompt[-1]] for prompt in prompts]
-        draft = np.full(batch, -1)  # none yet
+        most = self._config.draft_tokens
+        drafts: list[list[int]] = [[] for _ in prompts]
         drafted = accepted = 0
         while texts.running.any():
-            given = np.zeros((batch, PASS), np.int32)
-            for row, own in enumerate(certain):
-                given[row, : len(own) + 1] = [*own, max(draft[row], 0)]
-            count = np.array([len(own) for own in certain], np.int32) * texts.running
-            has_draft = texts.running & (draft >= 0)
-            decoding, *results = verify(
-                self._graph, self._state, decoding, *map(jnp.asarray, (given, count, has_draft))
-            )
-            chosen, accepted_now, draft = map(np.asarray, results)
-            drafted, accepted = drafted + int(has_draft.sum()), accepted + int(accepted_now.sum())
+            given = np.zeros((batch, 2 * most + 1), np.int32)
+            counts = np.zeros((2, batch), np.int32)
+            for row in map(int, np.flatnonzero(texts.running)):
+                ahead = drafts[row][: texts.limit - len(texts.found[row])]
+                known = [*certain[row], *ahead]
+                given[row, : len(known)] = known
+                counts[:, row] = len(certain[row]), len(ahead)
+            decoding, *results = verify(self._graph, self._state, decoding, *map(jnp.asarray, (given, *counts)))
+            chosen, accepted_now, proposed = map(np.asarray, results)
+            drafted, accepted = drafted + int(counts[1].sum()), accepted + int(accepted_now.sum())
+            drafts = proposed.tolist()
             for row in map(int, np.flatnonzero(texts.running)):
                 certain[row] = chosen[row, : 1 + accepted_now[row]].tolist()
                 texts.add(row, certain[row])

@@ -69,8 +69,9 @@ class Weights:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that were converted."""
-        return self._store.conversion.layers
+        """The layers and stages that were converted."""
+        stages = {names.stage_of(path) for path in self._store.paths} - {None}
+        return (*self._store.conversion.layers, *(layer for layer in self.config.stage_layers if stages))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class Weights:
 
     def check_stages(self) -> None:
         """Raises :class:`UsageError` if no draft stage was converted, with the reason."""
-        if any(names.stage_of(path) is not None for path in self._store.paths):
+        if self.layers[-1] in self.config.stage_layers:
             return
         if self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"

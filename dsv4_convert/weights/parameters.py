@@ -33,7 +33,7 @@ class Parameters(Protocol):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are there, ascending."""
+        """The layers and stages that are there, ascending."""
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for missing layers."""

@@ -29,16 +29,16 @@ class PublishedWeights:
     """Reads the same values as :class:`dsv4_convert.weights.converted.Weights`, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
-        """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
+        """Prove that the checkpoint fills ``layers`` (None: all, and its mtp stages); no weight is read.
 
         Raises:
             BadInput: it does not, or is not a DeepSeek-V4 text model.
         """
         self._checkpoint = checkpoint
         config = checkpoint.architecture()
-        self.layers = check_layers(config, layers)
         resolution = resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
         self.config = resolution.config
+        self.layers = (*check_layers(config, layers), *self.config.stage_layers)
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
         self._dialect = resolution.dialect
 

@@ -15,6 +15,7 @@ import numpy as np
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.converted import Weights
@@ -42,19 +43,24 @@ def restore_block(
     numerics: Numerics | None = None,
     mesh: Mesh | None = None,
 ) -> DecoderBlock:
-    """One layer of the model with its weights. Without experts these are a small part of the layer.
+    """One layer or stage of the model with its weights. Without experts these are a small part of it.
 
     On a ``mesh`` every process reads only its parts; see :func:`restore_model`.
     """
     from flax import nnx
 
     from dsv4_convert.model import PLAIN
+    from dsv4_convert.model.block import MTPBlock
     from dsv4_convert.model.layers import block_of
 
     config, numerics = weights.config, numerics or PLAIN
-    kind = config.layer_kind(layer)
-    block = nnx.eval_shape(lambda: block_of(config, kind, with_experts=with_experts, numerics=numerics))
-    return _Filling(weights, config, f"layers.{layer}.".__add__, dtype, mesh).fill(block)
+
+    def make() -> DecoderBlock:
+        if layer in config.stage_layers:
+            return MTPBlock(as_v4(config), numerics, with_experts=with_experts)
+        return block_of(config, config.layer_kind(layer), with_experts=with_experts, numerics=numerics)
+
+    return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh).fill(nnx.eval_shape(make))
 
 
 def restore_layers(
@@ -98,6 +104,63 @@ def layers_bytes(
 
     filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
     return filling.bytes_of(nnx.eval_shape(lambda: Layers(filling.config, PLAIN, scanned=scanned)))
+
+
+def restore_stage(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    numerics: Numerics | None = None,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> Decoder:
+    """A model without layers, whose only stage is that of ``layer``; otherwise as :func:`restore_model`."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.fill(_model(filling.config, numerics or PLAIN))
+
+
+def stage_bytes(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> int:
+    """Bytes of :func:`restore_stage` on the devices of this process. Raises likewise."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.bytes_of(_model(filling.config, PLAIN))
+
+
+def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
+    """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
+    config, own = weights.config, weights.config.prefix(layer)
+    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=1)
+    codes = _codes(weights, apart=mesh is None) if encoded else None
+    first = alone.prefix(0)
+    return _Filling(
+        weights,
+        alone,
+        lambda path: own + path.removeprefix(first) if path.startswith(first) else path,
+        dtype,
+        mesh,
+        codes,
+    )
+
+
+def _model(config: Config, numerics: Numerics, *, scanned: bool = False) -> Decoder:
+    """A model without values."""
+    from flax import nnx
+
+    from dsv4_convert.model.architectures import model_of
+
+    model: Decoder = nnx.eval_shape(lambda: model_of(config, numerics, scanned=scanned))
+    return model
 
 
 def _of_layers(
@@ -154,10 +217,8 @@ def restore_model(
         >>> model.config.num_hidden_layers
         4
     """
-    from flax import nnx
-
     from dsv4_convert.model import PLAIN
-    from dsv4_convert.model.architectures import model_of, release_numerics
+    from dsv4_convert.model.architectures import release_numerics
 
     if isinstance(weights, str | os.PathLike):
         weights = Weights.open(weights)
@@ -167,11 +228,9 @@ def restore_model(
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
-        if config.dspark is not None:
-            raise UsageError("DSpark's draft stages convert, and dsv4 does not run them yet; leave --speculative out")
     else:
         config = config.without_stages()
-    model = nnx.eval_shape(lambda: model_of(config, numerics, scanned=scanned))
+    model = _model(config, numerics, scanned=scanned)
     codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
     filling = _Filling(weights, weights.config, str, dtype, mesh, codes)
     _check_memory(filling, model)
