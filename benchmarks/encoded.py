@@ -28,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Cache, Model
+from dsv4_convert.model import Cache
+from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.encoded import Encoded, in_source_form
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
 
 _FORMS = ("encoded", "expanded")
@@ -61,8 +63,8 @@ def toy(width: int, experts: int, form: str) -> Config:
 def shapes(config: Config, dtype: Any, *, encoded: bool, scanned: bool = False) -> tuple[Any, Any]:
     """Graph and abstract weights, all that no release quantises in ``dtype``."""
 
-    def make() -> Model:
-        model = in_source_form(Model(config, scanned=scanned), config, dtype)
+    def make() -> Decoder:
+        model = in_source_form(model_of(config, scanned=scanned), config, dtype)
         if encoded:
             return model
         graph, state = nnx.split(model)

@@ -1,4 +1,4 @@
-"""Full-size V4-Flash, V4-Pro and V4.1-Flash as sparse files: the plan of the whole, and the real conversion of one layer out of it.
+"""Full-size V4-Flash, V4-Pro and V4.1-Flash as sparse files: the plan of the whole, and one layer of it converted.
 
 Run: python -m benchmarks.full_size [--model DeepSeek-V4-Flash] [--layer 12] [--dtype bfloat16] [--work DIR]
 

@@ -298,6 +298,57 @@ def random_architecture(seed: int) -> dict[str, Any]:
     )
 
 
+def random_v41_architecture(seed: int) -> dict[str, Any]:
+    """The raw ``config.json`` of a small DeepSeek-V4.1 with other widths, another order of layers and other counts.
+
+    It has as many indexer heads as no small model needs: with few of them, exact zeros tie, and a tie is broken
+    differently by every implementation.
+    """
+    draw = Random(seed)
+    heads, experts = draw.choice((2, 4, 6)), draw.randint(3, 9)
+    ratios, sources, choosers = [0] * draw.randint(0, 2), [], []
+    for ratio in draw.choice(([2, 1], [2, 2, 1], [1], [2], [1, 2, 1])):
+        sources.append(len(ratios))
+        choosers.append(len(ratios))
+        ratios.append(ratio)
+        for _ in range(draw.randint(1, 3)):
+            choosers += [len(ratios)] if draw.random() < 0.5 else []
+            ratios.append(ratio)
+    size, topk = draw.choice((1, 3, 4)), draw.randint(2, 9)
+    return tiny_v41_config(
+        vocab_size=draw.choice((31, 64, 101)),
+        hidden_size=draw.choice((32, 64, 96)),
+        moe_intermediate_size=draw.choice((32, 64)),
+        num_hidden_layers=len(ratios),
+        num_attention_heads=heads,
+        head_dim=draw.choice((16, 32, 64)),
+        qk_rope_head_dim=draw.choice((2, 4, 8)),
+        q_lora_rank=draw.choice((8, 24, 40)),
+        o_groups=draw.choice([groups for groups in (1, 2) if heads % groups == 0]),
+        o_lora_rank=draw.choice((8, 20)),
+        n_routed_experts=experts,
+        num_experts_per_tok=draw.randint(2, min(4, experts)),
+        sliding_window=draw.choice((3, 6, 17)),
+        compress_ratios=[*ratios, 0],
+        kv_source_layer_ids=sources,
+        index_source_layer_ids=choosers,
+        index_n_heads=64,
+        index_head_dim=draw.choice((8, 16)),
+        index_topk=topk,
+        candidate_source_layer_id=draw.choice((-1, sources[-1], sources[-1])),
+        candidate_topk_blocks=-(-topk // size) + draw.randint(1, 3),
+        candidate_block_size=size,
+        engram_layer_ids=sorted(draw.sample(range(len(ratios)), draw.randint(1, 2))),
+        engram_max_ngram_size=draw.randint(2, 4),
+        engram_vocab_size=draw.choice((50, 1000)),
+        engram_n_heads=draw.randint(1, 4),
+        engram_head_dim=draw.choice((32, 64)),
+        num_nextn_predict_layers=1,
+        dspark_target_layer_ids=[len(ratios) - 1],
+        dspark_noise_token_id=5,
+    )
+
+
 def _published_yarn() -> dict[str, Any]:
     return {**tiny_config()["rope_scaling"], "original_max_position_embeddings": 65536}
 

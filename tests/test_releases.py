@@ -44,7 +44,7 @@ class Headers:
     absent: frozenset[str] = field(default_factory=frozenset)
 
 
-def _headers(inventory: str) -> tuple[Headers, dict[str, Any]]:
+def headers_of(inventory: str) -> tuple[Headers, dict[str, Any]]:
     document = json.loads((DATA / "inventory" / f"{inventory}.json").read_text())
     infos = {}
     for template, (dtype, shape) in document["tensors"].items():
@@ -60,7 +60,7 @@ def _headers(inventory: str) -> tuple[Headers, dict[str, Any]]:
 @pytest.mark.parametrize(("inventory", "config"), RELEASES, ids=[f"{i}, {c}" for i, c in RELEASES])
 def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str) -> None:
     """Every byte that its repository states is read, and nothing is left out."""
-    release, summary = _headers(inventory)
+    release, summary = headers_of(inventory)
     planned = plan(release, Config.from_hf(_raw(config)), Storage.SOURCE)
     assert not planned.dropped
     assert (planned.tensors, planned.bytes_read) == (summary["tensors"], summary["bytes"])
@@ -216,4 +216,4 @@ def test_no_supported_release_is_mistaken(tmp_path: Path) -> None:
     from dsv4_convert.spec.unsupported import refuse_unsupported
 
     for inventory, config in RELEASES:
-        refuse_unsupported(_raw(config), _headers(inventory)[0].tensors, where="x")
+        refuse_unsupported(_raw(config), headers_of(inventory)[0].tensors, where="x")

@@ -16,7 +16,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4_convert.spec.names import NameTable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -110,9 +113,17 @@ def _spelled(template: str) -> str:
     return template.replace("{}", "N", 1).replace("{}", "E")
 
 
-def _names() -> str:
-    from dsv4_convert.spec.names import ALWAYS, Rule, Transform
-    from dsv4_convert.spec.v4.names import RULES, STAGE_RULES
+def _table_of(model: str) -> NameTable:
+    """The names of the architecture that ``dsv4 names --model`` has under this name."""
+    from dsv4_convert.spec.architectures import ARCHITECTURES
+
+    return next(each.names for each in ARCHITECTURES if each.title.lower() == f"deepseek-{model}")
+
+
+def _names(model: str) -> str:
+    from dsv4_convert.spec.names import ALWAYS, Rule, Section, Transform
+
+    of = _table_of(model).of
 
     def rows(rules: Iterable[Rule], below: str) -> Iterator[list[str]]:
         for rule in rules:
@@ -124,13 +135,15 @@ def _names() -> str:
             yield [*names, shape, kind, transform, *([when] if below else [])]
 
     header = ["published tensor", "parameter", "shape", "kind", "transform"]
-    model = table(header, rows((rule for rule in RULES if not rule.per_layer), ""))
-    layer = table([*header, "only in"], rows((rule for rule in RULES if rule.per_layer), _LAYER))
-    stage = table([*header, "only in"], rows(STAGE_RULES, _STAGE))
-    return (
-        f"## The model\n\n{model}\n\n## Every layer\n\nBelow `{_LAYER}`:\n\n{layer}\n\n"
-        f"## The draft stages\n\nBelow `{_STAGE}`:\n\n{stage}"
+    whole = table(header, rows(of(Section.MODEL), ""))
+    layer = table([*header, "only in"], rows(of(Section.LAYERS), _LAYER))
+    stage = table([*header, "only in"], rows(of(Section.STAGES), _STAGE))
+    text = (
+        f"### The model\n\n{whole}\n\n### Every layer\n\nBelow `{_LAYER}`:\n\n{layer}\n\n"
+        f"### The draft stages\n\nBelow `{_STAGE}`:\n\n{stage}"
     )
+    seeing = of(Section.VISION)
+    return f"{text}\n\n### The vision encoder\n\n{table(header, rows(seeing, ''))}" if seeing else text
 
 
 def _dialects() -> str:
@@ -147,10 +160,13 @@ def _dialects() -> str:
     return table([dialect.value for dialect in Dialect], rows())
 
 
-def _sizes() -> str:
+def _sizes(model: str) -> str:
     from dsv4_convert.spec.config import Config
-    from dsv4_convert.spec.v4.names import sizes
 
+    sizes = _table_of(model).sizes
+    if model == "v4.1":
+        known = sizes(Config.from_file(_config("DeepSeek-V4.1-Flash.from_third_party_test")), 14)
+        return table(["symbol", "V4.1-Flash, layer 14"], [[symbol, str(value)] for symbol, value in known.items()])
     models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Pro")}
     csa = [sizes(config, 2) for config in models.values()]
     hca = [sizes(config, 3) for config in models.values()]
@@ -184,11 +200,12 @@ def _meaning(owner: type, member: str) -> str:
 
 def _taps(which: str) -> str:
     from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
-    from dsv4_convert.spec.v4.taps import STATE, TAPS
+    from dsv4_convert.spec.v4.taps import STAGE, STATE, TAPS
 
     model = (BEFORE, AFTER)
     chosen = {
-        "layer": [tap for tap in TAPS if tap.where not in model],
+        "layer": [tap for tap in TAPS if tap.where not in (*model, STAGE)],
+        "stage": [tap for tap in TAPS if tap.where is STAGE],
         "model": [tap for tap in TAPS if tap.where in model],
         "state": list(STATE),
     }[which]
@@ -197,7 +214,7 @@ def _taps(which: str) -> str:
             _code(tap.name),
             _code(" ".join(tap.shape.split())),
             tap.meaning + (" (a choice)" if tap.values is Values.CHOICE else ""),
-            "" if tap.where is LAYER else tap.where.label,
+            "" if tap.where in (LAYER, STAGE) else tap.where.label,
             ", ".join(map(_code, tap.weights)),
         ]
         for tap in chosen

@@ -27,7 +27,7 @@ class Pushed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
+class PushTarget:
     """Where a folder goes.
 
     Attributes:
@@ -45,7 +45,7 @@ class Target:
     replace_card: bool = False
 
 
-def push(folder: Path, names: list[str], card: str, target: Target) -> Pushed:
+def push(folder: Path, names: list[str], card: str, target: PushTarget) -> Pushed:
     """Send files of a folder, then the card as README.md if there is none.
 
     Args:

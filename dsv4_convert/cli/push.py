@@ -29,8 +29,8 @@ def push(
     """Push a golden or a converted checkpoint to the Hub: a golden to a dataset, a checkpoint to a model.
 
     Only the files that its manifest names are sent. A README.md with the source, its revision and how to use the data
-    is added where the repository has none. Files that the repository has already are not sent again, so the same command
-    goes on after an interruption. HF_ENDPOINT and HF_TOKEN are honoured; the token needs write access.
+    is added where the repository has none. Files that the repository has already are not sent again, so the same
+    command goes on after an interruption. HF_ENDPOINT and HF_TOKEN are honoured; the token needs write access.
 
     Example: dsv4 push ./flash-golden my-org/flash-golden --dry-run
 

@@ -24,7 +24,8 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
-from dsv4_convert.spec.v41.config import LayerKind, V41Config
+from dsv4_convert.spec.v41.config import V41Config
+from dsv4_convert.spec.v41.kinds import LayerKind
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -79,7 +80,7 @@ class V41LayerCache:
 
     window: Float[Array, "*layer B P C"]
     source: SourceCache | None
-    recent: Int[Array, "*layer B P"] | None
+    recent: Int[Array, "*layer B L"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -119,11 +120,11 @@ class Cache:
     ) -> Cache:
         """A cache for ``capacity`` tokens of each of ``batch`` prompts."""
 
-        def empty(kind: Any) -> LayerCache | V41LayerCache:
+        def empty(kind: Any) -> Any:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
 
-        def stacked(kind: Any, count: int) -> LayerCache | V41LayerCache:
-            return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
+        def stacked(kind: Any, count: int) -> Any:
+            return jax.tree.map(lambda part: jnp.stack([part] * count), empty(kind))
 
         layers: tuple[Any, ...] = (
             tuple(empty(config.layer_kind(layer)) for layer in range(config.num_hidden_layers))
@@ -172,7 +173,7 @@ class Cache:
 
 def empty_layer(
     config: Config, kind: Any, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
-) -> LayerCache | V41LayerCache:
+) -> Any:
     """The state of a layer of this kind before the first token, with a capacity of ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
     window = jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype)

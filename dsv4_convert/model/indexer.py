@@ -20,6 +20,7 @@ from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, paramet
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 
 class EntryScorer(nnx.Module):
@@ -86,7 +87,7 @@ class EntryScorer(nnx.Module):
 class Indexer(EntryScorer):
     """The indexer of CSA layers of DeepSeek-V4: its keys are the entries of its own, narrower compressor."""
 
-    def __init__(self, config: Config, numerics: Numerics) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
         super().__init__(config, numerics)
         self.compressor = Compressor(
             config.hidden_size,

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.serve.speculate import DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Sampling:
 class Generator:
     """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
 
-    def __init__(self, model: Model, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
+    def __init__(self, model: Decoder, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
         With ``speculative`` the model's draft stages draft tokens (:mod:`dsv4_convert.serve.speculate`). That does not
@@ -68,7 +69,7 @@ class Generator:
         Raises:
             UsageError: the model has no stage to draft with.
         """
-        if speculative and not len(model.mtp):
+        if speculative and not (isinstance(model, Model) and len(model.mtp)):
             raise UsageError("speculative decoding: this model has no draft stage (mtp or DSpark) to draft tokens with")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
@@ -232,7 +233,7 @@ def _chunks(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _extend(
-    graph: nnx.GraphDef[Model],
+    graph: nnx.GraphDef[Decoder],
     state: nnx.State[Any, Any],
     tokens: Int[Array, "B S"],
     cache: Cache,

@@ -21,6 +21,7 @@ from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stored_parts
+from dsv4_convert.weights.token_map import token_map
 
 _GROUPED = names.Transform.GROUPED
 #: Leaves of a quantised parameter in a store of storage ``source``.
@@ -68,8 +69,9 @@ class Weights:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that were converted."""
-        return self._store.conversion.layers
+        """The layers and stages that were converted."""
+        stages = {names.stage_of(path) for path in self._store.paths} - {None}
+        return (*self._store.conversion.layers, *(layer for layer in self.config.stage_layers if stages))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ class Weights:
 
     def check_stages(self) -> None:
         """Raises :class:`UsageError` if no draft stage was converted, with the reason."""
-        if any(names.stage_of(path) is not None for path in self._store.paths):
+        if self.layers[-1] in self.config.stage_layers:
             return
         if self.config.num_mtp_stages:
             why = "an earlier version of dsv4 left it out; convert the source again"
@@ -131,6 +133,10 @@ class Weights:
             return np.stack(stack)
         return self._decoded(path, rule, None, dtype)
 
+    def token_map(self) -> Array:
+        """The mapped id of every token. Raises as :func:`~dsv4_convert.weights.token_map.token_map`."""
+        return token_map(self._store.folder, self.config)
+
     def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """Matrix ``expert`` of a stack such as ``layers.3.ffn.experts.w1``; reads that expert's bytes only."""
         return self._decoded(path, self.config.names.rule_of(path), expert, dtype)
@@ -141,7 +147,7 @@ class Weights:
         Reads these rows only, each of them once.
         """
         rule = self.config.names.rule_of(path)
-        _, width = self._shape(path, rule)
+        _, width = self.shape(path)
         matrix = self._matrix(path, rule, None)
         distinct, places = np.unique(rows, return_inverse=True)
         found = np.empty((len(distinct), width), dtype)

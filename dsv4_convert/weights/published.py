@@ -19,6 +19,7 @@ from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import assembled, grouped, stored_parts
+from dsv4_convert.weights.token_map import token_map
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -28,16 +29,16 @@ class PublishedWeights:
     """Reads the same values as :class:`dsv4_convert.weights.converted.Weights`, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
-        """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
+        """Prove that the checkpoint fills ``layers`` (None: all, and its mtp stages); no weight is read.
 
         Raises:
             BadInput: it does not, or is not a DeepSeek-V4 text model.
         """
         self._checkpoint = checkpoint
         config = checkpoint.architecture()
-        self.layers = check_layers(config, layers)
         resolution = resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
         self.config = resolution.config
+        self.layers = (*check_layers(config, layers), *self.config.stage_layers)
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
         self._dialect = resolution.dialect
 
@@ -93,6 +94,10 @@ class PublishedWeights:
         """Raises :class:`UsageError` if no draft stage was opened."""
         if not self.config.num_mtp_stages:
             raise UsageError(f"{self._checkpoint.root}: no draft stage, or opened without it")
+
+    def token_map(self) -> Array:
+        """The mapped id of every token. Raises as :func:`~dsv4_convert.weights.token_map.token_map`."""
+        return token_map(self._checkpoint.root, self.config)
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""

@@ -16,7 +16,7 @@ from dsv4_convert.checkpoint.header import stored_forms, stored_nbytes
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
-from dsv4_convert.inspect.parts import Totals
+from dsv4_convert.inspection.parts import Totals
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, compare, resolve
 from dsv4_convert.spec.names import Dialect, Section, located, parameters

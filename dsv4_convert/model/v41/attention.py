@@ -20,7 +20,8 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.model.v41.compressor import LatentCompressor
 from dsv4_convert.model.v41.indexer import SharedIndexer
-from dsv4_convert.spec.v41.config import LayerKind, V41Config
+from dsv4_convert.spec.v41.config import V41Config
+from dsv4_convert.spec.v41.kinds import LayerKind
 
 
 class Shared(NamedTuple):

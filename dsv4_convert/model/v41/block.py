@@ -17,7 +17,8 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.v41.attention import Shared, SharedAttention
 from dsv4_convert.model.v41.engram import Engram
-from dsv4_convert.spec.v41.config import Candidates, LayerKind, V41Config
+from dsv4_convert.spec.v41.config import V41Config
+from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 
 
 class Carry(NamedTuple):

@@ -16,7 +16,7 @@ from dsv4_convert.model.cache import Past, V41LayerCache, latest
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.norm import rms_scale
 from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.ops import buffer, parameter
+from dsv4_convert.model.ops import derived, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.v41.config import V41Config
 from dsv4_convert.spec.v41.ngrams import NgramHash, ngram_hash
@@ -49,7 +49,7 @@ class Engram(nnx.Module):
         self.hash = ngram_hash(engram, index)
         self.pad = engram.pad_token_id
         streams, width = config.hc_mult, config.hidden_size
-        self.token_map = buffer("token", config.vocab_size, dtype=jnp.int32)
+        self.token_map = derived("token", config.vocab_size, dtype=jnp.int32)
         self.embed = parameter("ngram entry", engram.num_embeddings[index], engram.head_dim)
         rows = len(self.hash.primes)
         self.wkv = parameter("width whole_width", rows * engram.head_dim, (streams + 1) * width)

@@ -18,7 +18,8 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.ops import linear, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
-from dsv4_convert.spec.v41.config import Candidates, LayerKind, V41Config
+from dsv4_convert.spec.v41.config import V41Config
+from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 
 
 class SharedIndexer(EntryScorer):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values, Where
-from dsv4_convert.spec.v4.kinds import AttentionKind
 
-COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.kind(layer) is not AttentionKind.SLIDING)
-CSA = Where("CSA layers", lambda config, layer: config.kind(layer) is AttentionKind.CSA)
+#: In the words of V4; the conditions hold in any architecture.
+COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer))
+POOLED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer) and config.ratio_of(layer) > 1)
+CSA = Where("CSA layers", lambda config, layer: config.indexes(layer))
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
+STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
 
 
-def _compressor(path: str, width: str, entry: str, where: Where) -> tuple[Tap, ...]:
+def _compressor(path: str, width: str, entry: str, where: Where, pooled: Where) -> tuple[Tap, ...]:
     entries = "compressed entries, rotated to the first position of their block"
     return (
         Tap(f"{path}.wkv", f"B S {width}", "values to pool", where, weights=(f"{path}.wkv",)),
-        Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", where,
+        Tap(f"{path}.wgate", f"B S {width}", "gate logits, before the position bias (ape)", pooled,
             weights=(f"{path}.wgate",)),
         Tap(f"{path}.pooled", f"B T {entry}", "gated sum of each block", where, weights=(f"{path}.ape",)),
         Tap(f"{path}.norm", f"B T {entry}", "pooled entries after their norm", where, weights=(f"{path}.norm",)),
@@ -42,7 +44,12 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    _own("embed", "B S D", "token embedding", BEFORE),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", STAGE),
+    _own("embed", "B S D", "token embedding; in a stage, of the token after", BEFORE),
+    _own("enorm", "B S D", "embedding after its norm", STAGE),
+    _own("hnorm", "B S N D", "streams after their norm", STAGE),
+    _own("e_proj", "B S D", "embedding's part of the stage's streams", STAGE),
+    _own("h_proj", "B S N D", "streams' part of the stage's streams", STAGE),
     Tap("input", "B S N D", "streams entering the layer"),
     *_hyper_connection("hc_attn"),
     _own("attn_norm", "B S D", "input of the attention"),
@@ -54,8 +61,8 @@ TAPS: tuple[Tap, ...] = (
     _own("attn.wkv", "B S C", "the shared key = value"),
     _own("attn.kv_norm", "B S C", "key = value after its norm"),
     Tap("attn.kv_rope", "B S C", "rotated key = value"),
-    *_compressor("attn.compressor", "W", "C", COMPRESSED),
-    *_compressor("attn.indexer.compressor", "2Ci", "Ci", CSA),
+    *_compressor("attn.compressor", "W", "C", COMPRESSED, POOLED),
+    *_compressor("attn.indexer.compressor", "2Ci", "Ci", CSA, CSA),
     Tap("attn.indexer.q_rope", "B S Hi Ci", "rotated indexer queries", CSA, weights=("attn.indexer.wq_b",)),
     _own("attn.indexer.weights_proj", "B S Hi", "weight of each indexer head, before scaling", CSA),
     Tap("attn.indexer.scores", "B S T", "index scores, before the causal mask", CSA),

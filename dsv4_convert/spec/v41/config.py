@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.show.units import ranges
 from dsv4_convert.spec.config import Config, Count, short
 from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
+from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 from dsv4_convert.spec.v41.names import FP8_TILE, NAMES
 from dsv4_convert.spec.v41.taps import STATE, TAPS
 
 #: Entries of ``compress_ratios``: window only, one entry for two tokens, one for each token.
 _RATIOS = (0, 1, 2)
-
-
-class Candidates(StrEnum):
-    """The part of a layer in the two levels of the indexer's choice."""
-
-    #: It chooses blocks of entries for itself and for the layers after it.
-    SOURCE = "source"
-    #: It chooses entries inside the blocks that the source chose.
-    USER = "user"
-
-
-class LayerKind(NamedTuple):
-    """All that decides the operations of a layer.
-
-    Attributes:
-        ratio: tokens per compressed entry; 0 for a layer that attends to its window only.
-        compresses: it makes the compressed keys and index keys that it and later layers attend to.
-        indexes: it chooses entries for itself and later layers.
-        candidates: its part in the choice of blocks; None without one.
-        engram: the number of its engram among those of the model; None without one.
-    """
-
-    ratio: int
-    compresses: bool
-    indexes: bool
-    candidates: Candidates | None
-    engram: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -375,6 +348,10 @@ def _parts_problems(config: V41Config) -> list[str]:
             problems.append(f"engram_pad_token_id: {engram.pad_token_id} is beyond vocab_size {config.vocab_size}")
     if (config.dspark is None) != (config.num_mtp_stages == 0):
         problems.append("num_nextn_predict_layers and the dspark fields contradict each other")
+    if config.num_experts_per_tok == 1:
+        problems.append(
+            "num_experts_per_tok: the published code leaves the weight of a single expert as it is, dsv4 not"
+        )
     if config.dspark_num_experts_per_tok > config.dspark_n_routed_experts:
         problems.append("dspark_num_experts_per_tok must not exceed dspark_n_routed_experts")
     if vision is not None and vision.hidden_size % vision.num_attention_heads:
