@@ -64,7 +64,9 @@ def generate(
     ] = "expanded",
     speculative: Annotated[
         bool,
-        typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes. Greedy only."),
+        typer.Option(
+            "--speculative", help="Draft tokens with the model's mtp or DSpark stages: fewer passes. Greedy only."
+        ),
     ] = False,
     platform: Platform = None,
     json: Json = None,
@@ -73,7 +75,8 @@ def generate(
 
     The prompt runs in chunks of 128 tokens, then generation runs token by token from the cache. Several prompts of any
     length run together. stdout gets the text, or token ids without a tokenizer; that of a single prompt as it comes.
-    With --speculative, a pass that confirms its draft yields two tokens.
+    With --speculative, a pass yields one token more than drafts that it confirms: two at most with an mtp stage, a block
+    of DSpark and one more in a dated release.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
@@ -158,7 +161,8 @@ def generate(
     }
     drafts = generator.drafts
     if speculative:
-        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
+        share = f" ({drafts.accepted / drafts.drafted:.0%})" if drafts.drafted else ""
+        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}{share}", err=True)
         outcome["drafts"] = dataclasses.asdict(drafts)
     write_json(outcome | ({} if texts is None else {"texts": texts}), json)
     for row, new in enumerate(found if stream is None else ()):
