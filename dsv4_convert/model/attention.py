@@ -21,10 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.model.axes import axis_index, shard_map
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.encoded import Encoded, product
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm
-from dsv4_convert.model.numerics import Numerics, round_then_f32
-from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter, round_then_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.spec.config import AttentionKind, Config
@@ -107,12 +108,14 @@ class Attention(nnx.Module):
         eps = config.rms_norm_eps
         table = frequencies(config, self.kind)
 
-        q_low_rank = taps("q_norm", rms_norm(taps("wq_a", numerics.linear(x, self.wq_a[...])), self.q_norm[...], eps))
-        q = numerics.linear(q_low_rank, self.wq_b[...])
+        q_low_rank = taps(
+            "q_norm", rms_norm(taps("wq_a", numerics.linear(x, self.wq_a.get_value())), self.q_norm[...], eps)
+        )
+        q = numerics.linear(q_low_rank, self.wq_b.get_value())
         q = taps("wq_b", q.reshape(batch, tokens, config.num_attention_heads, config.head_dim))
         q = taps("q", numerics.query(q, eps))
         q = taps("q_rope", rotate(q, positions, table))
-        kv = taps("kv_norm", rms_norm(taps("wkv", numerics.linear(x, self.wkv[...])), self.kv_norm[...], eps))
+        kv = taps("kv_norm", rms_norm(taps("wkv", numerics.linear(x, self.wkv.get_value())), self.kv_norm[...], eps))
         kv = taps("kv_rope", numerics.key(rotate(kv, positions, table), config.qk_rope_head_dim))
 
         before = jnp.zeros(batch, jnp.int32) if past is None else past.before
@@ -135,8 +138,8 @@ class Attention(nnx.Module):
         context = taps("context", _context(q, kv, earlier, past_entries, sink, window=window, numerics=numerics))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, config.o_groups, -1)
-        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
-        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a.get_value()))
+        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b.get_value()))
         if past is None:
             return output, None
         kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
@@ -326,6 +329,6 @@ def _weighted_sum(shares: Float[Array, "B S H X"], kv: Keys) -> Float[Array, "B 
     return functools.reduce(jnp.add, sums)
 
 
-def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:
+def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array | Encoded, "G I O"]) -> Float[Array, "B S G O"]:
     """Multiply every group of heads with its own matrix."""
-    return einsum_f32("bsgi,gio->bsgo", x, w.astype(x.dtype)).astype(x.dtype)
+    return product("bsgi,gio->bsgo", x, w, x.dtype).astype(x.dtype)

@@ -161,6 +161,6 @@ class MTPBlock(Block):
         eps = self.config.rms_norm_eps
         token = taps("enorm", rms_norm(embedded, self.enorm[...], eps))
         past = taps("hnorm", rms_norm(streams, self.hnorm[...], eps))
-        token = taps("e_proj", self.numerics.linear(token, self.e_proj[...]))
-        past = taps("h_proj", self.numerics.linear(past, self.h_proj[...]))
+        token = taps("e_proj", self.numerics.linear(token, self.e_proj.get_value()))
+        past = taps("h_proj", self.numerics.linear(past, self.h_proj.get_value()))
         return token[:, :, None] + past

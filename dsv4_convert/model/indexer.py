@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.model.axes import psum, shard_map
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
-from dsv4_convert.model.numerics import Numerics, round_then_f32
-from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter, round_then_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.spec.config import Config
@@ -63,7 +63,7 @@ class Indexer(nnx.Module):
         in that order. ``complete`` is the number of entries that each query may choose from.
         """
         keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
-        q = self.numerics.linear(q_low_rank, self.wq_b[...]).reshape(*x.shape[:2], self.heads, self.head_dim)
+        q = self.numerics.linear(q_low_rank, self.wq_b.get_value()).reshape(*x.shape[:2], self.heads, self.head_dim)
         q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
         weights = taps("weights_proj", linear(x, self.weights_proj[...]))
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import PathLike
-from dsv4_convert.formats import cast_plain
-from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
+from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.show.units import ranges
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
@@ -21,8 +20,6 @@ from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped
 
 _GROUPED = names.Transform.GROUPED
-#: Leaves of a quantised parameter in a store of storage ``source``.
-_PARTS = ("weight", "scale")
 
 
 class Weights:
@@ -124,7 +121,7 @@ class Weights:
             stored = self._store.read_region(path, part)
             return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
 
-        return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+        return assembled(region, rule, dtype, partial(self.matrix, path), plain)
 
     def _expert_numbers(self, path: str, stored: Array) -> Array:
         """A table of experts as int32, JAX's widest integer by default; numbers that are no experts are refused."""
@@ -151,8 +148,9 @@ class Weights:
             raise BadInput(f"{self._store.folder}: {path} is stored as {list(leaf.shape)}, expected {list(stored)}")
         return expected
 
-    def _matrix(self, path: str, rule: names.Rule, at: int | None) -> StoredMatrix:
-        """A matrix, or entry ``at`` of a stack of experts or groups."""
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
+        rule = names.rule_of(path)
         published = self._storage is Storage.SOURCE
         scaled = published and f"{path}.scale" in self._store.paths
         of_rows = published and rule.transform is _GROUPED
@@ -183,40 +181,6 @@ class Weights:
                 "published codes, convert the source again with --dtype source"
             )
 
-    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
-        """Codes, scales, block and packing of a quantised parameter, for
-        :class:`~dsv4_convert.model.encoded.Encoded`; None if the parameter is not quantised.
-
-        The orientation is the model's. Requires storage ``source`` (:meth:`check_codes`).
-        """
-        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
-
-        if f"{path}.scale" not in self._store.paths:
-            return None
-        rule = names.rule_of(path)
-        packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
-        if rule.per_expert:
-            experts = range(self.config.n_routed_experts)
-            pairs = [
-                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS)) for expert in experts
-            ]
-            codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
-            return codes, scales, FP4_BLOCK if packed else FP8_BLOCK, packed
-        codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
-        if rule.transform is not _GROUPED:
-            return *_transposed(codes, scales), FP4_BLOCK if packed else FP8_BLOCK, packed
-        groups = self.config.o_groups
-        block = grouped_block(len(codes) // groups)
-        # Groups narrower than a block each get a copy of its scale.
-        scales = scales[np.arange(0, len(codes), block[1]) // FP8_BLOCK[1]]
-        return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
-
-    def encoded_bytes(self, path: str) -> int | None:
-        """Bytes of a quantised parameter's codes and scales; None if it is not quantised."""
-        leaves = self._store.manifest.leaves
-        parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
-        return sum(part.layout.nbytes for part in parts) if parts else None
-
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else FLOAT32
         published = self._storage is Storage.SOURCE
@@ -228,14 +192,3 @@ class Weights:
         transpose = published and rule.transform is names.Transform.TRANSPOSE
         decoded = decode_weight(stored, scale, dtype=dtype, transpose=transpose)
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
-
-
-def _transposed(codes: Array, scales: Array) -> tuple[Array, Array]:
-    """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
-    codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
-    return codes, scales
-
-
-def _as_bytes(part: Array) -> Array:
-    """Codes and E8M0 scales as uint8; float32 scales unchanged."""
-    return part.view(np.uint8) if part.dtype.itemsize == 1 else part

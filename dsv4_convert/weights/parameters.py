@@ -50,6 +50,9 @@ class Parameters(Protocol):
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
 
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
+
     def damaged(self, path: str) -> bool:
         """Whether a parameter is known to differ from what was written."""
 
