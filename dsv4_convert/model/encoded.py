@@ -179,7 +179,8 @@ def product(
     *stack, inputs, outputs = w.shape
     rows = math.prod(x.shape[: x.ndim - len(stack) - 1])
     rounds = w.scales.dtype == jnp.float32 and np.dtype(dtype) != np.float32
-    if rows > FEW_ROWS or rounds or inputs % _TERMS or not jax.sharding.get_abstract_mesh().empty:
+    whole = not (inputs % w.block[0] or outputs % w.block[1])
+    if rows > FEW_ROWS or rounds or not whole or not jax.sharding.get_abstract_mesh().empty:
         return expanded(x, w)
 
     def from_codes(x: Array, w: Encoded) -> Array:
@@ -198,13 +199,16 @@ def _by_codes(x: Float[Array, "*stack I"], w: Encoded) -> Float[Array, "*stack O
     *stack, inputs, outputs = w.shape
     parts = inputs // _TERMS
     codes = w.codes.reshape(*stack, parts, -1, outputs)
-    rows = [codes[..., at, :] for at in range(codes.shape[-2])]
+    # XLA would decode once for all rows, and write that to memory, did the codes not seem to depend on the row.
+    unknown = (x.reshape(-1)[0] > jnp.inf).astype(jnp.uint8)
+    rows = [codes[..., at, :] ^ unknown for at in range(codes.shape[-2])]
     values = [value for row in rows for value in (_halves(row) if w.packed else (_e4m3_on_cpu(row),))]
     given = x.reshape(*stack, parts, _TERMS)
     terms = functools.reduce(jnp.add, [given[..., at, None] * value for at, value in enumerate(values)])
+    blocked = terms.reshape(*stack, inputs // w.block[0], -1, outputs // w.block[1], w.block[1])
     for factor in _factors(w.scales):
-        of_parts = jnp.repeat(factor, w.block[0] // _TERMS, axis=-2)[..., :parts, :]
-        terms = terms * jnp.repeat(of_parts, w.block[1], axis=-1)[..., :outputs]
+        blocked = blocked * factor[..., :, None, :, None]
+    terms = blocked.reshape(terms.shape)
     return einsum_f32("p,...po->...o", jnp.ones(parts, jnp.float32), terms)
 
 

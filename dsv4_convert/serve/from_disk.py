@@ -124,7 +124,7 @@ class ModelFromDisk:
         self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
         #: Called after every layer of a call, with the number of layers done and in all.
         self.on_layer: Callable[[int, int], None] = lambda done, total: None
-        self._calls, self._seconds, self._of_tokens = 0, 0.0, Requests()
+        self.reset_pace()
         self._experts = ExpertCache(self._read_expert, capacity=plan.cached_experts)
         # float32, in which the product is: converting the matrix for every token would take that memory each time.
         self._head = tuple(jnp.asarray(weights.read(path, self._weight_dtype), jnp.float32) for path in _HEAD)
@@ -136,6 +136,10 @@ class ModelFromDisk:
             )
             for layer in range(self.config.num_hidden_layers)
         ]
+
+    def reset_pace(self) -> None:
+        """Measure :attr:`pace` from here on."""
+        self._calls, self._seconds, self._of_tokens = 0, 0.0, Requests()
 
     @property
     def pace(self) -> Pace | None:
