@@ -85,7 +85,11 @@ def cases() -> Iterator[tuple[str, np.dtype[Any], Callable[[Array], object]]]:
             yield f"BF16 -> {name}", dtype, plain
     single = halves.astype(FLOAT32)
     eights = codes.view(ml_dtypes.float8_e4m3fn)
-    yield "account of rounding: FP8, F32 -> bfloat16", BFLOAT16, lambda _: rounding(eights, floats, dtype=BFLOAT16)
+    yield (
+        "account of rounding: FP8, F32 -> bfloat16",
+        BFLOAT16,
+        lambda _: rounding(eights, floats, block=(128, 128), dtype=BFLOAT16),
+    )
     yield "account of rounding: F32 -> bfloat16", BFLOAT16, lambda _: rounding(single, None, dtype=BFLOAT16)
     yield from torch_cases(codes, blocks)
 

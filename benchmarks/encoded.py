@@ -13,7 +13,6 @@ Run: python -m benchmarks.encoded [--width 1024] [--experts 64] [--tokens 128] [
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -29,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Cache, Model
+from dsv4_convert.model import Cache
+from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.encoded import Encoded, in_source_form
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
 
 _FORMS = ("encoded", "expanded")
@@ -62,8 +63,8 @@ def toy(width: int, experts: int, form: str) -> Config:
 def shapes(config: Config, dtype: Any, *, encoded: bool, scanned: bool = False) -> tuple[Any, Any]:
     """Graph and abstract weights, all that no release quantises in ``dtype``."""
 
-    def make() -> Model:
-        model = in_source_form(Model(config, scanned=scanned), config, dtype)
+    def make() -> Decoder:
+        model = in_source_form(model_of(config, scanned=scanned), config, dtype)
         if encoded:
             return model
         graph, state = nnx.split(model)
@@ -154,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = Config.from_hf(json.loads(options.config.read_text(encoding="utf-8")))
-    backbone = dataclasses.replace(config, num_mtp_stages=0)
+    backbone = config.without_stages()
     whole = {
         f"{form}{drafts}": weight_bytes(shapes(of, jnp.bfloat16, encoded=form == "encoded", scanned=True)[1])
         for drafts, of in (("", backbone), ("_with_mtp", config))

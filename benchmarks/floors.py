@@ -20,7 +20,7 @@ import numpy as np
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.noise import MODES, RMS, row_sizes
 from dsv4_convert.golden.rounding import unit_of
-from dsv4_convert.spec.taps import Values
+from dsv4_convert.spec.tap import Values
 from tests.parity.healthy import healthy
 
 

@@ -1,4 +1,4 @@
-"""Full-size V4-Flash and V4-Pro as sparse files: the plan of the whole, and the real conversion of one layer out of it.
+"""Full-size V4-Flash, V4-Pro and V4.1-Flash as sparse files: the plan of the whole, and one layer of it converted.
 
 Run: python -m benchmarks.full_size [--model DeepSeek-V4-Flash] [--layer 12] [--dtype bfloat16] [--work DIR]
 
@@ -22,14 +22,18 @@ from benchmarks.sparse import lay_out, tensors_of
 from dsv4_convert.spec.names import layer_of, stage_of
 
 DATA = Path("tests/data")
-#: Model -> number of its shards.
-SHARDS = {"DeepSeek-V4-Flash": 46, "DeepSeek-V4-Pro": 64}
+#: Model -> number of its shards, and its config.
+MODELS = {
+    "DeepSeek-V4-Flash": (46, "DeepSeek-V4-Flash"),
+    "DeepSeek-V4-Pro": (64, "DeepSeek-V4-Pro"),
+    "DeepSeek-V4.1-Flash": (48, "DeepSeek-V4.1-Flash.from_third_party_test"),
+}
 
 
 def main() -> None:
     """Lay out, plan, convert, verify; print a table and the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHARDS, default="DeepSeek-V4-Flash")
+    parser.add_argument("--model", choices=MODELS, default="DeepSeek-V4-Flash")
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--plan-only", action="store_true", help="neither fill nor convert")
@@ -43,14 +47,15 @@ def main() -> None:
     def filled(name: str) -> bool:
         return not options.plan_only and stage_of(name) is None and layer_of(name) in (None, options.layer)
 
-    config = DATA / "configs" / f"{options.model}.json"
-    lay_out(tensors, config, source, shards=SHARDS[options.model], filled=filled)
+    shards, config = MODELS[options.model]
+    lay_out(tensors, DATA / "configs" / f"{config}.json", source, shards=shards, filled=filled)
     convert = ("convert", "hf-to-orbax", source, out, "--dtype", options.dtype)
     # The whole does not fit this disk, which the plan would refuse after it is made: --json has it before.
     steps = [dsv4(*convert, "--dry-run", "--json", work / "plan.json")]
     if not options.plan_only:
         steps.append(dsv4(*convert, "--layers", options.layer))
         steps.append(dsv4("verify", out, "--against", source))
+    files = len(list(source.glob("*.safetensors")))
     figures = {
         "model": options.model,
         "tensors": len(tensors),
@@ -58,9 +63,7 @@ def main() -> None:
         "written_gb": gigabytes(out),
         "steps": steps,
     }
-    table = Table(
-        title=f"{options.model}: {len(tensors):,} tensors, {gigabytes(source)} GB in {SHARDS[options.model]} files"
-    )
+    table = Table(title=f"{options.model}: {len(tensors):,} tensors, {gigabytes(source)} GB in {files} files")
     for column in ("command", "seconds", "peak_gib", "exit_code"):
         table.add_column(column)
     for step in steps:

@@ -25,19 +25,21 @@ from rich.table import Table
 from benchmarks.measure import dsv4
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config, as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
 LENGTHS = (1024, 2048, 4096, 8192)
 
 
-def temporaries(config: Config, kind: AttentionKind, tokens: int) -> int:
+def temporaries(config: V4Config, kind: AttentionKind, tokens: int) -> int:
     """Bytes of temporaries in the compiled attention half of a layer for one prompt."""
     block = nnx.eval_shape(lambda: Block(config, kind, hashed=False, with_experts=False))
     graph, state = nnx.split(block)
 
     def attend(state: Any, streams: jax.Array, positions: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state).attend(streams, positions, Taps())[0]
+        return nnx.merge(graph, state).attend(streams, positions, positions, Taps())[0]
 
     streams = jax.eval_shape(lambda: jnp.zeros((1, tokens, config.hc_mult, config.hidden_size)))
     positions = jax.eval_shape(lambda: jnp.zeros((1, tokens), jnp.int32))
@@ -48,7 +50,7 @@ def temporaries(config: Config, kind: AttentionKind, tokens: int) -> int:
 
 def memory(console: Console) -> None:
     """The first part."""
-    config = Config.from_file(FLASH)
+    config = as_v4(Config.from_file(FLASH))
     table = Table(title="Temporaries of the attention half, V4-Flash's width, float32, MB", box=None)
     for column in ("layer", *(f"{length:,}" for length in LENGTHS), "last doubling", "scores at once, 8,192"):
         table.add_column(column, justify="right")

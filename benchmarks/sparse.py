@@ -38,7 +38,7 @@ def lay_out(
         tensors: dtype and shape by name, in the order of the files.
         config: config.json to copy.
         folder: the folder to create.
-        shards: number of files, of about equal size.
+        shards: number of files, of about equal size; fewer, where a tensor is larger than that.
         filled: whether a tensor, by name, gets plausible random content; the others read as zeros.
     """
     folder.mkdir(parents=True)
@@ -50,8 +50,9 @@ def lay_out(
         groups[min(shards - 1, position * shards // total)][name] = entry
         position += stored_nbytes(*entry)
     weight_map = {}
+    groups = [group for group in groups if group]  # a tensor may be larger than its share
     for number, group in enumerate(groups, 1):
-        shard = f"model-{number:05}-of-{shards:05}.safetensors"
+        shard = f"model-{number:05}-of-{len(groups):05}.safetensors"
         _write_shard(folder / shard, group, filled)
         weight_map.update(dict.fromkeys(group, shard))
     write_index(folder, weight_map, total)

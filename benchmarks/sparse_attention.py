@@ -36,6 +36,7 @@ from dsv4_convert.model.attention import Earlier, Entries
 from dsv4_convert.model.indexer import Indexer
 from dsv4_convert.model.numerics import PLAIN
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config, as_v4
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
 LENGTHS = (2048, 8192, 16384, 32768, 65536)
@@ -47,7 +48,7 @@ SMALL = tiny_config(index_topk=64, sliding_window=128, max_position_embeddings=1
 
 
 def from_cache(
-    config: Config, queries: int, entries: int, dtype: Any = jnp.float32
+    config: V4Config, queries: int, entries: int, dtype: Any = jnp.float32
 ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """Attention of some queries after a long prompt, and the shapes of its arguments."""
     heads, width, window = config.num_attention_heads, config.head_dim, config.sliding_window
@@ -98,7 +99,7 @@ def under(factor: float, run: Callable[[], Any]) -> Any:
 
 def factor(console: Console) -> None:
     """The first part."""
-    config = Config.from_file(FLASH)
+    config = as_v4(Config.from_file(FLASH))
     table = _table("Attention of 128 queries, V4-Flash's width, float32, seconds on this machine", "entries per chosen")
     for many in FACTORS:
         entries = many * config.index_topk
@@ -117,7 +118,7 @@ def cost(function: Callable[..., Any], shapes: Any, queries: int) -> tuple[float
 
 def analysis(console: Console) -> None:
     """The second part. Sixteen queries are one chunk, because the analysis counts a loop's body once."""
-    config, queries = Config.from_file(FLASH), 16
+    config, queries = as_v4(Config.from_file(FLASH)), 16
     table = Table(title="One query of a CSA layer, V4-Flash's width, XLA's cost analysis", box=None)
     for column in ("tokens", "MFLOP before", "after", "MB before", "after", "indexer MFLOP", "MB"):
         table.add_column(column, justify="right")
@@ -132,7 +133,7 @@ def analysis(console: Console) -> None:
     console.print(table)
 
 
-def _scoring(config: Config, queries: int, entries: int) -> tuple[Callable[..., Any], Any]:
+def _scoring(config: V4Config, queries: int, entries: int) -> tuple[Callable[..., Any], Any]:
     """The indexer's scores and choice for some queries, and the shapes of its arguments."""
     indexer = nnx.eval_shape(lambda: Indexer(config, PLAIN))
     heads, width = config.index_n_heads, config.index_head_dim
@@ -143,7 +144,7 @@ def _scoring(config: Config, queries: int, entries: int) -> tuple[Callable[..., 
 
 def small(console: Console) -> None:
     """The third part: all queries of a prompt, each with 64 chosen entries among those of the whole prompt."""
-    config = Config.from_hf(SMALL)
+    config = as_v4(Config.from_hf(SMALL))
     title = f"Attention over whole prompts, {config.num_attention_heads} heads of {config.head_dim}, 64 chosen, seconds"
     table = _table(title, "tokens")
     for length in LENGTHS:
@@ -155,7 +156,7 @@ def small(console: Console) -> None:
     console.print(table)
 
 
-def temporaries(config: Config, tokens: int, device: Any) -> int:
+def temporaries(config: V4Config, tokens: int, device: Any) -> int:
     """Bytes of temporaries of attention over a whole prompt, in the program for a device."""
     function, shapes = from_cache(config, tokens, tokens // config.csa_ratio, jnp.bfloat16)
     place = SingleDeviceSharding(device)
@@ -168,7 +169,7 @@ def temporaries(config: Config, tokens: int, device: Any) -> int:
 
 def compiled(console: Console) -> None:
     """The fourth part."""
-    config = Config.from_file(FLASH)
+    config = as_v4(Config.from_file(FLASH))
     device = Slice.parse("v5p-8").devices()[0]
     table = Table(title="Temporaries of a CSA layer's attention, V4-Flash's width, bfloat16, v5p, MB", box=None)
     for column in ("tokens", "before", "after"):

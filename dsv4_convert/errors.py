@@ -17,14 +17,15 @@ class Dsv4Error(Exception):
     """Base of every error that dsv4 raises on purpose. Exit code 3 unless a subclass says otherwise.
 
     A message quotes names and values that somebody else wrote, so it is escaped for a terminal, and a line that is
-    longer than anybody reads is cut. The URLs in it lose their secrets.
+    longer than anybody reads is cut. In a name, tabs and joiners are escaped too, since nobody would see them. The URLs
+    in it lose their secrets.
     """
 
     exit_code = 3
 
     def __init__(self, message: str) -> None:
         lines = without_secrets(message).split("\n")
-        super().__init__(for_terminal("\n".join(map(_cut, lines))))
+        super().__init__("\n".join(map(_visible, for_terminal("\n".join(map(_cut, lines))).split("\n"))))
 
 
 class CheckFailed(Dsv4Error):
@@ -56,6 +57,10 @@ BUGS = (AssertionError, AttributeError, MemoryError, NameError, TypeError)
 
 def _cut(line: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+
+
+def _visible(line: str) -> str:
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def listed(problems: Sequence[str], *, limit: int = 20) -> str:

@@ -35,7 +35,8 @@ from dsv4_convert.golden.layout import exact_rows, expected_taps, tap_shape
 from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, StoredTap
 from dsv4_convert.golden.noise import MODES, Mode, noise_name, row_sizes
 from dsv4_convert.golden.rounding import excessive_noise, malformed_noise, unit_of
-from dsv4_convert.show.units import number_of
+from dsv4_convert.show.notebook import table
+from dsv4_convert.show.units import number_of, ranges, size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -113,6 +114,19 @@ class Golden:
         self.names: tuple[str, ...] = tuple(self._keys)
         self._files = files
         self._tensors: dict[str, Mapping[str, TensorInfo]] = {}
+
+    def _repr_html_(self) -> str:
+        """What it is, for a notebook."""
+        request = self.manifest.request
+        facts = {
+            "reference": " ".join([request.reference.name, *map(" ".join, request.reference.versions.items())]),
+            "source": request.source.name,
+            "tokens": " x ".join(map(str, self.tokens.shape)),
+            "layers": ranges(self.layers),
+            "taps": f"{len(self.names):,}, {'whole' if self.compact is None else 'compact'}, {size(self.nbytes)}",
+            "noise": ", ".join(request.noise) or "none",
+        }
+        return table(f"Golden {self.path}", facts.items())
 
     @property
     def nbytes(self) -> int:

@@ -65,7 +65,7 @@ def plan(
 def _stored(request: RecordingRequest) -> list[StoredShape]:
     """Every array that is written."""
     arrays = request.arrays()
-    aliases = expected_aliases(request.layers, arrays)
+    aliases = expected_aliases(request.config, request.layers, arrays)
     return [array for name, array in arrays.items() if name not in aliases]
 
 
@@ -85,7 +85,7 @@ def _attention(config: Config, layer: int, tokens: int) -> int:
     The counts are fitted: at V4-Flash's width the plan says 1.29 and 1.84 GiB for 64 and 320 tokens, measured were 1.26
     and 1.82 GiB.
     """
-    ratio = config.ratio(config.attention[layer])
+    ratio = config.ratio_of(layer)
     entries = tokens // ratio if ratio else 0
     keys = tokens + entries
     scores = 3 * config.num_attention_heads * tokens * keys

@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import TapKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCoverage:
-    """One layer: the unchecked operations, in words, and how many routed experts the tokens reach."""
+    """One layer or stage: the unchecked operations, in words, and how many routed experts the tokens reach."""
 
     layer: int
     missed: tuple[str, ...]
@@ -26,9 +27,9 @@ class LayerCoverage:
 
 
 def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
-    """The coverage of one recorded layer."""
+    """The coverage of one recorded layer or stage."""
     config, tokens = golden.config, golden.tokens.shape[1]
-    chosen = golden.read(f"layers.{layer}.ffn.gate.experts")
+    chosen = golden.read(TapKey.of(config, layer, "ffn.gate.experts"))
     return LayerCoverage(
         layer=layer,
         missed=tuple(_missed(config, layer, tokens)),
@@ -39,17 +40,16 @@ def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
 
 def _missed(config: Config, layer: int, tokens: int) -> list[str]:
     """The operations of a layer that ``tokens`` tokens leave unchecked."""
-    kind = config.attention[layer]
     missed = []
     if tokens <= config.sliding_window:
         missed.append(f"the window of {config.sliding_window} tokens never drops one")
-    if kind is AttentionKind.SLIDING:
+    ratio = config.ratio_of(layer)
+    if not ratio:
         return missed
-    ratio = config.ratio(kind)
     entries = tokens // ratio
     if not entries:
         return [*missed, f"no block of {ratio} tokens is complete, so the compressor makes no entry"]
-    if kind is AttentionKind.HCA:
+    if not config.indexes(layer):
         return missed
     if entries < 2:
         missed.append(f"a single block of {ratio} tokens is complete, so none overlaps with the one before")

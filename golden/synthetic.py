@@ -29,8 +29,12 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.files.strict_json import read_object
 from dsv4_convert.files.workspace import Workspace
 from dsv4_convert.files.writing import write_atomically, writing
+from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, check_layers, parameters
+from dsv4_convert.spec.names import Kind, Rule, Section, check_layers, parameters
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v41.config import EngramConfig, V41Config
+from dsv4_convert.spec.v41.ngrams import ngram_hash
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -38,7 +42,7 @@ Form = Literal["fp4", "fp8", "bf16"]
 Progress = Callable[[int, int, str], None]
 
 #: Every name in the folder of an unfinished checkpoint.
-_OWN = re.compile(r"config\.json|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors")
+_OWN = re.compile(r"config\.json|tokenizer\.json|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors")
 #: Numbers that are made at once; even, so that no raw word of the stream is cut in two.
 _SLAB = 1 << 22
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -114,6 +118,147 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def dspark_config(**changes: Any) -> dict[str, Any]:
+    """:func:`tiny_config` as a dated release has it: three stages draft blocks of five tokens."""
+    dated = {
+        "compress_ratios": [0, 4, 128, 4, 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 95,
+        "dspark_target_layer_ids": [1, 2, 3],
+        "dspark_markov_rank": 8,
+    }
+    return tiny_config(**{**dated, **changes})
+
+
+def tiny_v41_config(**changes: Any) -> dict[str, Any]:
+    """The raw ``config.json`` of a small DeepSeek-V4.1 with every kind of layer; ``changes`` are of its text model.
+
+    A window-only layer without and with an engram, then for both ratios a layer that makes keys and one that reads
+    them; the last layer chooses inside candidate blocks. Three stages draft, and there is a small vision encoder.
+    """
+    text = {
+        "model_type": "deepseek_v41_text",
+        **{name: value for name, value in tiny_config().items() if name in _SAME_IN_V41},
+        "hidden_size": 64,
+        "num_hidden_layers": 7,
+        "head_dim": 32,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "compress_ratios": [0, 0, 2, 2, 1, 1, 1, 0, 0, 0],
+        "kv_source_layer_ids": [2, 4],
+        "index_source_layer_ids": [2, 4, 6],
+        "index_head_dim": 32,
+        "candidate_source_layer_id": 4,
+        "candidate_topk_blocks": 4,
+        "candidate_block_size": 4,
+        "engram_layer_ids": [1, 4],
+        "engram_max_ngram_size": 4,
+        "engram_vocab_size": 40,
+        "engram_n_heads": 2,
+        "engram_head_dim": 64,
+        "engram_pad_token_id": 2,
+        "num_nextn_predict_layers": 3,
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 90,
+        "dspark_target_layer_ids": [4, 5, 6],
+        "dspark_markov_rank": 8,
+        "dspark_n_routed_experts": 4,
+        "dspark_num_experts_per_tok": 2,
+        **changes,
+    }
+    return {
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "model_type": "deepseek_v41",
+        "dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "image_token_id": text["vocab_size"] - 1,
+        "text_config": {**_tables(text), **text},
+        "vision_config": {
+            "model_type": "deepseek_v41_vision",
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "patch_size": 2,
+            "rope_theta": 10000,
+            "downsample_ratio": 3,
+            "max_image_tokens": 16,
+            "min_pixels": 64,
+            "max_wh_ratio": None,
+        },
+    }
+
+
+#: Fields of :func:`tiny_config` that a small V4.1 has with the same value.
+_SAME_IN_V41 = frozenset((
+    "vocab_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "qk_rope_head_dim",
+    "o_groups", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "sliding_window", "index_n_heads",
+    "index_topk", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "routed_scaling_factor", "swiglu_limit",
+    "rope_theta", "compress_rope_theta", "rope_scaling", "max_position_embeddings", "scoring_func", "topk_method",
+    "norm_topk_prob", "hidden_act", "attention_bias",
+))  # fmt: skip
+
+
+def _tables(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that follow from the tokenizer and from the search for primes: mapped ids, and rows of each table."""
+    layers = tuple(text["engram_layer_ids"])
+    mapped = len({_plain(word) for word in _words(text["vocab_size"])})
+    if not layers:
+        return {"engram_num_embeddings": [], "engram_compressed_vocab_size": mapped}
+    engram = EngramConfig(
+        layer_ids=layers,
+        published_layer_ids=layers,
+        tables=tuple(range(len(layers))),
+        num_embeddings=(1,) * len(layers),
+        compressed_vocab_size=mapped,
+        **{
+            name: text[f"engram_{name}"]
+            for name in ("max_ngram_size", "vocab_size", "n_heads", "head_dim", "pad_token_id")
+        },
+    )
+    rows = [sum(ngram_hash(engram, table).primes) for table in engram.tables]
+    return {"engram_num_embeddings": rows, "engram_compressed_vocab_size": mapped}
+
+
+def tokenizer(tokens: int) -> dict[str, Any]:
+    """The ``tokenizer.json`` of ``tokens`` words, of which some differ by case or accent only."""
+    words = _words(tokens)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {word: token for token, word in enumerate(words)}, "unk_token": "<s>"},
+    }
+
+
+def _words(tokens: int) -> list[str]:
+    """Three special tokens, then every word in small letters, in capitals, and with an accent."""
+    words = ["<s>", "</s>", "<pad>"]
+    number = 0
+    while len(words) < tokens:
+        word, rest = "e", number
+        while rest:
+            word, rest = word + chr(ord("a") + rest % 26), rest // 26
+        words += [word, word.upper(), f"é{word[1:]}"]
+        number += 1
+    return words[:tokens]
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("é", "e")
+
+
+#: The model that ``--model`` names -> the raw config of a small one.
+MODELS: Mapping[str, Callable[[], dict[str, Any]]] = {"v4": tiny_config, "v4.1": tiny_v41_config}
+
+
 def random_architecture(seed: int) -> dict[str, Any]:
     """The raw ``config.json`` of a random small model; every field that has a choice is drawn."""
     draw = Random(seed)
@@ -153,6 +298,57 @@ def random_architecture(seed: int) -> dict[str, Any]:
     )
 
 
+def random_v41_architecture(seed: int) -> dict[str, Any]:
+    """The raw ``config.json`` of a small DeepSeek-V4.1 with other widths, another order of layers and other counts.
+
+    It has as many indexer heads as no small model needs: with few of them, exact zeros tie, and a tie is broken
+    differently by every implementation.
+    """
+    draw = Random(seed)
+    heads, experts = draw.choice((2, 4, 6)), draw.randint(3, 9)
+    ratios, sources, choosers = [0] * draw.randint(0, 2), [], []
+    for ratio in draw.choice(([2, 1], [2, 2, 1], [1], [2], [1, 2, 1])):
+        sources.append(len(ratios))
+        choosers.append(len(ratios))
+        ratios.append(ratio)
+        for _ in range(draw.randint(1, 3)):
+            choosers += [len(ratios)] if draw.random() < 0.5 else []
+            ratios.append(ratio)
+    size, topk = draw.choice((1, 3, 4)), draw.randint(2, 9)
+    return tiny_v41_config(
+        vocab_size=draw.choice((31, 64, 101)),
+        hidden_size=draw.choice((32, 64, 96)),
+        moe_intermediate_size=draw.choice((32, 64)),
+        num_hidden_layers=len(ratios),
+        num_attention_heads=heads,
+        head_dim=draw.choice((16, 32, 64)),
+        qk_rope_head_dim=draw.choice((2, 4, 8)),
+        q_lora_rank=draw.choice((8, 24, 40)),
+        o_groups=draw.choice([groups for groups in (1, 2) if heads % groups == 0]),
+        o_lora_rank=draw.choice((8, 20)),
+        n_routed_experts=experts,
+        num_experts_per_tok=draw.randint(2, min(4, experts)),
+        sliding_window=draw.choice((3, 6, 17)),
+        compress_ratios=[*ratios, 0],
+        kv_source_layer_ids=sources,
+        index_source_layer_ids=choosers,
+        index_n_heads=64,
+        index_head_dim=draw.choice((8, 16)),
+        index_topk=topk,
+        candidate_source_layer_id=draw.choice((-1, sources[-1], sources[-1])),
+        candidate_topk_blocks=-(-topk // size) + draw.randint(1, 3),
+        candidate_block_size=size,
+        engram_layer_ids=sorted(draw.sample(range(len(ratios)), draw.randint(1, 2))),
+        engram_max_ngram_size=draw.randint(2, 4),
+        engram_vocab_size=draw.choice((50, 1000)),
+        engram_n_heads=draw.randint(1, 4),
+        engram_head_dim=draw.choice((32, 64)),
+        num_nextn_predict_layers=1,
+        dspark_target_layer_ids=[len(ratios) - 1],
+        dspark_noise_token_id=5,
+    )
+
+
 def _published_yarn() -> dict[str, Any]:
     return {**tiny_config()["rope_scaling"], "original_max_position_embeddings": 65536}
 
@@ -161,19 +357,22 @@ def make_checkpoint(
     dest: Path,
     *,
     config: Path | None = None,
+    model: str = "v4",
     form: str = "fp4",
     layers: Iterable[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> int:
-    """:func:`write_checkpoint` for a config file, or the demo's.
+    """:func:`write_checkpoint` for a config file, or for the small one of :data:`MODELS`.
 
     Raises:
         BadInput: the config file is missing, no JSON, or not one that dsv4 knows.
-        UsageError: an unknown form; or as :func:`write_checkpoint`.
+        UsageError: an unknown model or form; or as :func:`write_checkpoint`.
         ResourceError: as :func:`write_checkpoint`.
     """
-    raw = tiny_config() if config is None else read_object(config)
+    if model not in MODELS:
+        raise UsageError(f"--model {model}: expected {' or '.join(MODELS)}")
+    raw = MODELS[model]() if config is None else read_object(config)
     if form not in ("fp4", "fp8", "bf16"):
         raise UsageError(f"--form {form}: expected fp4, fp8 or bf16")
     return write_checkpoint(dest, raw, seed=seed, form=form, layers=layers, progress=progress)  # type: ignore[arg-type]
@@ -189,7 +388,7 @@ def write_checkpoint(
     mtp: bool = True,
     progress: Progress | None = None,
 ) -> int:
-    """Write a checkpoint of random weights; returns the bytes of its tensors.
+    """Write a checkpoint of random weights; returns the bytes of its tensors. One of V4.1 has a tokenizer too.
 
     Args:
         dest: folder to create; must not exist.
@@ -198,7 +397,7 @@ def write_checkpoint(
         form: ``fp4``: FP8 linears and FP4 experts with E8M0 scales, as released. ``fp8``: all FP8 with float32 scales
             that are no powers of two, as the Base releases. ``bf16``: unquantised.
         layers: write only the shards of these layers and of the model level, with an index that lists only these.
-        mtp: also write the stages after the backbone.
+        mtp: also write the stages after the backbone, and the vision encoder.
         progress: called after every shard.
 
     Raises:
@@ -214,7 +413,7 @@ def write_checkpoint(
             "fmt": "e4m3",
             "quant_method": "fp8",
             "scale_fmt": "ue8m0",
-            "weight_block_size": list(FP8_TILE),
+            "weight_block_size": list(BY_MODEL_TYPE.get(raw["model_type"], V4Config).fp8_tile),
         }
         raw["expert_dtype"] = form
     else:
@@ -236,8 +435,12 @@ def write_checkpoint(
             if progress is not None:
                 progress(done, total, file)
         write_index(stage, weight_map, total)
-        write_atomically(stage / "config.json", f"{json.dumps(raw, indent=2)}\n".encode())
-        names = {"config.json", INDEX_NAME, *weight_map.values()}
+        beside = {"config.json": raw}
+        if isinstance(config, V41Config):
+            beside["tokenizer.json"] = tokenizer(config.vocab_size)
+        for name, document in beside.items():
+            write_atomically(stage / name, f"{json.dumps(document, indent=2)}\n".encode())
+        names = {*beside, INDEX_NAME, *weight_map.values()}
         with writing(stage):
             for entry in stage.iterdir():  # of an interrupted run with other arguments
                 if entry.name not in names:
@@ -249,30 +452,34 @@ def write_checkpoint(
 def _shards(
     config: Config, layers: tuple[int, ...], form: Form, seed: int, *, mtp: bool
 ) -> Iterator[Iterator[tuple[TensorEntry, int]]]:
-    """As published: the embedding, one shard per layer, the head, one shard per stage after the backbone."""
+    """As published: the embedding, one shard per layer, the head, one shard per stage, the vision encoder."""
     by_shard: dict[int | str | None, list[tuple[Rule, int | None]]] = {}
     for path, rule, layer in parameters(config) if mtp else parameters(config, layers):
-        by_shard.setdefault(path if path == "embed" else layer, []).append((rule, layer))
+        key = rule.section if rule.section is Section.VISION else path if path == "embed" else layer
+        by_shard.setdefault(key, []).append((rule, layer))
 
     def entries(rows: list[tuple[Rule, int | None]]) -> Iterator[tuple[TensorEntry, int]]:
         for rule, layer in rows:
-            for expert in range(config.n_routed_experts) if rule.per_expert else (None,):
+            for expert in range(config.experts_of(layer)) if rule.per_expert else (None,):
                 name = rule.published.format(*rule.numbers(config, layer, expert))
-                yield from _tensors(name, rule.kind, rule.source_shape(config, layer), config, form, seed)
+                yield from _tensors(name, rule, rule.source_shape(config, layer), config, form, seed)
 
-    for key in ("embed", *layers, None, *(config.stage_layers if mtp else ())):
-        yield entries(by_shard[key])
+    for key in ("embed", *layers, None, *(config.stage_layers if mtp else ()), Section.VISION):
+        if key in by_shard:
+            yield entries(by_shard[key])
 
 
 def _tensors(
-    name: str, kind: Kind, shape: tuple[int, ...], config: Config, form: Form, seed: int
+    name: str, rule: Rule, shape: tuple[int, ...], config: Config, form: Form, seed: int
 ) -> Iterator[tuple[TensorEntry, int]]:
     """One parameter as the checkpoint holds it: a tensor, or codes and scales; with the bytes of each."""
 
     def entry(name: str, dtype: str, shape: tuple[int, ...], itemsize: int, make: Callable[[], Array]) -> Any:
         return TensorEntry(name, dtype, shape, lambda: make().tobytes()), math.prod(shape) * itemsize
 
-    stream = partial(_Stream, seed)
+    stream, kind = partial(_Stream, seed), rule.kind
+    # Rows of a table are looked up; those of a matrix are multiplied with, so that their length adds up.
+    length = 1 if rule.path.endswith("embed") else shape[-1]
     if kind is Kind.INTEGER:
         yield entry(name, "I64", shape, 8, lambda: stream(name).table(shape, config.n_routed_experts))
     elif kind is Kind.FLOAT32:
@@ -280,15 +487,14 @@ def _tensors(
     elif kind is Kind.NORM:
         yield entry(name, "BF16", shape, 2, lambda: (1 + 0.3 * stream(name).bell(shape)).astype(_BFLOAT16))
     elif kind is Kind.PLAIN or form == "bf16":
-        spread = 1.0 if name.startswith("embed") else 1 / math.sqrt(shape[-1])
-        slabs = partial(_bell_slabs, seed, name, math.prod(shape), np.float32(spread))
+        slabs = partial(_bell_slabs, seed, name, math.prod(shape), np.float32(1 / math.sqrt(length)))
         yield TensorEntry(name, "BF16", shape, slabs), 2 * math.prod(shape)
     else:
         scale_name = name.removesuffix(".weight") + ".scale"
         packed = kind is Kind.EXPERT and form == "fp4"
-        tile, rms = (FP4_GROUP, _FP4_RMS) if packed else (FP8_TILE, _FP8_RMS)
+        tile, rms = rule.block(packed=packed), _FP4_RMS if packed else _FP8_RMS
         tiles = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
-        exponent = round(math.log2(1 / (rms * math.sqrt(shape[1]))))
+        exponent = round(math.log2(1 / (rms * math.sqrt(length))))
         if packed:
             halved = (shape[0], -(-shape[1] // 2))
             yield entry(name, "I8", halved, 1, lambda: stream(name).raw(halved))
@@ -314,7 +520,7 @@ def _float32(stream: _Stream, name: str, shape: tuple[int, ...]) -> Array:
         return (0.5 + stream.unit(shape)).astype(np.float32)
     if last.endswith("_fn"):
         return (stream.bell(shape) * np.float32(1 / math.sqrt(shape[-1]))).astype(np.float32)
-    spread = {"attn_sink": 1.0, "ape": 0.5, "bias": 0.1}.get(last, 0.5)
+    spread = {"attn_sink": 1.0, "ape": 0.5, "bias": 0.1, "bias_vl": 0.1}.get(last, 0.5)
     return (stream.bell(shape) * np.float32(spread)).astype(np.float32)
 
 

@@ -48,8 +48,8 @@ def differing_weights(
     """
     dtype = _BFLOAT16 if weights.metadata["storage"] == "bfloat16" else _FLOAT32
     for path in paths:
-        rule = names.rule_of(path)
-        experts = range(source.config.n_routed_experts) if rule.per_expert else (None,)
+        rule, layer = names.located(source.config, path)
+        experts = range(source.config.experts_of(layer)) if rule.per_expert else (None,)
         for expert in experts:
             ours, theirs = (_published(_read(side, path, expert, dtype), rule) for side in (weights, source))
             if _equal(ours, theirs):
@@ -101,7 +101,7 @@ def _elsewhere(
             if other != expert and _equal(ours, _published(source.read_expert(path, other, dtype), rule)):
                 return f"it holds expert {other}, {source.tensor(path, other)}"
     for other_path in source.alike(path):
-        other_rule = names.rule_of(other_path)
+        other_rule = source.config.names.rule_of(other_path)
         if other_rule.per_expert == rule.per_expert:
             theirs = _published(_read(source, other_path, expert, dtype), other_rule)
             if _equal(ours, theirs):

@@ -92,4 +92,4 @@ def _per_row(key: TapKey, config: Config) -> int:
     """The tokens that a row of axis 1 stands for: 1, or those of a compressed block."""
     if key.layer is None or key.tap.shape.split()[1] == "S":
         return 1
-    return config.ratio(config.attention[key.layer])
+    return config.ratio_of(key.layer)

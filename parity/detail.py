@@ -99,6 +99,15 @@ class Sample:
         return int(self.counts.sum()) + self.exact + self.infinite
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetailPart:
+    """The part of :class:`Detail` that a step of a run fills."""
+
+    tokens: tuple[tuple[Mode, int | None, TokenErrors], ...]
+    samples: tuple[Sample, ...]
+    positions: tuple[tuple[Mode, tuple[Position, ...]], ...]
+
+
 class Detail:
     """Filled by :class:`dsv4_convert.parity.run.ParityRun` as it goes.
 
@@ -133,6 +142,20 @@ class Detail:
         (part,) = (part for part in parts if part.form is failing)
         self.samples.append(_sample(key, mode, part, errors))
 
+    def part(self, layer: int | None, samples: int) -> DetailPart:
+        """What there is of a layer; of the samples those after the first ``samples``."""
+        return DetailPart(
+            tokens=tuple((mode, of, errors) for (mode, of), errors in self.tokens.items() if of == layer),
+            samples=tuple(self.samples[samples:]),
+            positions=tuple((mode, tuple(positions)) for mode, positions in self.positions.items()),
+        )
+
+    def add_part(self, part: DetailPart) -> None:
+        """Add a part of another run of the same comparison."""
+        self.tokens |= {(mode, layer): errors for mode, layer, errors in part.tokens}
+        self.samples += part.samples
+        self.positions |= dict(part.positions)
+
     def _by_token(self, key: TapKey, parts: Sequence[ComparedPart]) -> Array:
         """The largest error of each token, of whichever part has it."""
         errors, ratio = self._nothing(), 1
@@ -140,7 +163,7 @@ class Detail:
             return errors
         if key.tap.shape.split()[1] == "T":
             assert key.layer is not None
-            ratio = self.prompt.config.ratio(self.prompt.config.attention[key.layer])
+            ratio = self.prompt.config.ratio_of(key.layer)
         for part in parts:
             multiples = _largest(part)
             kept = np.arange(multiples.shape[1]) if part.rows is None else np.asarray(part.rows, np.int64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,10 +17,11 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
+from dsv4_convert.golden.layout import STREAMS, entering, is_fed, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
-from dsv4_convert.model import PLAIN, Numerics
+from dsv4_convert.model import PLAIN
+from dsv4_convert.model.architectures import release_numerics
 from dsv4_convert.model.mesh import parse_mesh
 from dsv4_convert.parity.baseline import check_writable, open_baseline
 from dsv4_convert.parity.blame import differing_weights
@@ -28,16 +29,18 @@ from dsv4_convert.parity.comparison import Comparison, Phase
 from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
+from dsv4_convert.parity.finished import Findings, FinishedSteps
 from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
-from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult
+from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult, plain
 from dsv4_convert.parity.tolerances import LIMITS, UNIT
 from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.show.units import ranges
+from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey, select, tap_named
@@ -63,8 +66,8 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all that golden and checkpoint both hold, and the model level: embedding,
-            head, logits.
+        layers: layers to compare; None for all that golden and checkpoint both hold, their mtp stages, and the model
+            level: embedding, head, logits. The numbers of stages follow those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
             inputs of layers.
@@ -79,6 +82,8 @@ class ParityOptions:
         programs: the programs to prove, in :data:`~dsv4_convert.parity.programs.Program`'s order; None for both, where
             memory allows the compiled layers.
         model: how the compiled layers run.
+        state: where finished layers are kept, so that a run with the same arguments goes on after an interruption.
+            For one process.
         detail: whether the report gets the numbers that figures need, in ``ParityReport.detail``. This takes time, and
             memory for a few numbers per token and layer.
 
@@ -96,6 +101,7 @@ class ParityOptions:
     precision: Precision = "highest"
     mesh: str | None = None
     require_coverage: bool = False
+    state: FinishedSteps | None = None
     detail: bool = False
     programs: Sequence[Program] | None = None
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -130,8 +136,9 @@ def run_parity(
         progress: called before each step.
 
     Raises:
-        UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a
-            mode that a compact golden does not allow, or a baseline to be updated with another precision than highest.
+        UsageError: a layer or tap that neither side has, a dtype whose noise floor the golden does not carry, a mode
+            that a compact golden does not allow, a baseline to be updated with another precision than highest, or
+            finished layers of a run with other settings.
         BadInput: a damaged file, a golden of another architecture, or a baseline of another golden.
         ResourceError: the golden is remote and cannot be reached, another process is gone, or the baseline cannot be
             written.
@@ -140,17 +147,21 @@ def run_parity(
         >>> run_parity("orbax", "golden/data/tiny", ParityOptions(layers=[0])).passed
         True
     """
+    if options.state is not None and processes.count > 1:
+        raise UsageError("--state keeps the layers of one process, and several share this run; leave it out")
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
-    layers = None if options.layers is None else check_layers(recorded.config, options.layers)
-    # A published checkpoint is opened as far as it is needed.
-    opened = layers or (recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None)
+    layers = None if options.layers is None else check_layers(recorded.config, options.layers, stages=True)
+    # A published checkpoint is opened as far as it is needed, and all of it for stages.
+    config, wanted = recorded.config, layers or recorded.layers
+    all_of_them = len(wanted) == config.num_hidden_layers or bool(set(wanted) & set(config.stage_layers))
+    opened = None if all_of_them else wanted
     with ExitStack() as held:
 
         def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
             return PublishedWeights(held.enter_context(open_source(where, layers=wanted)), layers=wanted)
 
-        weights: Parameters
+        weights: Weights | PublishedWeights
         if checkpoint is not None and source is None:
             weights = Weights.open(checkpoint)
         elif source is not None and checkpoint is None:
@@ -161,17 +172,23 @@ def run_parity(
         _check_architecture(weights.config, recorded)
         if baseline is not None:
             _check_baseline(baseline, recorded, options, write=processes.first)
+        other = None if against is None else published(against, opened)
         prepare = partial(
             ParityRun,
             weights,
             recorded,
             options,
-            against=None if against is None else published(against, opened),
+            against=other,
             devices=Devices.all(weights.config, processes, mesh),
             progress=progress,
             name=str(checkpoint or source),
         )
-        report = _run(prepare, options)
+        sides = {
+            "golden": recorded.manifest.digest,
+            "checkpoint": {"path": without_secrets(str(checkpoint or source)), **weights.identity},
+            "against": None if other is None else other.identity,
+        }
+        report = _run(prepare, options, sides)
     if baseline is None:
         return report
     with processes.step("baseline"):
@@ -179,8 +196,8 @@ def run_parity(
         return gated(report, recorded, baseline, partial=some, write=processes.first)
 
 
-def _run(prepare: Callable[..., ParityRun], options: ParityOptions) -> ParityReport:
-    """The report of every program; both are prepared before the first one runs."""
+def _run(prepare: Callable[..., ParityRun], options: ParityOptions, sides: Mapping[str, Any]) -> ParityReport:
+    """The report of every program; both are prepared before the first one runs. ``sides`` are JSON."""
     programs = tuple(Program) if options.programs is None else options.programs
     streamed = prepare() if Program.STREAMED in programs else None
     compiled, unproven = None, None
@@ -191,6 +208,10 @@ def _run(prepare: Callable[..., ParityRun], options: ParityOptions) -> ParityRep
             if options.programs is not None:
                 raise
             unproven = str(error)
+    if options.state is not None:
+        runs = [run for run in (streamed, compiled) if run is not None]
+        programs_now = {run.program: plain(run.model) for run in runs}
+        options.state.begin({**sides, **runs[0].settings(), "programs": programs_now})
     if streamed is None:
         assert compiled is not None
         return compiled.run()
@@ -202,6 +223,9 @@ class ParityRun:
     """Runs the model layer by layer and compares every wanted tap with a golden.
 
     Everything that can be refused is refused when it is made; :meth:`run` then computes.
+
+    Attributes:
+        model: how the compiled layers run; None for the streamed ones.
     """
 
     def __init__(
@@ -243,15 +267,15 @@ class ParityRun:
             and not self._teacher_forced
             and Mode.ISOLATED in self._modes
         )
-        self._numerics = Numerics.of_release(golden.config) if self._teacher_forced else PLAIN
+        self._numerics = release_numerics(golden.config) if self._teacher_forced else PLAIN
         self._comparison = Comparison(golden, self._dtype, options.phase)
         #: The layers that each mode has to run.
         self._needed = {mode: self._layers_of(mode) for mode in self._modes}
         self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))
         weights.check_layers(self._running)
-        self._model = model if model is None else self._planned(model)
+        self.model = model if model is None else self._planned(model)
         self._check_something_is_compared()
-        make = Forward if self._model is None else partial(CompiledForward, model=self._model)
+        make = Forward if self.model is None else partial(CompiledForward, model=self.model)
         self._forward = make(
             weights,
             golden.tokens,
@@ -267,6 +291,20 @@ class ParityRun:
         self._localizations: list[Localization] = []
         self._error_splits: list[ErrorSplit] = []
         self._logits: LogitsComparison | None = None
+
+    @property
+    def program(self) -> str:
+        """The name of the program that runs."""
+        return (Program.STREAMED if self.model is None else Program.MODEL).value
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the report besides the two sides and the programs, as JSON: options, and what computes."""
+        options = {
+            field.name: plain(getattr(self._options, field.name))
+            for field in dataclasses.fields(self._options)
+            if field.name not in ("state", "model", "programs")
+        }
+        return options | _platform(self._dtype, self._options.precision) | self._devices.describe()
 
     def run(self) -> ParityReport:
         """Compare everything. Raises :class:`BadInput` if golden or weights are damaged."""
@@ -296,7 +334,7 @@ class ParityRun:
             other_weights=other_weights,
             platform=_platform(self._dtype, options.precision) | self._devices.describe(),
             detail=self._detail,
-            program=streamed_facts(self._running) if self._model is None else self._model.facts(self._running),
+            program=streamed_facts(self._running) if self.model is None else self.model.facts(self._running),
         )
 
     def _layers_left_out(self) -> tuple[int, ...]:
@@ -337,22 +375,68 @@ class ParityRun:
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
             return tuple(layer for layer in self._layers if layer in self._wanted_layers)
-        last = self._golden.config.num_hidden_layers - 1 if self._wants_head else max(self._layers)
-        return tuple(range(last + 1))
+        wanted = [layer for layer in self._layers if layer in self._wanted_layers]
+        ahead = [self._golden.config.num_hidden_layers - 1] * self._wants_head
+        return tuple(range(max([*wanted, *ahead], default=-1) + 1))
 
     def _run_all(self) -> None:
-        if Mode.CUMULATIVE in self._needed or None in self._wanted_layers:
-            self._run_embedding()
-        total = len(self._running) + self._wants_head
-        for done, layer in enumerate(self._running):
-            self._progress(done, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
-            self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
-        if self._wants_head:
-            self._progress(total - 1, total, "head")
-            self._run_head()
+        """The embedding, and then the layers, the head, and the stages."""
+        config = self._golden.config
+        embeds = Mode.CUMULATIVE in self._needed or None in self._wanted_layers
+        finished = self._take_up()
+        if embeds and not finished:
+            self._progress(0, 0, "embedding")
+            with self._kept(0, None):
+                self._run_embedding()
+        steps = [step for step in parts(config, self._running) if step is not None or self._wants_head]
+        for number, layer in enumerate(steps):
+            if number + embeds < finished:
+                continue
+            of = "" if layer in config.stage_layers else f" of {config.num_hidden_layers}"
+            where = "head" if layer is None else f"{TapKey.of(config, layer, STREAMS).where}{of}"
+            self._progress(number, len(steps), where)
+            with self._kept(number + embeds, layer):
+                if layer is None:
+                    self._run_head()
+                else:
+                    self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
+
+    def _take_up(self) -> int:
+        """Add what an earlier run has found; the number of steps that it finished: embedding, layers, head."""
+        state = self._options.state
+        if state is None:
+            return 0
+        finished, self._streams = state.last(self.program)
+        for step in range(finished):
+            found = state.read(self.program, step)
+            for result in found.taps:
+                self._results[result.mode].append(result)
+            self._localizations += found.localizations
+            self._error_splits += found.error_splits
+            self._logits = found.logits
+            if self._detail is not None and found.detail is not None:
+                self._detail.add_part(found.detail)
+        return finished
+
+    @contextmanager
+    def _kept(self, step: int, layer: int | None) -> Iterator[None]:
+        """Keep what a step finds that the block runs."""
+        taps = {mode: len(results) for mode, results in self._results.items()}
+        localizations, splits = len(self._localizations), len(self._error_splits)
+        samples = 0 if self._detail is None else len(self._detail.samples)
+        yield
+        if self._options.state is None:
+            return
+        found = Findings(
+            taps=tuple(result for mode, count in taps.items() for result in self._results[mode][count:]),
+            localizations=tuple(self._localizations[localizations:]),
+            error_splits=tuple(self._error_splits[splits:]),
+            logits=self._logits,
+            detail=None if self._detail is None else self._detail.part(layer, samples),
+        )
+        self._options.state.write(self.program, step, found, self._streams)
 
     def _run_embedding(self) -> None:
-        self._progress(0, 0, "embedding")
         activations, self._streams = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
@@ -368,7 +452,8 @@ class ParityRun:
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
         self._localize(layer, activations, modes[-1], failed=failed)
-        if len(leaving) == len(MODES) and not self._teacher_forced:
+        # A stage hands its streams to no layer.
+        if len(leaving) == len(MODES) and not self._teacher_forced and layer < self._golden.config.num_hidden_layers:
             self._error_splits.append(self._split(layer, leaving))
 
     def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
@@ -379,7 +464,7 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, self._golden.read(TapKey(layer, INPUT)), overrides)
+            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)), overrides)
         activations, streams = self._forward.layer(layer, self._streams, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
@@ -478,10 +563,10 @@ class ParityRun:
         )
 
 
-def _keys(golden: Golden, layers: Iterable[int], *, model_level: bool) -> list[TapKey]:
-    """Every tap of the chosen layers, in order of execution."""
-    outer = golden.taps(None) if model_level else ()
-    return [*outer[:1], *(key for layer in layers for key in golden.taps(layer)), *outer[1:]]
+def _keys(golden: Golden, layers: Sequence[int], *, model_level: bool) -> list[TapKey]:
+    """Every tap of the chosen layers and stages, in order of execution."""
+    chosen = {*layers, None} if model_level else {*layers}
+    return [key for key in golden.keys if key.layer in chosen]
 
 
 def _dtype(golden: Golden, dtype: str | None) -> str:
@@ -539,7 +624,7 @@ def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -
                 f"{ranges(weights.layers)}: none is in both; record, or convert, layers that the other has"
             )
         return both
-    layers = check_layers(golden.config, wanted)
+    layers = check_layers(golden.config, wanted, stages=True)
     if absent := sorted(set(layers) - set(golden.layers)):
         raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
     return layers
@@ -547,9 +632,10 @@ def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -
 
 def _check_architecture(ours: Config, golden: Golden) -> None:
     """Raise :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
-    storage = {"expert_dtype", "weight_block_size", "num_mtp_stages"}
+    storage = {"expert_dtype", "weight_block_size"}
+    backbones = ours.without_stages(), golden.config.without_stages()
     pairs = [
-        (field.name, getattr(ours, field.name), getattr(golden.config, field.name))
+        (field.name, *(getattr(each, field.name) for each in backbones))
         for field in dataclasses.fields(Config)
         if field.name not in storage
     ]

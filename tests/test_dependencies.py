@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dsv4_convert", "parity", "golden")
 
@@ -33,16 +35,17 @@ ALLOWED: dict[str, str] = {
     "doctor": "files checkpoint",
     "platforms": "",
     "golden": "files spec formats checkpoint weights",
-    "inspect": "files spec checkpoint store golden",
+    "inspection": "files spec checkpoint store golden",
     "parity": "files spec checkpoint store model weights golden",
-    "cli": "files spec checkpoint store weights serve convert aot doctor golden inspect parity package platforms",
-    "package": "spec model weights convert golden parity",
+    "cli": "files spec checkpoint store weights serve convert aot doctor golden inspection parity package platforms",
+    "package": "spec model weights convert golden parity checkpoint inspection serve",
     # pytest loads it wherever dsv4 is installed.
     "pytest_plugin": "parity",
 }
 
 #: Library -> the files that may import it at all.
 CONFINED: dict[str, str | tuple[str, ...]] = {
+    "blake3": "dsv4_convert/store/digests.py",
     "torch": "golden/references/",
     "transformers": "golden/references/",
     "orbax": "dsv4_convert/store/orbax_",
@@ -56,6 +59,8 @@ CONFINED: dict[str, str | tuple[str, ...]] = {
     "matplotlib": "parity/report/html/",
     "jinja2": ("parity/report/html/", "golden/chat.py"),
     "markupsafe": "parity/report/html/",
+    "pandas": "parity/report/frame.py",
+    "pyarrow": "parity/report/frame.py",
     "pytest": "dsv4_convert/pytest_plugin.py",
     # Only the name of an exception that Numba's own cache raises.
     "pickle": "dsv4_convert/formats/kernels.py",
@@ -141,12 +146,21 @@ HEAVY = {"jax", "flax", "torch", "transformers", "orbax", "numba", "numpy", "hug
 
 def test_neither_conversion_nor_parity_loads_torch() -> None:
     loaded = _loaded(
-        "import dsv4_convert.convert, dsv4_convert.weights.restore, dsv4_convert.store.orbax_commit\n"
+        "import dsv4_convert.convert, dsv4_convert.weights.restore\n"
         "import dsv4_convert.parity.run, dsv4_convert.parity.report.tables\n"
         "import dsv4_convert.golden.archive, dsv4_convert.golden.synthetic"
     )
-    assert {"jax", "flax", "orbax"} <= loaded
+    assert {"jax", "flax"} <= loaded
     assert not {"torch", "transformers", "matplotlib", "jinja2"} & loaded
+
+
+def test_copying_published_bytes_loads_neither_orbax_nor_numba(tmp_path: Path) -> None:
+    """Each of them takes longer to load than a gigabyte takes to convert."""
+    write_checkpoint(tmp_path / "hf", tiny_config())
+    paths = [str(tmp_path / "hf"), str(tmp_path / "orbax")]
+    loaded = _loaded(f"from dsv4_convert import Storage, hf_to_orbax; hf_to_orbax(*{paths}, storage=Storage.SOURCE)")
+    assert not (HEAVY - {"numpy"}) & loaded
+    assert (tmp_path / "orbax" / "_METADATA").exists()
 
 
 def test_help_loads_nothing_heavy() -> None:

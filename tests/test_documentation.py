@@ -30,8 +30,8 @@ import dsv4_convert
 from dsv4_convert import pytest_plugin
 from dsv4_convert.cli import app
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.names import RULES, STAGE_RULES
-from dsv4_convert.spec.taps import STATE, TAPS
+from dsv4_convert.spec.architectures import ARCHITECTURES
+from dsv4_convert.spec.v4.taps import STATE, TAPS
 
 from .checkpoint.hub_server import LoopbackHub
 from .documentation import LOOKED_AT, RUN, Block, Command, blocks, commands, inline_commands, leaves, parse, unlike
@@ -232,8 +232,9 @@ def test_tables_are_made_of_the_code_and_code_is_found() -> None:
     pages = {_id(page): hooks.filled(page.read_text(encoding="utf-8")) for page in PAGES if "docs" in page.parts}
     assert not [name for name, text in pages.items() if re.search(r"^<!-- (table|code)", text, re.MULTILINE)]
     names = pages["docs/reference/names.md"]
-    for rule in (*RULES, *STAGE_RULES):
-        assert f"| `{rule.path.removeprefix('layers.{}.').removeprefix('mtp.{}.')}` |" in names
+    for rule in (rule for known in ARCHITECTURES for rule in known.names.rules):
+        path = rule.path.removeprefix("layers.{}.").removeprefix("mtp.{}.").replace("{}", "N")
+        assert f"| `{path}` |" in names
     taps = pages["docs/reference/taps.md"]
     assert all(f"| `{tap.name}` |" in taps for tap in (*TAPS, *STATE))
     reference = pages["docs/reference/commands.md"]

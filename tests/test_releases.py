@@ -19,21 +19,15 @@ from dsv4_convert.spec.config import Config
 from .cli.test_commands import GOLDEN, dsv4
 
 DATA = Path(__file__).parent / "data"
-#: The fields that the dated releases of Pro have (published notes; the file itself is not among the data).
-DATED_PRO = {
-    "dspark_block_size": 5,
-    "dspark_noise_token_id": 128799,
-    "dspark_target_layer_ids": [58, 59, 60],
-    "dspark_markov_rank": 512,
-}
-#: Inventory, config, and what the config needs to be that of the release.
-RELEASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash", {}),
-    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash.initial-commit-20260424", {}),
-    ("DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash-Base", {}),
-    ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-0731", {}),
-    ("DeepSeek-V4-Pro", "DeepSeek-V4-Pro", {}),
-    ("DeepSeek-V4-Pro-0813", "DeepSeek-V4-Pro", DATED_PRO),
+#: Inventory and config.
+RELEASES = (
+    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash"),
+    ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash.initial-commit-20260424"),
+    ("DeepSeek-V4-Flash-Base", "DeepSeek-V4-Flash-Base"),
+    ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Flash-0731"),
+    ("DeepSeek-V4-Pro", "DeepSeek-V4-Pro"),
+    ("DeepSeek-V4-Pro-0813", "DeepSeek-V4-Pro-0813.from_public_notes"),
+    ("DeepSeek-V4.1-Flash", "DeepSeek-V4.1-Flash.from_third_party_test"),
 )
 
 
@@ -50,7 +44,7 @@ class Headers:
     absent: frozenset[str] = field(default_factory=frozenset)
 
 
-def _headers(inventory: str) -> tuple[Headers, dict[str, Any]]:
+def headers_of(inventory: str) -> tuple[Headers, dict[str, Any]]:
     document = json.loads((DATA / "inventory" / f"{inventory}.json").read_text())
     infos = {}
     for template, (dtype, shape) in document["tensors"].items():
@@ -63,19 +57,15 @@ def _headers(inventory: str) -> tuple[Headers, dict[str, Any]]:
     return Headers(infos), document["summary"]
 
 
-@pytest.mark.parametrize(("inventory", "config", "more"), RELEASES, ids=[f"{i}, {c}" for i, c, _ in RELEASES])
-def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str, more: dict[str, Any]) -> None:
-    """Every byte that its repository states is read, or belongs to DSpark's drafts."""
-    release, summary = _headers(inventory)
-    planned = plan(release, Config.from_hf({**_raw(config), **more}), Storage.SOURCE)
-    dropped = sum(release.tensors[name].nbytes for name in planned.dropped)
-    assert planned.tensors + len(planned.dropped) == summary["tensors"]
-    assert planned.bytes_read + dropped == summary["bytes"]
+@pytest.mark.parametrize(("inventory", "config"), RELEASES, ids=[f"{i}, {c}" for i, c in RELEASES])
+def test_a_release_is_planned_by_its_config_alone(inventory: str, config: str) -> None:
+    """Every byte that its repository states is read, and nothing is left out."""
+    release, summary = headers_of(inventory)
+    planned = plan(release, Config.from_hf(_raw(config)), Storage.SOURCE)
+    assert not planned.dropped
+    assert (planned.tensors, planned.bytes_read) == (summary["tensors"], summary["bytes"])
     assert planned.bytes_written == planned.bytes_read
-    dated = inventory.endswith(("0731", "0813"))
-    assert all(name.startswith("mtp.") for name in planned.dropped)
-    assert bool(planned.dropped) == dated
-    assert planned.config.num_mtp_stages == (not dated)
+    assert planned.config.num_mtp_stages == (3 if inventory.endswith(("0731", "0813", "V4.1-Flash")) else 1)
 
 
 def _shrunk(config: str) -> dict[str, Any]:
@@ -89,6 +79,8 @@ def _shrunk(config: str) -> dict[str, Any]:
     }  # fmt: skip
     layers = raw["num_hidden_layers"]
     small["compress_ratios"] = [*raw["compress_ratios"][:5], *raw["compress_ratios"][layers:]]
+    if "dspark_block_size" in raw:
+        small |= {"dspark_noise_token_id": 95, "dspark_target_layer_ids": [2, 3, 4], "dspark_markov_rank": 16}
     assert small.keys() <= raw.keys()
     return {**raw, **small}
 
@@ -105,17 +97,6 @@ def _add(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> No
     write_index(folder, weight_map, index["metadata"]["total_size"])
 
 
-def _dspark() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The drafts' names and dtypes in V4-Flash-0731, with two experts, of a size that does not matter."""
-    tensors = json.loads((DATA / "inventory" / "DeepSeek-V4-Flash-0731.json").read_text())["tensors"]
-    return {
-        name.replace("{e}", str(expert)): (dtype, (2,) * len(shape))
-        for name, (dtype, shape) in tensors.items()
-        if name.startswith("mtp.")
-        for expert in range(2 if "{e}" in name else 1)
-    }
-
-
 @pytest.mark.parametrize(
     ("config", "form"),
     [
@@ -128,31 +109,25 @@ def test_from_a_published_config_to_parity(tmp_path: Path, config: str, form: st
     """The config of a release, made small, is all that a checkpoint, its conversion and its golden are made from."""
     (tmp_path / "config.json").write_text(json.dumps(_shrunk(config)))
     dsv4("golden", "make-checkpoint", tmp_path / "hf", "--config", tmp_path / "config.json", "--form", form)
-    dated = config.endswith("0731")
-    if dated:
-        _add(tmp_path / "hf", _dspark())
     made = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert made == {**_shrunk(config), "expert_dtype": made["expert_dtype"]}
     assert made["expert_dtype"] == _raw(config)["expert_dtype"] == form
     _, err = dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax", "--dtype", "float32")
     words = " ".join(err.split())
-    if dated:
-        assert f"drops {len(_dspark())} tensors: draft stage of DSpark" in words
-        assert "drafts DSpark's, as 6 tensors tell: mtp.0.main_norm.weight, mtp.0.main_proj.scale," in words
-        assert "mtp.2.markov_head.markov_w1.weight" in words
-    else:
-        assert "drops" not in words
-        assert "drafts" not in words
+    assert "drops" not in words
     out, _ = dsv4("verify", tmp_path / "orbax", "--against", tmp_path / "hf")
     assert "every byte as written" in out
     dsv4("golden", "record", tmp_path / "hf", "--out", tmp_path / "golden", "--random", "140")
     for weights in ([tmp_path / "orbax"], ["--source", tmp_path / "hf"]):
         out, _ = dsv4("parity", *weights, "--golden", tmp_path / "golden", "--mode", "both")
         assert "PASS: all" in out
-    generate = ("generate", tmp_path / "orbax", "--tokens", "1,2,3", "-n", "2")
-    if dated:
-        _, err = dsv4(*generate, "--speculative", exit_code=2)
-        assert "no mtp stage to draft tokens with: its source has no mtp stage, but DSpark's" in " ".join(err.split())
+    generate = ("generate", tmp_path / "orbax", "--tokens", "1,2,3", "-n", "9")
+    greedy, _ = dsv4(*generate)
+    if config.endswith("0731"):
+        return
+    drafted, err = dsv4(*generate, "--speculative")
+    assert drafted == greedy
+    assert "of which the model accepted" in err
 
 
 #: Part of what V4.1-Flash and V4-Flash-Vision-Exp have and no supported release has.
@@ -171,23 +146,13 @@ _VISION_FIELDS = {
     "vision_n_heads": 16, "vision_inter_dim": 2816, "vision_patch_size": 14, "vision_rope_theta": 10000,
     "vision_downsample_ratio": 3, "vision_max_n_token": 384, "vision_min_pixels": 147456, "vision_max_wh_ratio": 8,
 }  # fmt: skip
-_NEW = "DeepSeek-V4.1, which dsv4 does not support"
+_NEW = "DeepSeek-V4 with parts of V4.1, which dsv4 does not support"
 _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does not support"
 
 
 @pytest.mark.parametrize(
     ("config", "tensors", "complaints"),
     [
-        (
-            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), _ENGRAM | _VISION,
-            [_NEW, "config.json has model_type 'deepseek_v41', image_token_id, text_config, vision_config",
-             "V4.1 engram memory is not supported: 4 tensors such as layers.1.engram.embed.weight",
-             "vision encoder is not supported: 7 tensors such as vision.blocks.0.attn.qkv.weight"],
-        ),
-        (
-            _raw("DeepSeek-V4.1-Flash.from_third_party_test"), {},
-            [_NEW, "config.json has model_type 'deepseek_v41'"],
-        ),
         (
             {**tiny_config(), **_VISION_FIELDS}, _VISION,
             [_SEES, "config.json has vision_n_layers, vision_dim, vision_n_heads, vision_inter_dim and 6 more",
@@ -203,7 +168,7 @@ _SEES = "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp, which dsv4 does n
         ({**tiny_config(), "vision_n_layers": 32}, {}, [_SEES, "config.json has vision_n_layers"]),
         ({**tiny_config(), "engram_layer_ids": [1]}, {}, [_NEW, "config.json has engram_layer_ids"]),
     ],
-    ids=["V4.1", "V4.1 config", "Vision-Exp", "vision tensors", "engram tensors", "vision config", "engram config"],
+    ids=["Vision-Exp", "vision tensors", "engram tensors", "vision config", "engram config"],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_in_one_message(
     tmp_path: Path,
@@ -252,5 +217,5 @@ def test_a_model_of_another_family_is_not_called_vision() -> None:
 def test_no_supported_release_is_mistaken(tmp_path: Path) -> None:
     from dsv4_convert.spec.unsupported import refuse_unsupported
 
-    for inventory, config, more in RELEASES:
-        refuse_unsupported({**_raw(config), **more}, _headers(inventory)[0].tensors, where="x")
+    for inventory, config in RELEASES:
+        refuse_unsupported(_raw(config), headers_of(inventory)[0].tensors, where="x")

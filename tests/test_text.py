@@ -241,3 +241,9 @@ def test_errors(place: Place, hostile: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(saved))
     _run(place, "report", f"{tmp_path}/report.json", f"{tmp_path}/report.json", code=3)
     harmless(str(BadInput(f"config.json: {hostile}")))
+
+
+def test_a_message_shows_what_a_name_hides() -> None:
+    assert str(BadInput("unknown keys: chunk_\tdigests, a\u200db\nsee café")) == (
+        "unknown keys: chunk_\\tdigests, a\\u200db\nsee café"
+    )

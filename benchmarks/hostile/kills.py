@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.kills import surroundings
-from tests.kills.subjects import CONVERSIONS, DOWNLOADS, EXPORTS, MAKERS, RECORDINGS, Subject
+from tests.kills.subjects import CONVERSIONS, DOWNLOADS, EXPORTS, MAKERS, RECORDINGS, REPORTS, Subject
 from tests.kills.sweep import Tally
 from tests.kills.workshop import Workshop, workshop
 
@@ -53,7 +53,7 @@ def run(quick: bool = False, *, every: bool = False, names: Sequence[str] = ()) 
     started = time.monotonic()
     tallies: list[Tally] = []
     with workshop(reference=True) as shop:
-        for subject in (*CONVERSIONS, *EXPORTS, *DOWNLOADS, *MAKERS, *RECORDINGS):
+        for subject in (*CONVERSIONS, *EXPORTS, *DOWNLOADS, *MAKERS, *RECORDINGS, *REPORTS):
             if _chosen(subject.name, names):
                 tallies.append(_swept(shop, subject, quick=quick, every=every))
                 _say(tallies[-1], started)

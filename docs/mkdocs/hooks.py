@@ -16,7 +16,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4_convert.spec.names import NameTable
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -110,30 +113,42 @@ def _spelled(template: str) -> str:
     return template.replace("{}", "N", 1).replace("{}", "E")
 
 
-def _names() -> str:
-    from dsv4_convert.spec.names import RULES, STAGE_RULES, Rule, Transform, When
+def _table_of(model: str) -> NameTable:
+    """The names of the architecture that ``dsv4 names --model`` has under this name."""
+    from dsv4_convert.spec.architectures import ARCHITECTURES
+
+    return next(each.names for each in ARCHITECTURES if each.title.lower() == f"deepseek-{model}")
+
+
+def _names(model: str) -> str:
+    from dsv4_convert.spec.names import ALWAYS, Rule, Section, Transform
+
+    of = _table_of(model).of
 
     def rows(rules: Iterable[Rule], below: str) -> Iterator[list[str]]:
         for rule in rules:
             names = [_code(_spelled(name).removeprefix(below)) for name in (rule.published, rule.path)]
             shape = " × ".join(rule.shape.split())
-            when = rule.when.value if rule.when is not When.ALWAYS and rule.per_layer else ""
+            when = rule.when.label if rule.when is not ALWAYS else ""
             kind = f"{rule.kind.value}{', stacked' if rule.per_expert else ''}"
             transform = "" if rule.transform is Transform.NONE else rule.transform.value
-            yield [*names, shape, kind, transform, *([when] if below == _LAYER else [])]
+            yield [*names, shape, kind, transform, *([when] if below else [])]
 
     header = ["published tensor", "parameter", "shape", "kind", "transform"]
-    model = table(header, rows((rule for rule in RULES if not rule.per_layer), ""))
-    layer = table([*header, "only in"], rows((rule for rule in RULES if rule.per_layer), _LAYER))
-    stage = table(header, rows(STAGE_RULES, _STAGE))
-    return (
-        f"## The model\n\n{model}\n\n## Every layer\n\nBelow `{_LAYER}`:\n\n{layer}\n\n"
-        f"## Every mtp stage\n\nBelow `{_STAGE}`:\n\n{stage}"
+    whole = table(header, rows(of(Section.MODEL), ""))
+    layer = table([*header, "only in"], rows(of(Section.LAYERS), _LAYER))
+    stage = table([*header, "only in"], rows(of(Section.STAGES), _STAGE))
+    text = (
+        f"### The model\n\n{whole}\n\n### Every layer\n\nBelow `{_LAYER}`:\n\n{layer}\n\n"
+        f"### The draft stages\n\nBelow `{_STAGE}`:\n\n{stage}"
     )
+    seeing = of(Section.VISION)
+    return f"{text}\n\n### The vision encoder\n\n{table(header, rows(seeing, ''))}" if seeing else text
 
 
 def _dialects() -> str:
-    from dsv4_convert.spec.names import RULES, Dialect
+    from dsv4_convert.spec.names import Dialect
+    from dsv4_convert.spec.v4.names import RULES
 
     def rows() -> Iterator[list[str]]:
         for rule in RULES:
@@ -145,25 +160,25 @@ def _dialects() -> str:
     return table([dialect.value for dialect in Dialect], rows())
 
 
-def _sizes() -> str:
+def _sizes(model: str) -> str:
     from dsv4_convert.spec.config import Config
-    from dsv4_convert.spec.names import sizes
 
-    models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")}
+    sizes = _table_of(model).sizes
+    if model == "v4.1":
+        known = sizes(Config.from_file(_config("DeepSeek-V4.1-Flash.from_third_party_test")), 14)
+        return table(["symbol", "V4.1-Flash, layer 14"], [[symbol, str(value)] for symbol, value in known.items()])
+    models = {name: Config.from_file(_config(name)) for name in ("DeepSeek-V4-Flash-0731", "DeepSeek-V4-Pro")}
     csa = [sizes(config, 2) for config in models.values()]
     hca = [sizes(config, 3) for config in models.values()]
 
-    def value(in_csa: int, in_hca: int) -> str:
-        return f"{in_csa}" if in_csa == in_hca else f"{in_csa} in CSA, {in_hca} in HCA layers"
+    def value(in_csa: int | None, in_hca: int | None) -> str:
+        return f"{in_csa or ''}" if in_csa == in_hca else f"{in_csa} in CSA, {in_hca} in HCA layers"
 
-    rows = [[symbol, *map(value, [each[symbol] for each in csa], [each[symbol] for each in hca])] for symbol in csa[0]]
-    return table(["symbol", "V4-Flash", "V4-Pro"], rows)
-
-
-def _drops() -> str:
-    from dsv4_convert.spec.names import DROPS
-
-    return table(["below", "reason"], [[_code(_spelled(name)), reason] for name, reason in DROPS.items()])
+    rows = [
+        [symbol, *map(value, [each.get(symbol) for each in csa], [each.get(symbol) for each in hca])]
+        for symbol in csa[0]
+    ]
+    return table(["symbol", "V4-Flash-0731", "V4-Pro"], rows)
 
 
 def _kinds() -> str:
@@ -184,11 +199,13 @@ def _meaning(owner: type, member: str) -> str:
 
 
 def _taps(which: str) -> str:
-    from dsv4_convert.spec.taps import STATE, TAPS, Values, Where
+    from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
+    from dsv4_convert.spec.v4.taps import STAGE, STATE, TAPS
 
-    model = (Where.BEFORE, Where.AFTER)
+    model = (BEFORE, AFTER)
     chosen = {
-        "layer": [tap for tap in TAPS if tap.where not in model],
+        "layer": [tap for tap in TAPS if tap.where not in (*model, STAGE)],
+        "stage": [tap for tap in TAPS if tap.where is STAGE],
         "model": [tap for tap in TAPS if tap.where in model],
         "state": list(STATE),
     }[which]
@@ -197,7 +214,7 @@ def _taps(which: str) -> str:
             _code(tap.name),
             _code(" ".join(tap.shape.split())),
             tap.meaning + (" (a choice)" if tap.values is Values.CHOICE else ""),
-            "" if tap.where is Where.LAYER else tap.where.value,
+            "" if tap.where in (LAYER, STAGE) else tap.where.label,
             ", ".join(map(_code, tap.weights)),
         ]
         for tap in chosen
@@ -208,20 +225,22 @@ def _taps(which: str) -> str:
 def _configs() -> str:
     import json
 
-    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.v4.config import V4Config
 
     raw = [json.loads(_config(name).read_text("utf-8")) for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro")]
-    fields = [field.name for field in dataclasses.fields(Config)]
+    fields = [field.name for field in dataclasses.fields(V4Config)]
     rows = [[_code(name), *(_shown(document[name]) for document in raw)] for name in fields if name in raw[0]]
     return table(["field", "V4-Flash", "V4-Pro"], rows)
 
 
 def _schedule() -> str:
-    from dsv4_convert.spec.config import AttentionKind, Config
+    from dsv4_convert.spec.config import Config
+    from dsv4_convert.spec.v4.config import as_v4
+    from dsv4_convert.spec.v4.kinds import AttentionKind
 
     rows = []
     for name in ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"):
-        config = Config.from_file(_config(name))
+        config = as_v4(Config.from_file(_config(name)))
         layers = {kind: [layer for layer, own in enumerate(config.attention) if own is kind] for kind in AttentionKind}
         hashed = [layer for layer, own in enumerate(config.hash_routed) if own]
         rows.append([name, str(config.num_hidden_layers), *(_ranges(layers[kind]) for kind in AttentionKind)])
@@ -305,7 +324,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "commands": _commands,
     "configs": _configs,
     "dialects": _dialects,
-    "drops": _drops,
     "exit-codes": _exit_codes,
     "kinds": _kinds,
     "limits": _limits,

@@ -18,12 +18,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model import Cache, Model
+from dsv4_convert.model import Cache
+from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.axes import RULES, named, partition
 from dsv4_convert.model.encoded import Encoded, in_source_form, partitions
 from dsv4_convert.model.mesh import describe_mesh
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import rule_of
 from dsv4_convert.spec.segments import paths_of
 
 State = nnx.State[Any, Any]
@@ -64,15 +65,15 @@ def first_layers(config: Config, count: int) -> Config:
     return config.of_layers(range(count))
 
 
-def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Model], State]:
+def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Decoder], State]:
     """The scanned model, and shape, dtype and sharding of every weight.
 
     Raises:
         UsageError: a mesh axis does not divide a weight.
     """
 
-    def model() -> Model:
-        plain = Model(config, scanned=True)
+    def model() -> Decoder:
+        plain = model_of(config, scanned=True)
         return in_source_form(plain, config, job.dtype) if job.source else plain
 
     graph, state = nnx.split(nnx.eval_shape(model))
@@ -80,7 +81,7 @@ def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Model], 
     for key, variable in nnx.to_flat_state(state):
         path = paths_of(config, key)[0]
         value = variable.get_value()
-        if not isinstance(value, Encoded) and rule_of(path).kind.follows_dtype:
+        if not isinstance(value, Encoded) and config.names.rule_of(path).kind.follows_dtype:
             value = jax.ShapeDtypeStruct(value.shape, job.dtype)
         specs = partitions(value, variable.axes, mesh.shape, what=path)
         placed[key] = variable.replace(jax.tree.map(partial(_on, mesh), value, specs))

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Transform, parameters
+from dsv4_convert.spec.v4.config import V4Config, as_v4
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 
 def operations(config: Config, *, tokens: int, decode: bool) -> int:
@@ -18,16 +20,14 @@ def operations(config: Config, *, tokens: int, decode: bool) -> int:
     The prompt has ``tokens`` tokens; with ``decode`` only the last one is computed. A token counts only the experts
     that it is routed to, and the keys and entries that it sees.
     """
-    fresh = 1 if decode else tokens
+    known, fresh = as_v4(config), 1 if decode else tokens
     total = sum(
         2 * fresh * math.prod(rule.target_shape(config, layer)) * _share(config, rule)
         for _, rule, layer in parameters(config)
         if _multiplies(rule)
     )
     before = np.arange(tokens - fresh + 1, tokens + 1)
-    return int(total) + sum(
-        count * _attention(config, kind, before) for kind, count in Counter(config.attention).items()
-    )
+    return int(total) + sum(count * _attention(known, kind, before) for kind, count in Counter(known.attention).items())
 
 
 def _multiplies(rule: Rule) -> bool:
@@ -39,7 +39,7 @@ def _share(config: Config, rule: Rule) -> float:
     return config.num_experts_per_tok / config.n_routed_experts if rule.kind is Kind.EXPERT else 1
 
 
-def _attention(config: Config, kind: AttentionKind, tokens: np.ndarray[Any, Any]) -> int:
+def _attention(config: V4Config, kind: AttentionKind, tokens: np.ndarray[Any, Any]) -> int:
     """Scores and sums over values in one layer, for queries whose contexts have these numbers of ``tokens``."""
     keys = np.minimum(tokens, config.sliding_window)
     scored = np.zeros_like(tokens)

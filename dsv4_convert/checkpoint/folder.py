@@ -91,6 +91,30 @@ class Checkpoint:
         info = self._info(name)
         return memoryview(self._mapped(info.file))[info.start : info.end]
 
+    def read_into(self, name: str, out: np.ndarray, *, start: int = 0) -> None:
+        """Fill a C-contiguous array with stored bytes of one tensor from byte ``start`` on.
+
+        Nothing is mapped: the bytes are in memory once, in ``out``.
+
+        Raises:
+            BadInput: as :meth:`read`, or the file cannot be read.
+        """
+        info = self._info(name)
+        left = out.reshape(-1).view(np.uint8).data
+        if start + len(left) > info.nbytes:
+            raise UsageError(f"{name}: {len(left):,} bytes from {start:,} on do not lie inside its {info.nbytes:,}")
+        self._arrive(info.file)
+        self._check_unchanged(info.file)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start + start)
+                while left:
+                    if not (count := stream.readinto(left)):
+                        raise BadInput(f"{info.file}: became shorter while it was read; start again")
+                    left = left[count:]
+        except OSError as error:
+            raise BadInput(f"{info.file}: cannot be read ({error.strerror}); check the disk") from None
+
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows ``start:stop`` along the first axis, as :meth:`read` gives them; other rows are not touched.
 

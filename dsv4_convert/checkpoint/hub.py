@@ -74,6 +74,9 @@ def download(
         ResourceError: as :func:`plan_download`; too little disk space (before anything is fetched); a failing transfer;
             another process downloads to the same folder.
         UsageError: as :func:`plan_download`.
+
+    Examples:
+        >>> download("deepseek-ai/DeepSeek-V4-Flash").path  # doctest: +SKIP
     """
     plan = plan_download(repo_id, revision=revision, want=want, cache_dir=cache_dir, local_dir=local_dir, force=force)
     check_room(plan.folder, plan.to_download_bytes)

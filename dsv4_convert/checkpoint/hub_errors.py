@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -45,12 +46,13 @@ class _WithoutSecrets(logging.Filter):
 for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
     logging.getLogger(_name).addFilter(_WithoutSecrets())
 
-_TOKEN_HELP = "set HF_TOKEN to a token with read access to it, or run `hf auth login`"
+#: What the access token has to allow.
+Access = Literal["read", "write"]
 
 
 @contextmanager
-def hub_errors(repo_id: str, revision: str, folder: Path | None = None) -> Iterator[None]:
-    """Turn what the client raises inside the block into an error of ours; ``folder`` is where it writes.
+def hub_errors(repo_id: str, revision: str, folder: Path | None = None, *, access: Access = "read") -> Iterator[None]:
+    """Turn what the client raises inside the block into an error of ours; ``folder`` is where it writes, or reads.
 
     Raises:
         BadInput: the repository, revision or file does not exist, or may not be read.
@@ -62,7 +64,7 @@ def hub_errors(repo_id: str, revision: str, folder: Path | None = None) -> Itera
     except Exception as error:
         if _quotes_a_header(error):
             raise unusable_token() from None
-        ours = _translated(error, repo_id, revision, folder)
+        ours = _translated(error, repo_id, revision, folder, access)
         if ours is None:
             raise
         raise ours from error
@@ -99,8 +101,11 @@ def _quotes_a_header(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _translated(error: BaseException, repo_id: str, revision: str, folder: Path | None) -> Dsv4Error | None:
+def _translated(
+    error: BaseException, repo_id: str, revision: str, folder: Path | None, access: Access
+) -> Dsv4Error | None:
     """The error in our words; None for what the client does not raise on purpose."""
+    token_help = f"set HF_TOKEN to a token with {access} access to it, or run `hf auth login`"
     what = f"{repo_id} at {revision}"
     if (reason := misconfigured(error)) is not None:
         return UsageError(f"{what}: {reason}; set it right, and run the same command again")
@@ -109,20 +114,24 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
             return UsageError(f"{repo_id!r} is not a repository name; expected ORG/NAME, or a folder that exists")
         case GatedRepoError():
             page = f"{endpoint()}/{repo_id}"
-            return BadInput(f"{repo_id}: access is gated; accept its terms at {page}, then {_TOKEN_HELP}")
+            return BadInput(f"{repo_id}: access is gated; accept its terms at {page}, then {token_help}")
         case RepositoryNotFoundError():
-            return BadInput(f"{repo_id}: no such repository, or a private one; check the name, or {_TOKEN_HELP}")
+            return BadInput(f"{repo_id}: no such repository, or a private one; check the name, or {token_help}")
         case RevisionNotFoundError():
             return BadInput(f"{repo_id}: no revision {revision!r}; give a branch, a tag or a commit of the repository")
         case RemoteEntryNotFoundError():
             path = error.request.url.path.partition("/resolve/")[2].partition("/")[2]
             return BadInput(f"{what}: the Hub lists the file {path!r} but does not have it; try another revision")
         case HfHubHTTPError():
-            return _translated_status(error.response.status_code, repo_id, what)
+            return _translated_status(error.response.status_code, repo_id, what, token_help)
         case OfflineModeIsEnabled():
             return ResourceError(f"{what}: not in the cache, and the Hub is off limits; unset HF_HUB_OFFLINE once")
         case LocalEntryNotFoundError() | RevisionResolutionError() | ValueError() if error.__cause__ is not None:
-            return _translated(error.__cause__, repo_id, revision, folder)  # what kept the client from asking the Hub
+            return _translated(
+                error.__cause__, repo_id, revision, folder, access
+            )  # what kept the client from asking the Hub
+        case RuntimeError() if error.__cause__ is not None:  # a file that could not be sent
+            return _translated(error.__cause__, repo_id, revision, folder, access)
         case FileMetadataError():
             return unlike_the_hub(what, "the size and the hash of a file", "an answer without them")
         case httpx.HTTPError():
@@ -144,7 +153,7 @@ def _translated(error: BaseException, repo_id: str, revision: str, folder: Path 
             )
         case OSError() | EntryNotFoundError() | RevisionResolutionError() | XetDownloadError():
             return ResourceError(
-                f"{what}: the download failed ({type(error).__name__}); run the same command again: finished files "
+                f"{what}: the transfer failed ({type(error).__name__}); run the same command again: finished files "
                 "are kept"
             )
         case _:
@@ -156,11 +165,11 @@ def _written(error: OSError) -> str | None:
     return error.filename2 or error.filename
 
 
-def _translated_status(status: int, repo_id: str, what: str) -> Dsv4Error:
+def _translated_status(status: int, repo_id: str, what: str, token_help: str) -> Dsv4Error:
     if status == 401:
-        return BadInput(f"{repo_id}: the Hub does not accept the access token (HTTP 401); {_TOKEN_HELP}")
+        return BadInput(f"{repo_id}: the Hub does not accept the access token (HTTP 401); {token_help}")
     if status == 403:
-        return BadInput(f"{repo_id}: the Hub refuses access (HTTP 403); {_TOKEN_HELP}")
+        return BadInput(f"{repo_id}: the Hub refuses access (HTTP 403); {token_help}")
     if status == 429:
         return ResourceError(f"{what}: the Hub asks to slow down (HTTP 429); try again in some minutes")
     if status >= 500:

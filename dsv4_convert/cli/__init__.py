@@ -10,6 +10,7 @@ import typer
 from dsv4_convert.cli import (
     compile,
     convert,
+    diff,
     doctor,
     download,
     export,
@@ -18,6 +19,7 @@ from dsv4_convert.cli import (
     inspect,
     names,
     parity,
+    push,
     report,
     verify,
 )
@@ -52,8 +54,10 @@ _convert.command("hf-to-orbax", cls=Command)(convert.hf_to_orbax)
 _convert.command("orbax-to-hf", cls=Command)(export.orbax_to_hf)
 app.add_typer(_convert, name="convert")
 app.command("download", cls=Command)(download.download)
+app.command("push", cls=Command)(push.push)
 app.command("verify", cls=Command)(verify.verify)
 app.command("inspect", cls=Command)(inspect.inspect)
+app.command("diff", cls=Command)(diff.diff)
 _golden = typer.Typer(
     cls=Group,
     no_args_is_help=True,

@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: What an interrupted command says that can be resumed.
+GO_ON = "interrupted; go on with the same command"
+
 #: The exit code of a bug: EX_SOFTWARE of sysexits.h, so that CI tells it from a check that failed.
 _BUG = 70
 
 #: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
 _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
-LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all. Default: all."
 
 #: Where a published checkpoint may be, of every command that takes one.
 SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
@@ -49,6 +52,9 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
 ]
+
+#: ``--revision`` of every command that has one.
+REVISION_HELP = "Branch, tag or commit of a repository. Default: its default branch."
 
 Verbose = Annotated[
     int,
@@ -86,17 +92,19 @@ def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
 
 def complete_taps(incomplete: str) -> list[str]:
     """Names of taps within a layer and of the model level."""
-    from dsv4_convert.spec.taps import STATE, TAPS
+    from dsv4_convert.spec.taps import ALL_TAPS
 
-    return [tap.name for tap in (*TAPS, *STATE) if tap.name.startswith(incomplete)]
+    return [tap.name for tap in ALL_TAPS if tap.name.startswith(incomplete)]
 
 
 def complete_names(incomplete: str) -> list[str]:
     """Parameter paths, with the number that stands in the word already."""
-    from dsv4_convert.spec.names import RULES, STAGE_RULES, template
+    from dsv4_convert.spec.architectures import ARCHITECTURES
+    from dsv4_convert.spec.names import template
 
     numbers = template(incomplete)[1]
-    paths = (rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in (*RULES, *STAGE_RULES))
+    rules = (rule for known in ARCHITECTURES for rule in known.names.rules)
+    paths = dict.fromkeys(rule.path.replace("{}", str(numbers[0]) if numbers else "0") for rule in rules)
     return [path for path in paths if path.startswith(incomplete)]
 
 
@@ -165,7 +173,7 @@ def say_error(text: str) -> None:
 
 def resumable(command: Callable[P, R]) -> Callable[P, R]:
     """:func:`reported`, for a command that resumes an interrupted one."""
-    return reported(command, interrupted="interrupted; go on with the same command")
+    return reported(command, interrupted=GO_ON)
 
 
 def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Callable[P, R]:

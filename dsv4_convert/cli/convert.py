@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    REVISION_HELP,
     SOURCES,
     Coordinator,
     Json,
@@ -72,7 +73,7 @@ def hf_to_orbax(
         int | None,
         typer.Option(min=1, help="Number of threads. Default: two more than there are cores, if the memory allows."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     discard_source: Annotated[
         bool,
         typer.Option(
@@ -118,7 +119,7 @@ def hf_to_orbax(
     from dsv4_convert.files.limits import TO_CONVERT, require_address_space
 
     require_address_space(TO_CONVERT)
-    # Orbax starts JAX's default backend. A conversion has no use for an accelerator, whatever the environment says.
+    # For jax.distributed. A conversion has no use for an accelerator, whatever the environment says.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from dsv4_convert import convert
     from dsv4_convert.checkpoint.locate import open_source
@@ -152,7 +153,7 @@ def hf_to_orbax(
             say("memory, disk and time")
             costs = None
             if processes.first:
-                trying = measure or not dry_run
+                trying = measure or (not dry_run and convert.worth_measuring(planned))
                 costs = convert.estimate(planned, checkpoint, dest, workers=threads, measure=trying)
         maxtext = _for_maxtext(planned, dest)
         if costs is not None:
@@ -184,7 +185,6 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
 
     from dsv4_convert.convert import Layout
     from dsv4_convert.spec import maxtext_config
-    from dsv4_convert.spec.names import drop_reason
 
     rates = costs.rates
     at = f" at {checkpoint.revision}" if checkpoint.revision is not None else ""
@@ -200,8 +200,6 @@ def _print_plan(checkpoint: Checkpoint, planned: Plan, costs: Estimate) -> None:
     lines += [f"drops   {count:,} tensors: {reason}" for reason, count in sorted(reasons.items())]
     if planned.layout is not Layout.DSV4:
         lines.append(f"warns   {maxtext_config.warning(planned.config)}")
-    if telling := sorted(filter(drop_reason, planned.dropped)):
-        lines.append(f"drafts  DSpark's, as {len(telling):,} tensors tell: {', '.join(telling)}; the backbone converts")
     if planned.inexact:
         lines.append(f"rounds  {len(planned.inexact):,} leaves to bfloat16; --dtype float32 keeps them exact")
     if costs.to_fetch:
@@ -240,7 +238,7 @@ def _speeds(costs: Estimate) -> str:
     rates = costs.rates
     reading = f"reads {size(rates.read)}/s, " if rates.read is not None else ""
     fetching = f"fetches {size(rates.fetch)}/s, " if rates.fetch is not None else ""
-    assumed = "" if rates.measured else "; assumed, --measure tries them"
+    assumed = "" if rates.measured else "; assumed"
     return f"{fetching}{reading}converts {size(rates.make)}/s on a core, writes {size(rates.write)}/s{assumed}"
 
 

@@ -27,6 +27,11 @@ def check_destination(option: str, target: str | Path | None) -> None:
 
 
 def write_text(option: str, target: str | Path, text: str) -> None:
+    """Write a text as :func:`write_bytes` does. Raises likewise."""
+    write_bytes(option, target, text.encode())
+
+
+def write_bytes(option: str, target: str | Path, data: bytes) -> None:
     """Write a file whole or not at all, and through a link. Pipes and devices are written in place.
 
     Raises:
@@ -35,9 +40,9 @@ def write_text(option: str, target: str | Path, text: str) -> None:
     path, what = Path(target), f"{option} {target}"
     with writing(what):
         if path.exists() and not path.is_file():  # as it was given: a pipe behind /dev/stdout has no other path
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
         else:
-            write_atomically(Path(os.path.realpath(path)), text.encode(), what=what)
+            write_atomically(Path(os.path.realpath(path)), data, what=what)
 
 
 def append_text(option: str, target: str | Path, text: str) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    REVISION_HELP,
     SOURCES,
     Json,
     console,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dsv4_convert.golden.archive import Golden as Opened
     from dsv4_convert.golden.plan import RecordingPlan
     from dsv4_convert.golden.prompt_coverage import LayerCoverage
-    from dsv4_convert.spec.taps import Tap
+    from dsv4_convert.spec.tap import Tap
 
 
 Golden = Annotated[str, typer.Argument(help="Golden: a folder, or a URL such as gs://… or https://….")]
@@ -52,10 +53,13 @@ def record(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     first_position: Annotated[
-        int, typer.Option(help="Rotary position of the first token, without the tokens before it.")
+        int, typer.Option(metavar="POSITION", help="Rotary position of the first token, without the tokens before it.")
     ] = 0,
     decode: Annotated[
-        int, typer.Option(help="Decode the last N tokens of the prompt one by one, from the reference's cache.")
+        int,
+        typer.Option(
+            metavar="N", help="Decode the last N tokens of the prompt one by one, from the reference's cache."
+        ),
     ] = 0,
     greedy: Annotated[
         bool,
@@ -66,6 +70,12 @@ def record(
     layers: Annotated[
         str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only these are kept.")
     ] = None,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages", help="Keep the mtp stages too, which run after all layers and have logits of their own."
+        ),
+    ] = False,
     reference: Annotated[
         str,
         typer.Option(
@@ -91,7 +101,7 @@ def record(
         typer.Option("--compact", help="Keep sketches and a few exact tokens, at most 1% of the size."),
     ] = False,
     exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     json: Json = None,
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
@@ -114,7 +124,7 @@ def record(
     chosen = parse_layers(layers)
     with status("recording") as say, ExitStack() as held:
         say("reading headers")
-        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
+        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, all_of_them=stages or greedy))
         checkpoint = held.enter_context(opened)
         vocabulary = checkpoint.architecture().vocab_size
         note_fetched(checkpoint, say)
@@ -127,6 +137,7 @@ def record(
                 tokens=ids,
                 text=None if text is None else [text],
                 layers=chosen,
+                stages=stages,
                 first_position=first_position,
                 decode=decode,
                 greedy=greedy,
@@ -184,7 +195,7 @@ def compact(
         say("opening")
         opened = open_golden(golden)
         kept = Compact.of(_positions(exact), opened.tokens.shape[1])
-        made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
+        made = shrink(opened, out, kept, say.step)
     before, after = opened.nbytes, made.nbytes
     echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
@@ -206,8 +217,8 @@ def show(
         say("opening")
         opened = open_golden(golden)
         reached = []
-        for layer in opened.layers:
-            say(f"layer {layer}")
+        for done, layer in enumerate(opened.layers):
+            say.step(done, len(opened.layers), f"layer {layer} of {opened.config.num_hidden_layers}")
             reached.append(prompt_coverage(opened, layer))
         odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {
@@ -236,7 +247,7 @@ def show(
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer, then the table of taps."""
     from dsv4_convert.show.tables import fitted
-    from dsv4_convert.spec.config import AttentionKind
+    from dsv4_convert.spec.taps import TapKey
 
     request = opened.manifest.request
     reference, source = request.reference, request.source
@@ -251,8 +262,8 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         "decode": str(opened.decode),
         "layers": ranges(opened.layers),
         **{
-            f"{kind.name} layers": ranges(layer for layer in opened.layers if opened.config.attention[layer] is kind)
-            for kind in (AttentionKind.CSA, AttentionKind.HCA)
+            f"{kind} layers": ranges(layer for layer in opened.layers if opened.config.abbreviate(layer) == kind)
+            for kind in dict.fromkeys(map(opened.config.abbreviate, opened.layers))
         },
         "noise": ", ".join(request.noise) or "none",
         "compact": "no" if opened.compact is None else f"exact at {ranges(opened.compact.positions)}",
@@ -263,7 +274,8 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         echo(f"{name:<14} {text}")
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
-        echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        where = TapKey.of(opened.config, layer.layer, "ffn").where
+        echo(f"{'reach':<14} {where}: {layer.experts} of {layer.of} experts; {missed}")
     screen = console()
     screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
 
@@ -272,18 +284,16 @@ def _table_of_taps(opened: Opened) -> Table:
     """A row for each tap; one for each kind of attention where they differ in its shape."""
     from rich.table import Table
 
-    from dsv4_convert.spec.taps import STATE, TAPS
-
     shapes: dict[Tap, dict[tuple[int, ...], str]] = {}
     for key in opened.keys:
-        kind = key.tap.where.value if key.layer is None else f"{opened.config.attention[key.layer].name} layers"
+        kind = key.tap.where.label if key.layer is None else f"{opened.config.abbreviate(key.layer)} layers"
         shapes.setdefault(key.tap, {}).setdefault(opened.shape(key), kind)
     table = Table(box=None, pad_edge=False)
     for column in ("tap", "shape", "axes", "in"):
         table.add_column(column, no_wrap=True)
-    for tap in (each for each in (*TAPS, *STATE) if each in shapes):
+    for tap in (each for each in (*opened.config.taps, *opened.config.state) if each in shapes):
         for shape, kind in shapes[tap].items():
-            table.add_row(tap.name, str(list(shape)), tap.shape, kind if len(shapes[tap]) > 1 else tap.where.value)
+            table.add_row(tap.name, str(list(shape)), tap.shape, kind if len(shapes[tap]) > 1 else tap.where.label)
     return table
 
 
@@ -341,6 +351,9 @@ def make_checkpoint(
         Path | None,
         typer.Option(help="config.json of the architecture. Default: a small one with every kind of layer."),
     ] = None,
+    model: Annotated[
+        str, typer.Option(**one_of("v4", "v4.1"), help="Whose small architecture, without --config.")
+    ] = "v4",
     form: Annotated[
         str,
         typer.Option(
@@ -358,6 +371,8 @@ def make_checkpoint(
     from dsv4_convert.golden.synthetic import make_checkpoint as make
 
     with byte_progress("writing") as progress:
-        total = make(out, config=config, form=form, layers=parse_layers(layers), seed=seed, progress=progress)
+        total = make(
+            out, config=config, model=model, form=form, layers=parse_layers(layers), seed=seed, progress=progress
+        )
     echo(f"{out}: {size(total)} of random weights", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": total, "form": form, "seed": seed}, json)

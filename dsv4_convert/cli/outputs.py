@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4_convert.cli.common import console, write_json
-from dsv4_convert.cli.destination import append_text, check_destination, write_text
+from dsv4_convert.cli.destination import append_text, check_destination, write_bytes, write_text
 from dsv4_convert.cli.ending import seconds, wrote
 
 if TYPE_CHECKING:
@@ -28,6 +28,16 @@ Github = Annotated[
         "--github",
         help="For GitHub Actions: annotations on stdout (on stderr with --json -; the runner reads both), and a "
         "summary in the file that $GITHUB_STEP_SUMMARY names.",
+    ),
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option("--csv", metavar="FILE", help="Write every number of every tap to FILE, a row for each tap."),
+]
+Parquet = Annotated[
+    Path | None,
+    typer.Option(
+        "--parquet", metavar="FILE", help="The same table as Parquet. Needs: pip install 'dsv4-convert\\[frame]'."
     ),
 ]
 Page = Annotated[
@@ -48,11 +58,19 @@ class Outputs:
     junit: Path | None
     github: bool
     page: Path | None
+    csv: Path | None = None
+    parquet: Path | None = None
 
     def check(self) -> None:
-        """Raises :class:`UsageError` for a page or JUnit file that could not be written, before the work is done."""
+        """Raises :class:`UsageError` for a file that could not be written, before the work is done."""
         check_destination("--junit", self.junit)
         check_destination("--report", self.page)
+        check_destination("--csv", self.csv)
+        check_destination("--parquet", self.parquet)
+        if self.parquet is not None:
+            from dsv4_convert.parity.report.frame import check_parquet
+
+            check_parquet()
 
     def write(self, report: ParityReport, *, verbosity: int, explained: bool, decode: Callable[[int], str]) -> None:
         """Write a report wherever it is wanted. Raises :class:`ResourceError` for a file that cannot be written."""
@@ -70,6 +88,16 @@ class Outputs:
 
             write_text("--report", self.page, page(report, RunInfo.now(seconds()), decode))
             wrote("report", self.page)
+        if self.csv is not None:
+            from dsv4_convert.parity.report.frame import to_csv
+
+            write_text("--csv", self.csv, to_csv(report))
+            wrote("csv", self.csv)
+        if self.parquet is not None:
+            from dsv4_convert.parity.report.frame import to_parquet
+
+            write_bytes("--parquet", self.parquet, to_parquet(report))
+            wrote("parquet", self.parquet)
         render(report, console(err=self.json == "-"), verbosity=verbosity, explained=explained, decode=decode)
         if self.github:
             self._annotate(report)

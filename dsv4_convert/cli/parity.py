@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     CHECKPOINT_HELP,
+    GO_ON,
     LAYERS_HELP,
     SOURCES,
     Coordinator,
@@ -26,7 +28,8 @@ from dsv4_convert.cli.common import (
     parse_layers,
     reported,
 )
-from dsv4_convert.cli.outputs import Github, Junit, Outputs, Page
+from dsv4_convert.cli.interrupt import announce
+from dsv4_convert.cli.outputs import Csv, Github, Junit, Outputs, Page, Parquet
 from dsv4_convert.cli.status import note_compilations, status
 
 
@@ -46,11 +49,12 @@ def parity(
         str | None,
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
-    layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
+    layer: Annotated[str | None, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = None,
     taps: Annotated[
         list[str] | None,
         typer.Option(
-            help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated.",
+            help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated. Default: "
+            "all.",
             autocompletion=complete_taps,
         ),
     ] = None,
@@ -85,7 +89,8 @@ def parity(
         int | None,
         typer.Option(
             metavar="TOKENS",
-            help="The compiled layer gets prompts in chunks from the cache, as dsv4 generate runs them.",
+            help="The compiled layer gets prompts in chunks of so many tokens from the cache, as dsv4 generate runs "
+            "them. Default: whole prompts.",
         ),
     ] = None,
     mode: Annotated[
@@ -142,6 +147,14 @@ def parity(
         str | None,
         typer.Option(metavar="TEXT", help="Why --update-baseline may record larger errors; kept in the file."),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep finished layers in DIR, so that the same command goes on at its layer after an interruption, "
+            "with the same report. Removed when the report is written.",
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say in words why each tap passes or fails.")] = False,
     tokenizer: Annotated[
         Path | None,
@@ -173,6 +186,8 @@ def parity(
     junit: Junit = None,
     github: Github = False,
     page: Page = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
 ) -> None:
     """Run the JAX layers and compare every intermediate activation with a golden.
 
@@ -200,9 +215,12 @@ def parity(
     select_platform(platform)
     keep_programs()
     note_compilations()
+    if state is not None:
+        announce(GO_ON)
     from dsv4_convert.golden.noise import MODES, Mode
     from dsv4_convert.golden.tokens import token_decoder
     from dsv4_convert.parity.comparison import Phase
+    from dsv4_convert.parity.finished import FinishedSteps
     from dsv4_convert.parity.gate import baseline_request
     from dsv4_convert.parity.programs import ModelOptions, Program
     from dsv4_convert.parity.run import ParityOptions, run_parity
@@ -215,7 +233,7 @@ def parity(
         scanned=scanned,
         chunk=chunk,
     )
-    outputs = Outputs(json=json, junit=junit, github=github, page=page)
+    outputs = Outputs(json=json, junit=junit, github=github, page=page, csv=csv, parquet=parquet)
     gate = baseline_request(baseline, update=update_baseline, reason=reason)
     processes = join_processes(coordinator, num_processes, process_id)
     with processes.together():
@@ -226,33 +244,37 @@ def parity(
             outputs.check()
         folders = (Path(given) for given in (against, source) if given is not None and Path(given).is_dir())
         decode = token_decoder(tokenizer or next(folders, None), required=tokenizer is not None)
-        with own_stdout(processes), status("parity") as say:
-            options = ParityOptions(
-                layers=layers,
-                taps=taps or (),
-                modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
-                phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
-                dtype=dtype,
-                precision=bits,
-                mesh=mesh,
-                require_coverage=require_coverage,
-                detail=processes.first and page is not None,
-                programs=None if ran is None else tuple(Program) if ran == "both" else (Program(ran),),
-                model=model,
-            )
-            report = run_parity(
-                checkpoint,
-                golden,
-                options,
-                source=source,
-                against=against,
-                baseline=gate,
-                processes=processes,
-                progress=say.step,
-            )
-        with processes.step("report"):
-            if processes.first:
-                outputs.write(report, verbosity=-1 if quiet else verbose, explained=explain, decode=decode)
+        with nullcontext() if state is None else FinishedSteps(state) as steps:
+            with own_stdout(processes), status("parity") as say:
+                options = ParityOptions(
+                    layers=layers,
+                    taps=taps or (),
+                    modes=None if chosen is None else MODES if chosen == "both" else (Mode(chosen),),
+                    phase=None if phase is None else Phase(parse_choice("--phase", phase, Phase)),
+                    dtype=dtype,
+                    precision=bits,
+                    mesh=mesh,
+                    state=steps,
+                    require_coverage=require_coverage,
+                    detail=processes.first and page is not None,
+                    programs=None if ran is None else tuple(Program) if ran == "both" else (Program(ran),),
+                    model=model,
+                )
+                report = run_parity(
+                    checkpoint,
+                    golden,
+                    options,
+                    source=source,
+                    against=against,
+                    baseline=gate,
+                    processes=processes,
+                    progress=say.step,
+                )
+            with processes.step("report"):
+                if processes.first:
+                    outputs.write(report, verbosity=-1 if quiet else verbose, explained=explain, decode=decode)
+            if steps is not None:
+                steps.clear()
     if not report.passed:
         raise typer.Exit(CheckFailed.exit_code)
 

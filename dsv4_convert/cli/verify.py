@@ -32,23 +32,13 @@ def verify(
 
     Example: dsv4 verify ./flash-orbax --against ./DeepSeek-V4-Flash
     """
-    from dsv4_convert.convert.against import compare_with_source
+    from dsv4_convert.convert.verification import verify as verified
     from dsv4_convert.errors import CheckFailed, listed
-    from dsv4_convert.inspect.tables import repeated_experts
-    from dsv4_convert.store import open_store, unaccounted
-    from dsv4_convert.store import verify as verify_store
 
-    store = open_store(checkpoint)
     with byte_progress("verifying") as progress:
-        problems = verify_store(store, progress)
-    if against is not None:
-        with byte_progress("comparing") as progress:
-            problems += compare_with_source(store, against, progress)
-    beside = unaccounted(store)
-    if strict:
-        problems += beside
-    tables = [] if problems else repeated_experts(store)
-    for line in (*(() if strict else beside), *tables):
+        found = verified(checkpoint, against, progress=progress)
+    problems = [*found.problems, *(found.unaccounted if strict else ())]
+    for line in (*(() if strict else found.unaccounted), *found.repeated_experts):
         echo(f"warning: {line}", err=True)
     write_json(
         {
@@ -56,15 +46,14 @@ def verify(
             "checkpoint": without_secrets(checkpoint),
             "against": None if against is None else without_secrets(against),
             "problems": problems,
-            "unaccounted": beside,
-            "repeated_experts": tables,
+            "unaccounted": list(found.unaccounted),
+            "repeated_experts": list(found.repeated_experts),
         },
         json,
     )
     if problems:
-        way_out = "Remove what is not part of it." if problems == beside else "Convert the model again."
+        way_out = "Remove what is not part of it." if found.passed else "Convert the model again."
         count = number_of(len(problems), "problem")
         raise CheckFailed(f"{checkpoint}: {count}:\n{listed(problems)}\n{way_out}")
-    total = sum(store.leaf(path).nbytes for path in store.paths)
     equal = "every byte as written" + ("" if against is None else f" and as {without_secrets(against)} gives it")
-    echo(f"{without_secrets(checkpoint)}: {len(store.paths)} leaves, {size(total)}, {equal}", err=json == "-")
+    echo(f"{without_secrets(checkpoint)}: {found.leaves} leaves, {size(found.nbytes)}, {equal}", err=json == "-")

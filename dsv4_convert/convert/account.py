@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,9 @@ from dsv4_convert.convert.storage import Form
 from dsv4_convert.formats.exactness import Rounding, rounding
 from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Source
-from dsv4_convert.spec.names import FP8_TILE, Rule
+from dsv4_convert.spec.names import Rule
 from dsv4_convert.store import LeafRecord
+from dsv4_convert.store.digests import Hasher
 
 #: Pages of the source that are in memory at a time, at most, while it is hashed.
 _PART_BYTES = 32 << 20
@@ -53,14 +53,14 @@ def account(checkpoint: Checkpoint, source: Source, rule: Rule, storage: Storage
     return Account(digests, _rounding(checkpoint, source, storage.dtype) if converted else Rounding())
 
 
-def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
-    """Hex SHA-256 of the stored bytes of one tensor, in bounded memory."""
-    digest = hashlib.sha256()
+def tensor_digest(checkpoint: Checkpoint, name: str, *, like: str | None = None) -> str:
+    """The digest of the stored bytes of one tensor, in bounded memory; ``like`` as for :class:`Hasher`."""
+    hasher = Hasher(like)
     stored = checkpoint.read_bytes(name)
     for start in range(0, len(stored), _PART_BYTES):
-        digest.update(stored[start : start + _PART_BYTES])
+        hasher.update(stored[start : start + _PART_BYTES])
         checkpoint.release(name)
-    return digest.hexdigest()
+    return hasher.digest()
 
 
 def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> Rounding:
@@ -69,13 +69,11 @@ def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> R
     scale = checkpoint.read(source.scale) if source.scale is not None else None
     if stored.ndim != 2:
         return rounding(stored, scale, dtype=dtype)
-    total, tile = Rounding(), FP8_TILE[0]
-    step = max(tile, _PART_BYTES // max(1, info.nbytes // info.shape[0]) // tile * tile)
-    tall = scale is not None and scale.shape[0] != stored.shape[0]  # tiles of rows share a scale
+    total, height = Rounding(), 1 if source.block is None else source.block[0]
+    step = max(height, _PART_BYTES // max(1, info.nbytes // info.shape[0]) // height * height)
     for start in range(0, stored.shape[0], step):
-        rows = slice(start, start + step)
-        scales = slice(start // tile, -(-(start + step) // tile)) if tall else rows
-        total += rounding(stored[rows], scale[scales] if scale is not None else None, dtype=dtype)
+        scales = None if scale is None else scale[start // height : -(-(start + step) // height)]
+        total += rounding(stored[start : start + step], scales, dtype=dtype, block=source.block)
         for name in source.names:
             checkpoint.release(name)
     return total
@@ -122,7 +120,7 @@ def assemble(
                 shard=info.file.name,
                 dtype=info.dtype,
                 shape=info.shape,
-                sha256=digests.get(info.name),
+                digest=digests.get(info.name),
                 targets=targets.get(info.name, ()),
                 dropped=planned.dropped.get(info.name),
             )

@@ -22,10 +22,12 @@ from dsv4_convert.convert.sources import Sources, SourceTensor, stored_layers
 from dsv4_convert.convert.storage import Form, StoredLeaf
 from dsv4_convert.formats import cast_plain, quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.spec.names import FP8_TILE, Dialect
+from dsv4_convert.spec.names import Dialect
 from dsv4_convert.store import Store
 
 Array = np.ndarray[Any, Any]
+#: Bytes of a weight's scales that wait while its codes are written.
+_HELD_BYTES = 64 << 20
 _SPELLING = {stored.array: name for name, stored in DTYPES.items() if name in ("BF16", "F32", "I64", "I32")}
 
 
@@ -37,8 +39,8 @@ class Emitted:
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Array]]
-    #: SHA-256 that the bytes must have; None where they need not be those of the source.
-    sha256: str | None = None
+    #: Digest that the bytes must have; None where they need not be those of the source.
+    digest: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -94,13 +96,13 @@ class Emitter:
         runs = self._runs()
         for name, tensor in self._sources.tensors.items():
             if name in runs:
-                yield Emitted(name, tensor.dtype, tensor.shape, self._reader(runs[name]), tensor.sha256)
+                yield Emitted(name, tensor.dtype, tensor.shape, self._reader(runs[name]), tensor.digest)
 
     def plain(self) -> Iterator[Emitted]:
         """Full-precision tensors ``[out, in]`` under the published names, from decoded storage."""
         for stored_leaf in self._plan.stored_leaves:
-            rule = stored_leaf.leaf.rule
-            for expert in range(self._plan.config.n_routed_experts) if rule.per_expert else (None,):
+            rule, experts = stored_leaf.leaf.rule, self._plan.config.experts_of(stored_leaf.leaf.layer)
+            for expert in range(experts) if rule.per_expert else (None,):
                 numbers = rule.numbers(self._plan.config, stored_leaf.leaf.layer, expert)
                 name = rule.template(Dialect.PUBLISHED).format(*numbers)
                 run = [index for index in stored_leaf.layout.chunk_indices() if expert is None or index[0] == expert]
@@ -119,15 +121,15 @@ class Emitter:
             if weight not in runs:
                 continue
             source, _ = self._plan.sources[weight]
-            if source.scale is None:
+            if source.scale is None or source.block is None:
                 rows = self._reader(runs[name], DTYPES[tensor.dtype].array)
                 yield Emitted(name, tensor.dtype, tensor.shape, rows)
                 continue
             if weight not in quantizers:
                 scale = self._sources.tensors[source.scale]
                 kind = self._sources.tensors[weight].dtype
-                rows = self._whole_tiles(runs[weight])
-                quantizers[weight] = _Quantizer(weight, kind, scale.dtype, rows, self.fidelity)
+                rows = self._whole_tiles(runs[weight], source.block[0])
+                quantizers[weight] = _Quantizer(weight, kind, scale.dtype, source.block, rows, self.fidelity)
             quantizer = quantizers[weight]
             yield Emitted(name, tensor.dtype, tensor.shape, quantizer.scales if name in weight_of else quantizer.codes)
 
@@ -180,9 +182,9 @@ class Emitter:
             chunk = chunk.reshape(chunk.shape[-2:])
         return np.ascontiguousarray(chunk.T) if stored_leaf.transposed else chunk
 
-    def _whole_tiles(self, run: list[tuple[StoredLeaf, tuple[int, ...]]]) -> Callable[[], Iterator[Array]]:
-        """Blocks of rows in whole FP8 tiles: single chunks, or the whole tensor if chunks would cut a tile."""
-        if len(run) > 1 and run[0][0].rows_per_chunk % FP8_TILE[0]:
+    def _whole_tiles(self, run: list[tuple[StoredLeaf, tuple[int, ...]]], height: int) -> Callable[[], Iterator[Array]]:
+        """Rows in whole tiles of ``height``: single chunks, or the whole tensor if chunks would cut a tile."""
+        if len(run) > 1 and run[0][0].rows_per_chunk % height:
             return lambda: iter([np.concatenate([self._rows(stored_leaf, index) for stored_leaf, index in run])])
         return self._reader(run)
 
@@ -194,29 +196,35 @@ class _Quantizer:
     name: str
     dtype: str
     scale_dtype: str
+    block: tuple[int, int]
     rows: Callable[[], Iterator[Array]]
     fidelity: Fidelity
+    #: The scales that were found with the codes; None where there are too many to hold, or nobody has found them yet.
     _scales: list[Array] | None = None
 
     def codes(self) -> Iterator[Array]:
         """The codes, run by run. Counts the values that decoding them would not give back."""
-        self._scales, changed = [], 0
+        held: list[Array] | None = []
+        nbytes = changed = 0
         for rows in self.rows():
-            if self.dtype == "F8_E4M3":
-                found, scale = quantize_fp8(rows, scale_format="e8m0" if self.scale_dtype == "F8_E8M0" else "float32")
-                found = found.view(ml_dtypes.float8_e4m3fn)
-            else:
-                found, scale = quantize_fp4(rows)
-            changed += int(np.count_nonzero(decode_weight(found, scale, dtype=rows.dtype) != rows))
-            self._scales.append(scale)
+            found, scale = self._quantized(rows)
+            again = decode_weight(found, scale, dtype=rows.dtype, block=self.block)
+            changed += int(np.count_nonzero(again != rows))
+            nbytes += scale.nbytes
+            held = None if held is None or nbytes > _HELD_BYTES else [*held, scale]
             yield found
+        self._scales = held
         self.fidelity.count(self.name, changed)
 
     def scales(self) -> Iterator[Array]:
-        """The scales of all runs; the codes are made first where nobody has asked for them yet."""
-        if self._scales is None:
-            for _ in self.codes():
-                pass
-        assert self._scales is not None
-        found, self._scales = self._scales, None
-        yield from found
+        """The scales of all runs, quantised again where they are not held."""
+        held, self._scales = self._scales, None
+        yield from (self._quantized(rows)[1] for rows in self.rows()) if held is None else held
+
+    def _quantized(self, rows: Array) -> tuple[Array, Array]:
+        """Codes and scales of one run of rows."""
+        if self.dtype != "F8_E4M3":
+            return quantize_fp4(rows)
+        powers = self.scale_dtype == "F8_E8M0"
+        codes, scale = quantize_fp8(rows, block=self.block, scale_format="e8m0" if powers else "float32")
+        return codes.view(ml_dtypes.float8_e4m3fn), scale

@@ -26,6 +26,8 @@ from dsv4_convert.store import Destination, chunk_digest, open_destination
 Array = np.ndarray[Any, Any]
 
 _PROBE_BYTES = 96 << 20
+#: Bytes of a conversion from which on a measurement is short beside it.
+_WORTH_MEASURING = 40 * _PROBE_BYTES
 _BLOCK_BYTES = 8 << 20
 
 
@@ -128,6 +130,11 @@ def estimate(
     )
 
 
+def worth_measuring(planned: Plan) -> bool:
+    """Whether to measure before a conversion: it is long, or only a measurement tells the size on disk."""
+    return planned.compression != "none" or planned.bytes_on_disk >= _WORTH_MEASURING
+
+
 def check_disk(costs: Estimate, destination: str | os.PathLike[str]) -> None:
     """Refuse what cannot be written or cannot fit. Raises :class:`ResourceError` with the numbers."""
     if "://" not in str(destination) and not os.path.lexists(destination):
@@ -214,7 +221,9 @@ def _make_rate(planned: Plan, stored_leaf: StoredLeaf) -> tuple[float, Array]:
 
     def make() -> Array:
         if stored_leaf.form is Form.DECODED:
-            chunk = decode_weight(weight, scale, dtype=stored_leaf.dtype, transpose=stored_leaf.transposed)
+            chunk = decode_weight(
+                weight, scale, dtype=stored_leaf.dtype, block=source.block, transpose=stored_leaf.transposed
+            )
         else:
             chunk = weight.copy()
         chunk_digest(chunk)

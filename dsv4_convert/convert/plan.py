@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from dsv4_convert.errors import ResourceError
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.spec.coverage import Source, Stored, resolve
-from dsv4_convert.spec.names import Dialect, Rule, check_layers, stage_of
+from dsv4_convert.spec.names import Dialect, Rule, Section, Use, check_layers, stage_of
 from dsv4_convert.store import Compression
 
 #: Default limit of a conversion's memory, beyond the interpreter with its imports.
@@ -188,7 +188,7 @@ def plan(
     written: Counter[str] = Counter()
     for stored_leaf in found:
         written[stored_leaf.dtype.name] += stored_leaf.nbytes
-    unused = {*checkpoint.tensors, *checkpoint.absent} - names - resolution.dropped.keys()
+    unused = {*checkpoint.tensors, *checkpoint.absent} - names
     return Plan(
         config=config,
         storage=storage,
@@ -201,15 +201,17 @@ def plan(
         read=dict(read),
         written=dict(written),
         tensors=len(names),
-        dropped={**resolution.dropped, **{name: _unused(name, layout) for name in sorted(unused)}},
+        dropped={name: _unused(name, layout, config.names.lookup(name, resolution.dialect)) for name in sorted(unused)},
         inexact=tuple(stored_leaf.path for stored_leaf in found if _may_round(stored_leaf, storage, stored)),
     )
 
 
-def _unused(name: str, layout: Layout) -> str:
+def _unused(name: str, layout: Layout, uses: Sequence[Use]) -> str:
     """Why a tensor that is known and in its place is left out."""
+    if uses and uses[0].rule.section is Section.VISION:
+        return "vision encoder, which belongs to the whole model only"
     if layout is not Layout.DSV4 and stage_of(name) is not None:
-        return "mtp stage, for which MaxText's tree has no place"
+        return "draft stage, for which MaxText's tree has no place"
     return "belongs to a layer that was not asked for"
 
 

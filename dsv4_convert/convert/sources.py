@@ -1,7 +1,7 @@
 """``dsv4_sources.json``: what became of every tensor of the source, in a file beside the manifest.
 
 The manifest says of every stored leaf what it is; this file says the same from the other side: of every source tensor
-its shard, dtype, shape and SHA-256, and the leaves that it fills or the reason why it fills none. The manifest holds
+its shard, dtype, shape and digest, and the leaves that it fills or the reason why it fills none. The manifest holds
 the digest of this file. One line per tensor, in the order of the shards and of the bytes in them.
 """
 
@@ -19,7 +19,8 @@ from dsv4_convert.spec.names import stage_of
 from dsv4_convert.store import Store
 
 SOURCES_FILE = "dsv4_sources.json"
-SCHEMA_VERSION = 1
+#: Version 1, of which all digests are SHA-256 under that name, is read too.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class SourceTensor:
         shard: name of the safetensors file.
         dtype: safetensors spelling.
         shape: as stored, so two FP4 elements count as one byte.
-        sha256: hex digest of the stored bytes; None for a tensor that was not read.
+        digest: of the stored bytes (:mod:`dsv4_convert.store.digests`); None for a tensor that was not read.
         targets: paths of the leaves that it fills; empty for a tensor that was left out.
         dropped: why it was left out; None for one that fills a leaf.
     """
@@ -38,7 +39,7 @@ class SourceTensor:
     shard: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: str | None = None
+    digest: str | None = None
     targets: tuple[str, ...] = ()
     dropped: str | None = None
 
@@ -75,16 +76,17 @@ class Sources:
         """
         document = parse_object(data, where=where)
         version = document.get("schema_version")
-        if version != SCHEMA_VERSION or type(version) is not int:
+        if version not in (1, SCHEMA_VERSION) or type(version) is not int:
             raise BadInput(
-                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}. "
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads 1 and {SCHEMA_VERSION}. "
                 "Read it with the version of dsv4 that wrote it, or convert again."
             )
+        digest_key = "digest" if version == SCHEMA_VERSION else "sha256"
         try:
             shards, tensors = (_entries(document, key) for key in ("shards", "tensors"))
             return cls(
                 shards={name: _heard_shard(name, entry) for name, entry in shards.items()},
-                tensors={name: _heard(name, entry) for name, entry in tensors.items()},
+                tensors={name: _heard(name, entry, digest_key) for name, entry in tensors.items()},
             )
         except ValueError as error:
             raise BadInput(f"{where}: not an account of source tensors: {error}; convert again") from error
@@ -139,15 +141,16 @@ def _heard_shard(name: str, entry: object) -> Shard:
     raise ValueError(f"{shown(name)} is {shown(str(entry))}")
 
 
-def _heard(name: str, entry: object) -> SourceTensor:
+def _heard(name: str, entry: object, digest_key: str) -> SourceTensor:
     """Strict inverse of :func:`_told`. Raises :class:`ValueError`."""
-    whole = {"shape": [], "sha256": None, "targets": [], "dropped": None, **(entry if isinstance(entry, dict) else {})}
+    given = entry if isinstance(entry, dict) else {}
+    whole = {"shape": [], digest_key: None, "targets": [], "dropped": None, **given}
+    digest = whole.pop(digest_key)
     match whole:
         case {
             "shard": str(shard),
             "dtype": str(dtype),
             "shape": [*shape],
-            "sha256": None | str() as sha256,
             "targets": [*targets],
             "dropped": None | str() as dropped,
             **more,
@@ -155,10 +158,11 @@ def _heard(name: str, entry: object) -> SourceTensor:
             not more
             and all(type(extent) is int and extent >= 0 for extent in shape)
             and all(isinstance(target, str) for target in targets)
+            and (digest is None or isinstance(digest, str))
         ):
             enumerated(dtype, DTYPES, field=f"{shown(name)}: dtype")
             return SourceTensor(
-                shard=shard, dtype=dtype, shape=tuple(shape), sha256=sha256, targets=tuple(targets), dropped=dropped
+                shard=shard, dtype=dtype, shape=tuple(shape), digest=digest, targets=tuple(targets), dropped=dropped
             )
     raise ValueError(f"{shown(name)} is {shown(str(entry))}")
 

@@ -13,11 +13,14 @@ import numpy as np
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.spec.conversion import Storage
 from dsv4_convert.spec.coverage import Leaf, Source, Stored
-from dsv4_convert.spec.names import FP8_TILE, Transform
+from dsv4_convert.spec.names import Transform
 from dsv4_convert.store import ArrayLayout, LeafSpec
 
 #: Bytes of one chunk, at most, where a leaf can be cut by rows of its source.
 CHUNK_BYTES = 64 << 20
+
+#: Rows that share no FP8 scale with the next ones, in any architecture.
+_ROWS = 128
 
 
 class Form(StrEnum):
@@ -176,19 +179,18 @@ def _published(leaf: Leaf, form: Form, path: str, tensor: Stored, limit: int) ->
     if leaf.rule.per_expert:
         shape = (shape[0], leaf.source_shape[0], shape[2]) if leaf.fused else (len(leaf.sources), *shape)
         return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one((1, *shape[1:])), shape[1])
-    cut = len(shape) == 2 and form is not Form.SCALE  # scales are small
+    cut = len(shape) == 2
     rows = _rows_per_chunk(shape, dtype, limit) if cut else (shape or (1,))[0]
     chunk = (rows, *shape[1:]) if shape else ()
     return StoredLeaf(path, (leaf,), form, dtype, shape, _at_least_one(chunk), rows, row_axis=0 if shape else None)
 
 
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> int:
-    """The largest number of rows within the limit: all rows, or whole FP8 tiles of them."""
+    """The largest number of rows within the limit: all rows, or a multiple of those of every FP8 tile."""
     rows, columns = shape
     if rows * columns * dtype.itemsize <= limit:
         return rows
-    tile = FP8_TILE[0]
-    return min(rows, max(tile, limit // (columns * dtype.itemsize) // tile * tile))
+    return min(rows, max(_ROWS, limit // (columns * dtype.itemsize) // _ROWS * _ROWS))
 
 
 def _at_least_one(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store
 from dsv4_convert.store.arrays import Array
+from dsv4_convert.store.digests import Hasher
 from dsv4_convert.store.export_state import EXPORT_STATE, Written, read_export_state, write_export_state
 from dsv4_convert.store.folder import Folder
 from dsv4_convert.store.layout import raw_bytes
@@ -179,21 +180,21 @@ class _Checked:
     def __init__(self, tensor: Emitted, sources: Sources) -> None:
         self._tensor = tensor
         known = sources.tensors.get(tensor.name)
-        self._known = None if known is None else known.sha256
+        self._known = None if known is None else known.digest
         self.identical = False
 
     def entry(self) -> TensorEntry:
         return TensorEntry(self._tensor.name, self._tensor.dtype, self._tensor.shape, self._chunks)
 
     def _chunks(self) -> Iterator[Array]:
-        digest = hashlib.sha256()
+        hasher = Hasher(self._known)
         for chunk in self._tensor.chunks():
-            digest.update(raw_bytes(chunk))
+            hasher.update(raw_bytes(chunk))
             yield chunk
-        found, expected = digest.hexdigest(), self._tensor.sha256
+        found, expected = hasher.digest(), self._tensor.digest
         if expected is not None and found != expected:
             raise CheckFailed(
-                f"{self._tensor.name}: the stored bytes have sha256 {found}, the tensor that was converted had "
+                f"{self._tensor.name}: the stored bytes have digest {found}, the tensor that was converted had "
                 f"{expected}. `dsv4 verify` says which chunk is damaged; convert the model again."
             )
         self.identical = found == self._known

@@ -113,16 +113,17 @@ class Workspace:
         content: what becomes the destination: the stage itself, or a folder in it.
     """
 
-    def __init__(self, destination: Path, own: re.Pattern[str], *, content: str = "") -> None:
+    def __init__(self, destination: Path, own: re.Pattern[str], *, content: str = "", in_place: bool = False) -> None:
         """
         Args:
             destination: a local path.
             own: the names that the caller writes in the stage.
+            in_place: the stage is at the destination itself; it is never published.
             content: name of the folder in the stage that becomes the destination; the stage itself if empty. While
                 the work is not published, the stage holds some folder then.
         """
         self.destination = Path(os.path.abspath(destination))
-        self.stage = stage_of(destination)
+        self.stage = self.destination if in_place else stage_of(destination)
         self.content = self.stage / content
         self._own = own
         self._replaced = self.stage / "replaced"

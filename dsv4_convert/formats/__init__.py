@@ -1,6 +1,7 @@
 """Exact, fast codecs of the tensors that DeepSeek-V4 publishes: FP8 blocks, packed FP4 groups, and plain floats.
 
-numpy arrays in and out, one core per call, the GIL released while the loops run. See :mod:`.tables` for what "exact"
+numpy arrays in and out, one core per call, the GIL released while the loops run. The loops, and with them numba, are
+loaded when something is decoded or encoded: copying published bytes needs neither. See :mod:`.tables` for what "exact"
 means at zeros, NaN and both ends of the range.
 """
 

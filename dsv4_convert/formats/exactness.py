@@ -18,18 +18,19 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, read_only
 from dsv4_convert.formats.fp4 import decode_fp4
 from dsv4_convert.formats.fp8 import decode_fp8
 from dsv4_convert.formats.tables import E2M1, E4M3, FLOAT32, e8m0_values, products
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE
+from dsv4_convert.spec.names import FP4_GROUP
 
 Array = NDArray[Any]
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-#: Numbers, and rows of codes, that are looked at in one piece, so that memory does not grow with the weight.
-_PIECE, _HEIGHT = 1 << 18, FP8_TILE[0]
+#: Numbers that are looked at in one piece, so that memory does not grow with the weight.
+_PIECE = 1 << 18
+#: Rows of codes that are decoded in one piece, or one block of them that is higher.
+_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +56,16 @@ class Rounding:
         )
 
 
-def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rounding:
+def rounding(
+    stored: Array, scale: Array | None, *, dtype: np.dtype[Any], block: tuple[int, int] | None = None
+) -> Rounding:
     """Count the values that decoding a stored weight to ``dtype`` changes.
 
     Args:
         stored: FP8 codes ``[R, C]`` or packed FP4 ``[R, C / 2]`` with scales; without, BF16 or F32 of any shape.
         scale: E8M0 or F32, as in :func:`dsv4_convert.formats.weight.decode_weight`; or None.
         dtype: bfloat16 or float32.
+        block: outputs and inputs of FP8 that share a scale.
 
     Raises:
         BadInput: scale and codes do not fit each other.
@@ -69,13 +73,12 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
     if scale is None:
         return _of_floats(stored, dtype)
     if stored.dtype == _FP8:
-        codes, block = as_codes(stored, what="FP8", native=ml_dtypes.float8_e4m3fn), FP8_TILE
-        shape = codes.shape
+        codes, per_code = as_codes(stored, what="FP8", native=ml_dtypes.float8_e4m3fn), 1
+        assert block is not None, "FP8 codes are decoded in blocks"
     else:
-        codes, block = as_codes(stored, what="FP4"), (FP4_GROUP[0], FP4_GROUP[1] // 2)
-        shape = (codes.shape[0], 2 * codes.shape[1])
-    packed = stored.dtype != _FP8
-    factors = as_scale(scale, what="FP4" if packed else "FP8", codes=shape, block=FP4_GROUP if packed else FP8_TILE)
+        codes, per_code, block = as_codes(stored, what="FP4"), 2, FP4_GROUP
+    packed, shape = per_code == 2, (codes.shape[0], per_code * codes.shape[1])
+    factors = as_scale(scale, what="FP4" if packed else "FP8", codes=shape, block=block)
     values = shape[0] * shape[1]
     if factors.dtype != np.float32:
         change = _changes_under_e8m0(packed, np.dtype(dtype))
@@ -84,9 +87,11 @@ def rounding(stored: Array, scale: Array | None, *, dtype: np.dtype[Any]) -> Rou
     elif dtype == FLOAT32:
         return Rounding(values)
     else:
-        return _of_products(codes, factors, packed=packed)
+        return _of_products(codes, factors, block, packed=packed)
+    from dsv4_convert.formats import kernels
+
     counts = np.zeros((256, 256), np.uint64)
-    kernels.count_codes(codes, read_only(factors), *block, counts)
+    kernels.count_codes(codes, read_only(factors), block[0], block[1] // per_code, counts)
     return _weighed(values, counts, change, packed=packed)
 
 
@@ -124,17 +129,19 @@ def _relative(exact: Array, found: Array) -> Array:
     return np.where((exact == found) | ~np.isfinite(exact), 0.0, change)
 
 
-def _of_products(codes: Array, scale: Array, *, packed: bool) -> Rounding:
-    """Rounding of float32 products, computed for as many rows at a time as share their FP8 scales."""
-    values = np.empty((_HEIGHT, codes.shape[1] * (2 if packed else 1)), np.float32)
+def _of_products(codes: Array, scale: Array, block: tuple[int, int], *, packed: bool) -> Rounding:
+    """Rounding of float32 products, computed for some rows at a time, whole blocks of them."""
+    height = -(-_ROWS // block[0]) * block[0]
+    values = np.empty((height, codes.shape[1] * (2 if packed else 1)), np.float32)
     total = Rounding()
-    for start in range(0, codes.shape[0], _HEIGHT):
-        part = codes[start : start + _HEIGHT]
+    for start in range(0, codes.shape[0], height):
+        part = codes[start : start + height]
         out = values[: part.shape[0]]
         if packed:
-            decode_fp4(part, scale[start : start + _HEIGHT], dtype=FLOAT32, out=out)
+            decode_fp4(part, scale[start : start + height], dtype=FLOAT32, out=out)
         else:
-            decode_fp8(part, scale[start // _HEIGHT : start // _HEIGHT + 1], dtype=FLOAT32, out=out)
+            factors = scale[start // block[0] : (start + height) // block[0]]
+            decode_fp8(part, factors, dtype=FLOAT32, block=block, out=out)
         total += _counted(out.reshape(-1))
     return total
 
@@ -150,4 +157,6 @@ def _of_floats(stored: Array, dtype: np.dtype[Any]) -> Rounding:
 
 
 def _counted(values: Array) -> Rounding:
+    from dsv4_convert.formats import kernels
+
     return Rounding(values.size, *kernels.count_rounded(read_only(values.view(np.uint32))))

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, destination, read_only
 from dsv4_convert.formats.scales import as_values, block_amax, power_of_two_scale, scale_values
 from dsv4_convert.formats.tables import bits_dtype, refuse_flushing
@@ -46,6 +45,8 @@ def decode_fp4(
         BadInput: a dtype or shape of codes or scale is not as above.
         ValueError: ``dtype``, ``group`` or ``out`` is not as above.
     """
+    from dsv4_convert.formats import kernels
+
     bits = bits_dtype(dtype)
     data = as_codes(packed, what="FP4")
     rows, columns = data.shape[0], 2 * data.shape[1]
@@ -71,6 +72,8 @@ def encode_fp4(values: Array, scale: Array, *, group: int = 32, out: Array | Non
         BadInput: as in :func:`decode_fp4`, or a quotient is NaN, which e2m1 cannot express.
         ValueError: as in :func:`decode_fp4`.
     """
+    from dsv4_convert.formats import kernels
+
     data = as_values(values, what="FP4")
     rows, columns = data.shape
     if columns % 2:

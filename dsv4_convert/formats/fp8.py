@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import as_codes, as_scale, destination, positive, read_only
 from dsv4_convert.formats.scales import as_values, block_amax, float_scale, power_of_two_scale, scale_values
 from dsv4_convert.formats.tables import bits_dtype, refuse_flushing
@@ -46,6 +45,8 @@ def decode_fp8(
         BadInput: a dtype or shape of codes or scale is not as above.
         ValueError: ``dtype``, ``block`` or ``out`` is not as above.
     """
+    from dsv4_convert.formats import kernels
+
     bits = bits_dtype(dtype)
     data = as_codes(codes, what="FP8", native=ml_dtypes.float8_e4m3fn)
     rows, columns = data.shape
@@ -74,6 +75,8 @@ def encode_fp8(
     Raises:
         BadInput, ValueError: as in :func:`decode_fp8`.
     """
+    from dsv4_convert.formats import kernels
+
     data = as_values(values, what="FP8")
     factors = scale_values(as_scale(scale, what="FP8", codes=data.shape, block=positive(block)))
     result = destination(out, shape=data.shape, dtype=np.dtype(np.uint8))

@@ -17,7 +17,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
+from numba.core import event
 from numpy.typing import NDArray
+
+from dsv4_convert.show.compiling import tell
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +38,24 @@ COUNTED = 1 << 16
 
 #: The operations of :func:`convert` on a bit pattern.
 COPY, WIDEN, NARROW = 0, 1, 2
+
+
+class _Told(event.Listener):
+    """Passes on when numba compiles a function that is not in its cache, with the functions that it calls."""
+
+    depth = 0
+
+    def on_start(self, event: event.Event) -> None:
+        self.depth += 1
+        tell(begins=True)
+
+    def on_end(self, event: event.Event) -> None:
+        self.depth -= 1
+        if not self.depth:
+            tell(begins=False)
+
+
+event.register("numba:compile", _Told())
 
 # error_model="numpy": a division by zero gives inf or NaN, as in torch, instead of a Python exception.
 _inline = numba.njit(nogil=True, error_model="numpy")

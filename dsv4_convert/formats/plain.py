@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import destination, read_only
 from dsv4_convert.formats.tables import BFLOAT16, FLOAT32
 
 Array = NDArray[Any]
 
-_ACTIONS = {(BFLOAT16, FLOAT32): kernels.WIDEN, (FLOAT32, BFLOAT16): kernels.NARROW}
+_CASTS = {(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)}
 
 
 def cast_plain(array: Array, *, dtype: DTypeLike, transpose: bool = False, out: Array | None = None) -> Array:
@@ -35,15 +34,19 @@ def cast_plain(array: Array, *, dtype: DTypeLike, transpose: bool = False, out: 
         ValueError: ``out`` does not fit, or ``transpose`` of something that is not a matrix.
     """
     wanted = np.dtype(dtype)
-    action = kernels.COPY if wanted == array.dtype else _ACTIONS.get((array.dtype, wanted))
-    if action is None:
+    if wanted != array.dtype and (array.dtype, wanted) not in _CASTS:
         raise BadInput(f"plain tensor: expected {wanted}, or bfloat16 or float32 to cast from, found {array.dtype}")
     if transpose and array.ndim != 2:
         raise ValueError(f"only a matrix can be transposed, found shape {array.shape}")
     result = destination(out, shape=array.shape[::-1] if transpose else array.shape, dtype=wanted)
-    if action == kernels.COPY and not transpose:
+    if wanted == array.dtype and not transpose:
         np.copyto(result, array)
         return result
+    from dsv4_convert.formats import kernels
+
+    action = kernels.COPY
+    if wanted != array.dtype:
+        action = kernels.WIDEN if wanted == FLOAT32 else kernels.NARROW
     source = np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
     source_bits = read_only(source.view(f"u{source.dtype.itemsize}"))
     result_bits = result.view(f"u{result.dtype.itemsize}")

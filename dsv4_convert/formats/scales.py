@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.formats import kernels
 from dsv4_convert.formats.checks import read_only
 from dsv4_convert.formats.plain import cast_plain
 from dsv4_convert.formats.tables import BFLOAT16, e8m0_values
@@ -36,6 +35,8 @@ def block_amax(values: NDArray[np.float32], block: tuple[int, int], *, what: str
     Raises:
         BadInput: a block holds NaN or infinity, which no scale can express.
     """
+    from dsv4_convert.formats import kernels
+
     rows, columns = (-(-size // step) for size, step in zip(values.shape, block, strict=True))
     amax = np.zeros((rows, columns), np.uint32)
     kernels.block_amax(values.view(np.uint32), block[0], block[1], amax)

@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_convert.formats.kernels import FAST_E2M1, FAST_E4M3
 from dsv4_convert.formats.tables import BFLOAT16, FLOAT32
 
 Array = NDArray[Any]
@@ -100,6 +99,8 @@ def decoded_problem(
     problem = scale_problem(scale, first_row=first_scale) or code_problem(stored, first_row=first_row)
     if problem is not None or not scale.size:
         return problem
+    from dsv4_convert.formats.kernels import FAST_E2M1, FAST_E4M3
+
     # The largest scale, as an E8M0 byte, under which no product leaves the range.
     safe = (FAST_E4M3 if stored.dtype == _FP8 else FAST_E2M1)[1]
     if scale.dtype == FLOAT32:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -28,7 +29,9 @@ from dsv4_convert.model.numerics import Numerics
 from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter, round_then_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 #: Entries for each chosen one from which a query's chosen entries are gathered instead of masking the others
 #: (``python -m benchmarks.sparse_attention``).
@@ -62,22 +65,21 @@ class Entries(NamedTuple):
     slot: Int[Array, " B"]
 
 
-class Attention(nnx.Module):
-    """Multi-query attention whose single key head is also its value.
+class WindowedAttention(nnx.Module):
+    """Multi-query attention whose single key head is also its value, over a sliding window and compressed entries.
 
-    1. q = unit_rms(q_norm(x wq_a) wq_b) per head, kv = kv_norm(x wkv); both rotated.
-    2. A query sees the last ``sliding_window`` tokens, itself included, and the compressed entries of complete blocks:
-       all of them (HCA) or the indexer's choice (CSA).
+    1. q = q_norm(x wq_a) wq_b per head, kv = kv_norm(x wkv).
+    2. A query sees the last ``sliding_window`` tokens, itself included, and compressed entries of complete blocks.
     3. One softmax over both, with a learned sink per head in the denominator; scores scaled by C^-0.5.
     4. The context is rotated back by the query's position, since values carry the keys' rotation.
     5. Each of G groups of heads has its own low-rank matrix ``wo_a``; all groups share ``wo_b``.
 
+    A subclass says how queries are normed, and where the compressed entries come from.
     Source: paper section 2.3; published inference code, ``Attention``.
     """
 
-    def __init__(self, config: Config, kind: AttentionKind, numerics: Numerics) -> None:
+    def __init__(self, config: Config, numerics: Numerics) -> None:
         self.config = config
-        self.kind = kind
         self.numerics = numerics
         heads, width = config.num_attention_heads, config.head_dim
         self.wq_a = parameter("width whole_rank", config.hidden_size, config.q_lora_rank)
@@ -89,6 +91,74 @@ class Attention(nnx.Module):
         grouped = heads * width // config.o_groups
         self.wo_a = parameter("groups group_in group_out", config.o_groups, grouped, config.o_lora_rank)
         self.wo_b = parameter("groups width", config.o_groups * config.o_lora_rank, config.hidden_size)
+
+    def _low_rank(self, x: Float[Array, "B S D"], taps: Taps) -> Float[Array, "B S R"]:
+        """The low-rank queries, of which the indexer makes its queries too."""
+        projected = taps("wq_a", self.numerics.linear(x, self.wq_a.get_value()))
+        return taps("q_norm", rms_norm(projected, self.q_norm[...], self.config.rms_norm_eps))
+
+    def _queries(self, low_rank: Float[Array, "B S R"], taps: Taps) -> Float[Array, "B S H C"]:
+        """The queries of all heads, not rotated."""
+        q = self.numerics.linear(low_rank, self.wq_b.get_value())
+        return taps("wq_b", q.reshape(*low_rank.shape[:2], self.config.num_attention_heads, self.config.head_dim))
+
+    def _keys(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], table: np.ndarray, taps: Taps
+    ) -> Float[Array, "B S C"]:
+        """The rotated keys of the tokens, which are their values too."""
+        projected = taps("wkv", self.numerics.linear(x, self.wkv.get_value()))
+        kv = taps("kv_norm", rms_norm(projected, self.kv_norm[...], self.config.rms_norm_eps))
+        return taps("kv_rope", self.numerics.key(rotate(kv, positions, table), 2 * len(table)))
+
+    def _attended(
+        self,
+        q: Float[Array, "B S H C"],
+        kv: Float[Array, "B S C"],
+        entries: Entries,
+        positions: Int[Array, "B S"],
+        table: np.ndarray,
+        taps: Taps,
+        past: Past[Any] | None,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B P C"] | None]:
+        """The output for rotated queries and keys; with a ``past`` the keys that later windows reach too."""
+        batch, tokens, *_ = q.shape
+        earlier = None if past is None else Earlier(past.cache.window, past.before)
+        window, numerics = self.config.sliding_window, self.numerics
+        context = taps("context", self._gathered(q, kv, earlier, entries))
+        context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
+        grouped = context.reshape(batch, tokens, self.config.o_groups, -1)
+        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a.get_value()))
+        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b.get_value()))
+        if past is None:
+            return output, None
+        return output, latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
+
+    def _gathered(
+        self, q: Float[Array, "B S H C"], kv: Float[Array, "B S C"], earlier: Earlier | None, entries: Entries
+    ) -> Float[Array, "B S H C"]:
+        """The values that every query gathers, from its window and the compressed entries."""
+        window, sink = self.config.sliding_window, self.attn_sink[...]
+        return _context(q, kv, earlier, entries, sink, window=window, numerics=self.numerics)
+
+    def _slots(self, batch: int, tokens: int, past: Past[Any] | None) -> Int[Array, " B"]:
+        """Where entries begin in the published kernel's list of keys (:class:`Entries`)."""
+        window = self.config.sliding_window
+        if past is None:
+            return jnp.full(batch, min(tokens, window))
+        # A prompt that goes on has all places of its window, whether there are tokens for them.
+        return jnp.where(past.before == 0, jnp.minimum(past.count, window), window)
+
+
+class Attention(WindowedAttention):
+    """Attention of DeepSeek-V4: every layer compresses its own past.
+
+    Queries are normed per head: q = unit_rms(q). A query sees all entries of complete blocks (HCA) or the indexer's
+    choice (CSA).
+    """
+
+    def __init__(self, config: V4Config, kind: AttentionKind, numerics: Numerics) -> None:
+        super().__init__(config, numerics)
+        self.kind = kind
         self.compressor = _compressor(config, kind, numerics)
         self.indexer = Indexer(config, numerics) if kind is AttentionKind.CSA else None
 
@@ -103,20 +173,12 @@ class Attention(nnx.Module):
 
         ``positions`` index the rotary tables; masks go by the order of tokens.
         """
-        config, numerics = self.config, self.numerics
         batch, tokens, _ = x.shape
-        eps = config.rms_norm_eps
-        table = frequencies(config, self.kind)
-
-        q_low_rank = taps(
-            "q_norm", rms_norm(taps("wq_a", numerics.linear(x, self.wq_a.get_value())), self.q_norm[...], eps)
-        )
-        q = numerics.linear(q_low_rank, self.wq_b.get_value())
-        q = taps("wq_b", q.reshape(batch, tokens, config.num_attention_heads, config.head_dim))
-        q = taps("q", numerics.query(q, eps))
+        table = frequencies(self.config, compressed=self.kind is not AttentionKind.SLIDING)
+        q_low_rank = self._low_rank(x, taps)
+        q = taps("q", self.numerics.query(self._queries(q_low_rank, taps), self.config.rms_norm_eps))
         q = taps("q_rope", rotate(q, positions, table))
-        kv = taps("kv_norm", rms_norm(taps("wkv", numerics.linear(x, self.wkv.get_value())), self.kv_norm[...], eps))
-        kv = taps("kv_rope", numerics.key(rotate(kv, positions, table), config.qk_rope_head_dim))
+        kv = self._keys(x, positions, table, taps)
 
         before = jnp.zeros(batch, jnp.int32) if past is None else past.before
         entries, compressed, indexed, chosen = kv[:, :0], None, None, None
@@ -129,24 +191,12 @@ class Attention(nnx.Module):
             at = None if past is None else past.of(past.cache.indexer)
             chosen, indexed = self.indexer(x, q_low_rank, positions, complete, table, taps.within("indexer."), at)
 
-        earlier = None if past is None else Earlier(past.cache.window, before)
-        sink, window = self.attn_sink[...], config.sliding_window
-        slots = jnp.full(batch, min(tokens, window))
-        if past is not None:  # a prompt that goes on has all places of its window, whether there are tokens for them
-            slots = jnp.where(before == 0, jnp.minimum(past.count, window), window)
-        past_entries = Entries(entries, complete, chosen, slots)
-        context = taps("context", _context(q, kv, earlier, past_entries, sink, window=window, numerics=numerics))
-        context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
-        grouped = context.reshape(batch, tokens, config.o_groups, -1)
-        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a.get_value()))
-        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b.get_value()))
-        if past is None:
-            return output, None
-        kept = latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
-        return output, LayerCache(kept, compressed, indexed)
+        past_entries = Entries(entries, complete, chosen, self._slots(batch, tokens, past))
+        output, window = self._attended(q, kv, past_entries, positions, table, taps, past)
+        return output, None if window is None else LayerCache(window, compressed, indexed)
 
 
-def _compressor(config: Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
+def _compressor(config: V4Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:
     """The compressor of a layer. Blocks of CSA overlap, so each token projects to two series of values."""
     width = config.head_dim
     if kind is AttentionKind.SLIDING:

@@ -60,6 +60,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert_score": (),
     "choice": (),
     "token": (),
+    "ngram": (),
 }
 
 #: Shape letter of an activation (:mod:`dsv4_convert.spec.taps`) -> logical axis. Its width is whole on every device.

@@ -20,8 +20,12 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.numerics import PLAIN, Numerics
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
+from dsv4_convert.spec.v41.config import V41Config
+from dsv4_convert.spec.v41.kinds import LayerKind
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -52,6 +56,31 @@ class LayerCache:
     window: Float[Array, "*layer B P C"]
     compressor: Compressed | None
     indexer: Compressed | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourceCache:
+    """State of a layer of V4.1 that compresses the past for itself and others: entries, index keys, and the projections
+    of the last r - 1 tokens."""
+
+    values: Float[Array, "*layer B P C"]
+    gates: Float[Array, "*layer B P C"]
+    entries: Float[Array, "*layer B T C"]
+    keys: Float[Array, "*layer B T Ci"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class V41LayerCache:
+    """State of one layer of V4.1: the keys of the last ``sliding_window - 1`` tokens, and what some layers have more.
+
+    ``recent``: ids of the last tokens, of which an engram makes n-grams; -1 before the first token.
+    """
+
+    window: Float[Array, "*layer B P C"]
+    source: SourceCache | None
+    recent: Int[Array, "*layer B L"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -91,17 +120,17 @@ class Cache:
     ) -> Cache:
         """A cache for ``capacity`` tokens of each of ``batch`` prompts."""
 
-        def empty(kind: AttentionKind) -> LayerCache:
+        def empty(kind: Any) -> Any:
             return empty_layer(config, kind, batch, capacity, dtype, numerics)
 
-        def stacked(kind: AttentionKind, count: int) -> LayerCache:
-            return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), empty(kind))
+        def stacked(kind: Any, count: int) -> Any:
+            return jax.tree.map(lambda part: jnp.stack([part] * count), empty(kind))
 
         layers: tuple[Any, ...] = (
-            tuple(map(empty, config.attention))
+            tuple(empty(config.layer_kind(layer)) for layer in range(config.num_hidden_layers))
             if not scanned
             else tuple(
-                tuple(stacked(kind, segment.repeats) for kind, _ in segment.pattern) for segment in segments(config)
+                tuple(stacked(kind, segment.repeats) for kind in segment.pattern) for segment in segments(config)
             )
         )
         return cls(
@@ -143,10 +172,27 @@ class Cache:
 
 
 def empty_layer(
-    config: Config, kind: AttentionKind, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
-) -> LayerCache:
-    """The state before the first token, with a capacity of ``capacity`` tokens."""
+    config: Config, kind: Any, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics = PLAIN
+) -> Any:
+    """The state of a layer of this kind before the first token, with a capacity of ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
+    window = jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype)
+    if isinstance(config, V41Config):
+        return _empty_v41(config, kind, window, capacity, pooled)
+    assert isinstance(config, V4Config)
+    return _empty_v4(config, kind[0], window, capacity, pooled)
+
+
+def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[LayerCache, ...]:
+    """The states of the draft stages before the first token. They have a window only."""
+    rows = (batch, config.sliding_window - 1, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(rows, dtype), None, None) for _ in config.stage_layers)
+
+
+def _empty_v4(
+    config: V4Config, kind: AttentionKind, window: Float[Array, "B P C"], capacity: int, pooled: DTypeLike
+) -> LayerCache:
+    batch, dtype = len(window), window.dtype
 
     def compressed(width: int) -> Compressed:
         ratio = config.ratio(kind)
@@ -158,10 +204,29 @@ def empty_layer(
         )
 
     return LayerCache(
-        jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype),
+        window,
         None if kind is AttentionKind.SLIDING else compressed(config.head_dim),
         compressed(config.index_head_dim) if kind is AttentionKind.CSA else None,
     )
+
+
+def _empty_v41(
+    config: V41Config, kind: LayerKind, window: Float[Array, "B P C"], capacity: int, pooled: DTypeLike
+) -> V41LayerCache:
+    batch, dtype = len(window), window.dtype
+    source = recent = None
+    if kind.compresses:
+        rows, entries = (batch, kind.ratio - 1, config.head_dim), (batch, capacity // kind.ratio)
+        source = SourceCache(
+            jnp.zeros(rows, pooled if kind.ratio > 1 else dtype),
+            jnp.zeros(rows, pooled if kind.ratio > 1 else dtype),
+            jnp.zeros((*entries, config.head_dim), dtype),
+            jnp.zeros((*entries, config.index_head_dim), dtype),
+        )
+    if kind.engram is not None:
+        assert config.engram is not None
+        recent = jnp.full((batch, config.engram.max_ngram_size - 1), -1, jnp.int32)
+    return V41LayerCache(window, source, recent)
 
 
 @jax.tree_util.register_dataclass

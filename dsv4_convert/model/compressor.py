@@ -87,15 +87,14 @@ class Compressor(nnx.Module):
         lead = int(self.overlap)
         rows = [jnp.concatenate([old, new], axis=1) for old, new in ((state.values, values), (state.gates, gates))]
         first = kept - before % self.ratio - lead * self.ratio
-        blocked = [self._blocked(_rows(part, first, (lead + blocks) * self.ratio)) for part in rows]
+        blocked = [self._blocked(rows_from(part, first, (lead + blocks) * self.ratio)) for part in rows]
         pooled = self._pool(blocked[0], blocked[1], before >= self.ratio if lead else None)
 
         block = before[:, None] // self.ratio + jnp.arange(blocks)
         starts = positions[:, :1] - before[:, None] + block * self.ratio
         fresh = self._entries(pooled.astype(state.entries.dtype), starts, table, taps)
         complete = (block + 1) * self.ratio <= (before + count)[:, None]
-        slot = jnp.where(complete, block, state.entries.shape[1])  # out of range, and so dropped
-        entries = state.entries.at[jnp.arange(len(before))[:, None], slot].set(fresh, mode="drop")
+        entries = written(state.entries, fresh, block, complete)
         return entries, Compressed(latest(rows[0], past.kept, kept), latest(rows[1], past.kept, kept), entries)
 
     def _blocked(self, rows: Float[Array, "B X W"]) -> Float[Array, "B blocks r W"]:
@@ -127,10 +126,18 @@ class Compressor(nnx.Module):
         normed = taps("norm", rms_norm(taps("pooled", pooled), self.norm[...], self.eps))
         rotated = rotate(normed, starts, table)
         numerics = self.numerics
-        return taps("entries", numerics.indexed(rotated) if self.indexed else numerics.key(rotated, 2 * len(table)))
+        return taps("entries", numerics.indexed(rotated) if self.indexed else numerics.entry(rotated, 2 * len(table)))
 
 
-def _rows(rows: Float[Array, "B X W"], first: Int[Array, " B"], count: int) -> Float[Array, "B Y W"]:
+def written(
+    entries: Float[Array, "B T C"], fresh: Float[Array, "B X C"], block: Int[Array, "B X"], complete: Bool[Array, "B X"]
+) -> Float[Array, "B T C"]:
+    """``entries`` with ``fresh`` ones in the places of their blocks; those of incomplete blocks are dropped."""
+    slot = jnp.where(complete, block, entries.shape[1])  # out of range, and so dropped
+    return entries.at[jnp.arange(len(entries))[:, None], slot].set(fresh, mode="drop")
+
+
+def rows_from(rows: Float[Array, "B X W"], first: Int[Array, " B"], count: int) -> Float[Array, "B Y W"]:
     """``count`` rows of each prompt from its ``first`` on, padded with zeros."""
     padded = jnp.pad(rows, ((0, 0), (0, count), (0, 0)))
     return jax.vmap(lambda part, start: jax.lax.dynamic_slice_in_dim(part, start, count))(padded, first)

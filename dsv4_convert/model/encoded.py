@@ -24,15 +24,13 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
 from dsv4_convert.model.ops import einsum_f32, round_to
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import FP4_GROUP, FP8_TILE, Kind, Rule, Transform, rule_of
+from dsv4_convert.spec.names import Kind, Rule, Transform
 from dsv4_convert.spec.segments import paths_of
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 
-#: ``[in, out]`` elements that share a scale.
-FP8_BLOCK, FP4_BLOCK = FP8_TILE[::-1], FP4_GROUP[::-1]
 #: Rows that :func:`product` multiplies one by one with codes; more rows pay for decoding the matrix.
-FEW_ROWS = 16
+FEW_ROWS = 8
 #: Terms that :func:`_by_codes` adds before it multiplies with a scale: as many inputs share one in any format.
 _TERMS = 8
 
@@ -77,6 +75,12 @@ class Encoded:
             raise IndexError("rows of an encoded matrix cannot be decoded one by one")
         return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
 
+    def rows(self, index: Int[Array, "*batch J"]) -> Float[Array, "*batch J O"]:
+        """Decode some rows of a matrix whose rows have scales of their own."""
+        if self.block[0] != 1 or self.packed or len(self.shape) != 2:
+            raise IndexError("only rows with scales of their own can be decoded one by one")
+        return decoded(self.codes[index], self.scales[index], self.block, packed=False, dtype=self.dtype)
+
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
     """An :class:`Encoded` of zeros whose decoded ``shape`` is ``[..., I, O]``."""
@@ -87,9 +91,15 @@ def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tu
     return Encoded(codes, scales, block, packed, np.dtype(dtype))
 
 
-def grouped_block(outputs: int) -> tuple[int, int]:
-    """FP8 blocks of a matrix that is cut into groups of ``outputs`` outputs: no block straddles two groups."""
-    return FP8_BLOCK[0], math.gcd(FP8_BLOCK[1], outputs)
+def block_of(rule: Rule, *, packed: bool, outputs: int) -> tuple[int, int]:
+    """``[in, out]`` elements of a parameter with ``outputs`` outputs that share a scale.
+
+    No block straddles two groups of a matrix that is cut into groups.
+    """
+    down, along = rule.block(packed=packed)
+    if rule.transform is Transform.NONE:
+        return down, along
+    return along, math.gcd(down, outputs) if rule.transform is Transform.GROUPED else down
 
 
 def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -> Any:
@@ -264,7 +274,7 @@ def in_source_form(module: _Module, config: Config, dtype: DTypeLike, *, prefix:
     graph, state = nnx.split(module)
     flat = {}
     for key, variable in nnx.to_flat_state(state):
-        rule = rule_of(prefix + paths_of(config, key)[0])
+        rule = config.names.rule_of(prefix + paths_of(config, key)[0])
         flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -274,5 +284,5 @@ def _zeros(shape: tuple[int, ...], own: Any, rule: Rule, config: Config, dtype: 
         return jnp.zeros(shape, dtype if rule.kind.follows_dtype else own)
     float_scales = config.expert_dtype == "fp8"
     packed = rule.kind is Kind.EXPERT and not float_scales
-    block = FP4_BLOCK if packed else grouped_block(shape[-1]) if rule.transform is Transform.GROUPED else FP8_BLOCK
+    block = block_of(rule, packed=packed, outputs=shape[-1])
     return empty(shape, packed=packed, float_scales=float_scales, block=block, dtype=dtype)

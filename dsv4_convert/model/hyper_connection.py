@@ -19,13 +19,13 @@ from dsv4_convert.spec.config import Config
 
 
 class Mix(NamedTuple):
-    """Input and mixing weights of one half of a layer.
+    """Mixing weights of one half of a layer.
 
-    ``collapsed`` is the input of the half; ``post`` spreads its output over the streams; ``comb``, indexed [from, to],
-    mixes the streams that bypass it.
+    ``pre`` collapses the streams to the input of a half; ``post`` spreads the half's output over the streams; ``comb``,
+    indexed [from, to], mixes the streams that bypass it.
     """
 
-    collapsed: Float[Array, "B S D"]
+    pre: Float[Array, "B S N"]
     post: Float[Array, "B S N"]
     comb: Float[Array, "B S N N"]
 
@@ -38,11 +38,11 @@ def mix(
     config: Config,
     taps: Taps,
 ) -> Mix:
-    """Mixing weights of one half, and its collapsed input.
+    """Mixing weights of one half, from the streams that enter it.
 
     The products m = fn z / rms(z) for the flattened streams z split into N, N and N*N numbers. From these follow
     pre = sigmoid(m s0 + b) + eps, post = 2 sigmoid(m s1 + b) and comb = Sinkhorn(m s2 + b), where s is ``scale`` and b
-    the matching part of ``base``. The input is collapsed = sum_n pre_n z_n.
+    the matching part of ``base``.
     Source: paper section 2.2; published inference code, ``hc_pre`` and ``hc_split_sinkhorn``.
     """
     n = config.hc_mult
@@ -53,7 +53,12 @@ def mix(
     pre = taps("pre", pre)
     post = taps("post", post)
     comb = taps("comb", sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps))
-    return Mix(taps("collapsed", _collapse(streams, pre)), post, comb)
+    return Mix(pre, post, comb)
+
+
+def collapse(streams: Float[Array, "B S N D"], pre: Float[Array, "B S N"], taps: Taps) -> Float[Array, "B S D"]:
+    """The input of one half: ``sum_n pre_n streams_n``."""
+    return taps("collapsed", _collapse(streams, pre))
 
 
 def sinkhorn(logits: Float[Array, "*batch N N"], iterations: int, eps: float) -> Float[Array, "*batch N N"]:

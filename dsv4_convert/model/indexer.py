@@ -20,13 +20,14 @@ from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, paramet
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 
-class Indexer(nnx.Module):
-    """Scores every compressed entry for every query with its own, narrower compressor, and keeps the best.
+class EntryScorer(nnx.Module):
+    """Scores compressed entries for every query.
 
     The score of entry b for token t is sum_h w_h(t) relu(q_h(t) . k_b) / sqrt(C H). Token t has a query q_h and a
-    weight w_h in each of H indexer heads, and k_b is entry b of the indexer's compressor.
+    weight w_h in each of H indexer heads, and k_b is the key of entry b, which a subclass makes.
 
     Source: paper equations 13-17; published inference code, ``Indexer``.
     """
@@ -37,6 +38,59 @@ class Indexer(nnx.Module):
         self.longest_chunk = config.sliding_window
         self.wq_b = parameter("rank index_heads", config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = parameter("width index_heads", config.hidden_size, self.heads)
+
+    def _queries(
+        self, q_low_rank: Float[Array, "B S R"], positions: Int[Array, "B S"], table: np.ndarray, taps: Taps
+    ) -> Float[Array, "B S Hi C"]:
+        """The rotated queries of all heads."""
+        q = self.numerics.linear(q_low_rank, self.wq_b.get_value()).reshape(
+            *q_low_rank.shape[:2], self.heads, self.head_dim
+        )
+        return taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
+
+    def _weights(self, x: Float[Array, "B S D"], taps: Taps) -> Float[Array, "B S Hi"]:
+        """The weights of all heads, before scaling."""
+        return taps("weights_proj", linear(x, self.weights_proj[...]))
+
+    @shard_map()
+    def _score_all(
+        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        return map_query_chunks(lambda _, *chunk: self._summed_scores(keys, *chunk), self.longest_chunk, q, weights)
+
+    def _summed_scores(
+        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        scores = psum(self._scores(q, keys, weights), "index_heads")
+        # Release numerics round the sum over all heads, not the sum over one device's heads.
+        scores = scores.astype(q.dtype) if self.numerics.release else scores
+        return jax.lax.optimization_barrier(scores)
+
+    def _scores(
+        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        if self.numerics.release:
+            return self._rounded_scores(q, keys, weights)
+        affinity = jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
+        share = weights.astype(jnp.float32) * self.heads**-0.5
+        return jnp.sum(affinity * share[..., None], axis=2)
+
+    def _rounded_scores(
+        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
+    ) -> Float[Array, "B S T"]:
+        """:meth:`_scores` with every step but the sum rounded to the dtype of the activations."""
+        dtype = q.dtype
+        share = (weights.astype(jnp.float32) * (self.head_dim**-0.5 * self.heads**-0.5)).astype(dtype)
+        affinity = round_then_f32(jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys).astype(dtype)))
+        product = round_then_f32((affinity * round_then_f32(share)[..., None]).astype(dtype))
+        return jnp.sum(product, axis=2)
+
+
+class Indexer(EntryScorer):
+    """The indexer of CSA layers of DeepSeek-V4: its keys are the entries of its own, narrower compressor."""
+
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
+        super().__init__(config, numerics)
         self.compressor = Compressor(
             config.hidden_size,
             self.head_dim,
@@ -63,9 +117,8 @@ class Indexer(nnx.Module):
         in that order. ``complete`` is the number of entries that each query may choose from.
         """
         keys, compressed = self.compressor(x, positions, table, taps.within("compressor."), past)
-        q = self.numerics.linear(q_low_rank, self.wq_b.get_value()).reshape(*x.shape[:2], self.heads, self.head_dim)
-        q = taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
-        weights = taps("weights_proj", linear(x, self.weights_proj[...]))
+        q = self._queries(q_low_rank, positions, table, taps)
+        weights = self._weights(x, taps)
 
         if taps.uses("scores") or (self.numerics.release and taps.uses("chosen")):
             # The scores of all chunks are in memory at once only where they are recorded, or order what is recorded.
@@ -73,12 +126,6 @@ class Indexer(nnx.Module):
             chosen = taps("chosen", self._choose_all(scores, complete))
             return self._order_all(scores, chosen) if self.numerics.release else chosen, compressed
         return taps("chosen", self._score_and_choose(keys, q, weights, complete)), compressed
-
-    @shard_map()
-    def _score_all(
-        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
-    ) -> Float[Array, "B S T"]:
-        return map_query_chunks(lambda _, *chunk: self._summed_scores(keys, *chunk), self.longest_chunk, q, weights)
 
     @shard_map()
     def _choose_all(self, scores: Float[Array, "B S T"], complete: Int[Array, "B S"]) -> Int[Array, "B S k"]:
@@ -103,35 +150,8 @@ class Indexer(nnx.Module):
 
         return map_query_chunks(chunk, self.longest_chunk, q, weights, complete)
 
-    def _summed_scores(
-        self, keys: Float[Array, "B T C"], q: Float[Array, "B S Hi C"], weights: Float[Array, "B S Hi"]
-    ) -> Float[Array, "B S T"]:
-        scores = psum(self._scores(q, keys, weights), "index_heads")
-        # Release numerics round the sum over all heads, not the sum over one device's heads.
-        scores = scores.astype(q.dtype) if self.numerics.release else scores
-        return jax.lax.optimization_barrier(scores)
-
     def _choose(self, scores: Float[Array, "B S T"], complete: Int[Array, "B S"]) -> Int[Array, "B S k"]:
         return choose(scores, entry_mask(complete, scores.shape[2]), self.topk)
-
-    def _scores(
-        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
-    ) -> Float[Array, "B S T"]:
-        if self.numerics.release:
-            return self._rounded_scores(q, keys, weights)
-        affinity = jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys)) * self.head_dim**-0.5
-        share = weights.astype(jnp.float32) * self.heads**-0.5
-        return jnp.sum(affinity * share[..., None], axis=2)
-
-    def _rounded_scores(
-        self, q: Float[Array, "B S Hi C"], keys: Float[Array, "B T C"], weights: Float[Array, "B S Hi"]
-    ) -> Float[Array, "B S T"]:
-        """:meth:`_scores` with every step but the sum rounded to the dtype of the activations."""
-        dtype = q.dtype
-        share = (weights.astype(jnp.float32) * (self.head_dim**-0.5 * self.heads**-0.5)).astype(dtype)
-        affinity = round_then_f32(jax.nn.relu(einsum_f32("bshc,btc->bsht", q, keys).astype(dtype)))
-        product = round_then_f32((affinity * round_then_f32(share)[..., None]).astype(dtype))
-        return jnp.sum(product, axis=2)
 
 
 def choose(scores: Float[Array, "B S T"], visible: Bool[Array, "*B S T"], topk: int) -> Int[Array, "B S k"]:

@@ -1,62 +1,60 @@
-"""The whole model, from tokens to logits, and the mtp stages, which draft tokens.
+"""The whole model, from tokens to logits, and its draft stages, of multi-token prediction or of DSpark.
 
-Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` vocabulary.
+Shape letters: ``B`` batch, ``S`` tokens, ``T`` layers that a draft reads, ``N`` streams, ``D`` width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
+from dsv4_convert.model.dspark import Drafted, DSparkBlock
 from dsv4_convert.model.hyper_connection import head_collapse
-from dsv4_convert.model.layers import ScannedLayers, listed, through
+from dsv4_convert.model.layers import layers_of, through
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
 
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
 
 
-class Model(nnx.Module):
-    """DeepSeek-V4.
+class Decoder(nnx.Module):
+    """A model of the family, from tokens to logits.
 
     1. The token's embedding is copied into N streams; it is not scaled.
-    2. Every :class:`Block` mixes its attention and its experts into the streams.
+    2. Every layer mixes its attention and its experts into the streams. What a layer hands to the next is its *carry*.
     3. The streams collapse to one, which is normalised and multiplied with the output head.
 
-    The forward pass does not use the stages in ``mtp``; :meth:`draft` runs one of them.
-
-    Source: paper section 2; published inference code, ``Transformer``.
-
-    Examples:
-        >>> model = restore_model(Weights.open(Path("orbax")))
-        >>> model(jnp.array([[3, 1, 4]])).shape  # logits [B, S, V]
-        (1, 3, 96)
+    A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (what the logits are made of, from the
+    carry of the last layer) and ``logits``.
     """
 
-    def __init__(self, config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
-        """``scanned``: layers of one kind share a program, and their weights are stacked."""
+    enter: Callable[..., Any]
+    leave: Callable[..., Any]
+    logits: Callable[..., Float[Array, "B S V"]]
+
+    def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
         self.config = config
         self.numerics = numerics
-        streams, width = config.hc_mult, config.hidden_size
+        width = config.hidden_size
         self.embed = parameter("vocab width", config.vocab_size, width)
-        self.layers = ScannedLayers(config, numerics) if scanned else nnx.List(listed(config, numerics))
-        self.hc_head_fn = parameter("mix streams", streams, streams * width)
-        self.hc_head_base = parameter("mix", streams)
-        self.hc_head_scale = parameter("mix", 1)
+        self.layers = layers_of(config, numerics, scanned=scanned)
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
-        self.mtp = nnx.List([MTPBlock(config, numerics) for _ in range(config.num_mtp_stages)])
 
     def __call__(
         self,
@@ -71,8 +69,8 @@ class Model(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
-        streams, _ = through(self.layers, streams, token_ids, positions, taps)
-        return self.logits(streams, taps)
+        carry, _ = through(self.layers, self.enter(streams), token_ids, positions, taps)
+        return self.logits(self.leave(carry), taps)
 
     def extend(
         self,
@@ -104,10 +102,10 @@ class Model(nnx.Module):
         """
         taps = taps or Taps()
         count = jnp.full(token_ids.shape[0], token_ids.shape[1], jnp.int32) if count is None else count
-        streams, cache = self.advance(token_ids, cache, count=count, keep=keep, taps=taps)
+        leaving, cache = self.advance(token_ids, cache, count=count, keep=keep, taps=taps)
         if last_only:
-            streams = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)
-        return self.logits(streams, taps), cache
+            leaving = jax.tree.map(lambda rows: row_of(rows, jnp.maximum(count - 1, 0)), leaving)
+        return self.logits(leaving, taps), cache
 
     def advance(
         self,
@@ -117,18 +115,108 @@ class Model(nnx.Module):
         count: Int[Array, " B"],
         keep: Int[Array, " B"] | None = None,
         taps: Taps,
-    ) -> tuple[Float[Array, "B S N D"], Cache]:
-        """:meth:`extend` without the head: the streams that leave the last layer."""
+    ) -> tuple[Any, Cache]:
+        """:meth:`extend` without the head: what leaves the last layer."""
         cache.refuse_overflow(count)
         keep = count if keep is None else keep
         positions = (cache.first + cache.tokens)[:, None] + jnp.arange(token_ids.shape[1])
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, cache.dtype, taps)
         past = Past(cache.layers, cache.tokens, count, keep)
-        streams, layers = through(self.layers, streams, token_ids, positions, taps, past)
+        carry, layers = through(self.layers, self.enter(streams), token_ids, positions, taps, past)
         token = jnp.arange(token_ids.shape[1])
         overflow = (cache.tokens[:, None] + token >= cache.capacity) & (token < count[:, None])
-        streams = jnp.where(overflow[..., None, None], jnp.nan, streams)
-        return streams, dataclasses.replace(cache, layers=layers, tokens=cache.tokens + keep)
+        leaving = jax.tree.map(lambda rows: jnp.where(_beside(overflow, rows), jnp.nan, rows), self.leave(carry))
+        return leaving, dataclasses.replace(cache, layers=layers, tokens=cache.tokens + keep)
+
+
+class Model(Decoder):
+    """DeepSeek-V4.
+
+    The forward pass does not use the stages in ``mtp``; :meth:`propose` drafts tokens with them, whichever they are.
+
+    Source: paper section 2; published inference code, ``Transformer``.
+
+    Examples:
+        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model(jnp.array([[3, 1, 4]])).shape  # logits [B, S, V]
+        (1, 3, 96)
+    """
+
+    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
+        """``scanned``: layers of one kind share a program, and their weights are stacked."""
+        super().__init__(config, numerics, scanned=scanned)
+        streams, width = config.hc_mult, config.hidden_size
+        self.hc_head_fn = parameter("mix streams", streams, streams * width)
+        self.hc_head_base = parameter("mix", streams)
+        self.hc_head_scale = parameter("mix", 1)
+        self.mtp = nnx.List([_stage(config, stage, numerics) for stage in range(config.num_mtp_stages)])
+
+    def enter(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+        """The carry of layer 0, which is the streams alone."""
+        return streams
+
+    def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+        """What the logits are made of: the streams that leave the last layer."""
+        return streams
+
+    def reading_drafts(self) -> Taps:
+        """The taps that :meth:`propose` reads of a call of :meth:`advance`."""
+        return Taps(frozenset(map(_leaving, self.config.draft_sources)).__contains__)
+
+    def propose(
+        self,
+        recorded: Taps,
+        following: Int[Array, "B S"],
+        first: Int[Array, " B"],
+        past: Past[tuple[LayerCache, ...]],
+        taps: Taps | None = None,
+    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+        """Draft the tokens after the next, and the stages' new states.
+
+        Args:
+            recorded: :meth:`reading_drafts` after a call of :meth:`advance` with ``S`` tokens of each prompt.
+            following: the token that follows each of these; the last ``past`` counts of them is the next token.
+            first: position of each prompt's first token.
+            past: the states of all stages.
+            taps: records activations, below ``mtp.0.`` and so on.
+        """
+        taps = taps or Taps()
+        positions = (first + past.before)[:, None] + jnp.arange(following.shape[1])
+        last = jnp.maximum(past.count - 1, 0)
+        features = [recorded.values[_leaving(layer)] for layer in self.config.draft_sources]
+        if self.config.dspark is not None:
+            anchor = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0]
+            return self._draft_block(jnp.stack(features, axis=2), anchor, positions, past, taps)
+        own = past.of(past.cache[0])
+        logits, state = self.draft(features[0], following, positions, only=last, taps=taps, past=own)
+        assert state is not None
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return Drafted(tokens, logits, None), (state, *past.cache[1:])
+
+    def _draft_block(
+        self,
+        features: Float[Array, "B S T N D"],
+        anchor: Int[Array, " B"],
+        positions: Int[Array, "B S"],
+        past: Past[tuple[LayerCache, ...]],
+        taps: Taps,
+    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+        """A block of DSpark's, which begins with the ``anchor``, the token after the last of the call."""
+        dspark, stages = self.config.dspark, cast(list[DSparkBlock], list(self.mtp))
+        assert dspark is not None
+        noise = jnp.full((len(anchor), dspark.block_size - 1), dspark.noise_token_id, anchor.dtype)
+        ids = jnp.concatenate([anchor[:, None], noise], axis=1)
+        streams = embed(self.embed[...], ids, self.config.hc_mult, features.dtype, taps.within("mtp.0."))
+        context = stages[0].context(features, taps.within("mtp.0."))
+        states = []
+        for stage, (block, state) in enumerate(zip(stages, past.cache, strict=True)):
+            own = taps.within(f"mtp.{stage}.")
+            streams, state = block.refine(streams, ids, context, positions, past.of(state), own)
+            states.append(state)
+        last = stages[-1]
+        x = head_collapse(streams, *_collapse(last), self.config, own)
+        logits = output(x, last.norm[...], self.head[...], self.config, own)
+        return last.choose(x, logits, anchor, own), tuple(states)
 
     def draft(
         self,
@@ -141,7 +229,7 @@ class Model(nnx.Module):
         taps: Taps | None = None,
         past: Past[LayerCache] | None = None,
     ) -> tuple[Float[Array, "B Y V"], LayerCache | None]:
-        """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
+        """Logits of the token after the next, by an mtp stage; with a ``past`` the stage's new state too.
 
         Args:
             streams: output streams of the last layer, or of the previous stage, at each token.
@@ -153,11 +241,11 @@ class Model(nnx.Module):
             past: the stage's state. One of its tokens is a pair: the streams, and the id of the next token.
         """
         taps = (taps or Taps()).within(f"mtp.{stage}.")
-        block = self.mtp[stage]
+        block = cast(MTPBlock, self.mtp[stage])
         embedded = self.embed[...][next_ids].astype(streams.dtype)
         streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)
         if only is not None:
-            streams = jnp.take_along_axis(streams, only[:, None, None, None], axis=1)
+            streams = row_of(streams, only)
         return self.logits(streams, taps, block), after
 
     def logits(
@@ -165,8 +253,32 @@ class Model(nnx.Module):
     ) -> Float[Array, "B S V"]:
         """Logits of the streams that leave the last layer, or a ``stage``, which has its own collapse and norm."""
         own = stage or self
-        collapse = (own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...])
-        return head(streams, *collapse, own.norm[...], self.head[...], self.config, taps)
+        return head(streams, *_collapse(own), own.norm[...], self.head[...], self.config, taps)
+
+
+def _stage(config: V4Config, stage: int, numerics: Numerics) -> MTPBlock | DSparkBlock:
+    return MTPBlock(config, numerics) if config.dspark is None else DSparkBlock(config, stage, numerics)
+
+
+def _leaving(layer: int) -> str:
+    """The tap of the streams that leave a layer."""
+    return f"layers.{layer}.hc_ffn.streams"
+
+
+def _collapse(
+    own: Model | MTPBlock | DSparkBlock,
+) -> tuple[Float[Array, "N ND"], Float[Array, " N"], Float[Array, "1"]]:
+    return own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...]
+
+
+def row_of(rows: Float[Array, "B S *rest"], index: Int[Array, " B"]) -> Float[Array, "B 1 *rest"]:
+    """One token of each prompt."""
+    return jnp.take_along_axis(rows, _beside(index[:, None], rows), axis=1)
+
+
+def _beside(flags: Shaped[Array, "B X"], rows: Float[Array, "B S *rest"]) -> Shaped[Array, "B X *ones"]:
+    """With as many axes as ``rows``."""
+    return flags.reshape(*flags.shape, *(1,) * (rows.ndim - 2))
 
 
 def embed(
@@ -199,6 +311,12 @@ def head(
     taps: Taps,
 ) -> Float[Array, "B S V"]:
     """Collapse, norm and output head: norm(sum_n pre_n z_n) W, in float32 whatever the activations' dtype."""
-    x = head_collapse(streams, fn, base, scale, config, taps)
+    return output(head_collapse(streams, fn, base, scale, config, taps), norm, weight, config, taps)
+
+
+def output(
+    x: Float[Array, "B S D"], norm: Float[Array, " D"], weight: Float[Array, "D V"], config: Config, taps: Taps
+) -> Float[Array, "B S V"]:
+    """Norm and output head of collapsed streams."""
     x = taps("norm", rms_norm(x, norm, config.rms_norm_eps))
     return taps("logits", linear(x.astype(jnp.float32), weight))

@@ -22,6 +22,7 @@ Source: published inference code, ``kernel.py`` and ``model.py`` of its current 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ from dsv4_convert.model.norm import unit_rms
 from dsv4_convert.model.ops import round_then_f32, round_to
 from dsv4_convert.spec.config import Config
 
-#: Channels that share a scale: of the input of a quantised matrix, of a key, of an indexer's vector.
-_INPUT, _KEY, _INDEX = 128, 64, 32
+#: Channels that share a scale in a key and in an indexer's vector.
+_KEY, _INDEX = 64, 32
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
 #: Smallest largest value of a group, so that no scale is zero.
 _FP8_LEAST, _FP4_LEAST = 1e-4, 6 * 2.0**-126
@@ -50,6 +51,9 @@ class Numerics:
     release: bool = False
     quantized: bool = False
 
+    #: Channels that share a scale in the input of a quantised matrix.
+    input_group: ClassVar[int] = 128
+
     @classmethod
     def of_release(cls, config: Config) -> Numerics:
         """The numerics of DeepSeek's inference code for this model.
@@ -58,22 +62,28 @@ class Numerics:
             UsageError: the groups that share a scale do not divide a width.
         """
         quantized = config.weight_block_size is not None
-        nope = config.head_dim - config.qk_rope_head_dim
         inputs = {
             "hidden_size": config.hidden_size,
             "q_lora_rank": config.q_lora_rank,
             "o_groups * o_lora_rank": config.o_groups * config.o_lora_rank,
             "moe_intermediate_size": config.moe_intermediate_size,
         }
-        wrong = [f"{name} {width}: a multiple of {_INPUT}" for name, width in inputs.items() if width % _INPUT]
-        wrong = wrong if quantized else []
+        group = cls.input_group
+        wrong = [f"{name} {width}: a multiple of {group}" for name, width in inputs.items() if width % group]
+        if wrong := [*(wrong if quantized else []), *cls._unsuitable(config)]:
+            raise UsageError(f"release numerics quantise in groups, which needs {'; '.join(wrong)}")
+        return cls(True, quantized)
+
+    @classmethod
+    def _unsuitable(cls, config: Config) -> list[str]:
+        """Widths of keys and of the indexer that its groups do not divide."""
+        wrong = []
+        nope = config.head_dim - config.qk_rope_head_dim
         if nope % _KEY:
             wrong.append(f"head_dim - qk_rope_head_dim {nope}: a multiple of {_KEY}")
         if config.index_head_dim % _INDEX or config.index_head_dim & (config.index_head_dim - 1):
             wrong.append(f"index_head_dim {config.index_head_dim}: a power of two from {_INDEX} on")
-        if wrong:
-            raise UsageError(f"release numerics quantise in groups, which needs {'; '.join(wrong)}")
-        return cls(True, quantized)
+        return wrong
 
     def weight_dtype(self, dtype: DTypeLike) -> DTypeLike:
         """The dtype of weights where activations have ``dtype``: float32 holds decoded codes with any scale exactly."""
@@ -89,7 +99,7 @@ class Numerics:
     def input(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch inner"]:
         """Round the input of a matrix that a release stores in FP8 or FP4."""
         if self.quantized:
-            return fp8_rounded(x, _INPUT)
+            return fp8_rounded(x, self.input_group)
         return round_to(x, x.dtype) if self.release else x
 
     def wide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -105,8 +115,12 @@ class Numerics:
         scale = jax.lax.rsqrt(round_then_f32((round_then_f32(mean) + eps).astype(q.dtype))).astype(q.dtype)
         return (round_then_f32(q) * round_then_f32(scale)).astype(q.dtype)
 
+    def entry(self, entries: Float[Array, "B T C"], rotated: int) -> Float[Array, "B T C"]:
+        """Round compressed entries; the last ``rotated`` channels are rotated."""
+        return self.key(entries, rotated)
+
     def key(self, kv: Float[Array, "B X C"], rotated: int) -> Float[Array, "B X C"]:
-        """Round a key or compressed entry to FP8, its last ``rotated`` channels excepted."""
+        """Round a key to FP8, its last ``rotated`` channels excepted."""
         if not self.release:
             return kv
         nope, rope = jnp.split(kv, [kv.shape[-1] - rotated], axis=-1)
@@ -149,6 +163,15 @@ def hadamard(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
     return (values * width**-0.5).astype(x.dtype)
 
 
+def fp4_rounded_by_fp8(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:
+    """Round to FP4 (e2m1) values with one FP8 (e4m3) scale per ``group`` channels; the dtype stays."""
+    groups = round_then_f32(x).reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), _FP4_MAX * 2.0**-9)
+    scale = _nearest(jnp.minimum(largest / _FP4_MAX, _FP8_MAX), *_FP8_FORM)
+    scaled = jnp.clip(groups / scale, -_FP4_MAX, _FP4_MAX)
+    return (_nearest(scaled, *_FP4_FORM) * scale).reshape(x.shape).astype(x.dtype)
+
+
 def _rounded(
     x: Float[Array, "... width"], group: int, most: float, least: float, smallest: int, mantissa: int
 ) -> Float[Array, "... width"]:
@@ -156,10 +179,17 @@ def _rounded(
     largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), least)
     scale = _power_of_two(largest * jnp.float32(1 / most))
     scaled = jnp.clip(groups / scale, -most, most)
-    # The values of one binade are multiples of one step; subnormal values are multiples of the smallest binade's.
-    exponent = (jax.lax.bitcast_convert_type(scaled, jnp.int32) >> 23) & 0xFF
+    return (_nearest(scaled, smallest, mantissa) * scale).reshape(x.shape).astype(x.dtype)
+
+
+def _nearest(x: Float[Array, "..."], smallest: int, mantissa: int) -> Float[Array, "..."]:
+    """The nearest value of a form with ``mantissa`` bits, an even one of two, whose normal numbers begin at 2^smallest.
+
+    The values of one binade are multiples of one step; subnormal values are multiples of the smallest binade's.
+    """
+    exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
     step = _from_exponent(jnp.maximum(exponent - 127, smallest) - mantissa)
-    return (jnp.round(scaled / step) * step * scale).reshape(x.shape).astype(x.dtype)
+    return jnp.round(x / step) * step
 
 
 def _power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -21,6 +21,10 @@ class Buffer(nnx.Variable[jax.Array]):
     """Checkpoint state without gradients: the hash table and the router's correction bias."""
 
 
+class Derived(Buffer):
+    """State that no tensor of a checkpoint holds, but another of its files: the engrams' token map."""
+
+
 def parameter(axes: str, *shape: int) -> nnx.Param[jax.Array]:
     """A weight of the checkpoint with its logical axes (:mod:`dsv4_convert.model.axes`); zero until it is restored."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=named(axes))
@@ -29,6 +33,11 @@ def parameter(axes: str, *shape: int) -> nnx.Param[jax.Array]:
 def buffer(axes: str, *shape: int, dtype: DTypeLike = jnp.float32) -> Buffer:
     """A :class:`Buffer` with its logical axes; zero until it is restored."""
     return Buffer(jnp.zeros(shape, dtype), axes=named(axes))
+
+
+def derived(axes: str, *shape: int, dtype: DTypeLike) -> Derived:
+    """A :class:`Derived` with its logical axes; zero until it is restored."""
+    return Derived(jnp.zeros(shape, dtype), axes=named(axes))
 
 
 def precision(*operands: Array) -> Any:

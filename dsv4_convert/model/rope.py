@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.config import Config, Yarn
 
 
-def frequencies(config: Config, kind: AttentionKind) -> np.ndarray:
-    """Angle per position of each channel pair in a layer of this kind: float32 ``[qk_rope_head_dim / 2]``."""
-    if kind is AttentionKind.SLIDING:
+def frequencies(config: Config, *, compressed: bool) -> np.ndarray:
+    """Angle per position of each channel pair, in layers with a ``compressed`` past or without: float32 ``[pairs]``."""
+    if not compressed:
         return _scaled(config.qk_rope_head_dim, config.rope_theta, None)
     return _scaled(config.qk_rope_head_dim, config.compress_rope_theta, config.yarn)
 

@@ -17,16 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.errors import ResourceError
+from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.folders import is_published
 from dsv4_convert.model import PLAIN, Cache, Numerics, Taps
-from dsv4_convert.model.block import Block, Routed
+from dsv4_convert.model.architectures import release_numerics
+from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.model import embed, head
 from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.weights.codes import PARTS, Codes
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.experts import MATRICES, ExpertCache, Requests, routed_sum
@@ -211,12 +213,14 @@ def open_from_disk(
     Raises:
         BadInput: there is none.
         ResourceError: the limit is too small.
-        UsageError: layers are missing; widths do not suit release numerics.
+        UsageError: layers are missing; widths do not suit release numerics; not DeepSeek-V4.
     """
     published = is_published(Path(checkpoint))
     weights: Parameters = PublishedWeights.open(checkpoint) if published else Weights.open(checkpoint)
     weights.check_layers(tuple(range(weights.config.num_hidden_layers)))
-    numerics = Numerics.of_release(weights.config) if release else PLAIN
+    if not isinstance(weights.config, V4Config):
+        raise UsageError(f"{checkpoint}: {weights.config.title} runs with all weights in memory only")
+    numerics = release_numerics(weights.config) if release else PLAIN
     plan = plan_memory(weights, dtype, numerics=numerics, prompts=prompts, room=room, limit=limit)
     return ModelFromDisk(weights, dtype, numerics=numerics, plan=plan)
 
@@ -250,7 +254,7 @@ def plan_memory(
     config = weights.config
     dtype, activations = np.dtype(numerics.weight_dtype(dtype)), dtype
     resident, largest, expert = 0, 0, 0
-    for path, rule, layer in parameters(dataclasses.replace(config, num_mtp_stages=0)):
+    for path, rule, layer in parameters(config.without_stages()):
         if path == "embed" or (rule.per_expert and layer):
             continue
         shape = rule.target_shape(config, layer)
@@ -281,7 +285,7 @@ def _embedded(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=6)
 def _to_experts(
-    graph: nnx.GraphDef[Block],
+    graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
     streams: Float[Array, "B S N D"],
     ids: Int[Array, "B S"],
@@ -291,14 +295,14 @@ def _to_experts(
 ) -> tuple[Float[Array, "B S N D"], Routed, LayerCache]:
     """The attention half, and the expert half up to the routing. ``counts``: tokens before and in this call."""
     block = nnx.merge(graph, state)
-    streams, after = block.attend(streams, positions, Taps(), Past(cache, *counts))
+    streams, after = block.attend(streams, ids, positions, Taps(), Past(cache, *counts))
     assert after is not None
     return streams, block.route(streams, ids, Taps()), after
 
 
 @partial(jax.jit, static_argnums=0)
 def _from_experts(
-    graph: nnx.GraphDef[Block],
+    graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
     streams: Float[Array, "B S N D"],
     routed: Routed,

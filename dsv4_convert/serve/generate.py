@@ -17,8 +17,9 @@ from flax import nnx
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.serve.from_disk import ModelFromDisk
-from dsv4_convert.serve.speculate import PASS, DecodingState, Drafts, prefill, verify
+from dsv4_convert.serve.speculate import DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -63,25 +64,23 @@ class Generator:
     The model is in memory, or has its routed experts on the disk (:mod:`dsv4_convert.serve.from_disk`).
     """
 
-    def __init__(self, model: Model | ModelFromDisk, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
+    def __init__(self, model: Decoder | ModelFromDisk, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
-        With ``speculative`` the model's mtp stage drafts tokens (:mod:`dsv4_convert.serve.speculate`). That does not
+        With ``speculative`` the model's draft stages draft tokens (:mod:`dsv4_convert.serve.speculate`). That does not
         change the tokens, except where rounding decides between two: a pass has another shape.
 
         Raises:
             UsageError: the model has no stage to draft with.
         """
+        if speculative and not (isinstance(model, Model) and len(model.mtp)):
+            raise UsageError("speculative decoding: this model has no draft stage (mtp or DSpark) to draft tokens with")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
         self._speculative = speculative
         if isinstance(model, ModelFromDisk):
-            if speculative:
-                raise UsageError("speculative decoding drafts with the mtp stage, which only a model in memory has")
             self._step, self._chunk = model.extend, model.chunk
         else:
-            if speculative and not len(model.mtp):
-                raise UsageError("speculative decoding: this model has no mtp stage to draft tokens with")
             self._graph, self._state = nnx.split(model)
             self._step, self._chunk = partial(_extend, self._graph, self._state), _CHUNK
         #: Drafts of the last call, and how many were accepted.
@@ -140,19 +139,21 @@ class Generator:
         for tokens, following, count in _chunks(prompts, lengths - 1, self._chunk):
             decoding = prefill(self._graph, self._state, decoding, *map(jnp.asarray, (tokens, following, count)))
         certain = [[prompt[-1]] for prompt in prompts]
-        draft = np.full(batch, -1)  # none yet
+        most = self._config.draft_tokens
+        drafts: list[list[int]] = [[] for _ in prompts]
         drafted = accepted = 0
         while texts.running.any():
-            given = np.zeros((batch, PASS), np.int32)
-            for row, own in enumerate(certain):
-                given[row, : len(own) + 1] = [*own, max(draft[row], 0)]
-            count = np.array([len(own) for own in certain], np.int32) * texts.running
-            has_draft = texts.running & (draft >= 0)
-            decoding, *results = verify(
-                self._graph, self._state, decoding, *map(jnp.asarray, (given, count, has_draft))
-            )
-            chosen, accepted_now, draft = map(np.asarray, results)
-            drafted, accepted = drafted + int(has_draft.sum()), accepted + int(accepted_now.sum())
+            given = np.zeros((batch, 2 * most + 1), np.int32)
+            counts = np.zeros((2, batch), np.int32)
+            for row in map(int, np.flatnonzero(texts.running)):
+                ahead = drafts[row][: texts.limit - len(texts.found[row])]
+                known = [*certain[row], *ahead]
+                given[row, : len(known)] = known
+                counts[:, row] = len(certain[row]), len(ahead)
+            decoding, *results = verify(self._graph, self._state, decoding, *map(jnp.asarray, (given, *counts)))
+            chosen, accepted_now, proposed = map(np.asarray, results)
+            drafted, accepted = drafted + int(counts[1].sum()), accepted + int(accepted_now.sum())
+            drafts = proposed.tolist()
             for row in map(int, np.flatnonzero(texts.running)):
                 certain[row] = chosen[row, : 1 + accepted_now[row]].tolist()
                 texts.add(row, certain[row])
@@ -173,6 +174,29 @@ class Generator:
                 f"{lengths.max()} tokens and {new_tokens} new ones are {most}, but max_position_embeddings is "
                 f"{config.max_position_embeddings}"
             )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """The tokens that follow each prompt, without a cache of your own; float32 activations.
+
+    A :class:`Generator` keeps what is compiled for the next call, and has more options.
+
+    Raises:
+        UsageError: as :class:`Generator`.
+
+    Examples:
+        >>> model = restore_model(Weights.open("orbax"))
+        >>> len(generate(model, [[3, 1, 4]], new_tokens=2)[0])
+        2
+    """
+    return Generator(model)(prompts, new_tokens=new_tokens, sampling=sampling, stop=stop)
 
 
 class _Texts:
@@ -215,7 +239,7 @@ def _chunks(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _extend(
-    graph: nnx.GraphDef[Model],
+    graph: nnx.GraphDef[Decoder],
     state: nnx.State[Any, Any],
     tokens: Int[Array, "B S"],
     cache: Cache,

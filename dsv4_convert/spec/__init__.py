@@ -1,1 +1,1 @@
-"""The facts about DeepSeek-V4, as tables: architecture, names, taps, coverage, unsupported models, MaxText's names."""
+"""The facts about the models, as tables: architectures, names, taps, coverage, unsupported models, MaxText's names."""

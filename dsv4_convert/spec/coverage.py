@@ -12,21 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import (
-    DSPARK,
-    FP4_GROUP,
-    FP8_TILE,
-    Dialect,
-    Kind,
-    Rule,
-    Use,
-    check_layers,
-    detect_dialect,
-    drop_reason,
-    lookup,
-    parameters,
-    stage_of,
-)
+from dsv4_convert.spec.names import Dialect, Kind, Rule, Section, Use, check_layers, parameters, stage_of
 from dsv4_convert.spec.unsupported import refuse_unsupported
 
 #: Stored dtypes (safetensors spelling) that each kind accepts, without and with a scale tensor beside it.
@@ -53,10 +39,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensor(s) that one parameter, or one expert of a stack, is made of."""
+    """The tensor(s) that one parameter, or one expert of a stack, is made of.
+
+    Attributes:
+        weight: the tensor of the numbers, or of their codes.
+        scale: the tensor of the codes' scales; None for numbers.
+        block: ``[out, in]`` elements that share a scale; None without scales.
+    """
 
     weight: str
-    scale: str | None
+    scale: str | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,7 +80,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """The proof for one checkpoint: every leaf with its sources, and every dropped tensor with its reason.
+    """The proof for one checkpoint: every leaf with its sources.
 
     ``config`` is the architecture of what is resolved: it counts the stages after the backbone that are part of it.
     """
@@ -95,7 +88,6 @@ class Resolution:
     config: Config
     dialect: Dialect
     leaves: tuple[Leaf, ...]
-    dropped: Mapping[str, str]
 
 
 def resolve(
@@ -110,15 +102,14 @@ def resolve(
 
     With ``layers`` only those and the model-level parameters are asked for; tensors of other layers, and of the stages
     after the backbone, are neither used nor required, but they still have to be known names. A checkpoint may have no
-    stages at all, although its config counts them; if it has a tensor of one, it has to have all. Stages of DSpark are
-    left out.
+    stages at all, although its config counts them; if it has a tensor of one, it has to have all.
 
     Raises:
         BadInput: unknown, missing or superfluous tensors, wrong shapes or dtypes, weights without scale and scales
             without weight, all of them in one message; or a model that is not supported
             (:func:`~dsv4_convert.spec.unsupported.refuse_unsupported`).
     """
-    refuse_unsupported({}, stored, where=where)
+    refuse_unsupported({"model_type": config.model_type}, stored, where=where)
     resolution, problems = compare(stored, config, layers=layers, dialect=dialect)
     if problems:
         raise BadInput(
@@ -141,15 +132,14 @@ def compare(
     Raises:
         BadInput: no name is known to any dialect.
     """
-    dialect = dialect or detect_dialect(stored)
+    dialect = dialect or config.names.detect_dialect(stored)
     chosen = check_layers(config, layers)
     problems: list[str] = []
-    dropped = _dspark(stored)
     fitted = config
-    if layers is not None or dropped or all(stage_of(name) is None for name in stored):
-        fitted = dataclasses.replace(config, num_mtp_stages=0)
-    for name in stored.keys() - dropped.keys():
-        uses = lookup(name, dialect)
+    if layers is not None or all(stage_of(name) is None for name in stored):
+        fitted = config.without_stages()
+    for name in stored:
+        uses = config.names.lookup(name, dialect)
         if uses:
             problems += _misplaced(name, uses[0], config)
         else:
@@ -158,28 +148,21 @@ def compare(
     used: set[str] = set()
     leaves = []
     for path, rule, layer in parameters(fitted, None if layers is None else chosen):
-        leaf = _leaf(path, rule, layer, config, dialect, stored)
-        problems += _check_leaf(leaf, config, stored)
+        leaf = _leaf(path, rule, layer, fitted, dialect, stored)
+        problems += _check_leaf(leaf, fitted, stored)
         for source in leaf.sources:
             used.add(source.weight)
             if source.scale is not None:
                 used.add(source.scale)
         leaves.append(leaf)
-    for name in stored.keys() - used - dropped.keys():
-        uses = lookup(name, dialect)
-        asked = (
-            uses and (uses[0].layer is None or uses[0].layer in chosen) and (uses[0].stage is None or layers is None)
-        )
-        if asked and not _misplaced(name, uses[0], config):
+    for name in stored.keys() - used:
+        uses = config.names.lookup(name, dialect)
+        section = uses[0].rule.section if uses else None
+        asked = section is Section.MODEL or (uses[0].layer in chosen if section is Section.LAYERS else layers is None)
+        if uses and asked and not _misplaced(name, uses[0], config):
             what = "scale without a quantised weight" if uses[0].is_scale else "tensor that nothing uses"
             problems.append(f"{name}: {what}")
-    return Resolution(fitted, dialect, tuple(leaves), dropped), sorted(problems)
-
-
-def _dspark(stored: Iterable[str]) -> dict[str, str]:
-    """The tensors of DSpark's stages with the reason why they are left out; none if the stages are not DSpark's."""
-    stages = [name for name in stored if stage_of(name) is not None]
-    return dict.fromkeys(stages, DSPARK) if any(map(drop_reason, stages)) else {}
+    return Resolution(fitted, dialect, tuple(leaves)), sorted(problems)
 
 
 def _describe(stored: Stored) -> str:
@@ -188,17 +171,29 @@ def _describe(stored: Stored) -> str:
 
 def _misplaced(name: str, use: Use, config: Config) -> list[str]:
     """A known name in a place where this model has no such parameter."""
-    if use.layer is not None:
-        if use.layer >= config.num_hidden_layers:
+    section, number = use.rule.section, use.number
+    if number is not None and number >= len(section.members(config)):
+        if section is Section.LAYERS:
             return [f"{name}: the config has only {config.num_hidden_layers} layers"]
-        if not use.rule.when.holds(config, use.layer):
-            kind = f"{config.kind(use.layer)}, {'hash' if config.hashed(use.layer) else 'learned'} routing"
-            return [f"{name}: exists in {use.rule.when} layers only, layer {use.layer} is {kind}"]
-    if use.stage is not None and use.stage >= config.num_mtp_stages:
-        return [f"{name}: the config has {config.num_mtp_stages or 'no'} mtp stages"]
-    if use.expert is not None and use.expert >= config.n_routed_experts:
-        return [f"{name}: the config has only {config.n_routed_experts} experts"]
+        return [f"{name}: the config has {len(section.members(config)) or 'no'} {_members(section, config)}"]
+    member = section.first(config) + (number or 0)
+    if not use.rule.when.holds(config, member):
+        if section is Section.LAYERS:
+            kind = config.describe(member)
+            return [f"{name}: exists in {use.rule.when.label} layers only, layer {member} is {kind}"]
+        if section is Section.STAGES:
+            of = "mtp" if config.dspark is None else "DSpark"
+            return [f"{name}: exists in {use.rule.when.label} stages only, and this is stage {number} of {of}"]
+        return [f"{name}: the config has no {section}"]
+    if use.expert is not None and use.expert >= config.experts_of(member):
+        return [f"{name}: the config has only {config.experts_of(member)} experts"]
     return []
+
+
+def _members(section: Section, config: Config) -> str:
+    if section is Section.VISION:
+        return "vision blocks"
+    return "mtp stages" if config.dspark is None else "DSpark stages"
 
 
 def _leaf(
@@ -212,17 +207,19 @@ def _leaf(
     )
     shape, target = rule.source_shape(config, layer), rule.target_shape(config, layer)
     if fused and rule.fused is not None:
-        sources: tuple[Source, ...] = (Source(rule.fused.format(layer), None),)
+        sources: tuple[Source, ...] = (Source(rule.fused.format(layer)),)
     else:
-        experts = range(config.n_routed_experts) if rule.per_expert else (None,)
-        weight, scale = rule.template(dialect), rule.scale_template(dialect)
-        sources = tuple(_source(weight, scale, rule.numbers(config, layer, expert), stored) for expert in experts)
+        experts = range(config.experts_of(layer)) if rule.per_expert else (None,)
+        sources = tuple(_source(rule, dialect, rule.numbers(config, layer, expert), stored) for expert in experts)
     return Leaf(path, rule, layer, shape, target, sources, fused)
 
 
-def _source(weight: str, scale: str | None, numbers: tuple[int, ...], stored: Mapping[str, Stored]) -> Source:
-    scale_name = scale.format(*numbers) if scale is not None else None
-    return Source(weight.format(*numbers), scale_name if scale_name in stored else None)
+def _source(rule: Rule, dialect: Dialect, numbers: tuple[int, ...], stored: Mapping[str, Stored]) -> Source:
+    weight, template = rule.template(dialect).format(*numbers), rule.scale_template(dialect)
+    scale = None if template is None else template.format(*numbers)
+    if scale not in stored:
+        return Source(weight)
+    return Source(weight, scale, rule.block(packed=weight in stored and stored[weight].dtype in _PACKED))
 
 
 def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
@@ -251,12 +248,11 @@ def _check_leaf(leaf: Leaf, config: Config, stored: Mapping[str, Stored]) -> Ite
         if packed:
             wanted = (wanted[0], -(-wanted[1] // 2))
         if leaf.fused:
-            wanted = (config.n_routed_experts, wanted[0] * (2 if rule.half is not None else 1), wanted[1])
+            wanted = (config.experts_of(leaf.layer), wanted[0] * (2 if rule.half is not None else 1), wanted[1])
         if weight.shape != wanted:
             yield f"{source.weight}: expected shape {list(wanted)}, found {_describe(weight)}"
-        if scale is not None:
-            block = FP4_GROUP if packed else FP8_TILE
-            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, block, strict=True))
+        if scale is not None and source.block is not None:
+            tiles = tuple(-(-size // step) for size, step in zip(leaf.source_shape, source.block, strict=True))
             if scale.dtype not in _SCALE_DTYPES or scale.shape != tiles:
                 yield f"{source.scale}: expected F8_E8M0 or F32 {list(tiles)}, found {_describe(scale)}"
             if config.weight_block_size is None:

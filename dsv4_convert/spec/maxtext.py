@@ -36,9 +36,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from dsv4_convert.spec.config import AttentionKind, Config
-from dsv4_convert.spec.maxtext_config import check
-from dsv4_convert.spec.names import RULES, Rule, sizes
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.maxtext_config import check, expressible
+from dsv4_convert.spec.names import Rule
+from dsv4_convert.spec.v4.kinds import AttentionKind
+from dsv4_convert.spec.v4.names import RULES, sizes
 
 #: The axis along which the weights of scanned layers are stacked, and that of all other variables.
 SCAN_AXIS, OTHER_SCAN_AXIS = 1, 0
@@ -173,16 +175,17 @@ def targets(config: Config, *, scanned: bool) -> Iterator[Target]:
         UsageError: MaxText cannot express this model, or cannot scan its layers.
     """
     check(config, scanned=scanned)
+    known = expressible(config)
     for row in MODEL:
         yield _target(row, f"{WEIGHTS}.{row.target}", config, (None,))
     groups: list[tuple[str, tuple[int, ...]]] = []
-    prefix = sum(config.hash_routed) if scanned else config.num_hidden_layers
+    prefix = sum(known.hash_routed) if scanned else config.num_hidden_layers
     groups += [(f"layers_{layer}", (layer,)) for layer in range(prefix)]
     if scanned:
         last = config.num_hidden_layers
         groups += [(f"scanned_blocks.layers_{half}", tuple(range(prefix + half, last, 2))) for half in (0, 1)]
     for name, layers in groups:
-        kind = config.attention[layers[0]]
+        kind = known.attention[layers[0]]
         for row in LAYER:
             rule = _RULE[f"layers.{{}}.{row.path or row.when}"]
             if rule.when.holds(config, layers[0]):

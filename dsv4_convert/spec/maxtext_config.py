@@ -12,7 +12,9 @@ import shlex
 from collections.abc import Callable
 
 from dsv4_convert.errors import UsageError, listed
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 Value = bool | int | float | str | list[int] | list[str]
 
@@ -35,7 +37,7 @@ OLDER = (
 EPS = 1e-6
 
 #: MaxText's field -> its value for a model.
-FIELDS: dict[str, Callable[[Config], Value]] = {
+FIELDS: dict[str, Callable[[V4Config], Value]] = {
     "decoder_block": lambda c: "deepseek4",
     "base_emb_dim": lambda c: c.hidden_size,
     "base_num_query_heads": lambda c: c.num_attention_heads,
@@ -92,7 +94,8 @@ def flags(config: Config, *, scanned: bool) -> list[str]:
         "scan_layers": scanned,
         "attention": "dot_product",  # the default, autoselected, is refused for this family
     }
-    fields = settings | {field: value(config) for field, value in FIELDS.items()}
+    known = expressible(config)
+    fields = settings | {field: value(known) for field, value in FIELDS.items()}
     return [f"{field}={_text(value)}" for field, value in fields.items()]
 
 
@@ -104,6 +107,7 @@ def command(config: Config, checkpoint: str, *, scanned: bool) -> str:
 
 def model_file(config: Config, *, scanned: bool) -> bytes:
     """The same fields as a YAML file in the form of MaxText's ``configs/models``, below the flags as a comment."""
+    known = expressible(config)
     lines = [
         f"# This model for MaxText {VERSION}, by dsv4.",
         "# As flags of any of its programs, to which load_parameters_path= and the path of this folder are added:",
@@ -111,9 +115,16 @@ def model_file(config: Config, *, scanned: bool) -> bytes:
         f"# As a file: models/{MODEL_NAME}.yml beside the config file of a run that has model_name={MODEL_NAME},",
         f"# scan_layers={scanned} and attention=dot_product.",
         f"# {OLDER}",
-        *(f"{field}: {_text(value(config))}" for field, value in FIELDS.items()),
+        *(f"{field}: {_text(value(known))}" for field, value in FIELDS.items()),
     ]
     return "\n".join([*lines, ""]).encode()
+
+
+def expressible(config: Config) -> V4Config:
+    """The config of an architecture that MaxText has. Raises :class:`UsageError` for another one."""
+    if not isinstance(config, V4Config):
+        raise UsageError(f"MaxText {VERSION} has no {config.title}; use --layout dsv4")
+    return config
 
 
 def check(config: Config, *, scanned: bool) -> None:
@@ -122,6 +133,7 @@ def check(config: Config, *, scanned: bool) -> None:
     Raises:
         UsageError: every such property of the model.
     """
+    config = expressible(config)
     hashed, kinds = sum(config.hash_routed), set(config.attention)
     problems = []
     if not all(config.hash_routed[:hashed]):
@@ -146,8 +158,8 @@ def check(config: Config, *, scanned: bool) -> None:
 
 def differences(config: Config) -> list[str]:
     """Computations of this model in which MaxText departs from the release."""
-    found = []
-    if config.yarn is not None and set(config.attention) != {AttentionKind.SLIDING}:
+    found, known = [], expressible(config)
+    if known.yarn is not None and set(known.attention) != {AttentionKind.SLIDING}:
         found.append("no YaRN on layers with a compressor (DeepSeekV4RotaryEmbedding)")
     found.append(f"no clamp of the shared expert at {config.swiglu_limit:g} (MlpBlock)")
     if {config.hc_eps, config.rms_norm_eps} != {EPS}:

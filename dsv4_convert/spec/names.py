@@ -1,9 +1,12 @@
-"""THE table: which checkpoint tensor becomes which model parameter, how, and in which dtype.
+"""The vocabulary of a table of names: which checkpoint tensor becomes which model parameter, how, in which dtype.
 
 One :class:`Rule` per parameter. A name is looked up by its *template*: the name with every purely numeric component
 replaced by ``{}``, so ``layers.12.ffn.experts.7.w1.weight`` is found under ``layers.{}.ffn.experts.{}.w1.weight`` with
 the numbers (12, 7). A lookup is exact, never a prefix match, so no rule can swallow a neighbour. The same rows are read
 in both directions; :mod:`dsv4_convert.spec.coverage` proves with them that a checkpoint and the model cover each other.
+
+The rows of an architecture stand in its own folder, :mod:`dsv4_convert.spec.v4.names` and
+:mod:`dsv4_convert.spec.v41.names`, and its config has them as a :class:`NameTable`, ``config.names``.
 
 Dialects (``Dialect``):
 
@@ -13,21 +16,19 @@ Dialects (``Dialect``):
   write; routed experts either one by one or fused as ``experts.gate_up_proj`` (gate rows first).
 
 Parameter paths follow the published names, because that is what people search for.
-
-The stages of multi-token prediction (``mtp.N``) have rows of their own, :data:`STAGE_RULES`, made from those of the
-layers. transformers drops these tensors, so there is no other spelling than the published one: it serves every dialect.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.show.units import ranges
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 
 #: Written into every conversion; raise it when a row changes the meaning or the layout of a stored parameter.
 TABLE_VERSION = 1
@@ -54,7 +55,7 @@ class Transform(StrEnum):
 class Kind(StrEnum):
     """The dtype contract of a tensor: what a checkpoint may hold, and what the conversion makes of it."""
 
-    #: FP8 with 128x128 scales in a release; BF16 or F32 in a full-precision copy. Follows ``--dtype``.
+    #: FP8 with scales in a release; BF16 or F32 in a full-precision copy. Follows ``--dtype``.
     LINEAR = "linear"
     #: A routed expert: packed FP4 with 32-wide scales, or like LINEAR. Follows ``--dtype``.
     EXPERT = "expert"
@@ -73,88 +74,113 @@ class Kind(StrEnum):
         return self in (Kind.LINEAR, Kind.EXPERT, Kind.PLAIN)
 
 
-#: ``[out, in]`` elements that share one scale.
-FP8_TILE = (128, 128)
+#: ``[out, in]`` elements of a packed FP4 weight that share one scale.
 FP4_GROUP = (1, 32)
 
 
-class When(StrEnum):
-    """The layers in which a per-layer parameter exists."""
+@dataclasses.dataclass(frozen=True)
+class When:
+    """The layers, stages or blocks in which a parameter exists, in words and as a condition on config and layer."""
 
-    ALWAYS = "all"
-    COMPRESSED = "CSA and HCA"
-    CSA = "CSA"
-    HASH = "hash-routed"
-    LEARNED = "score-routed"
+    label: str
+    holds: Callable[[Any, int], bool]
 
-    def holds(self, config: Config, layer: int) -> bool:
-        """Whether the parameter exists in ``layer``."""
-        match self:
-            case When.ALWAYS:
-                return True
-            case When.COMPRESSED:
-                return config.kind(layer) is not AttentionKind.SLIDING
-            case When.CSA:
-                return config.kind(layer) is AttentionKind.CSA
-            case When.HASH:
-                return config.hashed(layer)
-            case When.LEARNED:
-                return not config.hashed(layer)
+
+ALWAYS = When("all", lambda config, layer: True)
+
+
+class Section(StrEnum):
+    """The parts of a model that have parameters of their own. All but the first have numbered members."""
+
+    MODEL = "model"
+    LAYERS = "layers"
+    #: The stages after the backbone, ``mtp.N``.
+    STAGES = "draft stages"
+    #: The vision encoder: blocks, and what is beside them.
+    VISION = "vision encoder"
+
+    def first(self, config: Config) -> int:
+        """The number that :func:`parameters` gives the first member: stages follow the layers, blocks the stages."""
+        if self is Section.STAGES:
+            return config.num_hidden_layers
+        return config.stage_layers.stop if self is Section.VISION else 0
+
+    def members(self, config: Config) -> range:
+        """The numbers of all members."""
+        first = self.first(config)
+        sizes = {
+            Section.LAYERS: config.num_hidden_layers,
+            Section.STAGES: config.num_mtp_stages,
+            Section.VISION: config.num_vision_blocks,
+        }
+        return range(first, first + sizes.get(self, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One row: one parameter, or one per layer or stage, or one stack of experts per layer or stage."""
+    """One row: one parameter, or one per layer, stage or vision block, or one stack of experts for each."""
 
     path: str
     published: str
-    module: str
-    #: Symbolic published shape, e.g. ``"HC R"``; the symbols are explained by :func:`sizes`.
+    #: Name in transformers' modules; None where they have none, and the published name serves every dialect.
+    module: str | None = None
+    #: Symbolic published shape, e.g. ``"HC R"``; the symbols are explained by the table's ``sizes``.
     shape: str
     kind: Kind
     transform: Transform = Transform.NONE
-    when: When = When.ALWAYS
+    section: Section = Section.MODEL
+    when: When = ALWAYS
     #: Name under ``save_pretrained`` where it is not simply ``model.`` + published.
     saved: str | None = None
     #: Fused module tensor that holds the whole stack, and which half of its rows (None: all of them).
     fused: str | None = None
     half: int | None = None
+    #: ``[out, in]`` elements that share a scale where the tensor is FP8; None where it never is.
+    tile: tuple[int, int] | None = None
 
     @property
     def per_layer(self) -> bool:
         """Whether the parameter exists once per layer."""
-        return self.path.startswith("layers.{}.")
+        return self.section is Section.LAYERS
 
     @property
     def per_stage(self) -> bool:
         """Whether the parameter exists once per stage after the backbone."""
-        return self.path.startswith("mtp.{}.")
+        return self.section is Section.STAGES
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the parameter exists once per member of its section."""
+        return "{}" in self.path
 
     def numbers(self, config: Config, layer: int | None, expert: int | None = None) -> tuple[int, ...]:
-        """Values for the ``{}`` placeholders of its names: layer or stage, and expert, if it has them."""
-        first = layer - config.num_hidden_layers if self.per_stage and layer is not None else layer
-        return tuple(number for number in (first, expert) if number is not None)
+        """Values for the ``{}`` placeholders of its names: the member of its section, and the expert, if any."""
+        member = None if layer is None else layer - self.section.first(config)
+        return tuple(number for number in (member, expert) if number is not None)
 
     @property
     def per_expert(self) -> bool:
         """Whether the checkpoint holds one tensor per expert, stacked to ``[E, ...]`` in the model."""
         return self.kind is Kind.EXPERT
 
+    def block(self, *, packed: bool) -> tuple[int, int]:
+        """``[out, in]`` elements that share a scale, of packed FP4 or of FP8."""
+        if packed:
+            return FP4_GROUP
+        assert self.tile is not None, f"{self.path} is never FP8"
+        return self.tile
+
     def template(self, dialect: Dialect) -> str:
         """The name of the tensor in ``dialect``, numbers as ``{}``."""
-        match dialect:
-            case Dialect.PUBLISHED:
-                return self.published
-            case _ if self.per_stage:
-                return self.published
-            case Dialect.TRANSFORMERS:
-                return self.saved or "model." + self.published
-            case Dialect.MODULE:
-                return self.module
+        if dialect is Dialect.PUBLISHED or self.module is None:
+            return self.published
+        if dialect is Dialect.MODULE:
+            return self.module
+        return self.saved or "model." + self.published
 
     def scale_template(self, dialect: Dialect) -> str | None:
         """The name of the scale tensor beside a quantised weight; None where the rule or the dialect has none."""
-        if self.per_stage:
+        if self.module is None:
             dialect = Dialect.PUBLISHED
         if self.kind not in (Kind.LINEAR, Kind.EXPERT) or dialect is Dialect.TRANSFORMERS:
             return None
@@ -163,7 +189,7 @@ class Rule:
 
     def source_shape(self, config: Config, layer: int | None) -> tuple[int, ...]:
         """Shape of the unpacked source tensor (of one expert, for a stack), as published: ``[out, in]``."""
-        known = sizes(config, layer)
+        known = config.names.sizes(config, layer)
         return tuple(known[symbol] for symbol in self.shape.split())
 
     def target_shape(self, config: Config, layer: int | None) -> tuple[int, ...]:
@@ -176,14 +202,12 @@ class Rule:
                 shape = (config.o_groups, shape[1], shape[0] // config.o_groups)
             case Transform.NONE:
                 pass
-        return (config.n_routed_experts, *shape) if self.per_expert else shape
+        return (config.experts_of(layer), *shape) if self.per_expert else shape
 
 
-def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
-    """The symbols of the ``shape`` column; those of the compressor depend on the layer."""
-    kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
-    overlap = 2 if kind is AttentionKind.CSA else 1
-    return {
+def common_sizes(config: Config, layer: int | None) -> dict[str, int]:
+    """The symbols of the ``shape`` column that mean the same in every architecture."""
+    known = {
         "V": config.vocab_size,
         "D": config.hidden_size,
         "N": config.hc_mult,
@@ -195,143 +219,19 @@ def sizes(config: Config, layer: int | None = None) -> dict[str, int]:
         "R": config.q_lora_rank,
         "GO": config.o_groups * config.o_lora_rank,
         "HC/G": config.num_attention_heads * config.head_dim // config.o_groups,
-        "r": config.ratio(kind),
-        "oC": overlap * config.head_dim,
         "Hi": config.index_n_heads,
         "Ci": config.index_head_dim,
-        "2Ci": 2 * config.index_head_dim,
         "HiCi": config.index_n_heads * config.index_head_dim,
-        "E": config.n_routed_experts,
-        "K": config.num_experts_per_tok,
+        "E": config.experts_of(layer),
         "I": config.moe_intermediate_size,
         "1": 1,
         "3": 3,
     }
-
-
-def _layer(
-    path: str, module: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, when: When = When.ALWAYS,
-    *, weight: bool = True, saved: str | None = None,
-) -> Rule:  # fmt: skip
-    """A per-layer row; ``weight`` says whether the checkpoint's name ends in ``.weight``."""
-    stack = path.replace("experts.w", "experts.{}.w") if kind is Kind.EXPERT else path
-    return Rule(
-        path="layers.{}." + path,
-        published="layers.{}." + stack + (".weight" if weight else ""),
-        module="model.layers.{}." + module,
-        shape=shape,
-        kind=kind,
-        transform=transform,
-        when=when,
-        saved=None if saved is None else "model.layers.{}." + saved,
-    )
-
-
-def _fused(rule: Rule, tensor: str, half: int | None = None) -> Rule:
-    """A per-layer row whose experts transformers also stores as one ``tensor``, or as one ``half`` of it."""
-    return dataclasses.replace(rule, fused="model.layers.{}." + tensor, half=half)
-
-
-def _hyper_connection(path: str, module: str) -> tuple[Rule, ...]:
-    return tuple(
-        _layer(f"{path}_{part}", f"{module}.{part}", shape, Kind.FLOAT32, weight=False)
-        for part, shape in (("fn", "M ND"), ("base", "M"), ("scale", "3"))
-    )
-
-
-def _compressor(path: str, module: str, width: str, normed: str, when: When) -> tuple[Rule, ...]:
-    return (
-        _layer(f"{path}.ape", f"{module}.position_bias", f"r {width}", Kind.FLOAT32, when=when, weight=False),
-        _layer(f"{path}.wkv", f"{module}.kv_proj.weight", f"{width} D", Kind.PLAIN, Transform.TRANSPOSE, when),
-        _layer(f"{path}.wgate", f"{module}.gate_proj.weight", f"{width} D", Kind.PLAIN, Transform.TRANSPOSE, when),
-        _layer(f"{path}.norm", f"{module}.kv_norm.weight", normed, Kind.NORM, when=when),
-    )
-
-
-_T = Transform.TRANSPOSE
-
-RULES: tuple[Rule, ...] = (
-    Rule(path="embed", published="embed.weight", module="model.embed_tokens.weight",
-         saved="model.embed_tokens.weight", shape="V D", kind=Kind.PLAIN),
-    *_hyper_connection("hc_attn", "attn_hc"),
-    _layer("attn_norm", "input_layernorm.weight", "D", Kind.NORM),
-    _layer("attn.wq_a", "self_attn.q_a_proj.weight", "R D", Kind.LINEAR, _T),
-    _layer("attn.q_norm", "self_attn.q_a_norm.weight", "R", Kind.NORM),
-    _layer("attn.wq_b", "self_attn.q_b_proj.weight", "HC R", Kind.LINEAR, _T),
-    _layer("attn.wkv", "self_attn.kv_proj.weight", "C D", Kind.LINEAR, _T),
-    # save_pretrained of 5.23.0 writes this one norm under another name than it was read from.
-    _layer("attn.kv_norm", "self_attn.kv_norm.weight", "C", Kind.NORM, saved="attn.norm.weight"),
-    _layer("attn.attn_sink", "self_attn.sinks", "H", Kind.FLOAT32, weight=False),
-    *_compressor("attn.compressor", "self_attn.compressor", "oC", "C", When.COMPRESSED),
-    _layer("attn.indexer.wq_b", "self_attn.compressor.indexer.q_b_proj.weight", "HiCi R", Kind.LINEAR, _T, When.CSA),
-    _layer("attn.indexer.weights_proj", "self_attn.compressor.indexer.scorer.weights_proj.weight", "Hi D",
-           Kind.PLAIN, _T, When.CSA),
-    *_compressor("attn.indexer.compressor", "self_attn.compressor.indexer", "2Ci", "Ci", When.CSA),
-    _layer("attn.wo_a", "self_attn.o_a_proj.weight", "GO HC/G", Kind.LINEAR, Transform.GROUPED),
-    _layer("attn.wo_b", "self_attn.o_b_proj.weight", "D GO", Kind.LINEAR, _T),
-    *_hyper_connection("hc_ffn", "ffn_hc"),
-    _layer("ffn_norm", "post_attention_layernorm.weight", "D", Kind.NORM),
-    _layer("ffn.gate.weight", "mlp.gate.weight", "E D", Kind.PLAIN, _T, weight=False),
-    _layer("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "E", Kind.FLOAT32, when=When.LEARNED, weight=False),
-    _layer("ffn.gate.tid2eid", "mlp.gate.tid2eid", "V K", Kind.INTEGER, when=When.HASH, weight=False),
-    _fused(_layer("ffn.experts.w1", "mlp.experts.{}.gate_proj.weight", "I D", Kind.EXPERT, _T),
-           "mlp.experts.gate_up_proj", half=0),
-    _fused(_layer("ffn.experts.w2", "mlp.experts.{}.down_proj.weight", "D I", Kind.EXPERT, _T),
-           "mlp.experts.down_proj"),
-    _fused(_layer("ffn.experts.w3", "mlp.experts.{}.up_proj.weight", "I D", Kind.EXPERT, _T),
-           "mlp.experts.gate_up_proj", half=1),
-    _layer("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj.weight", "I D", Kind.LINEAR, _T),
-    _layer("ffn.shared_experts.w2", "mlp.shared_experts.down_proj.weight", "D I", Kind.LINEAR, _T),
-    _layer("ffn.shared_experts.w3", "mlp.shared_experts.up_proj.weight", "I D", Kind.LINEAR, _T),
-    Rule(path="hc_head_fn", published="hc_head_fn", module="model.hc_head.hc_fn",
-         saved="model.hc_head.hc_fn", shape="N ND", kind=Kind.FLOAT32),
-    Rule(path="hc_head_base", published="hc_head_base", module="model.hc_head.hc_base",
-         saved="model.hc_head.hc_base", shape="N", kind=Kind.FLOAT32),
-    Rule(path="hc_head_scale", published="hc_head_scale", module="model.hc_head.hc_scale",
-         saved="model.hc_head.hc_scale", shape="1", kind=Kind.FLOAT32),
-    Rule(path="norm", published="norm.weight", module="model.norm.weight", shape="D", kind=Kind.NORM),
-    Rule(path="head", published="head.weight", module="lm_head.weight", saved="head.weight", shape="V D",
-         kind=Kind.PLAIN, transform=_T),
-)  # fmt: skip
-
-
-def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.NONE, *, weight: bool = True) -> Rule:
-    """A row of a stage that layers have not."""
-    published = f"mtp.{{}}.{path}" + (".weight" if weight else "")
-    return Rule(
-        path=f"mtp.{{}}.{path}", published=published, module=published, shape=shape, kind=kind, transform=transform
-    )
-
-
-def _of_stage(rule: Rule) -> Rule:
-    """The same row of a stage's own layer."""
-    path, published = (text.replace("layers.", "mtp.", 1) for text in (rule.path, rule.published))
-    return dataclasses.replace(
-        rule, path=path, published=published, module=published, saved=None, fused=None, half=None
-    )
-
-
-#: The rows of every stage after the backbone: a window-only, score-routed layer, what leads into it, and a head.
-STAGE_RULES: tuple[Rule, ...] = (
-    *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (When.ALWAYS, When.LEARNED)),
-    _stage("e_proj", "D D", Kind.LINEAR, _T),
-    _stage("h_proj", "D D", Kind.LINEAR, _T),
-    _stage("enorm", "D", Kind.NORM),
-    _stage("hnorm", "D", Kind.NORM),
-    _stage("norm", "D", Kind.NORM),
-    _stage("hc_head_fn", "N ND", Kind.FLOAT32, weight=False),
-    _stage("hc_head_base", "N", Kind.FLOAT32, weight=False),
-    _stage("hc_head_scale", "1", Kind.FLOAT32, weight=False),
-)
-
-#: Why DSpark's draft stages, which the dated releases have below ``mtp.``, are left out.
-DSPARK = "draft stage of DSpark, another architecture than mtp, which dsv4 does not convert"
-
-#: Templates below which names are left out on purpose, and why. These only DSpark has; where one of them is there, all
-#: of ``mtp.`` belongs to it.
-DROPS: dict[str, str] = {
-    f"mtp.{{}}.{part}": DSPARK for part in ("main_proj", "main_norm", "markov_head", "confidence_head")
-}
+    if config.dspark is not None:
+        rank = config.dspark.markov_rank
+        targets = len(config.dspark.target_layer_ids) * config.hidden_size
+        known |= {"TD": targets, "Rm": rank, "D+Rm": config.hidden_size + rank}
+    return known
 
 
 def template(name: str) -> tuple[str, tuple[int, ...]]:
@@ -352,107 +252,21 @@ class Use(NamedTuple):
     """The use of one tensor name. A tuple, because a release has a hundred thousand of them."""
 
     rule: Rule
-    layer: int | None
+    #: The member of the rule's section.
+    number: int | None
     expert: int | None
     is_scale: bool = False
     #: The tensor holds the whole stack of experts.
     fused: bool = False
-    #: The stage after the backbone, for a tensor of one; ``layer`` is then None.
-    stage: int | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, for a tensor of one."""
+        return self.number if self.rule.section is Section.LAYERS else None
 
 
 #: Template of a tensor -> (rule, is a scale, is fused); a fused tensor may serve two rules.
 _Entry = tuple[Rule, bool, bool]
-
-
-def _index(dialect: Dialect) -> dict[str, list[_Entry]]:
-    table: dict[str, list[_Entry]] = {}
-    for rule in (*RULES, *STAGE_RULES):
-        table.setdefault(rule.template(dialect), []).append((rule, False, False))
-        scale = rule.scale_template(dialect)
-        if scale is not None:
-            table.setdefault(scale, []).append((rule, True, False))
-        if dialect is Dialect.MODULE and rule.fused is not None:
-            table.setdefault(rule.fused, []).append((rule, False, True))
-    return table
-
-
-_INDEX = {dialect: _index(dialect) for dialect in Dialect}
-
-
-def lookup(name: str, dialect: Dialect) -> tuple[Use, ...]:
-    """Every use of ``name`` under ``dialect``: one, two for a fused gate/up tensor, none if the name is unknown."""
-    key, numbers = template(name)
-    uses = []
-    for rule, is_scale, fused in _INDEX[dialect].get(key, ()):
-        layer = numbers[0] if rule.per_layer else None
-        expert = numbers[1] if rule.per_expert and not fused else None
-        uses.append(Use(rule, layer, expert, is_scale, fused, numbers[0] if rule.per_stage else None))
-    return tuple(uses)
-
-
-def drop_reason(name: str) -> str | None:
-    """Why a tensor is left out on purpose, as far as its name alone says so; None for every other name."""
-    key, _ = template(name)
-    return next((reason for prefix, reason in DROPS.items() if key.startswith(f"{prefix}.")), None)
-
-
-def layer_of(name: str) -> int | None:
-    """The backbone layer that a tensor of any dialect belongs to; None for those of the model level and of stages."""
-    key, numbers = template(name)
-    return numbers[0] if key.startswith(("layers.{}.", "model.layers.{}.")) else None
-
-
-def stage_of(name: str) -> int | None:
-    """The stage after the backbone (``mtp.N``, also one of DSpark) that a tensor belongs to; None for every other."""
-    if not name.startswith("mtp."):
-        return None
-    key, numbers = template(name)
-    return numbers[0] if key.startswith("mtp.{}.") else None
-
-
-def detect_dialect(names: Iterable[str]) -> Dialect:
-    """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
-    names = list(names)
-    keys = [template(name)[0] for name in names]
-    known = {dialect: sum(1 for key in keys if key in _INDEX[dialect]) for dialect in Dialect}
-    best = max(Dialect, key=lambda dialect: known[dialect])
-    if not known[best]:
-        raise BadInput(
-            f"none of the {len(names)} tensor names is one of a DeepSeek-V4 checkpoint "
-            f"(first: {', '.join(sorted(names)[:3]) or 'none'}); `dsv4 names` lists the names that are known"
-        )
-    return best
-
-
-def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
-    """Every parameter of the model, or of the chosen layers and the model level without stages: path, rule, layer."""
-    chosen = range(config.num_hidden_layers) if layers is None else layers
-    for rule in RULES:
-        if not rule.per_layer:
-            yield rule.path, rule, None
-    for layer in chosen:
-        for rule in RULES:
-            if rule.per_layer and rule.when.holds(config, layer):
-                yield rule.path.format(layer), rule, layer
-    for layer in config.stage_layers if layers is None else ():
-        for rule in STAGE_RULES:
-            yield rule.path.format(*rule.numbers(config, layer)), rule, layer
-
-
-def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """The chosen layers, sorted; all of them for None. Raises :class:`UsageError` for one that does not exist."""
-    if layers is None:
-        return tuple(range(config.num_hidden_layers))
-    chosen = tuple(sorted(set(layers)))
-    wrong = [layer for layer in chosen if not 0 <= layer < config.num_hidden_layers]
-    if wrong or not chosen:
-        raise UsageError(
-            f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1} "
-            "(mtp stages are not layers)"
-        )
-    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,17 +278,129 @@ class Explanation:
     spellings: Mapping[Dialect, tuple[str, ...]]
 
 
-def explain(name: str) -> tuple[Explanation, ...]:
-    """The meaning of a tensor name of any dialect, or of a parameter path, and its spellings in the other dialects.
+@dataclasses.dataclass(frozen=True, eq=False)
+class NameTable:
+    """The rows of one architecture, and lookups in them.
 
-    Raises:
-        UsageError: nothing in the table has that name; names that come close are listed.
+    Attributes:
+        title: the architecture in prose.
+        rules: every row: those of a section stand together, in the order in which they are shown.
+        sizes: the symbols of the ``shape`` column for a config and a layer.
     """
-    key, numbers = _open_template(name)
-    for prefix in ("", *_PREFIXES):
-        if found := _explanations(prefix + key, (None, *numbers) if prefix else numbers):
-            return found
-    raise UsageError(f"{name}: not a tensor or parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
+
+    title: str
+    rules: tuple[Rule, ...]
+    sizes: Callable[[Any, int | None], Mapping[str, int]]
+
+    @cached_property
+    def _index(self) -> Mapping[Dialect, Mapping[str, list[_Entry]]]:
+        found: dict[Dialect, dict[str, list[_Entry]]] = {dialect: {} for dialect in Dialect}
+        for dialect, table in found.items():
+            for rule in self.rules:
+                table.setdefault(rule.template(dialect), []).append((rule, False, False))
+                scale = rule.scale_template(dialect)
+                if scale is not None:
+                    table.setdefault(scale, []).append((rule, True, False))
+                if dialect is Dialect.MODULE and rule.fused is not None:
+                    table.setdefault(rule.fused, []).append((rule, False, True))
+        return found
+
+    @cached_property
+    def _by_path(self) -> Mapping[str, Rule]:
+        return {rule.path: rule for rule in self.rules}
+
+    def of(self, section: Section) -> tuple[Rule, ...]:
+        """The rows of one section."""
+        return tuple(rule for rule in self.rules if rule.section is section)
+
+    def lookup(self, name: str, dialect: Dialect) -> tuple[Use, ...]:
+        """Every use of ``name`` under ``dialect``: one, two for a fused gate/up tensor, none if it is unknown."""
+        key, numbers = template(name)
+        uses = []
+        for rule, is_scale, fused in self._index[dialect].get(key, ()):
+            expert = numbers[1] if rule.per_expert and not fused else None
+            uses.append(Use(rule, numbers[0] if rule.numbered else None, expert, is_scale, fused))
+        return tuple(uses)
+
+    def detect_dialect(self, names: Iterable[str]) -> Dialect:
+        """The dialect that knows most of the names. Raises :class:`BadInput` if no name is known to any."""
+        names = list(names)
+        keys = [template(name)[0] for name in names]
+        known = {dialect: sum(1 for key in keys if key in self._index[dialect]) for dialect in Dialect}
+        best = max(Dialect, key=lambda dialect: known[dialect])
+        if not known[best]:
+            raise BadInput(
+                f"none of the {len(names)} tensor names is one of a {self.title} checkpoint "
+                f"(first: {', '.join(sorted(names)[:3]) or 'none'}); `dsv4 names` lists the names that are known"
+            )
+        return best
+
+    def rule_of(self, path: str) -> Rule:
+        """The row of a parameter path such as ``layers.3.ffn.experts.w1``.
+
+        Raises:
+            UsageError: no parameter has that path.
+        """
+        key, _ = template(path)
+        rule = self._by_path.get(key)
+        if rule is None:
+            close = ", ".join(self._close(key))
+            raise UsageError(f"{path}: not a parameter of {self.title}. Close names: {close}")
+        return rule
+
+    def find(self, name: str) -> tuple[Explanation, ...]:
+        """The meaning of a tensor name of any dialect, or of a parameter path, and its spellings in the other dialects.
+
+        Nothing if the table has no such name.
+        """
+        key, numbers = _open_template(name)
+        for prefix in ("", *_PREFIXES):
+            if found := self._explanations(prefix + key, (None, *numbers) if prefix else numbers):
+                return found
+        return ()
+
+    def explain(self, name: str) -> tuple[Explanation, ...]:
+        """As :meth:`find`.
+
+        Raises:
+            UsageError: nothing in the table has that name; names that come close are listed.
+        """
+        found = self.find(name)
+        if not found:
+            close = ", ".join(self._close(_open_template(name)[0]))
+            raise UsageError(f"{name}: not a tensor or parameter of {self.title}. Close names: {close}")
+        return found
+
+    def _explanations(self, key: str, numbers: Sequence[int | None]) -> tuple[Explanation, ...]:
+        """Every rule that has this template in some dialect, or as the path of its parameter."""
+        found: dict[str, Explanation] = {}
+        by_tensor = [(rule, fused) for dialect in Dialect for rule, _, fused in self._index[dialect].get(key, ())]
+        by_path = [(rule, True) for rule in self.rules if key == rule.path]
+        for rule, stacked in (*by_tensor, *by_path):
+            expert = None if stacked or not rule.per_expert else numbers[1]
+            found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, expert))
+        return tuple(found.values())
+
+    def _close(self, key: str) -> list[str]:
+        """Names that come close within their layer; of equal ones that with the prefix of ``key``, else of a layer."""
+        import difflib
+
+        def split(text: str) -> tuple[str, str]:
+            prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
+            return prefix, text.removeprefix(prefix)
+
+        mine, rest = split(key)
+        every = {text for table in self._index.values() for text in table} | {*self._by_path}
+        by_rest: dict[str, str] = {}
+        order = (*_PREFIXES, "")
+        for text in sorted(every, key=lambda text: (split(text)[0] != mine, order.index(split(text)[0]), text)):
+            by_rest.setdefault(split(text)[1], text)
+        close = difflib.get_close_matches(rest, list(by_rest), n=4, cutoff=0.3)
+        return [by_rest[found].replace("{}", "N", 1).replace("{}", "E") for found in close]
+
+
+#: Prefixes of a parameter's name within its layer, stage or block.
+_PREFIXES = ("layers.{}.", "mtp.{}.", "model.layers.{}.", "vision.blocks.{}.")
 
 
 def _open_template(name: str) -> tuple[str, tuple[int | None, ...]]:
@@ -485,28 +411,8 @@ def _open_template(name: str) -> tuple[str, tuple[int | None, ...]]:
     return ".".join("{}" if part in ("N", "E") else part for part in parts), filled
 
 
-def _explanations(key: str, numbers: Sequence[int | None]) -> tuple[Explanation, ...]:
-    """Every rule that has this template in some dialect, or as the path of its parameter."""
-    found: dict[str, Explanation] = {}
-    by_tensor = [(rule, fused) for dialect in Dialect for rule, _, fused in _INDEX[dialect].get(key, ())]
-    by_path = [(rule, True) for rule in (*RULES, *STAGE_RULES) if key == rule.path]
-    for rule, stacked in (*by_tensor, *by_path):
-        expert = None if stacked or not rule.per_expert else numbers[1]
-        found.setdefault(rule.path, _explanation(rule, numbers[0] if numbers else None, expert))
-    return tuple(found.values())
-
-
-def rule_of(path: str) -> Rule:
-    """The row of a parameter path such as ``layers.3.ffn.experts.w1``. Raises :class:`UsageError` for another name."""
-    key, _ = template(path)
-    for rule in (*RULES, *STAGE_RULES):
-        if key == rule.path:
-            return rule
-    raise UsageError(f"{path}: not a parameter of DeepSeek-V4. Close names: {', '.join(_close(key))}")
-
-
 def _explanation(rule: Rule, number: int | None, expert: int | None) -> Explanation:
-    """``number`` is that of the layer or stage."""
+    """``number`` is that of the layer, stage or block."""
 
     def spell(text: str) -> str:
         numbers = [f"{number}" if number is not None else "N", f"{expert}" if expert is not None else "E"]
@@ -521,22 +427,59 @@ def _explanation(rule: Rule, number: int | None, expert: int | None) -> Explanat
     return Explanation(spell(rule.path), rule, spellings)
 
 
-#: Prefixes of a parameter's name within its layer.
-_PREFIXES = ("layers.{}.", "mtp.{}.", "model.layers.{}.")
+def layer_of(name: str) -> int | None:
+    """The backbone layer that a tensor of any dialect belongs to; None for those of the model level and of stages."""
+    key, numbers = template(name)
+    return numbers[0] if key.startswith(("layers.{}.", "model.layers.{}.")) else None
 
 
-def _close(key: str) -> list[str]:
-    """Names that come close within their layer; of equal ones that with the prefix of ``key``, else of a layer."""
-    import difflib
+def stage_of(name: str) -> int | None:
+    """The stage after the backbone (``mtp.N``) that a tensor belongs to; None for every other."""
+    if not name.startswith("mtp."):
+        return None
+    key, numbers = template(name)
+    return numbers[0] if key.startswith("mtp.{}.") else None
 
-    def split(text: str) -> tuple[str, str]:
-        prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
-        return prefix, text.removeprefix(prefix)
 
-    mine, rest = split(key)
-    every = {text for table in _INDEX.values() for text in table} | {rule.path for rule in (*RULES, *STAGE_RULES)}
-    by_rest: dict[str, str] = {}
-    for text in sorted(every, key=lambda text: (split(text)[0] != mine, (*_PREFIXES, "").index(split(text)[0]), text)):
-        by_rest.setdefault(split(text)[1], text)
-    close = difflib.get_close_matches(rest, list(by_rest), n=4, cutoff=0.3)
-    return [by_rest[found].replace("{}", "N", 1).replace("{}", "E") for found in close]
+def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
+    """Every parameter of the model, or of the chosen layers and stages and the model level: path, rule, layer.
+
+    Stages and vision blocks are numbered on from the layers (:meth:`Section.members`).
+    """
+    chosen = None if layers is None else tuple(layers)
+    for section in Section if chosen is None else (Section.MODEL, Section.LAYERS, Section.STAGES):
+        members = section.members(config)
+        rules = config.names.of(section)
+        for rule in rules:
+            if not rule.numbered and rule.when.holds(config, section.first(config)):
+                yield rule.path, rule, None
+        for member in members if chosen is None else (layer for layer in chosen if layer in members):
+            for rule in rules:
+                if rule.numbered and rule.when.holds(config, member):
+                    yield rule.path.format(*rule.numbers(config, member)), rule, member
+
+
+def located(config: Config, path: str) -> tuple[Rule, int | None]:
+    """The row and the layer of a parameter, as :func:`parameters` gives them. Raises as :meth:`NameTable.rule_of`."""
+    rule = config.names.rule_of(path)
+    return rule, rule.section.first(config) + template(path)[1][0] if rule.numbered else None
+
+
+def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool = False) -> tuple[int, ...]:
+    """The chosen layers, sorted; all of them for None, without stages. With ``stages`` these may be chosen too.
+
+    Raises:
+        UsageError: a layer that does not exist.
+    """
+    if layers is None:
+        return tuple(range(config.num_hidden_layers))
+    chosen = tuple(sorted(set(layers)))
+    there = range(config.stage_layers.stop if stages else config.num_hidden_layers)
+    wrong = [layer for layer in chosen if layer not in there]
+    if wrong or not chosen:
+        of_stages = f", and its mtp stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
+        raise UsageError(
+            f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
+            f"{config.num_hidden_layers - 1}{of_stages or ' (mtp stages are not layers)'}"
+        )
+    return chosen

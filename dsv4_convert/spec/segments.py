@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 
 #: Longest pattern that is looked for.
 _LONGEST = 4
 
 
 class Segment(NamedTuple):
-    """``repeats`` times the layers of a pattern, from layer ``first`` on; each has a kind and may be hash-routed."""
+    """``repeats`` times the layers of a pattern, from layer ``first`` on, by their kinds (``Config.layer_kind``)."""
 
     first: int
-    pattern: tuple[tuple[AttentionKind, bool], ...]
+    pattern: tuple[Any, ...]
     repeats: int
 
     def layers(self, place: int) -> range:
@@ -28,7 +29,7 @@ def segments(config: Config) -> tuple[Segment, ...]:
 
     V4-Flash: two window-only layers, one CSA layer, and 20 times an HCA and a CSA layer.
     """
-    kinds = tuple(zip(config.attention, config.hash_routed, strict=True))
+    kinds = tuple(map(config.layer_kind, range(config.num_hidden_layers)))
     found: list[Segment] = []
     first = 0
     while first < len(kinds):
@@ -46,7 +47,7 @@ def paths_of(config: Config, key: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(".".join(map(str, ("layers", layer, *rest))) for layer in segments(config)[segment].layers(place))
 
 
-def _run(kinds: tuple[tuple[AttentionKind, bool], ...], first: int, length: int) -> Segment:
+def _run(kinds: tuple[Hashable, ...], first: int, length: int) -> Segment:
     """The run of the pattern of ``length`` layers at ``first``; that layer alone if the pattern does not repeat."""
     pattern = kinds[first : first + length]
     repeats = 1

@@ -8,6 +8,8 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.show.units import number_of
+from dsv4_convert.spec.architectures import BY_MODEL_TYPE
+from dsv4_convert.spec.v4.config import V4Config
 
 _ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
 
@@ -26,13 +28,15 @@ _ANY_COMPONENT = re.compile(rf"(?:\A|\.)({'|'.join(_TENSORS)})(?=\.|\Z)")
 #: Pattern of a field of ``config.json`` that no DeepSeek-V4 text backbone has.
 _FIELDS = r"text_config|(vision|image|engram)_\w+"
 
-_FAMILY, _SUPPORTED = "deepseek_v4", "V4-Flash and V4-Pro, their Base variants and their dated releases"
+_FAMILY, _SUPPORTED = "deepseek_v4", "V4-Flash and V4-Pro, their Base variants and their dated releases, and V4.1-Flash"
 #: Names of each kind that a message shows.
 _SHOWN = 4
 
 
 def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where: str) -> None:
-    """Refuse V4.1, vision models and whatever else has their parts, in one message.
+    """Refuse what looks like DeepSeek-V4 and has parts of another model, in one message.
+
+    The config and the table of names of a later architecture know its parts themselves.
 
     Args:
         raw: ``config.json`` as it is.
@@ -42,6 +46,8 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
     Raises:
         BadInput: it is such a model. The message says which, and lists the fields and tensors that give it away.
     """
+    if BY_MODEL_TYPE.get(str(raw.get("model_type")), V4Config) is not V4Config:
+        return
     fields = [_told(raw, name) for name in raw if _gives_away(raw, name)]
     features: dict[str, list[str]] = {}
     for name in sorted(tensors):
@@ -79,8 +85,11 @@ def _feature(name: str) -> str | None:
 
 
 def _model(raw: Mapping[str, Any], features: Mapping[str, list[str]]) -> str:
-    new = str(raw.get("model_type")).startswith("deepseek_v41") or any(name.startswith("engram_") for name in raw)
-    return "DeepSeek-V4.1" if new or _ENGRAM in features else "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp"
+    if raw.get("model_type", _FAMILY) != _FAMILY:
+        return f"model_type {raw['model_type']!r}"
+    if any(name.startswith("engram_") for name in raw) or _ENGRAM in features:
+        return "DeepSeek-V4 with parts of V4.1"
+    return "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp"
 
 
 def _told(raw: Mapping[str, Any], name: str) -> str:

@@ -1,18 +1,19 @@
 """One array in one folder: created and written chunk by chunk, and read back by rows.
 
-Uncompressed chunks are plain files (see :mod:`.layout`) and are written and read directly. Compressed ones go through
-tensorstore, which is imported only then and to create an array.
+An array's metadata and its uncompressed chunks are plain files (see :mod:`.layout`), written and read directly.
+Compressed chunks go through tensorstore, which is imported only then.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import math
 import mmap
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +34,14 @@ _COMPRESSORS: dict[Compression, dict[str, Any] | None] = {
     "none": None,
     "zstd": {"id": "zstd", "level": 1},  # what Orbax asks for
 }
-#: Zarr's name of a dtype: NumPy's type string, and for the ml_dtypes, which have none, their name.
-_ZARR_DTYPES = {dtype.name if dtype.kind == "V" else dtype.str: dtype for dtype in DTYPES.values()}
+
+
+def _zarr_name(dtype: np.dtype[Any]) -> str:
+    """Zarr's name of a dtype: NumPy's type string, and for the ml_dtypes, which have none, their name."""
+    return dtype.name if dtype.kind == "V" else dtype.str
+
+
+_ZARR_DTYPES = {_zarr_name(dtype): dtype for dtype in DTYPES.values()}
 _DIRECT_FROM = 1 << 20
 _MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB per call
 
@@ -97,37 +104,41 @@ def create_array(folder: Path, layout: ArrayLayout, compression: Compression) ->
     Raises:
         ResourceError: the disk is full, read-only or failing.
     """
-    import tensorstore as ts
-
     with writing(folder):
         folder.mkdir()
-    with _tensorstore_writing(folder):
-        ts.open(_spec(folder, layout, compression), create=True).result()
+    write_file(folder / ARRAY_METADATA_FILE, array_metadata(layout, compression))
 
 
-def encoded_metadata(layout: ArrayLayout, compression: Compression) -> bytes:
-    """The metadata of an array as a file, where there is no folder to create it in."""
-    return _in_memory(layout, compression)[1](ARRAY_METADATA_FILE)
+def array_metadata(layout: ArrayLayout, compression: Compression) -> bytes:
+    """The content of an array's metadata file, byte for byte as tensorstore writes it for Orbax."""
+    document = {
+        **_FIXED,
+        "chunks": layout.chunk_shape,
+        "compressor": _COMPRESSORS[compression],
+        "dtype": _zarr_name(layout.dtype),
+        "shape": layout.shape,
+    }
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 def encoded_chunk(layout: ArrayLayout, compression: Compression, index: Index, chunk: Array) -> bytes:
     """A chunk as a file; ``chunk`` as for :meth:`ArrayWriter.write_chunk`."""
     if compression == "none":
         return bytes(raw_bytes(_padded(layout, chunk))).ljust(layout.chunk_nbytes, b"\0")
-    array, read, _ = _in_memory(layout, compression)
+    array, files = _in_memory(layout, compression)
     array[layout.chunk_region(index)].write(chunk).result()
-    return read(chunk_file(index))
+    return bytes(files.read(chunk_file(index)).result().value)
 
 
-def _in_memory(layout: ArrayLayout, compression: Compression) -> tuple[Any, Callable[[str], bytes], Any]:
-    """An array of tensorstore's that lies in memory, what reads one of its files, and the store of these files."""
+def _in_memory(layout: ArrayLayout, compression: Compression) -> tuple[Any, Any]:
+    """An array of tensorstore's that lies in memory, and the store of its files."""
     import tensorstore as ts
 
     context = ts.Context()
     spec = {**_spec(Path("array"), layout, compression), "kvstore": {"driver": "memory", "path": "array/"}}
     array = ts.open(spec, create=True, context=context).result()
     files = ts.KvStore.open({"driver": "memory", "path": "array/"}, context=context).result()
-    return array, lambda name: bytes(files.read(name).result().value), files
+    return array, files
 
 
 def _padded(layout: ArrayLayout, chunk: Array) -> Array:
@@ -263,7 +274,7 @@ class StoredArray:
             if is_local(self.folder):
                 stored = ts.open(_spec(self.folder, self.layout, self.compression)).result()
             else:
-                stored, _, files = _in_memory(self.layout, self.compression)
+                stored, files = _in_memory(self.layout, self.compression)
                 files.write(chunk_file(index), (self.folder / chunk_file(index)).read_bytes()).result()
             chunk = stored[self.layout.chunk_region(index)].read().result()
         except BUGS:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +29,11 @@ from typing import Any, Self
 from dsv4_convert.errors import BUGS, ResourceError, UsageError
 from dsv4_convert.files.remote import BucketFolder
 from dsv4_convert.files.workspace import SUFFIX
-from dsv4_convert.files.writing import writing
-from dsv4_convert.store.arrays import Array, Compression, encoded_chunk, encoded_metadata
+from dsv4_convert.store.arrays import Array, Compression, array_metadata, encoded_chunk, write_file
 from dsv4_convert.store.destination import AnyPath, ChunkWriter, timed_writes
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
+from dsv4_convert.store.orbax_metadata import orbax_files
 
 _SCHEME = "gs://"
 #: Written last, in this order.
@@ -190,7 +190,7 @@ class Bucket:
                 chunks[path] = kept
             if ARRAY_METADATA_FILE not in there:
                 with _uploading(folder):
-                    (folder / ARRAY_METADATA_FILE).write_bytes(encoded_metadata(layout, compression))
+                    (folder / ARRAY_METADATA_FILE).write_bytes(array_metadata(layout, compression))
         journal.chunks = chunks
         journal.rewrite()
 
@@ -201,23 +201,17 @@ class Bucket:
         return _BucketWriter(self._target / path, layout, compression)
 
     @contextmanager
-    def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> Iterator[Path]:
-        """Orbax commits arrays without chunks in a local folder; its own files of them go to the bucket."""
-        from dsv4_convert.store.orbax_commit import commit_arrays
-
+    def committing(self, paths: Iterable[str]) -> Iterator[Path]:
+        """The files beside the arrays are made in a local folder, and go to the bucket when all are there."""
         scratch = Path(tempfile.mkdtemp(prefix="dsv4-commit-"))
         try:
-            folders = {path: scratch / "leaves" / path for path in layouts}
-            for path, folder in folders.items():
-                with writing(folder):
-                    folder.mkdir(parents=True)
-                    (folder / ARRAY_METADATA_FILE).write_bytes(encoded_metadata(layouts[path], compression))
-            commit_arrays(folders, scratch / "commit")
-            yield scratch / "commit"
-            names = sorted(file.name for file in (scratch / "commit").iterdir() if file.is_file())
-            for name in [*(name for name in names if name not in _LAST), *(name for name in _LAST if name in names)]:
+            for name, data in orbax_files(paths).items():
+                write_file(scratch / name, data)
+            yield scratch
+            names = sorted(file.name for file in scratch.iterdir())
+            for name in [*(name for name in names if name not in _LAST), *_LAST]:
                 with _uploading(self._target / name):
-                    (self._target / name).write_bytes((scratch / "commit" / name).read_bytes())
+                    (self._target / name).write_bytes((scratch / name).read_bytes())
         finally:
             shutil.rmtree(scratch)
         self._work.rmtree()  # type: ignore[attr-defined]  # epath's own

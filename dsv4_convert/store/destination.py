@@ -49,8 +49,8 @@ class Destination(Protocol):
     def writer(self, path: str, layout: ArrayLayout, compression: Compression) -> ChunkWriter:
         """Give the writer of a leaf's chunks."""
 
-    def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> AbstractContextManager[Path]:
-        """Let Orbax make a checkpoint of the leaves; its local folder can be added to before all of it appears."""
+    def committing(self, paths: Iterable[str]) -> AbstractContextManager[Path]:
+        """Make an Orbax checkpoint of these leaves; its local folder can be added to before all of it appears."""
 
     def free(self) -> int | None:
         """Bytes that are free, those written by an interrupted run included; None where there is no end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from dsv4_convert.files.limits import free_bytes, nearest_folder
 from dsv4_convert.files.workspace import Workspace, require_writable, scratch_folder, stage_of
 from dsv4_convert.files.writing import sync, writing
 from dsv4_convert.folders import is_converted
-from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array
+from dsv4_convert.store.arrays import Array, ArrayWriter, Compression, StoredArray, create_array, write_file
 from dsv4_convert.store.destination import ChunkWriter, timed_writes
 from dsv4_convert.store.export_state import EXPORT_STATE
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import ARRAY_METADATA_FILE, MANIFEST_FILE, ArrayLayout, Index, chunk_file
+from dsv4_convert.store.orbax_metadata import orbax_files
 
 #: Every name in the stage of a conversion or an export; of earlier versions too.
 _OWN = re.compile(r"lock|journal.*\.jsonl|journal\.new|leaves|commit.*|replaced|export\.json|export\.new")
@@ -30,7 +31,7 @@ class Folder:
 
         journal*.jsonl  the plan, then a line for every finished chunk and side record; one file for each process
         leaves/PATH/    arrays, finished or not
-        commit*         the checkpoint while Orbax builds it (with Orbax's suffix) and until it is published
+        commit*         the checkpoint until it is published
         export.json     of an export, whose shards grow in ``commit``: what is finished
 
     A kill at any moment leaves one of these states, and :meth:`prepare` leads every one of them back to "the chunks of
@@ -92,7 +93,7 @@ class Folder:
         journal.rewrite()
 
     def _take_back_leaves(self) -> None:
-        """Undo an unfinished commit: arrays go back to ``leaves/``, Orbax's own files are removed."""
+        """Undo an unfinished commit: arrays go back to ``leaves/``, the other files are removed."""
         with writing(self._stage):
             self._leaves.mkdir(exist_ok=True)
             for commit in self._stage.glob("commit*"):
@@ -108,15 +109,16 @@ class Folder:
         return ArrayWriter(self._leaves / path, layout, compression)
 
     @contextmanager
-    def committing(self, layouts: Mapping[str, ArrayLayout], compression: Compression) -> Iterator[Path]:
-        from dsv4_convert.store.orbax_commit import commit_arrays
-
-        folders = {path: self._leaves / path for path in layouts}
-        for folder in folders.values():
-            sync(folder)
-        sync(self._leaves)
-        commit_arrays(folders, self.workspace.content)
-        yield self.workspace.content
+    def committing(self, paths: Iterable[str]) -> Iterator[Path]:
+        content = self.workspace.content
+        with writing(content):
+            content.mkdir()
+            for path in paths:
+                sync(self._leaves / path)
+                (self._leaves / path).rename(content / path)
+        for name, data in orbax_files(paths).items():
+            write_file(content / name, data)
+        yield content
         with writing(self._leaves):
             self._leaves.rmdir()  # empty, for the arrays are in the content
         self.workspace.publish()

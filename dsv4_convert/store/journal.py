@@ -14,7 +14,8 @@ from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import parse_object, shown
 from dsv4_convert.files.workspace import refuse_other_settings
 from dsv4_convert.files.writing import write_atomically, writing
-from dsv4_convert.store.layout import Index, is_digest
+from dsv4_convert.store.digests import is_digest
+from dsv4_convert.store.layout import Index
 
 
 @dataclass

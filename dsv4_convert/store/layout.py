@@ -4,19 +4,18 @@ A leaf is stored as a Zarr 2 array in C order, little-endian, in a folder named 
 that Orbax writes with ``use_ocdbt=False``. An uncompressed chunk file is the plain bytes of the chunk, so it can be
 written without a copy and read at any offset. Chunks at the upper edge keep the full chunk size; their surplus is zero.
 
-Digests. The chunk digest is the SHA-256 of the chunk's canonical bytes: C order, little-endian, clipped to the array
-(no padding, no compression). The leaf digest is the SHA-256 of the concatenated raw 32-byte chunk digests, chunks in C
-order of the grid. Chunks can therefore be hashed in any order and checked one at a time; the leaf digest depends on
-the chunk shape.
+Digests (see :mod:`.digests`). The chunk digest is that of the chunk's canonical bytes: C order, little-endian, clipped
+to the array (no padding, no compression). The leaf digest is that of the concatenated raw 32-byte chunk digests, chunks
+in C order of the grid. Chunks can therefore be hashed in any order and checked one at a time; the leaf digest depends
+on the chunk shape.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_convert.folders import CONVERTED_FILE
+from dsv4_convert.store.digests import digest_of
 
 Index: TypeAlias = tuple[int, ...]
 Region: TypeAlias = tuple[slice, ...]
@@ -53,7 +53,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MAX_NAME = 200  # file systems allow 255 bytes per name; Orbax appends a suffix to some
 
@@ -162,19 +161,9 @@ def raw_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def chunk_digest(array: np.ndarray[Any, Any]) -> str:
-    """Hex SHA-256 of the canonical bytes of a C-contiguous chunk."""
-    return hashlib.sha256(raw_bytes(array)).hexdigest()
-
-
-def leaf_digest(chunk_digests: Iterable[str]) -> str:
-    """Hex SHA-256 over the raw chunk digests in C order of the chunk grid."""
-    return hashlib.sha256(b"".join(map(bytes.fromhex, chunk_digests))).hexdigest()
-
-
-def is_digest(text: str) -> bool:
-    """Whether ``text`` is a SHA-256 as all files of a checkpoint write it: 64 lower-case hexadecimal digits."""
-    return _SHA256.fullmatch(text) is not None
+def chunk_digest(array: np.ndarray[Any, Any], *, like: str | None = None) -> str:
+    """The digest of the canonical bytes of a C-contiguous chunk; ``like`` as for :class:`~.digests.Hasher`."""
+    return digest_of(raw_bytes(array), like=like)
 
 
 def is_leaf_path(path: str) -> bool:

@@ -6,7 +6,6 @@ is JSON with one line per leaf, and carries the digest of its own content, so th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,16 @@ from typing import Any
 
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.files.strict_json import parse_object
+from dsv4_convert.store.digests import digest_of, digest_of_digests, is_digest
 from dsv4_convert.store.layout import (
     DTYPES,
     ArrayLayout,
-    is_digest,
     is_file_name,
-    leaf_digest,
     path_problems,
 )
 
-SCHEMA_VERSION = 1
+#: Version 1, of which all digests are SHA-256, is read too.
+SCHEMA_VERSION = 2
 
 _TOP_KEYS = ("schema_version", "metadata", "files", "leaves", "manifest_digest")
 _LEAF_KEYS = ("shape", "dtype", "chunk_shape", "digest", "chunk_digests", "sources", "rule")
@@ -35,7 +34,7 @@ class LeafRecord:
 
     Attributes:
         layout: shape, dtype and chunk shape.
-        chunk_digests: hex SHA-256 of every chunk's canonical bytes, in C order of the chunk grid.
+        chunk_digests: digest of every chunk's canonical bytes, in C order of the chunk grid.
         sources: names of the leaf's source tensors, in the caller's order.
         rule: the caller's name for the rule that made it.
     """
@@ -47,8 +46,8 @@ class LeafRecord:
 
     @property
     def digest(self) -> str:
-        """Digest of the whole leaf: SHA-256 over the raw chunk digests."""
-        return leaf_digest(self.chunk_digests)
+        """Digest of the whole leaf, made of the digests of its chunks."""
+        return digest_of_digests(self.chunk_digests)
 
     def to_json(self) -> dict[str, Any]:
         """The record as it stands in the manifest."""
@@ -86,8 +85,9 @@ class LeafRecord:
         )
         if len(record.chunk_digests) != record.layout.chunk_count:
             raise ValueError(f"{len(record.chunk_digests)} chunk digests for {record.layout.chunk_count} chunks")
-        if entry["digest"] != record.digest:
-            raise ValueError(f"digest is {entry['digest']!r}, but the chunk digests give {record.digest}")
+        digest = _digest(entry["digest"], "digest")
+        if digest != (found := digest_of_digests(record.chunk_digests, like=digest)):
+            raise ValueError(f"digest is {digest!r}, but the chunk digests give {found}")
         return record
 
 
@@ -97,7 +97,7 @@ class Manifest:
 
     Attributes:
         leaves: record of every leaf by its dotted path; written in the order of the paths.
-        files: hex SHA-256 of every other file of the checkpoint by name (the caller's and Orbax's own metadata).
+        files: digest of every other file of the checkpoint by name (the caller's and Orbax's own metadata).
         metadata: JSON of the caller: where the checkpoint came from, by which version, and so on.
     """
 
@@ -129,9 +129,9 @@ class Manifest:
         """
         document = parse_object(data, where=where)
         version = document.get("schema_version")
-        if version != SCHEMA_VERSION or type(version) is not int:
+        if version not in (1, SCHEMA_VERSION) or type(version) is not int:
             raise BadInput(
-                f"{where}: schema_version is {version!r}, this version of dsv4 reads {SCHEMA_VERSION}. "
+                f"{where}: schema_version is {version!r}, this version of dsv4 reads 1 and {SCHEMA_VERSION}. "
                 "Read it with the version of dsv4 that wrote it, or convert again."
             )
         try:
@@ -153,10 +153,9 @@ class Manifest:
                 problems.append(str(error))
             if not is_file_name(name):
                 problems.append(f"{name!r} is not a plain file name")
-        if not problems and top["manifest_digest"] != (
-            found := _own_digest({key: value for key, value in top.items() if key != "manifest_digest"})
-        ):
-            problems.append(f"manifest_digest is {top['manifest_digest']!r}, but the content gives {found}")
+        own = top.pop("manifest_digest")
+        if not problems and own != (found := _own_digest(top, like=str(own))):
+            problems.append(f"manifest_digest is {own!r}, but the content gives {found}")
         if problems:
             raise BadInput(f"{where}: the manifest is damaged or was edited:\n{listed(problems)}")
         return cls(leaves=records, files=files, metadata=metadata)
@@ -166,9 +165,9 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
-def _own_digest(document: Mapping[str, object]) -> str:
-    """Hex SHA-256 of the document without ``manifest_digest``, as compact JSON with sorted keys."""
-    return hashlib.sha256(_canonical(document).encode()).hexdigest()
+def _own_digest(document: Mapping[str, object], *, like: str | None = None) -> str:
+    """The digest of the document without ``manifest_digest``, as compact JSON with sorted keys."""
+    return digest_of(_canonical(document).encode(), like=like)
 
 
 def _with_keys(document: object, keys: Sequence[str]) -> dict[str, Any]:
@@ -202,5 +201,5 @@ def _strings(document: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _digest(value: object, what: str) -> str:
     if not isinstance(value, str) or not is_digest(value):
-        raise ValueError(f"{what} is {value!r}, expected 64 lower-case hexadecimal digits")
+        raise ValueError(f"{what} is {value!r}, expected 64 lower-case hexadecimal digits, after blake3: or alone")
     return value

@@ -5,7 +5,6 @@ Needs NumPy only (and tensorstore for compressed leaves): opening reads one file
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import not_converted
 from dsv4_convert.spec.conversion import Conversion
 from dsv4_convert.store.arrays import Array, StoredArray
+from dsv4_convert.store.digests import digest_of
 from dsv4_convert.store.layout import (
     MANIFEST_FILE,
     ArrayLayout,
@@ -136,9 +136,9 @@ class Store:
             content = path.read_bytes()
         except OSError as error:
             raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-        found, expected = hashlib.sha256(content).hexdigest(), self.manifest.files[name]
-        if found != expected:
-            raise BadInput(f"{path}: changed or damaged: SHA-256 {found}, the manifest says {expected}")
+        expected = self.manifest.files[name]
+        if (found := digest_of(content, like=expected)) != expected:
+            raise BadInput(f"{path}: changed or damaged: digest {found}, the manifest says {expected}")
         return content
 
     def open_leaf(self, path: str) -> StoredArray:
@@ -229,7 +229,7 @@ class _ChunkTask:
             padding_damaged = stored.padding_is_damaged(index)
         except BadInput as error:
             return str(error)
-        if (found := chunk_digest(chunk)) != self.digest:
+        if (found := chunk_digest(chunk, like=self.digest)) != self.digest:
             return f"{file}: changed or damaged: {self.path}, chunk {index}: digest {found}, expected {self.digest}"
         if padding_damaged:
             return f"{file}: damaged outside the array: {self.path}, chunk {index}: the padding is not zero"

@@ -20,6 +20,7 @@ import numpy as np
 from dsv4_convert.errors import listed
 from dsv4_convert.files.writing import sync
 from dsv4_convert.store.arrays import Array, Compression, write_file
+from dsv4_convert.store.digests import digest_of
 from dsv4_convert.store.journal import Journal
 from dsv4_convert.store.layout import MANIFEST_FILE, ArrayLayout, Index, chunk_digest, is_file_name, path_problems
 from dsv4_convert.store.locate import open_destination
@@ -271,7 +272,7 @@ class CheckpointWriter:
         summary = self.finish()
         with self.processes.step("commit"):
             if self.processes.first:
-                with self._destination.committing(self._layouts, self._compression) as folder:
+                with self._destination.committing(self._layouts) as folder:
                     _complete(folder, summary, metadata, files)
         return summary
 
@@ -295,7 +296,7 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
         for leaf in sorted(leaves, key=lambda leaf: leaf.path)
     ]
     plan = {
-        "journal_version": 2,
+        "journal_version": 3,
         "compression": compression,
         "leaves": hashlib.sha256(json.dumps(outlines).encode()).hexdigest(),
         **{f"fingerprint.{key}": value for key, value in fingerprint.items()},
@@ -304,7 +305,7 @@ def _plan(leaves: Sequence[LeafSpec], fingerprint: Mapping[str, Any], compressio
 
 
 def _complete(folder: Path, summary: WriteSummary, metadata: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Add to what Orbax has made: the further files, and the manifest as the last one."""
+    """Add the further files, and the manifest as the last one."""
     for name, content in files.items():
         if not is_file_name(name) or name == MANIFEST_FILE or (folder / name).exists():
             raise ValueError(f"extra file {name!r}: not a plain name, or the name of a file or leaf of the checkpoint")
@@ -312,8 +313,7 @@ def _complete(folder: Path, summary: WriteSummary, metadata: Mapping[str, Any], 
     digests = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_file():
-            sync(entry)  # Orbax does not wait for the disk
-            digests[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+            digests[entry.name] = digest_of(entry.read_bytes())
     manifest = Manifest(leaves=summary.records, files=digests, metadata=metadata)
     write_file(folder / MANIFEST_FILE, manifest.to_bytes())
     sync(folder)

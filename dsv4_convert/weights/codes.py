@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, StoredMatrix
-from dsv4_convert.spec.names import FP8_TILE, Kind, Transform, rule_of
+from dsv4_convert.spec.names import Kind
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import Array, Parameters
 
@@ -39,9 +39,9 @@ class Codes:
     @classmethod
     def of(cls, weights: Parameters, path: str, shape: tuple[int, ...]) -> Codes | None:
         """Codes of a parameter whose decoded ``shape`` is given; None if it is not quantised."""
-        from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, grouped_block
+        from dsv4_convert.model.encoded import block_of
 
-        rule = rule_of(path)
+        rule = weights.config.names.rule_of(path)
         if rule.kind not in (Kind.LINEAR, Kind.EXPERT):
             return None
 
@@ -52,9 +52,7 @@ class Codes:
         if first.scale is None:
             return None
         packed = first.dtype in PACKED_FP4
-        block = FP4_BLOCK if packed else FP8_BLOCK
-        if rule.transform is Transform.GROUPED:
-            block = grouped_block(shape[-1])
+        block = block_of(rule, packed=packed, outputs=shape[-1])
         stored = first.scale(slice(0, 1), slice(0, 1)).dtype
         return cls(shape, block, packed, stored if stored.itemsize > 1 else np.dtype(np.uint8), matrix)
 
@@ -88,17 +86,21 @@ class Codes:
         return self._read(part, at, slice(0, rows), slice(0, columns))
 
     def _read(self, part: Part, at: int | None, rows: slice, columns: slice) -> Array:
-        """Rows and columns of the model's layout; the stored one is ``[out, in]``."""
+        """Rows and columns of the model's layout; the stored one is ``[out, in]`` where that is transposed."""
         matrix = self.matrix(at)
-        if part == "codes":
+        if not matrix.transposed:
+            read = matrix.read if part == "codes" else matrix.scale
+            assert read is not None
+            stored = read(rows, columns)
+        elif part == "codes":
             first = matrix.first_row
             stored = matrix.read(slice(first + columns.start, first + columns.stop), rows)
         else:
             assert matrix.scale is not None
+            assert matrix.block is not None
             # Groups narrower than a block each get a copy of its scale.
-            height = 1 if self.packed else FP8_TILE[0]
-            wanted = (matrix.first_row + np.arange(columns.start, columns.stop) * self.block[1]) // height
+            wanted = (matrix.first_row + np.arange(columns.start, columns.stop) * self.block[1]) // matrix.block[0]
             lowest = int(wanted[0]) if len(wanted) else 0
             stored = matrix.scale(slice(lowest, int(wanted[-1]) + 1 if len(wanted) else 0), rows)[wanted - lowest]
         stored = stored.view(np.uint8) if stored.dtype.itemsize == 1 else stored
-        return cast_plain(np.ascontiguousarray(stored), dtype=stored.dtype, transpose=True)
+        return cast_plain(np.ascontiguousarray(stored), dtype=stored.dtype, transpose=matrix.transposed)

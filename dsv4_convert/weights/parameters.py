@@ -33,7 +33,7 @@ class Parameters(Protocol):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are there, ascending."""
+        """The layers and stages that are there, ascending."""
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for missing layers."""
@@ -45,7 +45,7 @@ class Parameters(Protocol):
         """One matrix of a stack of experts."""
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = ...) -> Array:
-        """Some rows of an unquantised parameter."""
+        """Some rows of a table that is looked up: no more than these are read."""
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
@@ -53,15 +53,35 @@ class Parameters(Protocol):
     def matrix(self, path: str, at: int | None) -> StoredMatrix:
         """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
 
+    def token_map(self) -> Array:
+        """The mapped id of every token, for the engrams (:func:`dsv4_convert.weights.token_map.token_map`)."""
+
     def damaged(self, path: str) -> bool:
         """Whether a parameter is known to differ from what was written."""
 
 
+class StoredParameters(Parameters, Protocol):
+    """Parameters of a checkpoint, with what it stores for each."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters that are there."""
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout."""
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """The weights, and the scales where there are some, that a region is decoded from, as they are stored.
+
+        The region has one entry of a stack. Axes are those of the model's layout, and tiles are whole.
+        """
+
+
 class Whole(Parameters, Protocol):
-    """Parameters of a whole checkpoint, which may have mtp stages."""
+    """Parameters of a whole checkpoint, which may have draft stages."""
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if there is no mtp stage, with the reason."""
+        """Raises :class:`UsageError` if there is no draft stage, with the reason."""
 
 
 def assembled(
@@ -91,6 +111,18 @@ def assembled(
         for to, at in enumerate(range(region[0].start, region[0].stop)):
             matrix(at).fill(out[to], region[1:])
     return out
+
+
+def stored_parts(
+    region: Region,
+    rule: names.Rule,
+    matrix: Callable[[int | None], StoredMatrix],
+    plain: Callable[[Region], Array],
+) -> tuple[Array, ...]:
+    """What :func:`assembled` decodes a region from; of a stack, the region has one entry."""
+    if rule.kind is names.Kind.INTEGER or len(region) == 1:
+        return (plain(region),)
+    return matrix(region[0].start if len(region) > 2 else None).stored(region[-2:])
 
 
 def dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:

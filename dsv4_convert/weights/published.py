@@ -18,7 +18,8 @@ from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import assembled, grouped
+from dsv4_convert.weights.parameters import assembled, grouped, stored_parts
+from dsv4_convert.weights.token_map import token_map
 
 Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
@@ -28,17 +29,18 @@ class PublishedWeights:
     """Reads the same values as :class:`dsv4_convert.weights.converted.Weights`, from the published shards."""
 
     def __init__(self, checkpoint: Checkpoint, *, layers: tuple[int, ...] | None = None) -> None:
-        """Prove that the checkpoint fills ``layers`` (None: all); no weight is read.
+        """Prove that the checkpoint fills ``layers`` (None: all, and its mtp stages); no weight is read.
 
         Raises:
             BadInput: it does not, or is not a DeepSeek-V4 text model.
         """
         self._checkpoint = checkpoint
         config = checkpoint.architecture()
-        self.layers = check_layers(config, layers)
         resolution = resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
         self.config = resolution.config
+        self.layers = (*check_layers(config, layers), *self.config.stage_layers)
         self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
+        self._dialect = resolution.dialect
 
     @classmethod
     def open(cls, source: Path | str, *, layers: tuple[int, ...] | None = None) -> PublishedWeights:
@@ -55,7 +57,32 @@ class PublishedWeights:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Facts about the weights for reports."""
-        return {"source": self._checkpoint.repository or str(self._checkpoint.root), "storage": "published"}
+        return {
+            "source": self._checkpoint.repository or str(self._checkpoint.root),
+            "storage": "published",
+            "dialect": self._dialect,
+        }
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters of the opened layers, in the model's order."""
+        return tuple(self._leaves)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter in the model's layout."""
+        return self._leaf(path).target_shape
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON; no weight is read."""
+        checkpoint = self._checkpoint
+        return {
+            "source": checkpoint.repository or str(checkpoint.root.resolve()),
+            "revision": checkpoint.revision,
+            "shards": dict(checkpoint.sizes),
+            # A commit says more than times do, where it is known.
+            "changed": None if checkpoint.revision is not None else dict(checkpoint.changed()),
+        }
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for layers that were not opened."""
@@ -64,15 +91,20 @@ class PublishedWeights:
             raise UsageError(f"{self._checkpoint.root}: opened without the layers {absent}")
 
     def check_stages(self) -> None:
-        """Raises :class:`UsageError` if no mtp stage was opened."""
+        """Raises :class:`UsageError` if no draft stage was opened."""
         if not self.config.num_mtp_stages:
-            raise UsageError(f"{self._checkpoint.root}: no mtp stage, or opened without it")
+            raise UsageError(f"{self._checkpoint.root}: no draft stage, or opened without it")
+
+    def token_map(self) -> Array:
+        """The mapped id of every token. Raises as :func:`~dsv4_convert.weights.token_map.token_map`."""
+        return token_map(self._checkpoint.root, self.config)
 
     def read(self, path: str, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
         leaf = self._leaf(path)
         if leaf.rule.per_expert:
-            return np.stack([self.read_expert(path, expert, dtype) for expert in range(self.config.n_routed_experts)])
+            experts = range(self.config.experts_of(leaf.layer))
+            return np.stack([self.read_expert(path, expert, dtype) for expert in experts])
         (source,) = leaf.sources
         if leaf.rule.kind is Kind.INTEGER:
             return read_table(self._checkpoint, source.weight, self.config.n_routed_experts).astype(np.int32)
@@ -96,11 +128,17 @@ class PublishedWeights:
         return decoded
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
-        """Some rows of an unquantised parameter along its first axis."""
+        """Some rows of a table that is looked up, along its first axis; reads their pages only."""
         leaf = self._leaf(path)
-        stored = self._checkpoint.read(leaf.sources[0].weight)[rows]
+        (source,) = leaf.sources
+        distinct, places = np.unique(rows, return_inverse=True)
+        stored = self._checkpoint.read(source.weight)[distinct]
+        scale = None
+        if source.scale is not None and source.block is not None:
+            assert source.block[0] == 1, f"rows of {path} share their scales"
+            scale = self._checkpoint.read(source.scale)[distinct]
         self._release(leaf)
-        return decode_weight(stored, None, dtype=dtype)
+        return decode_weight(stored, scale, dtype=dtype, block=source.block)[places.reshape(np.shape(rows))]
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """A part of the result of :meth:`read`: one slice of step 1 for every axis. Reads only its pages."""
@@ -112,6 +150,17 @@ class PublishedWeights:
         )
         self._release(leaf)
         return part
+
+    def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`."""
+        leaf = self._leaf(path)
+        weight = leaf.sources[0].weight
+        return stored_parts(
+            bounded(region, leaf.target_shape),
+            leaf.rule,
+            partial(self.matrix, path),
+            lambda at: self._checkpoint.read(weight)[at],
+        )
 
     def matrix(self, path: str, at: int | None) -> StoredMatrix:
         """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
@@ -136,6 +185,7 @@ class PublishedWeights:
             read=reader(source.weight),
             dtype=self._checkpoint.read(source.weight).dtype,
             scale=None if source.scale is None else reader(source.scale),
+            block=source.block,
             transposed=leaf.rule.transform is not Transform.NONE,
             first_row=first_row,
         )

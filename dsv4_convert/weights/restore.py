@@ -15,8 +15,8 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.folders import PathLike
-from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.codes import PARTS, Codes, Part
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh, NamedSharding
 
-    from dsv4_convert.model import Block, Model, Numerics
+    from dsv4_convert.model import Numerics
+    from dsv4_convert.model.block import DecoderBlock
     from dsv4_convert.model.encoded import Encoded
     from dsv4_convert.model.layers import Layers
+    from dsv4_convert.model.model import Decoder
 
 #: Host memory for parts of an array that are read at once.
 _BYTES_AT_ONCE = 512 << 20
@@ -44,20 +46,26 @@ def restore_block(
     numerics: Numerics | None = None,
     mesh: Mesh | None = None,
     encoded: bool = False,
-) -> Block:
-    """One layer of the model with its weights. Without experts these are a small part of the layer.
+) -> DecoderBlock:
+    """One layer or stage of the model with its weights. Without experts these are a small part of it.
 
     On a ``mesh`` every process reads only its parts; see :func:`restore_model`. With ``encoded`` matrices that are
     stored as codes stay codes; the others are expanded.
     """
     from flax import nnx
 
-    from dsv4_convert.model import PLAIN, Block
+    from dsv4_convert.model import PLAIN
+    from dsv4_convert.model.block import MTPBlock
+    from dsv4_convert.model.layers import block_of
 
     config, numerics = weights.config, numerics or PLAIN
-    kind, hashed = config.kind(layer), config.hashed(layer)
-    block = nnx.eval_shape(lambda: Block(config, kind, hashed=hashed, with_experts=with_experts, numerics=numerics))
-    return _Filling(weights, config, f"layers.{layer}.".__add__, dtype, mesh, encoded).fill(block)
+
+    def make() -> DecoderBlock:
+        if layer in config.stage_layers:
+            return MTPBlock(as_v4(config), numerics, with_experts=with_experts)
+        return block_of(config, config.layer_kind(layer), with_experts=with_experts, numerics=numerics)
+
+    return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh, encoded).fill(nnx.eval_shape(make))
 
 
 def restore_layers(
@@ -103,6 +111,64 @@ def layers_bytes(
     return filling.bytes_of(nnx.eval_shape(lambda: Layers(filling.config, PLAIN, scanned=scanned)))
 
 
+def restore_stage(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    numerics: Numerics | None = None,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> Decoder:
+    """A model without layers, whose only stage is that of ``layer``; otherwise as :func:`restore_model`."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.fill(_model(filling.config, numerics or PLAIN))
+
+
+def stage_bytes(
+    weights: Parameters,
+    layer: int,
+    *,
+    dtype: np.dtype[Any] = FLOAT32,
+    mesh: Mesh | None = None,
+    encoded: bool = False,
+) -> int:
+    """Bytes of :func:`restore_stage` on the devices of this process. Raises likewise."""
+    from dsv4_convert.model import PLAIN
+
+    filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
+    return filling.bytes_of(_model(filling.config, PLAIN))
+
+
+def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
+    """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
+    config, own = weights.config, weights.config.prefix(layer)
+    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=1)
+    if encoded:
+        _check_codes(weights)
+    first = alone.prefix(0)
+    return _Filling(
+        weights,
+        alone,
+        lambda path: own + path.removeprefix(first) if path.startswith(first) else path,
+        dtype,
+        mesh,
+        encoded,
+    )
+
+
+def _model(config: Config, numerics: Numerics, *, scanned: bool = False) -> Decoder:
+    """A model without values."""
+    from flax import nnx
+
+    from dsv4_convert.model.architectures import model_of
+
+    model: Decoder = nnx.eval_shape(lambda: model_of(config, numerics, scanned=scanned))
+    return model
+
+
 def _of_layers(
     weights: Parameters,
     layers: Sequence[int],
@@ -131,10 +197,10 @@ def restore_model(
     scanned: bool = False,
     mesh: Mesh | None = None,
     encoded: bool = False,
-) -> Model:
+) -> Decoder:
     """The whole model with its weights, open or given by the path of a converted checkpoint.
 
-    Its mtp stages, which only draft tokens, are restored with ``drafts``.
+    Its draft stages, which only draft tokens, are restored with ``drafts``.
 
     With ``release`` it rounds intermediate values where DeepSeek's inference code does, with activations in ``dtype``.
     With ``scanned`` layers of one kind share a program, and their weights are stacked.
@@ -157,21 +223,20 @@ def restore_model(
         >>> model.config.num_hidden_layers
         4
     """
-    from flax import nnx
-
-    from dsv4_convert.model import PLAIN, Model, Numerics
+    from dsv4_convert.model import PLAIN
+    from dsv4_convert.model.architectures import release_numerics
 
     if isinstance(weights, str | os.PathLike):
         weights = Weights.open(weights)
     config = weights.config
-    numerics = Numerics.of_release(config) if release else PLAIN
+    numerics = release_numerics(config) if release else PLAIN
     dtype = np.dtype(numerics.weight_dtype(dtype))
     weights.check_layers(tuple(range(config.num_hidden_layers)))
     if drafts:
         weights.check_stages()
     else:
-        config = dataclasses.replace(config, num_mtp_stages=0)
-    model = nnx.eval_shape(lambda: Model(config, numerics, scanned=scanned))
+        config = config.without_stages()
+    model = _model(config, numerics, scanned=scanned)
     if encoded:
         _check_codes(weights)
     filling = _Filling(weights, weights.config, str, dtype, mesh, encoded)
@@ -187,23 +252,29 @@ def _check_codes(weights: Parameters) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Variable:
-    """A variable of a model, and the ``paths`` of the parameter, or of the stacked layers' parameters, that fill it."""
+    """A variable of a model, and the ``paths`` of the parameter, or of the stacked layers' parameters, that fill it.
+
+    ``derived``: it is made from another file of the checkpoint than its tensors.
+    """
 
     axes: tuple[str | None, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     paths: tuple[str, ...]
     stacked: bool
+    derived: bool
 
     @classmethod
     def of(
         cls, key: tuple[Any, ...], variable: Any, path: Callable[[str], str], config: Config, dtype: np.dtype[Any]
     ) -> _Variable:
+        from dsv4_convert.model.ops import Derived
         from dsv4_convert.spec.segments import paths_of
 
         paths = tuple(map(path, paths_of(config, key)))
-        stacked = key[:2] == ("layers", "segments")
-        return cls(variable.axes, variable.shape, dtype_of(names.rule_of(paths[0]), dtype), paths, stacked)
+        stacked, derived = key[:2] == ("layers", "segments"), isinstance(variable, Derived)
+        own = np.dtype(variable.dtype) if derived else dtype_of(config.names.rule_of(paths[0]), dtype)
+        return cls(variable.axes, variable.shape, own, paths, stacked, derived)
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """How it lies on a mesh. Raises :class:`UsageError` as :func:`dsv4_convert.model.axes.partition`."""
@@ -225,7 +296,7 @@ class _Variable:
 
     def read(self, weights: Parameters) -> Array:
         """All of it. Raises :class:`BadInput` on a wrong shape."""
-        read = [weights.read(path, self.dtype) for path in self.paths]
+        read = [weights.token_map() if self.derived else weights.read(path, self.dtype) for path in self.paths]
         for path, value in zip(self.paths, read, strict=True):
             if value.shape != self.own_shape:
                 raise BadInput(
@@ -235,6 +306,8 @@ class _Variable:
 
     def read_region(self, weights: Parameters, region: Region) -> Array:
         """A part of it."""
+        if self.derived:
+            return self.read(weights)[region]
         return self._stack(region, lambda layer, own: weights.read_region(self.paths[layer], own, self.dtype))
 
     def read_codes(self, codes: Sequence[Codes], part: Part, region: Region) -> Array:
@@ -321,7 +394,7 @@ class _Filling:
 
     def _codes(self, variable: _Variable) -> tuple[Codes, ...]:
         """The codes that fill a variable; empty for an expanded one."""
-        return variable.codes(self.weights) if self.encoded else ()
+        return variable.codes(self.weights) if self.encoded and not variable.derived else ()
 
     def _encoded(self, variable: _Variable, codes: Sequence[Codes]) -> Encoded:
         """A variable as codes and scales, over the mesh if there is one."""
@@ -403,7 +476,7 @@ def available_bytes(mesh: Mesh | None = None) -> int | None:
     )
 
 
-def _check_memory(filling: _Filling, model: Model) -> None:
+def _check_memory(filling: _Filling, model: Decoder) -> None:
     """Raise :class:`ResourceError` if the model exceeds this machine's memory."""
     import jax
 

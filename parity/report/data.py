@@ -24,6 +24,7 @@ from dsv4_convert.parity.metrics import Distance, Verdict
 from dsv4_convert.parity.systematic import Systematic
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.parity.unchecked import Unchecked
+from dsv4_convert.show.notebook import table
 from dsv4_convert.show.urls import all_without_secrets
 from dsv4_convert.spec.taps import TapKey
 
@@ -48,7 +49,7 @@ class TapInMode:
 
     @property
     def layer(self) -> int | None:
-        """The layer, None for the model level."""
+        """The layer, or that of a stage; None for the model level."""
         return self.key.layer
 
     @property
@@ -202,6 +203,11 @@ class LayerSummary:
     taps: tuple[TapResult, ...]
     worst: TapResult | None
     severe: Verdict
+
+    @property
+    def label(self) -> str:
+        """The layer, stage or level in tables."""
+        return self.taps[0].key.label
 
     def count(self, verdict: Verdict) -> int:
         """Number of taps with this verdict."""
@@ -357,15 +363,21 @@ class ParityReport:
 
         write_atomically(Path(path), page(self, RunInfo.now()).encode())
 
+    def to_frame(self) -> Any:
+        """Every number of every tap as a pandas DataFrame (:mod:`dsv4_convert.parity.report.frame`).
+
+        Raises :class:`UsageError` without pandas.
+        """
+        from dsv4_convert.parity.report.frame import to_frame
+
+        return to_frame(self)
+
     def _repr_html_(self) -> str:
         """The verdict, for a notebook."""
-        from html import escape
-
         from dsv4_convert.parity.report.words import summarized
 
         said = summarized(self)
-        rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in said.lines)
-        return f"<strong>{escape(said.headline)}</strong><table>{rows}</table>"
+        return table(said.headline, said.lines)
 
     def to_json(self, sentence: str) -> dict[str, Any]:
         """Stable, versioned JSON; numbers that JSON cannot hold (nan, inf) become strings."""

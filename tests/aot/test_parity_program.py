@@ -73,7 +73,7 @@ def _state(config: Config) -> tuple[list[Any], Any]:
     forms = []
 
     def arrays() -> list[Any]:
-        empty = empty_layer(config, config.attention[LAYER], PROMPTS, TOKENS, jnp.float32)
+        empty = empty_layer(config, config.layer_kind(LAYER), PROMPTS, TOKENS, jnp.float32)
         forms.append(jax.tree.structure(empty))
         return jax.tree.leaves(empty)
 

@@ -12,7 +12,8 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4_convert.aot.work import operations
 from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 RAW = tiny_config(hidden_size=256, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4)
 

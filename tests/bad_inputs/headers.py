@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .case import READERS, Case, Place, accepted, refused
-from .checks import dropped, equals_healthy
+from .checks import equals_healthy
 from .edit import Tensor, in_header, in_tensors, in_text
 
 _NAME = "layers.0.attn.wq_a.weight"
@@ -65,9 +65,6 @@ def _odd_f4(header: dict[str, Any]) -> None:
     begin, end = header[_NAME]["data_offsets"]
     header[_NAME] |= {"dtype": "F4", "shape": [1, 2 * (end - begin) - 1]}
 
-
-#: Tensors of DSpark's drafts are left out by name, so a new one of any form is legal there.
-_DRAFT = "mtp.0.markov_head.empty"
 
 HEADERS: tuple[Case, ...] = (
     refused(
@@ -231,23 +228,11 @@ HEADERS: tuple[Case, ...] = (
         f"{_NAME}: expected shape [16, 32], found F8_E4M3 [0, 32]",
         edit=in_tensors(lambda tensors: tensors.update({_NAME: Tensor("F8_E4M3", [0, 32], b"")})),
     ),
-    accepted(
-        "H11",
-        "a tensor of no elements that is left out by name",
-        edit=_added(_DRAFT, Tensor("BF16", [0, 7], b"")),
-        after=dropped(_DRAFT, "draft stage of DSpark"),
-    ),
     refused(
         "H12",
         "a scalar where a vector is expected",
         "layers.0.hc_attn_scale: expected shape [3], found F32 []",
         edit=in_tensors(lambda tensors: tensors.update({"layers.0.hc_attn_scale": Tensor("F32", [], b"1234")})),
-    ),
-    accepted(
-        "H12",
-        "a scalar that is left out by name",
-        edit=_added(_DRAFT, Tensor("F32", [], b"1234")),
-        after=dropped(_DRAFT, "draft stage of DSpark"),
     ),
     refused(
         "H13",

@@ -6,6 +6,7 @@ transfer or refuses a request plays a fault. All requests are recorded.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -93,6 +94,10 @@ class LoopbackHub:
     requests: list[Request] = field(default_factory=list)
     #: Whether requests for a range are honoured.
     ranges: bool = True
+    #: Large files that were uploaded, by their SHA-256, and not yet committed.
+    uploaded: dict[str, bytes] = field(default_factory=dict)
+    #: Repositories that were made by a client, with what it asked for.
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: Bytes of content that were sent of each file.
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -154,6 +159,95 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
         def do_HEAD(self) -> None:
             self._answer()
 
+        def do_POST(self) -> None:
+            self._take()
+
+        def do_PUT(self) -> None:
+            self._take()
+
+        def _take(self) -> None:
+            """What a client sends: a new repository, its questions before an upload, large files, commits."""
+            path = unquote(urlsplit(self.path).path)
+            body = self._body()
+            authorization = self.headers.get("Authorization")
+            token = authorization.removeprefix("Bearer ") if authorization else None
+            hub.requests.append(Request(method=self.command, path=path, range=None, token=token))
+            status = next((status for part, status in hub.failures.items() if part in path), None)
+            passing = next((left for part, left in hub.passing_failures.items() if part in path and left), None)
+            if status is None and passing is not None:
+                status = passing.pop(0)
+            if status is not None:
+                return self._send(status, {})
+            if match := re.fullmatch(r"/upload/([0-9a-f]{64})", path):
+                assert hashlib.sha256(body).hexdigest() == match[1]
+                hub.uploaded[match[1]] = body
+                return self._send(200, {})
+            if token is None or token != hub.required_token:
+                return self._send(401, {"X-Error-Message": "Invalid username or password."})
+            if path == "/api/repos/create":
+                asked = json.loads(body)
+                prefix = "datasets/" if asked.get("type") == "dataset" else ""
+                repo_id = f"{asked.get('organization', 'me')}/{asked['name']}"
+                if prefix + repo_id in hub.commits:
+                    return self._send(409, {}, {"url": f"{hub.endpoint}/{prefix}{repo_id}"})
+                hub.made[prefix + repo_id] = asked
+                hub.add(prefix + repo_id, hashlib.sha1(repo_id.encode()).hexdigest(), {})
+                return self._send(200, {}, {"url": f"{hub.endpoint}/{prefix}{repo_id}", "name": repo_id})
+            if path == "/api/validate-yaml":
+                return self._send(200, {}, {"errors": [], "warnings": []})
+            if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+                objects = [
+                    {**each, "actions": {"upload": {"href": f"{hub.endpoint}/upload/{each['oid']}"}}}
+                    for each in json.loads(body)["objects"]
+                ]
+                return self._send(200, {}, {"transfer": "basic", "objects": objects})
+            if match := re.fullmatch(r"/api/(models|datasets)/(.+)/(preupload|commit)/([^/]+)", path):
+                kind, repo_id, what, revision = match.groups()
+                repo = repo_id if kind == "models" else f"datasets/{repo_id}"
+                if revision not in hub.branches.get(repo, {}):
+                    return self._send(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+                if what == "commit":
+                    return self._commit_files(repo, revision, [json.loads(line) for line in body.splitlines()])
+                held = hub.commits[repo][hub.branches[repo][revision]]
+                asked = json.loads(body)["files"]
+                return self._send(200, {}, {"files": [self._mode(file["path"], file["size"], held) for file in asked]})
+            return self._send(404, {})
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def _mode(self, name: str, size: int, held: dict[str, HubFile]) -> dict[str, Any]:
+            """How a file is to be sent, and the hash of the one that is there."""
+            large = size > 1000 or name.endswith(".safetensors")
+            return {
+                "path": name,
+                "uploadMode": "lfs" if large else "regular",
+                "shouldIgnore": False,
+                "oid": held[name].etag if name in held else None,
+            }
+
+        def _commit_files(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> None:
+            files = dict(hub.commits[repo][hub.branches[repo][branch]])
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    content = base64.b64decode(value["content"])
+                    files[value["path"]] = HubFile(name=value["path"], content=content, lfs=False)
+                elif line["key"] == "lfsFile":
+                    content = hub.uploaded[value["oid"]]
+                    files[value["path"]] = HubFile(name=value["path"], content=content, lfs=True)
+            commit = hashlib.sha1(f"{hub.branches[repo][branch]}{sorted(files)}".encode()).hexdigest()
+            hub.commits[repo][commit] = files
+            hub.branches[repo][branch] = commit
+            self._send(200, {}, {"commitOid": commit, "commitUrl": f"{hub.endpoint}/{repo}/commit/{commit}"})
+
         def _answer(self) -> None:
             url = urlsplit(self.path)
             path = unquote(url.path)
@@ -175,6 +269,8 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             for former, name in hub.moved.items():
                 if former in path:
                     return self._send(307, {"Location": self.path.replace(former, name)})
+            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+                return self._api(f"datasets/{match[1]}", None, match[2] or "main", url.query, token)
             if match := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+))?", path):
                 repo_id, what, revision = match.groups()
                 return self._api(repo_id, what, revision or "main", url.query, token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -33,10 +33,14 @@ def samples(kind: Any, known: Mapping[Any, Any]) -> list[Any]:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return [value for member in arguments for value in samples(member, known)]
+    if origin is typing.Literal:
+        return list(arguments[:1])
     if origin is tuple and arguments[-1:] != (...,):
         return [tuple(samples(argument, known)[0] for argument in arguments)]
     if origin in (tuple, list):
         return [origin(samples(arguments[0], known))]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [{"key": value} for value in samples(arguments[1], known)]
+    if origin is Callable:
+        return [lambda *given: True]
     raise TypeError(f"no sample of {kind}")

@@ -195,11 +195,11 @@ def test_names_explains_in_every_spelling() -> None:
     assert "model.layers.5.attn.norm.weight" in out
     out, _ = dsv4("names", "mtp.0.e_proj.weight")
     assert "published     mtp.0.e_proj.weight" in out
-    assert "in every mtp stage" in out
+    assert "linear, in mtp stages" in out
     out, _ = dsv4("names", "mtp.0.main_proj.weight")
-    assert "left out on purpose: draft stage of DSpark" in out
+    assert "linear, in first DSpark stages" in out
     out, _ = dsv4("names")
-    assert "in every mtp stage, below mtp.N." in out
+    assert "in the draft stages, below mtp.N." in out
     out, _ = dsv4("names", "--json", "-")
     assert len(json.loads(out)["names"]) > 40
 

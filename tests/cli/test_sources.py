@@ -98,6 +98,14 @@ def test_verify_against_a_source_that_is_not_here(
     assert f"not what {TENSOR}" in " ".join(run("verify", wrong, "--against", source, code=1).split())
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_diff_with_a_source_that_is_not_here(
+    served: LoopbackHub, source: str, tiny: Path, converted: Path, wrong: Path
+) -> None:
+    run("diff", source, converted, "--layers", "1")
+    assert "layers.1.attn.wq_a" in run("diff", wrong, source, "--layers", "1", code=1)
+
+
 def test_verify_of_some_layers_fetches_their_shards_only(served: LoopbackHub, tiny: Path, tmp_path: Path) -> None:
     hf_to_orbax(tiny, tmp_path / "orbax", layers=[1])
     run("verify", tmp_path / "orbax", "--against", REPO)
@@ -150,4 +158,5 @@ def test_a_converted_checkpoint_in_a_bucket(tiny: Path, tmp_path: Path, bucket: 
     run("parity", url, "--golden", GOLDEN, "--layer", "0")
     run("convert", "orbax-to-hf", url, tmp_path / "back")
     assert open_checkpoint(tmp_path / "back").tensors
+    run("diff", tiny, url, "--layers", "0")
     assert run("generate", url, "--tokens", "1,2,3", "-n", "2").strip()

@@ -26,13 +26,15 @@ from typer.testing import CliRunner
 
 from dsv4_convert.aot.report import CompileReport
 from dsv4_convert.aot.topology import Slice
+from dsv4_convert.checkpoint.hub_push import Pushed
 from dsv4_convert.cli import app
 from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.inspect import Inspection
+from dsv4_convert.inspection import Inspection
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.spec.config import Config
+from dsv4_convert.weights.difference import CheckpointDifference
 
 from ..checkpoint.hub_server import LoopbackHub
 from .samples import samples
@@ -207,6 +209,10 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         path.write_text(json.dumps(document | {"taps": [tap]}), encoding="utf-8")
         return run("report", path, path)
 
+    def pushed() -> list[Any]:
+        planned = run("push", GOLDEN, REPO, "--dry-run")
+        return [planned, planned | {"pushed": dataclasses.asdict(samples(Pushed, {})[0])}]
+
     generate = ("generate", orbax, "--tokens", "1,2", "--speculative")
     cases: dict[str, Callable[[], Iterable[Any]]] = {
         "convert hf-to-orbax": lambda: [
@@ -218,6 +224,10 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         "inspect": lambda: [
             *(run("inspect", thing) for thing in (orbax, GOLDEN, config)),
             *(one.to_json() for one in samples(Inspection, {Config: Config.from_file(config)})),
+        ],
+        "diff": lambda: [
+            run("diff", hf, orbax),
+            *(one.to_json() for one in samples(CheckpointDifference, {})),
         ],
         "golden record": lambda: [run("golden", "record", hf, "--out", tmp_path / "golden", "--random", "4")],
         "golden show": lambda: [run("golden", "show", GOLDEN), run("golden", "show", tmp_path / "compact")],
@@ -234,6 +244,7 @@ def test_the_json_of_every_command(hf: Path, hub: LoopbackHub, quick: None, tmp_
         ],
         "names": lambda: [run("names"), run("names", "layers.3.attn.wq_a"), run("names", "mtp.0.main_proj.weight")],
         "doctor": lambda: [run("doctor", "--offline")],
+        "push": pushed,
         "verify": verified,
     }
     assert set(cases) == WRITING, "a command that writes JSON has no case here"

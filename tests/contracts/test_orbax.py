@@ -1,11 +1,11 @@
-"""The parts of Orbax that committing relies on. If one of these fails, see the list in ``store/orbax_commit.py``.
+"""The files that Orbax writes beside the arrays, which ``store/orbax_metadata.py`` writes in its place.
 
 And the promise made to users: either API of Orbax loads a converted checkpoint where dsv4 is not even installed.
 """
 
 from __future__ import annotations
 
-import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,49 +17,24 @@ import pytest
 from safetensors import safe_open
 
 from dsv4_convert.convert import hf_to_orbax
-from dsv4_convert.errors import ResourceError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.store.orbax_commit import commit_arrays
+from dsv4_convert.store.orbax_metadata import orbax_files
 
 
-def test_the_names_exist_with_their_arguments() -> None:
-    handler = inspect.signature(ocp.PyTreeCheckpointHandler.__init__).parameters
-    needed = {"use_ocdbt", "use_zarr3", "type_handler_registry", "enable_pinned_host_transfer"}
-    assert needed <= set(handler), f"PyTreeCheckpointHandler lost {needed - set(handler)}"
-    abstract = ocp.type_handlers.TypeHandler.__abstractmethods__
-    assert abstract == {"typestr", "metadata", "serialize", "deserialize"}, "TypeHandler asks for other methods"
-    assert list(inspect.signature(ocp.type_handlers.TypeHandler.serialize).parameters)[1:] == [
-        "values",
-        "infos",
-        "args",
-    ]
-    info = ocp.type_handlers.ParamInfo
-    assert inspect.iscoroutinefunction(info.await_path_creation), "ParamInfo.await_path_creation is gone"
-    assert isinstance(inspect.getattr_static(info, "path"), property), "ParamInfo.path is gone"
-
-
-def test_numpy_arrays_still_have_the_type_string_that_we_write() -> None:
-    assert ocp.type_handlers.get_type_handler(np.ndarray).typestr() == "np.ndarray"
-
-
-def test_folders_are_moved_not_copied_and_named_by_path(tmp_path: Path) -> None:
-    saved = tmp_path / "plain"
+def test_orbax_s_own_files_are_those_that_it_writes(tmp_path: Path) -> None:
+    """Byte for byte, but for the times, of which Orbax can do without."""
+    tree = {"a": {"z": np.arange(4), "b_c": np.ones(2), "b": {"w": np.ones((2, 2), np.float16)}}, "a_a": np.ones(1)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-        checkpointer.save(saved, args=ocp.args.PyTreeSave({"x": np.arange(4)}))
-    array = tmp_path / "array"
-    (saved / "x").rename(array)
-    inode = (array / "0").stat().st_ino
-    commit_arrays({"a.b": array}, tmp_path / "commit")
-    assert not array.exists()
-    assert (tmp_path / "commit" / "a.b" / "0").stat().st_ino == inode
-    with ocp.StandardCheckpointer() as checkpointer:
-        assert checkpointer.restore(tmp_path / "commit")["a"]["b"].tolist() == [0, 1, 2, 3]
-
-
-def test_a_folder_that_cannot_be_moved_fails_the_commit(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="cannot write: No such file"):
-        commit_arrays({"a.b": tmp_path / "absent"}, tmp_path / "commit")
-    assert not (tmp_path / "commit").exists()
+        checkpointer.save(tmp_path / "plain", args=ocp.args.PyTreeSave(tree))
+    theirs = {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir() if file.is_file()}
+    times = re.compile(rb'(_timestamp_nsecs": )\d+')
+    theirs["_CHECKPOINT_METADATA"], changed = times.subn(rb"\1null", theirs["_CHECKPOINT_METADATA"])
+    assert changed == 2
+    ours = orbax_files(["a_a", "a.b.w", "a.z", "a.b_c"])
+    assert {name: ours[name] for name in theirs if name != "commit_success.txt"} == {
+        name: content for name, content in theirs.items() if name != "commit_success.txt"
+    }
+    assert ours.keys() - theirs.keys() <= {"commit_success.txt"}
 
 
 #: Loads by one of Orbax's APIs in a process that cannot import dsv4, and writes the leaves' bytes and shapes by path.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 
 from dsv4_convert.checkpoint import open_checkpoint
@@ -67,14 +67,14 @@ def test_a_conversion_equals_its_source(tiny: Path, converted: dict[Storage, Pat
 
 @pytest.mark.parametrize("storage", Storage)
 def test_every_source_tensor_is_accounted_for(tiny: Path, converted: dict[Storage, Path], storage: Storage) -> None:
-    """Its bytes' SHA-256 and its targets, and no reason why it has none; every leaf's sources say the same."""
+    """The digest of its bytes and its targets, and no reason why it has none; every leaf's sources say the same."""
     store = open_store(converted[storage])
     sources = read_sources(store)
     stored = stored_tensors(tiny)
     assert set(sources.tensors) == set(stored)
     for name, tensor in sources.tensors.items():
         assert tensor.dropped is None, name
-        assert tensor.sha256 == hashlib.sha256(stored[name]).hexdigest(), name
+        assert tensor.digest == f"blake3:{blake3(stored[name]).hexdigest()}", name
         assert tensor.targets, name
     for path, record in store.manifest.leaves.items():
         assert record.sources, path

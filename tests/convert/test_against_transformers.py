@@ -21,9 +21,11 @@ from dsv4_convert.convert import Advance, ConversionOptions, Storage, hf_to_orba
 from dsv4_convert.convert.chunks import ChunkMaker
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import RULES, Dialect, Kind, Rule, Transform, explain, parameters, stage_of
+from dsv4_convert.spec.names import Dialect, Kind, Rule, Transform, parameters, stage_of
+from dsv4_convert.spec.v4.names import NAMES, RULES
 from dsv4_convert.store import ArrayLayout, open_store, verify
 from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.difference import compare_checkpoints
 
 TORCH = {Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT32: torch.float32}
 
@@ -52,6 +54,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     quantised = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if "saved" not in folder.name else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantised)
+
+
+def test_what_transformers_saves_has_the_values_of_the_release(folders: dict[str, Path]) -> None:
+    """Other names, fused experts and another dtype; without the mtp stage, which transformers drops."""
+    found = compare_checkpoints(folders["fp4"], folders["saved-float32"])
+    assert (found.first.dialect, found.second.dialect) == (Dialect.PUBLISHED, Dialect.TRANSFORMERS)
+    assert (found.changed, found.added, found.config) == ((), (), ())
+    assert {stage_of(path) for path in found.gone} == {0}
+    assert ("FP4, scales float8_e8m0fnu", "float32") in {one.stored for one in found.stored_otherwise}
 
 
 def _module_name(rule: Rule, layer: int | None) -> tuple[str, int | None]:
@@ -169,7 +180,7 @@ def test_module_names_with_scales_expert_by_expert(folders: dict[str, Path], tmp
         entries = []
         for name, info in checkpoint.tensors.items():
             if stage_of(name) is None:
-                (item,) = explain(name)
+                (item,) = NAMES.explain(name)
                 weight, *scales = item.spellings[Dialect.MODULE]
                 spelled = scales[0] if name.endswith(".scale") else weight
                 entries.append((spelled, info.dtype, info.shape, checkpoint.read_bytes(name)))

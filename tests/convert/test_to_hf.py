@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,12 +19,15 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from dsv4_convert.checkpoint import open_checkpoint, write_safetensors
 from dsv4_convert.convert import Storage, hf_to_orbax, to_hf
+from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import BadInput, CheckFailed, UsageError
 from dsv4_convert.formats import quantize_fp4, quantize_fp8
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.names import Dialect, explain
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
+from dsv4_convert.spec.names import Dialect
+from dsv4_convert.spec.v4.names import NAMES
+from dsv4_convert.store import open_store, verify
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 TOKENS = torch.arange(1, 24)[None]
@@ -31,9 +35,13 @@ TOKENS = torch.arange(1, 24)[None]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """FP4 with FP8 as the releases have it, FP8 with F32 scales as Base has it; both wider than one tile."""
+    """FP4 with FP8 as the releases have it, FP8 with F32 scales as Base has it; both wider than one tile. And a dated
+    release, with DSpark's draft."""
     root = tmp_path_factory.mktemp("to-hf")
     config = tiny_config(hidden_size=256, moe_intermediate_size=384, q_lora_rank=96, o_lora_rank=128, vocab_size=97)
+    write_checkpoint(root / "dspark", dspark_config(hidden_size=160), seed=3)
+    for storage in (Storage.SOURCE, Storage.BFLOAT16):
+        hf_to_orbax(root / "dspark", root / f"dspark-{storage}", storage=storage)
     for form in ("fp4", "fp8"):
         write_checkpoint(root / form, config, seed=3, form=form)
         for storage in Storage:
@@ -58,7 +66,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("form", ["fp4", "fp8"])
+@pytest.mark.parametrize("form", ["fp4", "fp8", "dspark"])
 def test_the_published_folder_comes_back(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
     summary = orbax_to_hf(folders[f"{form}-source"], tmp_path / "back")
     before, after = tensors(folders[form]), tensors(tmp_path / "back")
@@ -107,8 +115,13 @@ def test_transformers_loads_the_plain_folder_and_gives_the_same_logits(
         assert torch.equal(reference(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("form", ["fp4", "fp8"])
-@pytest.mark.parametrize("storage", [Storage.BFLOAT16, Storage.FLOAT32])
+@pytest.mark.parametrize(
+    ("form", "storage"),
+    [
+        *((form, storage) for form in ("fp4", "fp8") for storage in (Storage.BFLOAT16, Storage.FLOAT32)),
+        ("dspark", Storage.BFLOAT16),
+    ],
+)
 def test_quantising_again_gives_the_same_values(
     folders: dict[str, Path], tmp_path: Path, form: str, storage: Storage
 ) -> None:
@@ -129,9 +142,32 @@ def test_quantising_again_gives_the_same_values(
             differing[path] = count
     assert sum(summary.changed.values()) == sum(differing.values())
     assert summary.quantized == sum(name.endswith(".scale") for name in after)
-    if form == "fp4":
+    if form != "fp8":
         assert differing == {}
         assert summary.identical > len(after) / 2
+
+
+def test_the_numbers_of_a_dspark_draft_are_those_of_its_tensors(folders: dict[str, Path]) -> None:
+    """Decoded by torch, in the orientation in which the model multiplies."""
+    from dsv4_convert.store import open_store
+
+    source, store = tensors(folders["dspark"]), open_store(folders["dspark-bfloat16"])
+
+    def found(path: str) -> torch.Tensor:
+        return torch.tensor(store.read(path).astype(np.float32))
+
+    scale = source["mtp.0.main_proj.scale"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    decoded = source["mtp.0.main_proj.weight"].float() * scale[:160, :480]
+    assert torch.equal(found("mtp.0.main_proj"), decoded.T)
+    assert torch.equal(found("mtp.0.main_norm"), source["mtp.0.main_norm.weight"].float())
+    for name, transposed in (
+        ("markov_head.markov_w1", False),
+        ("markov_head.markov_w2", True),
+        ("confidence_head.proj", True),
+    ):
+        tensor = source[f"mtp.2.{name}.weight"].float()
+        assert torch.equal(found(f"mtp.2.{name}"), tensor.T if transposed else tensor)
+    assert {path.split(".")[1] for path in store.paths if path.startswith("mtp.")} == {"0", "1", "2"}
 
 
 def test_module_names_and_fused_experts_come_back(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -161,7 +197,7 @@ def test_module_names_and_fused_experts_come_back(folders: dict[str, Path], tmp_
     hf_to_orbax(tmp_path / "module", tmp_path / "plain", storage=Storage.FLOAT32)
     orbax_to_hf(tmp_path / "plain", tmp_path / "published")
     for name in tensors(tmp_path / "published"):
-        assert name in explain(name)[0].spellings[Dialect.PUBLISHED]
+        assert name in NAMES.explain(name)[0].spellings[Dialect.PUBLISHED]
 
 
 def test_a_flipped_bit_is_named_and_nothing_appears(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -170,9 +206,48 @@ def test_a_flipped_bit_is_named_and_nothing_appears(folders: dict[str, Path], tm
     data = bytearray(chunk.read_bytes())
     data[77] ^= 4
     chunk.write_bytes(data)
-    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have sha256"):
+    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have digest"):
         orbax_to_hf(tmp_path / "orbax", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def in_version_1(orbax: Path, published: Path) -> None:
+    """Rewrite what dsv4 says of a conversion as earlier versions did: each digest is a SHA-256, its digits alone."""
+    found = tensors(published)
+    stored = {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+    sources = json.loads((orbax / "dsv4_sources.json").read_bytes())
+    for name, entry in sources["tensors"].items():
+        del entry["digest"]
+        entry["sha256"] = hashlib.sha256(stored[name]).hexdigest()
+    (orbax / "dsv4_sources.json").write_text(json.dumps(sources | {"schema_version": 1}))
+    manifest = json.loads((orbax / "dsv4_manifest.json").read_bytes())
+    for path, entry in manifest["leaves"].items():
+        assert all(size % chunk == 0 for size, chunk in zip(entry["shape"], entry["chunk_shape"], strict=True))
+        grid = np.ndindex(*(size // chunk for size, chunk in zip(entry["shape"], entry["chunk_shape"], strict=True)))
+        files = [orbax / path / (".".join(map(str, index)) or "0") for index in grid]
+        raw = [hashlib.sha256(file.read_bytes()) for file in files]
+        entry["chunk_digests"] = [digest.hexdigest() for digest in raw]
+        entry["digest"] = hashlib.sha256(b"".join(digest.digest() for digest in raw)).hexdigest()
+    manifest["files"] = {name: hashlib.sha256((orbax / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    manifest["schema_version"] = 1
+    del manifest["manifest_digest"]
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    manifest["manifest_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (orbax / "dsv4_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_conversion_of_version_1_is_verified_and_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["fp4-source"], tmp_path / "orbax")
+    in_version_1(tmp_path / "orbax", folders["fp4"])
+    assert verify(open_store(tmp_path / "orbax")) == []
+    assert compare_with_source(open_store(tmp_path / "orbax"), folders["fp4"]) == []
+    summary = orbax_to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert summary.identical == summary.tensors == len(tensors(folders["fp4"]))
+    chunk = tmp_path / "orbax" / "layers.2.ffn.experts.w3.weight" / "4.0.0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    assert "chunk (4, 0, 0)" in verify(open_store(tmp_path / "orbax"))[0]
+    with pytest.raises(CheckFailed, match=r"layers\.2\.ffn\.experts\.4\.w3\.weight: the stored bytes have digest"):
+        orbax_to_hf(tmp_path / "orbax", tmp_path / "damaged")
 
 
 def test_an_interrupted_export_goes_on(
@@ -274,8 +349,8 @@ def test_values_of_a_power_of_two_scale_survive_any_quantiser(seed: int, byte: i
     limit = 0x7E - 8 * below
     codes = (rng.integers(0, limit + 1, (128, 128)) | rng.choice([0, 128], (128, 128))).astype(np.uint8).view(FP8)
     scale = np.full((1, 1), byte, np.uint8)
-    values = decode_weight(codes, scale, dtype=np.dtype(ml_dtypes.bfloat16))
-    again = decode_weight(*_as_fp8(quantize_fp8(values)), dtype=np.dtype(ml_dtypes.bfloat16))
+    values = decode_weight(codes, scale, block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
+    again = decode_weight(*_as_fp8(quantize_fp8(values)), block=(128, 128), dtype=np.dtype(ml_dtypes.bfloat16))
     assert np.array_equal(values, again)
     packed = rng.integers(0, 256, (8, 16), np.uint8) & np.uint8([0xFF, 0xBB, 0x99][below % 3])
     groups = np.full((8, 1), byte, np.uint8)

@@ -19,6 +19,7 @@ from dsv4_convert.formats.tables import BFLOAT16, FLOAT32
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 E2M1 = [Fraction(number) for number in ("0", "0.5", "1", "1.5", "2", "3", "4", "6")]
 Array = np.ndarray[Any, Any]
+TILE = (128, 128)
 
 
 def e4m3(code: int) -> Fraction | None:
@@ -60,14 +61,16 @@ def test_every_fp8_code_under_every_scale_byte(dtype: np.dtype[Any]) -> None:
         power = None if byte == 255 else Fraction(2) ** (byte - 127)
         numbers = [None if (value := e4m3(code)) is None or power is None else value * power for code in range(256)]
         changes = [expected(number, dtype) for number in numbers]
-        found = rounding(codes, np.full((1, 1), byte, np.uint8), dtype=dtype)
+        found = rounding(codes, np.full((1, 1), byte, np.uint8), block=TILE, dtype=dtype)
         assert found == Rounding(512, 2 * sum(change > 0 for change in changes), max(changes)), byte
         exact = byte <= 246 if dtype == FLOAT32 else 3 <= byte <= 246
         assert (found.rounded == 0) == (exact or byte == 255), byte
         total += found
     tiles = np.tile(codes.view(np.uint8), (33, 256))[:130].view(FP8)  # 32 times in the first row, half in the second
     scale = np.stack([np.arange(256, dtype=np.uint8), np.full(256, 127, np.uint8)])
-    assert rounding(tiles, scale, dtype=dtype) == Rounding(tiles.size, 32 * total.rounded, total.largest_relative)
+    assert rounding(tiles, scale, block=TILE, dtype=dtype) == Rounding(
+        tiles.size, 32 * total.rounded, total.largest_relative
+    )
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
@@ -109,8 +112,8 @@ def test_fp8_under_float32_scales(shape: tuple[int, int], spread_of_scales: int)
     scale = np.exp(rng.normal(size=tiles) * spread_of_scales).astype(np.float32)
     spread = torch.from_numpy(scale).repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
     product = torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn).float() * spread
-    assert_same(rounding(codes, scale, dtype=BFLOAT16), compared(product))
-    assert rounding(codes, scale, dtype=FLOAT32) == Rounding(codes.size)
+    assert_same(rounding(codes, scale, block=TILE, dtype=BFLOAT16), compared(product))
+    assert rounding(codes, scale, block=TILE, dtype=FLOAT32) == Rounding(codes.size)
 
 
 def test_fp4_under_float32_scales() -> None:
@@ -161,9 +164,14 @@ def test_memory_does_not_grow_with_the_weight() -> None:
         (packed, np.ones(groups, np.float32)),
         (np.zeros((1024, 4096), np.float32), None),
     ):
-        rounding(stored[:128], scale if scale is None else scale[: 128 if stored is packed else 1], dtype=BFLOAT16)
+        rounding(
+            stored[:128],
+            scale if scale is None else scale[: 128 if stored is packed else 1],
+            block=TILE,
+            dtype=BFLOAT16,
+        )
         tracemalloc.start()
-        rounding(stored, scale, dtype=BFLOAT16)
+        rounding(stored, scale, block=TILE, dtype=BFLOAT16)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 6 << 20

@@ -31,15 +31,16 @@ from dsv4_convert.golden.compact import MAX_NUMBERS, Compact
 from dsv4_convert.golden.manifest import GoldenManifest, StoredTap, layer_file
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.golden.writer import REQUEST_NAME
-from dsv4_convert.inspect.converted import inspect_conversion
-from dsv4_convert.inspect.recorded import inspect_recording
+from dsv4_convert.inspection.converted import inspect_conversion
+from dsv4_convert.inspection.recorded import inspect_recording
 from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ArrayLayout, LeafRecord
 from dsv4_convert.store import Manifest as StoreManifest
-from dsv4_convert.store.arrays import StoredArray, encoded_metadata
+from dsv4_convert.store.arrays import StoredArray, array_metadata
+from dsv4_convert.store.digests import is_digest
 from dsv4_convert.store.export_state import read_export_state
 from dsv4_convert.store.journal import Journal
-from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES, is_digest
+from dsv4_convert.store.layout import ARRAY_METADATA_FILE, DTYPES
 
 from .mutation import header_of
 
@@ -146,7 +147,7 @@ def _index_seeds() -> list[bytes]:
 def _config(data: bytes, folder: Path) -> bool:
     config = Config.from_file(_file(folder, "config.json", data))
     _agree(Config.from_json(json.loads(json.dumps(config.to_json()))) == config, "what is stored is another config")
-    _agree(len(config.attention) == len(config.hash_routed) == config.num_hidden_layers, "layers without a kind")
+    _agree(not config.inconsistent(), "a config that contradicts itself")
     _agree(_keys_are_unique(data), "accepted, and a key occurs twice")
     return True
 
@@ -195,7 +196,7 @@ def _sources(data: bytes, folder: Path) -> bool:
     sources = Sources.from_bytes(data, where="dsv4_sources.json")
     _agree(Sources.from_bytes(sources.to_bytes(), where="") == sources, "accepted, and writes another account")
     for tensor in sources.tensors.values():
-        texts = (tensor.shard, tensor.dtype, *tensor.targets, tensor.sha256 or "", tensor.dropped or "")
+        texts = (tensor.shard, tensor.dtype, *tensor.targets, tensor.digest or "", tensor.dropped or "")
         _agree(all(isinstance(text, str) for text in texts), "accepted what is no text")
         _agree(all(type(extent) is int and extent >= 0 for extent in tensor.shape), "accepted what is no shape")
     return True
@@ -204,7 +205,7 @@ def _sources(data: bytes, folder: Path) -> bool:
 def _sources_seeds() -> list[bytes]:
     shard = "model-00001-of-00001.safetensors"
     tensors = {
-        "a.weight": SourceTensor(shard=shard, dtype="F8_E4M3", shape=(2, 3), sha256=SHA[0], targets=("a", "b")),
+        "a.weight": SourceTensor(shard=shard, dtype="F8_E4M3", shape=(2, 3), digest=SHA[0], targets=("a", "b")),
         "mtp.0.x": SourceTensor(shard=shard, dtype="BF16", shape=(), dropped="a draft"),
     }
     return [Sources(shards={shard: Shard(size=99, sha256=SHA[1]), "b": Shard(size=0)}, tensors=tensors).to_bytes()]
@@ -222,11 +223,11 @@ def _array(data: bytes, folder: Path) -> bool:
 def _array_seeds() -> list[bytes]:
     layout = ArrayLayout(shape=(3, 4), dtype=DTYPES["bfloat16"], chunk_shape=(1, 4))
     codes = ArrayLayout(shape=(), dtype=DTYPES["int64"], chunk_shape=())
-    return [encoded_metadata(layout, "none"), encoded_metadata(codes, "zstd")]
+    return [array_metadata(layout, "none"), array_metadata(codes, "zstd")]
 
 
 _PLAN = {
-    "journal_version": 2,
+    "journal_version": 3,
     "compression": "none",
     "leaves": SHA[0],
     "fingerprint.layout": "dsv4",
@@ -237,9 +238,9 @@ _PLAN = {
 def _journal(data: bytes, folder: Path) -> bool:
     journal = Journal.open(_file(folder, "journal.jsonl", data).parent, plan=_PLAN)
     for path, chunks in journal.chunks.items():
-        for index, sha256 in chunks.items():
+        for index, text in chunks.items():
             _agree(type(path) is str and all(type(at) is int for at in index), "accepted what is no chunk")
-            _agree(is_digest(sha256), "accepted what is no digest")
+            _agree(is_digest(text), "accepted what is no digest")
     _agree(all(type(name) is str for name in journal.side_records), "accepted what is no note")
     return bool(journal.chunks)
 

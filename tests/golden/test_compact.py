@@ -19,7 +19,8 @@ from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, Values
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 140)).astype(np.int32)
@@ -86,7 +87,7 @@ def test_at_full_width_it_is_one_percent_at_most(name: str, tokens: int, exact: 
 
     def nbytes(form: Compact | None) -> int:
         arrays = stored_arrays(config, layers, tuple(RUN_DTYPES), form, batch=1, tokens=tokens)
-        aliases = expected_aliases(layers, arrays)
+        aliases = expected_aliases(config, layers, arrays)
         return sum(array.nbytes for stored, array in arrays.items() if stored not in aliases)
 
     assert nbytes(Compact.of(exact, tokens)) <= 0.01 * nbytes(None)

@@ -17,7 +17,8 @@ from dsv4_convert.golden.noise import MODES, PEAK, RMS, Mode, row_noise
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references import precision
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.spec.taps import TapKey, Values
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey
 
 TOKENS = np.random.default_rng(3).integers(0, 96, (2, 140)).astype(np.int32)
 

@@ -5,6 +5,7 @@ Each function returns the names of the readers that accepted a half-done destina
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def golden(*folders: str) -> list[str]:
             raise BadInput("whole")
 
     return _accepting("open_golden", half, folders, (BadInput,))
+
+
+def report(*folders: str) -> list[str]:
+    """The report of a parity run, as JSON."""
+
+    def read(folder: str) -> None:
+        json.loads((Path(folder) / "report.json").read_bytes())
+
+    return _accepting("JSON", read, folders, (OSError, ValueError))
 
 
 def downloaded(*folders: str) -> list[str]:

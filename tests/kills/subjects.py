@@ -109,6 +109,16 @@ RECORDINGS = (
 )
 
 
+def _parity(inputs: Path, out: Path) -> Sequence[object]:
+    """A report beside finished layers. Half a report has another name, which begins with a dot."""
+    out.mkdir(exist_ok=True)
+    sides = ["parity", inputs / "source", "--golden", inputs / "golden", "--program", "streamed"]
+    return [*sides, "--state", out.with_name("state"), "--json", out / "report.json"]
+
+
+REPORTS = (Subject("parity --state", _parity, "report", leaving_out=".report.json", appears=False),)
+
+
 def make_inputs(folder: Path, zygote: Zygote, *, recorded: bool) -> None:
     """The checkpoint, its conversions and a golden below ``folder``: one of it if it can be recorded, or the demo's."""
     write_checkpoint(folder / "hf", tiny_config(**MICRO), mtp=False)

@@ -206,7 +206,8 @@ class Sweep:
         self.tally.counts["two at once"] += 1
         if ended.code != 0 or self._subject.content(self._root) != self.whole:
             self.tally.fail(f"the first of two runs, held at event {at}", ended)
-        with self._zygote.held(fresh(self._root), arguments, at) as first:
+        arguments = self._subject.command(self._inputs, fresh(self._root))
+        with self._zygote.held(self._root, arguments, at) as first:
             first.end(signal.SIGKILL)
         self._finish(f"killed while it held the lock, event {at}", ask=False)
 

@@ -20,7 +20,7 @@ from dsv4_convert.model import Model
 from dsv4_convert.model.axes import LETTERS, MESH_AXES, RULES, named, partition, shard_map
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
-from dsv4_convert.spec.taps import STATE, TAPS
+from dsv4_convert.spec.v4.taps import STATE, TAPS
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

@@ -17,8 +17,9 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model, Taps, attention
 from dsv4_convert.model.attention import gathers
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 from .weights import random_model
 
@@ -73,7 +74,7 @@ def _check(
         axes, expected, value = key.tap.shape.split(), np.asarray(whole[name])[row], np.asarray(value)[row]
         first, last = start, stop
         if axes[1] == "T":
-            ratio = small.config.ratio(small.config.attention[key.layer])
+            ratio = small.config.ratio_of(key.layer)
             first, last = start // ratio, stop // ratio
         expected, value = expected[first:last], value[: last - first]
         if axes[2:] == ["T"]:  # index scores: only those of complete blocks mean something

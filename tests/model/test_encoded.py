@@ -18,7 +18,7 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.formats import decode_fp4, decode_fp8
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
-from dsv4_convert.model.encoded import FP4_BLOCK, FP8_BLOCK, Encoded, in_source_form, partitions
+from dsv4_convert.model.encoded import Encoded, in_source_form, partitions
 from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES, packed
 from dsv4_convert.model.router import Routing
 from dsv4_convert.spec.config import Config
@@ -78,7 +78,7 @@ def test_float_scales_are_multiplied_and_rounded_as_torch_does(dtype: np.dtype[A
 
 def _random(shape: tuple[int, ...], form: str, rng: np.random.Generator, dtype: Any = np.float32) -> Encoded:
     """Numbers of a spread that keeps activations near 1."""
-    block = FP4_BLOCK if form == "fp4" else FP8_BLOCK
+    block = (32, 1) if form == "fp4" else (128, 128)
     *stack, inputs, outputs = shape
     blocks = (*stack, -(-inputs // block[0]), -(-outputs // block[1]))
     if form == "fp4":

@@ -9,7 +9,8 @@ from flax import nnx
 
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Block, Taps
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 CONFIG = Config.from_hf(tiny_config(index_topk=16))
 
@@ -19,7 +20,7 @@ def _temporaries(kind: AttentionKind, tokens: int, wanted: str | None = None) ->
 
     def attend(state, streams, positions):
         taps = Taps(None if wanted is None else lambda name: name == wanted)
-        return nnx.merge(graph, state).attend(streams, positions, taps)[0], taps.values
+        return nnx.merge(graph, state).attend(streams, positions, positions, taps)[0], taps.values
 
     shape = (1, tokens, CONFIG.hc_mult, CONFIG.hidden_size)
     arguments = jax.eval_shape(lambda: (jnp.zeros(shape), jnp.zeros((1, tokens), jnp.int32)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv4_convert.model.rope import frequencies, rotate
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +35,16 @@ def test_tables_equal_transformers_bit_for_bit(raw: dict[str, Any], width: int, 
     raw = {**raw, "qk_rope_head_dim": width, "head_dim": 128, "index_head_dim": 64}
     raw["rope_scaling"] = {**raw["rope_scaling"], "original_max_position_embeddings": original}
     config = Config.from_hf(raw)
-    for kind, label in (
-        (AttentionKind.SLIDING, "main"),
-        (AttentionKind.CSA, "compress"),
-        (AttentionKind.HCA, "compress"),
-    ):
-        assert np.array_equal(frequencies(config, kind), _reference(raw, label))
+    for compressed, label in ((False, "main"), (True, "compress")):
+        assert np.array_equal(frequencies(config, compressed=compressed), _reference(raw, label))
 
 
 def test_the_two_tables_differ_and_yarn_shows(raw: dict[str, Any]) -> None:
     config = Config.from_hf({**raw, "qk_rope_head_dim": 16, "index_head_dim": 16})
     plain = dataclasses.replace(config, yarn=None)
-    assert not np.array_equal(frequencies(config, AttentionKind.SLIDING), frequencies(config, AttentionKind.CSA))
-    assert not np.array_equal(frequencies(config, AttentionKind.CSA), frequencies(plain, AttentionKind.CSA))
-    assert np.array_equal(frequencies(config, AttentionKind.SLIDING), frequencies(plain, AttentionKind.SLIDING))
+    assert not np.array_equal(frequencies(config, compressed=False), frequencies(config, compressed=True))
+    assert not np.array_equal(frequencies(config, compressed=True), frequencies(plain, compressed=True))
+    assert np.array_equal(frequencies(config, compressed=False), frequencies(plain, compressed=False))
 
 
 def test_rotation_is_multiplication_by_a_complex_number_in_the_last_channels() -> None:
@@ -74,15 +70,15 @@ def test_inverse_undoes() -> None:
 
 
 @pytest.mark.parametrize("yarn", [True, False], ids=["yarn", "plain"])
-@pytest.mark.parametrize("kind", [AttentionKind.SLIDING, AttentionKind.CSA])
-def test_far_positions_turn_by_the_last_bit(kind: AttentionKind, yarn: bool) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_far_positions_turn_by_the_last_bit(compressed: bool, yarn: bool) -> None:
     """V4-Flash's tables up to its last position: cos and sin are one of the two float32 next to the float64 value.
 
     The angle is the float32 product, which is the model's definition: at a million it is a sixteenth of a radian apart
     from its neighbour.
     """
     config = Config.from_file(Path(__file__).parent.parent / "data" / "configs" / "DeepSeek-V4-Flash.json")
-    table = frequencies(config if yarn else dataclasses.replace(config, yarn=None), kind)
+    table = frequencies(config if yarn else dataclasses.replace(config, yarn=None), compressed=compressed)
     rng = np.random.default_rng(0)
     edges = [np.arange(middle - 300, middle + 300) for middle in (65_536, 131_072, 524_288, 1_000_000)]
     last = 1 << 20

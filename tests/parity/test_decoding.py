@@ -93,7 +93,7 @@ def test_the_state_is_that_of_its_taps(golden: Golden) -> None:
     """The reference's cache holds the values that its taps have for the same tokens."""
     first, config = TOKENS - DECODE, golden.config
     for layer in range(1, 4):
-        ratio = config.ratio(config.attention[layer])
+        ratio = config.ratio_of(layer)
         rows = slice(first - first % ratio, first)
         pairs = {
             "cache.window": golden.read(f"layers.{layer}.attn.kv_rope")[:, first - config.sliding_window + 1 : first],

@@ -40,7 +40,9 @@ from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.show.urls import without_secrets
-from dsv4_convert.spec.taps import TAPS, TapKey, Where, is_state
+from dsv4_convert.spec.tap import AFTER, BEFORE
+from dsv4_convert.spec.taps import TapKey, is_state
+from dsv4_convert.spec.v4.taps import TAPS
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
@@ -301,7 +303,7 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
 
 def _deep(layers: int, modes: tuple[Mode, ...], failing: int) -> ParityReport:
     """A run of many layers that have every tap; from layer ``failing`` on everything fails."""
-    names = [tap.name for tap in TAPS if tap.where not in (Where.BEFORE, Where.AFTER)]
+    names = [tap.name for tap in TAPS if tap.where not in (BEFORE, AFTER)]
     return synthetic(
         [
             real(

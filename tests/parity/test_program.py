@@ -65,13 +65,15 @@ def test_taps_do_not_change_the_program(healthy: Subject, path: str) -> None:
     assert isinstance(forward, CompiledForward)
     program, state = forward._program(SECOND_CSA)
     call = forward._calls[-1]
-    config, kind = healthy.golden.config, healthy.golden.config.attention[SECOND_CSA]
+    config = healthy.golden.config
     streams = call.take(jnp.asarray(healthy.golden.read(TapKey(SECOND_CSA, INPUT))))
     past = None
     if call.cached:
         cache = jax.tree.map(
             lambda part: jax.random.normal(jax.random.key(0), part.shape, part.dtype),
-            empty_layer(config, kind, len(streams), healthy.golden.tokens.shape[1], jnp.float32),
+            empty_layer(
+                config, config.layer_kind(SECOND_CSA), len(streams), healthy.golden.tokens.shape[1], jnp.float32
+            ),
         )
         past = Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
     operands = (streams, call.take(jnp.asarray(healthy.golden.tokens)), jnp.asarray(call.tokens, jnp.int32), {}, past)

@@ -28,7 +28,8 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import verdict, why
 from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
 from dsv4_convert.spec.names import parameters
-from dsv4_convert.spec.taps import TapKey, Values
+from dsv4_convert.spec.tap import Values
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.store import open_store
 from dsv4_convert.weights.converted import Weights
 

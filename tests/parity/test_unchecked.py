@@ -48,7 +48,7 @@ def test_faults_that_no_token_reaches(
     faulty = planted(plain, tmp_path / "orbax", path, change)
     said = run_parity(faulty, golden, ParityOptions(taps=_REQUIRED.taps))
     assert said.passed
-    assert "This run says nothing about the mtp stage" in verdict(said)
+    assert "This run says nothing about the draft stage" in verdict(said)
     assert "4 of 96 rows of the embedding and tid2eid, decoding from a cache." in verdict(said)
     command = f"`dsv4 verify {faulty} --against SOURCE` compares the weights that this run does not use"
     assert command in verdict(said)
@@ -77,13 +77,13 @@ def test_the_source_itself_needs_no_proof(tiny: Path, golden: Path) -> None:
     """Nothing was converted; but the verdict says the same of what was not run."""
     report = run_parity(None, golden, _REQUIRED, source=tiny)
     assert report.passed, verdict(report)
-    assert "This run says nothing about the mtp stage" in verdict(report)
+    assert "This run says nothing about the draft stage" in verdict(report)
     assert "dsv4 verify" not in verdict(report)
 
 
 def test_what_was_left_out_on_purpose_is_said_and_does_not_count(plain: Path, golden: Path) -> None:
     report = run_parity(plain, golden, ParityOptions(layers=[2], taps=["ffn.gate.*"], require_coverage=True))
     assert report.passed, verdict(report)
-    assert "This run says nothing about the mtp stage, 3 of the layers, the embedding, the output head, 33 taps" in (
+    assert "This run says nothing about the draft stage, 3 of the layers, the embedding, the output head, 33 taps" in (
         verdict(report)
     )

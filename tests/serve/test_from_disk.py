@@ -21,6 +21,8 @@ from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
+#: CSA with hash routing, and HCA with learned routing.
+LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_hash_layers": 1, "compress_ratios": [4, 128, 0]}
 NEW = 12
 PROMPTS = [np.random.default_rng(length).integers(2, 96, length).tolist() for length in (1, 9, 27)]
 FLOAT32 = np.dtype(np.float32)
@@ -30,7 +32,7 @@ FLOAT32 = np.dtype(np.float32)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One model: published in codes, converted as codes and expanded."""
     work = tmp_path_factory.mktemp("disk")
-    write_checkpoint(work / "hf", tiny_config(), seed=0, form="fp4")
+    write_checkpoint(work / "hf", tiny_config(**LAYERS), seed=0, form="fp4")
     for storage in (Storage.SOURCE, Storage.FLOAT32):
         hf_to_orbax(work / "hf", work / storage, storage=storage)
     return {"published": work / "hf", "source": work / "source", "float32": work / "float32"}

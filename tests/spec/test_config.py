@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_convert.errors import BadInput
-from dsv4_convert.spec.config import AttentionKind, Config, Yarn
+from dsv4_convert.spec.config import Config, DSpark, Yarn
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = "DeepSeek-V4-Flash"
@@ -43,8 +44,12 @@ def test_the_schedule_of_flash_and_pro() -> None:
     assert (flash.num_mtp_stages, pro.num_mtp_stages) == (1, 1)
     assert list(flash.stage_layers) == [43]
     assert (flash.kind(43), flash.hashed(43)) == (AttentionKind.SLIDING, False)
-    # The dated releases have DSpark's three drafts there, which are no such stages.
-    assert Config.from_hf(_raw("DeepSeek-V4-Flash-0731")).num_mtp_stages == 0
+    assert flash.dspark is pro.dspark is None
+    # The dated releases have DSpark's three stages there; num_nextn_predict_layers says 1.
+    dated = Config.from_hf(_raw("DeepSeek-V4-Flash-0731"))
+    assert (dated.num_mtp_stages, list(dated.stage_layers)) == (3, [43, 44, 45])
+    assert dated.dspark == DSpark(block_size=5, noise_token_id=128799, target_layer_ids=(40, 41, 42), markov_rank=256)
+    assert dated.without_stages() == flash.without_stages()
 
 
 def test_the_declared_storage_of_experts() -> None:
@@ -188,6 +193,14 @@ def test_contradictions_of_what_transformers_writes_show_both(tmp_path: Path) ->
         ({"compress_ratios": [0, 4]}, "compress_ratios: expected 43 entries"),
         ({"compress_ratios": [2] * 44}, "compress_ratios: expected entries out of [0, 4, 128], found 2"),
         ({"compress_ratios": [0] * 43 + [4]}, "entries past layer 42 (mtp) must be 0"),
+        ({"dspark_block_size": 5}, "dspark_noise_token_id: expected an id of the vocabulary, found None"),
+        ({"dspark_block_size": 5}, "dspark_target_layer_ids: expected ascending backbone layers, found None"),
+        ({"dspark_block_size": 5}, "dspark_markov_rank: expected a positive integer below 2**31, found nothing"),
+        ({"dspark_noise_token_id": 129280}, "dspark_noise_token_id: expected an id of the vocabulary, found 129280"),
+        ({"dspark_target_layer_ids": [40, 43]}, "expected ascending backbone layers, found [40, 43]"),
+        ({"dspark_target_layer_ids": [42, 40]}, "expected ascending backbone layers, found [42, 40]"),
+        ({"dspark_target_layer_ids": []}, "expected ascending backbone layers, found []"),
+        ({"dspark_depth": 3}, "dspark_depth: unknown field"),
         ({"compress_ratios": None}, "expected compress_ratios or layer_types, found neither"),
         ({"num_hash_layers": None}, "expected num_hash_layers or mlp_layer_types, found neither"),
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
@@ -227,7 +240,6 @@ def test_all_problems_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("DeepSeek-V4.1-Flash.from_third_party_test", "found model_type 'deepseek_v41'"),
         ("DeepSeek-V4-Flash.inference_config", "config of DeepSeek's inference code"),
         ("DeepSeek-V4-Pro.inference_config", "config of DeepSeek's inference code"),
     ],

@@ -28,10 +28,11 @@ from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
 from dsv4_convert.spec import maxtext, maxtext_config
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.store import open_store, verify
 from dsv4_convert.weights.converted import Weights
 
@@ -269,7 +270,7 @@ def test_every_value_is_where_maxtext_puts_it(hf: Path, tmp_path: Path, layout: 
             if name.endswith("tid2eid"):
                 return stored
             scales = checkpoint.read(scale) if name.endswith(".weight") and scale in checkpoint.tensors else None
-            return decode_weight(stored, scales, dtype=np.dtype(np.float32))
+            return decode_weight(stored, scales, block=(128, 128), dtype=np.dtype(np.float32))
 
         for path in store.paths:
             rest = path.split(".")[2:]
@@ -379,12 +380,16 @@ def test_what_maxtext_cannot_have_is_refused(hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout.MAXTEXT, Layout.MAXTEXT_UNSCANNED])
-def test_the_mtp_stage_is_left_out_with_the_reason(hf: Path, tmp_path: Path, layout: Layout) -> None:
-    planned, _ = hf_to_orbax(hf, tmp_path / "orbax", layout=layout)
-    assert set(planned.dropped.values()) == {"mtp stage, for which MaxText's tree has no place"}
-    assert all(name.startswith("mtp.0.") for name in planned.dropped)
-    assert len(planned.dropped) == 75
-    assert compare_with_source(open_store(tmp_path / "orbax"), hf) == []
+@pytest.mark.parametrize(("config", "tensors"), [(tiny_config(), 75), (dspark_config(), 205)], ids=["mtp", "DSpark"])
+def test_draft_stages_are_left_out_with_the_reason(
+    tmp_path: Path, layout: Layout, config: dict[str, Any], tensors: int
+) -> None:
+    write_checkpoint(tmp_path / "hf", config)
+    planned, _ = hf_to_orbax(tmp_path / "hf", tmp_path / "orbax", layout=layout)
+    assert set(planned.dropped.values()) == {"draft stage, for which MaxText's tree has no place"}
+    assert all(name.startswith("mtp.") for name in planned.dropped)
+    assert len(planned.dropped) == tensors
+    assert compare_with_source(open_store(tmp_path / "orbax"), tmp_path / "hf") == []
 
 
 #: MaxText 0.2.5's ``configs/models/deepseek4-284b.yml``, all of it but ``log_moe_bias_norms``, which is its default.

@@ -15,7 +15,8 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Stored, resolve
-from dsv4_convert.spec.names import Dialect, lookup, template
+from dsv4_convert.spec.names import Dialect, Section, template
+from dsv4_convert.spec.v4.names import DRAFT_HEAD, MTP, NAMES, STAGE_RULES
 
 DATA = Path(__file__).parents[1] / "data"
 #: Inventory -> the config that describes it, and how many tensors the release has.
@@ -24,7 +25,7 @@ RELEASES = {
     "DeepSeek-V4-Flash-Base": ("DeepSeek-V4-Flash-Base", 69_187),
     "DeepSeek-V4-Flash-0731": ("DeepSeek-V4-Flash-0731", 72_317),
     "DeepSeek-V4-Pro": ("DeepSeek-V4-Pro", 145_116),
-    "DeepSeek-V4-Pro-0813": ("DeepSeek-V4-Pro", 149_782),
+    "DeepSeek-V4-Pro-0813": ("DeepSeek-V4-Pro-0813.from_public_notes", 149_782),
 }
 
 
@@ -36,7 +37,6 @@ def _inventory(release: str) -> tuple[dict[str, Stored], Config]:
         for name, (dtype, shape) in document["tensors"].items()
         for expert in range(document["n_experts"] if "{e}" in name else 1)
     }
-    # The mtp stages of the dated releases may have experts of their own number; the count settles it.
     assert len(stored) == document["summary"]["tensors"] == count
     return stored, Config.from_file(DATA / "configs" / f"{config}.json")
 
@@ -62,18 +62,14 @@ def test_every_tensor_of_every_release_has_exactly_one_use(release: str) -> None
         name for leaf in resolution.leaves for s in leaf.sources for name in (s.weight, s.scale) if name is not None
     ]
     assert len(uses) == len(set(uses))
-    assert set(uses) | set(resolution.dropped) == set(stored)
-    assert not set(uses) & set(resolution.dropped)
+    assert set(uses) == set(stored)
     assert resolution.dialect is Dialect.PUBLISHED
     paths = [leaf.path for leaf in resolution.leaves]
     assert len(paths) == len(set(paths)) == len(list(names.parameters(resolution.config)))
-    # The dated releases have DSpark's drafts below mtp., also where the config (Pro's, for Pro-0813) does not say so.
-    after = {name for name in stored if name.startswith("mtp.")}
     dated = release.endswith(("0731", "0813"))
-    assert set(resolution.dropped) == (after if dated else set())
-    assert resolution.config.num_mtp_stages == (0 if dated else 1)
-    assert all("DSpark" in reason for reason in resolution.dropped.values())
-    assert len(after) > 1500
+    assert resolution.config.num_mtp_stages == (3 if dated else 1)
+    assert (resolution.config.dspark is not None) == dated
+    assert sum(name.startswith("mtp.") for name in stored) > 1500
 
 
 def test_published_tensors_of_transformers_model_are_all_named(flash: tuple[dict[str, Stored], Config]) -> None:
@@ -108,27 +104,27 @@ def test_saved_names_are_those_of_save_pretrained(tmp_path: Path) -> None:
         }
     resolution = resolve(stored, Config.from_file(tmp_path / "config.json"))
     assert resolution.dialect is Dialect.TRANSFORMERS
-    assert not resolution.dropped
 
 
-def test_a_rule_for_every_name_and_back(flash: tuple[dict[str, Stored], Config]) -> None:
+@pytest.mark.parametrize("release", ["DeepSeek-V4-Flash", "DeepSeek-V4-Flash-0731"])
+def test_a_rule_for_every_name_and_back(release: str) -> None:
     """From a tensor to its parameter and from the parameter to the tensor, in every dialect."""
-    _, config = flash
+    config = Config.from_file(DATA / "configs" / f"{release}.json")
     for path, rule, layer in names.parameters(config):
-        (explained,) = names.explain(path)
+        (explained,) = NAMES.explain(path)
         assert explained.path == path
         for dialect in Dialect:
             weight = explained.spellings[dialect][0].replace(".E.", ".7.")
-            (use,) = lookup(weight, dialect)
-            number = use.layer if use.stage is None else config.num_hidden_layers + use.stage
+            (use,) = NAMES.lookup(weight, dialect)
+            number = None if use.number is None else rule.section.first(config) + use.number
             assert (use.rule, number, use.is_scale) == (rule, layer, False)
             assert use.expert == (7 if rule.per_expert else None)
-            assert path in [item.path for item in names.explain(weight)]
+            assert path in [item.path for item in NAMES.explain(weight)]
 
 
 def test_no_two_rules_share_a_name_except_fused_gate_and_up() -> None:
     for dialect in Dialect:
-        for key, entries in names._INDEX[dialect].items():
+        for key, entries in NAMES._index[dialect].items():
             assert len(entries) == (2 if key.endswith("gate_up_proj") else 1), key
 
 
@@ -147,12 +143,14 @@ def test_no_two_rules_share_a_name_except_fused_gate_and_up() -> None:
         "layers.3.attn.wq_a.weight ",
         "embed.weight.0",
         "mtp",
+        "mtp.0.markov_head",
+        "mtp.0.main_proj.weight.scale",
+        "mtp.0.main_norm.scale",
         "",
     ],
 )
 def test_near_misses_are_unknown(name: str) -> None:
-    assert not lookup(name, Dialect.PUBLISHED)
-    assert names.drop_reason(name) is None
+    assert not NAMES.lookup(name, Dialect.PUBLISHED)
 
 
 @given(st.text(alphabet="layers.0123456789wmtp_ａ٣\n", max_size=40))
@@ -220,7 +218,7 @@ def test_stages_are_all_there_or_none(flash: tuple[dict[str, Stored], Config]) -
     """A checkpoint without mtp tensors is whole; its config then counts no stage."""
     stored = {name: tensor for name, tensor in flash[0].items() if names.stage_of(name) is None}
     resolution = resolve(stored, flash[1])
-    assert resolution.config == dataclasses.replace(flash[1], num_mtp_stages=0)
+    assert resolution.config == flash[1].without_stages()
     assert not any(leaf.path.startswith("mtp.") for leaf in resolution.leaves)
     with pytest.raises(BadInput, match=r"mtp\.0\.attn\.wkv\.weight: the config has no mtp stages"):
         resolve(flash[0], resolution.config)
@@ -232,9 +230,9 @@ def test_stages_are_all_there_or_none(flash: tuple[dict[str, Stored], Config]) -
 @pytest.mark.parametrize("dialect", Dialect)
 def test_stages_have_the_published_names_in_every_dialect(dialect: Dialect) -> None:
     for name, scaled in (("mtp.0.e_proj", True), ("mtp.0.ffn.experts.3.w2", True), ("mtp.0.norm", False)):
-        (use,) = lookup(f"{name}.weight", dialect)
-        assert (use.stage, use.layer, use.fused) == (0, None, False)
-        assert bool(lookup(f"{name}.scale", dialect)) == scaled
+        (use,) = NAMES.lookup(f"{name}.weight", dialect)
+        assert (use.rule.section, use.number, use.fused) == (Section.STAGES, 0, False)
+        assert bool(NAMES.lookup(f"{name}.scale", dialect)) == scaled
 
 
 def test_the_rows_of_a_stage_are_those_of_a_window_only_score_routed_layer(
@@ -245,8 +243,78 @@ def test_the_rows_of_a_stage_are_those_of_a_window_only_score_routed_layer(
     of_layer = {name.removeprefix("layers.3.") for name in flash[0] if name.startswith("layers.3.")}
     own = {name for name in of_stage if name not in of_layer}
     assert of_layer - of_stage == {name for name in of_layer if "compressor" in name}
-    extra = [rule.published.removeprefix("mtp.{}.") for rule in names.STAGE_RULES[-8:]]
+    whens = (MTP, DRAFT_HEAD)
+    extra = [rule.published.removeprefix("mtp.{}.") for rule in STAGE_RULES if rule.when in whens]
     assert own == {*extra, "e_proj.scale", "h_proj.scale"}
+
+
+@pytest.fixture(scope="module")
+def dated() -> tuple[dict[str, Stored], Config]:
+    """V4-Flash-0731 without most of its layers; its DSpark stages are whole."""
+    stored, config = _inventory("DeepSeek-V4-Flash-0731")
+    kept = {name: tensor for name, tensor in stored.items() if (names.layer_of(name) or 0) < 10}
+    targets = dataclasses.replace(config.dspark, target_layer_ids=(7, 8, 9)) if config.dspark else None
+    short = dataclasses.replace(first_layers(config, 10), num_mtp_stages=config.num_mtp_stages, dspark=targets)
+    return kept, short
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"mtp.0.main_proj.weight": None}, "mtp.0.main_proj.weight: missing (fills mtp.0.main_proj)"),
+        ({"mtp.0.main_proj.scale": None}, "mtp.0.main_proj.weight: F8_E4M3 codes without their scale"),
+        ({"mtp.0.main_norm.weight": None}, "mtp.0.main_norm.weight: missing"),
+        ({"mtp.2.markov_head.markov_w2.weight": None}, "mtp.2.markov_head.markov_w2.weight: missing"),
+        ({"mtp.2.confidence_head.proj.weight": None}, "mtp.2.confidence_head.proj.weight: missing"),
+        ({"mtp.1.ffn.experts.255.w3.weight": None}, "mtp.1.ffn.experts.255.w3.weight: missing"),
+        ({"mtp.2.norm.weight": None}, "mtp.2.norm.weight: missing"),
+        (
+            {"mtp.2.markov_head.markov_w1.weight": Stored("BF16", (129280, 512))},
+            "mtp.2.markov_head.markov_w1.weight: expected shape [129280, 256], found BF16 [129280, 512]",
+        ),
+        (
+            {"mtp.0.main_proj.weight": Stored("F8_E4M3", (4096, 8192))},
+            "mtp.0.main_proj.weight: expected shape [4096, 12288]",
+        ),
+        (
+            {"mtp.2.confidence_head.proj.weight": Stored("BF16", (1, 4096))},
+            "mtp.2.confidence_head.proj.weight: expected shape [1, 4352]",
+        ),
+        (
+            {"mtp.1.main_norm.weight": Stored("BF16", (4096,))},
+            "mtp.1.main_norm.weight: exists in first DSpark stages only, and this is stage 1 of DSpark",
+        ),
+        (
+            {"mtp.0.markov_head.markov_w1.weight": Stored("BF16", (129280, 256))},
+            "mtp.0.markov_head.markov_w1.weight: exists in last DSpark stages only",
+        ),
+        (
+            {"mtp.0.norm.weight": Stored("BF16", (4096,))},
+            "mtp.0.norm.weight: exists in mtp and last DSpark stages only",
+        ),
+        ({"mtp.0.e_proj.weight": Stored("F8_E4M3", (4096, 4096))}, "mtp.0.e_proj.weight: exists in mtp stages only"),
+        ({"mtp.3.attn_norm.weight": Stored("BF16", (4096,))}, "mtp.3.attn_norm.weight: the config has 3 DSpark stages"),
+        ({"mtp.2.markov_head.bias": Stored("BF16", (1,))}, "mtp.2.markov_head.bias: unknown tensor"),
+    ],
+)
+def test_refuses_a_dspark_draft_that_does_not_fit(
+    dated: tuple[dict[str, Stored], Config], change: dict[str, Stored | None], complaint: str
+) -> None:
+    healthy, config = dated
+    resolve(healthy, config)
+    stored = {name: tensor for name, tensor in {**healthy, **change}.items() if tensor is not None}
+    with pytest.raises(BadInput) as caught:
+        resolve(stored, config, where="folder")
+    assert complaint in str(caught.value)
+
+
+def test_a_draft_is_of_the_kind_that_the_config_says(dated: tuple[dict[str, Stored], Config]) -> None:
+    """MTP tensors under a config of DSpark, and the reverse, are told apart by name."""
+    stored, config = dated
+    with pytest.raises(BadInput, match=r"mtp\.0\.main_proj\.weight: exists in first DSpark stages only.* 0 of mtp"):
+        resolve(stored, dataclasses.replace(config, dspark=None))
+    with pytest.raises(BadInput, match=r"mtp\.0\.e_proj\.weight: exists in mtp stages only"):
+        resolve({**stored, "mtp.0.e_proj.weight": Stored("F8_E4M3", (4096, 4096))}, config)
 
 
 def test_problems_are_collected_and_counted(flash: tuple[dict[str, Stored], Config]) -> None:
@@ -269,9 +337,9 @@ def test_chosen_layers_need_only_their_tensors(flash: tuple[dict[str, Stored], C
 
 def test_an_unknown_checkpoint_is_said_to_be_one() -> None:
     with pytest.raises(BadInput, match="none of the 1 tensor names"):
-        names.detect_dialect(["transformer.h.0.attn.weight"])
+        NAMES.detect_dialect(["transformer.h.0.attn.weight"])
 
 
 def test_explain_suggests_close_names() -> None:
     with pytest.raises(UsageError, match=r"layers\.N\.attn\.wq_a"):
-        names.explain("layers.3.attn.wq_c.weight")
+        NAMES.explain("layers.3.attn.wq_c.weight")

@@ -180,7 +180,7 @@ def test_a_whole_conversion(tmp_path: Path) -> None:
     hf_to_orbax(tmp_path / "hf", URL)
     store = open_store(URL)
     assert compare_with_source(store, tmp_path / "hf") == []
-    assert json.loads((epath.Path(URL) / "dsv4_manifest.json").read_text())["schema_version"] == 1
+    assert json.loads((epath.Path(URL) / "dsv4_manifest.json").read_text())["schema_version"] == 2
 
 
 def test_urls_of_nothing_known() -> None:

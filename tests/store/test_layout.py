@@ -8,9 +8,11 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv4_convert.store.digests import digest_of_digests, is_digest
 from dsv4_convert.store.layout import (
     DTYPES,
     ArrayLayout,
@@ -18,7 +20,6 @@ from dsv4_convert.store.layout import (
     chunk_file,
     is_file_name,
     is_leaf_path,
-    leaf_digest,
     nested,
     path_problems,
     row_chunks,
@@ -81,10 +82,23 @@ def test_impossible_layouts_are_refused(
 
 def test_digests_are_what_the_documentation_says() -> None:
     array = np.arange(6, dtype="<i4").reshape(2, 3)
-    rows = [hashlib.sha256(bytes([value, 0, 0, 0, value + 1, 0, 0, 0, value + 2, 0, 0, 0])) for value in (0, 3)]
-    assert [chunk_digest(array[row : row + 1]) for row in range(2)] == [row.hexdigest() for row in rows]
-    expected = hashlib.sha256(rows[0].digest() + rows[1].digest()).hexdigest()
-    assert leaf_digest(row.hexdigest() for row in rows) == expected
+    contents = [bytes([value, 0, 0, 0, value + 1, 0, 0, 0, value + 2, 0, 0, 0]) for value in (0, 3)]
+    for function, prefix, like in ((blake3, "blake3:", None), (hashlib.sha256, "", "0" * 64)):
+        rows = [function(content) for content in contents]
+        digests = [chunk_digest(array[row : row + 1], like=like) for row in range(2)]
+        assert digests == [prefix + row.hexdigest() for row in rows]
+        whole = prefix + function(rows[0].digest() + rows[1].digest()).hexdigest()
+        assert digest_of_digests(digests) == digest_of_digests(digests, like=whole) == whole
+        assert all(is_digest(digest) for digest in digests)
+    assert digest_of_digests([]) == f"blake3:{blake3().hexdigest()}"
+    assert digest_of_digests([], like="0" * 64) == hashlib.sha256().hexdigest()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "blake3:", "sha256:" + "0" * 64, "0" * 64 + "\n"]
+)
+def test_what_is_no_digest(text: str) -> None:
+    assert not is_digest(text)
 
 
 def test_chunk_files_are_named_as_zarr_does() -> None:

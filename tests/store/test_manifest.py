@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.store import ArrayLayout, LeafRecord, Manifest
 from dsv4_convert.store.layout import DTYPES
 
+BLAKE = [f"blake3:{blake3(bytes([value])).hexdigest()}" for value in range(4)]
 SHA = [hashlib.sha256(bytes([value])).hexdigest() for value in range(4)]
 
 
@@ -24,10 +26,10 @@ def manifest() -> Manifest:
     scalar = ArrayLayout(shape=(), dtype=DTYPES["float32"], chunk_shape=())
     return Manifest(
         leaves={
-            "layers.0.w": LeafRecord(layout=stacked, chunk_digests=tuple(SHA[:3]), sources=("a", "b"), rule="stack"),
-            "head": LeafRecord(layout=scalar, chunk_digests=(SHA[3],)),
+            "layers.0.w": LeafRecord(layout=stacked, chunk_digests=tuple(BLAKE[:3]), sources=("a", "b"), rule="stack"),
+            "head": LeafRecord(layout=scalar, chunk_digests=(BLAKE[3],)),
         },
-        files={"config.json": SHA[0]},
+        files={"config.json": BLAKE[0]},
         metadata={"revision": "abc", "nested": {"list": [1, None, "ü"]}},
     )
 
@@ -42,7 +44,24 @@ def test_one_line_per_leaf_with_the_documented_digest(manifest: Manifest) -> Non
     lines = [line for line in manifest.to_bytes().decode().splitlines() if line.startswith('  "')]
     assert [line.split('"')[1] for line in lines] == ["head", "layers.0.w"]
     entry = json.loads(lines[1].partition(": ")[2])
-    assert entry["digest"] == hashlib.sha256(bytes.fromhex("".join(SHA[:3]))).hexdigest()
+    raw = bytes.fromhex("".join(digest.removeprefix("blake3:") for digest in BLAKE[:3]))
+    assert entry["digest"] == f"blake3:{blake3(raw).hexdigest()}"
+
+
+def test_a_manifest_of_version_1_has_sha_256(manifest: Manifest) -> None:
+    document = json.loads(manifest.to_bytes())
+    document |= {"schema_version": 1, "files": {"config.json": SHA[0]}}
+    for path, digests in {"layers.0.w": SHA[:3], "head": SHA[3:]}.items():
+        whole = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
+        document["leaves"][path] |= {"chunk_digests": digests, "digest": whole}
+    del document["manifest_digest"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    document["manifest_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    read = Manifest.from_bytes(json.dumps(document).encode(), where="here")
+    assert (read.leaves["layers.0.w"].chunk_digests, read.files) == (tuple(SHA[:3]), {"config.json": SHA[0]})
+    document["leaves"]["head"]["digest"] = SHA[0]
+    with pytest.raises(BadInput, match="the chunk digests give"):
+        Manifest.from_bytes(json.dumps(document).encode(), where="here")
 
 
 def test_every_flipped_bit_is_noticed(manifest: Manifest) -> None:
@@ -57,7 +76,7 @@ def test_every_flipped_bit_is_noticed(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda top: top.update(schema_version=2), "schema_version is 2"),
+        (lambda top: top.update(schema_version=3), "schema_version is 3"),
         (lambda top: top.pop("schema_version"), "schema_version is None"),
         (lambda top: top.update(extra=1), "unknown keys: extra"),
         (lambda top: top.pop("files"), "missing or unknown keys: files"),

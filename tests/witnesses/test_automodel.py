@@ -108,7 +108,7 @@ def decoded(folder: Path) -> dict[str, np.ndarray]:
                 found[name] = checkpoint.read(name)
             elif not name.endswith(".scale"):
                 scales = checkpoint.read(scale) if scale in checkpoint.tensors else None
-                found[name] = decode_weight(checkpoint.read(name), scales, dtype=np.dtype(np.float32))
+                found[name] = decode_weight(checkpoint.read(name), scales, block=(128, 128), dtype=np.dtype(np.float32))
     return found
 
 

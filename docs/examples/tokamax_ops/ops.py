@@ -14,7 +14,7 @@ import numpy as np
 from tokamax import ops
 
 from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec.config import AttentionKind
+from dsv4_convert.spec.v4.kinds import AttentionKind
 
 from .caches import (
     PAGE,

@@ -19,7 +19,7 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import Limits
-from dsv4_convert.spec.config import AttentionKind
+from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
@@ -58,7 +58,7 @@ class Course:
     """The error through one layer, operation by operation. ``wrong``: wrong on the golden's own inputs."""
 
     mode: Mode
-    layer: int | None
+    where: str
     taps: tuple[str, ...]
     multiples: tuple[float, ...]
     verdicts: tuple[Verdict, ...]
@@ -112,7 +112,7 @@ class Divergence:
 class Agreement:
     """How one layer's choices agree."""
 
-    layer: int
+    layer: str
     mode: Mode
     what: str
     how: str
@@ -153,8 +153,7 @@ def page_data(report: ParityReport) -> PageData:
 
 def kind(prompt: Prompt, layer: int) -> str:
     """The kind of a layer in two or three letters: its attention, and an asterisk for routing by table."""
-    short = {AttentionKind.SLIDING: "SWA", AttentionKind.CSA: "CSA", AttentionKind.HCA: "HCA"}
-    return short[prompt.config.attention[layer]] + ("*" if prompt.config.hash_routed[layer] else "")
+    return prompt.config.abbreviate(layer) + ("*" if prompt.config.hashed(layer) else "")
 
 
 def _depth(report: ParityReport, mode: Mode) -> Depth | None:
@@ -188,7 +187,7 @@ def _course(report: ParityReport) -> Course | None:
     wrong = tuple(result.short for localization in localizations for result in localization.wrong)
     return Course(
         mode=shown.mode,
-        layer=shown.layer,
+        where="the model level" if shown.layer is None else shown.key.where,
         taps=tuple(tap.short for tap in taps),
         multiples=tuple(value for tap in taps if (value := tap.multiple) is not None),
         verdicts=tuple(tap.verdict for tap in taps),
@@ -221,7 +220,7 @@ def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Arra
     return TokenMap(
         mode=mode,
         what=what,
-        layers=tuple("model" if layer is None else str(layer) for layer in known),
+        layers=tuple(TapKey.of(prompt.config, layer, STREAMS).label for layer in known),
         starts=(*range(0, prompt.tokens, step), prompt.tokens),
         multiples=tuple(_binned(errors[layer], step) for layer in known),
         window=prompt.config.sliding_window,
@@ -232,9 +231,8 @@ def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Arra
 
 def _block(prompt: Prompt, layers: Sequence[int | None]) -> int | None:
     """Tokens of the longest block that any of the layers compresses, if there are few enough of them to be marked."""
-    kinds = {prompt.config.attention[layer] for layer in layers if layer is not None} - {AttentionKind.SLIDING}
-    longest = max((prompt.config.ratio(kind) for kind in kinds), default=None)
-    return longest if longest is not None and longest <= prompt.tokens <= BLOCKS * longest else None
+    longest = max((prompt.config.ratio_of(layer) for layer in layers if layer is not None), default=0)
+    return longest if longest and longest <= prompt.tokens <= BLOCKS * longest else None
 
 
 def _binned(errors: Array, step: int) -> tuple[float | None, ...]:
@@ -287,9 +285,9 @@ def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
     assert tap.flips is not None
     assert tap.layer is not None
     experts = tap.short.startswith("ffn.")
-    hashed = experts and detail is not None and detail.prompt.config.hash_routed[tap.layer]
+    hashed = experts and detail is not None and detail.prompt.config.hashed(tap.layer)
     return Agreement(
-        layer=tap.layer,
+        layer=tap.key.label,
         mode=tap.mode,
         what="experts" if experts else "indexer",
         how="by table" if hashed else "by score",

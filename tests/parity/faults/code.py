@@ -19,14 +19,14 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
 from dsv4_convert.model.rope import rotate as _rotate
 from dsv4_convert.parity import forward
-from dsv4_convert.spec.config import AttentionKind, Config
+from dsv4_convert.spec.config import Config
 
 from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
 
 _ROPE = 8  # rotated channels
 _CONFIG = Config.from_hf(MAIN)
-_MAIN_TABLE = frequencies(_CONFIG, AttentionKind.SLIDING)
-_SCALED_TABLE = frequencies(_CONFIG, AttentionKind.CSA)
+_MAIN_TABLE = frequencies(_CONFIG, compressed=False)
+_SCALED_TABLE = frequencies(_CONFIG, compressed=True)
 
 _attend, _choose, _chosen_rows = attention.attend, indexer.choose, attention.chosen_rows
 _sinkhorn, _spread, _mix = hyper_connection.sinkhorn, hyper_connection.spread, hyper_connection.mix

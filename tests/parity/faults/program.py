@@ -152,7 +152,8 @@ def _fault(path: str, layer: int | None, tap: str, owner: Any, function: str, *e
 _EXPERTS, _CHOSEN, _CONTEXT = "ffn.experts", "attn.indexer.chosen", "attn.context"
 _POOLED, _ENTRIES = "attn.compressor.pooled", "attn.compressor.entries"
 _STREAMS = "hc_ffn.streams"
-_SCAN = "jax.lax.scan(step, streams, (weights, before, replaced))"
+_SCAN = "_looped(step, carry, (weights, before, replaced), segment.repeats)"
+_REVERSED = "jax.lax.scan(step, carry, (weights, before, replaced), reverse=True)"
 
 PROGRAM: tuple[ProgramFault, ...] = (
     *_fault("grouped", SLIDING, _EXPERTS, experts, "grouped",
@@ -221,12 +222,12 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("an entry's position counted twice", "positions[:, :1] - before[:, None] + block",
              "positions[:, :1] + block")),
     *_fault("cache", HCA, _CONTEXT, compressor.Compressor, "_continued",
-            ("an entry in the next slot", "jnp.where(complete, block,", "jnp.where(complete, block + 1,")),
+            ("an entry in the next slot", "(state.entries, fresh, block,", "(state.entries, fresh, block + 1,")),
     *_fault("cache", CSA, _CHOSEN, compressor.Compressor, "_continued",
             ("an entry kept only if a token follows", "<= (before + count)[:, None]",
              "< (before + count)[:, None]")),
     *_fault("scanned", CSA, _STREAMS, layers.ScannedLayers, "__call__",
-            ("layers in the other order", _SCAN, _SCAN[:-1] + ", reverse=True)")),
+            ("layers in the other order", _SCAN, _REVERSED)),
     *_fault("scanned", CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
             ("weights of the next layer", _SCAN, _SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: jnp.roll(part, 1, axis=0), weights),")),
@@ -239,7 +240,7 @@ PROGRAM: tuple[ProgramFault, ...] = (
              "states.append(jax.tree.map(lambda part: part[::-1], left))")),
     *_fault("scanned", SECOND_CSA, _STREAMS, layers.ScannedLayers, "__call__",
             ("layers in the other order, last repeat", _SCAN,
-             _SCAN[:-1] + ", reverse=True)")),
+             _REVERSED)),
     *_fault("experts, fsdp, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
             ("the sum over inner widths missing", 'psum(total.reshape(x.shape), "inner")', "total.reshape(x.shape)"),
             ("the sum over inner widths doubled", 'psum(total.reshape(x.shape), "inner")',
@@ -267,5 +268,5 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("experts not counted from the device's first, scanned", 'axis_index("experts") * w1',
              '0 * axis_index("experts") * w1')),
     *_fault("experts, sequence, tensor", CSA, _STREAMS, layers.ScannedLayers, "__call__",
-            ("layers in the other order, sharded", _SCAN, _SCAN[:-1] + ", reverse=True)")),
+            ("layers in the other order, sharded", _SCAN, _REVERSED)),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
-from dsv4_convert.spec.taps import TAPS
+from dsv4_convert.spec.v4.taps import TAPS
 
 from .fault import WIDE, Arrays, Fault
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from dsv4_convert.spec import names
-from dsv4_convert.spec.names import Rule
+from dsv4_convert.spec.names import Rule, Transform
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.names import NAMES
 
 from .fault import CSA, Fault
 
@@ -19,15 +20,14 @@ _PREFIX = "layers.{}."
 @contextmanager
 def _changed(change: Callable[[Rule], Rule]) -> Iterator[None]:
     """The table with rows replaced, wherever it is read."""
-    rules = tuple(change(rule) for rule in names.RULES)
-    with patch.object(names, "RULES", rules), patch.object(names, "_INDEX", {}):
-        names._INDEX.update({dialect: names._index(dialect) for dialect in names.Dialect})
+    table = dataclasses.replace(NAMES, rules=tuple(map(change, NAMES.rules)))
+    with patch.object(V4Config, "names", table):
         yield
 
 
 def _swapped(one: str, other: str) -> Callable[[], Any]:
     """Two rows with each other's tensor."""
-    rows = {rule.path: rule for rule in names.RULES}
+    rows = {rule.path: rule for rule in NAMES.rules}
     partner = {_PREFIX + one: rows[_PREFIX + other], _PREFIX + other: rows[_PREFIX + one]}
 
     def change(rule: Rule) -> Rule:
@@ -42,7 +42,7 @@ def _untransposed(path: str) -> Callable[[], Any]:
     """A square matrix whose row says that it is stored as the model has it."""
 
     def change(rule: Rule) -> Rule:
-        return dataclasses.replace(rule, transform=names.Transform.NONE) if rule.path == _PREFIX + path else rule
+        return dataclasses.replace(rule, transform=Transform.NONE) if rule.path == _PREFIX + path else rule
 
     return lambda: _changed(change)
 

@@ -1,0 +1,1 @@
+"""The facts about DeepSeek-V4: architecture, names, taps."""

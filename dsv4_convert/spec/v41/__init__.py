@@ -1,0 +1,1 @@
+"""The facts about DeepSeek-V4.1: architecture, names, taps."""
