@@ -45,7 +45,7 @@ CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py",
 WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "tokamax": "3.12"}
 
 #: Of each session the tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
-WITNESS_TESTS = {"automodel": ("automodel", "automodel_v41", "nano"), "maxtext": ("maxtext",), "tokamax": ("tokamax",)}
+WITNESS_TESTS = {"automodel": ("automodel", "nano"), "maxtext": ("maxtext",), "tokamax": ("tokamax",)}
 
 
 def _install(session: nox.Session, *what: str, reference: bool = False) -> None:

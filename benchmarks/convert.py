@@ -3,10 +3,13 @@
 At V4-Flash's full width: the published config cut to one CSA layer with hash routing and one HCA layer with learned
 routing, random weights in the published format.
 
-Run: python -m benchmarks.convert [--work DIR] [--repeats 3] [--only disk,zstd,today,layers] [--small]
+Run: python -m benchmarks.convert [--work DIR] [--repeats 3] [--only disk,tmpfs,short,zstd,today,layers] [--small]
 
 - disk: ``--dtype source`` against ``cp`` and fsync of the same bytes; ``--dtype bfloat16`` against a plain loop that
   reads the same input, and writes and fsyncs as many incompressible bytes as the conversion.
+- tmpfs: the same without a disk: one layer with 48 experts in the memory behind /dev/shm, against ``cp`` and against a
+  loop that only writes as many bytes as ``--dtype bfloat16``. Needs 4 GB of memory.
+- short: the same with 4 experts, which shows what a start costs.
 - zstd: ``--compression zstd`` against none.
 - today: one layer with a quarter of the experts, against (1) loading with transformers and saving with Orbax, and (2) a
   pass that writes a bfloat16 copy of the checkpoint with torch, then Orbax of the whole tree. Needs the ``reference``
@@ -14,8 +17,8 @@ Run: python -m benchmarks.convert [--work DIR] [--repeats 3] [--only disk,zstd,t
 - layers: 1, 2 and 4 layers, with half of the experts.
 
 Every contestant is a process of its own, starts with the input dropped from the page cache, and takes turns with the
-others; the figure is the median. Memory is the peak of the process less that of one that only imports what dsv4 does.
-Needs 60 GB of disk.
+others; the figure is the median, for processor time the least. Memory is the peak of the process less that of one that
+only imports what dsv4 does. Needs 60 GB of disk.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import argparse
 import json
 import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ from rich.table import Table
 
 from benchmarks.measure import dsv4, gigabytes, make_cold, python
 
-_IMPORTS = "import dsv4_convert.convert, dsv4_convert.cli.convert, dsv4_convert.store.orbax_commit"
+_IMPORTS = "import dsv4_convert.convert, dsv4_convert.cli.convert, dsv4_convert.formats.kernels"
 
 _COPY = """
 import os, shutil, sys
@@ -63,6 +67,15 @@ for name in inputs:
                     os.fsync(file.fileno())
                 written += min(len(block), total - written)
                 number += 1
+"""
+
+_WRITE = """
+import os, sys
+os.mkdir(sys.argv[1])
+block, total = bytearray(16 << 20), int(sys.argv[2])
+for number in range(0, total, len(block)):
+    with open(os.path.join(sys.argv[1], str(number)), "wb", buffering=0) as file:
+        file.write(memoryview(block)[: total - number])
 """
 
 _TRANSFORMERS = """
@@ -129,8 +142,12 @@ Run = Callable[[Path], list[dict[str, Any]]]
 
 
 def contest(inputs: Path, work: Path, runs: Mapping[str, Run], repeats: int) -> dict[str, dict[str, float]]:
-    """Every contestant in turn, ``repeats`` times, on cold inputs: median seconds, largest peak, GB written."""
+    """Every contestant in turn, ``repeats`` times, on cold inputs: median seconds, largest peak, GB written.
+
+    Processor seconds are the least of the repeats, as other processes only add to them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
     peak = dict.fromkeys(runs, 0.0)
     written = dict.fromkeys(runs, 0.0)
     for _ in range(repeats):
@@ -140,12 +157,18 @@ def contest(inputs: Path, work: Path, runs: Mapping[str, Run], repeats: int) -> 
             steps = run(out)
             assert not any(step["exit_code"] for step in steps), (name, steps)
             seconds[name].append(sum(float(step["seconds"]) for step in steps))
+            processor[name].append(sum(float(step["cpu_seconds"]) for step in steps))
             peak[name] = max([peak[name], *(float(step["peak_gib"]) for step in steps)])
             written[name] = gigabytes(out)
             for folder in work.glob("out*"):
                 shutil.rmtree(folder)
     return {
-        name: {"seconds": statistics.median(seconds[name]), "peak_gib": peak[name], "written_gb": written[name]}
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "cpu_seconds": min(processor[name]),
+            "peak_gib": peak[name],
+            "written_gb": written[name],
+        }
         for name in runs
     }
 
@@ -187,6 +210,49 @@ def disk(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any]:
         "ratios": {
             "source : cp": ratio(found, "dsv4 --dtype source", "cp and fsync"),
             "bfloat16 : plain loop": ratio(found, "dsv4 --dtype bfloat16", "plain loop"),
+        },
+    }
+
+
+def tmpfs(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any]:
+    """Without a disk: what the processor has to do."""
+    return _in_memory(config, 48, repeats)
+
+
+def short(config: Mapping[str, Any], work: Path, repeats: int) -> dict[str, Any]:
+    """A conversion that takes a moment: what a start costs."""
+    return _in_memory(config, 4, repeats)
+
+
+def _in_memory(config: Mapping[str, Any], experts: int, repeats: int) -> dict[str, Any]:
+    shrunk = layers_of(config, 1) | {"n_routed_experts": experts, "vocab_size": 8192}
+    shrunk |= {"num_experts_per_tok": min(experts, config["num_experts_per_tok"])}
+    with tempfile.TemporaryDirectory(prefix="dsv4-benchmark-", dir="/dev/shm") as folder:
+        work = Path(folder)
+        source, plan = checkpoint(work, "source", shrunk), work / "plan.json"
+        dsv4("convert", "hf-to-orbax", source, work / "out", "--dry-run", "--json", plan)
+        total = sum(json.loads(plan.read_text())["written"].values())
+        found = contest(
+            source,
+            work,
+            {
+                "cp": lambda out: [python(_COPY, source, out)],
+                "dsv4 --dtype source": convert(source, "--dtype", "source"),
+                "only writing": lambda out: [python(_WRITE, out, total)],
+                "dsv4 --dtype bfloat16": convert(source, "--dtype", "bfloat16"),
+            },
+            repeats,
+        )
+        read = gigabytes_read(plan)
+    return {
+        "what": f"one layer with {experts} experts, {read} GB in, in memory",
+        "runs": found,
+        "ratios": {
+            "source : cp, time": ratio(found, "dsv4 --dtype source", "cp"),
+            **{
+                f"{name}, processor seconds per GB written": round(run["cpu_seconds"] / run["written_gb"], 2)
+                for name, run in found.items()
+            },
         },
     }
 
@@ -295,7 +361,7 @@ def measured_imports() -> dict[str, Any]:
     return python(_IMPORTS)
 
 
-SECTIONS = {"disk": disk, "zstd": zstd, "today": today, "layers": layers}
+SECTIONS = {"disk": disk, "tmpfs": tmpfs, "short": short, "zstd": zstd, "today": today, "layers": layers}
 
 
 def main() -> None:
@@ -318,11 +384,12 @@ def main() -> None:
     for section in options.only.split(","):
         result = results[section] = SECTIONS[section](config, work, options.repeats)
         table = Table(title=f"{section}: {result['what']}", box=None, title_justify="left")
-        for column in ("", "seconds", "GB written", "GiB above imports"):
+        for column in ("", "seconds", "of processors", "GB written", "GiB above imports"):
             table.add_column(column)
         for name, run in result["runs"].items():
             above = run["peak_gib"] - base
-            table.add_row(name, f"{run['seconds']:.1f}", f"{run['written_gb']:.1f}", f"{max(above, 0):.2f}")
+            seconds = [f"{run[key]:.1f}" for key in ("seconds", "cpu_seconds")]
+            table.add_row(name, *seconds, f"{run['written_gb']:.1f}", f"{max(above, 0):.2f}")
         console.print(table)
         for name, value in result["ratios"].items():
             console.print(f"  {name}: [bold]{value}[/bold]")

@@ -40,11 +40,30 @@ class StoredShape(NamedTuple):
 
 
 INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
+#: Streams that enter a stage, which makes its layer's input of them.
+STAGE_INPUT = tap_named("streams")
+
+
+def entering(config: Config, layer: int) -> TapKey:
+    """The tap that a layer or stage starts from."""
+    return TapKey.of(config, layer, STAGE_INPUT if layer in config.stage_layers else INPUT)
 
 
 def is_fed(key: TapKey, mode: Mode) -> bool:
     """Whether a model is given the golden's own value of a tap, so that comparing the two says nothing."""
-    return mode is Mode.ISOLATED and key.tap is INPUT
+    return mode is Mode.ISOLATED and key.tap is (INPUT if key.stage is None else STAGE_INPUT)
+
+
+def token_ids(tokens: Array, config: Config, layer: int | None) -> Array:
+    """The ids ``[B, S]`` that a layer is given with its streams: the prompt's; in a stage those after them.
+
+    The n-th stage has the ids of n tokens further on, as it drafts the token after these. Behind the prompt's end there
+    is token 0, which no earlier position sees.
+    """
+    if layer is None or layer not in config.stage_layers:
+        return tokens
+    ahead = min(layer - config.num_hidden_layers + 1, tokens.shape[1])
+    return np.pad(tokens[:, ahead:], ((0, 0), (0, ahead)))
 
 
 def calls(tokens: int, decode: int) -> list[tuple[int, int]]:
@@ -125,22 +144,25 @@ def joined(parts: Sequence[Array], shape: Sequence[int]) -> Array:
 
 
 def expected_taps(config: Config, layers: Sequence[int], *, decode: int = 0) -> Iterator[TapKey]:
-    """Every tap of a golden of these layers, in order of execution.
+    """Every tap of a golden of these layers and stages, in order of execution.
 
     With tokens to ``decode`` one by one, each layer's state before the first of them comes after its taps. The head can
     run only when the last layer did, so its taps are there exactly when that layer is among ``layers``.
     """
-    model = taps_of(config, None)
-    for tap in model:
-        if tap.where is BEFORE:
-            yield TapKey(None, tap)
-    for layer in layers:
-        for tap in (*taps_of(config, layer), *(state_of(config, layer) if decode else ())):
-            yield TapKey(layer, tap)
-    if config.num_hidden_layers - 1 in layers:
-        for tap in model:
-            if tap.where is AFTER:
-                yield TapKey(None, tap)
+    ends = taps_of(config, None)
+    yield from (TapKey(None, tap) for tap in ends if tap.where is BEFORE)
+    for part in parts(config, layers):
+        if part is not None:
+            taps = (*taps_of(config, part), *(state_of(config, part) if decode else ()))
+        else:
+            taps = ends if config.num_hidden_layers - 1 in layers else ()
+        yield from (TapKey.of(config, part, tap) for tap in taps if part is not None or tap.where is AFTER)
+
+
+def parts(config: Config, layers: Sequence[int]) -> tuple[int | None, ...]:
+    """Layers, the model level (None) and stages, in the order in which a golden has them: the head before a stage."""
+    backbone = tuple(layer for layer in layers if layer not in config.stage_layers)
+    return (*backbone, None, *(layer for layer in layers if layer in config.stage_layers))
 
 
 def stored_arrays(
@@ -186,7 +208,7 @@ def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]
     return compact.rows(block=config.ratio_of(key.layer) if has_entries and key.layer is not None else 1)
 
 
-def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
+def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
     """Arrays that are the same as another one, and so are stored once: a layer's input is the streams before it.
 
     ``arrays`` are the stored names of all arrays.
@@ -195,7 +217,7 @@ def expected_aliases(layers: Sequence[int], arrays: Iterable[str]) -> dict[str, 
     aliases = {}
     for layer in layers:
         for spell in (str, sketch_name, exact_name):
-            mine, its = spell(str(TapKey(layer, INPUT))), spell(str(TapKey(layer - 1, STREAMS)))
+            mine, its = (spell(str(key)) for key in (entering(config, layer), TapKey.of(config, layer - 1, STREAMS)))
             if mine in there and its in there:
                 aliases[mine] = its
     return aliases

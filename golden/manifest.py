@@ -123,6 +123,7 @@ class RecordingRequest:
     ``tokens`` is ``[B][S]``; ``text`` has one prompt per row where the tokens come from text; ``noise`` names the
     dtypes whose noise floor was measured. ``compact`` says what is kept of a tap; None: all of it. ``first_position``
     is that of the first token in the rotary tables. The last ``decode`` tokens were given one by one, from the cache.
+    ``layers`` may have those of stages, which come after the model level.
     """
 
     reference: Reference
@@ -161,7 +162,7 @@ class RecordingRequest:
         """What is stored of taps and noises, by stored name. ``taken`` has them whole, by full name."""
         kept = {}
         for name, array in taken.items():
-            key = None if is_noise(name) else TapKey.parse(name)
+            key = None if is_noise(name) else TapKey.parse(name, self.config)
             if key is None or self.compact is None or kept_whole(key.tap, array.shape, self.compact):
                 kept[name] = array
                 continue
@@ -206,7 +207,7 @@ class RecordingRequest:
             text=None if text is None else _strings(text, len(document["tokens"])),
             first_position=_count(document, "first_position", config.max_position_embeddings - len(tokens[0])),
             decode=_count(document, "decode", len(tokens[0]) - 1),
-            layers=_layers(document["layers"], config.num_hidden_layers),
+            layers=_layers(document["layers"], config.num_hidden_layers + config.num_mtp_stages),
             noise=_noise(document["noise"]),
             compact=None if compact is None else _compact_form(compact, len(tokens[0])),
         )
@@ -300,7 +301,7 @@ def stored_tap(entry: object) -> StoredTap:
 
 def _tap_problems(request: RecordingRequest, taps: Mapping[str, StoredTap], aliases: Mapping[str, str]) -> list[str]:
     wanted = request.arrays()
-    wanted_aliases = expected_aliases(request.layers, wanted)
+    wanted_aliases = expected_aliases(request.config, request.layers, wanted)
     problems = []
     if aliases != wanted_aliases:
         differing = {name for name in {*aliases, *wanted_aliases} if aliases.get(name) != wanted_aliases.get(name)}

@@ -65,7 +65,7 @@ def plan(
 def _stored(request: RecordingRequest) -> list[StoredShape]:
     """Every array that is written."""
     arrays = request.arrays()
-    aliases = expected_aliases(request.layers, arrays)
+    aliases = expected_aliases(request.config, request.layers, arrays)
     return [array for name, array in arrays.items() if name not in aliases]
 
 

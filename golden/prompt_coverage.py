@@ -8,11 +8,12 @@ import numpy as np
 
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import TapKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCoverage:
-    """One layer: the unchecked operations, in words, and how many routed experts the tokens reach."""
+    """One layer or stage: the unchecked operations, in words, and how many routed experts the tokens reach."""
 
     layer: int
     missed: tuple[str, ...]
@@ -26,9 +27,9 @@ class LayerCoverage:
 
 
 def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
-    """The coverage of one recorded layer."""
+    """The coverage of one recorded layer or stage."""
     config, tokens = golden.config, golden.tokens.shape[1]
-    chosen = golden.read(f"layers.{layer}.ffn.gate.experts")
+    chosen = golden.read(TapKey.of(config, layer, "ffn.gate.experts"))
     return LayerCoverage(
         layer=layer,
         missed=tuple(_missed(config, layer, tokens)),

@@ -28,6 +28,7 @@ from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_w
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, resolve
 from dsv4_convert.spec.names import check_layers
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.values import value_digests
 
@@ -52,6 +53,8 @@ class RecordingOptions:
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, to compute their streams.
+        stages: whether the mtp stages are kept too. They run after all layers. Not by default, since no logits depend
+            on a stage, and its own logits are as large as the model's.
         noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
             more. None for all that the reference has.
         compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
@@ -69,6 +72,7 @@ class RecordingOptions:
     tokens: Any
     text: Iterable[str] | None = None
     layers: Sequence[int] | None = None
+    stages: bool = False
     noise: Iterable[str] | None = None
     compact: Compact | None = None
     first_position: int = 0
@@ -113,13 +117,15 @@ def record(
     """
     source, out = Path(source), Path(out)
     check_destination(out)
-    with open_source(source, layers=layers_that_run(options.layers, greedy=options.greedy)) as checkpoint:
+    with open_source(
+        source, layers=layers_that_run(options.layers, all_of_them=options.stages or options.greedy)
+    ) as checkpoint:
         return record_opened(checkpoint, out, options, announce=announce, progress=progress)
 
 
-def layers_that_run(layers: Sequence[int] | None, *, greedy: bool) -> range | None:
-    """The layers whose weights a recording of ``layers`` reads; None for all of them."""
-    return None if layers is None or greedy else range(max(layers, default=-1) + 1)
+def layers_that_run(layers: Sequence[int] | None, *, all_of_them: bool) -> range | None:
+    """The layers whose weights a recording of ``layers`` reads; None for all of them, and stages."""
+    return None if layers is None or all_of_them else range(max(layers, default=-1) + 1)
 
 
 def record_opened(
@@ -136,7 +142,10 @@ def record_opened(
     config = checkpoint.architecture()
     wanted = check_layers(config, options.layers)
     ids = _prompt(options, config)
-    resolution = _resolve(checkpoint, config, config.num_hidden_layers - 1 if options.greedy else max(wanted))
+    last = config.num_hidden_layers - 1 if options.greedy else max(wanted)
+    resolution = _resolve(checkpoint, config, None if options.stages else range(last + 1))
+    if options.stages:
+        wanted += _stages(checkpoint, resolution.config)
     request = RecordingRequest(
         reference=reference.described,
         source=RecordedSource(
@@ -161,7 +170,7 @@ def record_opened(
     hashed = dataclasses.replace(
         request.source,
         files=_digests(checkpoint, resolution),
-        values=value_digests(PublishedWeights(checkpoint, layers=wanted), wanted),
+        values=value_digests(PublishedWeights(checkpoint, layers=None if options.stages else wanted), wanted),
     )
     request = dataclasses.replace(request, source=hashed)
     with golden_writer(out, request) as writer:
@@ -199,14 +208,18 @@ class _Reference:
 
 def _reference(options: RecordingOptions) -> _Reference:
     """transformers' model, or the release's code; imports torch."""
-    if options.release_code is not None and (options.first_position or options.decode):
-        raise UsageError("the release's code is recorded on a whole prompt: leave --first-position and --decode out")
+    if options.release_code is not None and (options.first_position or options.greedy):
+        raise UsageError(
+            "the release's code is recorded from position 0 on, with tokens that are given: leave --first-position and "
+            "--greedy out"
+        )
     _installed("torch")
     if options.release_code is not None:
         from dsv4_convert.golden.references.release import code, released
 
-        loaded = code.load(options.release_code)
-        return _Reference(released.describe(loaded), ("bfloat16",), partial(released.ReleasedModel, loaded))
+        loaded = code.load(options.release_code, stages=options.stages)
+        model: Callable[..., Any] = partial(released.ReleasedModel, loaded, decode=options.decode)
+        return _Reference(released.describe(loaded), ("bfloat16",), model)
     version = _installed("transformers")
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise UsageError(
@@ -225,9 +238,17 @@ def _installed(package: str) -> str:
         raise UsageError(f"recording runs a reference in torch, and {package} is missing: {_INSTALL}") from None
 
 
-def _resolve(checkpoint: Checkpoint, config: Config, last: int) -> Resolution:
-    """The tensors of the layers up to ``last`` and of the model level."""
-    return resolve(stored_forms(checkpoint.tensors), config, layers=range(last + 1), where=str(checkpoint.root))
+def _resolve(checkpoint: Checkpoint, config: Config, layers: range | None) -> Resolution:
+    """The tensors of some layers and of the model level; None for all, and those of stages."""
+    return resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
+
+
+def _stages(checkpoint: Checkpoint, config: Config) -> tuple[int, ...]:
+    """The layer numbers of the mtp stages. Raises :class:`UsageError` if there is none."""
+    if not config.num_mtp_stages or config.dspark is not None:
+        instead = "no mtp stage" if config.dspark is None else "DSpark's draft stages, which have no taps"
+        raise UsageError(f"--stages: {checkpoint.root} has {instead}; leave --stages out")
+    return tuple(config.stage_layers)
 
 
 def _digests(checkpoint: Checkpoint, resolution: Resolution) -> dict[str, str]:
@@ -251,25 +272,30 @@ def _noise_dtypes(wanted: Iterable[str], possible: Sequence[str]) -> tuple[str, 
 def _run(
     model: StreamedModel | ReleasedModel, writer: GoldenWriter, request: RecordingRequest, progress: Progress
 ) -> None:
-    """Every layer up to the last wanted one, from where an earlier run stopped."""
+    """Every layer up to the last wanted one, the model level, and the stages, from where an earlier run stopped."""
     config, wanted = request.config, request.layers
     batch, tokens = request.token_array.shape
     expected: dict[int | None, dict[str, Any]] = {}
+    backbone = range(min(max(wanted) + 1, config.num_hidden_layers))
+    steps = (*backbone, None, *(layer for layer in wanted if layer in config.stage_layers))
     for key in expected_taps(config, wanted, decode=request.decode):
         shape = tap_shape(key, config, batch=batch, tokens=tokens, decode=request.decode)
         expected.setdefault(key.layer, {})[key.tap.name] = (DTYPES[key.tap.values], shape)
     progress(0, 0, "embedding")
     embedded = model.embed()
     state = writer.last_state() or model.spread(embedded)
-    begun, last = writer.finished[-1] + 1 if writer.finished else 0, max(wanted)
-    for layer in range(begun, last + 1):
-        progress(layer - begun, last + 1 - begun, f"layer {layer} of {config.num_hidden_layers}")
-        state, taken = model.run_layer(layer, state, expected.get(layer, {}))
-        if layer in wanted:
-            writer.write(layer, request.keep(taken.arrays(f"layers.{layer}.")), state)
-    outer = expected[None]
-    arrays = embedded.arrays("")
-    if after := {name: what for name, what in outer.items() if name != "embed"}:
-        progress(last + 1 - begun, last + 1 - begun, "head")
-        arrays |= model.run_head(state, after).arrays("")
-    writer.write(None, request.keep(arrays))
+    begun = steps.index(writer.finished[-1]) + 1 if writer.finished else 0
+    for done, layer in enumerate(steps[begun:]):
+        key = TapKey.of(config, layer, "hc_ffn.streams")
+        if layer is not None:
+            what = key.where if layer in config.stage_layers else f"{key.where} of {config.num_hidden_layers}"
+            progress(done, len(steps) - 1 - begun, what)
+            state, taken = model.run_layer(layer, state, expected.get(layer, {}))
+            arrays = taken.arrays(key.prefix)
+        else:
+            arrays = embedded.arrays("")
+            if after := {name: what for name, what in expected[None].items() if name != "embed"}:
+                progress(done, len(steps) - 1 - begun, "head")
+                arrays |= model.run_head(state, after).arrays("")
+        if layer in writer.parts:
+            writer.write(layer, request.keep(arrays), state if done + 1 < len(steps) - begun else None)

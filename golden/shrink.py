@@ -13,12 +13,15 @@ from dsv4_convert.golden.writer import check_destination, golden_writer
 
 
 def shrink(
-    golden: Golden, out: Path, compact: Compact, progress: Callable[[int | None], None] = lambda _: None
+    golden: Golden,
+    out: Path,
+    compact: Compact,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Golden:
     """Write the compact golden that ``golden record`` would have made with ``compact``: the same in every byte.
 
-    Layer by layer, taking up what an interrupted call of the same finished. ``progress`` is called with each layer
-    before it is done, with None for the model level.
+    Layer by layer, taking up what an interrupted call of the same finished. ``progress`` is called before each layer
+    and the model level, with finished steps, all steps, and the next one in words.
 
     Raises:
         UsageError: the destination exists, or ``golden`` is compact already.
@@ -30,8 +33,9 @@ def shrink(
     check_destination(out)
     request = dataclasses.replace(golden.manifest.request, compact=compact)
     with golden_writer(out, request) as writer:
-        for layer in (*request.layers, None):
-            progress(layer)
-            if layer not in writer.finished and not writer.complete:
-                writer.write(layer, request.keep(golden.everything(layer)))
+        for done, part in enumerate(writer.parts):
+            what = "model level" if part is None else f"layer {part} of {request.config.num_hidden_layers}"
+            progress(done, len(writer.parts), what)
+            if part not in writer.finished and not writer.complete:
+                writer.write(part, request.keep(golden.everything(part)))
         return writer.publish()

@@ -5,7 +5,8 @@
     OUT.dsv4-partial/
       request.json              the settings of the recording
       layer-00000.safetensors   finished layers; the digest of every array is in the header's metadata
-      state-00000.safetensors   output streams of the last finished layer, in every dtype that runs
+      model.safetensors         the model level, between the layers and the stages
+      state-00000.safetensors   streams that leave the last finished one of these, in every dtype that runs
 
 The same command resumes an interrupted run after its last finished layer. A command with other settings refuses and
 names the difference, since a recording may be the work of hours.
@@ -32,12 +33,14 @@ from dsv4_convert.files.workspace import Workspace, refuse_other_settings
 from dsv4_convert.files.writing import write_atomically, writing
 from dsv4_convert.golden.archive import Array, Golden, differences, digest, open_golden
 from dsv4_convert.golden.files import read_array
-from dsv4_convert.golden.layout import expected_aliases
+from dsv4_convert.golden.layout import expected_aliases, parts
 from dsv4_convert.golden.manifest import MANIFEST_NAME, GoldenManifest, RecordingRequest, StoredTap, layer_file
 
 REQUEST_NAME = "request.json"
 #: Every name that a recording uses in its folder.
-_OWN = re.compile(r"request\.json|manifest\.json|model\.safetensors|(layer|state)-\d+\.safetensors")
+_OWN = re.compile(
+    r"request\.json|manifest\.json|model\.safetensors|(layer|state)-\d+\.safetensors|state-model\.safetensors"
+)
 #: safetensors spelling of the dtypes that are stored.
 _SPELLING = {
     np.dtype(np.float32): "F32",
@@ -51,7 +54,8 @@ class GoldenWriter:
     """The unfinished golden of one request. Made by :func:`golden_writer`.
 
     Attributes:
-        finished: the layers whose taps are on disk: the first ones of ``request.layers``.
+        parts: layers, the model level (None) and stages, in the order in which they are written.
+        finished: those whose taps are on disk: the first ones of ``parts``.
         complete: whether only :meth:`publish` is left to do, as an earlier run ended within it.
     """
 
@@ -60,9 +64,10 @@ class GoldenWriter:
         self._folder = workspace.stage
         self._request = request
         self._arrays = request.arrays()
-        self._aliases = expected_aliases(request.layers, self._arrays)
+        self._aliases = expected_aliases(request.config, request.layers, self._arrays)
         self._taps: dict[str, StoredTap] = {}
-        self.finished: tuple[int, ...] = ()
+        self.parts = parts(request.config, request.layers)
+        self.finished: tuple[int | None, ...] = ()
         self.complete = _is_complete(self._folder, request)
         if not self.complete:
             self._take_up()
@@ -73,16 +78,16 @@ class GoldenWriter:
         return sum(self._arrays[name].nbytes for name in (self._arrays if self.complete else self._taps))
 
     def last_state(self) -> dict[str, Array] | None:
-        """The streams that leave the last finished layer, by the name they were written under; None if none is."""
+        """The streams that leave the last finished part, by the name they were written under; None if none is."""
         if not self.finished:
             return None
         tensors = read_header(self._state_file(self.finished[-1])).tensors
         return {name: read_array(info) for name, info in tensors.items()}
 
     def write(self, layer: int | None, taps: Mapping[str, Array], state: Mapping[str, Array] | None = None) -> None:
-        """Write all arrays of one layer, or of the model level (None, last), under their stored names.
+        """Write all arrays of one of the parts under their stored names.
 
-        Layers come in the order of the request. ``state`` is what the next layer needs, kept until that is finished.
+        They come in their order. ``state`` is what the next one needs, kept until that is finished.
 
         Raises:
             ValueError: not exactly the taps that the request implies, or one of another dtype or shape.
@@ -100,22 +105,20 @@ class GoldenWriter:
         for name in wanted.keys() & self._aliases.keys():
             if digests.pop(name) != self._taps[self._aliases[name]].sha256:
                 raise ValueError(f"{name} is not the same array as {self._aliases[name]}")
-        if layer is not None:
-            self._write(self._state_file(layer), state or {}, {})
+        self._write(self._state_file(layer), state or {}, {})
         self._write(self._folder / layer_file(layer), {name: taps[name] for name in digests}, digests)
         self._taps |= self._stored(layer, digests)
-        if layer is not None:
-            with writing(self._folder):
-                for earlier in self.finished[-1:]:
-                    self._state_file(earlier).unlink(missing_ok=True)
-            self.finished += (layer,)
+        with writing(self._folder):
+            for earlier in self.finished[-1:]:
+                self._state_file(earlier).unlink(missing_ok=True)
+        self.finished += (layer,)
 
     def _write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
         entries = [(name, _SPELLING[array.dtype], array.shape, array) for name, array in arrays.items()]
         write_safetensors(file, entries, metadata=metadata)
 
-    def _state_file(self, layer: int) -> Path:
-        return self._folder / f"state-{layer:05d}.safetensors"
+    def _state_file(self, layer: int | None) -> Path:
+        return self._folder / f"state-{'model' if layer is None else f'{layer:05d}'}.safetensors"
 
     def publish(self) -> Golden:
         """Write the manifest and let the golden appear at its destination."""
@@ -127,8 +130,8 @@ class GoldenWriter:
             write_atomically(file, data)
         with writing(self._folder):
             (self._folder / REQUEST_NAME).unlink(missing_ok=True)  # complete from here on
-            for layer in self._request.layers:
-                self._state_file(layer).unlink(missing_ok=True)
+            for part in self.parts:
+                self._state_file(part).unlink(missing_ok=True)
         self._workspace.publish()
         return open_golden(self._workspace.destination)
 
@@ -141,18 +144,18 @@ class GoldenWriter:
         }
 
     def _take_up(self) -> None:
-        """Keep the finished layers of an earlier run of the same request, up to the first damaged one."""
-        for layer in self._request.layers:
-            stored = self._intact(layer)
+        """Keep the finished parts of an earlier run of the same request, up to the first damaged one."""
+        for part in self.parts:
+            stored = self._intact(part)
             if stored is None:
                 break
             self._taps |= stored
-            self.finished += (layer,)
-        if self.finished and not self._state_file(self.finished[-1]).exists():  # a layer before the last was damaged
+            self.finished += (part,)
+        if self.finished and not self._state_file(self.finished[-1]).exists():  # a part before the last was damaged
             self._taps, self.finished = {}, ()
 
-    def _intact(self, layer: int) -> dict[str, StoredTap] | None:
-        """The entries of a layer that an earlier run stored; None unless the layer is complete and intact."""
+    def _intact(self, layer: int | None) -> dict[str, StoredTap] | None:
+        """The entries of a part that an earlier run stored; None unless it is complete and intact."""
         try:
             file = self._folder / layer_file(layer)
             header = read_header(file)

@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import STREAMS, entering
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.parity.comparison import Comparison
@@ -142,8 +142,8 @@ class Expected:
         Raises:
             UsageError: the layer was not recorded, or the golden is compact and does not hold its input.
         """
-        last = self.config.num_hidden_layers - 1
-        key = TapKey(last, STREAMS) if layer is None else TapKey(layer, INPUT)
+        last = TapKey(self.config.num_hidden_layers - 1, STREAMS)
+        key = last if layer is None else entering(self.config, layer)
         if key not in self.golden.keys:
             raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
         if not self.golden.whole(key):
@@ -288,12 +288,13 @@ def _no_inputs(golden: Golden) -> str:
 
 def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
     """The tap of the golden that a user means by ``name``. Raises :class:`UsageError`."""
-    outer = name in map(str, golden.taps(None))
-    full = name if layer is None or outer or name.startswith("layers.") else f"layers.{layer}.{name}"
+    config = golden.config
+    outer = name in map(str, golden.taps(None)) and layer not in config.stage_layers
+    full = name if layer is None or outer or name.startswith(("layers.", "mtp.")) else config.prefix(layer) + name
     inner = next((key for key in golden.keys if key.layer is not None and key.tap.name == name), None)
-    if layer is None and inner is not None:
+    if layer is None and not outer and inner is not None:
         raise UsageError(f"{name}: of which layer? Say layer=, or the full name, such as {inner}")
-    key = TapKey.parse(full)
+    key = TapKey.parse(full, config)
     number = key.layer
     if number is not None:
         golden.taps(number)  # refuses one that was not recorded
@@ -303,7 +304,7 @@ def _key(name: str, layer: int | None, golden: Golden) -> TapKey:
         elif key.tap.is_state:
             why = "no token came one by one, so there is no state between calls"
         else:
-            why = f"layer {number}, of {golden.config.describe(number)}, has no such tap"
+            why = f"{key.where}, of {config.describe(number)}, has no such tap"
         raise UsageError(f"{full}: not in {golden.path}: {why}")
     return key
 
@@ -356,7 +357,7 @@ def _sorted_choices(taken: Activations) -> Activations:
     for weights in taken:
         if weights.tap is not _WEIGHTS:
             continue
-        chosen = TapKey(weights.layer, _EXPERTS)
+        chosen = dataclasses.replace(weights, tap=_EXPERTS)
         experts = taken.get(chosen)
         if experts is None:
             raise UsageError(f"{weights}: in the order of {chosen}, which has to be handed over too")

@@ -164,7 +164,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 
 
 def _order(key: TapKey) -> tuple[float, str]:
-    """By layer, the model level last, then by name."""
+    """By layer or stage, the model level last, then by name."""
     return (math.inf if key.layer is None else key.layer, str(key))
 
 

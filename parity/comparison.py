@@ -13,7 +13,7 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of, tokens_of_row
+from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of, token_ids, tokens_of_row
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -25,8 +25,8 @@ from dsv4_convert.parity.systematic import ExpertShares, Independence, Systemati
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
-from dsv4_convert.spec.tap import Values
-from dsv4_convert.spec.taps import TapKey, tap_named, taps_of
+from dsv4_convert.spec.tap import AFTER, BEFORE, Values
+from dsv4_convert.spec.taps import TapKey, taps_of
 
 Array = np.ndarray[Any, Any]
 #: Where the channels of a head have their errors in common, those of the shares of its keys.
@@ -210,13 +210,13 @@ class Comparison:
 
     def _systematic(self, key: TapKey, part: Array, view: View, *, inherited: bool) -> Systematic | None:
         ratio = tokens_of_row(key, self._config)
-        tokens = self.golden.tokens[:, ratio - 1 :: ratio]
+        tokens = token_ids(self.golden.tokens, self._config, key.layer)[:, ratio - 1 :: ratio]
         part, inside = self.within_phase(key, part, view)
         rows = slice(None) if inside.rows is None else list(inside.rows)
         routing = None
         if key.tap.name == "ffn.experts":
             routing = ExpertShares(
-                *(self.golden.read(TapKey(key.layer, tap_named(name)))[:, rows] for name in _ROUTING)
+                *(self.golden.read(TapKey.of(self._config, key.layer, name))[:, rows] for name in _ROUTING)
             )
         rules = weights_of(key, self._config).values()
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
@@ -252,7 +252,7 @@ class Comparison:
         scores = next((tap for tap in taps if tap.name == choice.tap.scores), None)
         if scores is None:
             return None
-        key = TapKey(choice.layer, scores)
+        key = TapKey.of(self._config, choice.layer, scores)
         shape = self.golden.shape(key)
         if not math.prod(shape):
             return None
@@ -284,11 +284,15 @@ def _share(result: TapResult) -> float:
 
 
 def weights_of(key: TapKey, config: Config) -> dict[str, Rule]:
-    """The parameters that the operation of a tap uses itself, and their rows in the names table."""
+    """The parameters that the operation of a tap uses itself, and their rows in the names table.
+
+    A stage has no embedding and no output matrix of its own; there it uses the model's.
+    """
     layers = () if key.layer is None else (key.layer,)
-    rules = {path: rule for path, rule, owner in parameters(config, layers) if owner == key.layer}
-    prefix = "" if key.layer is None else f"layers.{key.layer}."
-    return {path: rules[path] for path in (prefix + weight for weight in key.tap.weights) if path in rules}
+    rules = {path: rule for path, rule, owner in parameters(config, layers) if owner in (key.layer, None)}
+    places = (key.prefix, "") if key.tap.where in (BEFORE, AFTER) else (key.prefix,)
+    found = (next((place + weight for place in places if place + weight in rules), None) for weight in key.tap.weights)
+    return {path: rules[path] for path in found if path is not None}
 
 
 def _visible(config: Config, scores: TapKey, shape: tuple[int, ...]) -> Array | None:

@@ -16,13 +16,13 @@ from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import Block
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.layers import Layers, ScannedLayers, through
-from dsv4_convert.model.model import embed
+from dsv4_convert.model.model import Model, embed
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parity.calls import calls_of
 from dsv4_convert.parity.forward import Activations, Array, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.weights.restore import restore_layers
+from dsv4_convert.weights.restore import restore_layers, restore_stage
 
 _EMBED_AXES = "vocab width"
 #: The tap that changes the program when it is recorded or replaced: without it, scores are not all in memory at once.
@@ -36,7 +36,7 @@ class LayerProgram(NamedTuple):
     ``recorded``: the layer's taps are results, too.
     """
 
-    graph: nnx.GraphDef[Layers]
+    graph: nnx.GraphDef[Any]
     layers: int
     capacity: int
     recorded: bool = True
@@ -67,13 +67,17 @@ class CompiledForward(Forward):
                 "embed",
             )
         streams, values = self._devices.run(_embed, (config.hc_mult, self._dtype), table, self._tokens)
-        return activations(None, values), streams
+        return activations(config, None, values), streams
 
     def layer(
         self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
     ) -> tuple[Activations, jax.Array | Array]:
-        """Run one layer. ``overrides`` replace the activations that it goes on with."""
-        kept = {key: value for key, value in (overrides or {}).items() if key.tap.name not in (_SCORES, STREAMS.name)}
+        """Run one layer or stage. ``overrides`` replace the activations that it goes on with."""
+        kept = {
+            key: value
+            for key, value in (overrides or {}).items()
+            if key.stage is not None or key.tap.name not in (_SCORES, STREAMS.name)
+        }
         return super().layer(layer, entering, kept)
 
     def _head_step(self) -> int:
@@ -83,15 +87,20 @@ class CompiledForward(Forward):
         return _compiled_head
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+        run: Callable[..., Any] = run_stage if layer in self._weights.config.stage_layers else run_layer
         program, state = self._program(layer)
-        found: tuple[jax.Array, dict[str, Any], LayerCache | None] = self._devices.run(
-            run_layer, program, state, *operands
-        )
+        found: tuple[jax.Array, dict[str, Any], LayerCache | None] = self._devices.run(run, program, state, *operands)
         return found
+
+    def _stage_head(self, layer: int, streams: jax.Array | Array, overrides: Mapping[TapKey, Array]) -> Activations:
+        return {}  # a stage's program has its head in it
 
     def _attention(self, layer: int) -> Attention:
         program, state = self._program(layer)
-        layers = nnx.merge(program.graph, state).layers
+        module = nnx.merge(program.graph, state)
+        if isinstance(module, Model):
+            return module.mtp[0].attn
+        layers = module.layers
         if not isinstance(layers, ScannedLayers):
             return layers[-1].attn
         (segment,) = layers.segments
@@ -102,27 +111,33 @@ class CompiledForward(Forward):
         """The program and weights of a layer; cached until another layer is requested."""
         if self._compiled is None or self._compiled[0] != layer:
             self._compiled = None  # give the memory back first
-            model = self._model
-            stack = stack_of(self._weights.config, layer, scanned=model.scanned)
             with self._devices.step(f"read all of layer {layer}"):
-                layers = restore_layers(
-                    self._weights,
-                    stack,
-                    dtype=self._weight_dtype,
-                    numerics=self._numerics,
-                    scanned=model.scanned,
-                    mesh=self._devices.mesh,
-                    encoded=model.weights == "source",
-                )
-            for block in blocks_of(layers):
-                block.ffn.experts.path = model.experts
-            graph, state = nnx.split(layers)
-            self._compiled = (layer, (LayerProgram(graph, len(stack), self._tokens.shape[1]), state))
+                module, count = self._restored(layer)
+            for block in blocks_of(module):
+                block.ffn.experts.path = self._model.experts
+            graph, state = nnx.split(module)
+            self._compiled = (layer, (LayerProgram(graph, count, self._tokens.shape[1]), state))
         return self._compiled[1]
 
+    def _restored(self, layer: int) -> tuple[Any, int]:
+        """The module that has a layer with its weights, and how many layers or stages it has."""
+        config, model = self._weights.config, self._model
+        options: dict[str, Any] = {
+            "dtype": self._weight_dtype,
+            "numerics": self._numerics,
+            "mesh": self._devices.mesh,
+            "encoded": model.weights == "source",
+        }
+        if layer in config.stage_layers:
+            return restore_stage(self._weights, layer, **options), 1
+        stack = stack_of(config, layer, scanned=model.scanned)
+        return restore_layers(self._weights, stack, scanned=model.scanned, **options), len(stack)
 
-def blocks_of(layers: Layers) -> list[Any]:
-    """The blocks of some layers, stacked ones where they are scanned."""
+
+def blocks_of(layers: Layers | Model) -> list[Any]:
+    """The blocks of some layers, stacked ones where they are scanned; or of a model's stages."""
+    if isinstance(layers, Model):
+        return list(layers.mtp)
     if isinstance(layers.layers, ScannedLayers):
         return [block for segment in layers.layers.segments for block in segment]
     return list(layers.layers)
@@ -169,6 +184,27 @@ def run_layer(
     if isinstance(layers, ScannedLayers):
         return left, values, jax.tree.map(lambda stacked: stacked[-1], states[-1][-1])
     return left, values, states[-1]
+
+
+@partial(jax.jit, static_argnums=0)
+def run_stage(
+    program: LayerProgram,
+    state: nnx.State[Any, Any],
+    streams: jax.Array,
+    next_ids: jax.Array,
+    positions: jax.Array,
+    overrides: dict[str, jax.Array],
+    past: Past[LayerCache] | None,
+) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
+    """A stage by the model's own function: the streams that leave it, its taps, of which the logits are always there,
+    and its new state."""
+    model: Model = nnx.merge(program.graph, state)
+    own = model.config.prefix(0)
+    left = own + STREAMS.name
+    taps = Taps(lambda name: program.recorded or name == left, {own + name: value for name, value in overrides.items()})
+    logits, after = model.draft(streams, next_ids, positions, taps=taps, past=past)
+    values = {name.removeprefix(own): value for name, value in taps.values.items()}
+    return values[STREAMS.name], {"logits": logits} | values, after
 
 
 def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | None) -> Past[tuple[Any, ...]] | None:

@@ -165,7 +165,7 @@ def _check(file: Path, metadata: Mapping[str, str], arrays: Mapping[str, Array])
 def _packed(value: Any, arrays: dict[str, Array]) -> Any:
     """A value as JSON, its arrays in ``arrays`` and their names in their places."""
     if isinstance(value, TapKey):
-        return str(value)
+        return [value.layer, str(value)]
     if isinstance(value, np.ndarray):
         name = f"array-{len(arrays)}"
         arrays[name] = value
@@ -193,7 +193,8 @@ def _unpacked(kind: Any, value: Any, arrays: Mapping[str, Array]) -> Any:
     if origin is np.ndarray:
         return arrays[value]
     if kind is TapKey:
-        return TapKey.parse(value)
+        layer, name = value
+        return dataclasses.replace(TapKey.parse(name), layer=layer)
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         hints = typing.get_type_hints(kind)

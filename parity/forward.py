@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import STREAMS
+from dsv4_convert.golden.layout import STREAMS, token_ids
 from dsv4_convert.model.attention import Attention
-from dsv4_convert.model.block import DecoderBlock, Routed
+from dsv4_convert.model.block import DecoderBlock, MTPBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
@@ -26,9 +25,11 @@ from dsv4_convert.parity.calls import calls_of, rows_in_all
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.tap import AFTER
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region
+from dsv4_convert.weights.experts import MATRICES, ExpertCache, routed_sum
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.restore import restore_block
 
@@ -37,7 +38,7 @@ _FLOAT32 = np.dtype(np.float32)
 #: Columns of the output head that are in memory at a time; at V4-Pro's width 235 MB in float32.
 HEAD_WORDS = 8192
 _HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
-_LOGITS = TapKey(None, tap_named("logits"))
+_LOGITS = "logits"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
 
@@ -67,6 +68,7 @@ class Forward:
         self._dtype = dtype
         self._numerics = numerics
         self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
+        self._expert_cache = ExpertCache(self._read_expert)
         self._resident: tuple[int, tuple[nnx.GraphDef[DecoderBlock], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
@@ -74,30 +76,43 @@ class Forward:
 
     def embed(self) -> tuple[Activations, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
-        used, where = np.unique(np.asarray(self._tokens), return_inverse=True)
+        config, taps = self._weights.config, Taps(_everything)
+        streams = embed(*self._embedding(np.asarray(self._tokens)), config.hc_mult, self._dtype, taps)
+        return activations(config, None, taps.values), streams
+
+    def _embedding(self, ids: Array) -> tuple[jax.Array, jax.Array]:
+        """The rows of the embedding that some ids need, and the row of each id."""
+        used, where = np.unique(ids, return_inverse=True)
         rows = self._weights.read_rows("embed", used, self._dtype)
-        taps = Taps(_everything)
-        streams = embed(
-            jnp.asarray(rows),
-            jnp.asarray(where.reshape(self._tokens.shape)),
-            self._weights.config.hc_mult,
-            self._dtype,
-            taps,
-        )
-        return activations(None, taps.values), streams
+        return jnp.asarray(rows), jnp.asarray(where.reshape(ids.shape))
 
     def layer(
         self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
     ) -> tuple[Activations, jax.Array | Array]:
-        """Run one layer. ``overrides`` replace the activations that it goes on with."""
-        entering = jnp.asarray(entering, self._dtype)
+        """Run one layer or stage. ``overrides`` replace the activations that it goes on with.
+
+        A stage has a head, so its logits are among its activations.
+        """
+        found, leaving = self._calls_of(layer, jnp.asarray(entering, self._dtype), overrides or {})
+        if layer in self._weights.config.stage_layers:
+            found |= self._stage_head(layer, leaving, overrides or {})
+        return found, leaving
+
+    def _stage_head(self, layer: int, streams: jax.Array | Array, overrides: Mapping[TapKey, Array]) -> Activations:
+        return self.head(streams, overrides, stage=layer)
+
+    def _calls_of(
+        self, layer: int, entering: jax.Array, overrides: Mapping[TapKey, Array]
+    ) -> tuple[Activations, jax.Array | Array]:
+        """One layer or stage, call by call."""
         config = as_v4(self._weights.config)
+        ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
         batch, tokens = self._tokens.shape
         cache = None
         if self._calls[0].cached:
             cache = empty_layer(config, config.layer_kind(layer), batch, tokens, self._dtype, self._numerics)
         # The state follows from taps that can be replaced themselves.
-        given = {key: value for key, value in (overrides or {}).items() if not key.tap.is_state}
+        given = {key: value for key, value in overrides.items() if not key.tap.is_state}
         whole: Activations = {}
         leaving = np.empty((), np.float32)
         state: dict[str, Array] = {}
@@ -105,9 +120,9 @@ class Forward:
             replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
             past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
-            operands = (call.take(entering), call.take(self._tokens), positions, replace, past)
+            operands = (call.take(entering), call.take(ids), positions, replace, past)
             left, values, cache = self._call(layer, operands)
-            found = activations(layer, values)
+            found = activations(config, layer, values)
             if cache is None:
                 return found, left
             if not whole:
@@ -115,10 +130,10 @@ class Forward:
                 leaving = np.empty(entering.shape, left.dtype)
             for key, value in found.items():
                 call.put(value, whole[key], key, config)
-            call.put(np.asarray(left), leaving, TapKey(layer, STREAMS), config)
+            call.put(np.asarray(left), leaving, TapKey.of(config, layer, STREAMS), config)
             if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
                 state = state_after(self._attention(layer), cache, tokens - self._decode)
-        return whole | activations(layer, state), leaving
+        return whole | activations(config, layer, state), leaving
 
     def _empty(self, key: TapKey, part: Array) -> Array:
         """Room for all rows of a tap, of which ``part`` has some."""
@@ -131,21 +146,35 @@ class Forward:
         ``operands``: streams, token ids, positions, overrides by name, and the state before.
         """
         graph, state = self._block(layer)
-        streams, routed, first, cache = self._devices.run(_to_experts, graph, state, *operands)
+        _, ids, _, replace, _ = operands
+        embedded = None
+        if layer in self._weights.config.stage_layers:
+            rows, where = self._embedding(np.asarray(ids))
+            embedded = rows[where]
+        streams, routed, first, cache = self._devices.run(_to_experts, graph, state, embedded, *operands)
         output = self._experts(layer, routed)
-        *_, replace, _ = operands
         left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
         return left, {**first, **second}, cache
 
     def _attention(self, layer: int) -> Attention:
         return nnx.merge(*self._block(layer)).attn
 
-    def head(self, streams: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None) -> Activations:
-        """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time."""
+    def head(
+        self, streams: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None, *, stage: int | None = None
+    ) -> Activations:
+        """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time.
+
+        ``stage``: the layer number of a stage, which has its own collapse and norm; None: the model level.
+        """
         config = self._weights.config
+        own = "" if stage is None else config.prefix(stage)
         with self._devices.step("read the model level"):
-            fixed = tuple(self._devices.put(self._weights.read(path)) for path in _HEAD)
-        given = {key.tap.name: jnp.asarray(value) for key, value in (overrides or {}).items() if key != _LOGITS}
+            fixed = tuple(self._devices.put(self._weights.read(own + path)) for path in _HEAD)
+        given = {
+            key.tap.name: jnp.asarray(value)
+            for key, value in (overrides or {}).items()
+            if key.tap.where is AFTER and key.tap.name != _LOGITS
+        }
         entering = jnp.asarray(streams, self._dtype)
         logits = []
         step = self._head_step()
@@ -157,8 +186,8 @@ class Forward:
                 )
             # The operations before the matrix are small, so they run again for every piece.
             values = self._devices.run(self._head_program(), config, (*fixed, words), entering, given)
-            logits.append(np.asarray(values[_LOGITS.tap.name]))
-        return {**activations(None, values), _LOGITS: np.concatenate(logits, axis=-1)}
+            logits.append(np.asarray(values[_LOGITS]))
+        return activations(config, stage, values | {_LOGITS: np.concatenate(logits, axis=-1)})
 
     def _head_program(self) -> Callable[..., Any]:
         return to_logits
@@ -197,28 +226,19 @@ class Forward:
 
     def _own_experts(self, layer: int, routed: Routed) -> Array:
         """The part of the sum that this process computes, float32 ``[B * S, D]``."""
-        x = np.asarray(routed.x)
-        flat = x.reshape(-1, x.shape[-1])
-        # An expert that does not exist is the nearest that does, as XLA's gather has it; the choice itself is reported.
-        last = self._weights.config.n_routed_experts - 1
-        experts = np.clip(np.asarray(routed.routing.experts), 0, last).reshape(len(flat), -1)
-        shares = np.asarray(routed.routing.weights).reshape(len(flat), -1)
-        total = np.zeros(flat.shape, np.float32)
-        for expert in self._devices.mine(np.unique(experts).tolist()):
-            tokens, slots = np.nonzero(experts == expert)
-            # Padded to a power of two, so that few programs serve every number of tokens; and to two rows at least,
-            # because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
-            padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), flat.dtype)
-            padded[: len(tokens)] = flat[tokens]
-            matrices = (
-                self._weights.read_expert(f"layers.{layer}.ffn.experts.{part}", expert, self._weight_dtype)
-                for part in ("w1", "w2", "w3")
-            )
-            share = np.zeros(len(padded), np.float32)
-            share[: len(tokens)] = shares[tokens, slots]
-            output = np.asarray(_expert(padded, share, *matrices, self._weights.config.swiglu_limit, self._numerics))
-            np.add.at(total, tokens, output[: len(tokens)])
-        return total
+        config = self._weights.config
+        return routed_sum(
+            routed,
+            np.ones(routed.x.shape[:2], bool),
+            lambda experts: self._expert_cache.each(layer, self._devices.mine(experts)),
+            last=config.n_routed_experts - 1,
+            limit=config.swiglu_limit,
+            numerics=self._numerics,
+        )
+
+    def _read_expert(self, layer: int, expert: int) -> tuple[Array, ...]:
+        stack = f"{self._weights.config.prefix(layer)}ffn.experts."
+        return tuple(self._weights.read_expert(stack + name, expert, self._weight_dtype) for name in MATRICES)
 
 
 def _everything(name: str) -> bool:
@@ -229,15 +249,19 @@ def _everything(name: str) -> bool:
 def _to_experts(
     graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
+    embedded: jax.Array | None,
     streams: jax.Array,
     token_ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
     past: Past[LayerCache] | None,
 ) -> tuple[jax.Array, Routed, dict[str, jax.Array], LayerCache | None]:
-    """The attention half, and the expert half up to the routing."""
+    """The attention half, and the expert half up to the routing; in a stage what joins ``embedded`` to the streams."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
+    if isinstance(block, MTPBlock):
+        assert embedded is not None
+        streams = block.join(streams, embedded, taps)
     streams, cache = block.attend(streams, token_ids, positions, taps, past)
     return streams, block.route(streams, token_ids, taps), taps.values, cache
 
@@ -266,10 +290,7 @@ def to_logits(
     return taps.values
 
 
-_expert = jax.jit(weighted, static_argnums=(5, 6))
-
-
-def activations(layer: int | None, values: Mapping[str, Any]) -> Activations:
+def activations(config: Config, layer: int | None, values: Mapping[str, Any]) -> Activations:
     """Recorded values, by name within the layer, as NumPy arrays; bfloat16 becomes float32."""
-    arrays = {TapKey(layer, tap_named(name)): np.asarray(value) for name, value in values.items()}
+    arrays = {TapKey.of(config, layer, name): np.asarray(value) for name, value in values.items()}
     return {key: array if array.dtype.kind in "if" else array.astype(np.float32) for key, array in arrays.items()}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsv4_convert.golden.layout import INPUT, STREAMS
+from dsv4_convert.golden.layout import STREAMS, entering
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, weights_of
@@ -20,7 +20,7 @@ from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import Localization, TapResult
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.published import PublishedWeights
 
@@ -48,7 +48,7 @@ class Localizer:
             last = golden.config.num_hidden_layers - 1
             embedded, _ = self.forward.embed()
             return embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), overrides)
-        activations, _ = self.forward.layer(layer, golden.read(TapKey(layer, INPUT)), overrides)
+        activations, _ = self.forward.layer(layer, golden.read(entering(golden.config, layer)), overrides)
         return activations
 
     def localize(self, layer: int | None, activations: Activations) -> Localization:
@@ -79,12 +79,13 @@ class Localizer:
 
     def _suspects(self, layer: int | None, wrong: Iterable[TapResult], activations: Activations) -> tuple[int, ...]:
         """If the routed experts are wrong: the experts that every failing token, and no passing one, was sent to."""
-        key = TapKey(layer, tap_named("ffn.experts"))
+        config = self.comparison.golden.config
+        key = TapKey.of(config, layer, "ffn.experts")
         result = next((result for result in wrong if result.key == key), None)
         if result is None:
             return ()
         failing = self.comparison.rows_beyond(key, activations[key], result.mode)
-        chosen = self.comparison.golden.read(TapKey(layer, tap_named("ffn.gate.experts")))
+        chosen = self.comparison.golden.read(TapKey.of(config, layer, "ffn.gate.experts"))
         suspects = np.setdiff1d(chosen[failing], chosen[~failing])
         explained = np.isin(chosen[failing], suspects).any(axis=-1).all()
         return tuple(int(expert) for expert in suspects) if explained else ()

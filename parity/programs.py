@@ -23,7 +23,7 @@ from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.weights.parameters import FLOAT32, Parameters
-from dsv4_convert.weights.restore import available_bytes, layers_bytes
+from dsv4_convert.weights.restore import available_bytes, layers_bytes, stage_bytes
 
 
 class Program(StrEnum):
@@ -147,12 +147,15 @@ def _needed(
 ) -> int:
     """Bytes of the largest layer's weights, and of its activations: on the device, here, and the golden's."""
     config = weights.config
-    stacks = {config.layer_kind(layer): stack_of(config, layer, scanned=options.scanned) for layer in layers}
-    encoded = options.weights == "source"
-    of_weights = (
-        layers_bytes(weights, stack, dtype=dtype, scanned=options.scanned, mesh=devices.mesh, encoded=encoded)
-        for stack in stacks.values()
-    )
+    stages = [layer for layer in layers if layer in config.stage_layers]
+    stacks = {
+        config.layer_kind(layer): stack_of(config, layer, scanned=options.scanned)
+        for layer in layers
+        if layer not in stages
+    }
+    placed: dict[str, Any] = {"dtype": dtype, "mesh": devices.mesh, "encoded": options.weights == "source"}
+    of_weights = [layers_bytes(weights, stack, scanned=options.scanned, **placed) for stack in stacks.values()]
+    of_weights += [stage_bytes(weights, layer, **placed) for layer in stages]
     model_level = config.vocab_size * config.hidden_size * FLOAT32.itemsize
     recorded = [golden.taps(layer) for layer in layers if layer in golden.layers]
     taps = max((sum(math.prod(golden.shape(key)) for key in keys) for keys in recorded), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import INPUT, STREAMS, is_fed
+from dsv4_convert.golden.layout import STREAMS, entering, is_fed, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN
@@ -66,8 +66,8 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all that golden and checkpoint both hold, and the model level: embedding,
-            head, logits.
+        layers: layers to compare; None for all that golden and checkpoint both hold, their mtp stages, and the model
+            level: embedding, head, logits. The numbers of stages follow those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
             inputs of layers.
@@ -151,9 +151,11 @@ def run_parity(
         raise UsageError("--state keeps the layers of one process, and several share this run; leave it out")
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     recorded = open_golden(golden)
-    layers = None if options.layers is None else check_layers(recorded.config, options.layers)
-    # A published checkpoint is opened as far as it is needed.
-    opened = layers or (recorded.layers if len(recorded.layers) < recorded.config.num_hidden_layers else None)
+    layers = None if options.layers is None else check_layers(recorded.config, options.layers, stages=True)
+    # A published checkpoint is opened as far as it is needed, and all of it for stages.
+    config, wanted = recorded.config, layers or recorded.layers
+    all_of_them = len(wanted) == config.num_hidden_layers or bool(set(wanted) & set(config.stage_layers))
+    opened = None if all_of_them else wanted
     with ExitStack() as held:
 
         def published(where: Path | str, wanted: tuple[int, ...] | None) -> PublishedWeights:
@@ -373,27 +375,31 @@ class ParityRun:
     def _layers_of(self, mode: Mode) -> tuple[int, ...]:
         if mode is Mode.ISOLATED:
             return tuple(layer for layer in self._layers if layer in self._wanted_layers)
-        last = self._golden.config.num_hidden_layers - 1 if self._wants_head else max(self._layers)
-        return tuple(range(last + 1))
+        wanted = [layer for layer in self._layers if layer in self._wanted_layers]
+        ahead = [self._golden.config.num_hidden_layers - 1] * self._wants_head
+        return tuple(range(max([*wanted, *ahead], default=-1) + 1))
 
     def _run_all(self) -> None:
+        """The embedding, and then the layers, the head, and the stages."""
+        config = self._golden.config
         embeds = Mode.CUMULATIVE in self._needed or None in self._wanted_layers
         finished = self._take_up()
         if embeds and not finished:
             self._progress(0, 0, "embedding")
             with self._kept(0, None):
                 self._run_embedding()
-        total = len(self._running) + self._wants_head
-        for number, layer in enumerate(self._running):
+        steps = [step for step in parts(config, self._running) if step is not None or self._wants_head]
+        for number, layer in enumerate(steps):
             if number + embeds < finished:
                 continue
-            self._progress(number, total, f"layer {layer} of {self._golden.config.num_hidden_layers}")
+            of = "" if layer in config.stage_layers else f" of {config.num_hidden_layers}"
+            where = "head" if layer is None else f"{TapKey.of(config, layer, STREAMS).where}{of}"
+            self._progress(number, len(steps), where)
             with self._kept(number + embeds, layer):
-                self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
-        if self._wants_head and finished < total + embeds:
-            self._progress(total - 1, total, "head")
-            with self._kept(total - 1 + embeds, None):
-                self._run_head()
+                if layer is None:
+                    self._run_head()
+                else:
+                    self._run_layer(layer, [mode for mode, layers in self._needed.items() if layer in layers])
 
     def _take_up(self) -> int:
         """Add what an earlier run has found; the number of steps that it finished: embedding, layers, head."""
@@ -446,7 +452,8 @@ class ParityRun:
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
         self._localize(layer, activations, modes[-1], failed=failed)
-        if len(leaving) == len(MODES) and not self._teacher_forced:
+        # A stage hands its streams to no layer.
+        if len(leaving) == len(MODES) and not self._teacher_forced and layer < self._golden.config.num_hidden_layers:
             self._error_splits.append(self._split(layer, leaving))
 
     def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
@@ -457,7 +464,7 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, self._golden.read(TapKey(layer, INPUT)), overrides)
+            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)), overrides)
         activations, streams = self._forward.layer(layer, self._streams, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
@@ -556,10 +563,10 @@ class ParityRun:
         )
 
 
-def _keys(golden: Golden, layers: Iterable[int], *, model_level: bool) -> list[TapKey]:
-    """Every tap of the chosen layers, in order of execution."""
-    outer = golden.taps(None) if model_level else ()
-    return [*outer[:1], *(key for layer in layers for key in golden.taps(layer)), *outer[1:]]
+def _keys(golden: Golden, layers: Sequence[int], *, model_level: bool) -> list[TapKey]:
+    """Every tap of the chosen layers and stages, in order of execution."""
+    chosen = {*layers, None} if model_level else {*layers}
+    return [key for key in golden.keys if key.layer in chosen]
 
 
 def _dtype(golden: Golden, dtype: str | None) -> str:
@@ -617,7 +624,7 @@ def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -
                 f"{ranges(weights.layers)}: none is in both; record, or convert, layers that the other has"
             )
         return both
-    layers = check_layers(golden.config, wanted)
+    layers = check_layers(golden.config, wanted, stages=True)
     if absent := sorted(set(layers) - set(golden.layers)):
         raise UsageError(f"{golden.path}: recorded the layers {list(golden.layers)}, not {absent}; record these too")
     return layers

@@ -11,7 +11,7 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.prompt_coverage import LayerCoverage
 from dsv4_convert.parity.blame import WeightDifference
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import parameters, stage_of
+from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import TapKey
 
 
@@ -20,7 +20,7 @@ class Unchecked:
     """The parts of a checkpoint that a run does not use.
 
     Attributes:
-        stages: number of draft stages, which no golden has.
+        stages: number of draft stages that were left out.
         layers: layers that were left out.
         taps: number of taps that were left out in the layers that ran.
         embedding, head: whether the model level was left out, before and after the layers.
@@ -80,22 +80,23 @@ def unchecked(
     ran = {layer.layer: layer for layer in coverage}
     names = {str(key) for key in wanted}
     left_out = tuple(layer for layer in range(config.num_hidden_layers) if layer not in ran)
+    stages = tuple(layer for layer in config.stage_layers if layer not in ran)
     rows = config.vocab_size - len(np.unique(golden.tokens))
     tables = tuple(layer for layer in ran if config.hashed(layer))
     whole = not left_out and "embed" in names
 
     def weights() -> Iterator[str]:
         if whole:
-            yield from (path for path, _, _ in parameters(config) if stage_of(path) is not None)
+            yield from (path for path, _, layer in parameters(config, stages) if layer is not None)
         if rows and whole:
             yield "embed"
         if rows:
             yield from (f"layers.{layer}.ffn.gate.tid2eid" for layer in tables)
         for layer in (layer for layer, covered in ran.items() if covered.experts < covered.of):
-            yield from (f"layers.{layer}.ffn.experts.{part}" for part in ("w1", "w2", "w3"))
+            yield from (f"{config.prefix(layer)}ffn.experts.{part}" for part in ("w1", "w2", "w3"))
 
     return Unchecked(
-        stages=config.num_mtp_stages,
+        stages=len(stages),
         layers=left_out,
         taps=sum(len(golden.taps(layer)) for layer in ran) - sum(key.layer is not None for key in wanted),
         embedding="embed" not in names,

@@ -200,11 +200,12 @@ def _meaning(owner: type, member: str) -> str:
 
 def _taps(which: str) -> str:
     from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
-    from dsv4_convert.spec.v4.taps import STATE, TAPS
+    from dsv4_convert.spec.v4.taps import STAGE, STATE, TAPS
 
     model = (BEFORE, AFTER)
     chosen = {
-        "layer": [tap for tap in TAPS if tap.where not in model],
+        "layer": [tap for tap in TAPS if tap.where not in (*model, STAGE)],
+        "stage": [tap for tap in TAPS if tap.where is STAGE],
         "model": [tap for tap in TAPS if tap.where in model],
         "state": list(STATE),
     }[which]
@@ -213,7 +214,7 @@ def _taps(which: str) -> str:
             _code(tap.name),
             _code(" ".join(tap.shape.split())),
             tap.meaning + (" (a choice)" if tap.values is Values.CHOICE else ""),
-            "" if tap.where is LAYER else tap.where.label,
+            "" if tap.where in (LAYER, STAGE) else tap.where.label,
             ", ".join(map(_code, tap.weights)),
         ]
         for tap in chosen

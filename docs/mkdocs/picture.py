@@ -31,7 +31,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"show": "text escaped for where it goes, URLs without secrets, units, tables: every room uses it"},
 )
 
-#: What happens to a thing, in order, and where.
+#: The steps of each flow, in order, with their rooms.
 FLOWS: dict[str, tuple[tuple[str, str], ...]] = {
     "A tensor, from shard to chunk": (
         ("checkpoint", "read its bytes"),

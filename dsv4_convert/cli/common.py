@@ -41,7 +41,7 @@ _BUG = 70
 #: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
 _LAYER = r"[0-9]{1,5}"
 #: ``--layer`` / ``--layers`` of every command that has one.
-LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all."
+LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all. Default: all."
 
 #: Where a published checkpoint may be, of every command that takes one.
 SOURCES = "a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or gs://bucket/path."
@@ -52,6 +52,9 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE, or to stdout for '-'."),
 ]
+
+#: ``--revision`` of every command that has one.
+REVISION_HELP = "Branch, tag or commit of a repository. Default: its default branch."
 
 Verbose = Annotated[
     int,

@@ -54,7 +54,9 @@ def compile(
             help="source: quantised matrices stay published codes and scales, and are decoded at every use.",
         ),
     ] = "bfloat16",
-    layers: Annotated[int | None, typer.Option(min=1, help="Compile only the first N layers.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Compile only the first N layers. Default: all.")
+    ] = None,
     find_mesh: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +91,7 @@ def compile(
     model = Config.from_file(config)
     with status("compile") as say:
         if topology is not None:
-            say(topology)
+            say(f"{topology}, which gives no progress")
             where, sizes = Slice.parse(topology), None if mesh is None else parse_mesh(mesh)
             report = compile_model(
                 model, where, tokens=tokens, batch=batch, decode=decode, source=source, mesh=sizes, layers=layers

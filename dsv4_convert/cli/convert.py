@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    REVISION_HELP,
     SOURCES,
     Coordinator,
     Json,
@@ -72,7 +73,7 @@ def hf_to_orbax(
         int | None,
         typer.Option(min=1, help="Number of threads. Default: two more than there are cores, if the memory allows."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     discard_source: Annotated[
         bool,
         typer.Option(

@@ -28,7 +28,7 @@ _FEW = 20
 def diff(
     first: Annotated[str, typer.Argument(help=f"Checkpoint: {_EITHER}")],
     second: Annotated[str, typer.Argument(help="Another one, of either kind.")],
-    layer: Annotated[str, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = "all",
+    layer: Annotated[str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP)] = None,
     verbose: Verbose = 0,
     json: Json = None,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4_convert.cli.common import LAYERS_HELP, Json, echo, parse_layers, resumable, write_json
+from dsv4_convert.cli.common import LAYERS_HELP, REVISION_HELP, Json, echo, parse_layers, resumable, write_json
 from dsv4_convert.cli.status import byte_progress, status
 from dsv4_convert.show.units import size
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @resumable
 def download(
     repo: Annotated[str, typer.Argument(help="Repository, such as deepseek-ai/DeepSeek-V4-Flash.")],
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit; the default branch if not given.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     layers: Annotated[
         str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only the shards that they need.")
     ] = None,

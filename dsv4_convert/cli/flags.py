@@ -1,7 +1,8 @@
-"""Commands whose help shows no type for flags, which take no value."""
+"""Commands whose help fills the window, and shows no type for flags, which take no value."""
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -19,8 +20,16 @@ class _Flags:
         return params
 
 
+def filled(text: str | None) -> str | None:
+    """A text whose paragraphs are one line each, which the window breaks; the source breaks them elsewhere."""
+    return None if text is None else "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 class Command(_Flags, TyperCommand):
     """A command."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, help=filled(None if help is None else cleandoc(help)), **options)
 
 
 class Group(_Flags, TyperGroup):

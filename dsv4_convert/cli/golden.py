@@ -12,6 +12,7 @@ import typer
 
 from dsv4_convert.cli.common import (
     LAYERS_HELP,
+    REVISION_HELP,
     SOURCES,
     Json,
     console,
@@ -52,10 +53,13 @@ def record(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     first_position: Annotated[
-        int, typer.Option(help="Rotary position of the first token, without the tokens before it.")
+        int, typer.Option(metavar="POSITION", help="Rotary position of the first token, without the tokens before it.")
     ] = 0,
     decode: Annotated[
-        int, typer.Option(help="Decode the last N tokens of the prompt one by one, from the reference's cache.")
+        int,
+        typer.Option(
+            metavar="N", help="Decode the last N tokens of the prompt one by one, from the reference's cache."
+        ),
     ] = 0,
     greedy: Annotated[
         bool,
@@ -66,6 +70,12 @@ def record(
     layers: Annotated[
         str | None, typer.Option("--layers", "--layer", help=LAYERS_HELP + " Only these are kept.")
     ] = None,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages", help="Keep the mtp stages too, which run after all layers and have logits of their own."
+        ),
+    ] = False,
     reference: Annotated[
         str,
         typer.Option(
@@ -91,7 +101,7 @@ def record(
         typer.Option("--compact", help="Keep sketches and a few exact tokens, at most 1% of the size."),
     ] = False,
     exact: Annotated[str, typer.Option("--exact", metavar="POSITIONS", help=_EXACT_HELP)] = "-1",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     json: Json = None,
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
@@ -114,7 +124,7 @@ def record(
     chosen = parse_layers(layers)
     with status("recording") as say, ExitStack() as held:
         say("reading headers")
-        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, greedy=greedy))
+        opened = open_source(source, revision=revision, layers=layers_that_run(chosen, all_of_them=stages or greedy))
         checkpoint = held.enter_context(opened)
         vocabulary = checkpoint.architecture().vocab_size
         note_fetched(checkpoint, say)
@@ -127,6 +137,7 @@ def record(
                 tokens=ids,
                 text=None if text is None else [text],
                 layers=chosen,
+                stages=stages,
                 first_position=first_position,
                 decode=decode,
                 greedy=greedy,
@@ -184,7 +195,7 @@ def compact(
         say("opening")
         opened = open_golden(golden)
         kept = Compact.of(_positions(exact), opened.tokens.shape[1])
-        made = shrink(opened, out, kept, lambda at: say("model level" if at is None else f"layer {at}"))
+        made = shrink(opened, out, kept, say.step)
     before, after = opened.nbytes, made.nbytes
     echo(f"{out}: {size(after)}, {after / before:.2%} of {size(before)}", err=json == "-")
     write_json({"schema_version": 1, "path": str(out), "bytes": after, "bytes_whole": before}, json)
@@ -206,8 +217,8 @@ def show(
         say("opening")
         opened = open_golden(golden)
         reached = []
-        for layer in opened.layers:
-            say(f"layer {layer}")
+        for done, layer in enumerate(opened.layers):
+            say.step(done, len(opened.layers), f"layer {layer} of {opened.config.num_hidden_layers}")
             reached.append(prompt_coverage(opened, layer))
         odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {
@@ -236,6 +247,7 @@ def show(
 def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
     """One line for each fact and each layer, then the table of taps."""
     from dsv4_convert.show.tables import fitted
+    from dsv4_convert.spec.taps import TapKey
 
     request = opened.manifest.request
     reference, source = request.reference, request.source
@@ -262,7 +274,8 @@ def _print_golden(opened: Opened, reached: list[LayerCoverage]) -> None:
         echo(f"{name:<14} {text}")
     for layer in reached:
         missed = "; ".join(layer.missed) or "every operation is reached"
-        echo(f"{'reach':<14} layer {layer.layer}: {layer.experts} of {layer.of} experts; {missed}")
+        where = TapKey.of(opened.config, layer.layer, "ffn").where
+        echo(f"{'reach':<14} {where}: {layer.experts} of {layer.of} experts; {missed}")
     screen = console()
     screen.print(fitted(_table_of_taps(opened), screen, dispensable=("axes", "in")), highlight=False)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import Json, console, reported, write_json
+from dsv4_convert.cli.common import REVISION_HELP, Json, console, reported, write_json
 from dsv4_convert.cli.status import status
 
 
@@ -19,7 +19,7 @@ def inspect(
             "https://… for a golden."
         ),
     ],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     json: Json = None,
 ) -> None:
     """Show what something is: its layers in one picture, parameters and bytes by part and dtype, and anything odd.

@@ -49,11 +49,12 @@ def parity(
         str | None,
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
-    layer: Annotated[str, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = "all",
+    layer: Annotated[str | None, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = None,
     taps: Annotated[
         list[str] | None,
         typer.Option(
-            help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated.",
+            help="Compare only taps that match, such as 'attn.*' or 'layers.3.ffn.gate.*'; may be repeated. Default: "
+            "all.",
             autocompletion=complete_taps,
         ),
     ] = None,
@@ -88,7 +89,8 @@ def parity(
         int | None,
         typer.Option(
             metavar="TOKENS",
-            help="The compiled layer gets prompts in chunks from the cache, as dsv4 generate runs them.",
+            help="The compiled layer gets prompts in chunks of so many tokens from the cache, as dsv4 generate runs "
+            "them. Default: whole prompts.",
         ),
     ] = None,
     mode: Annotated[

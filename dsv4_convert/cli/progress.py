@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv4_convert.cli.common import console, plain
-from dsv4_convert.cli.status import status
+from dsv4_convert.cli.status import noting_compilations, status, what_column
 from dsv4_convert.show.units import duration, size
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def conversion_progress() -> Iterator[Callable[[Advance], None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bars = (BarColumn(bar_width=20),) if screen.width >= _ROOMY else ()
-    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=screen, transient=True) as bar:
+    what = what_column()
+    columns = (TextColumn("{task.percentage:>3.0f}%"), *bars, what)
+    with Progress(*columns, console=screen, transient=True) as bar, noting_compilations(what):
         task = bar.add_task("starting", total=None)
 
         def show(now: Advance) -> None:

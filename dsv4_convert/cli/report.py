@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from dsv4_convert.cli.common import Json, console, reported, write_json
+from dsv4_convert.cli.destination import check_destination, write_text
+from dsv4_convert.cli.ending import wrote
 from dsv4_convert.errors import CheckFailed
 from dsv4_convert.show.units import number_of
 
@@ -17,6 +19,10 @@ from dsv4_convert.show.units import number_of
 def report(
     before: Annotated[Path, typer.Argument(help="Report that `dsv4 parity --json FILE` wrote.")],
     after: Annotated[Path, typer.Argument(help="Report of a later run.")],
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write both runs side by side as one HTML page."),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Compare two parity runs tap by tap: what fails now, and what became worse or better.
@@ -24,12 +30,14 @@ def report(
     An error has changed if it is more than twice as large, or less than half. Exits 1 if a tap fails that did not, or
     is no longer compared.
 
-    Example: dsv4 report yesterday.json today.json
+    Example: dsv4 report yesterday.json today.json --report changes.html
     """
-    from dsv4_convert.parity.report.changes import Became, changes, table
+    from dsv4_convert.parity.report.changes import Became, ReportedRun, changes, table
     from dsv4_convert.parity.report.data import plain
 
-    found = changes(before, after)
+    check_destination("--report", page)
+    runs = ReportedRun.read(before), ReportedRun.read(after)
+    found = changes(*runs)
     counts = Counter(change.kind for change in found)
     write_json(
         {"schema_version": 1, "counts": {kind.value: counts[kind] for kind in Became}, "taps": plain(found)}, json
@@ -39,5 +47,10 @@ def report(
         window.print(table(found))
     said = ", ".join(f"{kind}: {number_of(counts[kind], 'tap')}" for kind in Became if counts[kind])
     window.print(said, highlight=False)
+    if page is not None:
+        from dsv4_convert.parity.report.html.beside import page as beside
+
+        write_text("--report", page, beside(*runs, found))
+        wrote("report", page)
     if counts[Became.FAILS_NOW] or counts[Became.GONE]:
         raise CheckFailed(f"{after}: taps fail, or are missing, that passed in {before}")

@@ -9,9 +9,10 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4_convert.cli.common import console, echo, plain
+from dsv4_convert.show.compiling import listen, tell
 from dsv4_convert.show.units import clock, size
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Status:
     def line(self) -> str:
         """The line as it is now."""
         seconds = time.monotonic() - self._begun
-        parts = [f"{self._title}: {self._text}" if self._text else self._title]
+        parts = [": ".join(part for part in (self._title, self._text) if part)]
         if self.note:
             parts.append(self.note)
         if seconds >= 1:
@@ -86,7 +87,7 @@ def status(title: str) -> Iterator[Status]:
     if not _animated(screen):
         say = _lines(screen)
         shown = Status(title, lambda now: say(lambda: now.line), functools.partial(echo, err=True), screen.width)
-        with _compilations(shown):
+        with noting_compilations(shown):
             yield shown
         return
 
@@ -94,13 +95,23 @@ def status(title: str) -> Iterator[Status]:
         screen.print(text, highlight=False, soft_wrap=True)
 
     shown = Status(title, lambda now: None, out, screen.width)
-    with screen.status(shown), _compilations(shown):
+    with screen.status(shown), noting_compilations(shown):
         yield shown
 
 
+class Noted(Protocol):
+    """Something that shows a note while it is not empty."""
+
+    note: str
+
+
+#: What is shown now.
+_SHOWN: list[Noted] = []
+
+
 @contextmanager
-def _compilations(shown: Status) -> Iterator[None]:
-    """Note while XLA compiles what is not in its cache yet; the listener costs nothing where JAX is not loaded."""
+def noting_compilations(shown: Noted) -> Iterator[None]:
+    """Note while something is compiled that is not in a cache yet."""
     _SHOWN.append(shown)
     try:
         yield
@@ -108,25 +119,29 @@ def _compilations(shown: Status) -> Iterator[None]:
         _SHOWN.remove(shown)
 
 
-#: The place where compilations are noted.
-_SHOWN: list[Status] = []
+def _note(text: str) -> None:
+    for shown in _SHOWN:
+        shown.note = text
+
+
+listen(_note)
 
 
 def note_compilations() -> None:
-    """Let JAX tell the status line when it compiles. Imports JAX; call it once."""
+    """Let JAX tell when it compiles, too. Imports JAX; call it once."""
     from jax import monitoring
 
-    def listen(event: str, **_: Any) -> None:
-        note = {
-            "/jax/compilation_cache/compile_requests_use_cache": "compiling, once",
-            "/jax/compilation_cache/cache_hits": "",
-            "/jax/compilation_cache/cache_misses": "",
-        }.get(event)
-        if note is not None:
-            for shown in _SHOWN:
-                shown.note = note
+    begins = {
+        "/jax/compilation_cache/compile_requests_use_cache": True,
+        "/jax/compilation_cache/cache_hits": False,
+        "/jax/compilation_cache/cache_misses": False,
+    }
 
-    monitoring.register_event_listener(listen)
+    def heard(event: str, **_: Any) -> None:
+        if event in begins:
+            tell(begins=begins[event])
+
+    monitoring.register_event_listener(heard)
 
 
 def note_fetched(checkpoint: Checkpoint, shown: Status) -> None:
@@ -145,21 +160,22 @@ def note_fetched(checkpoint: Checkpoint, shown: Status) -> None:
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """How far something is, on stderr, for (done, total, what) in bytes: a bar, or a line now and then."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     screen = console(err=True)
     if not _animated(screen):
-        say = _lines(screen)
-        yield lambda done, total, what: say(lambda: f"{title} {what}: {size(done)} of {size(total)}".lstrip())
+        with _byte_lines(title, screen) as advance:
+            yield advance
         return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    what = what_column()
     columns = (
-        TextColumn("{task.description}", markup=False),
+        what,
         *((BarColumn(bar_width=_BAR),) if screen.width >= _ROOMY else ()),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar, noting_compilations(what):
         task = bar.add_task(title, total=None)
         room = screen.width - _NUMBERS - (_BAR if screen.width >= _ROOMY else 0)
         yield functools.partial(_advance, bar, task, title, max(room, 8))
@@ -171,6 +187,32 @@ _NUMBERS, _BAR, _ROOMY = 40, 20, 75
 
 def _advance(bar: Progress, task: Any, title: str, room: int, done: int, total: int, what: str) -> None:
     bar.update(task, completed=done, total=total, description=f"{title} {what}".strip()[:room])
+
+
+def what_column() -> Any:
+    """The column of a bar that says what is done, or its note."""
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class Noting(ProgressColumn):
+        note = ""
+
+        def render(self, task: Task) -> Text:
+            return Text(self.note or task.description)
+
+    return Noting()
+
+
+@contextmanager
+def _byte_lines(title: str, screen: Console) -> Iterator[Callable[[int, int, str], None]]:
+    say = _lines(screen)
+    shown = Status(title, lambda now: say(lambda: now.line), functools.partial(echo, err=True), screen.width)
+
+    def advance(done: int, total: int, what: str) -> None:
+        shown.step(done, total, f"{what}, {size(done)} of {size(total)}".removeprefix(", "))
+
+    with noting_compilations(shown):
+        yield advance
 
 
 def _animated(screen: Console) -> bool:

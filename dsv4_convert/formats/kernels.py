@@ -17,7 +17,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
+from numba.core import event
 from numpy.typing import NDArray
+
+from dsv4_convert.show.compiling import tell
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +38,24 @@ COUNTED = 1 << 16
 
 #: The operations of :func:`convert` on a bit pattern.
 COPY, WIDEN, NARROW = 0, 1, 2
+
+
+class _Told(event.Listener):
+    """Passes on when numba compiles a function that is not in its cache, with the functions that it calls."""
+
+    depth = 0
+
+    def on_start(self, event: event.Event) -> None:
+        self.depth += 1
+        tell(begins=True)
+
+    def on_end(self, event: event.Event) -> None:
+        self.depth -= 1
+        if not self.depth:
+            tell(begins=False)
+
+
+event.register("numba:compile", _Told())
 
 # error_model="numpy": a division by zero gives inf or NaN, as in torch, instead of a Python exception.
 _inline = numba.njit(nogil=True, error_model="numpy")
@@ -390,6 +411,23 @@ def convert_columns(source: Bits, out: Bits, action: int) -> None:
                 kept, j = out[c, r0:r1], np.uint64(c - c0)
                 for i in range(np.uint64(kept.size)):
                     kept[i] = tile[i, j]
+
+
+@kernel
+def transpose_bytes(source: Bits, out: Bits) -> None:
+    """Bytes ``[R, C]`` into the transposed ``out`` ``[C, R]``, eight at a time."""
+    rows, columns = source.shape
+    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
+    for c0 in range(0, columns, TILE):
+        c1 = min(c0 + TILE, columns)
+        for r0 in range(0, rows, TILE):
+            r1 = min(r0 + TILE, rows)
+            _fill_tile(source, r0, r1, c0, c1, tile)
+            _transpose(tile.view(np.uint64), transposed.view(np.uint64))
+            for c in range(c0, c1):
+                kept, column = out[c, r0:r1], transposed[c - c0]
+                for i in range(np.uint64(kept.size)):
+                    kept[i] = column[i]
 
 
 @kernel

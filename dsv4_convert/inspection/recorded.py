@@ -14,7 +14,8 @@ from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Refer
 from dsv4_convert.golden.noise import RUN_DTYPES, is_noise
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.inspection.report import Inspection, What
-from dsv4_convert.show.units import ranges
+from dsv4_convert.show.units import number_of, ranges
+from dsv4_convert.spec.taps import TapKey
 
 
 def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[str], None]) -> Inspection:
@@ -31,11 +32,14 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
         prompts += f", the last {golden.decode} one by one"
     if request.first_position:
         prompts += f", from position {request.first_position:,} on"
+    backbone = tuple(layer for layer in golden.layers if layer not in golden.config.stage_layers)
+    stages = len(golden.layers) - len(backbone)
     facts = _origin(request.reference, request.source) | {
         "tokens": prompts,
         "stored": f"{len(golden.names):,} taps, "
         + ("whole" if golden.compact is None else "compact")
-        + f", of layers {ranges(golden.layers)}",
+        + f", of layers {ranges(backbone)}"
+        + (f" and {number_of(stages, 'mtp stage')}" if stages else ""),
         "noise": ", ".join(request.noise) or "none",
     }
     arrays = {"taps": 0, "sketches and rows": 0, "noise floors": 0}
@@ -46,13 +50,13 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
     wanted = RUN_DTYPES if golden.numerics == "plain" else ("bfloat16",)
     if missing := [dtype for dtype in wanted if dtype not in request.noise]:
         odd.append(f"no noise floor of {' and '.join(missing)}, so parity cannot judge in that dtype")
-    every = golden.config.num_hidden_layers
     for layer in golden.layers:
-        say(f"layer {layer}")
+        where = TapKey.of(golden.config, layer, "ffn").where
+        say(where)
         reached = prompt_coverage(golden, layer)
-        odd += [f"layer {layer}: {missed}" for missed in reached.missed]
+        odd += [f"{where}: {missed}" for missed in reached.missed]
         if reached.experts < reached.of:
-            odd.append(f"layer {layer}: {reached.of - reached.experts} of {reached.of} experts are reached by no token")
+            odd.append(f"{where}: {reached.of - reached.experts} of {reached.of} experts are reached by no token")
     odd += [problem for layer in (*golden.layers, None) for problem in golden.malformed_noise(layer)]
     return Inspection(
         what=What.GOLDEN,
@@ -60,7 +64,7 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
         known_by=known_by,
         facts=facts,
         config=golden.config,
-        layers=None if len(golden.layers) == every else golden.layers,
+        layers=None if len(backbone) == golden.config.num_hidden_layers else backbone,
         arrays={kind: nbytes for kind, nbytes in arrays.items() if nbytes},
         odd=tuple(odd),
     )
@@ -90,7 +94,7 @@ def inspect_recording(folder: Path, *, place: str, known_by: str) -> Inspection:
         known_by=known_by,
         facts=facts,
         config=request.config,
-        layers=tuple(finished),
+        layers=tuple(layer for layer in finished if layer not in request.config.stage_layers),
         odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
     )
 

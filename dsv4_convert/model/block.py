@@ -1,4 +1,4 @@
-"""One layer: an attention half and an expert half, each inside a hyper-connection; and the block of the mtp stage.
+"""One layer: an attention half and an expert half, each inside a hyper-connection; and the block of an mtp stage.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
 """
@@ -167,8 +167,8 @@ class MTPBlock(Block):
     Source: published inference code, the block of its ``mtp`` layers.
     """
 
-    def __init__(self, config: V4Config, numerics: Numerics = PLAIN) -> None:
-        super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
+    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
         self.numerics = numerics
         streams, width = config.hc_mult, config.hidden_size
         self.e_proj = parameter("width whole_width", width, width)
@@ -193,14 +193,16 @@ class MTPBlock(Block):
 
         ``positions`` belong to the streams' tokens. With a ``past`` the stage's new state is returned too.
         """
-        return self(self._joined(streams, embedded, taps), next_ids, positions, taps, past)
+        return self(self.join(streams, embedded, taps), next_ids, positions, taps, past)
 
-    def _joined(
+    def join(
         self, streams: Float[Array, "B S N D"], embedded: Float[Array, "B S D"], taps: Taps
     ) -> Float[Array, "B S N D"]:
+        """The streams that enter the stage's layer."""
         eps = self.config.rms_norm_eps
+        streams, embedded = taps("streams", streams), taps("embed", embedded)
         token = taps("enorm", rms_norm(embedded, self.enorm[...], eps))
         past = taps("hnorm", rms_norm(streams, self.hnorm[...], eps))
-        token = taps("e_proj", self.numerics.linear(token, self.e_proj[...]))
-        past = taps("h_proj", self.numerics.linear(past, self.h_proj[...]))
+        token = taps("e_proj", self.numerics.linear(token, self.e_proj.get_value()))
+        past = taps("h_proj", self.numerics.linear(past, self.h_proj.get_value()))
         return token[:, :, None] + past

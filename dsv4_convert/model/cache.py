@@ -183,6 +183,12 @@ def empty_layer(
     return _empty_v4(config, kind[0], window, capacity, pooled)
 
 
+def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[LayerCache, ...]:
+    """The states of the draft stages before the first token. They have a window only."""
+    rows = (batch, config.sliding_window - 1, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(rows, dtype), None, None) for _ in config.stage_layers)
+
+
 def _empty_v4(
     config: V4Config, kind: AttentionKind, window: Float[Array, "B P C"], capacity: int, pooled: DTypeLike
 ) -> LayerCache:

@@ -1,13 +1,13 @@
-"""The whole model, from tokens to logits, and the mtp stages, which draft tokens.
+"""The whole model, from tokens to logits, and its draft stages, of multi-token prediction or of DSpark.
 
-Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``V`` vocabulary.
+Shape letters: ``B`` batch, ``S`` tokens, ``T`` layers that a draft reads, ``N`` streams, ``D`` width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
+from dsv4_convert.model.dspark import Drafted, DSparkBlock
 from dsv4_convert.model.hyper_connection import head_collapse
 from dsv4_convert.model.layers import layers_of, through
 from dsv4_convert.model.norm import rms_norm
@@ -131,7 +132,7 @@ class Decoder(nnx.Module):
 class Model(Decoder):
     """DeepSeek-V4.
 
-    The forward pass does not use the stages in ``mtp``; :meth:`draft` runs one of them.
+    The forward pass does not use the stages in ``mtp``; :meth:`propose` drafts tokens with them, whichever they are.
 
     Source: paper section 2; published inference code, ``Transformer``.
 
@@ -148,7 +149,7 @@ class Model(Decoder):
         self.hc_head_fn = parameter("mix streams", streams, streams * width)
         self.hc_head_base = parameter("mix", streams)
         self.hc_head_scale = parameter("mix", 1)
-        self.mtp = nnx.List([MTPBlock(config, numerics) for _ in range(config.num_mtp_stages)])
+        self.mtp = nnx.List([_stage(config, stage, numerics) for stage in range(config.num_mtp_stages)])
 
     def enter(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The carry of layer 0, which is the streams alone."""
@@ -157,6 +158,65 @@ class Model(Decoder):
     def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """What the logits are made of: the streams that leave the last layer."""
         return streams
+
+    def reading_drafts(self) -> Taps:
+        """The taps that :meth:`propose` reads of a call of :meth:`advance`."""
+        return Taps(frozenset(map(_leaving, self.config.draft_sources)).__contains__)
+
+    def propose(
+        self,
+        recorded: Taps,
+        following: Int[Array, "B S"],
+        first: Int[Array, " B"],
+        past: Past[tuple[LayerCache, ...]],
+        taps: Taps | None = None,
+    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+        """Draft the tokens after the next, and the stages' new states.
+
+        Args:
+            recorded: :meth:`reading_drafts` after a call of :meth:`advance` with ``S`` tokens of each prompt.
+            following: the token that follows each of these; the last ``past`` counts of them is the next token.
+            first: position of each prompt's first token.
+            past: the states of all stages.
+            taps: records activations, below ``mtp.0.`` and so on.
+        """
+        taps = taps or Taps()
+        positions = (first + past.before)[:, None] + jnp.arange(following.shape[1])
+        last = jnp.maximum(past.count - 1, 0)
+        features = [recorded.values[_leaving(layer)] for layer in self.config.draft_sources]
+        if self.config.dspark is not None:
+            anchor = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0]
+            return self._draft_block(jnp.stack(features, axis=2), anchor, positions, past, taps)
+        own = past.of(past.cache[0])
+        logits, state = self.draft(features[0], following, positions, only=last, taps=taps, past=own)
+        assert state is not None
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return Drafted(tokens, logits, None), (state, *past.cache[1:])
+
+    def _draft_block(
+        self,
+        features: Float[Array, "B S T N D"],
+        anchor: Int[Array, " B"],
+        positions: Int[Array, "B S"],
+        past: Past[tuple[LayerCache, ...]],
+        taps: Taps,
+    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+        """A block of DSpark's, which begins with the ``anchor``, the token after the last of the call."""
+        dspark, stages = self.config.dspark, cast(list[DSparkBlock], list(self.mtp))
+        assert dspark is not None
+        noise = jnp.full((len(anchor), dspark.block_size - 1), dspark.noise_token_id, anchor.dtype)
+        ids = jnp.concatenate([anchor[:, None], noise], axis=1)
+        streams = embed(self.embed[...], ids, self.config.hc_mult, features.dtype, taps.within("mtp.0."))
+        context = stages[0].context(features, taps.within("mtp.0."))
+        states = []
+        for stage, (block, state) in enumerate(zip(stages, past.cache, strict=True)):
+            own = taps.within(f"mtp.{stage}.")
+            streams, state = block.refine(streams, ids, context, positions, past.of(state), own)
+            states.append(state)
+        last = stages[-1]
+        x = head_collapse(streams, *_collapse(last), self.config, own)
+        logits = output(x, last.norm[...], self.head[...], self.config, own)
+        return last.choose(x, logits, anchor, own), tuple(states)
 
     def draft(
         self,
@@ -169,7 +229,7 @@ class Model(Decoder):
         taps: Taps | None = None,
         past: Past[LayerCache] | None = None,
     ) -> tuple[Float[Array, "B Y V"], LayerCache | None]:
-        """Logits of the token after the next, by one of the stages; with a ``past`` the stage's new state too.
+        """Logits of the token after the next, by an mtp stage; with a ``past`` the stage's new state too.
 
         Args:
             streams: output streams of the last layer, or of the previous stage, at each token.
@@ -181,7 +241,7 @@ class Model(Decoder):
             past: the stage's state. One of its tokens is a pair: the streams, and the id of the next token.
         """
         taps = (taps or Taps()).within(f"mtp.{stage}.")
-        block = self.mtp[stage]
+        block = cast(MTPBlock, self.mtp[stage])
         embedded = self.embed[...][next_ids].astype(streams.dtype)
         streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)
         if only is not None:
@@ -193,8 +253,22 @@ class Model(Decoder):
     ) -> Float[Array, "B S V"]:
         """Logits of the streams that leave the last layer, or a ``stage``, which has its own collapse and norm."""
         own = stage or self
-        collapse = (own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...])
-        return head(streams, *collapse, own.norm[...], self.head[...], self.config, taps)
+        return head(streams, *_collapse(own), own.norm[...], self.head[...], self.config, taps)
+
+
+def _stage(config: V4Config, stage: int, numerics: Numerics) -> MTPBlock | DSparkBlock:
+    return MTPBlock(config, numerics) if config.dspark is None else DSparkBlock(config, stage, numerics)
+
+
+def _leaving(layer: int) -> str:
+    """The tap of the streams that leave a layer."""
+    return f"layers.{layer}.hc_ffn.streams"
+
+
+def _collapse(
+    own: Model | MTPBlock | DSparkBlock,
+) -> tuple[Float[Array, "N ND"], Float[Array, " N"], Float[Array, "1"]]:
+    return own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...]
 
 
 def row_of(rows: Float[Array, "B S *rest"], index: Int[Array, " B"]) -> Float[Array, "B 1 *rest"]:

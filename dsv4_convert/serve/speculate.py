@@ -1,10 +1,11 @@
-"""Speculative decoding: the mtp stage drafts a token, and the next pass through the model accepts or rejects it.
+"""Speculative decoding: the draft stages draft tokens, and the next pass through the model accepts or rejects them.
 
-Shape letters: ``B`` prompts, ``S`` tokens of a call, ``V`` vocabulary, ``N`` streams, ``D`` width.
+Shape letters: ``B`` prompts, ``S`` tokens of a call, ``K`` drafted tokens, ``C`` = K + 1 choices, ``N`` streams.
 
-A pass takes three tokens of each prompt: one or two that are certain but not in the cache yet, and then the draft. The
-logits of the last certain token give the next token. If that is the draft, the draft's logits give one more: two tokens
-for one pass. If not, the draft is dropped, since the cache keeps only the certain tokens.
+The stages draft K tokens: one with multi-token prediction, a block with DSpark. A pass takes 2 K + 1 tokens of each
+prompt: 1 to K + 1 that are certain but not in the cache yet, and then the drafts. The logits of the last certain token
+give the next token. If that is the first draft, the draft's logits give one more, and so on: up to K + 1 tokens for one
+pass. The drafts from the first wrong one on are dropped, since the cache keeps only the certain tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +20,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dsv4_convert.model import Cache, Model, Numerics, Taps
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.model.cache import LayerCache, Past, empty_stages
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.v4.kinds import AttentionKind
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int, Shaped
-
-#: Tokens of a pass.
-PASS = 3
+    from jaxtyping import Array, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +38,17 @@ class Drafts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodingState:
-    """State after the same tokens of every prompt, in the model and in the mtp stage."""
+    """State after the same tokens of every prompt, in the model and in its draft stages."""
 
     model: Cache
-    stage: LayerCache
+    stages: tuple[LayerCache, ...]
 
     @classmethod
     def empty(cls, config: Config, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics) -> DecodingState:
         """The state before the first token, for ``capacity`` tokens of each prompt."""
         return cls(
             Cache.empty(config, batch, capacity, dtype=dtype, numerics=numerics),
-            empty_layer(config, (AttentionKind.SLIDING, False), batch, capacity, dtype),
+            empty_stages(config, batch, dtype),
         )
 
 
@@ -64,14 +61,13 @@ def prefill(
     following: Int[Array, "B S"],
     count: Int[Array, " B"],
 ) -> DecodingState:
-    """Add ``count`` tokens of each prompt; the stage reads each together with the token after it."""
+    """Add ``count`` tokens of each prompt; the stages read each together with the token after it."""
     model = nnx.merge(graph, state)
-    streams, cache = model.advance(tokens, decoding.model, count=count, taps=Taps())
-    _, stage = model.draft(
-        streams, following, _positions(decoding.model, tokens), past=Past(decoding.stage, decoding.model.tokens, count)
-    )
-    assert stage is not None
-    return DecodingState(cache, stage)
+    reading = model.reading_drafts()
+    _, cache = model.advance(tokens, decoding.model, count=count, taps=reading)
+    seen = decoding.model
+    _, stages = model.propose(reading, following, seen.first, Past(decoding.stages, seen.tokens, count))
+    return DecodingState(cache, stages)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -81,44 +77,37 @@ def verify(
     decoding: DecodingState,
     tokens: Int[Array, "B S"],
     certain: Int[Array, " B"],
-    drafted: Bool[Array, " B"],
-) -> tuple[DecodingState, Int[Array, "B 2"], Bool[Array, " B"], Int[Array, " B"]]:
+    drafted: Int[Array, " B"],
+) -> tuple[DecodingState, Int[Array, "B C"], Int[Array, " B"], Int[Array, "B K"]]:
     """One pass.
 
     Args:
         graph, state: the model.
         decoding: the state before this pass.
-        tokens: certain tokens, a draft, padding.
+        tokens: certain tokens, drafts, padding.
         certain: how many tokens are certain; 0 for a prompt that takes no part.
-        drafted: whether a draft follows these.
+        drafted: how many drafts follow these.
 
     Returns:
-        The state after the certain tokens. The first choice after the last certain token, and after the draft. Whether
-        the draft is accepted, so that the second choice counts too. The draft of the token after the last that counts.
+        The state after the certain tokens. The first choice after the last certain token, and after each draft. How
+        many drafts are accepted; one choice more than these counts. The drafts after the last choice that counts.
     """
     model = nnx.merge(graph, state)
-    streams, cache = model.advance(tokens, decoding.model, count=certain + drafted, keep=certain, taps=Taps())
+    reading, seen = model.reading_drafts(), decoding.model
+    streams, cache = model.advance(tokens, seen, count=certain + drafted, keep=certain, taps=reading)
     last = jnp.maximum(certain - 1, 0)
-    both = jnp.stack([last, last + 1], axis=1)
-    chosen = jnp.argmax(model.logits(_rows_at(streams, both), Taps()), axis=-1).astype(jnp.int32)
-    accepted = drafted & (chosen[:, 0] == _rows_at(tokens, certain[:, None])[:, 0])
+    most = model.config.draft_tokens
+    at = last[:, None] + jnp.arange(most + 1)
+    chosen = jnp.argmax(model.logits(_rows_at(streams, at), Taps()), axis=-1).astype(jnp.int32)
+    right = (chosen[:, :-1] == _rows_at(tokens, at[:, 1:])) & (jnp.arange(most) < drafted[:, None])
+    accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
 
-    # The stage reads pairs: each token of this pass, and the token that follows it.
+    # The stages read each token of this pass together with the token that follows it.
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    following = following.at[jnp.arange(len(tokens))[:, None], both].set(chosen)
-    logits, stage = model.draft(
-        streams,
-        following,
-        _positions(decoding.model, tokens),
-        only=last + accepted,
-        past=Past(decoding.stage, decoding.model.tokens, certain + accepted, certain),
-    )
-    assert stage is not None
-    return DecodingState(cache, stage), chosen, accepted, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
-
-
-def _positions(cache: Cache, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    return (cache.first + cache.tokens)[:, None] + jnp.arange(tokens.shape[1])
+    following = following.at[jnp.arange(len(tokens))[:, None], at].set(chosen)
+    past = Past(decoding.stages, seen.tokens, certain + accepted, certain)
+    drafts, stages = model.propose(reading, following, seen.first, past)
+    return DecodingState(cache, stages), chosen, accepted, drafts.tokens
 
 
 def _rows_at(rows: Shaped[Array, "B S *rest"], at: Int[Array, "B Y"]) -> Shaped[Array, "B Y *rest"]:

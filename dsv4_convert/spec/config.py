@@ -168,6 +168,10 @@ class Config(ABC):
         """Number of routed experts of a layer."""
         return self.n_routed_experts
 
+    def prefix(self, layer: int) -> str:
+        """The beginning of the paths of a layer's or stage's parameters: ``layers.12.``, ``mtp.0.``."""
+        return prefix_of(layer, layer - self.num_hidden_layers if layer in self.stage_layers else None)
+
     def without_stages(self) -> Self:
         """The backbone alone."""
         return dataclasses.replace(self, num_mtp_stages=0, dspark=None)
@@ -176,6 +180,16 @@ class Config(ABC):
     def stage_layers(self) -> range:
         """The layer numbers of the stages after the backbone."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens the stages draft at a time: one, or a block of DSpark's."""
+        return 1 if self.dspark is None else self.dspark.block_size
+
+    @property
+    def draft_sources(self) -> tuple[int, ...]:
+        """The backbone layers whose outgoing streams the stages read: the last one, or DSpark's targets."""
+        return (self.num_hidden_layers - 1,) if self.dspark is None else self.dspark.target_layer_ids
 
     @property
     def num_vision_blocks(self) -> int:
@@ -282,6 +296,13 @@ class Config(ABC):
     def unordered(self, layers: Sequence[int]) -> bool:
         """Whether these are not ascending layers of the backbone."""
         return list(layers) != sorted(set(layers)) or any(layer >= self.num_hidden_layers for layer in layers)
+
+
+def prefix_of(layer: int | None, stage: int | None) -> str:
+    """The beginning of the names of a layer, of a stage by its own number, or of the model level (both None)."""
+    if stage is not None:
+        return f"mtp.{stage}."
+    return "" if layer is None else f"layers.{layer}."
 
 
 def _stored(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:

@@ -442,18 +442,18 @@ def stage_of(name: str) -> int | None:
 
 
 def parameters(config: Config, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Rule, int | None]]:
-    """Every parameter of the model, or of the chosen layers and the model level: path, rule, layer.
+    """Every parameter of the model, or of the chosen layers and stages and the model level: path, rule, layer.
 
     Stages and vision blocks are numbered on from the layers (:meth:`Section.members`).
     """
-    chosen = Section.LAYERS.members(config) if layers is None else layers
-    sections = (Section.MODEL, Section.LAYERS) if layers is not None else tuple(Section)
-    for section in sections:
+    chosen = None if layers is None else tuple(layers)
+    for section in Section if chosen is None else (Section.MODEL, Section.LAYERS, Section.STAGES):
+        members = section.members(config)
         rules = config.names.of(section)
         for rule in rules:
             if not rule.numbered and rule.when.holds(config, section.first(config)):
                 yield rule.path, rule, None
-        for member in chosen if section is Section.LAYERS else section.members(config):
+        for member in members if chosen is None else (layer for layer in chosen if layer in members):
             for rule in rules:
                 if rule.numbered and rule.when.holds(config, member):
                     yield rule.path.format(*rule.numbers(config, member)), rule, member
@@ -465,16 +465,21 @@ def located(config: Config, path: str) -> tuple[Rule, int | None]:
     return rule, rule.section.first(config) + template(path)[1][0] if rule.numbered else None
 
 
-def check_layers(config: Config, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """The chosen layers, sorted; all of them for None. Raises :class:`UsageError` for one that does not exist."""
+def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool = False) -> tuple[int, ...]:
+    """The chosen layers, sorted; all of them for None, without stages. With ``stages`` these may be chosen too.
+
+    Raises:
+        UsageError: a layer that does not exist.
+    """
     if layers is None:
         return tuple(range(config.num_hidden_layers))
     chosen = tuple(sorted(set(layers)))
-    wrong = [layer for layer in chosen if not 0 <= layer < config.num_hidden_layers]
+    there = range(config.stage_layers.stop if stages else config.num_hidden_layers)
+    wrong = [layer for layer in chosen if layer not in there]
     if wrong or not chosen:
+        of_stages = f", and its mtp stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
         raise UsageError(
             f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1} "
-            "(mtp stages are not layers)"
+            f"{config.num_hidden_layers - 1}{of_stages or ' (mtp stages are not layers)'}"
         )
     return chosen

@@ -31,16 +31,20 @@ class Values(StrEnum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Where:
-    """The layers that have a tap, in words and as a condition on config and layer; or the model level."""
+    """The layers that have a tap, in words and as a condition on config and layer; or the ends of the model.
+
+    A stage has the layer number that its config gives it, and both ends of the model for itself: it embeds the tokens
+    after those of the layers, and it has a head.
+    """
 
     label: str
     of_layer: Callable[[Any, int], bool] | None = None
 
     def holds(self, config: Any, layer: int | None) -> bool:
-        """Whether ``layer`` (None: the model level) has the tap."""
-        if layer is None or self.of_layer is None:
-            return layer is None and self.of_layer is None
-        return self.of_layer(config, layer)
+        """Whether ``layer``, which may be that of a stage (None: the model level), has the tap."""
+        if self.of_layer is None:
+            return layer is None or layer in config.stage_layers
+        return layer is not None and self.of_layer(config, layer)
 
 
 BEFORE = Where("model, before the layers")

@@ -1,6 +1,7 @@
 """Taps by name, of whatever architecture: the keys that model, golden, tolerances and report speak of.
 
-A full name is ``layers.12.attn.wq_a`` or, for the model level, ``embed``. :mod:`dsv4_convert.spec.tap` explains rows.
+A full name is ``layers.12.attn.wq_a``, ``mtp.0.attn.wq_a`` or, for the model level, ``embed``.
+:mod:`dsv4_convert.spec.tap` explains rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.spec.architectures import ARCHITECTURES
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import Config, prefix_of
 from dsv4_convert.spec.tap import Tap
 
 #: Every tap of every architecture.
@@ -23,35 +24,70 @@ assert len(_BY_NAME) == len(ALL_TAPS), "two architectures have different taps of
 
 @dataclasses.dataclass(frozen=True)
 class TapKey:
-    """A tap of one layer, or of the model level (``layer`` None). ``str`` gives its full name."""
+    """A tap of one layer or stage, or of the model level (``layer`` None). ``str`` gives its full name.
+
+    ``stage``: the number of the stage, whose ``layer`` is the one that :class:`Config` gives it.
+    """
 
     layer: int | None
     tap: Tap
+    stage: int | None = None
 
     @classmethod
-    def parse(cls, name: str) -> TapKey:
-        """The key of a full name such as ``layers.12.attn.wq_a``. Raises :class:`UsageError` for an unknown one."""
-        layer: int | None = None
-        rest = name
-        if name.startswith("layers.") and name.count(".") >= 2:
-            _, number, rest = name.split(".", 2)
-            layer = int(number) if number.isascii() and number.isdecimal() else None
+    def of(cls, config: Config, layer: int | None, tap: Tap | str) -> TapKey:
+        """The key of a tap, given by itself or by its name within ``layer``, which may be that of a stage."""
+        stage = layer - config.num_hidden_layers if layer is not None and layer in config.stage_layers else None
+        return cls(layer, _BY_NAME[tap] if isinstance(tap, str) else tap, stage)
+
+    @classmethod
+    def parse(cls, name: str, config: Config | None = None) -> TapKey:
+        """The key of a full name such as ``layers.12.attn.wq_a``. The layer of a stage is known with a ``config`` only.
+
+        Raises:
+            UsageError: there is no such tap.
+        """
+        kind, number, rest = _split(name)
         tap = _BY_NAME.get(rest)
-        if tap is None or (layer is None) != (tap.where.of_layer is None):
+        if tap is None or (kind != "mtp" and (number is None) != (tap.where.of_layer is None)):
             raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
-        return cls(layer, tap)
+        if kind != "mtp" or number is None:
+            return cls(number, tap)
+        return cls(None if config is None else config.num_hidden_layers + number, tap, number)
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of its full name: ``layers.12.``, ``mtp.0.`` or nothing."""
+        return prefix_of(self.layer, self.stage)
+
+    @property
+    def label(self) -> str:
+        """Its layer, stage or level in tables: ``12``, ``mtp.0`` or ``model``."""
+        return self.prefix.removeprefix("layers.").rstrip(".") or "model"
+
+    @property
+    def where(self) -> str:
+        """Its layer, stage or level in sentences: ``layer 12``, ``stage mtp.0`` or ``model level``."""
+        return "model level" if not self.prefix else f"{'layer' if self.stage is None else 'stage'} {self.label}"
 
     def __str__(self) -> str:
-        return self.tap.name if self.layer is None else f"layers.{self.layer}.{self.tap.name}"
+        return self.prefix + self.tap.name
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """A full name as ``layers``, ``mtp`` or nothing, number, and name within the layer."""
+    parts = name.split(".", 2)
+    if len(parts) == 3 and parts[0] in ("layers", "mtp") and parts[1].isascii() and parts[1].isdecimal():
+        return parts[0], int(parts[1]), parts[2]
+    return "", None, name
 
 
 def taps_of(config: Config, layer: int | None) -> tuple[Tap, ...]:
-    """The taps of one layer, or of the model level (None), in order of execution."""
+    """The taps of one layer or stage, or of the model level (None), in order of execution."""
     return tuple(tap for tap in config.taps if tap.where.holds(config, layer))
 
 
 def state_of(config: Config, layer: int) -> tuple[Tap, ...]:
-    """The taps of the state that a layer keeps between calls."""
+    """The taps of the state that a layer or stage keeps between calls."""
     return tuple(tap for tap in config.state if tap.where.holds(config, layer))
 
 
@@ -66,8 +102,8 @@ def tap_named(name: str) -> Tap:
 
 
 def shape_of(name: str) -> tuple[str, ...] | None:
-    """The shape letters of a tap by its full name, or as ``layers.3.attn.q``; None for what is no tap."""
-    tap = _BY_NAME.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+    """The shape letters of a tap by its full name; None for what is no tap."""
+    tap = _BY_NAME.get(_split(name)[2])
     return None if tap is None else tuple(tap.shape.split())
 
 

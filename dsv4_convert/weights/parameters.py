@@ -33,7 +33,7 @@ class Parameters(Protocol):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are there, ascending."""
+        """The layers and stages that are there, ascending."""
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """Raises :class:`UsageError` for missing layers."""
@@ -49,6 +49,9 @@ class Parameters(Protocol):
 
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
+
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
 
     def token_map(self) -> Array:
         """The mapped id of every token, for the engrams (:func:`dsv4_convert.weights.token_map.token_map`)."""

@@ -48,13 +48,13 @@ def as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def change_dtype(module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-    """Convert the weights of a part of the model in place; ``prefix`` is its path in the whole model."""
+def change_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of a part of the model in place."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if not tensor.is_floating_point() or name.endswith("inv_freq"):
             continue
-        kept = dtype == torch.bfloat16 and _KEPT.search(prefix + name) is not None
+        kept = dtype == torch.bfloat16 and _KEPT.search(name) is not None
         tensor.data = tensor.data.to(torch.float32 if kept else dtype)
 
 

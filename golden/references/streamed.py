@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of
+from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of, token_ids
 from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, RUN_DTYPES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.precision import (
@@ -41,11 +41,13 @@ from dsv4_convert.golden.references.precision import (
     widened,
 )
 from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
+from dsv4_convert.golden.references.stage import Stage, module_name
+from dsv4_convert.golden.references.stage import probes as stage_probes
 from dsv4_convert.golden.references.state import state_after
 from dsv4_convert.spec.config import Config, Yarn
 from dsv4_convert.spec.coverage import Leaf, Resolution, Source
-from dsv4_convert.spec.names import Dialect, Kind
-from dsv4_convert.spec.taps import TapKey, is_state, tap_named
+from dsv4_convert.spec.names import Dialect, Kind, Rule
+from dsv4_convert.spec.taps import TapKey, is_state
 from dsv4_convert.spec.v4.config import V4Config, as_v4
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -93,10 +95,12 @@ _Forward = Callable[[str, Tensor, int, DynamicCache | None], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A layer (None: the head): its module, a call of it, and a function that converts it to the dtype of a run."""
+    """A layer, a stage or the head (None): its module, a call of it, and a function that converts it to the dtype of a
+    run. ``block`` is the decoder layer in the module."""
 
     module: nn.Module
     layer: int | None
+    block: nn.Module
     forward: _Forward
     convert: Callable[[str], None]
 
@@ -144,6 +148,10 @@ class StreamedModel:
         self._hf = DeepseekV4Config.from_dict(raw, attn_implementation=_EAGER, experts_implementation=_EAGER)
         self._rotary = modeling.DeepseekV4RotaryEmbedding(self._hf)
         _check_agreement(self._hf, self._rotary, self._config)
+        # Its config describes the stages as further layers.
+        self._hf.num_hidden_layers = self._config.stage_layers.stop
+        self._hf.layer_types = [self._config.kind(layer).value for layer in range(self._config.stage_layers.stop)]
+        self._hf.mlp_layer_types += ["moe"] * self._config.num_mtp_stages
         self._rotary.register_forward_pre_hook(partial(_moved, first_position), with_kwargs=True)
         self._calls = calls(tokens.shape[1], decode)
         self._given = {dtype: self._prepare(TORCH[dtype]) for dtype in (_GOLDEN, *self._noise.values())}
@@ -166,7 +174,7 @@ class StreamedModel:
             given.append(_Given(ids, positions, mask, angles))
             if seen is not None:  # a mask depends on how many tokens were seen, not on what they were
                 keys = torch.zeros(ids.shape[0], 1, ids.shape[1], 1)
-                for layer in range(self._config.num_hidden_layers):
+                for layer in range(len(seen.layers)):
                     seen.update(keys, keys, layer)
         return given
 
@@ -210,40 +218,81 @@ class StreamedModel:
 
     @torch.no_grad()
     def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
-        """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise."""
-        return self._run(self._layer(layer), state, expected)
+        """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise.
+
+        The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
+        """
+        return self._run(
+            self._stage(layer) if layer in self._config.stage_layers else self._layer(layer), state, expected
+        )
 
     def _layer(self, layer: int) -> _Part:
         """The reference's module of a layer with its weights, in the golden's dtype."""
         with torch.device("meta"):
             module = modeling.DeepseekV4DecoderLayer(self._hf, layer)
-        leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
-        experts = self._use_streamed_experts(
-            module.mlp.experts, {leaf.rule.path: leaf for leaf in leaves if leaf.rule.per_expert}
-        )
-        for inner in [name for name, part in module.named_modules() if type(part) is type(self._rotary)]:
-            module.set_submodule(inner, self._rotary)
         prefix = f"model.layers.{layer}."
-        self._fill(module, (leaf for leaf in leaves if not leaf.rule.per_expert), prefix)
+
+        def name(rule: Rule) -> str:
+            return rule.template(Dialect.MODULE).format(layer).removeprefix(prefix)
+
+        convert = self._fill_layer(module, module, layer, name)
 
         def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
-            given = self._given[run][call]
-            result: Tensor = module(
-                streams,
-                input_ids=given.ids,
-                position_embeddings=given.angles,
-                position_ids=given.positions,
-                attention_mask=given.mask,
-                **{_CACHE: cache},
-            )
+            result: Tensor = module(streams, **self._options(run, call, cache))
             return result
 
-        def convert(run: str) -> None:
-            change_dtype(module, prefix, TORCH[run])
-            for stack in experts:
-                stack.dtype = TORCH[run]
+        return _Part(module, layer, module, forward, convert)
 
-        return _Part(module, layer, forward, convert)
+    def _stage(self, layer: int) -> _Part:
+        """A stage of the reference's modules with its weights, in the golden's dtype."""
+        with torch.device("meta"):
+            module = Stage(self._hf, layer)
+        own = "mtp.{}."
+        convert = self._fill_layer(module, module.block, layer, lambda rule: module_name(rule.path.removeprefix(own)))
+        following = torch.from_numpy(token_ids(self._ids.numpy(), self._config, layer))
+
+        def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
+            start, stop = self._calls[call]
+            embedded = torch.from_numpy(self._embedded(following[:, start:stop])).to(streams.dtype)
+            result, normed = module(streams, embedded, **self._options(run, call, cache))
+            module.lm_head(self._logits(normed))
+            leaving: Tensor = result
+            return leaving
+
+        return _Part(module, layer, module.block, forward, convert)
+
+    def _fill_layer(
+        self, module: nn.Module, block: Any, layer: int, name: Callable[[Rule], str]
+    ) -> Callable[[str], None]:
+        """Give ``module``, with a decoder layer ``block`` in it, the weights of ``layer`` under their ``name`` in it.
+
+        Returns:
+            A function that converts them to the dtype of a run.
+        """
+        leaves = [leaf for leaf in self._leaves if leaf.layer == layer]
+        stacks = {leaf.path.rpartition(".")[2]: leaf for leaf in leaves if leaf.rule.per_expert}
+        experts = self._use_streamed_experts(block.mlp.experts, stacks)
+        for inner in [path for path, part in module.named_modules() if type(part) is type(self._rotary)]:
+            module.set_submodule(inner, self._rotary)
+        self._fill(module, {name(leaf.rule): leaf for leaf in leaves if not leaf.rule.per_expert})
+
+        def convert(run: str) -> None:
+            change_dtype(module, TORCH[run])
+            for stack in experts:
+                stack.convert(TORCH[run])
+
+        return convert
+
+    def _options(self, run: str, call: int, cache: DynamicCache | None) -> dict[str, Any]:
+        """The arguments of a decoder layer besides streams."""
+        given = self._given[run][call]
+        return {
+            "input_ids": given.ids,
+            "position_embeddings": given.angles,
+            "position_ids": given.positions,
+            "attention_mask": given.mask,
+            _CACHE: cache,
+        }
 
     @torch.no_grad()
     def run_head(self, state: State, expected: Expected) -> RecordedTaps:
@@ -258,19 +307,21 @@ class StreamedModel:
             norm = modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
             head = nn.Identity()
         root = nn.ModuleDict({"hc_head": hc_head, "norm": norm, "lm_head": head})
-        names = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
-        self._fill(root, [self._leaf(name) for name in names], "model.")
-        leaf = self._leaf("head")
+        leaves = [self._leaf(name) for name in ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")]
+        self._fill(root, {leaf.rule.template(Dialect.MODULE).removeprefix("model."): leaf for leaf in leaves})
 
         def forward(run: str, streams: Tensor, call: int, cache: DynamicCache | None) -> Tensor:
-            normed = norm(hc_head(streams))
-            starts = range(0, self._config.vocab_size, HEAD_ROWS)
-            rows = (self._floats(leaf, leaf.sources[0], rows=slice(start, start + HEAD_ROWS)) for start in starts)
-            products = [nn.functional.linear(normed, weight.to(normed.dtype)) for weight in rows]
-            result: Tensor = head(torch.cat(products, dim=-1))
+            result: Tensor = head(self._logits(norm(hc_head(streams))))
             return result
 
-        return _Part(root, None, forward, partial(_converted, root))
+        return _Part(root, None, root, forward, lambda run: change_dtype(root, TORCH[run]))
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        """Logits ``[B, S, V]``; some rows of the output matrix are in memory at a time."""
+        leaf = self._leaf("head")
+        starts = range(0, self._config.vocab_size, HEAD_ROWS)
+        rows = (self._floats(leaf, leaf.sources[0], rows=slice(start, start + HEAD_ROWS)) for start in starts)
+        return torch.cat([nn.functional.linear(normed, weight.to(normed.dtype)) for weight in rows], dim=-1)
 
     def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
@@ -311,11 +362,13 @@ class StreamedModel:
             inside = {name: (expected[name][0], shape) for name, (_, shape) in places.items()}
             before = min(start, self._config.sliding_window - 1)
             probes = HEAD_PROBES if part.layer is None else layer_probes(before)
+            if part.layer in self._config.stage_layers:
+                probes = stage_probes(probes)
             with ExitStack() as stack:
                 reduce = None
                 if golden is not None:
                     choices = {name: part_of(golden[name], *places[name]) for name in found if name in CHOICES}
-                    stack.enter_context(choosing(part.module, choices))
+                    stack.enter_context(choosing(part.block, choices))
                     reduce = partial(_distance, golden, places)
                 taps = stack.enter_context(recording(part.module, probes, inside, reduce))
                 streams.append(part.forward(run, entering[:, start:stop], call, cache))
@@ -335,54 +388,53 @@ class StreamedModel:
 
     def _place(self, name: str, layer: int | None, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
         """The rows of a tap that a call makes, and the shape of what it makes."""
-        key = TapKey(layer, tap_named(name))
+        key = TapKey.of(self._config, layer, name)
         shape = part_shape(key, self._config, batch=self._ids.shape[0], start=start, stop=stop)
         return rows_of(key, self._config, start, stop), shape
 
     def _leaf(self, path: str) -> Leaf:
         return next(leaf for leaf in self._leaves if leaf.path == path)
 
-    def _fill(self, module: nn.Module, leaves: Iterable[Leaf], prefix: str) -> None:
-        """Give ``module`` its weights. Every parameter and buffer has to be filled, and every leaf has to have a place.
+    def _fill(self, module: nn.Module, leaves: Mapping[str, Leaf]) -> None:
+        """Give ``module`` its weights, by name. Every parameter and buffer has to be filled, and every leaf has to have
+        a place.
 
         Raises:
             Dsv4Error: the module has other parameters than the checkpoint fills.
         """
         weights = {}
-        for leaf in leaves:
+        for name, leaf in leaves.items():
             (source,) = leaf.sources
-            name = leaf.rule.template(Dialect.MODULE).format(leaf.layer).removeprefix(prefix)
             weights[name] = self._integers(source) if leaf.rule.kind is Kind.INTEGER else self._floats(leaf, source)
         try:
             module.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
-            raise Dsv4Error(f"transformers' module {prefix} does not take the checkpoint's weights: {error}") from error
+            kind = type(module).__name__
+            raise Dsv4Error(f"transformers' {kind} does not take the checkpoint's weights: {error}") from error
         module.eval().requires_grad_(False)
 
     def _use_streamed_experts(self, experts: nn.Module, leaves: Mapping[str, Leaf]) -> list[_Streamed]:
         """Replace the fused parameters by objects that decode the expert that the eager forward asks for."""
-        w1, w2, w3 = (leaves[f"layers.{{}}.ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = (leaves[name] for name in ("w1", "w2", "w3"))
         stacks = []
         for name, halves in (("gate_up_proj", (w1, w3)), ("down_proj", (w2,))):
             delattr(experts, name)  # a registered parameter cannot be overwritten by another kind of object
-            stacks.append(_Streamed(partial(self._expert, halves)))
+            shape = (sum(leaf.source_shape[0] for leaf in halves), halves[0].source_shape[1])
+            stacks.append(_Streamed(partial(self._expert, halves), shape))
             setattr(experts, name, stacks[-1])
         return stacks
 
-    def _expert(self, leaves: tuple[Leaf, ...], expert: int) -> Tensor:
-        """The rows of one expert, those of several leaves one below the other: float32 ``[out, in]``."""
-        counts = [leaf.source_shape[0] for leaf in leaves]
-        weight = torch.empty(sum(counts), leaves[0].source_shape[1])
-        for leaf, part in zip(leaves, torch.split(weight, counts), strict=True):
+    def _expert(self, leaves: tuple[Leaf, ...], expert: int, out: Tensor) -> None:
+        """Fill ``[out, in]`` with the rows of one expert, those of several leaves one below the other."""
+        for leaf, part in zip(leaves, torch.split(out, [leaf.source_shape[0] for leaf in leaves]), strict=True):
             if leaf.fused:
                 (source,) = leaf.sources
                 stored = self._checkpoint.read(source.weight)[expert]
-                start = (leaf.rule.half or 0) * part.shape[0]
-                decode_weight(stored[start : start + part.shape[0]], None, dtype=_FLOAT32, out=part.numpy())
+                start, rows = (leaf.rule.half or 0) * part.shape[0], as_array(part)
+                decode_weight(stored[start : start + len(rows)], None, dtype=rows.dtype, out=rows)
                 self._checkpoint.release(source.weight)
             else:
                 self._floats(leaf, leaf.sources[expert], out=part)
-        return weight
 
     def _integers(self, source: Source) -> Tensor:
         """An index table as int64."""
@@ -390,20 +442,18 @@ class StreamedModel:
         return torch.from_numpy(table.astype(np.int64))
 
     def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """A weight of ``leaf``, or rows of it, as float32 ``[out, in]``; its pages of the file are given back."""
+        """A weight of ``leaf``, or rows of it, ``[out, in]``; its pages of the file are given back. It is float32
+        unless ``out``, which is filled, has another dtype."""
         if out is None:
             # Memory from torch, because where a matrix begins may change how its products are rounded.
             count = len(range(*rows.indices(leaf.source_shape[0])))
             out = torch.empty(count, *leaf.source_shape[1:])
-        read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows, out=out.numpy())
+        array = as_array(out)
+        read_weight(self._checkpoint, source, dtype=array.dtype, rows=rows, out=array)
         for name in (source.weight, source.scale):
             if name is not None:
                 self._checkpoint.release(name)
         return out
-
-
-def _converted(root: nn.Module, run: str) -> None:
-    change_dtype(root, "model.", TORCH[run])
 
 
 def _distance(
@@ -428,14 +478,27 @@ def _moved(
 
 
 class _Streamed:
-    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for, in ``dtype``."""
+    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for.
 
-    def __init__(self, read: Callable[[int], Tensor]) -> None:
+    An expert is valid until the next one is asked for, as every one is decoded into the same memory: writing into new
+    memory takes several times as long.
+    """
+
+    def __init__(self, read: Callable[[int, Tensor], None], shape: tuple[int, int]) -> None:
+        """``read`` fills a tensor ``[out, in]``, of float32 or bfloat16, with an expert."""
         self._read = read
-        self.dtype = torch.float32
+        self._expert = self._decoded = torch.empty(shape)
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give the experts in this dtype from now on."""
+        self._expert = torch.empty(self._expert.shape, dtype=dtype)
+        self._decoded = torch.empty(self._expert.shape) if dtype == torch.float64 else self._expert
 
     def __getitem__(self, expert: Tensor) -> Tensor:
-        return self._read(int(expert)).to(self.dtype)
+        self._read(int(expert), self._decoded)
+        if self._expert is not self._decoded:
+            self._expert.copy_(self._decoded)
+        return self._expert
 
 
 #: Fields that transformers' config has under the same name.

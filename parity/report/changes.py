@@ -54,19 +54,66 @@ class Change(TapInMode):
     after: Measured | None
 
 
-def changes(before: Path, after: Path) -> list[Change]:
-    """Compare two files that ``dsv4 parity --json`` wrote, the worst changes first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """A run as its report tells it.
+
+    Attributes:
+        path: the report.
+        of: golden and dtype, which two runs must share.
+        taps: what was compared.
+        facts: both sides, the verdict, and what computed, in words.
+    """
+
+    path: Path
+    of: str
+    taps: Mapping[tuple[TapKey, Mode], Measured]
+    facts: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> ReportedRun:
+        """Read what ``dsv4 parity --json FILE`` wrote.
+
+        Raises:
+            BadInput: not such a report, or that of a run which compared nothing.
+        """
+        document = read_object(path)
+        if document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("taps"), list):
+            raise BadInput(
+                f"{path}: expected what this version of `dsv4 parity --json FILE` writes (schema_version "
+                f"{SCHEMA_VERSION} and taps), found schema_version {document.get('schema_version')!r}; run that "
+                "comparison again"
+            )
+        try:
+            taps = dict(map(_tap, document["taps"]))
+            of = f"golden {document['golden']['digest']} in {document['dtype']}"
+            facts = _facts(document)
+        except (KeyError, TypeError, ValueError, AttributeError, Dsv4Error) as error:
+            raise BadInput(f"{path}: an entry is damaged ({error}); run that comparison again") from error
+        # Earlier versions listed what the golden gives a layer.
+        computed = {(key, mode): measured for (key, mode), measured in taps.items() if not is_fed(key, mode)}
+        if all(measured.verdict is Verdict.EMPTY for measured in computed.values()):
+            raise BadInput(
+                f"{path}: a run that compared nothing; run that comparison again, with taps that have elements"
+            )
+        return cls(path=path, of=of, taps=computed, facts=facts)
+
+
+def changes(before: ReportedRun, after: ReportedRun) -> list[Change]:
+    """Compare two runs, the worst changes first.
 
     An error is worse or better if it changes by more than :data:`STEADY` times and the larger one is more than a noise
     floor.
 
     Raises:
-        BadInput: a file is not such a report, or is that of a run which compared nothing.
         UsageError: the runs are of two goldens, or of two dtypes.
     """
-    (of, old), (now, new) = _read(before), _read(after)
-    if of != now:
-        raise UsageError(f"{before} is of {of}, {after} of {now}; only errors of one golden and dtype can be compared")
+    if before.of != after.of:
+        raise UsageError(
+            f"{before.path} is of {before.of}, {after.path} of {after.of}; only errors of one golden and dtype can be "
+            "compared"
+        )
+    old, new = before.taps, after.taps
     found = [
         Change(
             key=key,
@@ -113,24 +160,20 @@ def _kind(before: Measured | None, after: Measured | None) -> Became:
     return Became.BETTER if first > second * STEADY else Became.SAME
 
 
-def _read(path: Path) -> tuple[str, dict[tuple[TapKey, Mode], Measured]]:
-    """The golden and dtype of a report, and its taps."""
-    document = read_object(path)
-    if document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("taps"), list):
-        raise BadInput(
-            f"{path}: expected what this version of `dsv4 parity --json FILE` writes (schema_version {SCHEMA_VERSION} "
-            f"and taps), found schema_version {document.get('schema_version')!r}; run that comparison again"
-        )
-    try:
-        taps = dict(map(_tap, document["taps"]))
-        of = f"golden {document['golden']['digest']} in {document['dtype']}"
-    except (KeyError, TypeError, ValueError, AttributeError, Dsv4Error) as error:
-        raise BadInput(f"{path}: an entry is damaged ({error}); run that comparison again") from error
-    # Earlier versions listed what the golden gives a layer.
-    computed = {(key, mode): measured for (key, mode), measured in taps.items() if not is_fed(key, mode)}
-    if all(measured.verdict is Verdict.EMPTY for measured in computed.values()):
-        raise BadInput(f"{path}: a run that compared nothing; run that comparison again, with taps that have elements")
-    return of, computed
+def _facts(document: Mapping[str, Any]) -> dict[str, str]:
+    """A report in a few lines; what is absent is left out."""
+    platform = document["platform"]
+    versions = ", ".join(f"{name} {version}" for name, version in platform.get("versions", {}).items())
+    facts = {
+        "verdict": str(document["verdict"]).upper(),
+        "checkpoint": str(document["checkpoint"].get("path", "")),
+        "golden": str(document["golden"].get("path", "")),
+        "modes": " and ".join(map(str, document["modes"])),
+        "device": " ".join(dict.fromkeys(str(platform[name]) for name in ("backend", "device") if name in platform)),
+        "precision": str(platform.get("precision", "")),
+        "versions": versions,
+    }
+    return {name: text for name, text in facts.items() if text}
 
 
 def _tap(entry: Mapping[str, Any]) -> tuple[tuple[TapKey, Mode], Measured]:

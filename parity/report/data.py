@@ -49,7 +49,7 @@ class TapInMode:
 
     @property
     def layer(self) -> int | None:
-        """The layer, None for the model level."""
+        """The layer, or that of a stage; None for the model level."""
         return self.key.layer
 
     @property
@@ -203,6 +203,11 @@ class LayerSummary:
     taps: tuple[TapResult, ...]
     worst: TapResult | None
     severe: Verdict
+
+    @property
+    def label(self) -> str:
+        """The layer, stage or level in tables."""
+        return self.taps[0].key.label
 
     def count(self, verdict: Verdict) -> int:
         """Number of taps with this verdict."""

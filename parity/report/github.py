@@ -70,7 +70,7 @@ def _layers(report: ParityReport, mode: Mode) -> Iterator[str]:
     yield from _header(("layer", "taps", "fail", "ties", "worst tap", "noise floors", "verdict"))
     for of in report.by_layer(mode):
         yield _row(
-            "model" if of.layer is None else str(of.layer),
+            of.label,
             str(len(of.taps)),
             str(of.count(Verdict.FAIL)),
             str(of.count(Verdict.TIE)),

@@ -69,7 +69,7 @@ def _properties(report: ParityReport) -> dict[str, str]:
 
 
 def _tap(tap: TapResult, report: ParityReport, grown: Iterable[GrownError], program: str = "") -> ET.Element:
-    case = _case(f"{program}{tap.mode}.{'model' if tap.layer is None else f'layers.{tap.layer}'}", tap.short)
+    case = _case(f"{program}{tap.mode}.{tap.key.prefix.rstrip('.') or 'model'}", tap.short)
     explanation = why(tap, report)
     if tap.verdict is Verdict.EMPTY:
         ET.SubElement(case, "skipped", message="the prompt makes no element of it")

@@ -127,7 +127,7 @@ def _failing_layers(report: ParityReport) -> Group | None:
     for mode, of in failing[:_LAYERS]:
         first = next(tap for tap in of.taps if tap.verdict is Verdict.FAIL)
         table.add_row(
-            "model" if of.layer is None else str(of.layer),
+            of.label,
             *([mode.value] if several else []),
             f"{of.count(Verdict.FAIL)} of {len(of.taps)}",
             first.short,
@@ -175,7 +175,7 @@ def _summary(report: ParityReport, mode: Mode) -> Group:
         if of.worst is not None and of.worst.distance is not None:
             numbers = (_multiple(of.worst.distance.noise.largest), f"{of.worst.distance.relative_rms:.1e}")
         table.add_row(
-            "model" if of.layer is None else str(of.layer),
+            of.label,
             str(len(of.taps)),
             of.worst.short if of.worst is not None else "",
             *numbers,
@@ -188,9 +188,8 @@ def _summary(report: ParityReport, mode: Mode) -> Group:
 def _tables(taps: Sequence[TapResult], report: ParityReport, limit: int) -> Iterator[Group]:
     """One table for each mode and layer, of at most ``limit`` taps."""
     first = report.first_diverging
-    for (mode, layer), group in groupby(taps, key=lambda tap: (tap.mode, tap.layer)):
+    for (mode, title), group in groupby(taps, key=lambda tap: (tap.mode, tap.key.where)):
         listed = list(group)
-        title = "model level" if layer is None else f"layer {layer}"
         table = _table(
             ("tap", "left"),
             *((name, "right") for name in ("noise", "max abs", "rel rms", "1-cos", "ulp")),

@@ -86,7 +86,7 @@ def summarized(report: ParityReport) -> Summary:
 
 
 def _failing(report: ParityReport, first: TapResult) -> Summary:
-    where = "Model level" if first.layer is None else f"Layer {first.layer}"
+    where = _capital(first.key.where)
     headline = (
         f"FAIL: {_other_weights(report)}{first.name} is the first tap that diverges; {report.count(Verdict.FAIL)} of "
         f"{number_of(len(report.taps), 'tap')} {'fails' if report.count(Verdict.FAIL) == 1 else 'fail'}{_aside(report)}"
@@ -116,7 +116,7 @@ def _compiled(report: ParityReport, model: ParityReport, first: TapResult) -> Su
         f"FAIL: each operation is right; the compiled layer is not: {first.name} is the first tap that parts from the "
         f"streamed layer; {model.count(Verdict.FAIL)} of {len(model.taps)} taps fail{_aside(model)}"
     )
-    where = "Model level" if first.layer is None else f"Layer {first.layer}"
+    where = _capital(first.key.where)
     how = "" if model.program is None else f", through {ways(model.program)}"
     return Summary(
         headline,

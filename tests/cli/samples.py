@@ -33,6 +33,8 @@ def samples(kind: Any, known: Mapping[Any, Any]) -> list[Any]:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return [value for member in arguments for value in samples(member, known)]
+    if origin is typing.Literal:
+        return list(arguments[:1])
     if origin is tuple and arguments[-1:] != (...,):
         return [tuple(samples(argument, known)[0] for argument in arguments)]
     if origin in (tuple, list):

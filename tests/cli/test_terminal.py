@@ -27,6 +27,7 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.tables import Verbosity, render
+from dsv4_convert.show.compiling import COMPILING, listen
 from dsv4_convert.show.tables import fitted
 from dsv4_convert.show.units import clock
 from dsv4_convert.spec.taps import TapKey
@@ -168,7 +169,8 @@ def test_progress_without_escape_codes_is_a_line_now_and_then(
         now += every
         say("headers")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"verifying norm: {every:.1f} kB of 40.0 kB"
+    times = f"{clock(every)} elapsed, {clock(40 - every)} left"
+    assert lines[0] == f"verifying: norm, {every:.1f} kB of 40.0 kB, {times}"
     assert len(lines) == 40 // every + 1
     assert lines[-1] == f"plan: headers, {clock(now)} elapsed"
 
@@ -188,6 +190,29 @@ def test_a_status_says_how_long_it_took_and_may_take(monkeypatch: pytest.MonkeyP
         now += 22
         say.step(12, 43, "layer 12 of 43")
         assert say.line == "parity: layer 12 of 43, 0:52 elapsed, 1:02 left"
+
+
+def test_numba_tells_when_it_compiles() -> None:
+    """With functions that the function calls; a bar and a status both show it, and what is in the cache is silent."""
+    import numba
+
+    from dsv4_convert.formats import kernels
+
+    assert kernels.TILE
+    heard: list[tuple[str, str]] = []
+    with status.status("plan") as say:
+        bar = status.what_column()
+        with status.noting_compilations(bar):
+            listen(lambda note: heard.append((say.note, bar.note)))
+            inner = numba.njit(lambda number: number + 1)
+            outer = numba.njit(lambda number: inner(number) * 2)
+            assert outer(3) == 8
+            first = len(heard)
+            assert outer(4) == 10
+    assert heard[0] == (COMPILING, COMPILING)
+    assert heard[-1] == ("", "")
+    assert heard[:-1] == [(COMPILING, COMPILING)] * (first - 1)
+    assert len(heard) == first
 
 
 def test_a_plan_is_not_printed_into_the_status() -> None:
@@ -226,11 +251,11 @@ def test_the_last_lines_name_what_was_written_and_the_time(
 def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_convert.spec import names
 
-    def broken(name: str) -> None:
+    def broken(table: object, name: str) -> None:
         secret = "hf_" + "secret"
         raise ZeroDivisionError(len(secret))
 
-    monkeypatch.setattr(names, "explain", broken)
+    monkeypatch.setattr(names.NameTable, "explain", broken)
     result = CliRunner().invoke(app, ["names", "norm"])
     assert result.exit_code == 70
     assert "ZeroDivisionError: 9" in result.stderr
@@ -243,10 +268,10 @@ def test_a_bug_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from dsv4_convert.spec import names
 
-    def starved(name: str) -> None:
+    def starved(table: object, name: str) -> None:
         raise error
 
-    monkeypatch.setattr(names, "explain", starved)
+    monkeypatch.setattr(names.NameTable, "explain", starved)
     result = CliRunner().invoke(app, ["names", "norm"])
     assert result.exit_code == 4
     assert result.stderr.startswith("error: not enough memory: ")

@@ -87,7 +87,7 @@ def test_at_full_width_it_is_one_percent_at_most(name: str, tokens: int, exact: 
 
     def nbytes(form: Compact | None) -> int:
         arrays = stored_arrays(config, layers, tuple(RUN_DTYPES), form, batch=1, tokens=tokens)
-        aliases = expected_aliases(layers, arrays)
+        aliases = expected_aliases(config, layers, arrays)
         return sum(array.nbytes for stored, array in arrays.items() if stored not in aliases)
 
     assert nbytes(Compact.of(exact, tokens)) <= 0.01 * nbytes(None)

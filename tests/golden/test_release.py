@@ -19,16 +19,20 @@ from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
+from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references.release import code as release_code
+from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
+from dsv4_convert.parity.comparison import Phase
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.report.words import summarized
-from dsv4_convert.parity.run import ParityOptions, ParityRun
-from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.parity.programs import Program
+from dsv4_convert.parity.report.words import summarized, verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
+from dsv4_convert.spec.taps import TapKey, state_of, tap_named
 from dsv4_convert.weights.published import PublishedWeights
 
 from ..model.test_numerics import RELEASE
@@ -82,28 +86,33 @@ def test_code_in_the_shape_of_0731(folder: Path, golden: Golden, tmp_path: Path)
 
 def _last_logits(code: release_code.Code, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """The logits after the last token by the code's whole model, float32 ``[B, V]``."""
-    stored = PublishedWeights.open(folder / "fp4")._checkpoint
-    config = PublishedWeights.open(folder / "fp4").config
+    weights = PublishedWeights.open(folder / "fp4")
     with code.active():
-        args = code.begin(config, batch=1, tokens=tokens.shape[1], expert_dtype="fp4", float_scales=False)
-        model = code.module.Transformer(args)
-        for name, parameter in model.named_parameters():
-            array = stored.read(name)
-            raw = torch.from_numpy(np.frombuffer(stored.read_bytes(name), np.uint8).copy())
-            if parameter.dtype.itemsize == 1:
-                parameter.data = raw.view(parameter.dtype).reshape(parameter.shape)
-            elif name.endswith("wo_a.weight"):  # published in FP8, and run in bfloat16
-                scale = stored.read(name.removesuffix("weight") + "scale").astype(np.float32)
-                scale = scale.repeat(128, 0)[: array.shape[0]].repeat(128, 1)[:, : array.shape[1]]
-                parameter.data = torch.from_numpy(array.astype(np.float32) * scale).to(parameter.dtype)
-            else:
-                wide = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
-                parameter.data = torch.from_numpy(wide).to(parameter.dtype)
-        for part in model.modules():
-            if isinstance(part, code.module.Linear) and part.scale is not None:
-                part.weight.scale = part.scale
-        found = model(torch.from_numpy(tokens))
+        args = code.begin(weights.config, batch=1, tokens=tokens.shape[1], expert_dtype="fp4", float_scales=False)
+        found = _filled(code, code.module.Transformer(args), weights)(torch.from_numpy(tokens))
     return (found[1] if isinstance(found, tuple) else found).float().numpy()
+
+
+def _filled(code: release_code.Code, model: Any, weights: PublishedWeights, prefix: str = "") -> Any:
+    """A module of the code, all of whose parameters are read from the checkpoint."""
+    stored = weights._checkpoint
+    for own, parameter in model.named_parameters():
+        name = prefix + own
+        array = stored.read(name)
+        raw = torch.from_numpy(np.frombuffer(stored.read_bytes(name), np.uint8).copy())
+        if parameter.dtype.itemsize == 1:
+            parameter.data = raw.view(parameter.dtype).reshape(parameter.shape)
+        elif name.endswith("wo_a.weight"):  # published in FP8, and run in bfloat16
+            scale = stored.read(name.removesuffix("weight") + "scale").astype(np.float32)
+            scale = scale.repeat(128, 0)[: array.shape[0]].repeat(128, 1)[:, : array.shape[1]]
+            parameter.data = torch.from_numpy(array.astype(np.float32) * scale).to(parameter.dtype)
+        else:
+            wide = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+            parameter.data = torch.from_numpy(wide).to(parameter.dtype)
+    for part in model.modules():
+        if isinstance(part, code.module.Linear) and part.scale is not None:
+            part.weight.scale = part.scale
+    return model
 
 
 def test_parity_in_both_modes(golden: Golden, weights: PublishedWeights) -> None:
@@ -202,7 +211,7 @@ def test_the_command(folder: Path, golden: Golden) -> None:
     assert run(app, [*asked, "--release-code", str(CODE)]).exit_code == 2
 
 
-@pytest.mark.parametrize("options", [{"decode": 1}, {"first_position": 3}, {"noise": ["float32"]}])
+@pytest.mark.parametrize("options", [{"decode": 1, "greedy": True}, {"first_position": 3}, {"noise": ["float32"]}])
 def test_what_the_code_is_not_recorded_with(folder: Path, golden: Golden, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         record(folder / "fp4", folder / "never", RecordingOptions(tokens=TOKENS, release_code=CODE, **options))
@@ -321,3 +330,91 @@ def test_decoding_rounds_at_the_same_places(golden: Golden, weights: PublishedWe
         if (full := TapKey(layer, tap_named(f"attn.{name}"))) in whole:
             assert whole[full].size
             assert (whole[full] != parts[full]).mean() < 1e-3, str(full)
+
+
+#: A CSA and an HCA layer and an mtp stage; a block of both kinds becomes complete among the last tokens.
+DECODING = RAW | {"num_hidden_layers": 2, "num_hash_layers": 1, "compress_ratios": [4, 128, 0]}
+PREFILL, DECODE = 126, 4
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoding")
+    write_checkpoint(folder / "fp4", DECODING, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoded(decoding: Path) -> Golden:
+    """With the stage."""
+    tokens = TOKENS[:, : PREFILL + DECODE]
+    options = RecordingOptions(tokens=tokens, decode=DECODE, stages=True, release_code=CODE)
+    return record(decoding / "fp4", decoding / "golden", options)
+
+
+def test_decoding_is_recorded_from_the_codes_own_caches(decoding: Path, decoded: Golden) -> None:
+    """The whole model and its mtp block, call by call, which nobody watches."""
+    code, weights = release_code.load(CODE, stages=True), PublishedWeights.open(decoding / "fp4")
+    config, ids = weights.config, torch.from_numpy(decoded.tokens.astype(np.int64))
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+    calls = [(0, PREFILL), *((at, at + 1) for at in range(PREFILL, PREFILL + DECODE))]
+    with code.active():
+        args = code.begin(config, batch=1, tokens=ids.shape[1], expert_dtype="fp4", float_scales=False)
+        model = _filled(code, code.module.Transformer(args), weights)
+        stage = _filled(code, code.module.MTPBlock(config.stage_layers[0], args), weights, "mtp.0.")
+        stage.embed, stage.head = model.embed, model.head
+        leaving: list[torch.Tensor] = []
+        model.layers[-1].register_forward_hook(lambda _, __, streams: leaving.append(streams))
+        for start, stop in calls:
+            logits = model(ids[:, start:stop], start)
+            np.testing.assert_array_equal(logits.numpy(), decoded.read("logits")[:, stop - 1])
+            drafted = stage(leaving[-1], start, following[:, start:stop])
+            np.testing.assert_array_equal(drafted.numpy(), decoded.read("mtp.0.logits")[:, stop - 1])
+
+
+def test_decoding_and_the_stage_agree_in_both_programs(decoding: Path, decoded: Golden) -> None:
+    """Every step, and the state before the first one."""
+    report = run_parity(
+        None, decoded.path, ParityOptions(modes=MODES, programs=tuple(Program)), source=decoding / "fp4"
+    )
+    assert report.passed, verdict(report)
+    assert report.arithmetic == "bfloat16 in release numerics"
+    assert report.model is not None
+    config = decoded.config
+    state = {TapKey.of(config, layer, tap) for layer in decoded.layers for tap in state_of(config, layer)}
+    assert {key.tap.name for key in state} > {"cache.compressor.overlap_gates", "cache.indexer.values"}
+    for of in (report, report.model):
+        assert state <= {result.key for result in of.taps}
+
+
+def test_a_compact_golden_of_decoding_and_the_compiled_layers(decoding: Path, decoded: Golden) -> None:
+    made = shrink(decoded, decoding / "compact", Compact.of([-1, PREFILL], PREFILL + DECODE))
+    report = run_parity(None, made.path, ParityOptions(programs=[Program.MODEL]), source=decoding / "fp4")
+    assert report.passed, verdict(report)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "layer", "tap"),
+    [
+        # As in the published code of V4.1, where decoding reads another layer's index keys.
+        ("keys = self.kv_cache[:batch, :entries]",
+         "keys = self.kv_cache[:batch, :entries] if start_pos == 0 else self.kv_cache[:batch, :entries].flip(1)",
+         0, "attn.indexer.scores"),
+        ("state[:, :ratio] = state[:, ratio:].clone()", "pass", 0, "attn.compressor.pooled"),
+        ("(start_pos + last) % window] = kv", "(start_pos + last - 1) % window] = kv", 1, "attn.kv_rope"),
+    ],
+    ids=["index keys of another place", "overlap not moved on", "a key in the place before"],
+)  # fmt: skip
+def test_a_fault_of_the_codes_cache_shows_in_decoding_only(
+    decoding: Path, decoded: Golden, tmp_path: Path, right: str, wrong: str, layer: int, tap: str
+) -> None:
+    text = (CODE / "model.py").read_text()
+    assert right in text
+    (tmp_path / "model.py").write_text(text.replace(right, wrong))
+    count = PREFILL + DECODE if tap != "attn.compressor.pooled" else 9  # a second block after the first
+    options = RecordingOptions(tokens=TOKENS[:, :count], decode=min(DECODE, count - 3), release_code=tmp_path)
+    wrongly = record(decoding / "fp4", tmp_path / "golden", options)
+    weights = PublishedWeights.open(decoding / "fp4")
+    assert ParityRun(weights, wrongly, ParityOptions(layers=[layer], phase=Phase.PREFILL)).run().passed
+    report = ParityRun(weights, wrongly, ParityOptions(layers=[layer], phase=Phase.DECODE)).run()
+    assert f"layers.{layer}.{tap}" in {result.name for result in report.localizations[0].wrong}

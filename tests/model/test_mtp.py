@@ -1,4 +1,4 @@
-"""The stage after the backbone against a transcription of the published mathematics in plain torch, tap by tap."""
+"""The model's mtp stage against one out of transformers' modules, tap by tap."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from safetensors.torch import load_file
 
-from dsv4_convert.golden.references.mtp import StageReference
+from dsv4_convert.golden.layout import token_ids
+from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Model, Taps
 from dsv4_convert.model.block import MTPBlock
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.model.cache import LayerCache, Past, empty_stages
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
@@ -27,20 +26,27 @@ from dsv4_convert.weights.restore import restore_model
 BATCH = 3
 #: Below the window of 16 tokens, at it, and beyond it by more than as much.
 LENGTHS = (7, 16, 45)
+#: Rotary position of the first token.
+FIRST = 900
 #: Nothing else has a value in an order of its own: what is chosen, and with which weight.
 UNORDERED = ("ffn.gate.experts", "ffn.gate.weights")
 
 
 class Setting:
-    """One checkpoint of random weights, on both sides."""
+    """One checkpoint of random weights, and what the reference makes of its stage behind a prompt."""
 
     def __init__(self, folder: Path) -> None:
-        write_checkpoint(folder, tiny_config(), seed=7, form="bf16")
-        weights = PublishedWeights.open(folder)
+        write_checkpoint(folder / "hf", tiny_config(), seed=7, form="bf16")
+        weights = PublishedWeights.open(folder / "hf")
         self.config: Config = weights.config
         self.model: Model = restore_model(weights, drafts=True)
-        tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
-        self.reference = StageReference(self.config, tensors)
+        ids = np.random.default_rng(7).integers(0, self.config.vocab_size, (BATCH, LENGTHS[-1]))
+        (stage,) = self.config.stage_layers
+        options = RecordingOptions(tokens=ids, stages=True, layers=[stage - 1], noise=[], first_position=FIRST)
+        golden = record(folder / "hf", folder / "golden", options)
+        self.taps = {key.tap.name: golden.read(key) for key in golden.taps(stage)}
+        positions = np.broadcast_to(FIRST + np.arange(LENGTHS[-1], dtype=np.int32), ids.shape)
+        self.whole = (self.taps["streams"], token_ids(golden.tokens, self.config, stage), positions)
         self.graph, self.state = nnx.split(self.model)
         self.run = jax.jit(self._run)
 
@@ -50,25 +56,18 @@ class Setting:
         logits, after = model.draft(streams, ids, positions, taps=taps, past=past)
         return logits, after, taps.values
 
-    def inputs(self, tokens: int, first: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Streams as large as those of a model, ids, and positions that begin at ``first``."""
-        rng = np.random.default_rng(tokens)
-        streams = rng.normal(size=(BATCH, tokens, self.config.hc_mult, self.config.hidden_size)).astype(np.float32)
-        ids = rng.integers(0, self.config.vocab_size, (BATCH, tokens)).astype(np.int32)
-        positions = np.broadcast_to(first + np.arange(tokens, dtype=np.int32), (BATCH, tokens))
-        return streams, ids, positions
+    def inputs(self, tokens: int) -> tuple[np.ndarray, ...]:
+        """Streams, ids and positions of the first tokens."""
+        return tuple(part[:, :tokens] for part in self.whole)
 
-    def expected(self, streams: np.ndarray, ids: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Every tap of the reference, its logits among them."""
-        self.reference.taps.clear()
-        with torch.no_grad():
-            self.reference(torch.tensor(streams), torch.tensor(ids).long(), torch.tensor(positions).long())
-        return {name: value.numpy() for name, value in self.reference.taps.items()}
+    def expected(self, tokens: int) -> dict[str, np.ndarray]:
+        """Every tap of the first tokens, which do not see those after them."""
+        return {name: value[:, :tokens] for name, value in self.taps.items()}
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("mtp") / "hf")
+    return Setting(tmp_path_factory.mktemp("mtp"))
 
 
 def _largest_excess(found: dict[str, Any], expected: dict[str, np.ndarray]) -> dict[str, float]:
@@ -84,11 +83,9 @@ def _largest_excess(found: dict[str, Any], expected: dict[str, np.ndarray]) -> d
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("first", [0, 1000])
-def test_every_tap_is_that_of_the_published_mathematics(setting: Setting, tokens: int, first: int) -> None:
-    inputs = setting.inputs(tokens, first)
-    expected = setting.expected(*inputs)
-    logits, _, taps = setting.run(*inputs)
+def test_every_tap_is_that_of_the_reference(setting: Setting, tokens: int) -> None:
+    expected = setting.expected(tokens)
+    logits, _, taps = setting.run(*setting.inputs(tokens))
     assert set(taps) == {f"mtp.0.{name}" for name in expected}
     assert all(np.asarray(value).std() > 1e-3 for value in expected.values()), "a value without spread shows nothing"
     over = {name: excess for name, excess in _largest_excess(taps, expected).items() if excess > 1}
@@ -103,7 +100,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     streams, ids, positions = (
         np.concatenate([part, np.repeat(part[:, -1:], most, axis=1)], axis=1) for part in (streams, ids, positions)
     )
-    cache = empty_layer(setting.config, (AttentionKind.SLIDING, False), BATCH, 0, jnp.float32)
+    (cache,) = empty_stages(setting.config, BATCH, jnp.float32)
     logits, start = [], 0
     for count, keep in steps:
         numbers = (jnp.full(BATCH, number, jnp.int32) for number in (start, count, keep))
@@ -122,7 +119,7 @@ def _decode(setting: Setting, steps: list[tuple[int, int]]) -> tuple[np.ndarray,
     ids=["one by one", "in parts", "some forgotten"],
 )
 def test_token_by_token_is_the_whole_prompt(setting: Setting, steps: list[tuple[int, int]]) -> None:
-    whole = setting.expected(*setting.inputs(LENGTHS[-1]))
+    whole = setting.expected(LENGTHS[-1])
     logits, cache = _decode(setting, steps)
     np.testing.assert_allclose(logits, whole["logits"], atol=1e-5, rtol=1e-5)
     kept = setting.config.sliding_window - 1
@@ -144,8 +141,7 @@ def _swap_projections(stage: MTPBlock) -> None:
     ids=["projections swapped", "one norm for both", "the model's collapse", "the model's norm"],
 )
 def test_planted_faults_show_where_they_are(setting: Setting, fault: Callable[[Model], None], tap: str) -> None:
-    inputs = setting.inputs(20)
-    expected = setting.expected(*inputs)
+    inputs, expected = setting.inputs(20), setting.expected(20)
     model = nnx.merge(setting.graph, setting.state)
     fault(model)
     taps = Taps(lambda _: True)
@@ -158,7 +154,7 @@ def test_planted_faults_show_where_they_are(setting: Setting, fault: Callable[[M
 def test_another_position_and_another_table_show(setting: Setting) -> None:
     """The position is that of the streams' token; the table is the one without YaRN, of base ``rope_theta``."""
     streams, ids, positions = setting.inputs(20)
-    expected = setting.expected(streams, ids, positions)
+    expected = setting.expected(20)
     _, _, late = setting.run(streams, ids, positions + 1)
     model = nnx.merge(setting.graph, setting.state)
     model.mtp[0].attn.kind = AttentionKind.CSA

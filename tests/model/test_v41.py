@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsv4_convert.golden.synthetic import random_v41_architecture, tiny_v41_config, write_checkpoint
 from dsv4_convert.model import Cache, Taps
 from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.ops import Derived
+from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import TapKey, taps_of
-
-from .v41 import config_of, model_with, random_config, raw_config, weights_of
+from dsv4_convert.weights.published import PublishedWeights
+from dsv4_convert.weights.restore import restore_model
 
 TOKENS, CAPACITY = 41, 48
 
@@ -23,9 +26,10 @@ TOKENS, CAPACITY = 41, 48
 class Small:
     """The small model with random weights, its functions compiled once, and two prompts."""
 
-    def __init__(self, *, scanned: bool) -> None:
-        self.config = config_of(raw_config())
-        self._graph, self._state = model_with(self.config, weights_of(self.config, 0), scanned=scanned)
+    def __init__(self, folder: Path, *, scanned: bool) -> None:
+        model = restore_model(PublishedWeights.open(folder), scanned=scanned)
+        self.config = model.config
+        self._graph, self._state = nnx.split(model)
         self.scanned = scanned
         self.tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, (2, TOKENS)).astype(np.int32)
         self.extend = jax.jit(self._extend)
@@ -46,8 +50,16 @@ class Small:
 
 
 @pytest.fixture(scope="module")
-def small() -> Small:
-    return Small(scanned=False)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with every kind of layer."""
+    folder = tmp_path_factory.mktemp("v41") / "hf"
+    write_checkpoint(folder, tiny_v41_config(sliding_window=6), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> Small:
+    return Small(folder, scanned=False)
 
 
 def _parts(small: Small, counts: np.ndarray, forgotten: np.ndarray) -> None:
@@ -86,8 +98,8 @@ def test_tokens_beyond_the_capacity_are_nan(small: Small) -> None:
 
 
 @pytest.mark.thorough
-def test_scanned_layers_are_the_same_model(small: Small) -> None:
-    scanned = Small(scanned=True)
+def test_scanned_layers_are_the_same_model(small: Small, folder: Path) -> None:
+    scanned = Small(folder, scanned=True)
     for name, value in small.taps.items():
         np.testing.assert_allclose(scanned.taps[name], value, atol=2e-5, rtol=1e-5, err_msg=name)
     rng = np.random.default_rng(5)
@@ -105,17 +117,17 @@ def test_every_tap_is_recorded_in_the_shape_and_order_of_its_table(small: Small)
 
 @pytest.mark.parametrize("seed", range(6))
 def test_parameters_are_those_of_the_names_table(seed: int) -> None:
-    """The token map is made from the tokenizer, so no row has it."""
-    config = config_of(random_config(seed))
-    for scanned in (False, True):
-        state = nnx.state(nnx.eval_shape(lambda scanned=scanned: model_of(config, scanned=scanned)))
-        held = [variable for _, variable in nnx.to_flat_state(state) if not isinstance(variable, Derived)]
-        expected = [rule.target_shape(config, layer) for _, rule, layer in parameters(config)]
-        elements = [int(np.prod(shape)) for shape in expected]
-        assert sum(int(np.prod(variable.shape)) for variable in held) == sum(elements)
-    found = nnx.state(nnx.eval_shape(lambda: model_of(config)), nnx.Not(Derived))
-    shapes = {".".join(map(str, key)): variable.shape for key, variable in nnx.to_flat_state(found)}
-    assert shapes == {path: rule.target_shape(config, layer) for path, rule, layer in parameters(config)}
+    """The text model's, and not the router's bias for images. No row has the token map."""
+    config = Config.from_hf(random_v41_architecture(seed))
+    state = nnx.state(nnx.eval_shape(lambda: model_of(config)))
+    found = {
+        ".".join(map(str, key)): variable.shape
+        for key, variable in nnx.to_flat_state(state)
+        if not isinstance(variable, Derived)
+    }
+    layers = range(config.num_hidden_layers)
+    expected = {path: rule.target_shape(config, layer) for path, rule, layer in parameters(config, layers)}
+    assert found == {path: shape for path, shape in expected.items() if not path.endswith("bias_vl")}
 
 
 def test_no_token_sees_its_future(small: Small) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dsv4_convert.spec.v4.names import RULES
+from dsv4_convert.spec.v4.names import DSPARK_FIRST, DSPARK_LAST, RULES, STAGE_RULES
 from dsv4_convert.spec.v4.taps import TAPS
 
 
 def test_every_parameter_is_some_taps() -> None:
     used = {weight for tap in TAPS for weight in tap.weights}
-    assert used == {rule.path.removeprefix("layers.{}.") for rule in RULES}
+    rules = (*RULES, *(rule for rule in STAGE_RULES if rule.when not in (DSPARK_FIRST, DSPARK_LAST)))
+    assert used == {rule.path.removeprefix("layers.{}.").removeprefix("mtp.{}.") for rule in rules}
 
 
 def test_only_the_hyper_connections_share_theirs() -> None:

@@ -86,7 +86,9 @@ class AutomodelV41:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         raw |= {"dtype": "float32", "text_config": raw["text_config"] | {"dtype": "float32"}}
         config = DeepseekV41Config(**raw)
-        backend = BackendConfig(attn="eager", linear="torch", experts="torch", dispatcher="torch", rms_norm="torch_fp32")
+        backend = BackendConfig(
+            attn="eager", linear="torch", experts="torch", dispatcher="torch", rms_norm="torch_fp32"
+        )
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         self.model = DeepseekV41ForCausalLM.from_config(config, backend=backend, tokenizer=tokenizer).eval()
         given = published(folder) if tensors is None else tensors

@@ -9,6 +9,7 @@ COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses
 POOLED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer) and config.ratio_of(layer) > 1)
 CSA = Where("CSA layers", lambda config, layer: config.indexes(layer))
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
+STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
 
 
 def _compressor(path: str, width: str, entry: str, where: Where, pooled: Where) -> tuple[Tap, ...]:
@@ -43,7 +44,12 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    _own("embed", "B S D", "token embedding", BEFORE),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", STAGE),
+    _own("embed", "B S D", "token embedding; in a stage, of the token after", BEFORE),
+    _own("enorm", "B S D", "embedding after its norm", STAGE),
+    _own("hnorm", "B S N D", "streams after their norm", STAGE),
+    _own("e_proj", "B S D", "embedding's part of the stage's streams", STAGE),
+    _own("h_proj", "B S N D", "streams' part of the stage's streams", STAGE),
     Tap("input", "B S N D", "streams entering the layer"),
     *_hyper_connection("hc_attn"),
     _own("attn_norm", "B S D", "input of the attention"),

@@ -144,8 +144,8 @@ class Code:
         return torch.stack([of_last(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)
 
 
-def load(folder: Path) -> Code:
-    """Import ``model.py`` of a folder, or of its ``inference`` folder.
+def load(folder: Path, *, stages: bool = False) -> Code:
+    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have mtp blocks.
 
     Raises:
         UsageError: there is none.
@@ -168,7 +168,7 @@ def load(folder: Path) -> Code:
             raise BadInput(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     parts = (
         "ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
-        "apply_rotary_emb", *_KERNELS,
+        "apply_rotary_emb", *_KERNELS, *(["MTPBlock"] if stages else []),
     )  # fmt: skip
     if missing := [name for name in parts if not _has(module, name)]:
         raise BadInput(f"{path}: has no {', '.join(missing)}; expected DeepSeek-V4's inference code")

@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 #: Called with a tap's name and its tensor, in order of execution.
 Visit: TypeAlias = Callable[[str, Tensor], None]
 Choices: TypeAlias = Mapping[str, Array]
+#: Tap (name within the layer, or of the model level) -> dtype and shape that it must have.
+Expected: TypeAlias = Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
 
 EXPERTS, WEIGHTS, CHOSEN = "ffn.gate.experts", "ffn.gate.weights", "attn.indexer.chosen"
 
@@ -42,12 +44,13 @@ _OUTPUTS = {
     "ffn_norm": "ffn_norm",
     "ffn.shared_experts": "ffn.shared_experts",
     "ffn": "ffn",
-    "hc_ffn.streams": "",
+    **{part: part for part in ("enorm", "hnorm", "e_proj", "h_proj")},
 }
 
 #: Tap -> the module whose first argument it is.
 _INPUTS = {
-    "input": "",
+    "streams": "",
+    "embed": "enorm",
     "attn.compressor.pooled": "attn.compressor.norm",
     "attn.indexer.compressor.pooled": "attn.indexer.compressor.norm",
     "attn.wo_a": "attn.wo_b",
@@ -55,8 +58,13 @@ _INPUTS = {
 
 
 @contextmanager
-def watching_block(code: Code, block: nn.Module, visit: Visit, choices: Choices | None = None) -> Iterator[None]:
-    """Visit every tap of one forward of a ``Block`` on a whole prompt; with ``choices`` these are made instead."""
+def watching_block(
+    code: Code, block: Any, visit: Visit, choices: Choices | None = None, *, slot: int | None = None
+) -> Iterator[None]:
+    """Visit every tap of one forward of a ``Block`` or ``MTPBlock``; with ``choices`` these are made instead.
+
+    ``slot``: None for a whole prompt. For one more token: the place of its key in the cache, which the attention gets.
+    """
     modules = dict(block.named_modules())
     with ExitStack() as stack:
         for tap, path in _INPUTS.items():
@@ -66,7 +74,7 @@ def watching_block(code: Code, block: nn.Module, visit: Visit, choices: Choices 
             if path in modules:
                 stack.enter_context(_hooked(modules[path], after=partial(_given, partial(visit, tap))))
         stack.enter_context(_mixing(code, block, visit))
-        stack.enter_context(_attention(code, visit))
+        stack.enter_context(_attention(code, visit, slot))
         functions = stack.enter_context(_Functions(visit, choices or {}))
         for path in ("attn.indexer", "ffn.gate"):
             if path in modules:
@@ -74,7 +82,8 @@ def watching_block(code: Code, block: nn.Module, visit: Visit, choices: Choices 
         stack.enter_context(_hooked(modules["ffn.gate"], after=partial(_routing, visit)))
         stack.enter_context(_hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
         if "attn.indexer" in modules:
-            stack.enter_context(_hooked(modules["attn.indexer"], after=partial(_chosen, visit)))
+            behind = None if slot is None else block.attn.window_size
+            stack.enter_context(_hooked(modules["attn.indexer"], after=partial(_chosen, visit, behind)))
         yield
 
 
@@ -107,9 +116,9 @@ def _routing(visit: Visit, result: Any) -> None:
     visit(EXPERTS, experts)
 
 
-def _chosen(visit: Visit, result: Tensor) -> None:
-    # Entries stand behind the keys of the prompt, which are as many as there are queries.
-    visit(CHOSEN, torch.where(result < 0, -1, result - result.shape[1]))
+def _chosen(visit: Visit, behind: int | None, result: Tensor) -> None:
+    # Entries stand behind so many keys: in a prompt as many as there are queries, in the cache those of a window.
+    visit(CHOSEN, torch.where(result < 0, -1, result - (result.shape[1] if behind is None else behind)))
 
 
 @contextmanager
@@ -151,14 +160,15 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
         return result
 
     def watched_pre(*arguments: Any) -> Any:
+        if len(halves) == 2:
+            visit("input", arguments[0])
         result = hc_pre(*arguments)
         visit(f"{halves.pop(0)}.collapsed", result[0])
         return result
 
     def watched_post(*arguments: Any) -> Any:
         result = hc_post(*arguments)
-        if halves:  # that of the experts is what the block returns
-            visit("hc_attn.streams", result)
+        visit("hc_attn.streams" if halves else "hc_ffn.streams", result)
         return result
 
     with (
@@ -170,7 +180,7 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def _attention(code: Code, visit: Visit) -> Iterator[None]:
+def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
     """Visit inputs and result of the attention kernel, and tensors rotated in place: queries first, context last."""
     module = code.module
     rotate, attend, quantize = module.apply_rotary_emb, module.sparse_attn, module.fp4_act_quant
@@ -188,7 +198,8 @@ def _attention(code: Code, visit: Visit) -> Iterator[None]:
 
     def watched_attend(q: Tensor, kv: Tensor, *others: Any) -> Tensor:
         visit("attn.q_rope", q)
-        visit("attn.kv_rope", kv[:, : q.shape[1]])
+        first = slot or 0
+        visit("attn.kv_rope", kv[:, first : first + q.shape[1]])
         result: Tensor = attend(q, kv, *others)
         visit("attn.context", result)
         return result

@@ -19,6 +19,7 @@ from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ErrorSplit, ParityReport, TapResult
 from dsv4_convert.parity.tolerances import Limits
+from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +58,7 @@ class Course:
     """The error through one layer, operation by operation. ``wrong``: wrong on the golden's own inputs."""
 
     mode: Mode
-    layer: int | None
+    where: str
     taps: tuple[str, ...]
     multiples: tuple[float, ...]
     verdicts: tuple[Verdict, ...]
@@ -111,7 +112,7 @@ class Divergence:
 class Agreement:
     """How one layer's choices agree."""
 
-    layer: int
+    layer: str
     mode: Mode
     what: str
     how: str
@@ -186,7 +187,7 @@ def _course(report: ParityReport) -> Course | None:
     wrong = tuple(result.short for localization in localizations for result in localization.wrong)
     return Course(
         mode=shown.mode,
-        layer=shown.layer,
+        where="the model level" if shown.layer is None else shown.key.where,
         taps=tuple(tap.short for tap in taps),
         multiples=tuple(value for tap in taps if (value := tap.multiple) is not None),
         verdicts=tuple(tap.verdict for tap in taps),
@@ -219,7 +220,7 @@ def _map(prompt: Prompt, mode: Mode, what: str, errors: Mapping[int | None, Arra
     return TokenMap(
         mode=mode,
         what=what,
-        layers=tuple("model" if layer is None else str(layer) for layer in known),
+        layers=tuple(TapKey.of(prompt.config, layer, STREAMS).label for layer in known),
         starts=(*range(0, prompt.tokens, step), prompt.tokens),
         multiples=tuple(_binned(errors[layer], step) for layer in known),
         window=prompt.config.sliding_window,
@@ -286,7 +287,7 @@ def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
     experts = tap.short.startswith("ffn.")
     hashed = experts and detail is not None and detail.prompt.config.hashed(tap.layer)
     return Agreement(
-        layer=tap.layer,
+        layer=tap.key.label,
         mode=tap.mode,
         what="experts" if experts else "indexer",
         how="by table" if hashed else "by score",

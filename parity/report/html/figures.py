@@ -114,8 +114,7 @@ def course(data: Course, name: str) -> Markup:
         words = f"{count} taps in order of execution. " + (
             f"{len(fails)} fail, the first is {fails[0]}." if fails else "None fails."
         )
-        where = "the model level" if data.layer is None else f"layer {data.layer}"
-        return to_svg(figure, name, f"Error through {where}, {data.mode}", words)
+        return to_svg(figure, name, f"Error through {data.where}, {data.mode}", words)
 
 
 def growth(data: Sequence[ErrorSplit], name: str) -> Markup:

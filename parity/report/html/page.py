@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
@@ -98,15 +98,6 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     """
     data = page_data(report)
     ids = _ids(report, data)
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"short": short, "duration": duration, "coded": _coded, "broken": _broken}
     document = {
         "schema_version": SCHEMA_VERSION,
         "command": run.command,
@@ -116,14 +107,13 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
     }
     said = summarized(report)
     headline = said.headline.partition(": ")[2]
-    html = environment.get_template("page.html.j2").render(
+    html = template("page.html.j2").render(
         report=report,
         run=run,
         data=data,
         Mode=Mode,
         TOP=TOP,
         glyphs=GLYPHS,
-        shades=SHADES,
         maps=figures.MAPS,
         # Names of taps stay unchanged.
         headline=headline if report.first_diverging is not None else headline[:1].upper() + headline[1:],
@@ -149,7 +139,6 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
             for position in (() if report.logits is None else report.logits.worst)
         ],
         provenance=_provenance(report, run),
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
         document=Markup(
             for_json(
@@ -160,6 +149,21 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         ),
     )
     return for_html(html)
+
+
+def template(name: str) -> Template:
+    """A template of this folder, which knows the style sheet and the shades."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"short": short, "duration": duration, "coded": _coded, "broken": _broken}
+    environment.globals |= {"style": Markup((_HERE / "page.css").read_text(encoding="utf-8")), "shades": SHADES}
+    return environment.get_template(name)
 
 
 def _digits(value: Any) -> Any:

@@ -77,23 +77,22 @@ def _table(
     for tap in taps:
         cell = _cell(tap, first=tap is first, wrong=tap.key in report.wrong)
         cells[tap.short, tap.layer] = dataclasses.replace(cell, link=links.get((tap.key, tap.mode), ""))
+    labels = {tap.layer: tap.key.label for tap in taps}
     failing = Counter(tap.layer for tap in taps if tap.verdict is Verdict.FAIL)
     meanings = {tap.short: tap.meaning for tap in taps}
     names = sorted(meanings, key=_ORDER.__getitem__)
     return Table(
         mode=taps[0].mode if taps else report.modes[0],
-        columns=tuple(_column(report, layer) for layer in columns),
+        columns=tuple((labels.get(layer, "model"), _kind(report, layer)) for layer in columns),
         rows=tuple(
             (name, meanings[name], tuple(cells.get((name, layer), Cell()) for layer in columns)) for name in names
         ),
-        failing=tuple((_column(report, layer)[0], count) for layer in columns if (count := failing[layer])),
+        failing=tuple((labels[layer], count) for layer in columns if (count := failing[layer])),
     )
 
 
-def _column(report: ParityReport, layer: int | None) -> tuple[str, str]:
-    if layer is None:
-        return "model", ""
-    return str(layer), "" if report.detail is None else kind(report.detail.prompt, layer)
+def _kind(report: ParityReport, layer: int | None) -> str:
+    return "" if layer is None or report.detail is None else kind(report.detail.prompt, layer)
 
 
 def _cell(tap: TapResult, *, first: bool, wrong: bool) -> Cell:

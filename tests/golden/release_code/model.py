@@ -1,7 +1,8 @@
 """A small stand-in for the release's `inference/model.py`: the same names, written for the tests from a specification.
 
-It evaluates a prompt in one call (start_pos 0) on one device. Parameters are left uninitialised, whoever loads the
-module fills them. `kernel` and `fast_hadamard_transform` come from the loader.
+It evaluates a prompt in one call (start_pos 0) and then one token at a time, from its caches, on one device.
+Parameters are left uninitialised, whoever loads the module fills them. `kernel` and `fast_hadamard_transform` come from
+the loader.
 """
 
 import math
@@ -165,21 +166,20 @@ def rotate_activation(x: Tensor) -> Tensor:
     return hadamard_transform(x, scale=x.size(-1) ** -0.5)
 
 
-def _prompt_only(start_pos: int) -> None:
-    if start_pos != 0:
-        raise NotImplementedError(f"start_pos {start_pos}: only whole prompts, from position 0, are supported")
-
-
-def _complete_blocks(seqlen: int, ratio: int, device: torch.device) -> Tensor:
+def _complete_blocks(start: int, seqlen: int, ratio: int) -> Tensor:
     """[s, 1]: how many entries each position sees, the one of its own block included once that is complete."""
-    return torch.arange(1, seqlen + 1, device=device).unsqueeze(1) // ratio
+    return torch.arange(start + 1, start + seqlen + 1).unsqueeze(1) // ratio
 
 
-def _window_indices(seqlen: int, window: int, device: torch.device) -> Tensor:
-    """[s, min(s, window)]: the positions in each one's window, ascending, then -1."""
-    position = torch.arange(seqlen, device=device).unsqueeze(1)
-    indices = (position - window + 1).clamp(min=0) + torch.arange(min(seqlen, window), device=device)
-    return indices.masked_fill(indices > position, -1)
+def _window_indices(start: int, seqlen: int, window: int) -> Tensor:
+    """Where the keys of each position's window are, oldest first, then -1.
+
+    In a prompt [s, min(s, window)], among its keys; of one more token [1, window], in the ring of the last keys.
+    """
+    position = torch.arange(start, start + seqlen).unsqueeze(1)
+    slots = min(seqlen, window) if start == 0 else window
+    indices = (position - window + 1).clamp(min=0) + torch.arange(slots)
+    return (indices if start == 0 else indices % window).masked_fill(indices > position, -1)
 
 
 class Compressor(nn.Module):
@@ -199,6 +199,10 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(head_dim, args.norm_eps)
         self.kv_cache: Tensor | None = None  # both from the owner
         self.freqs_cis: Tensor | None = None
+        # Rows of the block that is not complete, and before them, if blocks overlap, those of the last complete one.
+        rows = (args.max_batch_size, compress_ratio * (2 if self.overlap else 1), width)
+        self.register_buffer("kv_state", torch.zeros(rows, dtype=torch.float32), persistent=False)
+        self.register_buffer("score_state", torch.full(rows, -math.inf, dtype=torch.float32), persistent=False)
 
     def _with_block_before(self, rows: Tensor, fill: float) -> Tensor:
         """[b, T, r, 2d] -> [b, T, 2r, d]: the block before's first half, then the block's own second half."""
@@ -206,31 +210,62 @@ class Compressor(nn.Module):
         before = F.pad(ahead[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
         return torch.cat([before, own], dim=2)
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor | None:
-        """The entries [b, T, d] of the complete blocks, or None where there is none."""
-        _prompt_only(start_pos)
-        ratio, rd = self.compress_ratio, self.rope_head_dim
-        entries = x.size(1) // ratio
+    def _prompt(self, values: Tensor, gates: Tensor) -> Tensor | None:
+        """The pooled blocks [b, T, d] of a prompt; what later tokens need of it is kept."""
+        batch, seqlen, _ = values.shape
+        ratio = self.compress_ratio
+        entries = seqlen // ratio
         used = entries * ratio
-        wide = x.float()
-        values, gates = self.wkv(wide), self.wgate(wide)
+        own = ratio if self.overlap else 0
+        gates = gates + self.ape.repeat(entries + 1, 1)[:seqlen]
+        for state, rows in ((self.kv_state, values), (self.score_state, gates)):
+            state[:batch, own : own + seqlen - used] = rows[:, used:]
+            if self.overlap and entries:
+                state[:batch, :ratio] = rows[:, used - ratio : used]
         if entries == 0:
             return None
-        values = values[:, :used].unflatten(1, (entries, ratio))
-        gates = gates[:, :used].unflatten(1, (entries, ratio)) + self.ape
+        values, gates = (rows[:, :used].unflatten(1, (entries, ratio)) for rows in (values, gates))
         if self.overlap:
             values = self._with_block_before(values, 0.0)
             gates = self._with_block_before(gates, -math.inf)
-        kv = (values * gates.softmax(dim=2)).sum(dim=2)
+        return (values * gates.softmax(dim=2)).sum(dim=2)
+
+    def _token(self, values: Tensor, gates: Tensor, start_pos: int) -> Tensor | None:
+        """The pooled block [b, 1, d] that one more token completes, or None if it completes none."""
+        batch, ratio, d = len(values), self.compress_ratio, self.head_dim
+        place = start_pos % ratio
+        own = ratio if self.overlap else 0
+        self.kv_state[:batch, own + place] = values[:, 0]
+        self.score_state[:batch, own + place] = gates[:, 0] + self.ape[place]
+        if place + 1 < ratio:
+            return None
+        states = (self.kv_state[:batch], self.score_state[:batch])
+        if not self.overlap:
+            rows, scores = states
+            return (rows * scores.softmax(dim=1)).sum(dim=1, keepdim=True)
+        rows, scores = (torch.cat([state[:, :ratio, :d], state[:, ratio:, d:]], dim=1) for state in states)
+        for state in states:
+            state[:, :ratio] = state[:, ratio:].clone()
+        return (rows * scores.softmax(dim=1)).sum(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor, start_pos: int) -> Tensor | None:
+        """The entries [b, T, d] of the blocks that become complete, or None where there is none."""
+        ratio, rd = self.compress_ratio, self.rope_head_dim
+        wide = x.float()
+        values, gates = self.wkv(wide), self.wgate(wide)
+        kv = self._prompt(values, gates) if start_pos == 0 else self._token(values, gates, start_pos)
+        if kv is None:
+            return None
+        first = start_pos // ratio
         kv = self.norm(kv.to(x.dtype))
-        apply_rotary_emb(kv[..., -rd:], self.freqs_cis[:used:ratio])
+        apply_rotary_emb(kv[..., -rd:], self.freqs_cis[first * ratio :: ratio][: kv.size(1)])
         if self.rotate:
             kv = rotate_activation(kv)
             fp4_act_quant(kv, FP4_GROUP, True)
         else:
             act_quant(kv[..., :-rd], KV_GROUP, scale_fmt, scale_dtype, True)
         if self.kv_cache is not None:
-            self.kv_cache[: kv.size(0), :entries] = kv
+            self.kv_cache[: kv.size(0), first : first + kv.size(1)] = kv
         return kv
 
 
@@ -257,20 +292,21 @@ class Indexer(nn.Module):
         batch, seqlen, _ = x.shape
         self.compressor.kv_cache = self.kv_cache
         self.compressor.freqs_cis = self.freqs_cis
-        keys = self.compressor(x, start_pos)
+        self.compressor(x, start_pos)
+        entries = (start_pos + seqlen) // self.compress_ratio
+        keys = self.kv_cache[:batch, :entries]
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))
-        apply_rotary_emb(q[..., -self.rope_head_dim :], self.freqs_cis[:seqlen])
+        apply_rotary_emb(q[..., -self.rope_head_dim :], self.freqs_cis[start_pos : start_pos + seqlen])
         q = rotate_activation(q)
         fp4_act_quant(q, FP4_GROUP, True)
         weights = self.weights_proj(x) * self.scale
-        if keys is None:
-            return torch.empty(batch, seqlen, 0, dtype=torch.int64, device=x.device)
+        if entries == 0:
+            return torch.empty(batch, seqlen, 0, dtype=torch.int64)
 
         scores = torch.einsum("bshd,btd->bsht", q, keys).relu()
         scores = (scores * weights.unsqueeze(-1)).sum(dim=2)
-        entries = keys.size(1)
-        visible = _complete_blocks(seqlen, self.compress_ratio, x.device)
-        scores = scores.masked_fill(torch.arange(entries, device=x.device) >= visible, -math.inf)
+        visible = _complete_blocks(start_pos, seqlen, self.compress_ratio)
+        scores = scores.masked_fill(torch.arange(entries) >= visible, -math.inf)
         chosen = scores.topk(min(self.index_topk, entries), dim=-1)[1]
         return torch.where(chosen < visible, chosen + offset, -1)
 
@@ -305,7 +341,9 @@ class Attention(nn.Module):
         self.compressor = Compressor(args, ratio, self.head_dim) if ratio else None
         self.indexer = Indexer(args, ratio) if ratio == 4 else None
         entries = args.max_seq_len // ratio if ratio else 0
-        self.register_buffer("kv_cache", torch.zeros(args.max_batch_size, entries, self.head_dim), persistent=False)
+        # A ring of the last keys, and behind it the compressed entries.
+        keys = self.window_size + entries
+        self.register_buffer("kv_cache", torch.zeros(args.max_batch_size, keys, self.head_dim), persistent=False)
         freqs_cis = precompute_freqs_cis(
             self.rope_head_dim,
             args.max_seq_len,
@@ -323,15 +361,14 @@ class Attention(nn.Module):
         if self.indexer is not None:
             self.indexer.freqs_cis = self.freqs_cis
             return self.indexer(x, qr, start_pos, offset)
-        entry = torch.arange(seqlen // self.compress_ratio, device=x.device)
-        visible = _complete_blocks(seqlen, self.compress_ratio, x.device)
+        entry = torch.arange((start_pos + seqlen) // self.compress_ratio)
+        visible = _complete_blocks(start_pos, seqlen, self.compress_ratio)
         return torch.where(entry < visible, entry + offset, -1).expand(batch, -1, -1)
 
     def forward(self, x: Tensor, start_pos: int) -> Tensor:
-        _prompt_only(start_pos)
         batch, seqlen, _ = x.shape
-        rd = self.rope_head_dim
-        freqs = self.freqs_cis[:seqlen]
+        rd, window = self.rope_head_dim, self.window_size
+        freqs = self.freqs_cis[start_pos : start_pos + seqlen]
 
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))
@@ -342,14 +379,19 @@ class Attention(nn.Module):
         apply_rotary_emb(kv[..., -rd:], freqs)
         act_quant(kv[..., :-rd], KV_GROUP, scale_fmt, scale_dtype, True)
 
-        indices = _window_indices(seqlen, self.window_size, x.device).expand(batch, -1, -1)
+        last = torch.arange(max(seqlen - window, 0), seqlen)
+        self.kv_cache[:batch, (start_pos + last) % window] = kv[:, last]
+        indices = _window_indices(start_pos, seqlen, window).expand(batch, -1, -1)
         if self.compressor is not None:
-            indices = torch.cat([indices, self._entry_indices(x, qr, start_pos, offset=seqlen)], dim=-1)
-            self.compressor.kv_cache = self.kv_cache
+            offset = seqlen if start_pos == 0 else window
+            indices = torch.cat([indices, self._entry_indices(x, qr, start_pos, offset)], dim=-1)
+            self.compressor.kv_cache = self.kv_cache[:, window:]
             self.compressor.freqs_cis = self.freqs_cis
             entries = self.compressor(x, start_pos)
-            if entries is not None:
+            if entries is not None and start_pos == 0:
                 kv = torch.cat([kv, entries], dim=1)
+        if start_pos > 0:
+            kv = self.kv_cache[:batch]
 
         o = sparse_attn(q, kv, self.attn_sink, indices.int().contiguous(), self.softmax_scale)
         apply_rotary_emb(o[..., -rd:], freqs, True)
@@ -512,6 +554,30 @@ class ParallelHead(nn.Module):
 
     def forward(self, x: Tensor, hc_fn: Tensor, hc_scale: Tensor, hc_base: Tensor, norm: nn.Module) -> Tensor:
         return self.get_logits(norm(self.hc_head(x, hc_fn, hc_scale, hc_base)))
+
+
+class MTPBlock(Block):
+    """A layer after the last one, which drafts the token after the next. Embedding and head are those of the model."""
+
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__(layer_id, args)
+        n = args.hc_mult
+        self.e_proj = Linear(args.dim, args.dim)
+        self.h_proj = Linear(args.dim, args.dim)
+        self.enorm = RMSNorm(args.dim, args.norm_eps)
+        self.hnorm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.hc_head_fn = _parameter(n, n * args.dim, dtype=torch.float32)
+        self.hc_head_base = _parameter(n, dtype=torch.float32)
+        self.hc_head_scale = _parameter(1, dtype=torch.float32)
+        self.embed: ParallelEmbedding | None = None
+        self.head: ParallelHead | None = None
+
+    def forward(self, x: Tensor, start_pos: int, input_ids: Tensor) -> Tensor:
+        """Logits [b, vocab] after the last of the streams [b, s, n, d] and the ids [b, s] of the tokens after them."""
+        token = self.e_proj(self.enorm(self.embed(input_ids))).unsqueeze(2)
+        x = super().forward(token + self.h_proj(self.hnorm(x)), start_pos, input_ids)
+        return self.head(x, self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.norm)
 
 
 class Transformer(nn.Module):

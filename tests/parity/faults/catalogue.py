@@ -6,8 +6,10 @@ from .code import CODE
 from .configs import CONFIGS
 from .decoding import DECODING
 from .fault import Fault
+from .stages import STAGES
 from .tables import TABLES
 from .weights import WEIGHTS
 
-CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in (*WEIGHTS, *DECODING, *TABLES, *CONFIGS, *CODE)}
-assert len(CATALOGUE) == len(WEIGHTS) + len(DECODING) + len(TABLES) + len(CONFIGS) + len(CODE)
+_ALL = (*WEIGHTS, *DECODING, *TABLES, *CONFIGS, *CODE, *STAGES)
+CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in _ALL}
+assert len(CATALOGUE) == len(_ALL)

@@ -17,6 +17,7 @@ import numpy as np
 import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.formats.weight import StoredMatrix
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import Mode
@@ -30,7 +31,8 @@ from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.names import layer_of, parameters
+from dsv4_convert.spec.names import located, parameters
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
@@ -62,8 +64,16 @@ WIDE = tiny_config(
     index_head_dim=16,
     swiglu_limit=10.0,
 )
+#: A layer and an mtp stage.
+STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
+STAGE = 1
 #: The models by name, and the length of their prompts.
-MODELS: dict[str, tuple[Mapping[str, Any], int]] = {"main": (MAIN, 300), "many": (MANY, 60), "wide": (WIDE, 600)}
+MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
+    "main": (MAIN, 300),
+    "many": (MANY, 60),
+    "wide": (WIDE, 600),
+    "staged": (STAGED, 60),
+}
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
 
@@ -101,7 +111,7 @@ class Fault:
     @property
     def full_tap(self) -> str:
         """The full name of the tap that must be named."""
-        return self.tap if self.layer is None else f"layers.{self.layer}.{self.tap}"
+        return str(TapKey.of(Config.from_hf(MODELS[self.model][0]), self.layer, self.tap))
 
     def named_by(self, report: ParityReport) -> bool:
         """Whether divergence, localization and verdict name the operation, and other layers are clean."""
@@ -131,7 +141,7 @@ class Held:
         self.config = config
         self.arrays = arrays
         self.metadata = {"source": "memory", "storage": "float32"}
-        self.layers = tuple(range(config.num_hidden_layers))
+        self.layers = tuple(range(config.stage_layers.stop))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
@@ -152,6 +162,11 @@ class Held:
     def read_rows(self, path: str, rows: Array, dtype: Any = np.float32) -> Array:
         """Some rows."""
         return self.arrays[path][rows]
+
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix, or entry of a stack, which is stored as the model has it."""
+        array = self.arrays[path] if at is None else self.arrays[path][at]
+        return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
         """V4 has none."""
@@ -189,7 +204,8 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
     raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=noise))
+    options = RecordingOptions(tokens=ids, noise=noise, stages=model == "staged")
+    golden = record(folder / "hf", folder / "golden", options)
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
 
@@ -220,7 +236,8 @@ def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
     if fault.kind not in ("config", "code"):
         changed = [path for path, array in arrays.items() if not np.array_equal(array, healthy.arrays[path])]
         assert changed, "the fault changes nothing"
-        assert {layer_of(path) for path in changed} <= {fault.layer, *fault.also}, "other layers are as they were"
+        owners = {located(healthy.config, path)[1] for path in changed}
+        assert owners <= {fault.layer, *fault.also}, "other layers are as they were"
         assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
     yield Held(healthy.config, arrays)
 
@@ -255,9 +272,9 @@ class _FaultyForward(Forward):
         with self._active(layer):
             return super().layer(layer, entering, overrides)
 
-    def head(self, streams: Any, overrides: Any = None) -> Activations:
-        with self._active(None):
-            return super().head(streams, overrides)
+    def head(self, streams: Any, overrides: Any = None, *, stage: int | None = None) -> Activations:
+        with self._active(stage):
+            return super().head(streams, overrides, stage=stage)
 
     def _active(self, layer: int | None) -> Any:
         fault = self._fault

@@ -222,7 +222,7 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("an entry's position counted twice", "positions[:, :1] - before[:, None] + block",
              "positions[:, :1] + block")),
     *_fault("cache", HCA, _CONTEXT, compressor.Compressor, "_continued",
-            ("an entry in the next slot", "written(state.entries, fresh, block,", "written(state.entries, fresh, block + 1,")),
+            ("an entry in the next slot", "(state.entries, fresh, block,", "(state.entries, fresh, block + 1,")),
     *_fault("cache", CSA, _CHOSEN, compressor.Compressor, "_continued",
             ("an entry kept only if a token follows", "<= (before + count)[:, None]",
              "< (before + count)[:, None]")),

@@ -1,0 +1,188 @@
+"""DSpark: three window-only blocks that together draft the next tokens, from the streams of some backbone layers.
+
+Shape letters: ``B`` batch, ``S`` tokens whose streams are read, ``T`` target layers, ``Q`` tokens of the drafted block,
+``N`` streams, ``D`` width, ``H`` heads, ``C`` head width, ``P`` tokens of a window, ``V`` vocabulary, ``R`` rank of the
+Markov head.
+
+1. The streams that leave the T target layers are averaged, concatenated, projected and normalised:
+   c = main_norm(main_proj([mean_n h_1, ..., mean_n h_T])). Each block makes keys of c for the tokens that are known.
+2. The drafted block starts with the embeddings of one known token, the anchor, and of Q - 1 noise tokens. Every token
+   of the block sees the keys of the window before the anchor and of the whole block, also of its later tokens.
+3. The collapsed streams x_i give logits head(norm(x_i)) + markov_w2 markov_w1[t_i], where t_i is the token before:
+   the anchor for i = 0, then the token drafted last. So tokens are chosen one after the other, in one pass.
+4. confidence_i = proj [x_i, markov_w1[t_i]] is the logit of the draft being accepted, if those before it are.
+
+Source: published inference code of V4-Flash-0731, ``DSparkBlock`` and ``Transformer.forward_spec``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv4_convert.model.attention import (
+    KERNEL_KEYS,
+    Attention,
+    Earlier,
+    Entries,
+    attend,
+    attend_as_released,
+)
+from dsv4_convert.model.axes import shard_map
+from dsv4_convert.model.block import Block
+from dsv4_convert.model.cache import LayerCache, Past, latest
+from dsv4_convert.model.norm import rms_norm
+from dsv4_convert.model.numerics import PLAIN, Numerics
+from dsv4_convert.model.ops import linear, parameter
+from dsv4_convert.model.recording import Taps
+from dsv4_convert.model.rope import frequencies
+from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
+
+
+class Drafted(NamedTuple):
+    """Drafted tokens, the logits that they were chosen from, and the logits of their acceptance (DSpark's only)."""
+
+    tokens: Int[Array, "B Q"]
+    logits: Float[Array, "B Q V"]
+    confidence: Float[Array, "B Q"] | None
+
+
+class BlockAttention(Attention):
+    """Attention in which every query sees the whole block, and the window of known tokens before it."""
+
+    def keys(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S C"]:
+        """The rotated keys of known tokens, which are their values too."""
+        return self._keys(x, positions, frequencies(self.config, compressed=False), taps)
+
+    def _gathered(
+        self, q: Float[Array, "B Q H C"], kv: Float[Array, "B Q C"], earlier: Earlier | None, entries: Entries
+    ) -> Float[Array, "B Q H C"]:
+        """The values that every query gathers. There are no compressed entries."""
+        assert earlier is not None
+        return _block_context(q, kv, earlier, self.attn_sink[...], numerics=self.numerics)
+
+
+@shard_map()
+def _block_context(
+    q: Float[Array, "B Q H C"],
+    kv: Float[Array, "B Q C"],
+    earlier: Earlier,
+    sink: Float[Array, " H"],
+    *,
+    numerics: Numerics,
+) -> Float[Array, "B Q H C"]:
+    batch, block, window = len(q), kv.shape[1], earlier.keys.shape[1]
+    keys = jnp.concatenate([earlier.keys, kv], axis=1)
+    known = earlier.tokens[:, None]
+    token = known + jnp.arange(window) - window  # index in the prompt
+    inside = jnp.concatenate([token >= 0, jnp.ones((batch, block), bool)], axis=1)
+    seen = jnp.broadcast_to(inside[:, None], (batch, block, window + block))
+    if not numerics.release:
+        return attend(q, (keys,), seen, sink)
+    # The published code keeps the window as a ring, and puts the block behind the places of its tokens.
+    places = jnp.concatenate([token % window, jnp.minimum(known, window) + jnp.arange(block)], axis=1)
+    return attend_as_released(q, (keys,), seen, sink, jnp.broadcast_to(places[:, None] // KERNEL_KEYS, seen.shape))
+
+
+class MarkovHead(nnx.Module):
+    """Logits that depend on the token before alone: a table of rank R."""
+
+    def __init__(self, config: V4Config, rank: int) -> None:
+        self.markov_w1 = parameter("vocab whole_rank", config.vocab_size, rank)
+        self.markov_w2 = parameter("whole_rank vocab", rank, config.vocab_size)
+
+    def embed(self, token_ids: Int[Array, "B *Q"]) -> Float[Array, "B *Q R"]:
+        """The row of each token."""
+        return self.markov_w1[...][token_ids]
+
+    def __call__(self, embedded: Float[Array, "B *Q R"]) -> Float[Array, "B *Q V"]:
+        """Logits of the token after, float32."""
+        return linear(embedded.astype(jnp.float32), self.markov_w2[...])
+
+
+class ConfidenceHead(nnx.Module):
+    """The logit of a drafted token being accepted."""
+
+    def __init__(self, config: V4Config, rank: int) -> None:
+        self.proj = parameter("whole_width mix", config.hidden_size + rank, 1)
+
+    def __call__(self, x: Float[Array, "B Q D"], embedded: Float[Array, "B Q R"]) -> Float[Array, "B Q"]:
+        """From the collapsed streams before their norm, and the Markov head's row of the token before; float32."""
+        both = jnp.concatenate([x, embedded.astype(x.dtype)], axis=-1)
+        return linear(both.astype(jnp.float32), self.proj[...])[..., 0]
+
+
+class DSparkBlock(Block):
+    """One of the blocks. The first also makes the context that all of them read; the last also chooses the tokens.
+
+    It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
+    """
+
+    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN) -> None:
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
+        assert config.dspark is not None
+        self.numerics = numerics
+        self.attn = BlockAttention(config, AttentionKind.SLIDING, numerics)
+        streams, width, rank = config.hc_mult, config.hidden_size, config.dspark.markov_rank
+        if stage == 0:
+            targets = len(config.dspark.target_layer_ids)
+            self.main_proj = parameter("width whole_width", targets * width, width)
+            self.main_norm = parameter("whole_width", width)
+        if stage == config.num_mtp_stages - 1:
+            self.norm = parameter("whole_width", width)
+            self.hc_head_fn = parameter("mix streams", streams, streams * width)
+            self.hc_head_base = parameter("mix", streams)
+            self.hc_head_scale = parameter("mix", 1)
+            self.markov_head = MarkovHead(config, rank)
+            self.confidence_head = ConfidenceHead(config, rank)
+
+    def context(self, features: Float[Array, "B S T N D"], taps: Taps) -> Float[Array, "B S D"]:
+        """The projected streams of the target layers."""
+        means = jnp.mean(features.astype(jnp.float32), axis=3).astype(features.dtype)
+        projected = taps(
+            "main_proj", self.numerics.linear(means.reshape(*means.shape[:2], -1), self.main_proj.get_value())
+        )
+        return taps("main_norm", rms_norm(projected, self.main_norm[...], self.config.rms_norm_eps))
+
+    def refine(
+        self,
+        streams: Float[Array, "B Q N D"],
+        token_ids: Int[Array, "B Q"],
+        context: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        past: Past[LayerCache],
+        taps: Taps,
+    ) -> tuple[Float[Array, "B Q N D"], LayerCache]:
+        """The block's streams after this stage, and the stage's new state.
+
+        Args:
+            streams, token_ids: of the drafted block.
+            context, positions: of the known tokens of this call; ``past`` counts them. The block follows the last one.
+        """
+        size = self.config.sliding_window
+        keys = self.attn.keys(context, positions, taps.within("attn.main."))
+        rows = jnp.concatenate([past.cache.window, keys], axis=1)
+        window = latest(rows, jnp.maximum(past.count - 1, 0), size)
+        block = streams.shape[1]
+        seen = Past(LayerCache(window, None, None), past.before + past.count, jnp.full_like(past.count, block))
+        first = positions[:, :1] + past.count[:, None]
+        streams, _ = self(streams, token_ids, first + jnp.arange(block), taps, seen)
+        return streams, LayerCache(latest(rows, past.kept, size - 1), None, None)
+
+    def choose(
+        self, x: Float[Array, "B Q D"], logits: Float[Array, "B Q V"], anchor: Int[Array, " B"], taps: Taps
+    ) -> Drafted:
+        """The block's tokens, one after the other, from its collapsed streams and the output head's logits."""
+        token, chosen = anchor, []
+        for at in range(x.shape[1]):
+            token = jnp.argmax(logits[:, at] + self.markov_head(self.markov_head.embed(token)), axis=-1)
+            chosen.append(token)
+        tokens = taps("tokens", jnp.stack(chosen, axis=1).astype(jnp.int32))
+        before = jnp.concatenate([anchor[:, None], tokens[:, :-1]], axis=1)
+        embedded = taps("markov_head.embed", self.markov_head.embed(before))
+        logits = taps("draft_logits", logits + taps("markov_head", self.markov_head(embedded)))
+        return Drafted(tokens, logits, taps("confidence", self.confidence_head(x, embedded)))

@@ -1,0 +1,56 @@
+"""What a block of DeepSeek's inference code keeps after a prompt, as the taps of the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dsv4_convert.golden.references.release.code import Code, complaint
+from dsv4_convert.golden.references.release.probes import Expected
+from dsv4_convert.spec.taps import is_state
+
+Array = np.ndarray[Any, Any]
+
+#: Name of a compressor here and in the code's block.
+_COMPRESSORS = {"cache.compressor": "attn.compressor", "cache.indexer": "attn.indexer.compressor"}
+
+
+def state_after(code: Code, block: Any, expected: Expected, tokens: int) -> dict[str, Array]:
+    """The expected taps of the state after ``tokens`` tokens, by name within the layer.
+
+    The window is a ring: token t is at place t modulo its size, before the compressed entries. A compressor has the
+    rows of the incomplete block, in CSA behind those of the last complete one. Its gates have the position bias.
+
+    Raises:
+        Dsv4Error: the code keeps something else.
+    """
+    found = {}
+    for name, (_, shape) in expected.items():
+        if not is_state(name):
+            continue
+        path, _, part = name.rpartition(".")
+        try:
+            if path == "cache":
+                places = np.arange(tokens - shape[1], tokens) % block.attn.window_size
+                value = block.attn.kv_cache[: shape[0], places].float()
+            else:
+                value = _of_compressor(block.get_submodule(_COMPRESSORS[path]), part, shape)
+        except (AttributeError, IndexError) as error:
+            raise complaint(code, f"{name}: {error}") from error
+        if value.shape != shape:
+            raise complaint(code, f"{name}: expected {list(shape)} in its cache, found {list(value.shape)}")
+        found[name] = np.array(value.float().numpy())
+    return found
+
+
+def _of_compressor(compressor: Any, part: str, shape: tuple[int, ...]) -> Tensor:
+    batch, rows, width = shape
+    of_gates = part.endswith("gates")
+    held: Tensor = compressor.score_state if of_gates else compressor.kv_state
+    if part.startswith("overlap"):
+        return held[:batch, :rows, :width]
+    first = compressor.compress_ratio if compressor.overlap else 0
+    value = held[:batch, first : first + rows]
+    return value.double() - compressor.ape[:rows].double() if of_gates else value
