@@ -69,6 +69,10 @@ class V4Config(Config):
         """Values per token that the compressor of a layer pools: twice as many in CSA, whose entries overlap."""
         return self.head_dim * (2 if self.kind(layer) is AttentionKind.CSA else 1)
 
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer is CSA."""
+        return self.kind(layer) is AttentionKind.CSA
+
     def indexes(self, layer: int) -> bool:
         """Whether a layer is CSA."""
         return self.kind(layer) is AttentionKind.CSA
