@@ -385,9 +385,11 @@ def test_decoding_and_the_stage_agree_in_both_programs(decoding: Path, decoded: 
         assert state <= {result.key for result in of.taps}
 
 
-def test_a_compact_golden_of_decoding_and_the_compiled_layers(decoding: Path, decoded: Golden) -> None:
+@pytest.mark.thorough
+def test_a_compact_golden_of_decoding(decoding: Path, decoded: Golden) -> None:
+    """From the tokens, through every layer, the head and the stage."""
     made = shrink(decoded, decoding / "compact", Compact.of([-1, PREFILL], PREFILL + DECODE))
-    options = ParityOptions(programs=[Program.MODEL], layers=[0])
+    options = ParityOptions(programs=[Program.STREAMED])
     report = run_parity(None, made.path, options, source=decoding / "fp4")
     assert report.passed, verdict(report)
 
