@@ -138,11 +138,11 @@ class V4Config(Config):
 
 
 def as_v4(config: Config) -> V4Config:
-    """The config, for code that computes DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
+    """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 converts this model and generates with it, and has no reference to compare it with "
-            "yet; convert, generate, inspect, names and verify take it"
+            f"{config.title}: dsv4 does not record, compare or compile this model yet; convert, generate, inspect, "
+            "names and verify take it"
         )
     return config
 
