@@ -43,6 +43,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PARSED_ONLY = {
     "--coordinator": "several processes or hosts; tests/parity/test_many.py and tests/store run them",
     "gs://": "needs a bucket; tests/store/test_bucket.py has one in memory",
+    "hf://": "needs a dataset of the Hub; tests/checkpoint/test_hub_push.py pushes one",
     "--topology": "needs libtpu; nox -s tpu compiles for slices",
     "--tokenizer": "needs the real model's tokenizer; tests/serve makes one",
     "--release-code": "needs DeepSeek's own code, which may not be in this repository; tests/golden/test_release.py",

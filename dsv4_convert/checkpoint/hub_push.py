@@ -64,15 +64,24 @@ def push(folder: Path, names: list[str], card: str, target: PushTarget) -> Pushe
     branch = target.branch or constants.DEFAULT_REVISION
     with hub_errors(target.repository, branch, folder, access="write"):
         made = api.create_repo(target.repository, repo_type=target.kind, private=target.private or None, exist_ok=True)
-        where = {"repo_id": made.repo_id, "repo_type": target.kind, "revision": branch}
         has_card = api.file_exists(made.repo_id, README, repo_type=target.kind, revision=branch)
         sent = api.upload_folder(
-            folder_path=folder, allow_patterns=names, commit_message=f"Upload {folder.name} with dsv4", **where
+            folder_path=folder,
+            allow_patterns=names,
+            repo_id=made.repo_id,
+            repo_type=target.kind,
+            revision=branch,
+            commit_message=f"Upload {folder.name} with dsv4",
         )
         writes = target.replace_card or not has_card
         if writes:
             sent = api.upload_file(
-                path_or_fileobj=card.encode(), path_in_repo=README, commit_message="Describe it", **where
+                path_or_fileobj=card.encode(),
+                path_in_repo=README,
+                repo_id=made.repo_id,
+                repo_type=target.kind,
+                revision=branch,
+                commit_message="Say where it comes from",
             )
     return Pushed(
         repository=made.repo_id, kind=target.kind, commit=sent.oid, url=str(sent.commit_url), card_written=writes

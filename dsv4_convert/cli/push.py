@@ -50,7 +50,7 @@ def push(
                 found.folder,
                 list(found.files),
                 card,
-                hub_push.Target(
+                hub_push.PushTarget(
                     repository=repository,
                     kind=found.kind,
                     branch=branch,

@@ -18,6 +18,7 @@ DISTRIBUTION = "dsv4-convert"
 
 #: The commands that need each extra of ``pyproject.toml``. The core serves all of them.
 EXTRAS: Mapping[str, str] = {
+    "frame": "parity --parquet",
     "reference": "golden record",
     "tpu": "compile, --platform tpu",
     "gs": "gs:// URLs",

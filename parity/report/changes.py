@@ -169,7 +169,8 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
         "checkpoint": str(document["checkpoint"].get("path", "")),
         "golden": str(document["golden"].get("path", "")),
         "modes": " and ".join(map(str, document["modes"])),
-        "device": " ".join(str(platform[name]) for name in ("backend", "device", "precision") if name in platform),
+        "device": " ".join(dict.fromkeys(str(platform[name]) for name in ("backend", "device") if name in platform)),
+        "precision": str(platform.get("precision", "")),
         "versions": versions,
     }
     return {name: text for name, text in facts.items() if text}

@@ -156,10 +156,10 @@ def test_the_page_has_both_runs_side_by_side(tmp_path: Path) -> None:
     assert ["layers.0.attn.q", "isolated", "2.0", "✕ 9e6"] in shown.rows
     assert ["layers.0.attn.wkv", "isolated", "2.0", "8.0"] in shown.rows
     assert ["layers.0.ffn", "isolated", "1.5", "–"] in shown.rows
-    assert ["0", "isolated", "2.0", "attn.q", "✕ 9e6", "attn.q"] in shown.rows
+    assert ["0", "isolated", "2.0", "✕ 9e6", "attn.q", "attn.q"] in shown.rows
     assert ["report", str(good), str(bad)] in shown.rows
     assert shown.loads == []
-    assert "1 tap fails now" in out.read_text(encoding="utf-8")
+    assert "Fails now: 1 tap" in out.read_text(encoding="utf-8")
     again = CliRunner().invoke(app, ["report", str(good), str(good), "--report", str(out)])
     assert again.exit_code == 0
     assert "NOT WORSE" in out.read_text(encoding="utf-8")

@@ -157,7 +157,7 @@ class ReleasedModel:
                 return watching_block(self._code, block, visit, choices, slot=slot)
 
             of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
-            part = _Part(layer, self._calls, forward, watching, block)
+            part = _Step(layer, self._calls, forward, watching, block)
             left, taken = self._run(part, state, of_block)
             if layer not in self._config.stage_layers:
                 return left, taken
@@ -180,7 +180,7 @@ class ReleasedModel:
             self._floats(prefix + name, torch.float32) for name in ("hc_head_fn", "hc_head_scale", "hc_head_base")
         ]
         forward = partial(self._to_logits, norm, mixing, self._logits)
-        _, taken = self._run(_Part(layer, self._whole, forward, _watching_head), state, expected)
+        _, taken = self._run(_Step(layer, self._whole, forward, _watching_head), state, expected)
         return taken
 
     def _to_logits(
@@ -213,7 +213,7 @@ class ReleasedModel:
         forward = partial(self._to_logits, self._norm(), mixing, partial(self._code.logits, weight=word))
         call = _Call({name: (_FLOAT32, (1, 1, size)) for name, size in shapes.items()})
         try:
-            call.run(self._code, _Part(None, [(0, 1)], forward, _watching_head), torch.zeros(1, 1, streams, width), 0)
+            call.run(self._code, _Step(None, [(0, 1)], forward, _watching_head), torch.zeros(1, 1, streams, width), 0)
         except (AttributeError, TypeError) as error:
             raise complaint(self._code, f"its output head: {error}") from error
 
@@ -221,7 +221,7 @@ class ReleasedModel:
         norm: nn.Module = self._code.module.RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
         return norm
 
-    def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
+    def _run(self, part: _Step, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         states: list[dict[str, Tensor]] = []
         entering = _tensor(state[_GOLDEN])
@@ -237,7 +237,7 @@ class ReleasedModel:
 
     def _pass(
         self,
-        part: _Part,
+        part: _Step,
         entering: Tensor,
         expected: Expected,
         states: list[dict[str, Tensor]],
@@ -389,7 +389,7 @@ def _watching_head(visit: Visit, choices: Choices | None, start: int) -> Abstrac
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Step:
     """A layer, a stage, or what is behind it or the last layer (None).
 
     Attributes:
@@ -423,7 +423,7 @@ class _Call:
         self._problems: list[str] = []
         self.taps: dict[str, Array] = {}
 
-    def run(self, code: Code, part: _Part, entering: Tensor, start: int) -> Tensor:
+    def run(self, code: Code, part: _Step, entering: Tensor, start: int) -> Tensor:
         """The streams that leave. Raises :class:`Dsv4Error` for taps that are not the expected ones."""
         golden, seen = self._golden, self.taps
         choices = None if golden is None else {name: golden[name] for name in (EXPERTS, CHOSEN) if name in golden}

@@ -32,10 +32,10 @@ class LayerPair:
 def page(before: ReportedRun, after: ReportedRun, found: Sequence[Change]) -> str:
     """Both runs as one HTML document: what became of each tap, and the worst tap of every layer."""
     of = {kind: [change for change in found if change.kind is kind] for kind in Became}
-    counts = [f"{number_of(len(those), 'tap')} {kind}" for kind, those in of.items() if those]
+    counts = [f"{kind}: {number_of(len(those), 'tap')}" for kind, those in of.items() if those]
     html = template("beside.html.j2").render(
         title=f"{before.path.name} and {after.path.name} · dsv4 report",
-        headline=", ".join(counts[:3]),
+        headline=", ".join(counts[:3]).capitalize(),
         worse=bool(of[Became.FAILS_NOW] or of[Became.GONE]),
         counts=[(kind.value, len(those)) for kind, those in of.items() if those],
         facts=_facts(before, after),
