@@ -28,6 +28,11 @@ def is_converted(path: Path) -> bool:
     return (path / CONVERTED_FILE).is_file()
 
 
+def is_published(path: Path) -> bool:
+    """Whether a published checkpoint lies there, and none that Orbax wrote."""
+    return (path / CONFIG_FILE).exists() and not any((path / name).exists() for name in ORBAX_FILES)
+
+
 def is_golden(path: Path) -> bool:
     """Whether a golden lies there."""
     return (path / GOLDEN_FILE).is_file() and not is_converted(path)
@@ -49,7 +54,7 @@ def not_converted(path: Path, given: str) -> str:
     )
     if is_golden(path):
         return f"a golden, not a checkpoint; `dsv4 parity CHECKPOINT --golden {given}` compares a checkpoint with it"
-    if (path / CONFIG_FILE).exists() and not any((path / name).exists() for name in ORBAX_FILES):
+    if is_published(path):
         return f"a published checkpoint, which is not converted yet: {published}"
     if path.exists():
         return f"not a checkpoint written by dsv4: no {CONVERTED_FILE} in it"

@@ -18,7 +18,6 @@ from dsv4_convert.golden.layout import STREAMS, token_ids
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import DecoderBlock, MTPBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.experts import weighted
 from dsv4_convert.model.model import HEAD_AXES, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
@@ -30,6 +29,7 @@ from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region
+from dsv4_convert.weights.experts import MATRICES, ExpertCache, routed_sum
 from dsv4_convert.weights.parameters import Parameters
 from dsv4_convert.weights.restore import restore_block
 
@@ -68,6 +68,7 @@ class Forward:
         self._dtype = dtype
         self._numerics = numerics
         self._weight_dtype = np.dtype(numerics.weight_dtype(dtype))
+        self._expert_cache = ExpertCache(self._read_expert)
         self._resident: tuple[int, tuple[nnx.GraphDef[DecoderBlock], nnx.State[Any, Any]]] | None = None
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
@@ -225,28 +226,19 @@ class Forward:
 
     def _own_experts(self, layer: int, routed: Routed) -> Array:
         """The part of the sum that this process computes, float32 ``[B * S, D]``."""
-        x = np.asarray(routed.x)
-        flat = x.reshape(-1, x.shape[-1])
-        # An expert that does not exist is the nearest that does, as XLA's gather has it; the choice itself is reported.
         config = self._weights.config
-        last, stack = config.n_routed_experts - 1, f"{config.prefix(layer)}ffn.experts"
-        experts = np.clip(np.asarray(routed.routing.experts), 0, last).reshape(len(flat), -1)
-        shares = np.asarray(routed.routing.weights).reshape(len(flat), -1)
-        total = np.zeros(flat.shape, np.float32)
-        for expert in self._devices.mine(np.unique(experts).tolist()):
-            tokens, slots = np.nonzero(experts == expert)
-            # Padded to a power of two, so that few programs serve every number of tokens; and to two rows at least,
-            # because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
-            padded = np.zeros((max(2, 1 << (len(tokens) - 1).bit_length()), flat.shape[1]), flat.dtype)
-            padded[: len(tokens)] = flat[tokens]
-            matrices = (
-                self._weights.read_expert(f"{stack}.{part}", expert, self._weight_dtype) for part in ("w1", "w2", "w3")
-            )
-            share = np.zeros(len(padded), np.float32)
-            share[: len(tokens)] = shares[tokens, slots]
-            output = np.asarray(_expert(padded, share, *matrices, config.swiglu_limit, self._numerics))
-            np.add.at(total, tokens, output[: len(tokens)])
-        return total
+        return routed_sum(
+            routed,
+            np.ones(routed.x.shape[:2], bool),
+            lambda experts: self._expert_cache.each(layer, self._devices.mine(experts)),
+            last=config.n_routed_experts - 1,
+            limit=config.swiglu_limit,
+            numerics=self._numerics,
+        )
+
+    def _read_expert(self, layer: int, expert: int) -> tuple[Array, ...]:
+        stack = f"{self._weights.config.prefix(layer)}ffn.experts."
+        return tuple(self._weights.read_expert(stack + name, expert, self._weight_dtype) for name in MATRICES)
 
 
 def _everything(name: str) -> bool:
@@ -296,9 +288,6 @@ def to_logits(
     fn, base, scale, norm, words = weights
     head(streams, fn, base, scale, norm, words, config, taps)
     return taps.values
-
-
-_expert = jax.jit(weighted, static_argnums=(5, 6))
 
 
 def activations(config: Config, layer: int | None, values: Mapping[str, Any]) -> Activations:

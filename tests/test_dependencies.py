@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "store": "files spec",
     "checkpoint": "files spec formats",
     "weights": "spec formats store checkpoint model",
-    "serve": "spec model",
+    "serve": "spec model weights",
     "convert": "files spec formats checkpoint store",
     "aot": "spec model",
     "doctor": "files checkpoint",

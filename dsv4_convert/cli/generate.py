@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from dsv4_convert.cli.common import CHECKPOINT_HELP, Json, Platform, echo, one_of, parse_choice, reported, write_json
+from dsv4_convert.cli.common import (
+    CHECKPOINT_HELP,
+    Json,
+    Platform,
+    echo,
+    one_of,
+    parse_bytes,
+    parse_choice,
+    reported,
+    write_json,
+)
 from dsv4_convert.cli.status import note_compilations, status
 from dsv4_convert.cli.stream import Stream
 from dsv4_convert.show.text import for_terminal
@@ -64,8 +74,26 @@ def generate(
     ] = "expanded",
     speculative: Annotated[
         bool,
-        typer.Option("--speculative", help="Draft tokens with the model's mtp stage: fewer passes. Greedy only."),
+        typer.Option(
+            "--speculative", help="Draft tokens with the model's mtp or DSpark stages: fewer passes. Greedy only."
+        ),
     ] = False,
+    stream_weights: Annotated[
+        bool,
+        typer.Option(
+            "--stream-weights",
+            help="For a model larger than memory: read routed experts from the disk as tokens choose them, and hold "
+            "the other weights as they are stored. CHECKPOINT may also be a published folder.",
+        ),
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --stream-weights: memory beside the interpreter, such as 12GiB; experts fill what is left. "
+            "Default: three quarters of what is available.",
+        ),
+    ] = None,
     platform: Platform = None,
     json: Json = None,
 ) -> None:
@@ -73,7 +101,8 @@ def generate(
 
     The prompt runs in chunks of 128 tokens, then generation runs token by token from the cache. Several prompts of any
     length run together. stdout gets the text, or token ids without a tokenizer; that of a single prompt as it comes.
-    With --speculative, a pass that confirms its draft yields two tokens.
+    With --speculative, a pass yields one token more than drafts that it confirms: two at most with an mtp stage, a
+    block of DSpark and one more in a dated release. With --stream-weights, routed experts stay on the disk.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """
@@ -91,6 +120,7 @@ def generate(
     from dsv4_convert.errors import UsageError
     from dsv4_convert.golden.chat import chat_prompt
     from dsv4_convert.golden.tokens import encode_prompts, parse_prompts, text_decoder, token_of, tokenizer_file
+    from dsv4_convert.serve.from_disk import ModelFromDisk, open_from_disk
     from dsv4_convert.serve.generate import Generator, Sampling
     from dsv4_convert.weights.converted import Weights
     from dsv4_convert.weights.restore import restore_model
@@ -105,6 +135,14 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if speculative and temperature:
         raise UsageError("--speculative takes the likeliest token every time; leave --temperature at 0")
+    if stream_weights and (speculative or weights == "source"):
+        left = "--speculative" if speculative else "--weights"
+        raise UsageError(
+            f"--stream-weights reads the weights as they are stored, without the mtp stage; leave {left} out"
+        )
+    if max_memory is not None and not stream_weights:
+        raise UsageError("--max-memory bounds --stream-weights; without it all weights are in memory")
+    limit = None if max_memory is None else parse_bytes("--max-memory", max_memory)
     released = parse_choice("--numerics", numerics, ("plain", "release")) == "release"
     dtype = parse_choice("--dtype", dtype or ("bfloat16" if released else "float32"), ("float32", "bfloat16"))
     if released and dtype != "bfloat16":
@@ -129,14 +167,27 @@ def generate(
     with ExitStack() as watched:
         say = watched.enter_context(status("generate"))
         say("restoring the model")
-        held = Weights.open(checkpoint)
-        model = restore_model(held, dtype=width, drafts=speculative, release=released, encoded=encoded)
-        generator = Generator(model, width, speculative=speculative)
         count = [0] * len(given)
+
+        def on_layer(done: int, total: int) -> None:
+            if not any(count):
+                say(f"reading the prompt, layer {done} of {total}")
+
+        streamed: ModelFromDisk | None = None
+        if stream_weights:
+            room = max(map(len, given), default=0) + max_new_tokens
+            streamed = open_from_disk(checkpoint, width, release=released, prompts=len(given), room=room, limit=limit)
+            streamed.on_layer = on_layer
+            echo(f"in memory: {streamed.plan}", err=True)
+        model = streamed or restore_model(
+            Weights.open(checkpoint), dtype=width, drafts=speculative, release=released, encoded=encoded
+        )
+        generator = Generator(model, width, speculative=speculative)
 
         def on_token(row: int, token: int) -> None:
             count[row] += 1
-            say.step(max(count), max_new_tokens, f"{max(count)} of {max_new_tokens} tokens")
+            rate = "" if streamed is None or streamed.pace is None else f", {streamed.pace}"
+            say.step(max(count), max_new_tokens, f"{max(count)} of {max_new_tokens} tokens{rate}")
             if stream is not None:
                 if stream.is_terminal:
                     watched.close()  # the text shows how far it is
@@ -152,14 +203,18 @@ def generate(
         "checkpoint": str(checkpoint),
         "dtype": dtype,
         "numerics": numerics,
-        "weights": weights,
+        "weights": "streamed" if stream_weights else weights,
         "prompts": given,
         "tokens": found,
     }
     drafts = generator.drafts
     if speculative:
-        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}", err=True)
+        share = f" ({drafts.accepted / drafts.drafted:.0%})" if drafts.drafted else ""
+        echo(f"drafted {drafts.drafted} tokens, of which the model accepted {drafts.accepted}{share}", err=True)
         outcome["drafts"] = dataclasses.asdict(drafts)
+    if streamed is not None and streamed.pace is not None:
+        echo(str(streamed.pace), err=True)
+        outcome["pace"] = dataclasses.asdict(streamed.pace)
     write_json(outcome | ({} if texts is None else {"texts": texts}), json)
     for row, new in enumerate(found if stream is None else ()):
         text = shown[row] + (",".join(map(str, new)) if texts is None else texts[row])

@@ -414,6 +414,23 @@ def convert_columns(source: Bits, out: Bits, action: int) -> None:
 
 
 @kernel
+def transpose_bytes(source: Bits, out: Bits) -> None:
+    """Bytes ``[R, C]`` into the transposed ``out`` ``[C, R]``, eight at a time."""
+    rows, columns = source.shape
+    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
+    for c0 in range(0, columns, TILE):
+        c1 = min(c0 + TILE, columns)
+        for r0 in range(0, rows, TILE):
+            r1 = min(r0 + TILE, rows)
+            _fill_tile(source, r0, r1, c0, c1, tile)
+            _transpose(tile.view(np.uint64), transposed.view(np.uint64))
+            for c in range(c0, c1):
+                kept, column = out[c, r0:r1], transposed[c - c0]
+                for i in range(np.uint64(kept.size)):
+                    kept[i] = column[i]
+
+
+@kernel
 def block_amax(magnitude_bits: Bits, block_rows: int, block_columns: int, out: Bits) -> None:
     """Largest float32 magnitude of each block, as bits: uint32 ``[R, C]`` into ``[ceil(R / br), ceil(C / bc)]``.
 

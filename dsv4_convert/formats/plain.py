@@ -50,7 +50,9 @@ def cast_plain(array: Array, *, dtype: DTypeLike, transpose: bool = False, out: 
     source = np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
     source_bits = read_only(source.view(f"u{source.dtype.itemsize}"))
     result_bits = result.view(f"u{result.dtype.itemsize}")
-    if transpose:
+    if transpose and source.dtype.itemsize == 1:
+        kernels.transpose_bytes(source_bits, result_bits)
+    elif transpose:
         kernels.convert_columns(source_bits, result_bits, action)
     else:
         kernels.convert(source_bits.reshape(-1), result_bits.reshape(-1), action)

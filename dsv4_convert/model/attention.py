@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.model.axes import axis_index, shard_map
 from dsv4_convert.model.cache import LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.encoded import Encoded, product
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
 from dsv4_convert.model.norm import rms_norm
-from dsv4_convert.model.numerics import Numerics, round_then_f32
-from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.ops import einsum_f32, map_query_chunks, parameter, round_then_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies, rotate
 from dsv4_convert.spec.config import Config
@@ -93,19 +94,19 @@ class WindowedAttention(nnx.Module):
 
     def _low_rank(self, x: Float[Array, "B S D"], taps: Taps) -> Float[Array, "B S R"]:
         """The low-rank queries, of which the indexer makes its queries too."""
-        projected = taps("wq_a", self.numerics.linear(x, self.wq_a[...]))
+        projected = taps("wq_a", self.numerics.linear(x, self.wq_a.get_value()))
         return taps("q_norm", rms_norm(projected, self.q_norm[...], self.config.rms_norm_eps))
 
     def _queries(self, low_rank: Float[Array, "B S R"], taps: Taps) -> Float[Array, "B S H C"]:
         """The queries of all heads, not rotated."""
-        q = self.numerics.linear(low_rank, self.wq_b[...])
+        q = self.numerics.linear(low_rank, self.wq_b.get_value())
         return taps("wq_b", q.reshape(*low_rank.shape[:2], self.config.num_attention_heads, self.config.head_dim))
 
     def _keys(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], table: np.ndarray, taps: Taps
     ) -> Float[Array, "B S C"]:
         """The rotated keys of the tokens, which are their values too."""
-        projected = taps("wkv", self.numerics.linear(x, self.wkv[...]))
+        projected = taps("wkv", self.numerics.linear(x, self.wkv.get_value()))
         kv = taps("kv_norm", rms_norm(projected, self.kv_norm[...], self.config.rms_norm_eps))
         return taps("kv_rope", self.numerics.key(rotate(kv, positions, table), 2 * len(table)))
 
@@ -126,8 +127,8 @@ class WindowedAttention(nnx.Module):
         context = taps("context", self._gathered(q, kv, earlier, entries))
         context = taps("context_unrotated", rotate(context, positions, table, inverse=True))
         grouped = context.reshape(batch, tokens, self.config.o_groups, -1)
-        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a[...]))
-        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b[...]))
+        low_rank = taps("wo_a", _grouped_linear(grouped, self.wo_a.get_value()))
+        output = taps("wo_b", numerics.linear(low_rank.reshape(batch, tokens, -1), self.wo_b.get_value()))
         if past is None:
             return output, None
         return output, latest(jnp.concatenate([past.cache.window, kv], axis=1), past.kept, window - 1)
@@ -378,6 +379,6 @@ def _weighted_sum(shares: Float[Array, "B S H X"], kv: Keys) -> Float[Array, "B 
     return functools.reduce(jnp.add, sums)
 
 
-def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array, "G I O"]) -> Float[Array, "B S G O"]:
+def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array | Encoded, "G I O"]) -> Float[Array, "B S G O"]:
     """Multiply every group of heads with its own matrix."""
-    return einsum_f32("bsgi,gio->bsgo", x, w.astype(x.dtype)).astype(x.dtype)
+    return product("bsgi,gio->bsgo", x, w, x.dtype).astype(x.dtype)

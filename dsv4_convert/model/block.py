@@ -203,6 +203,6 @@ class MTPBlock(Block):
         streams, embedded = taps("streams", streams), taps("embed", embedded)
         token = taps("enorm", rms_norm(embedded, self.enorm[...], eps))
         past = taps("hnorm", rms_norm(streams, self.hnorm[...], eps))
-        token = taps("e_proj", self.numerics.linear(token, self.e_proj[...]))
-        past = taps("h_proj", self.numerics.linear(past, self.h_proj[...]))
+        token = taps("e_proj", self.numerics.linear(token, self.e_proj.get_value()))
+        past = taps("h_proj", self.numerics.linear(past, self.h_proj.get_value()))
         return token[:, :, None] + past

@@ -143,7 +143,9 @@ class DSparkBlock(Block):
     def context(self, features: Float[Array, "B S T N D"], taps: Taps) -> Float[Array, "B S D"]:
         """The projected streams of the target layers."""
         means = jnp.mean(features.astype(jnp.float32), axis=3).astype(features.dtype)
-        projected = taps("main_proj", self.numerics.linear(means.reshape(*means.shape[:2], -1), self.main_proj[...]))
+        projected = taps(
+            "main_proj", self.numerics.linear(means.reshape(*means.shape[:2], -1), self.main_proj.get_value())
+        )
         return taps("main_norm", rms_norm(projected, self.main_norm[...], self.config.rms_norm_eps))
 
     def refine(

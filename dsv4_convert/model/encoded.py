@@ -7,6 +7,7 @@ FP4; ``R`` and ``C`` blocks along its inputs and outputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from types import EllipsisType
@@ -21,12 +22,17 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model.axes import Axes, partition
-from dsv4_convert.model.numerics import round_to
+from dsv4_convert.model.ops import einsum_f32, round_to
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Transform
 from dsv4_convert.spec.segments import paths_of
 
 _Module = TypeVar("_Module", bound=nnx.Module)
+
+#: Rows that :func:`product` multiplies one by one with codes; more rows pay for decoding the matrix.
+FEW_ROWS = 8
+#: Terms that :func:`_by_codes` adds before it multiplies with a scale: as many inputs share one in any format.
+_TERMS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +97,8 @@ def block_of(rule: Rule, *, packed: bool, outputs: int) -> tuple[int, int]:
     No block straddles two groups of a matrix that is cut into groups.
     """
     down, along = rule.block(packed=packed)
+    if rule.transform is Transform.NONE:
+        return down, along
     return along, math.gcd(down, outputs) if rule.transform is Transform.GROUPED else down
 
 
@@ -154,32 +162,96 @@ def decoded(
         (0, blocks[1] * block[1] - outputs),
     ]
     codes = jnp.pad(codes, short) if any(after for _, after in short) else codes
-    values = _e2m1(codes) if packed else _e4m3(codes)
+    values = jnp.stack(_halves(codes), axis=-2) if packed else _e4m3(codes)
     values = values.reshape(*stack, blocks[0], block[0], blocks[1], block[1])
-    for factor in [scales] if scales.dtype == jnp.float32 else _powers(scales):
+    for factor in _factors(scales):
         values = values * factor[..., :, None, :, None]
     values = values.reshape(*stack, blocks[0] * block[0], blocks[1] * block[1])[..., :inputs, :outputs]
     # A product with a power of two needs no rounding.
     return round_to(values, dtype) if scales.dtype == jnp.float32 else values.astype(dtype)
 
 
-def _e2m1(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P 2 O"]:
-    """0, 0.5, 1, 1.5, 2, 3, 4, 6 by the low three bits of each half of a byte, the sign by the fourth."""
-    pairs = codes.astype(jnp.int32)
-    half = jnp.stack([pairs & 15, pairs >> 4], axis=-2)
-    magnitude = half & 7
+def product(
+    spec: str, x: Float[Array, "*rows inner"], w: Float[Array | Encoded, "*stack inner outer"], dtype: DTypeLike
+) -> Float[Array, "*rows outer"]:
+    """``einsum(spec, x, w)`` in float32, the weight rounded to ``dtype``; a stack's axes are the last of the rows'.
+
+    XLA on CPU writes a decoded matrix to memory before it multiplies, which takes ten times as long as the product of a
+    row. So a few rows are multiplied with the codes themselves there. That gives the same sum in another order, unless
+    decoding rounds. On a mesh the matrix is decoded, in the parts that the devices hold.
+    """
+
+    def expanded(x: Array, w: Array | Encoded) -> Array:
+        return einsum_f32(spec, x, w[...].astype(dtype))
+
+    if not isinstance(w, Encoded):
+        return expanded(x, w)
+    *stack, inputs, outputs = w.shape
+    rows = math.prod(x.shape[: x.ndim - len(stack) - 1])
+    rounds = w.scales.dtype == jnp.float32 and np.dtype(dtype) != np.float32
+    whole = not (inputs % w.block[0] or outputs % w.block[1])
+    if rows > FEW_ROWS or rounds or not whole or not jax.sharding.get_abstract_mesh().empty:
+        return expanded(x, w)
+
+    def from_codes(x: Array, w: Encoded) -> Array:
+        one_by_one = x.astype(jnp.float32).reshape(rows, *stack, inputs)
+        sums = jax.lax.map(lambda row: _by_codes(row, w), one_by_one) if rows > 1 else _by_codes(one_by_one[0], w)
+        return sums.reshape(*x.shape[:-1], outputs)
+
+    return jax.lax.platform_dependent(x, w, cpu=from_codes, default=expanded)
+
+
+def _by_codes(x: Float[Array, "*stack I"], w: Encoded) -> Float[Array, "*stack O"]:
+    """The product of one row: sums of a few terms each, times their scales; then the sum of all of them.
+
+    The last sum is a matmul with ones, which keeps XLA from computing the terms output by output inside it.
+    """
+    *stack, inputs, outputs = w.shape
+    parts = inputs // _TERMS
+    codes = w.codes.reshape(*stack, parts, -1, outputs)
+    # XLA would decode once for all rows, and write that to memory, did the codes not seem to depend on the row.
+    unknown = (x.reshape(-1)[0] > jnp.inf).astype(jnp.uint8)
+    rows = [codes[..., at, :] ^ unknown for at in range(codes.shape[-2])]
+    values = [value for row in rows for value in (_halves(row) if w.packed else (_e4m3_on_cpu(row),))]
+    given = x.reshape(*stack, parts, _TERMS)
+    terms = functools.reduce(jnp.add, [given[..., at, None] * value for at, value in enumerate(values)])
+    blocked = terms.reshape(*stack, inputs // w.block[0], -1, outputs // w.block[1], w.block[1])
+    for factor in _factors(w.scales):
+        blocked = blocked * factor[..., :, None, :, None]
+    terms = blocked.reshape(terms.shape)
+    return einsum_f32("p,...po->...o", jnp.ones(parts, jnp.float32), terms)
+
+
+def _halves(codes: UInt8[Array, "*stack P O"]) -> tuple[Float[Array, "*stack P O"], Float[Array, "*stack P O"]]:
+    """The numbers of both halves of packed bytes, the low one first."""
+    return _e2m1(codes & 15), _e2m1(codes >> 4)
+
+
+def _e2m1(code: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
+    """0, 0.5, 1, 1.5, 2, 3, 4, 6 by the low three bits, the sign by the fourth."""
+    wide = code.astype(jnp.int32)
+    magnitude = wide & 7
     # Two bits of exponent and one of mantissa, in their places in a float32; 0 and 0.5 are below the normal numbers.
     normal = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
     value = jnp.where(magnitude < 2, 0.5 * magnitude.astype(jnp.float32), normal)
-    return jnp.where(half < 8, value, -value)
+    return jnp.where(wide < 8, value, -value)
 
 
 def _e4m3(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
     return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
-def _powers(scales: UInt8[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], Float[Array, "*stack R C"]]:
-    """Two factors whose product is ``2^(b - 127)``, NaN for 255; one factor cannot be 2^-127, a subnormal float32."""
+def _e4m3_on_cpu(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
+    """The same by way of float16, whose subnormal numbers a processor converts at full speed; XLA does not use that."""
+    wide = codes.astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type((wide & 0x80) << 8 | (wide & 0x7F) << 7, jnp.float16)
+    return jnp.where(wide & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 256)
+
+
+def _factors(scales: Shaped[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], ...]:
+    """Factors whose product is the scale: of ``2^(b - 127)`` there are two, as a float32 of 2^-127 is subnormal."""
+    if scales.dtype == jnp.float32:
+        return (scales,)
     byte = scales.astype(jnp.int32)
     bits = jnp.where(byte == 255, 0x7FC00000, jnp.maximum(byte, 1) << 23)
     return jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.where(byte == 0, jnp.float32(0.5), jnp.float32(1))

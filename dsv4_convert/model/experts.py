@@ -45,9 +45,9 @@ def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: 
 
 def mlp(
     x: Float[Array, "*batch D"],
-    w1: Float[Array, "D I"],
-    w2: Float[Array, "I D"],
-    w3: Float[Array, "D I"],
+    w1: Float[Array | Encoded, "D I"],
+    w2: Float[Array | Encoded, "I D"],
+    w3: Float[Array | Encoded, "D I"],
     limit: float,
     numerics: Numerics = PLAIN,
     share: Float[Array, "*batch"] | None = None,
@@ -63,9 +63,9 @@ def mlp(
 def weighted(
     x: Float[Array, "*batch D"],
     share: Float[Array, "*batch"],
-    w1: Float[Array, "D I"],
-    w2: Float[Array, "I D"],
-    w3: Float[Array, "D I"],
+    w1: Float[Array | Encoded, "D I"],
+    w2: Float[Array | Encoded, "I D"],
+    w3: Float[Array | Encoded, "D I"],
     limit: float,
     numerics: Numerics = PLAIN,
 ) -> Float[Array, "*batch D"]:
@@ -90,7 +90,7 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Output of the shared expert."""
-        return mlp(x, self.w1[...], self.w2[...], self.w3[...], self.limit, self.numerics)
+        return mlp(x, self.w1.get_value(), self.w2.get_value(), self.w3.get_value(), self.limit, self.numerics)
 
 
 class Experts(nnx.Module):

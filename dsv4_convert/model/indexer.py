@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_convert.model.axes import psum, shard_map
 from dsv4_convert.model.cache import Compressed, Past
 from dsv4_convert.model.compressor import Compressor
-from dsv4_convert.model.numerics import Numerics, round_then_f32
-from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter
+from dsv4_convert.model.numerics import Numerics
+from dsv4_convert.model.ops import einsum_f32, linear, map_query_chunks, parameter, round_then_f32
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import rotate
 from dsv4_convert.spec.config import Config
@@ -43,7 +43,9 @@ class EntryScorer(nnx.Module):
         self, q_low_rank: Float[Array, "B S R"], positions: Int[Array, "B S"], table: np.ndarray, taps: Taps
     ) -> Float[Array, "B S Hi C"]:
         """The rotated queries of all heads."""
-        q = self.numerics.linear(q_low_rank, self.wq_b[...]).reshape(*q_low_rank.shape[:2], self.heads, self.head_dim)
+        q = self.numerics.linear(q_low_rank, self.wq_b.get_value()).reshape(
+            *q_low_rank.shape[:2], self.heads, self.head_dim
+        )
         return taps("q_rope", self.numerics.indexed(rotate(q, positions, table)))
 
     def _weights(self, x: Float[Array, "B S D"], taps: Taps) -> Float[Array, "B S Hi"]:

@@ -30,8 +30,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsv4_convert.errors import UsageError
+from dsv4_convert.model.encoded import Encoded, product
 from dsv4_convert.model.norm import unit_rms
-from dsv4_convert.model.ops import einsum_f32, linear
+from dsv4_convert.model.ops import round_then_f32, round_to
 from dsv4_convert.spec.config import Config
 
 #: Channels that share a scale in a key and in an indexer's vector.
@@ -88,9 +89,12 @@ class Numerics:
         """The dtype of weights where activations have ``dtype``: float32 holds decoded codes with any scale exactly."""
         return jnp.float32 if self.quantized else dtype
 
-    def linear(self, x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
+    def linear(
+        self, x: Float[Array, "*batch inner"], w: Float[Array | Encoded, "inner outer"]
+    ) -> Float[Array, "*batch outer"]:
         """Product with a matrix that a release stores in FP8 or FP4."""
-        return linear(x, w) if not self.quantized else einsum_f32("...i,io->...o", self.input(x), w).astype(x.dtype)
+        given, dtype = (self.input(x), w.dtype) if self.quantized else (x, x.dtype)
+        return product("...i,io->...o", given, w, dtype).astype(x.dtype)
 
     def input(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch inner"]:
         """Round the input of a matrix that a release stores in FP8 or FP4."""
@@ -132,20 +136,6 @@ class Numerics:
 
 
 PLAIN = Numerics()
-
-
-def round_then_f32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Convert ``x`` to float32 and keep its rounding to the dtype that it has now.
-
-    ``reduce_precision`` repeats that rounding, since XLA may drop a conversion to bfloat16 that one back follows.
-    """
-    form = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
-    return jax.lax.reduce_precision(x.astype(jnp.float32), form.nexp, form.nmant)
-
-
-def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Round ``x`` to ``dtype``, and keep XLA from dropping that rounding (:func:`round_then_f32`)."""
-    return round_then_f32(x.astype(dtype)).astype(dtype)
 
 
 def fp8_rounded(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:

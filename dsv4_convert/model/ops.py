@@ -65,6 +65,20 @@ def einsum_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Flo
     return jax.lax.platform_dependent(a, b, cpu=as_float32, default=direct)
 
 
+def round_then_f32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Convert ``x`` to float32 and keep its rounding to the dtype that it has now.
+
+    ``reduce_precision`` repeats that rounding, since XLA may drop a conversion to bfloat16 that one back follows.
+    """
+    form = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
+    return jax.lax.reduce_precision(x.astype(jnp.float32), form.nexp, form.nmant)
+
+
+def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Round ``x`` to ``dtype``, and keep XLA from dropping that rounding (:func:`round_then_f32`)."""
+    return round_then_f32(x.astype(dtype)).astype(dtype)
+
+
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """``x @ w`` in the dtype of ``x``, accumulated in float32."""
     return einsum_f32("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)

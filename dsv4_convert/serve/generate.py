@@ -18,6 +18,7 @@ from flax import nnx
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.model import Decoder
+from dsv4_convert.serve.from_disk import ModelFromDisk
 from dsv4_convert.serve.speculate import DecodingState, Drafts, prefill, verify
 
 if TYPE_CHECKING:
@@ -58,9 +59,12 @@ class Sampling:
 
 
 class Generator:
-    """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens."""
+    """A model with its compiled steps; each is compiled once for a number of prompts and a room for their tokens.
 
-    def __init__(self, model: Decoder, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
+    The model is in memory, or has its routed experts on the disk (:mod:`dsv4_convert.serve.from_disk`).
+    """
+
+    def __init__(self, model: Decoder | ModelFromDisk, dtype: Any = jnp.float32, *, speculative: bool = False) -> None:
         """``dtype``: dtype of activations and cache.
 
         With ``speculative`` the model's draft stages draft tokens (:mod:`dsv4_convert.serve.speculate`). That does not
@@ -73,8 +77,12 @@ class Generator:
             raise UsageError("speculative decoding: this model has no draft stage (mtp or DSpark) to draft tokens with")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
-        self._graph, self._state = nnx.split(model)
         self._speculative = speculative
+        if isinstance(model, ModelFromDisk):
+            self._step, self._chunk = model.extend, model.chunk
+        else:
+            self._graph, self._state = nnx.split(model)
+            self._step, self._chunk = partial(_extend, self._graph, self._state), _CHUNK
         #: Drafts of the last call, and how many were accepted.
         self.drafts = Drafts(0, 0)
 
@@ -112,7 +120,7 @@ class Generator:
         room = int(lengths.max()) + texts.limit
         cache = Cache.empty(self._config, len(prompts), room, dtype=self._dtype, numerics=self._numerics)
         last = jnp.zeros((len(prompts), self._config.vocab_size), jnp.float32)
-        for tokens, _, count in _chunks(prompts, lengths):
+        for tokens, _, count in _chunks(prompts, lengths, self._chunk):
             logits, cache = self._step(tokens, cache, count)
             last = jnp.where((count > 0)[:, None], logits, last)  # a shorter prompt has ended before
         while texts.running.any():
@@ -128,7 +136,7 @@ class Generator:
         room = int(lengths.max()) + texts.limit
         decoding = DecodingState.empty(self._config, batch, room, self._dtype, self._numerics)
         # Each token is read together with the token after it, so the last one is left to the first pass.
-        for tokens, following, count in _chunks(prompts, lengths - 1):
+        for tokens, following, count in _chunks(prompts, lengths - 1, self._chunk):
             decoding = prefill(self._graph, self._state, decoding, *map(jnp.asarray, (tokens, following, count)))
         certain = [[prompt[-1]] for prompt in prompts]
         most = self._config.draft_tokens
@@ -166,11 +174,6 @@ class Generator:
                 f"{lengths.max()} tokens and {new_tokens} new ones are {most}, but max_position_embeddings is "
                 f"{config.max_position_embeddings}"
             )
-
-    def _step(self, tokens: Any, cache: Cache, count: Any) -> tuple[jax.Array, Cache]:
-        """Logits of each prompt's last token."""
-        logits, cache = _extend(self._graph, self._state, jnp.asarray(tokens), cache, jnp.asarray(count))
-        return logits, cache
 
 
 def generate(
@@ -216,11 +219,14 @@ class _Texts:
 
 
 def _chunks(
-    prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any]
+    prompts: Sequence[Sequence[int]], lengths: np.ndarray[Any, Any], most: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """The first ``lengths`` tokens of the prompts in chunks of one shape: tokens, the tokens after them, and counts."""
+    """The first ``lengths`` tokens of the prompts in chunks of one shape, at most ``most`` tokens of each.
+
+    Yields tokens, the tokens after them, and counts.
+    """
     longest = int(lengths.max())
-    chunk = min(_CHUNK, -(-longest // 8) * 8)
+    chunk = min(most, -(-longest // 8) * 8)
     for start in range(0, longest, chunk or 1):
         tokens, following = np.zeros((2, len(prompts), chunk), np.int32)
         count = np.clip(lengths - start, 0, chunk).astype(np.int32)

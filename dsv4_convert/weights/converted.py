@@ -11,7 +11,6 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.folders import PathLike
-from dsv4_convert.formats import cast_plain
 from dsv4_convert.formats.weight import PACKED_FP4, ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.show.notebook import table
 from dsv4_convert.show.units import ranges, size
@@ -146,9 +145,8 @@ class Weights:
 
         Reads these rows only, each of them once.
         """
-        rule = self.config.names.rule_of(path)
         _, width = self.shape(path)
-        matrix = self._matrix(path, rule, None)
+        matrix = self.matrix(path, None)
         distinct, places = np.unique(rows, return_inverse=True)
         found = np.empty((len(distinct), width), dtype)
         for out, row in zip(found, map(int, distinct), strict=True):
@@ -170,7 +168,7 @@ class Weights:
             stored = self._store.read_region(path, part)
             return self._expert_numbers(path, stored) if rule.kind is names.Kind.INTEGER else stored
 
-        return assembled(region, rule, dtype, partial(self._matrix, path, rule), plain)
+        return assembled(region, rule, dtype, partial(self.matrix, path), plain)
 
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
         """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`. Raises as :meth:`read`."""
@@ -178,7 +176,7 @@ class Weights:
         return stored_parts(
             bounded(region, self.shape(path)),
             rule,
-            partial(self._matrix, path, rule),
+            partial(self.matrix, path),
             partial(self._store.read_region, path),
         )
 
@@ -207,8 +205,9 @@ class Weights:
             raise BadInput(f"{self._store.folder}: {path} is stored as {list(leaf.shape)}, expected {list(stored)}")
         return expected
 
-    def _matrix(self, path: str, rule: names.Rule, at: int | None) -> StoredMatrix:
-        """A matrix, or entry ``at`` of a stack of experts or groups."""
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
+        rule = self.config.names.rule_of(path)
         published = self._storage is Storage.SOURCE
         scaled = published and f"{path}.scale" in self._store.paths
         of_rows = published and rule.transform is _GROUPED
@@ -240,40 +239,6 @@ class Weights:
                 "published codes, convert the source again with --dtype source"
             )
 
-    def read_codes(self, path: str) -> tuple[Array, Array, tuple[int, int], bool] | None:
-        """Codes, scales, block and packing of a quantised parameter, for
-        :class:`~dsv4_convert.model.encoded.Encoded`; None if the parameter is not quantised.
-
-        The orientation is the model's. Requires storage ``source`` (:meth:`check_codes`).
-        """
-        from dsv4_convert.model.encoded import block_of
-
-        if f"{path}.scale" not in self._store.paths:
-            return None
-        rule, layer = names.located(self.config, path)
-        packed = self._store.leaf(f"{path}.weight").dtype in PACKED_FP4
-        block = block_of(rule, packed=packed, outputs=rule.target_shape(self.config, layer)[-1])
-        if rule.per_expert:
-            pairs = [
-                _transposed(*(self._store.read(f"{path}.{part}", expert) for part in _PARTS))
-                for expert in range(self.config.experts_of(layer))
-            ]
-            codes, scales = (np.stack(part) for part in zip(*pairs, strict=True))
-            return codes, scales, block, packed
-        codes, scales = (self._store.read(f"{path}.{part}") for part in _PARTS)
-        if rule.transform is not _GROUPED:
-            return *_transposed(codes, scales), block, packed
-        # Groups narrower than a block each get a copy of its scale.
-        scales = scales[np.arange(0, len(codes), block[1]) // rule.block(packed=packed)[0]]
-        groups = self.config.o_groups
-        return grouped(_as_bytes(codes), groups), grouped(_as_bytes(scales), groups), block, packed
-
-    def encoded_bytes(self, path: str) -> int | None:
-        """Bytes of a quantised parameter's codes and scales; None if it is not quantised."""
-        leaves = self._store.manifest.leaves
-        parts = [leaves[leaf] for leaf in (f"{path}.{part}" for part in _PARTS) if leaf in leaves]
-        return sum(part.layout.nbytes for part in parts) if parts else None
-
     def _decoded(self, path: str, rule: names.Rule, expert: int | None, dtype: np.dtype[Any]) -> Array:
         dtype = dtype if rule.kind.follows_dtype else FLOAT32
         published = self._storage is Storage.SOURCE
@@ -286,14 +251,3 @@ class Weights:
         block = rule.block(packed=stored.dtype in PACKED_FP4) if scaled else None
         decoded = decode_weight(stored, scale, dtype=dtype, block=block, transpose=transpose)
         return grouped(decoded, self.config.o_groups) if published and rule.transform is _GROUPED else decoded
-
-
-def _transposed(codes: Array, scales: Array) -> tuple[Array, Array]:
-    """The published ``[out, in]`` as ``[in, out]``, bytes as uint8."""
-    codes, scales = (cast_plain(part, dtype=part.dtype, transpose=True) for part in map(_as_bytes, (codes, scales)))
-    return codes, scales
-
-
-def _as_bytes(part: Array) -> Array:
-    """Codes and E8M0 scales as uint8; float32 scales unchanged."""
-    return part.view(np.uint8) if part.dtype.itemsize == 1 else part

@@ -50,6 +50,9 @@ class Parameters(Protocol):
     def read_region(self, path: str, region: Region, dtype: np.dtype[Any] = ...) -> Array:
         """A part of one parameter: one slice of step 1 for every axis of the model's layout."""
 
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
+
     def token_map(self) -> Array:
         """The mapped id of every token, for the engrams (:func:`dsv4_convert.weights.token_map.token_map`)."""
 

@@ -146,39 +146,45 @@ class PublishedWeights:
         region = bounded(region, leaf.target_shape)
         weight = leaf.sources[0].weight
         part = assembled(
-            region, leaf.rule, dtype, partial(self._matrix, leaf), lambda at: self._checkpoint.read(weight)[at]
+            region, leaf.rule, dtype, partial(self.matrix, path), lambda at: self._checkpoint.read(weight)[at]
         )
         self._release(leaf)
         return part
 
     def read_stored(self, path: str, region: Region) -> tuple[Array, ...]:
-        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`; views on the file, mostly."""
+        """As :meth:`~dsv4_convert.weights.parameters.StoredParameters.read_stored`."""
         leaf = self._leaf(path)
         weight = leaf.sources[0].weight
         return stored_parts(
             bounded(region, leaf.target_shape),
             leaf.rule,
-            partial(self._matrix, leaf),
+            partial(self.matrix, path),
             lambda at: self._checkpoint.read(weight)[at],
         )
 
-    def _matrix(self, leaf: Leaf, at: int | None) -> StoredMatrix:
-        """A matrix, or entry ``at`` of a stack of experts or groups."""
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix as it is stored; of a stack of experts or groups, entry ``at``."""
+        leaf = self._leaf(path)
         of_rows = leaf.rule.transform is Transform.GROUPED
         source = leaf.sources[0 if at is None or of_rows or leaf.fused else at]
-        weight = self._checkpoint.read(source.weight)
         first_row = at * self.config.o_lora_rank if of_rows and at is not None else 0
+        entry: tuple[Any, ...] = ()
         if leaf.fused:
-            weight, first_row = weight[at], (leaf.rule.half or 0) * leaf.source_shape[0]
-        scale = None if source.scale is None else self._checkpoint.read(source.scale)
+            assert at is not None
+            entry, first_row = (at,), (leaf.rule.half or 0) * leaf.source_shape[0]
 
-        def reader(array: Array) -> ReadPart:
-            return lambda rows, columns: np.ascontiguousarray(array[rows, columns])
+        def reader(name: str) -> ReadPart:
+            def read(rows: slice, columns: slice) -> Array:
+                part = np.array(self._checkpoint.read(name)[(*entry, rows, columns)])
+                self._checkpoint.release(name)
+                return part
+
+            return read
 
         return StoredMatrix(
-            read=reader(weight),
-            dtype=weight.dtype,
-            scale=None if scale is None else reader(scale),
+            read=reader(source.weight),
+            dtype=self._checkpoint.read(source.weight).dtype,
+            scale=None if source.scale is None else reader(source.scale),
             block=source.block,
             transposed=leaf.rule.transform is not Transform.NONE,
             first_row=first_row,

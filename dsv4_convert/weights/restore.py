@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, ResourceError, UsageError
+from dsv4_convert.errors import BadInput, ResourceError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.store.threads import in_threads
+from dsv4_convert.weights.codes import PARTS, Codes, Part
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import FLOAT32, Array, Parameters, Whole, dtype_of
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from dsv4_convert.model import Numerics
     from dsv4_convert.model.block import DecoderBlock
+    from dsv4_convert.model.encoded import Encoded
     from dsv4_convert.model.layers import Layers
     from dsv4_convert.model.model import Decoder
 
@@ -42,10 +45,12 @@ def restore_block(
     dtype: np.dtype[Any] = FLOAT32,
     numerics: Numerics | None = None,
     mesh: Mesh | None = None,
+    encoded: bool = False,
 ) -> DecoderBlock:
     """One layer or stage of the model with its weights. Without experts these are a small part of it.
 
-    On a ``mesh`` every process reads only its parts; see :func:`restore_model`.
+    On a ``mesh`` every process reads only its parts; see :func:`restore_model`. With ``encoded`` matrices that are
+    stored as codes stay codes; the others are expanded.
     """
     from flax import nnx
 
@@ -60,7 +65,7 @@ def restore_block(
             return MTPBlock(as_v4(config), numerics, with_experts=with_experts)
         return block_of(config, config.layer_kind(layer), with_experts=with_experts, numerics=numerics)
 
-    return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh).fill(nnx.eval_shape(make))
+    return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh, encoded).fill(nnx.eval_shape(make))
 
 
 def restore_layers(
@@ -83,7 +88,7 @@ def restore_layers(
     from dsv4_convert.model import PLAIN
     from dsv4_convert.model.layers import Layers
 
-    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
+    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded)
     return filling.fill(nnx.eval_shape(lambda: Layers(filling.config, numerics or PLAIN, scanned=scanned)))
 
 
@@ -102,7 +107,7 @@ def layers_bytes(
     from dsv4_convert.model import PLAIN
     from dsv4_convert.model.layers import Layers
 
-    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded, scanned=scanned)
+    filling = _of_layers(weights, layers, dtype, mesh, encoded=encoded)
     return filling.bytes_of(nnx.eval_shape(lambda: Layers(filling.config, PLAIN, scanned=scanned)))
 
 
@@ -141,7 +146,8 @@ def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh 
     """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
     config, own = weights.config, weights.config.prefix(layer)
     alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=1)
-    codes = _codes(weights, apart=mesh is None) if encoded else None
+    if encoded:
+        _check_codes(weights)
     first = alone.prefix(0)
     return _Filling(
         weights,
@@ -149,7 +155,7 @@ def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh 
         lambda path: own + path.removeprefix(first) if path.startswith(first) else path,
         dtype,
         mesh,
-        codes,
+        encoded,
     )
 
 
@@ -170,7 +176,6 @@ def _of_layers(
     mesh: Mesh | None,
     *,
     encoded: bool,
-    scanned: bool,
 ) -> _Filling:
     """Fills layers that are numbered from 0 with the parameters of ``layers``."""
 
@@ -178,8 +183,9 @@ def _of_layers(
         _, number, rest = own.split(".", 2)
         return f"layers.{layers[int(number)]}.{rest}"
 
-    codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
-    return _Filling(weights, weights.config.of_layers(layers), path, dtype, mesh, codes)
+    if encoded:
+        _check_codes(weights)
+    return _Filling(weights, weights.config.of_layers(layers), path, dtype, mesh, encoded)
 
 
 def restore_model(
@@ -209,8 +215,8 @@ def restore_model(
     Raises:
         ResourceError: the model (on a mesh: this process's parts) exceeds the memory of this machine; checked on CPU.
         UsageError: layers or draft stages are missing; widths do not suit release numerics. Or the mesh does not
-            divide an axis that it splits. Or ``encoded`` is combined with a mesh, with ``scanned``, or with weights
-            whose storage is not ``source``.
+            divide an axis that it splits, or cuts through a block of codes that share a scale. Or ``encoded``, of a
+            converted checkpoint whose storage is not ``source``.
 
     Examples:
         >>> model = restore_model("orbax")
@@ -231,24 +237,17 @@ def restore_model(
     else:
         config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)
-    codes = _codes(weights, apart=mesh is None and not scanned) if encoded else None
-    filling = _Filling(weights, weights.config, str, dtype, mesh, codes)
+    if encoded:
+        _check_codes(weights)
+    filling = _Filling(weights, weights.config, str, dtype, mesh, encoded)
     _check_memory(filling, model)
     return filling.fill(model)
 
 
-def _codes(weights: Parameters, *, apart: bool) -> Weights:
-    """The weights as a source of codes; ``apart``: one device, and layers that are not scanned.
-
-    Raises:
-        UsageError: the weights have no codes, or are not ``apart``.
-    """
-    if not isinstance(weights, Weights):
-        raise UsageError("encoded weights come from a converted checkpoint: convert the source with --dtype source")
-    if not apart:
-        raise UsageError("encoded weights are restored for one device and layers one by one; expand them here")
-    weights.check_codes()
-    return weights
+def _check_codes(weights: Parameters) -> None:
+    """Raises :class:`UsageError` if a conversion has expanded the weights."""
+    if isinstance(weights, Weights):
+        weights.check_codes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,30 +284,47 @@ class _Variable:
 
         return NamedSharding(mesh, partition(self.axes, self.shape, mesh.shape, what=self.paths[0]))
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape in one layer."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    def codes(self, weights: Parameters) -> tuple[Codes, ...]:
+        """The codes of every path; empty if the parameter is not quantised."""
+        found = [Codes.of(weights, path, self.own_shape) for path in self.paths]
+        return tuple(codes for codes in found if codes is not None)
+
     def read(self, weights: Parameters) -> Array:
         """All of it. Raises :class:`BadInput` on a wrong shape."""
         read = [weights.token_map() if self.derived else weights.read(path, self.dtype) for path in self.paths]
-        expected = self.shape[1:] if self.stacked else self.shape
         for path, value in zip(self.paths, read, strict=True):
-            if value.shape != expected:
-                raise BadInput(f"{path}: the model has shape {list(expected)}, the checkpoint {list(value.shape)}")
+            if value.shape != self.own_shape:
+                raise BadInput(
+                    f"{path}: the model has shape {list(self.own_shape)}, the checkpoint {list(value.shape)}"
+                )
         return np.stack(read) if self.stacked else read[0]
 
     def read_region(self, weights: Parameters, region: Region) -> Array:
-        """A part of it, stacked layers one by one."""
+        """A part of it."""
         if self.derived:
             return self.read(weights)[region]
-        if not self.stacked:
-            return weights.read_region(self.paths[0], region, self.dtype)
-        layers, *rest = bounded(region, self.shape)
-        out = np.empty([part.stop - part.start for part in (layers, *rest)], self.dtype)
-        for to, path in zip(out, self.paths[layers], strict=True):
-            to[...] = weights.read_region(path, tuple(rest), self.dtype)
-        return out
+        return self._stack(region, lambda layer, own: weights.read_region(self.paths[layer], own, self.dtype))
 
-    def on_mesh(self, weights: Parameters, mesh: Mesh) -> jax.Array:
-        """All of it over a mesh."""
-        return read_sharded(self.shape, self.dtype, self.sharding(mesh), partial(self.read_region, weights))
+    def read_codes(self, codes: Sequence[Codes], part: Part, region: Region) -> Array:
+        """A part of its codes or scales."""
+        return self._stack(region, lambda layer, own: codes[layer].read(part, own))
+
+    def _stack(self, region: Region, read: Callable[[int, Region], Array]) -> Array:
+        """Regions of stacked layers, read one by one into their places."""
+        if not self.stacked:
+            return read(0, region)
+        layers, *rest = region
+        of_layers = (read(layer, tuple(rest)) for layer in range(layers.start, layers.stop))
+        first = next(of_layers)
+        out = np.empty((layers.stop - layers.start, *first.shape), first.dtype)
+        for to, value in zip(out, itertools.chain([first], of_layers), strict=True):
+            to[...] = value
+        return out
 
 
 def read_sharded(
@@ -348,7 +364,7 @@ class _Filling:
         weights: the parameters.
         config: the module's, whose layers ``path`` finds among the parameters: their paths by the module's own.
         dtype, mesh: as for :func:`restore_model`.
-        codes: where quantised matrices come from; None for expanded ones.
+        encoded: quantised matrices stay codes and scales.
     """
 
     weights: Parameters
@@ -356,43 +372,83 @@ class _Filling:
     path: Callable[[str], str]
     dtype: np.dtype[Any]
     mesh: Mesh | None = None
-    codes: Weights | None = None
+    encoded: bool = False
 
     def fill(self, module: Any) -> Any:
         """The module with its weights. Raises :class:`BadInput` on a wrong shape."""
-        import jax
         import jax.numpy as jnp
         from flax import nnx
 
-        from dsv4_convert.model.encoded import Encoded
-
         filled = {}
+        value: jax.Array | Encoded
         for key, variable, origin in self._variables(module):
-            path = origin.paths[0]
-            codes = None if origin.derived else self.codes
-            coded = None if codes is None else codes.read_codes(path)
-            if self.mesh is not None:
-                value = origin.on_mesh(self.weights, self.mesh)
-            elif coded is None:
+            if codes := self._codes(origin):
+                value = self._encoded(origin, codes)
+            elif self.mesh is None:
                 value = jnp.asarray(origin.read(self.weights))
             else:
-                value = jax.tree.map(jnp.asarray, Encoded(*coded, np.dtype(self.dtype)))
-                if value.shape != variable.shape:
-                    raise BadInput(f"{path}: the model has shape {list(variable.shape)}, its codes {list(value.shape)}")
+                read = partial(origin.read_region, self.weights)
+                value = read_sharded(origin.shape, origin.dtype, origin.sharding(self.mesh), read)
             filled[key] = variable.replace(value)
         return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
+
+    def _codes(self, variable: _Variable) -> tuple[Codes, ...]:
+        """The codes that fill a variable; empty for an expanded one."""
+        return variable.codes(self.weights) if self.encoded and not variable.derived else ()
+
+    def _encoded(self, variable: _Variable, codes: Sequence[Codes]) -> Encoded:
+        """A variable as codes and scales, over the mesh if there is one."""
+        import jax.numpy as jnp
+
+        shapes = self._shapes(variable, codes[0])
+        if self.mesh is None:
+            parts = [
+                jnp.asarray(variable.read_codes(codes, part, tuple(map(slice, (0,) * len(of.shape), of.shape))))
+                for part, of in zip(PARTS, (shapes.codes, shapes.scales), strict=True)
+            ]
+        else:
+            shardings = self._shardings(variable, shapes)
+            parts = [
+                read_sharded(of.shape, of.dtype, own, partial(variable.read_codes, codes, part))
+                for part, of, own in zip(PARTS, (shapes.codes, shapes.scales), shardings, strict=True)
+            ]
+        return dataclasses.replace(shapes, codes=parts[0], scales=parts[1])
+
+    def _shapes(self, variable: _Variable, codes: Codes) -> Encoded:
+        """An ``Encoded`` of shapes and dtypes."""
+        import jax
+
+        from dsv4_convert.model.encoded import Encoded
+
+        stack = variable.shape[:1] if variable.stacked else ()
+        parts = [jax.ShapeDtypeStruct((*stack, *codes.shape_of(part)), codes.dtype_of(part)) for part in PARTS]
+        return Encoded(parts[0], parts[1], codes.block, codes.packed, np.dtype(self.dtype))
+
+    def _shardings(self, variable: _Variable, shapes: Encoded) -> tuple[NamedSharding, NamedSharding]:
+        """How codes and scales lie on the mesh. Raises :class:`UsageError` as ``partitions``."""
+        from jax.sharding import NamedSharding
+
+        from dsv4_convert.model.encoded import partitions
+
+        assert self.mesh is not None
+        specs = partitions(shapes, variable.axes, self.mesh.shape, what=variable.paths[0])
+        return NamedSharding(self.mesh, specs.codes), NamedSharding(self.mesh, specs.scales)
 
     def bytes_of(self, module: Any) -> int:
         """Bytes that the devices of this process need for the module."""
         needed = 0
         for _, _, variable in self._variables(module):
-            codes = None if variable.derived else self.codes
-            coded = None if codes is None else codes.encoded_bytes(variable.paths[0])
-            shape, holders = variable.shape, 1
-            if self.mesh is not None:
-                sharding = variable.sharding(self.mesh)
-                shape, holders = sharding.shard_shape(shape), len(sharding.addressable_devices)
-            needed += math.prod(shape) * holders * variable.dtype.itemsize if coded is None else coded
+            if codes := self._codes(variable):
+                shapes = self._shapes(variable, codes[0])
+                arrays = [(part.shape, part.dtype) for part in (shapes.codes, shapes.scales)]
+                shardings = [] if self.mesh is None else list(self._shardings(variable, shapes))
+            else:
+                arrays = [(variable.shape, variable.dtype)]
+                shardings = [] if self.mesh is None else [variable.sharding(self.mesh)]
+            for at, (shape, dtype) in enumerate(arrays):
+                own = shardings[at].shard_shape(shape) if shardings else shape
+                holders = len(shardings[at].addressable_devices) if shardings else 1
+                needed += math.prod(own) * holders * dtype.itemsize
         return needed
 
     def _variables(self, module: Any) -> Iterator[tuple[Any, Any, _Variable]]:
@@ -433,6 +489,6 @@ def _check_memory(filling: _Filling, model: Decoder) -> None:
     if needed > available:
         what = "the whole model takes" if mesh is None else "the devices of this process take"
         raise ResourceError(
-            f"{what} {needed:,} bytes in {filling.dtype if filling.codes is None else 'their published form'}, "
+            f"{what} {needed:,} bytes in {filling.dtype if not filling.encoded else 'their published form'}, "
             f"{available:,} are available; parity, which holds one layer at a time, runs on this machine"
         )

@@ -279,7 +279,7 @@ class StreamedModel:
         def convert(run: str) -> None:
             change_dtype(module, TORCH[run])
             for stack in experts:
-                stack.dtype = TORCH[run]
+                stack.convert(TORCH[run])
 
         return convert
 
@@ -419,24 +419,22 @@ class StreamedModel:
         stacks = []
         for name, halves in (("gate_up_proj", (w1, w3)), ("down_proj", (w2,))):
             delattr(experts, name)  # a registered parameter cannot be overwritten by another kind of object
-            stacks.append(_Streamed(partial(self._expert, halves)))
+            shape = (sum(leaf.source_shape[0] for leaf in halves), halves[0].source_shape[1])
+            stacks.append(_Streamed(partial(self._expert, halves), shape))
             setattr(experts, name, stacks[-1])
         return stacks
 
-    def _expert(self, leaves: tuple[Leaf, ...], expert: int) -> Tensor:
-        """The rows of one expert, those of several leaves one below the other: float32 ``[out, in]``."""
-        counts = [leaf.source_shape[0] for leaf in leaves]
-        weight = torch.empty(sum(counts), leaves[0].source_shape[1])
-        for leaf, part in zip(leaves, torch.split(weight, counts), strict=True):
+    def _expert(self, leaves: tuple[Leaf, ...], expert: int, out: Tensor) -> None:
+        """Fill ``[out, in]`` with the rows of one expert, those of several leaves one below the other."""
+        for leaf, part in zip(leaves, torch.split(out, [leaf.source_shape[0] for leaf in leaves]), strict=True):
             if leaf.fused:
                 (source,) = leaf.sources
                 stored = self._checkpoint.read(source.weight)[expert]
-                start = (leaf.rule.half or 0) * part.shape[0]
-                decode_weight(stored[start : start + part.shape[0]], None, dtype=_FLOAT32, out=part.numpy())
+                start, rows = (leaf.rule.half or 0) * part.shape[0], as_array(part)
+                decode_weight(stored[start : start + len(rows)], None, dtype=rows.dtype, out=rows)
                 self._checkpoint.release(source.weight)
             else:
                 self._floats(leaf, leaf.sources[expert], out=part)
-        return weight
 
     def _integers(self, source: Source) -> Tensor:
         """An index table as int64."""
@@ -444,12 +442,14 @@ class StreamedModel:
         return torch.from_numpy(table.astype(np.int64))
 
     def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """A weight of ``leaf``, or rows of it, as float32 ``[out, in]``; its pages of the file are given back."""
+        """A weight of ``leaf``, or rows of it, ``[out, in]``; its pages of the file are given back. It is float32
+        unless ``out``, which is filled, has another dtype."""
         if out is None:
             # Memory from torch, because where a matrix begins may change how its products are rounded.
             count = len(range(*rows.indices(leaf.source_shape[0])))
             out = torch.empty(count, *leaf.source_shape[1:])
-        read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows, out=out.numpy())
+        array = as_array(out)
+        read_weight(self._checkpoint, source, dtype=array.dtype, rows=rows, out=array)
         for name in (source.weight, source.scale):
             if name is not None:
                 self._checkpoint.release(name)
@@ -478,14 +478,27 @@ def _moved(
 
 
 class _Streamed:
-    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for, in ``dtype``."""
+    """Stands in for a parameter ``[E, out, in]`` of which one expert at a time is asked for.
 
-    def __init__(self, read: Callable[[int], Tensor]) -> None:
+    An expert is valid until the next one is asked for, as every one is decoded into the same memory: writing into new
+    memory takes several times as long.
+    """
+
+    def __init__(self, read: Callable[[int, Tensor], None], shape: tuple[int, int]) -> None:
+        """``read`` fills a tensor ``[out, in]``, of float32 or bfloat16, with an expert."""
         self._read = read
-        self.dtype = torch.float32
+        self._expert = self._decoded = torch.empty(shape)
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give the experts in this dtype from now on."""
+        self._expert = torch.empty(self._expert.shape, dtype=dtype)
+        self._decoded = torch.empty(self._expert.shape) if dtype == torch.float64 else self._expert
 
     def __getitem__(self, expert: Tensor) -> Tensor:
-        return self._read(int(expert)).to(self.dtype)
+        self._read(int(expert), self._decoded)
+        if self._expert is not self._decoded:
+            self._expert.copy_(self._decoded)
+        return self._expert
 
 
 #: Fields that transformers' config has under the same name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from dsv4_convert.parity import forward
 from dsv4_convert.parity.activations import compare_activations
 from dsv4_convert.parity.comparison import Phase
 from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.programs import ModelOptions
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.taps import TapKey, state_of
 from dsv4_convert.weights.published import PublishedWeights
 
+from .faults.fault import Held
 from .ties import swapped_expert
 
 TOKENS, DECODE = 131, 6
@@ -68,6 +71,32 @@ def test_every_step_agrees(source: Path, golden: Golden, dtype: str, modes: tupl
     state = {str(TapKey(layer, tap)) for layer in range(config.num_hidden_layers) for tap in state_of(config, layer)}
     assert state
     assert state <= compared
+
+
+#: An HCA and a CSA layer with learned routing.
+COMPRESSED = [2, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_compiled_layers_agree_step_by_step(source: Path, golden: Golden, dtype: str) -> None:
+    """As the model decodes: one token a call, from the cache of the call before."""
+    options = ParityOptions(layers=COMPRESSED, dtype=dtype)
+    report = ParityRun(PublishedWeights.open(source), golden, options, model=ModelOptions(weights="expanded")).run()
+    assert not _failing(report)
+    names = {result.name for result in report.taps}
+    assert {str(TapKey(layer, tap)) for layer in COMPRESSED for tap in state_of(golden.config, layer)} <= names
+
+
+def test_a_compact_golden_and_the_compiled_layers(source: Path, golden: Golden, tmp_path: Path) -> None:
+    made = shrink(golden, tmp_path / "compact", Compact.of([-1, 3], TOKENS))
+    options, model = ParityOptions(phase=Phase.DECODE), ModelOptions(weights="expanded")
+    weights = PublishedWeights.open(source)
+    assert not _failing(ParityRun(weights, made, options, model=model).run())
+    wrong = Held.read_from(weights)
+    wrong.arrays["layers.2.attn.compressor.ape"] = np.roll(wrong.arrays["layers.2.attn.compressor.ape"], 1, axis=0)
+    report = ParityRun(wrong, made, dataclasses.replace(options, layers=[0, 1, 2]), model=model).run()
+    assert report.first_diverging is not None
+    assert report.first_diverging.name == "layers.2.attn.compressor.pooled"
 
 
 def test_the_recording_is_the_whole_model_on_its_cache(source: Path, golden: Golden) -> None:

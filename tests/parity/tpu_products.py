@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_convert.parity import compiled, forward
+from dsv4_convert.weights import experts
 
 from .faults.program import traced_again
 
@@ -72,6 +73,6 @@ def tpu_products(precision: str) -> Iterator[list[str]]:
         ):
             for name in names:
                 stack.enter_context(patch.object(module, name, traced_again(getattr(module, name))))
-        expert = traced_again(forward._expert, static=(5, 6))
-        stack.enter_context(patch.object(forward, "_expert", expert))
+        expert = traced_again(experts._expert(), static=(5, 6))
+        stack.enter_context(patch.object(experts, "_expert", lambda: expert))
         yield made

@@ -160,7 +160,7 @@ def test_what_is_refused(folders: tuple[Path, Path], model: Callable[..., Model]
     drafting = Generator(model(0.0), speculative=True)
     with pytest.raises(UsageError, match="leave the temperature at 0"):
         drafting(PROMPTS, new_tokens=1, sampling=Sampling(temperature=1))
-    with pytest.raises(UsageError, match="no mtp stage"):
+    with pytest.raises(UsageError, match="no draft stage"):
         Generator(restore_model(Weights.open(folders[1])), speculative=True)
     write_checkpoint(tmp_path / "hf", tiny_config(), mtp=False)
     hf_to_orbax(tmp_path / "hf", tmp_path / "without")
@@ -169,7 +169,9 @@ def test_what_is_refused(folders: tuple[Path, Path], model: Callable[..., Model]
         weights = Weights.open(tmp_path / name)
         assert weights.config.num_mtp_stages == 0
         assert not len(restore_model(weights).mtp)
-        with pytest.raises(UsageError, match="no mtp stage to draft tokens with: its source has none, or was conv"):
+        with pytest.raises(
+            UsageError, match=r"no draft stage \(mtp or DSpark\) to draft tokens with: its source has none, or was conv"
+        ):
             restore_model(weights, drafts=True)
 
 

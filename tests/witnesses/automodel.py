@@ -60,6 +60,8 @@ INPUTS = {
 }
 #: Modules before and after the layers.
 MODEL = {"embed_tokens": "embed", "hc_head": "hc_head", "norm": "norm"}
+#: Modules of an mtp stage, besides those of a layer, and the tap that their output is.
+STAGE = {part: (part,) for part in ("enorm", "hnorm", "e_proj", "h_proj", "hc_head", "norm")}
 
 
 class Automodel:
@@ -117,6 +119,15 @@ class Automodel:
             found["logits"] = torch.tensor(self.run(ids)[0])
         return {name: value.numpy().reshape(shape(name)) for name, value in found.items()}
 
+    def stage_taps(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Activations of the MTP stage by full tap name, and the ids of the next tokens that it took."""
+        found: dict[str, torch.Tensor] = {}
+        streams = self.run(ids)[1]
+        with recording(self.model, found):
+            logits, following = self.draft(streams, ids)
+        found |= {"mtp.0.streams": torch.tensor(streams), "mtp.0.logits": torch.tensor(logits)}
+        return {name: value.numpy() for name, value in found.items() if name.startswith("mtp.")}, following
+
 
 def published(folder: Path) -> Tensors:
     """Every tensor of a checkpoint, as stored."""
@@ -169,14 +180,16 @@ def recording(model: torch.nn.Module, found: Tensors) -> Iterator[None]:
         return context, shares
 
     index_scores, attention = modules.dsv4_indexer_scores, modules.eager_attention_with_sink
-    for number, layer in model.model.layers.items():
-        prefix = f"layers.{number}."
+    blocks = {f"layers.{number}.": (layer, INPUTS, OUTPUTS) for number, layer in model.model.layers.items()}
+    for number, stage in enumerate(model.mtp.layers):
+        blocks[f"mtp.{number}."] = (stage, INPUTS | {"enorm": "embed", "attn_hc": "input"}, OUTPUTS | STAGE)
+    for prefix, (layer, before, after) in blocks.items():
         parts = dict(layer.named_modules())
         handles.append(layer.register_forward_pre_hook(enter(prefix)))
-        for path, name in INPUTS.items():
+        for path, name in before.items():
             if path in parts:
                 handles.append(parts[path].register_forward_pre_hook(inputs(prefix + name)))
-        for path, names in OUTPUTS.items():
+        for path, names in after.items():
             if path in parts:
                 handles.append(parts[path].register_forward_hook(outputs(tuple(prefix + name for name in names))))
     for path, name in MODEL.items():

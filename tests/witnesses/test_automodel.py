@@ -82,8 +82,19 @@ class Ours:
         return model(ids, taps=taps), taps.values[last]
 
     def draft(self, streams: np.ndarray, following: np.ndarray) -> np.ndarray:
+        return self.draft_taps(streams, following)["mtp.0.logits"]
+
+    def draft_taps(self, streams: np.ndarray, following: np.ndarray) -> dict[str, np.ndarray]:
+        """Every tap of the MTP stage by its full name."""
         positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), following.shape)
-        return np.asarray(nnx.jit(Model.draft)(self.model, streams, following, positions)[0])
+        found = nnx.jit(self._draft)(self.model, streams, following, positions)
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    @staticmethod
+    def _draft(model: Model, streams: jax.Array, following: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
+        taps = Taps(lambda name: True)
+        model.draft(streams, following, positions, taps=taps)
+        return taps.values
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +164,20 @@ def test_logits_and_drafts_are_those_of_dsv4(theirs: Automodel, ours: Ours, ids:
     drafted, following = theirs.draft(streams, ids)
     assert relative(ours.draft(streams, following), drafted) < LIMIT
     assert relative(ours.draft(ours.streams, following), drafted) < LIMIT
+
+
+def test_every_tap_of_the_stage_is_that_of_dsv4(theirs: Automodel, ours: Ours, ids: np.ndarray) -> None:
+    """From its own streams. Goldens of the stage, which transformers does not have, are held by this."""
+    found, following = theirs.stage_taps(ids)
+    expected = ours.draft_taps(found["mtp.0.streams"], following)
+    assert {name.removeprefix("mtp.0.") for name in expected.keys() - found.keys()} == OUT_OF_REACH - {"input"}
+    order = np.argsort(found["mtp.0.ffn.gate.experts"], axis=-1, kind="stable")
+    ours_first = np.argsort(expected["mtp.0.ffn.gate.experts"], axis=-1, kind="stable")
+    for name in ("mtp.0.ffn.gate.experts", "mtp.0.ffn.gate.weights"):
+        flat = np.take_along_axis(found[name].reshape(order.shape), order, axis=-1)
+        found[name], expected[name] = flat, np.take_along_axis(expected[name], ours_first, axis=-1).reshape(flat.shape)
+    errors = {name: relative(value.reshape(expected[name].shape), expected[name]) for name, value in found.items()}
+    assert {name: error for name, error in errors.items() if error > LIMIT} == {}
 
 
 def test_in_training_it_drafts_the_same(torch: Any, theirs: Automodel, ids: np.ndarray) -> None:

@@ -72,7 +72,7 @@ class Engram(nnx.Module):
         mapped = self.token_map[...][jnp.where(history < 0, self.pad, history)]
         index = taps("ids", ngram_rows(mapped, self.hash))
         rows = rows_of(self.embed.get_value(), index).astype(streams.dtype)
-        both = self.numerics.linear(rows.reshape(batch, tokens, -1), self.wkv[...])
+        both = self.numerics.linear(rows.reshape(batch, tokens, -1), self.wkv.get_value())
         key, value = jnp.split(both, [count * width], axis=-1)
         key = taps("key", key.reshape(streams.shape))
         value = taps("value", value).astype(jnp.float32)

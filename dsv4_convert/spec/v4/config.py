@@ -137,8 +137,8 @@ def as_v4(config: Config) -> V4Config:
     """The config, for code that computes DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 converts this model and does not compute it yet; convert, inspect, names and verify "
-            "take it"
+            f"{config.title}: dsv4 converts this model and generates with it, and has no reference to compare it with "
+            "yet; convert, generate, inspect, names and verify take it"
         )
     return config
 

@@ -17,6 +17,7 @@ import numpy as np
 import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
 from dsv4_convert.checkpoint import Checkpoint
+from dsv4_convert.formats.weight import StoredMatrix
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import Mode
@@ -161,6 +162,11 @@ class Held:
     def read_rows(self, path: str, rows: Array, dtype: Any = np.float32) -> Array:
         """Some rows."""
         return self.arrays[path][rows]
+
+    def matrix(self, path: str, at: int | None) -> StoredMatrix:
+        """A matrix, or entry of a stack, which is stored as the model has it."""
+        array = self.arrays[path] if at is None else self.arrays[path][at]
+        return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
         """V4 has none."""
