@@ -160,6 +160,10 @@ class Config(ABC):
     def indexes(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""
 
+    @abstractmethod
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer attends to some of the compressed entries only, whoever chose them."""
+
     def hashed(self, layer: int) -> bool:
         """Whether a layer chooses experts by the token's id."""
         return False

@@ -76,6 +76,10 @@ class V4Config(Config):
         """Values per token that the compressor of a layer pools: twice as many in CSA, whose entries overlap."""
         return self.head_dim * (2 if self.kind(layer) is AttentionKind.CSA else 1)
 
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer is CSA."""
+        return self.kind(layer) is AttentionKind.CSA
+
     def indexes(self, layer: int) -> bool:
         """Whether a layer is CSA."""
         return self.kind(layer) is AttentionKind.CSA
@@ -143,11 +147,11 @@ class V4Config(Config):
 
 
 def as_v4(config: Config) -> V4Config:
-    """The config, for code that computes DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
+    """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 converts this model and generates with it, and has no reference to compare it with "
-            "yet; convert, generate, inspect, names and verify take it"
+            f"{config.title}: dsv4 does not record, compare or compile this model yet; convert, generate, inspect, "
+            "names and verify take it"
         )
     return config
 

@@ -91,6 +91,10 @@ class V41Config(Config):
         """Values per token that the compressor of a layer pools."""
         return self.head_dim
 
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer attends to compressed keys, of which some layer always chooses."""
+        return self.ratio_of(layer) > 0
+
     def indexes(self, layer: int) -> bool:
         """Whether a layer chooses among compressed keys."""
         return layer in self.index_source_layer_ids
