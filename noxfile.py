@@ -42,10 +42,15 @@ VERSIONS = {
 CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py", "tests/cli/test_surface.py")
 
 #: Project compared with -> the Python that it needs.
-WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "tokamax": "3.12"}
+WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "mlx": "3.12", "tokamax": "3.12"}
 
 #: Of each session the tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
-WITNESS_TESTS = {"automodel": ("automodel", "nano"), "maxtext": ("maxtext",), "tokamax": ("tokamax",)}
+WITNESS_TESTS = {
+    "automodel": ("automodel", "nano"),
+    "maxtext": ("maxtext",),
+    "mlx": ("mlx",),
+    "tokamax": ("tokamax",),
+}
 
 
 def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
@@ -156,6 +161,8 @@ def witnesses(session: nox.Session, witness: str) -> None:
             needed = packages / "dependencies/requirements/generated_requirements/decoupled-requirements.txt"
             session.install("--resolution=lowest", "--requirement", str(needed))
             session.env["DECOUPLE_GCLOUD"] = "TRUE"
+        case "mlx":
+            session.install("--no-deps", "--requirement", str(tests / "mlx-requirements.txt"))
         case "tokamax":
             session.install("--constraint", str(VERSIONS["3.12"]), "tokamax==0.0.17", ".")
             session.env["DSV4_TOKAMAX_GOLDEN"] = str(recorded / "golden")

@@ -33,7 +33,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
 from tests.parity.faults import program
 from tests.parity.faults.catalogue import CATALOGUE
-from tests.parity.faults.fault import MODELS, Fault, examine, patient
+from tests.parity.faults.fault import Fault, examine, patient
 from tests.parity.faults.program import PATHS, PROGRAM, ProgramFault
 from tests.parity.faults.scales import SCALES
 
@@ -55,7 +55,7 @@ def streamed(
 ) -> Iterator[tuple[Fault, str, ParityReport]]:
     """Each fault of the streamed layers, its kind, and the report."""
     patients = {}
-    for name in MODELS:
+    for name in dict.fromkeys(fault.model for fault in faults):
         (folder / name).mkdir()
         patients[name] = patient(folder / name, name, noise=[dtype])
         if compact:

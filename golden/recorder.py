@@ -29,6 +29,7 @@ from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, resolve
 from dsv4_convert.spec.names import check_layers
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.values import value_digests
 
@@ -139,7 +140,7 @@ def record_opened(
     """:func:`record` of an open checkpoint, which stays open."""
     check_destination(out)
     reference = _reference(options)
-    config = checkpoint.architecture()
+    config = as_v4(checkpoint.architecture())
     wanted = check_layers(config, options.layers)
     ids = _prompt(options, config)
     last = config.num_hidden_layers - 1 if options.greedy else max(wanted)

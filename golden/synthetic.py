@@ -499,11 +499,19 @@ def _tensors(
             halved = (shape[0], -(-shape[1] // 2))
             yield entry(name, "I8", halved, 1, lambda: stream(name).raw(halved))
         else:
-            yield entry(name, "F8_E4M3", shape, 1, lambda: stream(name).fp8(shape))
+            yield TensorEntry(name, "F8_E4M3", shape, partial(_fp8_slabs, seed, name, shape, rule)), math.prod(shape)
         if form == "fp4":
             yield entry(scale_name, "F8_E8M0", tiles, 1, lambda: stream(scale_name).exponents(tiles, exponent))
         else:
             yield entry(scale_name, "F32", tiles, 4, lambda: stream(scale_name).scales(tiles, exponent))
+
+
+def _fp8_slabs(seed: int, name: str, shape: tuple[int, ...], rule: Rule) -> Iterator[bytes]:
+    """FP8 codes; those of a table of n-grams in pieces, because it is the largest tensor of a model."""
+    stream, count = _Stream(seed, name), math.prod(shape)
+    slab = _SLAB if rule.path.endswith("engram.embed") else max(1, count)
+    for start in range(0, count, slab):
+        yield stream.fp8((min(slab, count - start),)).tobytes()
 
 
 def _bell_slabs(seed: int, name: str, count: int, spread: np.float32) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config, write_checkpoint
 
 pytestmark = pytest.mark.large
 
@@ -52,12 +52,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
-def _limited(work: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on ``command`` with a quarter of the published model as memory."""
-    size = sum(file.stat().st_size for file in (work / "hf").iterdir())
-    assert size > 4.2e9
+def _limited(work: Path, *command: str, size: float = 4.2e9) -> subprocess.CompletedProcess[str]:
+    """Run Python on ``command`` with a quarter of the published model, which has ``size`` bytes or more, as memory."""
+    found = sum(file.stat().st_size for file in (work / "hf").iterdir())
+    assert found > size
     return subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(size // 4), *command], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LIMITED, str(found // 4), *command], capture_output=True, text=True, check=False
     )
 
 
@@ -89,3 +89,34 @@ def test_the_limit_bites(work: Path) -> None:
     done = _limited(work, "-c", code, str(work / "hf"))
     assert done.returncode != 0
     assert "MemoryError" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("tables")
+    try:
+        raw = tiny_v41_config(engram_vocab_size=850_000, engram_head_dim=256)
+        write_checkpoint(folder / "hf", raw, seed=0)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_tables_of_n_grams_go_through_in_chunks_of_rows(tables: Path) -> None:
+    """Two tables are nearly all of this model: there and back in a quarter of it, less than one of them."""
+    hf, orbax, again = (str(tables / name) for name in ("hf", "orbax", "again"))
+    for command in (
+        ["convert", "hf-to-orbax", hf, orbax, "--dtype", "source"],
+        ["verify", orbax, "--against", hf],
+        ["convert", "orbax-to-hf", orbax, again],
+    ):
+        found = _limited(tables, "-m", "dsv4_convert", *command, size=2.6e9)
+        assert not found.returncode, f"{command}: {found.stderr}"
+    assert "690 tensors have the bytes of the source" in " ".join((found.stdout + found.stderr).split())
+    looked_up = (
+        "import numpy, sys; from dsv4_convert.weights.converted import Weights; "
+        "rows = numpy.random.default_rng(0).integers(0, 5_000_000, (300, 6)); "
+        "print(Weights.open(sys.argv[1]).read_rows('layers.4.engram.embed', rows).shape)"
+    )
+    found = _limited(tables, "-c", looked_up, orbax, size=2.6e9)
+    assert found.stdout.split() == ["(300,", "6,", "256)"], found.stderr

@@ -26,6 +26,7 @@ from dsv4_convert.model.mesh import describe_mesh
 from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import paths_of
+from dsv4_convert.spec.v4.config import as_v4
 
 State = nnx.State[Any, Any]
 
@@ -58,11 +59,12 @@ def first_layers(config: Config, count: int) -> Config:
     """The architecture with its first ``count`` layers only, and without mtp stages.
 
     Raises:
+        BadInput: an architecture that is not compiled yet.
         UsageError: it has fewer.
     """
     if not 1 <= count <= config.num_hidden_layers:
         raise UsageError(f"{count} layers: the model has {config.num_hidden_layers}")
-    return config.of_layers(range(count))
+    return as_v4(config).of_layers(range(count))
 
 
 def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Decoder], State]:

@@ -101,8 +101,8 @@ def generate(
 
     The prompt runs in chunks of 128 tokens, then generation runs token by token from the cache. Several prompts of any
     length run together. stdout gets the text, or token ids without a tokenizer; that of a single prompt as it comes.
-    With --speculative, a pass yields one token more than drafts that it confirms: two at most with an mtp stage, a
-    block of DSpark and one more in a dated release. With --stream-weights, routed experts stay on the disk.
+    With --speculative, a pass yields the drafts that it confirms and one token more. An mtp stage drafts one token,
+    DSpark a block. With --stream-weights, routed experts stay on the disk.
 
     Example: dsv4 generate ./flash-orbax --prompt "The capital of France is" --tokenizer ./DeepSeek-V4-Flash -n 20
     """

@@ -49,7 +49,9 @@ def parity(
         str | None,
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
-    layer: Annotated[str | None, typer.Option("--layer", "--layers", help=LAYERS_HELP)] = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} mtp stages have the next numbers.")
+    ] = None,
     taps: Annotated[
         list[str] | None,
         typer.Option(

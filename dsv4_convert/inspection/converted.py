@@ -9,7 +9,7 @@ from typing import Any
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import enumerated
 from dsv4_convert.files.workspace import destination_of, stage_of
-from dsv4_convert.inspection.parts import Census, ModelPart, PartRow, elements, part_of
+from dsv4_convert.inspection.parts import Census, ModelPart, PartRow, elements, not_run, part_of
 from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.conversion import Layout, Storage
@@ -41,7 +41,7 @@ def inspect_converted(store: Store, *, place: str, known_by: str, say: Callable[
         what=What.CONVERTED,
         place=place,
         known_by=known_by,
-        facts=facts | _rounded(metadata),
+        facts=facts | _rounded(metadata) | not_run(made.config),
         config=made.config,
         layers=None if len(made.layers) == made.config.num_hidden_layers else made.layers,
         rows=_rows(store, made.dialect),

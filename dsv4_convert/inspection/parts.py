@@ -127,6 +127,13 @@ def count_published(
     return census.rows
 
 
+def not_run(config: Config) -> dict[str, str]:
+    """The parts of a model that dsv4 converts and does not compute, as a fact about it."""
+    if not config.num_vision_blocks:
+        return {}
+    return {"not run": "the vision encoder, and what routes image tokens: stored and given back as they are"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Totals:
     """The size of the architecture, however much of it is stored.

@@ -11,7 +11,7 @@ from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.index import CONFIG_NAME, SHARD_SUFFIX
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import read_object
-from dsv4_convert.inspection.parts import count_published
+from dsv4_convert.inspection.parts import count_published, not_run
 from dsv4_convert.inspection.report import Inspection, What
 from dsv4_convert.show.units import ranges, size
 from dsv4_convert.spec.architectures import BY_MODEL_TYPE
@@ -121,7 +121,7 @@ def _inspection(
         what=what,
         place=place,
         known_by=known_by,
-        facts=facts,
+        facts=facts | ({} if config is None else not_run(config)),
         config=config,
         layers=whole,
         rows=count_published(stored, nbytes, names, dialect),

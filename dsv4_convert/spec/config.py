@@ -160,6 +160,10 @@ class Config(ABC):
     def indexes(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""
 
+    @abstractmethod
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer attends to some of the compressed entries only, whoever chose them."""
+
     def hashed(self, layer: int) -> bool:
         """Whether a layer chooses experts by the token's id."""
         return False
@@ -265,7 +269,7 @@ class Config(ABC):
 
         if not isinstance(data, Mapping):
             raise BadInput(f"stored dsv4 config: expected an object, found {short(data)}; the file is damaged")
-        values = {"dspark": None, **data}  # conversions and goldens of dsv4 0.1 lack it
+        values = {"dspark": None, "vision": None, **data}  # conversions and goldens of dsv4 0.1 lack them
         model_type = values.pop(_ARCHITECTURE, _FIRST)
         known = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
         if known is None:

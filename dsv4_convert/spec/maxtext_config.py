@@ -142,6 +142,8 @@ def check(config: Config, *, scanned: bool) -> None:
         problems.append(f"compress_ratios: a CSA layer has the ratio 4, this model's have {config.csa_ratio}")
     if AttentionKind.HCA in kinds and config.hca_ratio <= 4:
         problems.append(f"compress_ratios: an HCA layer has a ratio above 4, this model's have {config.hca_ratio}")
+    if config.vision is not None:
+        problems.append("vision_n_layers: there is no DeepSeek-V4 with a vision encoder")
     if not (config.rope_theta.is_integer() and config.compress_rope_theta.is_integer()):
         bases = f"{config.rope_theta} and {config.compress_rope_theta}"
         problems.append(f"rope_max_timescale and compressed_rope_max_timescale: integers, this model's are {bases}")

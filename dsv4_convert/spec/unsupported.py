@@ -11,24 +11,14 @@ from dsv4_convert.show.units import number_of
 from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.v4.config import V4Config
 
-_ENGRAM, _VISION = "V4.1 engram memory", "vision encoder"
+#: A component of a tensor's name that no DeepSeek-V4 has, and the feature that it belongs to.
+_ENGRAM, _FEATURE = "engram", "V4.1 engram memory"
 
-#: Pattern of a component of a tensor's name that no DeepSeek-V4 text backbone has -> the feature that it belongs to.
-_TENSORS: dict[str, str] = {
-    "engram": _ENGRAM,
-    "vision": _VISION,
-    "aligner": "vision aligner",
-    "bias_vl": "vision routing bias",
-    r"image_\w+": "vision tokens",
-}
+#: Pattern of a field of ``config.json`` that no DeepSeek-V4 has.
+_FIELDS = r"text_config|vision_config|(image|engram)_\w+"
 
-#: Any of them in a name; there are a hundred thousand names to look at.
-_ANY_COMPONENT = re.compile(rf"(?:\A|\.)({'|'.join(_TENSORS)})(?=\.|\Z)")
-
-#: Pattern of a field of ``config.json`` that no DeepSeek-V4 text backbone has.
-_FIELDS = r"text_config|(vision|image|engram)_\w+"
-
-_FAMILY, _SUPPORTED = "deepseek_v4", "V4-Flash and V4-Pro, their Base variants and their dated releases, and V4.1-Flash"
+_FAMILY = "deepseek_v4"
+_SUPPORTED = "V4-Flash and V4-Pro, their Base variants, dated releases and Vision-Exp, and V4.1-Flash"
 #: Names of each kind that a message shows.
 _SHOWN = 4
 
@@ -49,19 +39,14 @@ def refuse_unsupported(raw: Mapping[str, Any], tensors: Iterable[str], *, where:
     if BY_MODEL_TYPE.get(str(raw.get("model_type")), V4Config) is not V4Config:
         return
     fields = [_told(raw, name) for name in raw if _gives_away(raw, name)]
-    features: dict[str, list[str]] = {}
-    for name in sorted(tensors):
-        feature = _feature(name)
-        if feature is not None:
-            features.setdefault(feature, []).append(name)
-    if not fields and not features:
+    engrams = sorted(name for name in tensors if _ENGRAM in name.split("."))
+    if not fields and not engrams:
         return
     lines = [f"config.json has {_first(fields)}"] if fields else []
-    for feature, names in features.items():
-        lines.append(f"{feature} is not supported: {number_of(len(names), 'tensor')} such as {_first(names)}")
+    if engrams:
+        lines.append(f"{_FEATURE} is not supported: {number_of(len(engrams), 'tensor')} such as {_first(engrams)}")
     raise BadInput(
-        f"{where}: {_model(raw, features)}, which dsv4 does not support. It has:\n{listed(lines)}\n"
-        f"dsv4 converts {_SUPPORTED}."
+        f"{where}: {_model(raw)}, which dsv4 does not support. It has:\n{listed(lines)}\ndsv4 converts {_SUPPORTED}."
     )
 
 
@@ -76,20 +61,9 @@ def of_family(raw: Mapping[str, Any]) -> bool:
     return str(raw.get("model_type", _FAMILY)).startswith(_FAMILY)
 
 
-def _feature(name: str) -> str | None:
-    """The unsupported feature that a tensor's name belongs to."""
-    part = _ANY_COMPONENT.search(name)
-    if part is None:
-        return None
-    return next(feature for pattern, feature in _TENSORS.items() if re.fullmatch(pattern, part[1]))
-
-
-def _model(raw: Mapping[str, Any], features: Mapping[str, list[str]]) -> str:
-    if raw.get("model_type", _FAMILY) != _FAMILY:
-        return f"model_type {raw['model_type']!r}"
-    if any(name.startswith("engram_") for name in raw) or _ENGRAM in features:
-        return "DeepSeek-V4 with parts of V4.1"
-    return "DeepSeek-V4 with vision, such as V4-Flash-Vision-Exp"
+def _model(raw: Mapping[str, Any]) -> str:
+    found = raw.get("model_type", _FAMILY)
+    return "DeepSeek-V4 with parts of V4.1" if found == _FAMILY else f"model_type {found!r}"
 
 
 def _told(raw: Mapping[str, Any], name: str) -> str:

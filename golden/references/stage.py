@@ -1,8 +1,8 @@
 """The mtp stage out of transformers' modules: transformers has none, but has every part of one.
 
-Its decoder layer, norms and hyper-head are those of the backbone. What joins the embedding with the streams stands
-here, from the published inference code: x_j = e_proj(enorm(e)) + h_proj(hnorm(h_j)). NeMo Automodel's stage, which
-shares no code with transformers', computes the same (``nox -s witnesses``).
+Its decoder layer, norms and hyper-head are those of the backbone. This module joins the embedding with the streams, as
+the published inference code does: x_j = e_proj(enorm(e)) + h_proj(hnorm(h_j)). NeMo Automodel's stage, which shares no
+code with transformers', computes the same (``nox -s witnesses``).
 """
 
 from __future__ import annotations

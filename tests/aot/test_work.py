@@ -10,8 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from dsv4_convert.aot.program import first_layers
 from dsv4_convert.aot.work import operations
-from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.errors import BadInput
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -35,6 +37,12 @@ def test_one_token_is_what_torch_counts() -> None:
     config = _config()
     mixing = 2 * config.num_hidden_layers * 2 * config.hc_mult**2 * config.hidden_size
     assert operations(config, tokens=1, decode=False) == counter.get_total_flops() - mixing
+
+
+def test_v41_is_not_compiled_yet_and_says_so_before_any_work() -> None:
+    config = Config.from_hf(tiny_v41_config())
+    with pytest.raises(BadInput, match=r"DeepSeek-V4\.1: dsv4 does not record, compare or compile this model yet"):
+        first_layers(config, 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 150])

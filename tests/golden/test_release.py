@@ -374,9 +374,7 @@ def test_decoding_is_recorded_from_the_codes_own_caches(decoding: Path, decoded:
 
 def test_decoding_and_the_stage_agree_in_both_programs(decoding: Path, decoded: Golden) -> None:
     """Every step, and the state before the first one."""
-    report = run_parity(
-        None, decoded.path, ParityOptions(modes=MODES, programs=tuple(Program)), source=decoding / "fp4"
-    )
+    report = run_parity(None, decoded.path, ParityOptions(programs=tuple(Program)), source=decoding / "fp4")
     assert report.passed, verdict(report)
     assert report.arithmetic == "bfloat16 in release numerics"
     assert report.model is not None
@@ -387,9 +385,12 @@ def test_decoding_and_the_stage_agree_in_both_programs(decoding: Path, decoded: 
         assert state <= {result.key for result in of.taps}
 
 
-def test_a_compact_golden_of_decoding_and_the_compiled_layers(decoding: Path, decoded: Golden) -> None:
+@pytest.mark.thorough
+def test_a_compact_golden_of_decoding(decoding: Path, decoded: Golden) -> None:
+    """From the tokens, through every layer, the head and the stage."""
     made = shrink(decoded, decoding / "compact", Compact.of([-1, PREFILL], PREFILL + DECODE))
-    report = run_parity(None, made.path, ParityOptions(programs=[Program.MODEL]), source=decoding / "fp4")
+    options = ParityOptions(programs=[Program.STREAMED])
+    report = run_parity(None, made.path, options, source=decoding / "fp4")
     assert report.passed, verdict(report)
 
 

@@ -1,6 +1,6 @@
 """Run by test_sharding.py on eight simulated devices: the sharded, scanned model against the plain one.
 
-``python -m tests.model.sharded N``: on the mesh N of :data:`MESHES`.
+``python -m tests.model.sharded v4 N``: V4, or V4.1, on the mesh N of :data:`MESHES`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from dsv4_convert.golden.synthetic import tiny_config
-from dsv4_convert.model import Cache, Model
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config
+from dsv4_convert.model import Cache
+from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.axes import partition
 from dsv4_convert.model.mesh import make_mesh
 from dsv4_convert.spec.config import Config
@@ -25,10 +26,26 @@ from tests.model.weights import random_model
 TOKENS, ROOM = 48, 56
 MESHES = ({"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "expert": 2, "sequence": 2})
 
+#: Two layers of most kinds, so that something is stacked, and how often each pattern repeats.
+_KINDS = [0, 0, 4, 128, 4, 128, 4]
+CONFIGS = {
+    "v4": (
+        Config.from_hf(tiny_config(num_hidden_layers=7, compress_ratios=[*_KINDS, 0], num_hash_layers=3)),
+        [2, 1, 2],
+    ),
+    "v4.1": (
+        Config.from_hf(tiny_v41_config(num_hidden_layers=8, compress_ratios=[0, 0, 2, 2, 2, 1, 1, 1, 0, 0, 0],
+                                       kv_source_layer_ids=[2, 5], index_source_layer_ids=[2, 5, 6, 7],
+                                       candidate_source_layer_id=5, engram_layer_ids=[1, 5],
+                                       dspark_target_layer_ids=[5, 6, 7])),
+        [1, 1, 1, 2, 1, 2],
+    ),
+}  # fmt: skip
+
 
 def scanned(config: Config, state: nnx.State) -> tuple[nnx.GraphDef, dict]:
     """The same weights, stacked."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Model(config, scanned=True)))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: model_of(config, scanned=True)))
     plain = {key: variable[...] for key, variable in nnx.to_flat_state(state)}
     flat = {}
     for key, variable in nnx.to_flat_state(abstract):
@@ -43,11 +60,9 @@ def scanned(config: Config, state: nnx.State) -> tuple[nnx.GraphDef, dict]:
 
 def main() -> None:
     assert len(jax.devices()) == 8
-    # Two layers of most kinds, so that something is stacked.
-    kinds = [0, 0, 4, 128, 4, 128, 4]
-    changes = {"num_hidden_layers": len(kinds), "compress_ratios": [*kinds, 0], "num_hash_layers": 3}
-    config = Config.from_hf(tiny_config(**changes))
-    assert [part.repeats for part in segments(config)] == [2, 1, 2]
+    model, number = sys.argv[1:]
+    config, repeats = CONFIGS[model]
+    assert [part.repeats for part in segments(config)] == repeats
     graph, state = random_model(config)
     graphs, flat = scanned(config, state)
     rng = np.random.default_rng(0)
@@ -65,7 +80,7 @@ def main() -> None:
     expected = np.asarray(jax.jit(whole)(state, ids))
     unsharded = jax.jit(run)(nnx.from_flat_state(flat), ids)
     assert np.array_equal(unsharded, expected), "scanned layers are not the layers one by one"
-    sizes = MESHES[int(sys.argv[1])]
+    sizes = MESHES[int(number)]
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
         placed = nnx.from_flat_state(
@@ -90,7 +105,7 @@ def main() -> None:
             last, cache = extend(placed, ids[:, TOKENS - 1 :], cache)
             together = np.concatenate([first, last], axis=1)
             np.testing.assert_allclose(together, expected, atol=3e-6, err_msg=f"decoding on {sizes}")
-    print("agrees on", sizes)
+    print(model, "agrees on", sizes)
 
 
 if __name__ == "__main__":

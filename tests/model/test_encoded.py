@@ -18,7 +18,7 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.formats import decode_fp4, decode_fp8
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
-from dsv4_convert.model.encoded import Encoded, in_source_form, partitions
+from dsv4_convert.model.encoded import FEW_ROWS, Encoded, in_source_form, partitions, product
 from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES, packed
 from dsv4_convert.model.router import Routing
 from dsv4_convert.spec.config import Config
@@ -107,6 +107,40 @@ def test_one_of_a_stack_and_blocks_that_are_cut_off(form: str) -> None:
         np.testing.assert_array_equal(everything[index], expected)
     with pytest.raises(IndexError, match="one by one"):
         jax.tree.map(lambda part: part[0], weight)[1]
+
+
+@pytest.mark.parametrize(("form", "rows"), [("fp4", 1), ("fp8", 3), ("base", FEW_ROWS), ("fp8", FEW_ROWS + 1)])
+def test_products_with_codes(form: str, rows: int) -> None:
+    """Of a matrix, and of each of a stack with its own inputs; a few rows are multiplied with the codes themselves."""
+    rng = np.random.default_rng(3)
+    weight = _random((2, 256, 384), form, rng)
+    x = rng.normal(size=(rows, 2, 256)).astype(np.float32)
+    numbers = np.asarray(weight[...], np.float64)
+    grouped, one = (
+        jax.jit(lambda x, w, spec=spec: product(spec, x, w, jnp.float32)) for spec in ("ngi,gio->ngo", "ni,io->no")
+    )
+    first = jax.tree.map(lambda part: part[0], weight)
+    for found, expected in (
+        (grouped(x, weight), np.einsum("ngi,gio->ngo", x.astype(np.float64), numbers)),
+        (one(x[:, 0], first), x[:, 0].astype(np.float64) @ numbers[0]),
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    stacks = jax.jit(lambda x, w: product("ni,io->no", x, w, jnp.float32)).lower(x[:, 0], first).compile()
+    decodes = stacks.memory_analysis().temp_size_in_bytes >= 4 * 256 * 384
+    assert decodes == (rows > FEW_ROWS)
+
+
+def test_a_product_with_codes_keeps_zeros_nan_and_the_smallest_scale() -> None:
+    codes = np.zeros((128, 128), np.uint8)
+    codes[0, 0], codes[0, 1], codes[0, 2] = 0x7F, 0x80, 0x38  # NaN, -0, 1
+    for byte, last in ((127, 1.0), (0, 2.0**-127), (255, np.nan)):
+        weight = Encoded(jnp.asarray(codes), jnp.full((1, 1), byte, jnp.uint8), (128, 128), False, np.dtype(np.float32))
+        x = np.zeros((1, 128), np.float32)
+        x[0, 0] = 2.0**100
+        found = np.asarray(jax.jit(lambda x, w: product("ni,io->no", x, w, jnp.float32))(x, weight))[0]
+        assert np.isnan(found[0])
+        np.testing.assert_array_equal(found[1:3], [np.nan if byte == 255 else 0, last * 2.0**100])
 
 
 @pytest.mark.parametrize("form", ["fp4", "fp8", "base"])

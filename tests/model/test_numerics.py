@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 from unittest.mock import patch
 
 import jax
@@ -20,6 +21,7 @@ from dsv4_convert.golden.references.release import kernels
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Numerics, attention, numerics
 from dsv4_convert.model.attention import Earlier, Entries, _context, attend_as_released
+from dsv4_convert.model.v41.numerics import V41Numerics
 from dsv4_convert.spec.config import Config
 
 RELEASE = tiny_config(
@@ -75,6 +77,36 @@ def test_fp8_rounds_as_torch_does(group: int, seed: int, spread: int) -> None:
     codes, scale = kernels.act_quant(_torch(values), group, "ue8m0", torch.float8_e8m0fnu)
     assert codes.dtype == torch.float8_e4m3fn
     np.testing.assert_array_equal(codes.double().numpy() * scale.double().numpy().repeat(group, -1), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([0, 3, 12]))
+def test_fp4_with_fp8_scales_rounds_as_ml_dtypes_does(seed: int, spread: int) -> None:
+    """The compressed entries of V4.1: a sixth of the largest value, rounded to e4m3 by torch."""
+    values = _values(seed, spread)
+    found = _float32(jax.jit(numerics.fp4_rounded_by_fp8, static_argnums=1)(jnp.asarray(values), 16))
+    groups = values.astype(np.float32).reshape(len(values), -1, 16)
+    largest = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(6 * 2.0**-9))
+    sixth = np.minimum(largest / np.float32(6), np.float32(448))
+    scale = torch.from_numpy(sixth).to(torch.float8_e4m3fn).float().numpy()
+    codes = np.clip(groups / scale, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    expected = (codes.astype(np.float32) * scale).reshape(values.shape).astype(values.dtype)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("step", "given"),
+    [("key", (32, numerics.fp8_rounded)), ("entry", (16, numerics.fp4_rounded_by_fp8)),
+     ("indexed", (32, numerics.fp4_rounded)), ("input", (32, numerics.fp8_rounded))],
+)  # fmt: skip
+def test_v41_rounds_every_channel_in_groups_of_its_own(step: str, given: tuple[int, Any]) -> None:
+    """V4 leaves the rotated channels of keys and entries alone, and rotates the indexer's vectors by Hadamard."""
+    values = jnp.asarray(_values(3, 3))
+    more = (64,) if step in ("key", "entry") else ()
+    group, rounded = given
+    assert jnp.array_equal(getattr(V41Numerics(True, True), step)(values, *more), rounded(values, group))
+    assert not jnp.array_equal(getattr(Numerics(True, True), step)(values, *more), rounded(values, group))
+    assert jnp.array_equal(getattr(V41Numerics(), step)(values, *more), values)
 
 
 @settings(max_examples=25, deadline=None)

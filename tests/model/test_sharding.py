@@ -9,8 +9,9 @@ from .sharded import MESHES
 
 
 @pytest.mark.parametrize("mesh", [0, pytest.param(1, marks=pytest.mark.thorough)], ids=map(str, MESHES))
-def test_sharded_and_scanned_it_is_the_same_model(mesh: int) -> None:
+@pytest.mark.parametrize("model", ["v4", "v4.1"])
+def test_sharded_and_scanned_it_is_the_same_model(model: str, mesh: int) -> None:
     """In a process of its own, because the number of devices is fixed when JAX starts."""
-    ended = end(start(["-m", "tests.model.sharded", str(mesh)], devices=8), timeout=600)
+    ended = end(start(["-m", "tests.model.sharded", model, str(mesh)], devices=8), timeout=600)
     assert ended.code == 0, ended.err[-3000:]
-    assert f"agrees on {MESHES[mesh]}" in ended.out
+    assert f"{model} agrees on {MESHES[mesh]}" in ended.out

@@ -147,7 +147,7 @@ FAULTS: dict[str, Edit] = {
         _AFTER_ENGRAM, engram.Engram, "__call__", "gate[..., None] * value", "jnp.ones_like(gate)[..., None] * value"
     ),
     "pre of the same half in the attention": Edit(
-        *("layers.0.attn.wo_b", block.V41Block, "attend", "self._attention_input(streams, pre, taps)"),
+        *("layers.1.attn.wo_b", block.V41Block, "attend", "self._attention_input(streams, pre, taps)"),
         "self._attention_input(streams, mixing.pre, taps)",
     ),
     "pre of the same half in the experts": Edit(

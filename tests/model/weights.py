@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.model import Model
+from dsv4_convert.model.architectures import model_of
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
 
 
-def random_model(config: Config) -> tuple[nnx.GraphDef[Model], nnx.State[Any, Any]]:
+def random_model(config: Config) -> tuple[nnx.GraphDef[Decoder], nnx.State[Any, Any]]:
     """Graph and weights; no norm is 1, no bias and no sink 0, and the hash tables are random."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model_of(config)))
     rng = np.random.default_rng(0)
     filled = {
         key: variable.replace(

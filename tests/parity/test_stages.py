@@ -57,7 +57,7 @@ def golden(source: Path) -> Golden:
 
 @pytest.fixture(scope="module")
 def report(source: Path, golden: Golden) -> ParityReport:
-    """Of everything, in both modes and both programs."""
+    """Everything is compared, in both modes and both programs."""
     return run_parity(None, golden.path, ParityOptions(modes=MODES, detail=True), source=source)
 
 
@@ -165,7 +165,7 @@ def _with_given(change: Callable[[Any], Any]) -> Callable[..., Any]:
 def test_the_compiled_stage_names_a_fault_of_the_model(
     source: Path, golden: Golden, tap: str, change: Callable[[Any], Any]
 ) -> None:
-    """Of ``Model.draft``, which the streamed stage does not call."""
+    """The fault is in ``Model.draft``, which the streamed stage does not call."""
     options = ParityOptions(layers=[STAGE])
     run = ParityRun(PublishedWeights.open(source), golden, options, model=ModelOptions(weights="expanded"))
     traced = compiled.run_stage.__wrapped__

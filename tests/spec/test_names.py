@@ -197,8 +197,10 @@ def test_template_splits_without_loss(name: str) -> None:
         ({"mtp.0.embed.weight": Stored("BF16", (1,))}, "mtp.0.embed.weight: unknown tensor"),
         ({"mtp.1.enorm.weight": Stored("BF16", (4096,))}, "mtp.1.enorm.weight: the config has 1 mtp stages"),
         ({"mtp.0.ffn.experts.256.w1.weight": Stored("I8", (2048, 2048))}, "only 256 experts"),
-        ({"vision.patch.weight": Stored("BF16", (1,))}, "vision encoder is not supported: 1 tensor"),
-        ({"image_start": Stored("BF16", (1,))}, "vision tokens is not supported: 1 tensor such as image_start"),
+        ({"vision.patch.weight": Stored("BF16", (1,))}, "vision.patch.weight: unknown tensor"),
+        ({"image_start": Stored("BF16", (4096,))}, "image_start: the config has no vision encoder"),
+        ({"vision.blocks.0.norm1.weight": Stored("BF16", (1,))}, "norm1.weight: the config has no vision blocks"),
+        ({"layers.3.ffn.gate.bias_vl": Stored("F32", (256,))}, "exists in all, with a vision encoder layers only"),
         ({"layers.1.engram.wkv": Stored("BF16", (1,))}, "V4.1 engram memory is not supported"),
     ],
 )

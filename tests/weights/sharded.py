@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv4_convert import Storage, Weights, restore_model
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.model.axes import partition
+from dsv4_convert.model.encoded import Encoded, partitions
 from dsv4_convert.model.mesh import make_mesh, parse_mesh
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.store import Store, open_store
@@ -77,6 +78,60 @@ def every_leaf(folder: Path) -> None:
         patch.setattr(Path, "read_text", lambda self: "MemAvailable:     100 kB\n")
         with pytest.raises(ResourceError, match=r"the devices of this process take [\d,]+ bytes in float32, 102,400"):
             restore_model(weights, mesh=mesh)
+
+
+def codes(folder: Path) -> None:
+    """On 8 devices: codes over the mesh and stacked, which decode to the plain restore's numbers, bit for bit."""
+    weights, mesh = Weights.open(folder), make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"), jax.devices())
+    plain = leaves(restore_model(weights, drafts=True))
+    for scanned in (False, True):
+        found = leaves(restore_model(weights, drafts=True, mesh=mesh, scanned=scanned, encoded=True))
+        here = leaves(restore_model(weights, drafts=True, scanned=scanned, encoded=True))
+        coded = 0
+        for key, variable in found.items():
+            value = variable.get_value()
+            assert jax.tree.structure(value) == jax.tree.structure(here[key].get_value()), key
+            assert all(map(np.array_equal, jax.tree.leaves(value), jax.tree.leaves(here[key].get_value()))), key
+            if key in plain:
+                expected = np.asarray(plain[key].get_value())
+            else:
+                _, _, segment, place, *rest = key
+                layers = segments(weights.config)[segment].layers(place)
+                expected = np.stack([np.asarray(plain["layers", layer, *rest].get_value()) for layer in layers])
+            assert np.array_equal(np.asarray(value[...]), expected), key
+            if isinstance(value, Encoded):
+                coded += 1
+                specs = partitions(value, variable.axes, mesh.shape, what=str(key))
+                assert value.codes.sharding == NamedSharding(mesh, specs.codes), key
+                assert value.scales.sharding == NamedSharding(mesh, specs.scales), key
+        assert coded > 20
+    with pytest.raises(UsageError, match=r"in blocks of 128 that share a scale, which the mesh axes tensor=4 do not"):
+        restore_model(weights, mesh=make_mesh({"tensor": 4, "data": 2}, jax.devices()), encoded=True)
+
+
+def own_codes(folder: Path) -> None:
+    """In each of several processes: what is read is little more than the codes that its devices hold."""
+    read = 0
+    read_bytes = StoredArray._read_bytes
+
+    def noted(self: StoredArray, index: Any, runs: Any) -> None:
+        nonlocal read
+        runs = list(runs)
+        read += sum(len(into) for into, _ in runs)
+        read_bytes(self, index, runs)
+
+    mesh = make_mesh(parse_mesh("tensor=2,fsdp=2"), jax.devices())
+    store = open_store(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredArray, "_read_bytes", noted)
+        model = restore_model(Weights(store), dtype=BFLOAT16, mesh=mesh, encoded=True)
+    held = 0
+    for part in jax.tree.leaves(nnx.state(model)):
+        regions = {str(shard.index): shard.data.nbytes for shard in part.addressable_shards}
+        held += sum(regions.values())
+    total = sum(part.nbytes for part in jax.tree.leaves(nnx.state(model)))
+    assert held < 0.7 * total, (held, total)
+    assert read < 1.1 * held, (read, held)
 
 
 def own_ranges(folder: Path) -> None:
@@ -171,7 +226,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, jax.Arr
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["every_leaf", "own_ranges", "at_once"])
+    parser.add_argument("part", choices=["every_leaf", "own_ranges", "codes", "own_codes", "at_once"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)

@@ -26,6 +26,28 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose blocks of codes a mesh does not cut; two layers are of one kind."""
+    folder = tmp_path_factory.mktemp("codes")
+    widths = dict.fromkeys(("hidden_size", "moe_intermediate_size", "q_lora_rank", "o_lora_rank"), 256)
+    layers = {"num_hidden_layers": 3, "num_hash_layers": 0, "compress_ratios": [4, 4, 128, 0]}
+    raw = tiny_config(**widths, **layers, num_attention_heads=4, head_dim=128, index_head_dim=32, n_routed_experts=4)
+    write_checkpoint(folder / "hf", raw, seed=1)
+    hf_to_orbax(folder / "hf", folder / "orbax", storage=Storage.SOURCE)
+    return folder / "orbax"
+
+
+def test_codes_on_eight_devices(codes: Path) -> None:
+    ended = end(start(["-m", "tests.weights.sharded", "codes", str(codes)], devices=8))
+    assert ended.code == 0, ended.err
+
+
+def test_two_processes_read_their_own_codes(codes: Path) -> None:
+    ended = together(["-m", "tests.weights.sharded", "own_codes", str(codes)], 2, devices=2)
+    assert [process.code for process in ended] == [0, 0], ended
+
+
 def test_every_leaf_on_eight_devices(converted: Path) -> None:
     ended = end(start(["-m", "tests.weights.sharded", "every_leaf", str(converted)], devices=8))
     assert ended.code == 0, ended.err

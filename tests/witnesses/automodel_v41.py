@@ -63,7 +63,7 @@ INPUTS = {
 MODEL = {"embed_tokens": "embed", "norm": "norm"}
 #: Configs that are recorded, tokens of their prompts, and the taps that are kept of every layer.
 RECORDED: dict[str, dict[str, Any]] = {
-    "every kind of layer": tiny_v41_config(index_n_heads=64, sliding_window=6),
+    "every kind of layer": tiny_v41_config(index_n_heads=64, sliding_window=6, engram_pad_token_id=10),
     **{f"architecture {seed}": random_v41_architecture(seed) for seed in (0, 9)},
 }
 TOKENS = 40

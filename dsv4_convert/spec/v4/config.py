@@ -17,6 +17,7 @@ from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
 from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.spec.v4.names import FP8_TILE, NAMES
 from dsv4_convert.spec.v4.taps import STATE, TAPS
+from dsv4_convert.spec.vision import VisionConfig
 
 _V = TypeVar("_V")
 
@@ -48,6 +49,12 @@ class V4Config(Config):
     hash_routed: tuple[bool, ...]
     csa_ratio: int = 4
     hca_ratio: int = 128
+    vision: VisionConfig | None = None
+
+    @property
+    def num_vision_blocks(self) -> int:
+        """Number of blocks of the vision encoder; 0 without one."""
+        return 0 if self.vision is None else self.vision.num_hidden_layers
 
     def ratio(self, kind: AttentionKind) -> int:
         """Tokens per compressed entry of a layer of this kind; 0 without a compressor."""
@@ -68,6 +75,10 @@ class V4Config(Config):
     def compressor_width(self, layer: int) -> int:
         """Values per token that the compressor of a layer pools: twice as many in CSA, whose entries overlap."""
         return self.head_dim * (2 if self.kind(layer) is AttentionKind.CSA else 1)
+
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer is CSA."""
+        return self.kind(layer) is AttentionKind.CSA
 
     def indexes(self, layer: int) -> bool:
         """Whether a layer is CSA."""
@@ -97,6 +108,7 @@ class V4Config(Config):
             num_hidden_layers=len(layers),
             num_mtp_stages=0,
             dspark=None,
+            vision=None,
             attention=tuple(self.attention[layer] for layer in layers),
             hash_routed=tuple(self.hash_routed[layer] for layer in layers),
         )
@@ -125,6 +137,7 @@ class V4Config(Config):
             "hca_ratio": rates[AttentionKind.HCA],
             "num_mtp_stages": stages,
             "dspark": fields.dspark(values["vocab_size"], layers),
+            "vision": _vision(fields),
         }
         values |= fields.quantization(cls.fp8_tile)
         fields.finish()
@@ -134,11 +147,11 @@ class V4Config(Config):
 
 
 def as_v4(config: Config) -> V4Config:
-    """The config, for code that computes DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
+    """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 converts this model and generates with it, and has no reference to compare it with "
-            "yet; convert, generate, inspect, names and verify take it"
+            f"{config.title}: dsv4 does not record, compare or compile this model yet; convert, generate, inspect, "
+            "names and verify take it"
         )
     return config
 
@@ -151,6 +164,24 @@ def _agreed_layers(fields: Fields, said: Mapping[str, tuple[_V, ...]], default: 
             fields.bad(f"{' and '.join(said)} contradict each other: of layer {layer} {each}")
             break
     return next(iter(said.values()), default)
+
+
+def _vision(fields: Fields) -> VisionConfig | None:
+    """The vision encoder of V4-Flash-Vision-Exp, all of whose fields are there or none."""
+    if not any(name.startswith("vision_") for name in fields.left):
+        return None
+    return VisionConfig(
+        num_hidden_layers=fields.size("vision_n_layers"),
+        hidden_size=fields.size("vision_dim"),
+        num_attention_heads=fields.size("vision_n_heads"),
+        intermediate_size=fields.size("vision_inter_dim"),
+        patch_size=fields.size("vision_patch_size"),
+        downsample_ratio=fields.size("vision_downsample_ratio"),
+        max_image_tokens=fields.size("vision_max_n_token"),
+        min_pixels=fields.size("vision_min_pixels"),
+        rope_theta=fields.real("vision_rope_theta"),
+        max_wh_ratio=fields.real("vision_max_wh_ratio"),
+    )
 
 
 def _compress_rates(fields: Fields) -> dict[AttentionKind, int]:

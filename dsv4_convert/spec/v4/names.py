@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv4_convert.spec.names import ALWAYS, Kind, NameTable, Rule, Section, Transform, When, common_sizes
 from dsv4_convert.spec.v4.kinds import AttentionKind
+from dsv4_convert.spec.vision import WITH_VISION, vision_rules
 
 #: ``[out, in]`` elements of an FP8 weight that share one scale.
 FP8_TILE = (128, 128)
@@ -19,7 +20,8 @@ FP8_TILE = (128, 128)
 COMPRESSED = When("CSA and HCA", lambda config, layer: config.kind(layer) is not AttentionKind.SLIDING)
 CSA = When("CSA", lambda config, layer: config.kind(layer) is AttentionKind.CSA)
 HASH = When("hash-routed", lambda config, layer: config.hashed(layer))
-LEARNED = When("score-routed", lambda config, layer: not config.hashed(layer))
+#: With a vision encoder, hash-routed layers too have what chooses by scores: images have no id in the table.
+LEARNED = When("score-routed", lambda config, layer: not config.hashed(layer) or config.vision is not None)
 MTP = When("mtp", lambda config, layer: config.dspark is None)
 DSPARK_FIRST = When("first DSpark", lambda config, layer: config.dspark and layer == config.stage_layers[0])
 DSPARK_LAST = When("last DSpark", lambda config, layer: config.dspark and layer == config.stage_layers[-1])
@@ -31,12 +33,17 @@ def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
     """The symbols of the ``shape`` column; those of the compressor depend on the layer, and some need DSpark."""
     kind = config.kind(layer) if layer is not None else AttentionKind.SLIDING
     overlap = 2 if kind is AttentionKind.CSA else 1
-    return common_sizes(config, layer) | {
-        "K": config.num_experts_per_tok,
-        "r": config.ratio(kind),
-        "oC": overlap * config.head_dim,
-        "2Ci": 2 * config.index_head_dim,
-    }
+    vision = {} if config.vision is None else config.vision.sizes
+    return (
+        common_sizes(config, layer)
+        | vision
+        | {
+            "K": config.num_experts_per_tok,
+            "r": config.ratio(kind),
+            "oC": overlap * config.head_dim,
+            "2Ci": 2 * config.index_head_dim,
+        }
+    )
 
 
 def _layer(
@@ -105,6 +112,7 @@ RULES: tuple[Rule, ...] = (
     _layer("ffn_norm", "post_attention_layernorm.weight", "D", Kind.NORM),
     _layer("ffn.gate.weight", "mlp.gate.weight", "E D", Kind.PLAIN, _T, weight=False),
     _layer("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "E", Kind.FLOAT32, when=LEARNED, weight=False),
+    dataclasses.replace(_layer("ffn.gate.bias_vl", "", "E", Kind.FLOAT32, when=WITH_VISION, weight=False), module=None),
     _layer("ffn.gate.tid2eid", "mlp.gate.tid2eid", "V K", Kind.INTEGER, when=HASH, weight=False),
     _fused(_layer("ffn.experts.w1", "mlp.experts.{}.gate_proj.weight", "I D", Kind.EXPERT, _T),
            "mlp.experts.gate_up_proj", half=0),
@@ -153,7 +161,7 @@ def _of_stage(rule: Rule) -> Rule:
 
 #: The rows of the stages after the backbone: a window-only, score-routed layer each, what leads into it, and a head.
 STAGE_RULES: tuple[Rule, ...] = (
-    *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (ALWAYS, LEARNED)),
+    *(_of_stage(rule) for rule in RULES if rule.per_layer and rule.when in (ALWAYS, LEARNED, WITH_VISION)),
     _stage("e_proj", "D D", Kind.LINEAR, MTP, _T),
     _stage("h_proj", "D D", Kind.LINEAR, MTP, _T),
     _stage("enorm", "D", Kind.NORM, MTP),
@@ -169,4 +177,6 @@ STAGE_RULES: tuple[Rule, ...] = (
     _stage("confidence_head.proj", "1 D+Rm", Kind.PLAIN, DSPARK_LAST, _T),
 )
 
-NAMES = NameTable("DeepSeek-V4", (*RULES, *STAGE_RULES), sizes)
+VISION_RULES = vision_rules("start", "pad", "newline", "end")
+
+NAMES = NameTable("DeepSeek-V4", (*RULES, *STAGE_RULES, *VISION_RULES), sizes)

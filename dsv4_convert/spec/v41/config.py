@@ -13,6 +13,7 @@ from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
 from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 from dsv4_convert.spec.v41.names import FP8_TILE, NAMES
 from dsv4_convert.spec.v41.taps import STATE, TAPS
+from dsv4_convert.spec.vision import VisionConfig
 
 #: Entries of ``compress_ratios``: window only, one entry for two tokens, one for each token.
 _RATIOS = (0, 1, 2)
@@ -41,23 +42,6 @@ class EngramConfig:
     def columns(self) -> int:
         """Rows that are looked up for one token: one per n-gram size and head."""
         return (self.max_ngram_size - 1) * self.n_heads
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The vision encoder, which dsv4 carries along and does not compute: ``vision_config`` and ``image_token_id``."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    intermediate_size: int
-    patch_size: int
-    downsample_ratio: int
-    max_image_tokens: int
-    min_pixels: int
-    rope_theta: float
-    max_wh_ratio: float | None
-    image_token_id: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +90,10 @@ class V41Config(Config):
     def compressor_width(self, layer: int) -> int:
         """Values per token that the compressor of a layer pools."""
         return self.head_dim
+
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer attends to compressed keys, of which some layer always chooses."""
+        return self.ratio_of(layer) > 0
 
     def indexes(self, layer: int) -> bool:
         """Whether a layer chooses among compressed keys."""

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from dsv4_convert.spec.names import ALWAYS, Kind, NameTable, Rule, Section, Transform, When, common_sizes
+from dsv4_convert.spec.vision import WITH_VISION, vision_rules
 
 #: ``[out, in]`` elements of an FP8 weight, and of a row of an n-gram table, that share one scale.
 FP8_TILE, ENGRAM_TILE = (32, 32), (1, 32)
@@ -19,7 +20,6 @@ KV_SOURCE = When("KV source", lambda config, layer: config.compresses(layer))
 POOLED = When("KV source of ratio 2", lambda config, layer: config.compresses(layer) and config.ratio_of(layer) > 1)
 INDEX_SOURCE = When("index source", lambda config, layer: config.indexes(layer))
 ENGRAM = When("engram", lambda config, layer: config.has_engram(layer))
-WITH_VISION = When("all, with a vision encoder", lambda config, layer: config.vision is not None)
 FIRST_STAGE = When("first", lambda config, layer: layer == config.stage_layers[0])
 LAST_STAGE = When("last", lambda config, layer: layer == config.stage_layers[-1])
 
@@ -36,15 +36,7 @@ def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
             "(N+1)D": (config.hc_mult + 1) * config.hidden_size,
         }
     if vision is not None:
-        width = vision.hidden_size
-        known |= {
-            "Dv": width,
-            "3Dv": 3 * width,
-            "Iv": vision.intermediate_size,
-            "2Iv": 2 * vision.intermediate_size,
-            "3pp": 3 * vision.patch_size**2,
-            "ddDv": vision.downsample_ratio**2 * width,
-        }
+        known |= vision.sizes
     return known
 
 
@@ -147,33 +139,6 @@ STAGE_RULES: tuple[Rule, ...] = (
 )
 
 
-def _seeing(path: str, shape: str, kind: Kind = Kind.PLAIN, transform: Transform = _T, *, weight: bool = True) -> Rule:
-    """A row of the vision encoder."""
-    return _row(path, shape, kind, transform, WITH_VISION, weight=weight, section=Section.VISION)
-
-
-def _biased(path: str, shape: str) -> tuple[Rule, Rule]:
-    """A linear map with a bias."""
-    bias = _seeing(f"{path}.bias", shape.split()[0], transform=Transform.NONE, weight=False)
-    return _seeing(f"{path}.weight", shape, weight=False), bias
-
-
-def _norm(path: str) -> Rule:
-    return _seeing(path, "Dv", Kind.NORM, Transform.NONE)
-
-
-VISION_RULES: tuple[Rule, ...] = (
-    *_biased("vision.patch_embed.proj", "Dv 3pp"),
-    _norm("vision.blocks.{}.norm1"),
-    *_biased("vision.blocks.{}.attn.wqkv", "3Dv Dv"),
-    *_biased("vision.blocks.{}.attn.wo", "Dv Dv"),
-    _norm("vision.blocks.{}.norm2"),
-    _seeing("vision.blocks.{}.mlp.w1", "2Iv Dv"),
-    _seeing("vision.blocks.{}.mlp.w2", "Dv Iv"),
-    _norm("vision.norm"),
-    *_biased("aligner.w1", "D ddDv"),
-    *_biased("aligner.w2", "D D"),
-    *(_seeing(f"image_{part}", "D", transform=Transform.NONE, weight=False) for part in ("start", "end", "newline")),
-)
+VISION_RULES = vision_rules("start", "end", "newline")
 
 NAMES = NameTable("DeepSeek-V4.1", (*RULES, *STAGE_RULES, *VISION_RULES), sizes)

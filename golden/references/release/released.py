@@ -44,7 +44,7 @@ from dsv4_convert.golden.references.release.probes import (
 )
 from dsv4_convert.golden.references.release.state import state_after
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.coverage import Resolution
+from dsv4_convert.spec.coverage import Resolution, Source
 from dsv4_convert.spec.names import Dialect
 from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named
@@ -376,9 +376,8 @@ class ReleasedModel:
         return copied
 
     def _floats(self, name: str, dtype: torch.dtype, *, rows: slice = slice(None)) -> Tensor:
-        value = torch.from_numpy(
-            np.array(read_weight(self._checkpoint, self._sources[name], dtype=_FLOAT32, rows=rows))
-        )
+        source = self._sources.get(name, Source(name))  # scales have none themselves
+        value = torch.from_numpy(np.array(read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows)))
         self._checkpoint.release(name)
         return value.to(dtype)
 

@@ -1,4 +1,4 @@
-"""What a block of DeepSeek's inference code keeps after a prompt, as the taps of the state."""
+"""The state of a block of DeepSeek's inference code after a prompt, as the taps of the state."""
 
 from __future__ import annotations
 
