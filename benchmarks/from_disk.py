@@ -79,8 +79,14 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
     prompt = np.random.default_rng(0).integers(0, weights.config.vocab_size, _PROMPT).tolist()
     generator([prompt], new_tokens=2)  # compiles
     model.reset_pace()
-    before = disk_rate(folder, 1)
-    generator([prompt], new_tokens=tokens + 1, on_token=lambda row, token: make_cold(folder))
+    before, processor = disk_rate(folder, 1), [0.0, 0.0]
+
+    def begin(row: int, token: int) -> None:
+        processor[1] = time.process_time()
+        processor[0] = processor[0] or processor[1]  # the prompt is done
+        make_cold(folder)
+
+    generator([prompt], new_tokens=tokens + 1, on_token=begin)
     rate = (before + disk_rate(folder, 2)) / 2
     pace = model.pace
     assert pace is not None
@@ -92,6 +98,7 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
         "MB read a token": round(nbytes / 1e6),
         "disk GB/s": round(rate / 1e9, 2),
         "seconds a token": round(seconds, 3),
+        "processor s": round((processor[1] - processor[0]) / tokens, 3),
         "limit": round(nbytes / rate, 3),
         "ratio": round(seconds / (nbytes / rate), 2),
         "planned GB": round(plan.limit / 1e9, 2),
