@@ -108,9 +108,9 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
 
 
 def calculated(model: str) -> dict[str, Any]:
-    """What a published model holds and reads, from its shapes: codes as published, other weights in float32."""
+    """Bytes that a published model holds and reads, by its shapes: codes as published, other weights in float32."""
     raw = json.loads((CONFIGS / f"{model}.json").read_text(encoding="utf-8"))
-    config = Config.from_hf(raw | {"num_nextn_predict_layers": 0})
+    config = Config.from_hf(raw).without_stages()
     resident = expert = 0.0
     for path, rule, layer in parameters(config):
         elements = float(np.prod(rule.target_shape(config, layer)))
@@ -127,8 +127,8 @@ def make(work: Path, layers: int) -> Path:
     """A converted checkpoint with layers of V4-Flash's width, CSA and HCA in turn, that route by scores."""
     raw = json.loads((CONFIGS / "DeepSeek-V4-Flash.json").read_text(encoding="utf-8"))
     ratios = [(4, 128)[layer % 2] for layer in range(layers)]
-    changes = {"num_hidden_layers": layers, "compress_ratios": [*ratios, 0], "num_hash_layers": 0, "vocab_size": 16384}
-    changes["num_nextn_predict_layers"] = 0
+    changes = {"num_hidden_layers": layers, "compress_ratios": ratios, "num_hash_layers": 0, "vocab_size": 16384}
+    changes["num_nextn_predict_layers"] = 0  # no stage
     (work / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
     for step in (
         ("golden", "make-checkpoint", work / "hf", "--config", work / "config.json"),

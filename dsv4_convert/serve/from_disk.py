@@ -247,7 +247,7 @@ def plan_memory(
     room: int,
     limit: int | None = None,
 ) -> MemoryPlan:
-    """What a :class:`ModelFromDisk` takes for ``room`` tokens of each of the prompts; reads no weight.
+    """The memory of a :class:`ModelFromDisk` for ``room`` tokens of each of the prompts; reads no weight.
 
     ``limit``: bytes that may be used; None for three quarters of what this machine has left.
     """
