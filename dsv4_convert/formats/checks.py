@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,8 @@ from dsv4_convert.errors import BadInput
 Array = NDArray[Any]
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+#: Bytes at whose multiples XLA on CPU wants arrays to begin; NumPy's begin at multiples of 16.
+_ALIGNMENT = 64
 _PLAIN_BYTES = (np.dtype(np.uint8), np.dtype(np.int8))
 
 
@@ -62,6 +65,14 @@ def positive(block: tuple[int, int]) -> tuple[int, int]:
     return block
 
 
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """As ``np.empty``, from an address that JAX on CPU takes without copying the array first."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT - 1, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
 def destination(out: Array | None, *, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """``out`` after checks, or a new array.
 
@@ -69,7 +80,7 @@ def destination(out: Array | None, *, shape: tuple[int, ...], dtype: np.dtype[An
         ValueError: ``out`` has another shape or dtype, or is not a writable, aligned, C-contiguous array.
     """
     if out is None:
-        return np.empty(shape, dtype)
+        return empty_aligned(shape, dtype)
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out: expected {dtype} {shape}, found {out.dtype} {out.shape}")
     if not out.flags.carray:

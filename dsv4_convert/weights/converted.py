@@ -20,7 +20,7 @@ from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
 from dsv4_convert.store.arrays import StoredArray
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stored_parts
+from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stacked, stored_parts
 from dsv4_convert.weights.token_map import token_map
 
 _GROUPED = names.Transform.GROUPED
@@ -130,8 +130,7 @@ class Weights:
         """
         rule, layer = names.located(self.config, path)
         if rule.per_expert:
-            stack = [self.read_expert(path, expert, dtype) for expert in range(self.config.experts_of(layer))]
-            return np.stack(stack)
+            return stacked(self.config.experts_of(layer), lambda expert: self.read_expert(path, expert, dtype))
         return self._decoded(path, rule, None, dtype)
 
     def token_map(self) -> Array:

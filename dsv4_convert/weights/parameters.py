@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv4_convert.formats.checks import empty_aligned
 from dsv4_convert.formats.weight import StoredMatrix, decode_weight
 from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
@@ -100,7 +101,7 @@ def assembled(
         matrix: returns the stored parameter; for a stack of matrices, one entry of its first axis.
         plain: reads a region of a vector or an integer table.
     """
-    out = np.empty([part.stop - part.start for part in region], dtype_of(rule, dtype))
+    out = empty_aligned(tuple(part.stop - part.start for part in region), dtype_of(rule, dtype))
     if rule.kind is names.Kind.INTEGER:
         out[...] = plain(region)
     elif len(region) == 1:
@@ -130,6 +131,16 @@ def dtype_of(rule: names.Rule, dtype: np.dtype[Any]) -> np.dtype[Any]:
     if rule.kind is names.Kind.INTEGER:
         return np.dtype(np.int32)
     return dtype if rule.kind.follows_dtype else FLOAT32
+
+
+def stacked(count: int, read: Callable[[int], Array]) -> Array:
+    """The matrices that ``read`` gives, ``[E, …]``. Beside the stack, one matrix is in memory."""
+    first = read(0)
+    stack = empty_aligned((count, *first.shape), first.dtype)
+    stack[0] = first
+    for at in range(1, count):
+        stack[at] = read(at)
+    return stack
 
 
 def grouped(matrix: Array, groups: int) -> Array:

@@ -18,7 +18,7 @@ from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec.coverage import Leaf, resolve
 from dsv4_convert.spec.names import Kind, Transform, check_layers
 from dsv4_convert.store.layout import Region, bounded
-from dsv4_convert.weights.parameters import assembled, grouped, stored_parts
+from dsv4_convert.weights.parameters import assembled, grouped, stacked, stored_parts
 from dsv4_convert.weights.token_map import token_map
 
 Array = np.ndarray[Any, Any]
@@ -103,8 +103,7 @@ class PublishedWeights:
         """One parameter in the model's layout: weights in ``dtype``, norms and the like float32, integers int32."""
         leaf = self._leaf(path)
         if leaf.rule.per_expert:
-            experts = range(self.config.experts_of(leaf.layer))
-            return np.stack([self.read_expert(path, expert, dtype) for expert in experts])
+            return stacked(self.config.experts_of(leaf.layer), lambda expert: self.read_expert(path, expert, dtype))
         (source,) = leaf.sources
         if leaf.rule.kind is Kind.INTEGER:
             return read_table(self._checkpoint, source.weight, self.config.n_routed_experts).astype(np.int32)

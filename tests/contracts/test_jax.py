@@ -7,8 +7,12 @@ from inspect import signature
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import mesh_utils, multihost_utils, topologies
 from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from dsv4_convert.formats import decode_fp4
+from dsv4_convert.weights.parameters import stacked
 
 
 def mesh() -> Mesh:
@@ -74,3 +78,13 @@ def test_what_several_processes_and_other_chips_need_is_there() -> None:
     parts = [jnp.arange(2)]
     assert jax.make_array_from_single_device_arrays((2,), here, parts, dtype=jnp.int32).tolist() == [0, 1]
     assert issubclass(jax.errors.JaxRuntimeError, RuntimeError)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoded_weights_reach_a_cpu_without_a_copy(dtype: str) -> None:
+    packed, scale = np.ones((512, 512), np.uint8), np.full((512, 32), 127, np.uint8)
+    for _ in range(4):  # one may begin at such an address by chance
+        decoded = decode_fp4(packed, scale, dtype=jnp.dtype(dtype))
+        assert jax.device_put(decoded).unsafe_buffer_pointer() == decoded.ctypes.data
+        stack = stacked(2, lambda at: decode_fp4(packed, scale, dtype=jnp.dtype(dtype)))
+        assert jax.device_put(stack).unsafe_buffer_pointer() == stack.ctypes.data
