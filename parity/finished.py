@@ -91,16 +91,15 @@ class FinishedSteps:
 
         Raises:
             UsageError: the earlier run had other settings.
-            BadInput: the folder does not say which settings it had.
+            BadInput: the settings are damaged.
             ResourceError: the folder cannot be written to.
         """
         folder, now = self._workspace.stage, json.loads(json.dumps(settings))
         if (folder / _REQUEST).exists():
             then = read_object(folder / _REQUEST)
             refuse_other_settings(folder, "parity run", then=then, now=now, discard="remove that folder")
-        elif any(folder.iterdir()):
-            raise BadInput(f"{folder}: no {_REQUEST} says what was compared here; remove the folder to begin again")
         else:
+            self._workspace.clear()  # of a run that was killed while it removed its own
             write_atomically(folder / _REQUEST, json.dumps(now, sort_keys=True).encode())
 
     def last(self, program: str) -> tuple[int, Array | None]:

@@ -19,7 +19,7 @@ import typer
 
 from dsv4_convert.cli.destination import check_destination, write_text
 from dsv4_convert.cli.ending import ending, wrote
-from dsv4_convert.cli.interrupt import INTERRUPTED, announce
+from dsv4_convert.cli.interrupt import INTERRUPTED, announce, announced
 from dsv4_convert.errors import Dsv4Error, ResourceError, UsageError, did_you_mean
 from dsv4_convert.show.text import for_json, for_terminal
 from dsv4_convert.show.urls import without_secrets
@@ -202,7 +202,7 @@ def reported(command: Callable[P, R], *, interrupted: str = "interrupted") -> Ca
             _let_go_of_stdout()
             raise typer.Exit(ResourceError.exit_code) from None
         except KeyboardInterrupt:
-            typer.echo(interrupted, err=True)
+            typer.echo(announced(), err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise

@@ -29,6 +29,11 @@ def announce(message: str) -> None:
     _message = message
 
 
+def announced() -> str:
+    """What this process says when it is interrupted."""
+    return _message
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End the process with :data:`INTERRUPTED` as soon as a signal comes. The block does not see the signal."""

@@ -22,6 +22,7 @@ Source: published inference code, ``kernel.py`` and ``model.py`` of its current 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import jax
@@ -42,6 +43,7 @@ _FP8_MAX, _FP4_MAX = 448.0, 6.0
 _FP8_LEAST, _FP4_LEAST = 1e-4, 6 * 2.0**-126
 #: Exponent of the smallest normal number, and bits of mantissa behind the point.
 _FP8_FORM, _FP4_FORM = (-6, 3), (0, 1)
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +166,37 @@ def hadamard(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
 
 
 def fp4_rounded_by_fp8(x: Float[Array, "... width"], group: int) -> Float[Array, "... width"]:
-    """Round to FP4 (e2m1) values with one FP8 (e4m3) scale per ``group`` channels; the dtype stays."""
+    """Round to FP4 (e2m1) values with one FP8 (e4m3) scale per ``group`` channels; the dtype stays.
+
+    Such a scale is no power of two, so nothing is divided by it: platforms round quotients differently. Values are
+    compared with the middles between FP4 values times the scale, which float32 holds exactly.
+    """
     groups = round_then_f32(x).reshape(*x.shape[:-1], x.shape[-1] // group, group)
-    largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), _FP4_MAX * 2.0**-9)
-    scale = _nearest(jnp.minimum(largest / _FP4_MAX, _FP8_MAX), *_FP8_FORM)
-    scaled = jnp.clip(groups / scale, -_FP4_MAX, _FP4_MAX)
-    return (_nearest(scaled, *_FP4_FORM) * scale).reshape(x.shape).astype(x.dtype)
+    magnitude = jnp.abs(groups)
+    scale = _sixth_in_fp8(jnp.max(magnitude, axis=-1, keepdims=True))
+    rounded = jnp.zeros_like(groups)
+    for number, (below, above) in enumerate(itertools.pairwise(_FP4_VALUES)):
+        middle = (below + above) / 2 * scale
+        # A middle goes to the value with the even code.
+        reached = magnitude >= middle if number % 2 else magnitude > middle
+        rounded = jnp.where(reached, above, rounded)
+    return jnp.copysign(rounded * scale, groups).reshape(x.shape).astype(x.dtype)
+
+
+def _sixth_in_fp8(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The FP8 (e4m3) value nearest to ``x / 6``, the even one of two; not zero, and not above the largest."""
+    x = jnp.clip(x, _FP4_MAX * 2.0**-9, _FP4_MAX * _FP8_MAX)
+    smallest, mantissa = _FP8_FORM
+    near = x * jnp.float32(1 / _FP4_MAX)
+    exponent = (jax.lax.bitcast_convert_type(near, jnp.int32) >> 23) - 127
+    step = _from_exponent(jnp.maximum(exponent, smallest) - mantissa)
+    multiple = jnp.round(near / step)
+    # The quotient was rounded; what remains of x is exact.
+    rest, half = x - _FP4_MAX * step * multiple, _FP4_MAX / 2 * step
+    odd = multiple % 2 == 1
+    multiple += jnp.where((rest > half) | ((rest == half) & odd), 1.0, 0.0)
+    multiple -= jnp.where((rest < -half) | ((rest == -half) & odd), 1.0, 0.0)
+    return multiple * step
 
 
 def _rounded(
@@ -179,17 +206,10 @@ def _rounded(
     largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), least)
     scale = _power_of_two(largest * jnp.float32(1 / most))
     scaled = jnp.clip(groups / scale, -most, most)
-    return (_nearest(scaled, smallest, mantissa) * scale).reshape(x.shape).astype(x.dtype)
-
-
-def _nearest(x: Float[Array, "..."], smallest: int, mantissa: int) -> Float[Array, "..."]:
-    """The nearest value of a form with ``mantissa`` bits, an even one of two, whose normal numbers begin at 2^smallest.
-
-    The values of one binade are multiples of one step; subnormal values are multiples of the smallest binade's.
-    """
-    exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
+    # The values of one binade are multiples of one step; subnormal values are multiples of the smallest binade's.
+    exponent = (jax.lax.bitcast_convert_type(scaled, jnp.int32) >> 23) & 0xFF
     step = _from_exponent(jnp.maximum(exponent - 127, smallest) - mantissa)
-    return jnp.round(x / step) * step
+    return (jnp.round(scaled / step) * step * scale).reshape(x.shape).astype(x.dtype)
 
 
 def _power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

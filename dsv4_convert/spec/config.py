@@ -34,8 +34,10 @@ MAX_SIZE = 1 << 31
 #: An integer that may be zero; all others of a config are positive.
 Count: TypeAlias = Annotated[int, "from 0"]
 
-#: Where stored JSON says which architecture it is. Configs that were stored before there were two lack it.
-_ARCHITECTURE, _FIRST = "architecture", "deepseek_v4"
+#: Where stored JSON says which architecture it is.
+_ARCHITECTURE = "architecture"
+#: What configs lack that dsv4 0.1 stored, when there was one architecture.
+BEFORE_ARCHITECTURES: Mapping[str, Any] = {_ARCHITECTURE: "deepseek_v4", "dspark": None, "vision": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,8 +271,8 @@ class Config(ABC):
 
         if not isinstance(data, Mapping):
             raise BadInput(f"stored dsv4 config: expected an object, found {short(data)}; the file is damaged")
-        values = {"dspark": None, "vision": None, **data}  # conversions and goldens of dsv4 0.1 lack them
-        model_type = values.pop(_ARCHITECTURE, _FIRST)
+        values = {**({} if _ARCHITECTURE in data else BEFORE_ARCHITECTURES), **data}
+        model_type = values.pop(_ARCHITECTURE)
         known = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
         if known is None:
             raise BadInput(

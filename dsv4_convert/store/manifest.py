@@ -86,7 +86,7 @@ class LeafRecord:
         if len(record.chunk_digests) != record.layout.chunk_count:
             raise ValueError(f"{len(record.chunk_digests)} chunk digests for {record.layout.chunk_count} chunks")
         digest = _digest(entry["digest"], "digest")
-        if digest != (found := digest_of_digests(record.chunk_digests, like=digest)):
+        if digest != (found := record.digest):
             raise ValueError(f"digest is {digest!r}, but the chunk digests give {found}")
         return record
 

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 TOKENIZER_FILE = "tokenizer.json"
 #: Stands for a token that is a single space while blanks are stripped from the others.
 _SPACE = "\ue000"
-#: What a tokenizer gives for a part of a character.
+#: The text that a tokenizer gives for a part of a character.
 _INCOMPLETE = "\ufffd"
 
 
@@ -51,7 +51,7 @@ def token_map(folder: Path, config: Config) -> Array:
 
 
 def _keys(file: Path) -> list[str]:
-    """What tokens have in common that get the same id, for each token."""
+    """One text for each token; tokens of the same text get the same id."""
     try:
         from tokenizers import Regex, Tokenizer, normalizers
     except ImportError:

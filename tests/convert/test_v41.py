@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.convert import Advance, Layout, Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.plan import plan
 from dsv4_convert.convert.to_hf import orbax_to_hf
-from dsv4_convert.errors import UsageError
+from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Transform, parameters
@@ -200,6 +202,27 @@ def test_a_damaged_row_of_a_table_is_found(hf: Path, tmp_path: Path) -> None:
     largest.write_bytes(data)
     (problem,) = verify(open_store(tmp_path / "orbax"))
     assert TABLES[1] in str(problem)
+
+
+@pytest.mark.parametrize("storage", [Storage.BFLOAT16, Storage.SOURCE])
+@pytest.mark.parametrize(
+    ("part", "byte", "problem"),
+    [("scale", 0xFF, r"the scale at \[300, 1\] is NaN"), ("weight", 0x7F, r"the code at \[300, 1\] is NaN")],
+)
+def test_a_value_that_no_table_holds_is_refused_with_its_row(
+    hf: Path, tmp_path: Path, storage: Storage, part: str, byte: int, problem: str
+) -> None:
+    """Its row is that of the table, not of the chunk."""
+    shutil.copytree(hf, tmp_path / "hf")
+    name = f"{TABLES[0]}.{part}"
+    with open_source(hf) as checkpoint:
+        info = checkpoint.tensors[name]
+    data = bytearray((tmp_path / "hf" / info.file.name).read_bytes())
+    data[info.start + 300 * info.shape[1] + 1] = byte
+    (tmp_path / "hf" / info.file.name).write_bytes(data)
+    with pytest.raises(BadInput, match=rf"{TABLES[0]}\S*: {problem}"):
+        hf_to_orbax(tmp_path / "hf", tmp_path / "orbax", storage=storage)
+    assert not (tmp_path / "orbax").exists()
 
 
 def test_maxtext_has_no_such_model(hf: Path, tmp_path: Path) -> None:

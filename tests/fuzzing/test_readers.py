@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dsv4_convert.errors import BadInput
 from dsv4_convert.files.strict_json import parse_object
 from dsv4_convert.golden.manifest import GoldenManifest
+from dsv4_convert.spec.config import BEFORE_ARCHITECTURES
 
 from .mutation import mutate
 from .readers import GOLDEN, READERS, Disagreement, accepts
@@ -25,14 +26,16 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 @pytest.mark.parametrize("name", READERS)
 def test_seeds_are_accepted(name: str, tmp_path: Path) -> None:
-    """All of them but configs of other models, so that what is one step from a seed reaches the reader's end."""
+    """All of them but configs of inference code, so that what is one step from a seed reaches the reader's end."""
     refused = sum(not accepts(READERS[name], seed, tmp_path) for seed in SEEDS[name])
-    assert refused == (3 if name == "config" else 0)
+    assert refused == (2 if name == "config" else 0)
 
 
 def test_the_committed_golden_is_accepted() -> None:
     data = (GOLDEN / "manifest.json").read_bytes()
-    assert GoldenManifest.from_bytes(data, where="manifest.json").to_bytes() == data
+    document, written = json.loads(data), json.loads(GoldenManifest.from_bytes(data, where="manifest.json").to_bytes())
+    document["config"] = {**BEFORE_ARCHITECTURES, **document["config"]}  # recorded by dsv4 0.1
+    assert written | {"manifest_digest": document["manifest_digest"]} == document
 
 
 @pytest.mark.parametrize("name", READERS)

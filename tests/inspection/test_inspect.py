@@ -121,6 +121,22 @@ def test_the_strip_is_the_published_schedule(release: str, width: int) -> None:
     ]
 
 
+def test_the_strip_of_v41_shows_who_makes_what_for_whom() -> None:
+    raw = json.loads((DATA / "configs" / "DeepSeek-V4.1-Flash.from_third_party_test.json").read_text())["text_config"]
+    config = config_of("DeepSeek-V4.1-Flash.from_third_party_test")
+    lines = [line.plain.split() for line in strip(config, layers=None, width=80)]
+    rows = {title: "".join(groups) for title, *groups in lines}
+    assert (
+        rows["attention"] == "".join({0: "S", 2: "P", 1: "T"}[ratio] for ratio in raw["compress_ratios"][:40]) + "DDD"
+    )
+    marks = dict.fromkeys(raw["index_source_layer_ids"], "I") | dict.fromkeys(raw["kv_source_layer_ids"], "K")
+    assert rows["makes"] == "".join(marks.get(layer, "-") for layer in range(43))
+    assert rows["engram"] == "".join("E" if layer in raw["engram_layer_ids"] else "-" for layer in range(43))
+    counts = [line.split()[:2] for line in legend(config, layers=None)]
+    assert counts[:3] == [["S", "2"], ["P", "18"], ["T", "20"]]
+    assert counts[-1] == ["D", "3"]
+
+
 def test_layers_that_are_not_there_are_in_lower_case() -> None:
     (layers, attention, _) = strip(Config.from_hf(tiny_config()), layers=(1, 2), width=80)
     assert attention.plain.split()[1] == "sCHc"

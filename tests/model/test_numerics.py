@@ -101,7 +101,7 @@ def test_fp4_with_fp8_scales_rounds_as_ml_dtypes_does(seed: int, spread: int) ->
 )  # fmt: skip
 def test_v41_rounds_every_channel_in_groups_of_its_own(step: str, given: tuple[int, Any]) -> None:
     """V4 leaves the rotated channels of keys and entries alone, and rotates the indexer's vectors by Hadamard."""
-    values = jnp.asarray(_values(3, 3))
+    values = jnp.asarray(_values(3, 3))[None]
     more = (64,) if step in ("key", "entry") else ()
     group, rounded = given
     assert jnp.array_equal(getattr(V41Numerics(True, True), step)(values, *more), rounded(values, group))

@@ -24,7 +24,7 @@ from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
 DATA = Path(__file__).parents[1] / "data"
-#: What its config has beside that of V4-Flash-0731 (several public notes agree).
+#: Fields of its config that V4-Flash-0731 has not, or has otherwise; several public notes agree on them.
 FIELDS = {
     "rms_norm_eps": 1e-20, "num_nextn_predict_layers": 3, "vision_n_layers": 32, "vision_dim": 1024,
     "vision_n_heads": 16, "vision_inter_dim": 2816, "vision_patch_size": 14, "vision_rope_theta": 10000,

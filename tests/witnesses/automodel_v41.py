@@ -128,7 +128,7 @@ def recording(model: torch.nn.Module, found: Tensors, block: int) -> Iterator[No
         return lambda module, arguments: found.update({name: arguments[0].detach()})
 
     def shared(prefix: str) -> Callable[..., None]:
-        """What an attention hands on."""
+        """The state that an attention hands on."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
             state = output.state

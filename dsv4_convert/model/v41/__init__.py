@@ -1,1 +1,1 @@
-"""What DeepSeek-V4.1 computes differently from V4: a shared compressed past, engrams, and weights carried ahead."""
+"""The parts of DeepSeek-V4.1 that differ from V4: a shared compressed past, engrams, and weights carried ahead."""

@@ -25,7 +25,7 @@ from dsv4_convert.spec.v41.kinds import LayerKind
 
 
 class Shared(NamedTuple):
-    """What attention layers hand down instead of computing it anew; None before the layer that makes it.
+    """Results that attention layers hand down instead of computing them anew; None before the layer that makes them.
 
     Attributes:
         entries: the compressed past, rotated.
@@ -43,9 +43,9 @@ class Shared(NamedTuple):
 class SharedAttention(WindowedAttention):
     """Attention of DeepSeek-V4.1.
 
-    Queries are not normed per head. Layers without a compressed past see their window only. Of the others, a layer with
-    a compressor makes entries and index keys for itself and the layers after it, one with an indexer chooses entries,
-    and all attend to the latest choice among the latest entries.
+    Queries are not normed per head. Layers without a compressed past see their window only. The others attend to the
+    latest choice among the latest entries: a layer with a compressor makes entries and index keys for itself and the
+    layers after it, and a layer with an indexer chooses entries.
 
     Source: published inference code of V4.1, ``Attention``.
     """

@@ -22,7 +22,7 @@ from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 
 
 class Carry(NamedTuple):
-    """What a layer hands to the next: the streams, the weights ``pre`` that collapse them, and the shared past."""
+    """The carry of V4.1: the streams, the weights ``pre`` that collapse them next, and the shared past."""
 
     streams: Float[Array, "B S N D"]
     pre: Float[Array, "B S N"]

@@ -27,8 +27,8 @@ class SharedIndexer(EntryScorer):
 
     Index keys are ``k_norm(latent wk)``, rotated, made in the layers with a compressor and read by the others.
 
-    The candidate source divides the entries into blocks, whose score is that of their best entry. Of these it nominates
-    the best for the layers after it, always with the block of the newest entry, which older blocks could outscore.
+    The candidate source divides the entries into blocks, whose score is that of their best entry. It nominates the best
+    blocks for the layers after it, always with the block of the newest entry, which older blocks could outscore.
     The layers after it choose among the entries of these blocks. Only these: where the candidates hold fewer visible
     entries than a query may choose, the published code fills up with entries outside them. With the released sizes the
     candidates always hold enough.

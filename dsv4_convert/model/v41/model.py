@@ -35,7 +35,7 @@ class V41Model(Decoder):
         return Carry(streams, pre, Shared())
 
     def leave(self, carry: Carry) -> Carry:
-        """What the logits are made of: the streams that leave the last layer, and the weights that collapse them."""
+        """The streams that leave the last layer, and the weights that collapse them before the head."""
         return Carry(carry.streams, carry.pre, Shared())
 
     def logits(self, carry: Carry, taps: Taps) -> Float[Array, "B S V"]:
