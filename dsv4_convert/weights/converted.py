@@ -215,7 +215,12 @@ class Weights:
         first = () if at is None or of_rows else (slice(at, at + 1),)
 
         def reader(leaf: str) -> ReadPart:
-            return lambda rows, columns: self._array(leaf).read_region((*first, rows, columns))[(0,) * len(first)]
+            def read(rows: slice, columns: slice) -> Array:
+                array = self._array(leaf)
+                # The last tiles may reach beyond the matrix.
+                return array.read_region(bounded((*first, rows, columns), array.layout.shape))[(0,) * len(first)]
+
+            return read
 
         leaf = f"{path}.weight" if scaled else path
         return StoredMatrix(
