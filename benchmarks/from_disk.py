@@ -79,8 +79,14 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
     prompt = np.random.default_rng(0).integers(0, weights.config.vocab_size, _PROMPT).tolist()
     generator([prompt], new_tokens=2)  # compiles
     model.reset_pace()
-    before = disk_rate(folder, 1)
-    generator([prompt], new_tokens=tokens + 1, on_token=lambda row, token: make_cold(folder))
+    before, processor = disk_rate(folder, 1), [0.0, 0.0]
+
+    def begin(row: int, token: int) -> None:
+        processor[1] = time.process_time()
+        processor[0] = processor[0] or processor[1]  # the prompt is done
+        make_cold(folder)
+
+    generator([prompt], new_tokens=tokens + 1, on_token=begin)
     rate = (before + disk_rate(folder, 2)) / 2
     pace = model.pace
     assert pace is not None
@@ -92,6 +98,7 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
         "MB read a token": round(nbytes / 1e6),
         "disk GB/s": round(rate / 1e9, 2),
         "seconds a token": round(seconds, 3),
+        "processor s": round((processor[1] - processor[0]) / tokens, 3),
         "limit": round(nbytes / rate, 3),
         "ratio": round(seconds / (nbytes / rate), 2),
         "planned GB": round(plan.limit / 1e9, 2),
@@ -101,9 +108,9 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
 
 
 def calculated(model: str) -> dict[str, Any]:
-    """What a published model holds and reads, from its shapes: codes as published, other weights in float32."""
+    """Bytes that a published model holds and reads, by its shapes: codes as published, other weights in float32."""
     raw = json.loads((CONFIGS / f"{model}.json").read_text(encoding="utf-8"))
-    config = Config.from_hf(raw | {"num_nextn_predict_layers": 0})
+    config = Config.from_hf(raw).without_stages()
     resident = expert = 0.0
     for path, rule, layer in parameters(config):
         elements = float(np.prod(rule.target_shape(config, layer)))
@@ -120,8 +127,8 @@ def make(work: Path, layers: int) -> Path:
     """A converted checkpoint with layers of V4-Flash's width, CSA and HCA in turn, that route by scores."""
     raw = json.loads((CONFIGS / "DeepSeek-V4-Flash.json").read_text(encoding="utf-8"))
     ratios = [(4, 128)[layer % 2] for layer in range(layers)]
-    changes = {"num_hidden_layers": layers, "compress_ratios": [*ratios, 0], "num_hash_layers": 0, "vocab_size": 16384}
-    changes["num_nextn_predict_layers"] = 0
+    changes = {"num_hidden_layers": layers, "compress_ratios": ratios, "num_hash_layers": 0, "vocab_size": 16384}
+    changes["num_nextn_predict_layers"] = 0  # no stage
     (work / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
     for step in (
         ("golden", "make-checkpoint", work / "hf", "--config", work / "config.json"),

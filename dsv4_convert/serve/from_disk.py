@@ -229,7 +229,7 @@ def _matrix(weights: Parameters, path: str, expert: int, dtype: np.dtype[Any]) -
     codes = Codes.of(weights, path, (weights.config.n_routed_experts, *_expert_shape(weights.config, path)))
     if codes is None:
         return weights.read_expert(path, expert, dtype)
-    parts = [jnp.asarray(codes.read_entry(part, expert)) for part in PARTS]
+    parts = [jax.device_put(codes.read_entry(part, expert)) for part in PARTS]
     return Encoded(parts[0], parts[1], codes.block, codes.packed, dtype)
 
 
@@ -247,7 +247,7 @@ def plan_memory(
     room: int,
     limit: int | None = None,
 ) -> MemoryPlan:
-    """What a :class:`ModelFromDisk` takes for ``room`` tokens of each of the prompts; reads no weight.
+    """The memory of a :class:`ModelFromDisk` for ``room`` tokens of each of the prompts; reads no weight.
 
     ``limit``: bytes that may be used; None for three quarters of what this machine has left.
     """

@@ -121,7 +121,7 @@ class Fields:
             )
 
     def agreed(self, said: Mapping[str, _V], default: _V) -> _V:
-        """What all names of one fact say; a problem that shows what each says where they differ."""
+        """The value that all names of one fact give; where they differ, a problem that shows each."""
         if len(set(said.values())) > 1:
             each = ", ".join(f"{name} says {value}" for name, value in said.items())
             self.bad(f"{' and '.join(said)} contradict each other: {each}")

@@ -18,6 +18,7 @@ from dsv4_convert.spec import names
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.conversion import Layout, Storage
 from dsv4_convert.store import Store, open_store, verify
+from dsv4_convert.store.arrays import StoredArray
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.weights.parameters import FLOAT32, Array, assembled, grouped, stacked, stored_parts
 from dsv4_convert.weights.token_map import token_map
@@ -38,6 +39,7 @@ class Weights:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._arrays: dict[str, StoredArray] = {}
         metadata, made = store.metadata, store.conversion
         self._storage = made.storage
         if made.layout is not Layout.DSV4:
@@ -213,7 +215,7 @@ class Weights:
         first = () if at is None or of_rows else (slice(at, at + 1),)
 
         def reader(leaf: str) -> ReadPart:
-            return lambda rows, columns: self._store.read_region(leaf, (*first, rows, columns))[(0,) * len(first)]
+            return lambda rows, columns: self._array(leaf).read_region((*first, rows, columns))[(0,) * len(first)]
 
         leaf = f"{path}.weight" if scaled else path
         return StoredMatrix(
@@ -224,6 +226,12 @@ class Weights:
             transposed=published and rule.transform is not names.Transform.NONE,
             first_row=at * self.config.o_lora_rank if of_rows and at is not None else 0,
         )
+
+    def _array(self, leaf: str) -> StoredArray:
+        """A stored array; its metadata are read once, as matrices of a stack are read one by one."""
+        if leaf not in self._arrays:
+            self._arrays[leaf] = self._store.open_leaf(leaf)
+        return self._arrays[leaf]
 
     def damaged(self, path: str) -> bool:
         """Whether the stored bytes of a parameter differ from the hashes in the manifest."""

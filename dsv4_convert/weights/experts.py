@@ -130,7 +130,7 @@ def routed_sum(
 def _padded_rows(count: int, matrices: Sequence[Any]) -> int:
     """The next power of two, so that few programs serve every number of rows.
 
-    Of arrays two at least, because XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
+    Two at least for arrays, as XLA on CPU sums the product of a single row in sequence, at a third of the accuracy.
     """
     return max(2 if isinstance(matrices[0], np.ndarray) else 1, 1 << (count - 1).bit_length())
 

@@ -47,6 +47,7 @@ def test_every_field_of_a_tap_is_a_column() -> None:
     known: dict[Any, Any] = {TapKey: TapKey.parse("layers.3.attn.q")}
     leaves = {name for one in samples(TapResult, known) for name in flat(json.loads(json.dumps(one, default=_plain)))}
     assert leaves - {"key", "distance", "flips", "systematic"} <= set(columns())
+    assert not [name for name in columns() if name.startswith("key")]
 
 
 def _plain(value: Any) -> Any:

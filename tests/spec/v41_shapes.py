@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 
 MODEL = "DeepSeek-V4.1-Flash"
-#: What the repository states of its shards.
+#: Totals that the repository states.
 TENSORS, BYTES = 96_085, 510_286_023_000
 
 WIDTH, VOCABULARY, STREAMS = 5120, 129280, 4
@@ -51,7 +51,7 @@ def _fp4(name: str, outputs: int, inputs: int) -> Iterator[Tensor]:
 
 
 def _block(prefix: str, experts: list[str]) -> Iterator[Tensor]:
-    """What a layer and a draft stage share; ``experts`` are spellings of their numbers."""
+    """The tensors that a layer and a draft stage share; ``experts`` are their numbers as names spell them."""
     for half in ("attn", "ffn"):
         yield from _bf16(f"{prefix}.{half}_norm.weight", WIDTH)
         yield from _f32(f"{prefix}.hc_{half}_fn", (2 + STREAMS) * STREAMS, STREAMS * WIDTH)

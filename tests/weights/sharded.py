@@ -18,6 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_convert import Storage, Weights, restore_model
+from dsv4_convert.aot.program import Job
+from dsv4_convert.aot.program import weights as compiled_weights
 from dsv4_convert.errors import ResourceError, UsageError
 from dsv4_convert.model.axes import partition
 from dsv4_convert.model.encoded import Encoded, partitions
@@ -105,8 +107,17 @@ def codes(folder: Path) -> None:
                 assert value.codes.sharding == NamedSharding(mesh, specs.codes), key
                 assert value.scales.sharding == NamedSharding(mesh, specs.scales), key
         assert coded > 20
+    _, planned = compiled_weights(weights.config, mesh, Job(tokens=8, batch=8, dtype=FLOAT32, source=True))
+    forms = {key: _form(variable) for key, variable in nnx.to_flat_state(planned)}
+    assert {key: _form(variable) for key, variable in found.items()} == forms  # what `dsv4 compile` compiles
     with pytest.raises(UsageError, match=r"in blocks of 128 that share a scale, which the mesh axes tensor=4 do not"):
         restore_model(weights, mesh=make_mesh({"tensor": 4, "data": 2}, jax.devices()), encoded=True)
+
+
+def _form(variable: Any) -> Any:
+    """Structure, shapes, dtypes and layouts of a variable."""
+    parts, structure = jax.tree.flatten(variable.get_value())
+    return structure, [(part.shape, part.dtype, part.sharding) for part in parts]
 
 
 def own_codes(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_every_tap_is_that_of_automodel(seed: int | None, tmp_path: Path) -> Non
         (
             "layers.2.attn.compressor.wgate.weight",
             "layers.2.attn.compressor.wkv.weight",
-            "layers.2.attn.compressor.norm",
+            "layers.2.attn.compressor.pooled",
         ),
         ("layers.2.attn.wkv.scale", None, "layers.2.attn.wkv"),
         ("layers.4.attn.indexer.k_norm.weight", None, "layers.4.attn.indexer.k_norm"),

@@ -73,8 +73,9 @@ class V41Block(DecoderBlock):
             "chosen": bool(kind.ratio) and not kind.indexes,
             "candidates": kind.candidates is Candidates.USER,
         }
+        streams, pre = taps("input", carry.streams), taps("input.pre", carry.pre)
         read = {name: taps(f"input.{name}", getattr(shared, name)) for name, does in reads.items() if does}
-        return Carry(taps("input", carry.streams), taps("input.pre", carry.pre), shared._replace(**read))
+        return Carry(streams, pre, shared._replace(**read))
 
     def route(self, carry: Carry, token_ids: Int[Array, "B S"], taps: Taps) -> Routed:
         """The expert half up to the experts' input and the routing."""

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
+import dsv4_convert.weights.experts as streamed_experts
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.formats.weight import StoredMatrix
 from dsv4_convert.golden.archive import Golden
@@ -298,7 +298,7 @@ def uncompiled() -> Iterator[None]:
         jax.disable_jit(),
         # Runs side by side, since a loop that is not compiled takes every run's operations one by one.
         patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)),
-        patch.object(forward_module, "_expert", _uncompiled_expert),
+        patch.object(streamed_experts, "_expert", lambda: _uncompiled_expert),
     ):
         yield
 
