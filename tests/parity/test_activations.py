@@ -174,7 +174,7 @@ def test_a_choice_that_is_no_tie_fails_with_all_that_follows(archive: Golden, la
         ({"attn.q": 0}, {}, r"of which layer\? Say layer=, or the full name, such as layers\.0\.attn\.q$"),
         ({"attn.indexer.scores": 0}, {}, r"of which layer\? .* such as layers\.1\.attn\.indexer\.scores$"),
         ({"attn.q": 0}, {"layer": 9}, "layer 9 was not recorded"),
-        ({"attn.compressor.wkv": 0}, {"layer": 0}, "layer 0, of sliding_attention, has no such tap"),
+        ({"attn.compressor.wkv": 0}, {"layer": 0}, "layer 0, of sliding_attention, hash routing, has no such tap"),
         ({"cache.window": 0}, {"layer": 0}, "no token came one by one"),
         ({"attn.q": "text"}, {"layer": 0}, "expected an array of numbers, found str"),
         ({"attn.q": np.zeros(3, np.float16)}, {"layer": 0}, "float16 has no noise floor"),

@@ -298,7 +298,7 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
     assert over_the_tap.distance is not None
     assert at_a_row.distance.noise.largest > over_the_tap.distance.noise.largest
     assert course is not None
-    assert course.layer == 0
+    assert course.where == "layer 0"
 
 
 def _deep(layers: int, modes: tuple[Mode, ...], failing: int) -> ParityReport:

@@ -46,7 +46,7 @@ def test_weights_read_what_is_asked_for(tiny: Path, tmp_path: Path) -> None:
     table = weights.read("embed")
     assert np.array_equal(weights.read_rows("embed", np.array([5, 0, 95])), table[[5, 0, 95]])
     assert weights.read("layers.0.ffn.gate.tid2eid").dtype == np.int32
-    assert weights.layers == (0, 1, 2, 3)
+    assert weights.layers == (0, 1, 2, 3, 4), "and the mtp stage"
 
 
 def test_what_is_no_conversion_is_refused(tiny: Path, tmp_path: Path) -> None:
