@@ -143,7 +143,7 @@ class Detail:
         self.samples.append(_sample(key, mode, part, errors))
 
     def part(self, layer: int | None, samples: int) -> DetailPart:
-        """What there is of a layer; of the samples those after the first ``samples``."""
+        """The detail of one layer, with the samples after the first ``samples``."""
         return DetailPart(
             tokens=tuple((mode, of, errors) for (mode, of), errors in self.tokens.items() if of == layer),
             samples=tuple(self.samples[samples:]),

@@ -1,4 +1,4 @@
-"""What a long run has found so far, layer by layer, in a folder from which the same run goes on.
+"""The findings of a long run so far, layer by layer, in a folder from which the same run goes on.
 
 ::
 
@@ -53,7 +53,7 @@ _STREAMS, _STEP, _FOUND, _DIGEST = "streams", "step", "found", "sha256"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one step of a run adds to its report."""
+    """The findings of one step of a run."""
 
     taps: tuple[TapResult, ...]
     localizations: tuple[Localization, ...]

@@ -298,7 +298,7 @@ class ParityRun:
         return (Program.STREAMED if self.model is None else Program.MODEL).value
 
     def settings(self) -> dict[str, Any]:
-        """What decides the report besides the two sides and the programs, as JSON: options, and what computes."""
+        """All that decides the report besides the two sides and the programs, as JSON: options, and what computes."""
         options = {
             field.name: plain(getattr(self._options, field.name))
             for field in dataclasses.fields(self._options)

@@ -1,4 +1,4 @@
-"""What a notebook shows of goldens, checkpoints and inspections: text, never markup."""
+"""Goldens, checkpoints and inspections in a notebook: text, never markup."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_tables_of_n_grams_go_through_in_chunks_of_rows(tables: Path) -> None:
-    """Two tables are nearly all of this model: there and back in a quarter of it, less than one of them."""
+    """A model of two tables is converted there and back in a quarter of its size, less than one table."""
     hf, orbax, again = (str(tables / name) for name in ("hf", "orbax", "again"))
     for command in (
         ["convert", "hf-to-orbax", hf, orbax, "--dtype", "source"],

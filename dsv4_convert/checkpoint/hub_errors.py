@@ -46,7 +46,7 @@ class _WithoutSecrets(logging.Filter):
 for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
     logging.getLogger(_name).addFilter(_WithoutSecrets())
 
-#: What the access token has to allow.
+#: A permission of the access token.
 Access = Literal["read", "write"]
 
 

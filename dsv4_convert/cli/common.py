@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: What an interrupted command says that can be resumed.
+#: The message of an interrupted command that can be resumed.
 GO_ON = "interrupted; go on with the same command"
 
 #: The exit code of a bug: EX_SOFTWARE of sysexits.h, so that CI tells it from a check that failed.

@@ -9,7 +9,7 @@ Markov head.
 2. The drafted block starts with the embeddings of one known token, the anchor, and of Q - 1 noise tokens. Every token
    of the block sees the keys of the window before the anchor and of the whole block, also of its later tokens.
 3. The collapsed streams x_i give logits head(norm(x_i)) + markov_w2 markov_w1[t_i], where t_i is the token before:
-   the anchor for i = 0, then the token drafted last. So tokens are chosen one after the other, in one pass.
+   the anchor for i = 0, then the token drafted last. Tokens are chosen one after the other, in one pass.
 4. confidence_i = proj [x_i, markov_w1[t_i]] is the logit of the draft being accepted, if those before it are.
 
 Source: published inference code of V4-Flash-0731, ``DSparkBlock`` and ``Transformer.forward_spec``.

@@ -36,7 +36,7 @@ class Decoder(nnx.Module):
     """A model of the family, from tokens to logits.
 
     1. The token's embedding is copied into N streams; it is not scaled.
-    2. Every layer mixes its attention and its experts into the streams. What a layer hands to the next is its *carry*.
+    2. Every layer mixes its attention and its experts into the streams, and hands the next one its *carry*.
     3. The streams collapse to one, which is normalised and multiplied with the output head.
 
     A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (what the logits are made of, from the
@@ -156,7 +156,7 @@ class Model(Decoder):
         return streams
 
     def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
-        """What the logits are made of: the streams that leave the last layer."""
+        """The input of the head: the streams that leave the last layer."""
         return streams
 
     def reading_drafts(self) -> Taps:

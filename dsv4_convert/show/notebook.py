@@ -1,4 +1,4 @@
-"""What a notebook shows of an object: a title, and facts in a table."""
+"""An object as a notebook shows it: a title, and facts in a table."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Count: TypeAlias = Annotated[int, "from 0"]
 
 #: Where stored JSON says which architecture it is.
 _ARCHITECTURE = "architecture"
-#: What configs lack that dsv4 0.1 stored, when there was one architecture.
+#: Fields that stored configs of dsv4 0.1 lack, which had one architecture.
 BEFORE_ARCHITECTURES: Mapping[str, Any] = {_ARCHITECTURE: "deepseek_v4", "dspark": None, "vision": None}
 
 

@@ -103,7 +103,7 @@ class Weights:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these weights from others, as JSON: the manifest, which has the digests of everything else."""
+        """The identity of these weights, as JSON: the manifest, which has the digests of everything else."""
         return {"manifest": hashlib.sha256(self._store.manifest.to_bytes()).hexdigest()}
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:

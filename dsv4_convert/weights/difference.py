@@ -1,7 +1,7 @@
 """Two checkpoints, parameter by parameter: what only one of them has, and what differs by how much.
 
 Names, order of axes and storage differ between a release, its BF16 copy, a folder of ``save_pretrained`` and a
-conversion. So parameters are compared by the model's names. Equal bytes are equal without decoding; everything else is
+conversion, and parameters are compared by the model's names. Equal bytes are equal without decoding; everything else is
 decoded to float32, block by block.
 """
 
@@ -212,7 +212,7 @@ class _Matrix:
 
 @dataclasses.dataclass
 class _Found:
-    """What a matrix, or all of a parameter, came to."""
+    """The comparison of a matrix, or of a whole parameter."""
 
     stored: tuple[str, str] = ("", "")
     same_bytes: bool = True

@@ -120,7 +120,7 @@ def stored_parts(
     matrix: Callable[[int | None], StoredMatrix],
     plain: Callable[[Region], Array],
 ) -> tuple[Array, ...]:
-    """What :func:`assembled` decodes a region from; of a stack, the region has one entry."""
+    """The stored arrays that :func:`assembled` decodes a region from; of a stack, the region has one entry."""
     if rule.kind is names.Kind.INTEGER or len(region) == 1:
         return (plain(region),)
     return matrix(region[0].start if len(region) > 2 else None).stored(region[-2:])

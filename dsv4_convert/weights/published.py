@@ -74,7 +74,7 @@ class PublishedWeights:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these weights from others, as JSON; no weight is read."""
+        """The identity of these weights, as JSON; no weight is read."""
         checkpoint = self._checkpoint
         return {
             "source": checkpoint.repository or str(checkpoint.root.resolve()),

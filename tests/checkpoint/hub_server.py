@@ -166,7 +166,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             self._take()
 
         def _take(self) -> None:
-            """What a client sends: a new repository, its questions before an upload, large files, commits."""
+            """A client that writes: a new repository, its questions before an upload, large files, commits."""
             path = unquote(urlsplit(self.path).path)
             body = self._body()
             authorization = self.headers.get("Authorization")

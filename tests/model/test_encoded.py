@@ -111,7 +111,7 @@ def test_one_of_a_stack_and_blocks_that_are_cut_off(form: str) -> None:
 
 @pytest.mark.parametrize(("form", "rows"), [("fp4", 1), ("fp8", 3), ("base", FEW_ROWS), ("fp8", FEW_ROWS + 1)])
 def test_products_with_codes(form: str, rows: int) -> None:
-    """Of a matrix, and of each of a stack with its own inputs; a few rows are multiplied with the codes themselves."""
+    """A matrix, and each of a stack with inputs of its own; a few rows are multiplied with the codes themselves."""
     rng = np.random.default_rng(3)
     weight = _random((2, 256, 384), form, rng)
     x = rng.normal(size=(rows, 2, 256)).astype(np.float32)

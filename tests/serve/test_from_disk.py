@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> dict[str, list[list[int]]]:
-    """What the model says from memory: greedy and sampled, prompts of unequal lengths."""
+    """The tokens of the model in memory: greedy and sampled, prompts of unequal lengths."""
     generator = Generator(restore_model(Weights.open(folders["source"])))
     return {name: generator(PROMPTS, new_tokens=NEW, sampling=sampling) for name, sampling in _samplings().items()}
 

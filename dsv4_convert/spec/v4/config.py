@@ -157,7 +157,7 @@ def as_v4(config: Config) -> V4Config:
 
 
 def _agreed_layers(fields: Fields, said: Mapping[str, tuple[_V, ...]], default: tuple[_V, ...]) -> tuple[_V, ...]:
-    """What all names of one fact about every layer say; the problem is the first layer where they differ."""
+    """One fact about every layer. All of its names must agree; the first layer where they differ is a problem."""
     for layer, values in enumerate(zip(*said.values(), strict=True)):
         if len(set(values)) > 1:
             each = ", ".join(f"{name} says {value}" for name, value in zip(said, values, strict=True))
