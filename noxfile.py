@@ -26,7 +26,7 @@ TEST = nox.project.dependency_groups(PROJECT, "test")
 DOCS = nox.project.dependency_groups(PROJECT, "docs")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 
-#: Of one session each, and so not in constraints.txt.
+#: One session each takes these, so they are not in constraints.txt.
 ATHERIS, PIP_AUDIT = "atheris==3.0.0", "pip-audit>=2.9"
 
 #: XLA without LLVM's optimisations.
@@ -44,7 +44,7 @@ CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py",
 #: Project compared with -> the Python that it needs.
 WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "mlx": "3.12", "tokamax": "3.12"}
 
-#: Of each session the tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
+#: Session -> its tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
 WITNESS_TESTS = {
     "automodel": ("automodel", "nano"),
     "maxtext": ("maxtext",),

@@ -38,7 +38,7 @@ from .bad_inputs.case import Bench, Outcome, Place, invoke
 from .bad_inputs.edit import manifest_again
 from .bad_inputs.goldens import golden_manifest
 
-#: What Unicode calls a control or format character, half of a pair, or the end of a line or paragraph.
+#: Unicode's control and format characters, halves of pairs, and ends of lines and paragraphs.
 UNSAFE = tuple(
     chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 )
@@ -231,7 +231,7 @@ def _scripts() -> int:
 
 @pytest.mark.parametrize("hostile", MARKUP, ids=ascii)
 def test_errors(place: Place, hostile: str, tmp_path: Path) -> None:
-    """Of everything that a message quotes: a name of a file, a value of a manifest, a word of the command line."""
+    """A message quotes a name of a file, a value of a manifest, a word of the command line."""
     name = hostile.replace("/", "").replace("\0", "")
     _run(place, "inspect", f"{{root}}/{name}", code=3)
     _run(place, "golden", "show", f"{tmp_path}/{name}", code=3)

@@ -16,7 +16,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-#: What a user calls a part, by the name of its module.
+#: Module of a part -> its name for a user.
 PARTS = {"inputs": "bad inputs", "kills": "kills and faults", "damage": "damaged files"}
 
 

@@ -135,7 +135,7 @@ def _translated(
         case FileMetadataError():
             return unlike_the_hub(what, "the size and the hash of a file", "an answer without them")
         case httpx.HTTPError():
-            # Of these only connection errors carry a text that is safe to show: the system's.
+            # Only connection errors carry a text that is safe to show: the system's.
             reason = str(error) if isinstance(error, httpx.ConnectError) else type(error).__name__
             return ResourceError(
                 f"{what}: {endpoint()} cannot be reached ({reason}); check network, proxy and HF_ENDPOINT, "

@@ -62,7 +62,7 @@ def plan_download(
     local_dir: Path | str | None = None,
     force: bool = False,
 ) -> DownloadPlan:
-    """Find out what a download would fetch. Of the repository only the index is fetched for that, to the cache.
+    """Find out what a download would fetch. For that, only the index of the repository is fetched, to the cache.
 
     Args:
         repo_id: ``ORG/NAME``.

@@ -71,8 +71,8 @@ def open_repository(
 
     Args:
         repo_id, revision, want, cache_dir, local_dir: as for :func:`dsv4_convert.checkpoint.hub.plan_download`.
-        discard: delete each shard after its use, unless it was on disk before. What an interrupted run with
-            ``discard`` has fetched counts as fetched by this one.
+        discard: delete each shard after its use, unless it was on disk before. Shards that an interrupted
+            run with ``discard`` has fetched count as fetched by this one.
 
     Returns:
         A streamed checkpoint; where the Hub cannot be reached and all files are on disk, their folder.

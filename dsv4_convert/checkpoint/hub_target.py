@@ -50,7 +50,7 @@ class HubTarget:
         return self._storage / "snapshots" / self.revision
 
     def oid(self, name: str) -> str | None:
-        """What the client recorded about a file on disk; None if it is not there, or of another revision."""
+        """The client's record of a file on disk; None if it is not there, or of another revision."""
         if self.local_dir is None:
             return cached_oid(self.folder / name)
         record = recorded(self.local_dir, name)

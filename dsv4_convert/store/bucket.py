@@ -1,6 +1,6 @@
 """A destination in a bucket, such as ``gs://bucket/model``, through etils.epath.
 
-An object appears whole or not at all, but nothing can be renamed, and nothing appended to. So arrays are written where
+An object appears whole or not at all, but nothing can be renamed, and nothing appended to. Arrays are written where
 they will stay; journal and lock are objects beside them; the manifest, which makes the rest a checkpoint
 to dsv4, and Orbax's ``commit_success.txt``, which does so to Orbax, come last::
 

@@ -54,7 +54,7 @@ class ComparedCheckpoint:
 class ChangedParameter:
     """A parameter with other values.
 
-    ``shapes``: in the first and in the second checkpoint. Where they differ nothing else is known. ``stored``: how both
+    ``shapes``: in the first and in the second checkpoint. If they differ nothing else is known. ``stored``: how both
     store it. ``experts``: which of a stack have changed. ``changed`` of ``elements`` values are others. ``max_abs``:
     the largest absolute difference. ``relative_rms``: rms of the difference over rms of the first checkpoint's values,
     both over the changed experts. Infinite where only one of two values is finite.

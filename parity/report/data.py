@@ -94,7 +94,7 @@ class TapResult(TapInMode):
 
     @property
     def explained(self) -> Systematic | None:
-        """What its errors have in common, where that is why it fails, or nearly all of its error."""
+        """The trend that its errors share, where that is why it fails, or nearly all of its error."""
         trend = self.systematic
         if trend is None or self.verdict is not Verdict.FAIL:
             return None

@@ -197,7 +197,7 @@ def test_an_edited_manifest_is_noticed_by_its_digest(tmp_path: Path) -> None:
 
 
 def test_arrays_belong_to_their_prompt(tmp_path: Path) -> None:
-    """Whoever edits tokens and states the digest that belongs to the manifest has a golden whose arrays do not fit."""
+    """Edited tokens, under a manifest with the digest that belongs to it, do not fit the arrays."""
     request = _request()
     _written(tmp_path / "golden", request, _arrays(request))
     file = tmp_path / "golden" / "manifest.json"
@@ -211,7 +211,7 @@ def test_arrays_belong_to_their_prompt(tmp_path: Path) -> None:
 
 
 def test_a_golden_of_version_4_is_read(tmp_path: Path) -> None:
-    """Its digests are those of the arrays alone, and its own digest stays what baselines have of it."""
+    """Its digests are those of arrays alone, and the manifest's digest stays the one that baselines have."""
     request = _request()
     _written(tmp_path / "golden", request, _arrays(request))
     file = tmp_path / "golden" / "manifest.json"

@@ -96,8 +96,8 @@ def test_what_transformers_writes_is_the_same_architecture(
     name: str, write: Callable[[dict[str, Any], Path], dict[str, Any]], tmp_path: Path
 ) -> None:
     ours, theirs = Config.from_hf(_raw(name)), Config.from_hf(write(_raw(name), tmp_path))
-    # transformers drops the schedule's trailing entries, and with them the number of stages. Of FP8 weights it always
-    # says which dtype the experts have.
+    # transformers drops the schedule's trailing entries, and with them the number of stages. It always says which
+    # dtype the experts of FP8 weights have.
     expected = ours.to_json() | {"num_mtp_stages": theirs.num_mtp_stages}
     if write is _saved_with_a_model and ours.expert_dtype is None:
         expected["expert_dtype"] = "fp8"
