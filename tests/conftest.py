@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,23 @@ os.environ.setdefault("DSV4_CACHE", "off")
 # these, that takes several times what the work does.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+#: Regions of memory of a process from which its compiled programs are dropped. Linux allows 65,530, XLA takes several
+#: for each program, and ends the process when it gets none.
+_MOST_REGIONS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Drops the compiled programs of earlier modules before they are too many for the system."""
+    yield
+    regions = Path("/proc/self/maps")
+    if "jax" in sys.modules and regions.exists() and regions.read_bytes().count(b"\n") > _MOST_REGIONS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
