@@ -102,7 +102,7 @@ def estimate(
     arriving = as_arriving(source)
     place = open_destination(destination)
     if not measure and place.free() is not None:
-        _check_writable(Path(destination))
+        require_writable(Path(destination))
     rates = (_measure if measure else _assume)(planned, arriving, place)
     # The surplus of edge chunks is a hole in the file, but it would be wrong to count on that.
     needed = int(planned.bytes_on_disk * rates.packed)
@@ -168,21 +168,6 @@ def _assume(planned: Plan, arriving: StreamedCheckpoint | None, place: Destinati
         shared=_on_one_device(sample, place),
         packed=1.0,
         measured=False,
-    )
-
-
-def _check_writable(destination: Path) -> None:
-    """Raise :class:`ResourceError` where nothing can be made, as far as the system tells without a try."""
-    folder = nearest_folder(destination)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        problem = "Permission denied"
-    elif not os.statvfs(folder).f_blocks:  # such as /proc
-        problem = "the file system has no room for files"
-    else:
-        return
-    raise ResourceError(
-        f"{destination}: cannot write into {folder}: {problem}. Choose another destination, or change its permissions, "
-        "then run the same command again"
     )
 
 

@@ -54,6 +54,8 @@ def require_writable(destination: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
         number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
         raise _unwritable(destination, f"{folder}: {os.strerror(number)}")
+    if not os.statvfs(folder).f_blocks:  # such as /proc
+        raise _unwritable(destination, f"{folder} takes no new files")
 
 
 def _unwritable(destination: Path, why: str) -> ResourceError:

@@ -36,8 +36,8 @@ Count: TypeAlias = Annotated[int, "from 0"]
 
 #: Where stored JSON says which architecture it is.
 _ARCHITECTURE = "architecture"
-#: Fields that stored configs of dsv4 0.1 lack, which had one architecture.
-BEFORE_ARCHITECTURES: Mapping[str, Any] = {_ARCHITECTURE: "deepseek_v4", "dspark": None, "vision": None}
+#: Values that stored JSON leaves out, so that a config that dsv4 0.1 knew has the bytes, and the digest, that it had.
+_LEFT_OUT: Mapping[str, Any] = {_ARCHITECTURE: "deepseek_v4", "dspark": None, "vision": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,8 @@ class Config(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` is the inverse."""
-        return {_ARCHITECTURE: self.model_type, **dataclasses.asdict(self)}
+        values = {_ARCHITECTURE: self.model_type, **dataclasses.asdict(self)}
+        return {name: value for name, value in values.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]}
 
     @classmethod
     def from_json(cls, data: object) -> Config:
@@ -271,7 +272,9 @@ class Config(ABC):
 
         if not isinstance(data, Mapping):
             raise BadInput(f"stored dsv4 config: expected an object, found {short(data)}; the file is damaged")
-        values = {**({} if _ARCHITECTURE in data else BEFORE_ARCHITECTURES), **data}
+        if written := [name for name, value in _LEFT_OUT.items() if name in data and data[name] == value]:
+            raise BadInput(f"stored dsv4 config: {', '.join(written)} would have been left out; the file is damaged")
+        values = {**_LEFT_OUT, **data}
         model_type = values.pop(_ARCHITECTURE)
         known = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
         if known is None:
@@ -340,7 +343,11 @@ def _decoded(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             raise TypeError
         return _stored(typing.cast(type[Any], hint), value, f"{name}.", problems)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return enumerated(value, hint, field=name)
+        try:
+            return enumerated(value, hint, field=name)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
     least = {int: 1, Count: 0}.get(hint)
     if least is not None:
         good = type(value) is int and least <= value < MAX_SIZE

@@ -295,18 +295,11 @@ OUTPUTS: tuple[Case, ...] = (
         code=4,
         by=(
             ("convert", "hf-to-orbax", "{source}", "/proc/dest"),
+            ("convert", "hf-to-orbax", "{source}", "/proc/dest", "--dry-run"),
             ("convert", "orbax-to-hf", "{orbax}", "/proc/dest"),
             ("golden", "compact", "{golden}", "--out", "/proc/dest"),
             ("golden", "make-checkpoint", "/proc/dest"),
         ),
-    ),
-    refused(
-        "O05",
-        "a plan for a file system in which nothing can be made",
-        "cannot write into /proc: the file system has no room for files",
-        "Choose another destination",
-        code=4,
-        by=(("convert", "hf-to-orbax", "{source}", "/proc/dest", "--dry-run"),),
     ),
     refused(
         "O08",

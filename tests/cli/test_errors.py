@@ -112,7 +112,9 @@ def test_another_architecture_is_bad_input_though_names_agree(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     names = ("model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight")
     save_file({name: np.zeros((4, 8), np.float32) for name in names}, tmp_path / "model.safetensors")
-    assert "expected model_type 'deepseek_v4', found model_type 'llama'" in refused("inspect", tmp_path, code=3)
+    assert "expected model_type 'deepseek_v4' or 'deepseek_v41', found model_type 'llama'" in refused(
+        "inspect", tmp_path, code=3
+    )
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,8 @@ def test_a_stage_is_what_transformers_loads_as_a_layer(folders: dict[str, Path],
             expected = _expected(state, weights.config, rule, last)
             assert weights.read(path).tobytes() == expected.astype(np.float32).tobytes(), path
             compared += 1
-    assert compared == len(layer_rules) - 6 - 10 - 1, (
-        "all but the model level, compressors with indexer, and the hash table"
+    assert compared == len(layer_rules) - 6 - 10 - 2, (
+        "all but the model level, compressors with indexer, the hash table, and the bias of image tokens"
     )
 
 

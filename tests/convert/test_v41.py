@@ -22,7 +22,8 @@ from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Transform, parameters
-from dsv4_convert.store import Store, open_store, verify
+from dsv4_convert.store import open_store, verify
+from dsv4_convert.store.arrays import StoredArray
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.published import PublishedWeights
 
@@ -119,14 +120,14 @@ def test_tables_are_cut_by_rows_and_looked_up_by_rows(
     store = open_store(converted)
     source = store.conversion.storage is Storage.SOURCE
     read: list[int] = []
-    of_store = Store.read_region
+    of_array = StoredArray.read_region
 
-    def counted(self: Store, path: str, region: Any) -> np.ndarray[Any, Any]:
-        part = of_store(self, path, region)
+    def counted(self: StoredArray, region: Any) -> np.ndarray[Any, Any]:
+        part = of_array(self, region)
         read.append(part.shape[0])
         return part
 
-    monkeypatch.setattr(Store, "read_region", counted)
+    monkeypatch.setattr(StoredArray, "read_region", counted)
     for path in TABLES:
         leaves = (f"{path}.weight", f"{path}.scale") if source else (path,)
         assert all(store.leaf(leaf).chunk_count >= 2 for leaf in leaves)

@@ -115,7 +115,7 @@ def test_the_bfloat16_run_is_the_model_that_users_load(tmp_path: Path) -> None:
 
     whole, converted = load(torch.bfloat16), load(torch.float32)
     dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
-    precision.change_dtype(converted.model, "model.", torch.bfloat16)
+    precision.change_dtype(converted.model, torch.bfloat16)
     for name, tensor in converted.model.state_dict().items():
         assert tensor.dtype == dtypes[f"model.{name}"], name
 

@@ -63,7 +63,8 @@ def test_one_process_or_many_say_the_same(checkpoints: tuple[Path, Path], golden
         # Six experts, three matrices each; a failing layer runs twice.
         for part, passes in ((0, 1), (1, 2)):
             read = [result[part]["read"] for result in results]
-            assert sum(read) == passes * 6 * 3
+            first = 6 * 3
+            assert first <= sum(read) <= passes * first  # a process may still have an expert of the first run
             assert max(read) <= passes * math.ceil(6 / processes) * 3
 
 
