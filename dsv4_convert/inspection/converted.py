@@ -75,13 +75,7 @@ def inspect_conversion(folder: Path, *, place: str, known_by: str) -> Inspection
         "stored": f"{done:,} of {chunks:,} chunks of {len(arrays):,} leaves, {size(staged_bytes(destination))}",
         "resumable": "yes: the same command goes on; --restart discards this",
     }
-    return Inspection(
-        what=What.CONVERTING,
-        place=place,
-        known_by=known_by,
-        facts=facts,
-        odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
-    )
+    return _unfinished(What.CONVERTING, destination, place, known_by, facts)
 
 
 def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
@@ -99,13 +93,13 @@ def inspect_export(folder: Path, *, place: str, known_by: str) -> Inspection:
         "stored": f"finished shards: {len(finished):,}, {size(sum(file.stat().st_size for file in finished))}",
         "resumable": "yes: the same command goes on; --restart discards this",
     }
-    return Inspection(
-        what=What.EXPORTING,
-        place=place,
-        known_by=known_by,
-        facts=facts,
-        odd=(f"{destination} is not complete: a run was interrupted, or is under way",),
-    )
+    return _unfinished(What.EXPORTING, destination, place, known_by, facts)
+
+
+def _unfinished(what: What, destination: Path, place: str, known_by: str, facts: dict[str, str]) -> Inspection:
+    """The stage of a run that has not come to its end."""
+    odd = f"{destination} is not complete: a run was interrupted, or is under way"
+    return Inspection(what=what, place=place, known_by=known_by, facts=facts, odd=(odd,))
 
 
 def _tables(store: Store) -> list[str]:
