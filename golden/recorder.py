@@ -289,8 +289,7 @@ def _run(
     for done, layer in enumerate(steps[begun:]):
         key = TapKey.of(config, layer, "hc_ffn.streams")
         if layer is not None:
-            what = key.where if layer in config.stage_layers else f"{key.where} of {config.num_hidden_layers}"
-            progress(done, len(steps) - 1 - begun, what)
+            progress(done, len(steps) - 1 - begun, config.step(layer))
             state, taken = model.run_layer(layer, state, expected.get(layer, {}))
             arrays = taken.arrays(key.prefix)
         else:

@@ -34,8 +34,7 @@ def shrink(
     request = dataclasses.replace(golden.manifest.request, compact=compact)
     with golden_writer(out, request) as writer:
         for done, part in enumerate(writer.parts):
-            what = "model level" if part is None else f"layer {part} of {request.config.num_hidden_layers}"
-            progress(done, len(writer.parts), what)
+            progress(done, len(writer.parts), request.config.step(part))
             if part not in writer.finished and not writer.complete:
                 writer.write(part, request.keep(golden.everything(part)))
         return writer.publish()

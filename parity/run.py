@@ -392,9 +392,7 @@ class ParityRun:
         for number, layer in enumerate(steps):
             if number + embeds < finished:
                 continue
-            of = "" if layer in config.stage_layers else f" of {config.num_hidden_layers}"
-            where = "head" if layer is None else f"{TapKey.of(config, layer, STREAMS).where}{of}"
-            self._progress(number, len(steps), where)
+            self._progress(number, len(steps), "head" if layer is None else config.step(layer))
             with self._kept(number + embeds, layer):
                 if layer is None:
                     self._run_head()

@@ -218,7 +218,7 @@ def show(
         opened = open_golden(golden)
         reached = []
         for done, layer in enumerate(opened.layers):
-            say.step(done, len(opened.layers), f"layer {layer} of {opened.config.num_hidden_layers}")
+            say.step(done, len(opened.layers), opened.config.step(layer))
             reached.append(prompt_coverage(opened, layer))
         odd = [problem for layer in (*opened.layers, None) for problem in opened.malformed_noise(layer)]
     document = {

@@ -174,6 +174,14 @@ class Config(ABC):
         """Number of routed experts of a layer."""
         return self.n_routed_experts
 
+    def step(self, layer: int | None) -> str:
+        """A layer, a stage or the model level as progress names it: ``layer 12 of 43``, ``stage mtp.0``."""
+        if layer is None:
+            return "model level"
+        if layer in self.stage_layers:
+            return f"stage {self.prefix(layer).removesuffix('.')}"
+        return f"layer {layer} of {self.num_hidden_layers}"
+
     def prefix(self, layer: int) -> str:
         """The beginning of the paths of a layer's or stage's parameters: ``layers.12.``, ``mtp.0.``."""
         return prefix_of(layer, layer - self.num_hidden_layers if layer in self.stage_layers else None)
