@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import dsv4_convert.golden as golden_package
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.errors import BadInput, UsageError
@@ -160,7 +161,7 @@ def test_what_only_one_has_and_other_shapes(root: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(root: Path, tmp_path: Path) -> None:
-    golden = Path(difference.__file__).parents[2] / "golden" / "data" / "tiny"
+    golden = Path(golden_package.__file__).parent / "data" / "tiny"
     with pytest.raises(BadInput, match="a golden, not a checkpoint"):
         compare_checkpoints(root / "hf", golden)
     (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
