@@ -76,12 +76,14 @@ DRAFTING = dspark_config(
     compress_ratios=[0, 0, 0, 0, 0],
     dspark_target_layer_ids=[0, 1],
 )
+DRAFTS = (2, 3, 4)
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "main": (MAIN, 300),
     "many": (MANY, 60),
     "wide": (WIDE, 600),
     "staged": (STAGED, 60),
+    "drafting": (DRAFTING, 60),
 }
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
@@ -213,7 +215,7 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
     raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    options = RecordingOptions(tokens=ids, noise=noise, stages=model == "staged")
+    options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting"))
     golden = record(folder / "hf", folder / "golden", options)
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
