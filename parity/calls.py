@@ -50,7 +50,7 @@ class Call:
         return part
 
     def put(self, part: Array, whole: Array, key: TapKey, config: Config) -> None:
-        """Write the rows of a tap that the call made to all of it. A drafted block takes the place of the one before."""
+        """Write the rows of a tap that the call made to all of it. A drafted block replaces the one before."""
         if is_drafted(key, config):
             made = self.count > 0  # a prompt that has ended is drafted after its end already
             whole[made] = part[made]

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.layout import CONTEXT, STREAMS, context_of, entering, tap_shape, token_ids
+from dsv4_convert.golden.layout import STREAMS, entering, tap_shape, token_ids
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import DecoderBlock, MTPBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
@@ -41,6 +41,8 @@ _FLOAT32 = np.dtype(np.float32)
 HEAD_WORDS = 8192
 _HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
 _LOGITS = "logits"
+#: The tap of the first DSpark stage that the others start from.
+_CONTEXT = "main_norm"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
 #: What enters and leaves a layer: streams. A DSpark stage has the streams of its block and the context; the first one
@@ -118,9 +120,7 @@ class Forward:
         operands = (jnp.asarray(x, self._dtype), jnp.asarray(logits), jnp.asarray(anchor), replace)
         return found | activations(config, layer, self._devices.run(_choose, *self._block(layer), *operands))
 
-    def _calls_of(
-        self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array]
-    ) -> tuple[Activations, Carry]:
+    def _calls_of(self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array]) -> tuple[Activations, Carry]:
         """One layer or stage, call by call."""
         config = as_v4(self._weights.config)
         ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
@@ -163,7 +163,7 @@ class Forward:
         """What the next layer or stage starts from: a DSpark stage hands on the context too."""
         if not self._weights.config.drafts_blocks(layer):
             return streams
-        made = found.get(TapKey.of(self._weights.config, layer, CONTEXT))
+        made = found.get(TapKey.of(self._weights.config, layer, _CONTEXT))
         return streams, entering[1] if made is None else made
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
@@ -273,11 +273,10 @@ def _everything(name: str) -> bool:
 
 def recorded_carry(golden: Golden, layer: int) -> Carry:
     """What enters a layer or stage, as recorded. Raises as :meth:`Golden.read`."""
-    value = golden.read(entering(golden.config, layer))
+    values = tuple(golden.read(key) for key in entering(golden.config, layer))
     if not golden.config.drafts_blocks(layer):
-        return value
-    context = context_of(golden.config, layer)
-    return (None, value) if context is None else (value, golden.read(context))
+        return values[0]
+    return values if len(values) > 1 else (None, *values)
 
 
 def _streams_of(carry: Carry) -> jax.Array | Array:
@@ -315,7 +314,7 @@ def _to_experts(
             assert embedded is not None
             streams = copied(embedded.astype(context.dtype), block.config.hc_mult, taps)
         else:
-            streams = taps("streams", streams)
+            streams, context = taps("streams", streams), taps("context", context)
         places = block.places(positions, past)
         past, after = block.remember(context, positions, past, taps)
         positions = places

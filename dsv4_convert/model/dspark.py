@@ -123,9 +123,7 @@ class DSparkBlock(Block):
     It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
     """
 
-    def __init__(
-        self, config: V4Config, stage: int, numerics: Numerics = PLAIN, *, with_experts: bool = True
-    ) -> None:
+    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
         super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
         assert config.dspark is not None
         self.numerics = numerics

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
+from dsv4_convert.model.axes import all_gather, all_to_all, own_rows, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.dspark import Drafted, DSparkBlock, block_ids
@@ -241,7 +241,7 @@ class Model(Decoder):
             context = block.context(context, taps)
             streams = embed(self.embed[...], ids, self.config.hc_mult, context.dtype, taps)
         else:
-            streams = taps("streams", streams)
+            streams, context = taps("streams", streams), taps("context", context)
         streams, state = block.refine(streams, ids, context, positions, past, taps)
         if not block.last:
             return (streams, context), None, state
@@ -287,9 +287,7 @@ class Model(Decoder):
         return head(streams, *_collapse(own), own.norm[...], self.head[...], self.config, taps)
 
 
-def stage_of(
-    config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool = True
-) -> MTPBlock | DSparkBlock:
+def stage_of(config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool = True) -> MTPBlock | DSparkBlock:
     """A stage after the backbone, whichever kind the model has."""
     if config.dspark is None:
         return MTPBlock(config, numerics, with_experts=with_experts)
@@ -333,11 +331,7 @@ def copied(rows: Float[Array, "B S D"], streams: int, taps: Taps) -> Float[Array
 @shard_map(P="width")
 def _rows_of(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """Rows of a table. A device with a part ``P`` of the width looks up the ids of all, who exchange parts of rows."""
-    index = all_gather(token_ids, "width") - axis_index("vocab") * table.shape[0]
-    rows = table[index]
-    if is_sharded("vocab"):
-        here = (index >= 0) & (index < table.shape[0])
-        rows = psum(jnp.where(here[..., None], rows, 0), "vocab")
+    rows = psum(own_rows(table, all_gather(token_ids, "width"), "vocab"), "vocab")
     return all_to_all(rows, "width", split_axis=0, concat_axis=2)
 
 

@@ -135,7 +135,7 @@ def probes(layer: Mapping[str, Probe], *, first: bool, last: bool) -> dict[str, 
     within = {
         tap: dataclasses.replace(probe, module=f"block.{probe.module}".rstrip(".")) for tap, probe in layer.items()
     }
-    begins: dict[str, Probe] = {"streams": Input("")}
+    begins: dict[str, Probe] = {"streams": Input(""), "context": Input("", 1)}
     if first:
         begins = {"targets": Input(""), "main": Input("main_proj"), "embed": Output("embed")}
         begins |= {name: Output(name) for name in ("main_proj", "main_norm")}

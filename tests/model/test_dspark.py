@@ -32,7 +32,17 @@ LIMIT = 1.0
 #: Taps that no module of mlx-vlm ends with; the acceptance's logit it does not compute.
 OUT_OF_REACH = {
     *("embed", "input", "hc_attn.pre", "hc_ffn.pre", "hc_attn.streams", "attn.q", "attn.q_rope", "attn.kv_rope"),
-    *("targets", "main", "streams", "attn.main.kv_rope", "attn.context", "attn.context_unrotated", "hc_head.pre", "confidence"),
+    *(
+        "targets",
+        "main",
+        "streams",
+        "context",
+        "attn.main.kv_rope",
+        "attn.context",
+        "attn.context_unrotated",
+        "hc_head.pre",
+        "confidence",
+    ),
     *("ffn.experts", "ffn.shared_experts", "ffn.gate.logits", "ffn.gate.scores", "ffn.gate.experts"),
     "ffn.gate.weights",
 }

@@ -50,5 +50,5 @@ def test_the_stages_agree_in_both_programs_and_modes(golden: Golden, report: Par
         for mode in MODES:
             compared = {result.key for result in of.taps if result.mode is mode}
             missing = {str(key) for key in golden.keys if key.stage is not None and key not in compared}
-            fed = {"mtp.0.targets", "mtp.1.streams", "mtp.2.streams"}
+            fed = {"mtp.0.targets", *(f"mtp.{stage}.{name}" for stage in (1, 2) for name in ("streams", "context"))}
             assert missing == (fed if mode is Mode.ISOLATED else set()), "which are the golden's own"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values, Where
+from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Origin, Tap, Values, Where
 
 #: In the words of V4; the conditions hold in any architecture.
 COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer))
@@ -11,13 +11,17 @@ CSA = Where("CSA layers", lambda config, layer: config.indexes(layer))
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
 STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
 DSPARK = Where("DSpark stages", lambda config, layer: config.drafts_blocks(layer))
-DSPARK_FIRST = Where("first DSpark stage", lambda config, layer: config.drafts_blocks(layer) and config.embeds(layer))
-#: All stages but the first of DSpark's.
+DSPARK_FIRST = Where("first DSpark stage", lambda config, layer: DSPARK.holds(config, layer) and config.embeds(layer))
+DSPARK_LATER = Where(
+    "DSpark stages after the first", lambda config, layer: DSPARK.holds(config, layer) and not config.embeds(layer)
+)
+DSPARK_LAST = Where("last DSpark stage", lambda config, layer: DSPARK.holds(config, layer) and config.has_head(layer))
 READS_STREAMS = Where(
-    "stages that read streams",
+    "mtp stages, and DSpark stages after the first",
     lambda config, layer: layer in config.stage_layers and not DSPARK_FIRST.holds(config, layer),
 )
-DSPARK_LAST = Where("last DSpark stage", lambda config, layer: config.drafts_blocks(layer) and config.has_head(layer))
+#: The streams that leave the layer before.
+STREAMS = Origin("hc_ffn.streams", lambda config, layer: layer - 1)
 
 
 def _compressor(path: str, width: str, entry: str, where: Where, pooled: Where) -> tuple[Tap, ...]:
@@ -52,8 +56,11 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", READS_STREAMS),
-    Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", READS_STREAMS, origin=STREAMS),
+    Tap("context", "B M D", "the first stage's main_norm", DSPARK_LATER,
+        origin=Origin("main_norm", lambda config, layer: config.stage_layers[0])),
+    Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST,
+        origin=Origin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
     Tap("main", "B M LD", "means of these streams, those of one layer after the other's", DSPARK_FIRST),
     _own("main_proj", "B M D", "projected means", DSPARK_FIRST),
     _own("main_norm", "B M D", "projected means after their norm, of which all stages make keys", DSPARK_FIRST),
@@ -65,7 +72,7 @@ TAPS: tuple[Tap, ...] = (
     _own("hnorm", "B S N D", "streams after their norm", STAGE),
     _own("e_proj", "B S D", "embedding's part of the stage's streams", STAGE),
     _own("h_proj", "B S N D", "streams' part of the stage's streams", STAGE),
-    Tap("input", "B S N D", "streams entering the layer"),
+    Tap("input", "B S N D", "streams entering the layer", origin=STREAMS),
     *_hyper_connection("hc_attn"),
     _own("attn_norm", "B S D", "input of the attention"),
     _own("attn.wq_a", "B S R", "low-rank query"),
