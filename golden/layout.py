@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.noise import Mode, noise_name, noise_shape
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.tap import AFTER, BEFORE, Tap, Values
+from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values
 from dsv4_convert.spec.taps import TapKey, state_of, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
@@ -40,18 +40,36 @@ class StoredShape(NamedTuple):
 
 
 INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
-#: Streams that enter a stage, which makes its layer's input of them.
-STAGE_INPUT = tap_named("streams")
 
 
-def entering(config: Config, layer: int) -> TapKey:
-    """The tap that a layer or stage starts from."""
-    return TapKey.of(config, layer, STAGE_INPUT if layer in config.stage_layers else INPUT)
+def entering(config: Config, layer: int) -> tuple[TapKey, ...]:
+    """The taps that a layer or stage starts from, streams first."""
+    keys = (TapKey.of(config, layer, tap) for tap in taps_of(config, layer))
+    return tuple(key for key in keys if _enters(key))
+
+
+def origin_of(config: Config, key: TapKey) -> TapKey:
+    """The tap of an earlier layer that has the values of one of :func:`entering`."""
+    assert key.tap.origin is not None
+    assert key.layer is not None
+    return TapKey.of(config, key.tap.origin.of_layer(config, key.layer), key.tap.origin.tap)
+
+
+def entering_head(config: Config) -> dict[str, TapKey]:
+    """The taps that leave the last layer for the head, by the name with which they would enter one more layer."""
+    after = config.num_hidden_layers
+    carried = [tap for tap in config.taps if tap.origin is not None and tap.where is LAYER]
+    return {tap.name: origin_of(config, TapKey(after, tap)) for tap in carried}
 
 
 def is_fed(key: TapKey, mode: Mode) -> bool:
     """Whether a model is given the golden's own value of a tap, so that comparing the two says nothing."""
-    return mode is Mode.ISOLATED and key.tap is (INPUT if key.stage is None else STAGE_INPUT)
+    return mode is Mode.ISOLATED and _enters(key)
+
+
+def _enters(key: TapKey) -> bool:
+    """Whether a layer or stage starts from a tap. A stage makes its layer's input itself."""
+    return key.tap.origin is not None and (key.stage is None or key.tap is not INPUT)
 
 
 def token_ids(tokens: Array, config: Config, layer: int | None) -> Array:
@@ -101,6 +119,7 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
         "w": min(config.sliding_window - 1, tokens - decode),
         "p": (tokens - decode) % ratio if ratio else 0,
         "r": ratio if tokens - decode >= ratio else 0,
+        **config.tap_sizes(entries),
     }
     return tuple(sizes[letter] for letter in key.tap.shape.split())
 
@@ -209,15 +228,18 @@ def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]
 
 
 def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
-    """Arrays that are the same as another one, and so are stored once: a layer's input is the streams before it.
+    """Arrays that are the same as another one, and so are stored once, each with the name of the stored one.
 
+    What a layer starts from is a tap of an earlier layer. Without that layer, the first one that starts from it has it.
     ``arrays`` are the stored names of all arrays.
     """
     there = set(arrays)
     aliases = {}
-    for layer in layers:
-        for spell in (str, sketch_name, exact_name):
-            mine, its = (spell(str(key)) for key in (entering(config, layer), TapKey.of(config, layer - 1, STREAMS)))
-            if mine in there and its in there:
-                aliases[mine] = its
+    for spell in (str, sketch_name, exact_name):
+        holders: dict[str, str] = {}
+        for key in (key for layer in layers for key in entering(config, layer)):
+            mine, its = spell(str(key)), spell(str(origin_of(config, key)))
+            holder = its if its in there else holders.setdefault(its, mine)
+            if mine in there and holder != mine:
+                aliases[mine] = holder
     return aliases

@@ -48,7 +48,7 @@ class Localizer:
             last = golden.config.num_hidden_layers - 1
             embedded, _ = self.forward.embed()
             return embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), overrides)
-        activations, _ = self.forward.layer(layer, golden.read(entering(golden.config, layer)), overrides)
+        activations, _ = self.forward.layer(layer, golden.read(entering(golden.config, layer)[0]), overrides)
         return activations
 
     def localize(self, layer: int | None, activations: Activations) -> Localization:

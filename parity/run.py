@@ -462,7 +462,7 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)), overrides)
+            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)[0]), overrides)
         activations, streams = self._forward.layer(layer, self._streams, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}

@@ -166,6 +166,10 @@ class Config(ABC):
     def chooses(self, layer: int) -> bool:
         """Whether a layer attends to some of the compressed entries only, whoever chose them."""
 
+    def tap_sizes(self, entries: int) -> Mapping[str, int]:
+        """Sizes of the shape letters of taps that only this architecture has, where there are so many entries."""
+        return {}
+
     def hashed(self, layer: int) -> bool:
         """Whether a layer chooses experts by the token's id."""
         return False

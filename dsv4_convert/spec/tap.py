@@ -8,7 +8,8 @@ one have the same row. :mod:`dsv4_convert.spec.taps` has the keys that golden an
 Shape letters: ``B`` batch, ``S`` query tokens, ``T`` compressed entries, ``N`` streams, ``D`` model width, ``R`` query
 rank, ``H`` heads, ``C`` head width, ``W`` compressor width (2C in CSA layers, whose entries overlap), ``Hi`` and ``Ci``
 heads and head width of the indexer, ``k`` chosen entries, ``G`` output groups, ``O`` output rank per group,
-``E`` experts, ``K`` experts per token, ``V`` vocabulary. The state after a prompt has three more: ``w`` keys that the
+``E`` experts, ``K`` experts per token, ``V`` vocabulary. Other letters belong to one architecture, whose config knows
+their sizes (``tap_sizes``). The state after a prompt has three more: ``w`` keys that the
 next token's window reaches, ``p`` tokens of the incomplete block, ``r`` tokens of the last complete block.
 """
 
@@ -53,6 +54,17 @@ LAYER = Where("every layer", lambda config, layer: True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """The tap of an earlier layer whose values a layer starts from: its name, and that layer by config and layer.
+
+    A layer number of -1 stands for the embedding.
+    """
+
+    tap: str
+    of_layer: Callable[[Any, int], int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tap:
     """One row: name within its layer, shape letters, meaning. There is one object per row, so identity is equality."""
 
@@ -65,6 +77,8 @@ class Tap:
     scores: str | None = None
     #: Parameters that its operation uses itself, named as in its layer; those that a layer lacks do not count.
     weights: tuple[str, ...] = ()
+    #: For an input of a layer: where its values come from.
+    origin: Origin | None = None
 
     @property
     def is_state(self) -> bool:

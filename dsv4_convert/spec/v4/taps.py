@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values, Where
+from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Origin, Tap, Values, Where
 
 #: In the words of V4; the conditions hold in any architecture.
 COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer))
@@ -10,6 +10,8 @@ POOLED = Where("CSA and HCA layers", lambda config, layer: config.compresses(lay
 CSA = Where("CSA layers", lambda config, layer: config.indexes(layer))
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
 STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
+#: The streams that leave the layer before.
+STREAMS = Origin("hc_ffn.streams", lambda config, layer: layer - 1)
 
 
 def _compressor(path: str, width: str, entry: str, where: Where, pooled: Where) -> tuple[Tap, ...]:
@@ -44,13 +46,13 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", STAGE),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", STAGE, origin=STREAMS),
     _own("embed", "B S D", "token embedding; in a stage, of the token after", BEFORE),
     _own("enorm", "B S D", "embedding after its norm", STAGE),
     _own("hnorm", "B S N D", "streams after their norm", STAGE),
     _own("e_proj", "B S D", "embedding's part of the stage's streams", STAGE),
     _own("h_proj", "B S N D", "streams' part of the stage's streams", STAGE),
-    Tap("input", "B S N D", "streams entering the layer"),
+    Tap("input", "B S N D", "streams entering the layer", origin=STREAMS),
     *_hyper_connection("hc_attn"),
     _own("attn_norm", "B S D", "input of the attention"),
     _own("attn.wq_a", "B S R", "low-rank query"),
