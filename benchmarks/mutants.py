@@ -38,11 +38,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dsv4_convert", "parity", "golden")
-#: What a fork need not import again. The code under test is not among it.
-MODULES = (
-    *("beartype", "hypothesis", "jax", "jaxtyping", "ml_dtypes", "numba", "numpy", "pytest", "rich", "safetensors"),
-    *("torch", "typer"),
-)
+#: What a fork need not import again: neither the code under test nor pytest's plugins.
+MODULES = ("jax", "ml_dtypes", "numba", "numpy", "pytest", "rich", "safetensors", "torch", "typer")
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -157,7 +154,7 @@ def _imported(file: Path, module: str) -> set[str]:
 
 
 def covering(file: str, tests: Path, most: int, without: str) -> list[str]:
-    """Test modules for a file: named after it, of its room, importing it or a name of its package that comes from it."""
+    """Test modules for a file: named after it, of its room, importing it or what its package has from it."""
     module = _module(file)
     package, _, last = module.rpartition(".")
     names = {module}
@@ -185,23 +182,25 @@ def _tried(work: Path, modules: list[str], log: Path, seconds: int) -> dict[str,
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.chdir(work)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        sys.path[:0] = [str(work)]
-        os.environ["PYTHONPATH"] = str(work)
-        import pytest
+        code = 70
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(work)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            sys.path[:0] = [str(work)]
+            os.environ["PYTHONPATH"] = str(work)
+            import pytest
 
-        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={work.parent / 'files'}"]
-        code = int(pytest.main([*options, *(f"tests/{module}" for module in modules)]))
-        os._exit(code)
+            options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={work.parent / 'files'}"]
+            code = int(pytest.main([*options, *(f"tests/{module}" for module in modules)]))
+        finally:
+            os._exit(code)
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    # 1: a test failed; 2: a module could not be imported; 3, 4: the mutant broke pytest or the plugin.
-    outcome = "survived" if code == 0 else "stopped" if code < 0 else "killed"
+    # 1: a test failed; 2: a module could not be imported. Others are faults of this program, or mutants of the plugin.
+    outcome = "stopped" if code < 0 else {0: "survived", 1: "killed", 2: "killed"}.get(code, "broken")
     return {
         "outcome": outcome,
         "code": code,
