@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_convert.golden.compact import Compact, exact_name, sketch_name
 from dsv4_convert.golden.noise import Mode, noise_name, noise_shape
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.tap import AFTER, BEFORE, Tap, Values
+from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, Values
 from dsv4_convert.spec.taps import TapKey, state_of, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
@@ -40,28 +40,54 @@ class StoredShape(NamedTuple):
 
 
 INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
-#: Streams that enter a stage, which makes its layer's input of them.
-STAGE_INPUT = tap_named("streams")
 
 
-def entering(config: Config, layer: int) -> TapKey:
-    """The tap that a layer or stage starts from."""
-    return TapKey.of(config, layer, STAGE_INPUT if layer in config.stage_layers else INPUT)
+def entering(config: Config, layer: int) -> tuple[TapKey, ...]:
+    """The taps that a layer or stage starts from, streams first."""
+    keys = (TapKey.of(config, layer, tap) for tap in taps_of(config, layer))
+    return tuple(key for key in keys if _enters(key))
+
+
+def origin_of(config: Config, key: TapKey) -> TapKey:
+    """The tap of an earlier layer that has the values of one of :func:`entering`."""
+    assert key.tap.origin is not None
+    assert key.layer is not None
+    return TapKey.of(config, key.tap.origin.of_layer(config, key.layer), key.tap.origin.tap)
+
+
+def entering_head(config: Config) -> dict[str, TapKey]:
+    """The taps that leave the last layer for the head, by the name with which they would enter one more layer."""
+    after = config.num_hidden_layers
+    carried = [tap for tap in config.taps if tap.origin is not None and tap.where is LAYER]
+    return {tap.name: origin_of(config, TapKey(after, tap)) for tap in carried}
 
 
 def is_fed(key: TapKey, mode: Mode) -> bool:
     """Whether a model is given the golden's own value of a tap, so that comparing the two says nothing."""
-    return mode is Mode.ISOLATED and key.tap is (INPUT if key.stage is None else STAGE_INPUT)
+    return mode is Mode.ISOLATED and _enters(key)
+
+
+def known_tokens(tokens: int) -> int:
+    """How many tokens of a prompt DSpark knows: all but the last one, with which the drafted block begins."""
+    return max(tokens - 1, 0)
+
+
+def _enters(key: TapKey) -> bool:
+    """Whether a layer or stage starts from a tap. A stage makes its layer's input itself."""
+    return key.tap.origin is not None and (key.stage is None or key.tap is not INPUT)
 
 
 def token_ids(tokens: Array, config: Config, layer: int | None) -> Array:
     """The ids ``[B, S]`` that a layer is given with its streams: the prompt's; in a stage those after them.
 
-    The n-th stage has the ids of n tokens further on, as it drafts the token after these. Behind the prompt's end there
-    is token 0, which no earlier position sees.
+    The n-th mtp stage has the ids of n tokens further on, as it drafts the token after these. Behind the prompt's end
+    there is token 0, which no earlier position sees. DSpark's stages have a block: the prompt's last token, and noise.
     """
     if layer is None or layer not in config.stage_layers:
         return tokens
+    if config.dspark is not None:
+        noise = config.dspark.block_size - 1
+        return np.pad(tokens[:, -1:], ((0, 0), (0, noise)), constant_values=config.dspark.noise_token_id)
     ahead = min(layer - config.num_hidden_layers + 1, tokens.shape[1])
     return np.pad(tokens[:, ahead:], ((0, 0), (0, ahead)))
 
@@ -98,22 +124,36 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
         "E": config.n_routed_experts,
         "K": config.num_experts_per_tok,
         "V": config.vocab_size,
+        "1": 1,
         "w": min(config.sliding_window - 1, tokens - decode),
         "p": (tokens - decode) % ratio if ratio else 0,
         "r": ratio if tokens - decode >= ratio else 0,
+        **config.tap_sizes(entries),
     }
+    if config.dspark is not None and config.drafts_blocks(key.layer):
+        targets = len(config.dspark.target_layer_ids)
+        sizes |= {"S": config.dspark.block_size, "M": known_tokens(tokens), "Rm": config.dspark.markov_rank}
+        sizes |= {"L": targets, "LD": targets * config.hidden_size, "w": min(sizes["w"], sizes["M"])}
     return tuple(sizes[letter] for letter in key.tap.shape.split())
 
 
 def rows_of(key: TapKey, config: Config, start: int, stop: int) -> range:
     """The rows of axis 1 that tokens ``start:stop`` make of a tap; not defined for the state."""
+    if is_drafted(key, config):
+        assert config.dspark is not None
+        return range(config.dspark.block_size)
     ratio = tokens_of_row(key, config)
     return range(start // ratio, stop // ratio)
 
 
+def is_drafted(key: TapKey, config: Config) -> bool:
+    """Whether the rows of axis 1 are tokens of a drafted block, which every call makes anew."""
+    return config.drafts_blocks(key.layer) and key.tap.shape.split()[1] == "S"
+
+
 def tokens_of_row(key: TapKey, config: Config) -> int:
     """The number of tokens that make a row of axis 1: 1, or those of a compressed entry; not defined for the state."""
-    if key.tap.shape.split()[1] == "S" or key.layer is None:
+    if key.tap.shape.split()[1] != "T" or key.layer is None:
         return 1
     return config.ratio_of(key.layer)
 
@@ -188,7 +228,7 @@ def stored_arrays(
             arrays[name] = StoredShape(layer, dtype, shape)
         else:
             arrays[sketch_name(name)] = StoredShape(layer, dtype, (*shape[:2], 1 + compact.numbers))
-            if rows := exact_rows(key, config, compact):
+            if rows := exact_rows(key, config, compact, shape[1]):
                 arrays[exact_name(name)] = StoredShape(layer, dtype, (shape[0], len(rows), *shape[2:]))
         if noise and key.tap.values is Values.REAL:
             arrays[noise_name(name)] = StoredShape(layer, dtype, noise_shape(shape, len(noise)))
@@ -200,24 +240,31 @@ def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
     return tap.values is Values.CHOICE or compact.whole(shape)
 
 
-def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]:
-    """The rows of axis 1 that a compact golden keeps exactly of a tap not kept whole; of the state none."""
-    if key.tap.is_state:
+def exact_rows(key: TapKey, config: Config, compact: Compact, count: int) -> tuple[int, ...]:
+    """The rows of axis 1, of ``count``, that a compact golden keeps exactly of a tap not kept whole.
+
+    Of the state there are none, nor of a drafted block, whose tokens the prompt does not have.
+    """
+    if key.tap.is_state or is_drafted(key, config):
         return ()
-    has_entries = key.tap.shape.split()[1] == "T"
-    return compact.rows(block=config.ratio_of(key.layer) if has_entries and key.layer is not None else 1)
+    return tuple(row for row in compact.rows(block=tokens_of_row(key, config)) if row < count)
 
 
 def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
-    """Arrays that are the same as another one, and so are stored once: a layer's input is the streams before it.
+    """Arrays that are the same as another one, and so are stored once, each with the name of the stored one.
 
+    What a layer starts from is a tap of an earlier layer. Without that layer, the first one that starts from it has it.
     ``arrays`` are the stored names of all arrays.
     """
     there = set(arrays)
     aliases = {}
-    for layer in layers:
-        for spell in (str, sketch_name, exact_name):
-            mine, its = (spell(str(key)) for key in (entering(config, layer), TapKey.of(config, layer - 1, STREAMS)))
-            if mine in there and its in there:
-                aliases[mine] = its
+    for spell in (str, sketch_name, exact_name):
+        holders: dict[str, str] = {}
+        for key in (key for layer in layers for key in entering(config, layer)):
+            if key.tap.origin is None or key.tap.origin.stacked:
+                continue
+            mine, its = spell(str(key)), spell(str(origin_of(config, key)))
+            holder = its if its in there else holders.setdefault(its, mine)
+            if mine in there and holder != mine:
+                aliases[mine] = holder
     return aliases

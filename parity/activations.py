@@ -143,7 +143,7 @@ class Expected:
             UsageError: the layer was not recorded, or the golden is compact and does not hold its input.
         """
         last = TapKey(self.config.num_hidden_layers - 1, STREAMS)
-        key = last if layer is None else entering(self.config, layer)
+        key = last if layer is None else entering(self.config, layer)[0]
         if key not in self.golden.keys:
             raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
         if not self.golden.whole(key):

@@ -28,7 +28,7 @@ from dsv4_convert.golden.manifest import (
     layer_file,
 )
 from dsv4_convert.golden.noise import MODES, noise_name
-from dsv4_convert.golden.synthetic import random_architecture, tiny_config
+from dsv4_convert.golden.synthetic import random_architecture, tiny_config, tiny_v41_config
 from dsv4_convert.golden.writer import golden_writer
 from dsv4_convert.spec.config import Config
 
@@ -65,10 +65,34 @@ def _arrays(request: RecordingRequest) -> dict[str, np.ndarray[Any, Any]]:
     for name, array in arrays.items():
         if name.endswith(noise_name("")):
             array[:] = 1e-6 * abs(array[:, :, :1])  # a row's rms and its largest value
-    for layer in request.layers:
-        if layer - 1 in request.layers:
-            arrays[f"layers.{layer}.input"] = arrays[f"layers.{layer - 1}.hc_ffn.streams"]
+    for name, source in _sources(request.layers).items():
+        if name in arrays:
+            arrays[name] = arrays[source]
     return arrays
+
+
+#: The layer that every layer of the small V4.1 reads from, by what it reads: as its config says, written by hand.
+_READ_IN_V41 = {
+    "input.entries": ("attn.compressor.entries", {3: 2, 5: 4, 6: 4}),
+    "input.keys": ("attn.indexer.keys", {3: 2, 6: 4}),
+    "input.chosen": ("attn.indexer.chosen", {3: 2, 5: 4}),
+    "input.candidates": ("attn.indexer.candidates", {6: 4}),
+}
+
+
+def _sources(layers: tuple[int, ...]) -> dict[str, str]:
+    """The stored tap that has the values of an input: of the layer before or of an earlier one, else of the first layer
+    with the same input."""
+    found, first = {}, {}
+    before = {layer: layer - 1 for layer in layers}
+    tables = {"input": ("hc_ffn.streams", before), "input.pre": ("hc_ffn.pre", before), **_READ_IN_V41}
+    for name, (tap, sources) in tables.items():
+        for layer in layers:
+            mine, source = f"layers.{layer}.{name}", sources.get(layer, -1)
+            holder = f"layers.{source}.{tap}" if source in layers else first.setdefault((tap, source), mine)
+            if source >= 0 and holder != mine:
+                found[mine] = holder
+    return found
 
 
 def _written(out: Path, request: RecordingRequest, arrays: dict[str, np.ndarray[Any, Any]]) -> Golden:
@@ -106,6 +130,28 @@ def test_every_array_comes_back_and_other_readers_see_the_same(tmp_path: Path) -
             assert hashlib.sha256(prompt + array.tobytes()).hexdigest() == golden.manifest.taps[name].sha256
     assert [entry.name for entry in tmp_path.iterdir()] == ["golden"]
     assert golden.verify() == []
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3, 4, 5, 6), (0, 3, 5, 6)])
+def test_inputs_of_layers_are_stored_once(layers: tuple[int, ...], tmp_path: Path) -> None:
+    request = _request(tiny_v41_config(), layers=layers, length=23)
+    arrays = _arrays(request)
+    golden = _written(tmp_path / "golden", request, arrays)
+    named = {str(key) for layer in layers for key in golden.taps(layer) if key.tap.name.startswith("input")}
+    assert named == {name for name in arrays if ".input" in name and not name.endswith(noise_name(""))}
+    assert dict(golden.manifest.aliases) == {name: its for name, its in _sources(layers).items() if name in arrays}
+    for name in golden.names:
+        assert golden.read(name).tobytes() == arrays[name].tobytes(), name
+    assert golden.verify() == []
+
+
+@pytest.mark.parametrize("name", ["layers.3.input.entries", "layers.5.input.chosen", "layers.1.input.pre"])
+def test_an_input_that_is_not_what_an_earlier_layer_made_is_refused(name: str, tmp_path: Path) -> None:
+    request = _request(tiny_v41_config(), layers=tuple(range(7)), length=23)
+    arrays = _arrays(request)
+    arrays[name] = arrays[name] + 1
+    with pytest.raises(ValueError, match=f"{name} is not the same array as layers"):
+        _written(tmp_path / "golden", request, arrays)
 
 
 @given(st.integers(0, 2**32), st.data())

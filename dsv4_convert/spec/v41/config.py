@@ -99,6 +99,14 @@ class V41Config(Config):
         """Whether a layer chooses among compressed keys."""
         return layer in self.index_source_layer_ids
 
+    def tap_sizes(self, entries: int) -> Mapping[str, int]:
+        """Table rows that a token looks up, and candidate blocks of a query."""
+        blocks = 0 if self.candidate_source_layer_id is None else -(-entries // self.candidate_block_size)
+        return {
+            "J": 0 if self.engram is None else self.engram.columns,
+            "c": min(self.candidate_topk_blocks, blocks),
+        }
+
     def has_engram(self, layer: int) -> bool:
         """Whether a layer looks up n-grams."""
         return self.engram is not None and layer in self.engram.layer_ids
