@@ -203,6 +203,18 @@ class Config(ABC):
         """The layer numbers of the stages after the backbone."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
 
+    def embeds(self, layer: int) -> bool:
+        """Whether the layer number is that of a stage that embeds tokens: an mtp stage, or the first of DSpark's."""
+        return layer in (self.stage_layers if self.dspark is None else self.stage_layers[:1])
+
+    def has_head(self, layer: int) -> bool:
+        """Whether the layer number is that of a stage with a head: an mtp stage, or the last of DSpark's."""
+        return layer in (self.stage_layers if self.dspark is None else self.stage_layers[-1:])
+
+    def drafts_blocks(self, layer: int | None) -> bool:
+        """Whether the layer number is that of a DSpark stage."""
+        return self.dspark is not None and layer in self.stage_layers
+
     @property
     def draft_tokens(self) -> int:
         """How many tokens the stages draft at a time: one, or a block of DSpark's."""
