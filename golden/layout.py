@@ -42,24 +42,17 @@ class StoredShape(NamedTuple):
 INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
 
 
-def entering(config: Config, layer: int) -> tuple[TapKey, ...]:
-    """The taps that a layer or stage starts from, streams first."""
+def entering(config: Config, layer: int | None) -> dict[str, TapKey]:
+    """The taps that a layer or stage starts from, or the head (None), streams first.
+
+    They go by the name that the same values have in the earlier layer that makes them, whatever layer that is.
+    """
+    if layer is None:
+        last = config.num_hidden_layers - 1
+        names = [tap.origin.tap for tap in config.taps if tap.origin is not None and tap.where is LAYER]
+        return {name: TapKey(last, tap_named(name)) for name in names}
     keys = (TapKey.of(config, layer, tap) for tap in taps_of(config, layer))
-    return tuple(key for key in keys if _enters(key))
-
-
-def origin_of(config: Config, key: TapKey) -> TapKey:
-    """The tap of an earlier layer that has the values of one of :func:`entering`."""
-    assert key.tap.origin is not None
-    assert key.layer is not None
-    return TapKey.of(config, key.tap.origin.of_layer(config, key.layer), key.tap.origin.tap)
-
-
-def entering_head(config: Config) -> dict[str, TapKey]:
-    """The taps that leave the last layer for the head, by the name with which they would enter one more layer."""
-    after = config.num_hidden_layers
-    carried = [tap for tap in config.taps if tap.origin is not None and tap.where is LAYER]
-    return {tap.name: origin_of(config, TapKey(after, tap)) for tap in carried}
+    return {key.tap.origin.tap: key for key in keys if key.tap.origin is not None and _enters(key)}
 
 
 def is_fed(key: TapKey, mode: Mode) -> bool:
@@ -234,11 +227,14 @@ def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str
     ``arrays`` are the stored names of all arrays.
     """
     there = set(arrays)
+    inputs = [(layer, *each) for layer in layers for each in entering(config, layer).items()]
     aliases = {}
     for spell in (str, sketch_name, exact_name):
         holders: dict[str, str] = {}
-        for key in (key for layer in layers for key in entering(config, layer)):
-            mine, its = spell(str(key)), spell(str(origin_of(config, key)))
+        for layer, source, key in inputs:
+            assert key.tap.origin is not None
+            mine = spell(str(key))
+            its = spell(str(TapKey.of(config, key.tap.origin.of_layer(config, layer), source)))
             holder = its if its in there else holders.setdefault(its, mine)
             if mine in there and holder != mine:
                 aliases[mine] = holder

@@ -6,7 +6,7 @@
     DIR/
       request.json                   the settings of the run, and what it compares
       PROGRAM-00012.safetensors      the findings of a finished step: a JSON text in the header, and their arrays
-      PROGRAM-last.safetensors       the number of the last finished step, and the streams that leave it
+      PROGRAM-last.safetensors       the number of the last finished step, and what leaves it for the next
 
 A step is the embedding, a layer or the head. It counts once its number is in the last file.
 """
@@ -46,9 +46,14 @@ Array = np.ndarray[Any, Any]
 
 _REQUEST = "request.json"
 _OWN = re.compile(r"request\.json|(streamed|model)-(\d{5}|last)\.safetensors")
-_SPELLING = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.int64): "I64"}
-#: Names of tensors and texts in the files.
-_STREAMS, _STEP, _FOUND, _DIGEST = "streams", "step", "found", "sha256"
+_SPELLING = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float64): "F64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+}
+#: Names of texts in the files.
+_STEP, _FOUND, _DIGEST = "step", "found", "sha256"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,18 +107,18 @@ class FinishedSteps:
             self._workspace.clear()  # of a run that was killed while it removed its own
             write_atomically(folder / _REQUEST, json.dumps(now, sort_keys=True).encode())
 
-    def last(self, program: str) -> tuple[int, Array | None]:
-        """How many steps of a program are finished, and the streams that leave the last one, if it keeps any.
+    def last(self, program: str) -> tuple[int, dict[str, Array]]:
+        """How many steps of a program are finished, and what leaves the last one for the next, by name.
 
         Raises :class:`BadInput` if the file is damaged.
         """
         file = self._file(program, "last")
         if not file.exists():
-            return 0, None
+            return 0, {}
         header = read_header(file)
         arrays = {name: read_array(info) for name, info in header.tensors.items()}
         _check(file, header.metadata, arrays)
-        return int(header.metadata[_STEP]) + 1, arrays.get(_STREAMS)
+        return int(header.metadata[_STEP]) + 1, arrays
 
     def read(self, program: str, step: int) -> Findings:
         """The findings of a finished step. Raises :class:`BadInput` if the file is damaged."""
@@ -125,12 +130,12 @@ class FinishedSteps:
         assert isinstance(found, Findings)
         return found
 
-    def write(self, program: str, step: int, findings: Findings, streams: Array | None) -> None:
-        """Keep the findings of a step, and the streams that the next one needs. Raises :class:`ResourceError`."""
+    def write(self, program: str, step: int, findings: Findings, leaving: Mapping[str, Any]) -> None:
+        """Keep the findings of a step, and what the next one starts from. Raises :class:`ResourceError`."""
         arrays: dict[str, Array] = {}
         text = json.dumps(_packed(findings, arrays))
         _write(self._file(program, f"{step:05d}"), arrays, {_FOUND: text})
-        left = {} if streams is None else {_STREAMS: np.asarray(streams, np.float32)}
+        left = {name: _stored(value) for name, value in leaving.items()}
         _write(self._file(program, "last"), left, {_STEP: str(step)})
 
     def clear(self) -> None:
@@ -139,6 +144,12 @@ class FinishedSteps:
 
     def _file(self, program: str, step: str) -> Path:
         return self._workspace.stage / f"{program}-{step}.safetensors"
+
+
+def _stored(value: Any) -> Array:
+    """Numbers of a model in float32, indices as they are."""
+    array = np.asarray(value)
+    return array if array.dtype.kind == "i" else array.astype(np.float32)
 
 
 def _write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsv4_convert.golden.layout import STREAMS, entering
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, weights_of
@@ -43,12 +42,12 @@ class Localizer:
 
         Raises :class:`BadInput` if golden or weights are damaged.
         """
-        golden, overrides = self.comparison.golden, self.comparison.everything(layer)
+        overrides = self.comparison.everything(layer)
+        entering = self.comparison.entering(layer)
         if layer is None:
-            last = golden.config.num_hidden_layers - 1
             embedded, _ = self.forward.embed()
-            return embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), overrides)
-        activations, _ = self.forward.layer(layer, golden.read(entering(golden.config, layer)[0]), overrides)
+            return embedded | self.forward.head(entering, overrides)
+        activations, _ = self.forward.layer(layer, entering, overrides)
         return activations
 
     def localize(self, layer: int | None, activations: Activations) -> Localization:

@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, entering, is_fed, parts
+from dsv4_convert.golden.layout import STREAMS, is_fed, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN
@@ -30,7 +30,7 @@ from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.finished import Findings, FinishedSteps
-from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.forward import Activations, Entering, Forward
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
@@ -285,7 +285,8 @@ class ParityRun:
             numerics=self._numerics,
             devices=self._devices,
         )
-        self._streams: Any = None
+        #: What the layer before left, in cumulative mode.
+        self._entering: Entering = {}
         self._detail = Detail(golden) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
@@ -404,7 +405,7 @@ class ParityRun:
         state = self._options.state
         if state is None:
             return 0
-        finished, self._streams = state.last(self.program)
+        finished, self._entering = state.last(self.program)
         for step in range(finished):
             found = state.read(self.program, step)
             for result in found.taps:
@@ -432,10 +433,10 @@ class ParityRun:
             logits=self._logits,
             detail=None if self._detail is None else self._detail.part(layer, samples),
         )
-        self._options.state.write(self.program, step, found, self._streams)
+        self._options.state.write(self.program, step, found, self._entering)
 
     def _run_embedding(self) -> None:
-        activations, self._streams = self._forward.embed()
+        activations, self._entering = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
 
@@ -444,17 +445,17 @@ class ParityRun:
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
-            activations, streams = self._run_mode(layer, mode)
+            activations, left = self._run_mode(layer, mode)
             failed |= self._judge(activations, mode)
-            leaving[mode] = np.asarray(streams, np.float32)
+            leaving[mode] = np.asarray(left[STREAMS.name], np.float32)
             if mode is Mode.CUMULATIVE:
-                self._streams = streams
+                self._entering = left
         self._localize(layer, activations, modes[-1], failed=failed)
         # A stage hands its streams to no layer.
         if len(leaving) == len(MODES) and not self._teacher_forced and layer < self._golden.config.num_hidden_layers:
             self._error_splits.append(self._split(layer, leaving))
 
-    def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
+    def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Entering]:
         """A layer with the golden's choices, because a tie must not change what follows it.
 
         In cumulative mode a choice that fails is the model's own instead, so that its consequences show.
@@ -462,25 +463,24 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)[0]), overrides)
-        activations, streams = self._forward.layer(layer, self._streams, choices)
+            return self._forward.layer(layer, self._comparison.entering(layer), overrides)
+        activations, leaving = self._forward.layer(layer, self._entering, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
         if not failing:
-            return activations, streams
+            return activations, leaving
         followed = {key: choice for key, choice in choices.items() if key not in failing}
-        return self._forward.layer(layer, self._streams, followed)
+        return self._forward.layer(layer, self._entering, followed)
 
     def _run_head(self) -> None:
-        last = self._golden.config.num_hidden_layers - 1
         failed = any(
             result.verdict is Verdict.FAIL and result.key == _EMBED for result in self._results[self._modes[0]]
         )
         for mode in self._modes:
             isolated = mode is Mode.ISOLATED
             overrides = self._comparison.everything(None) if isolated and self._teacher_forced else None
-            streams = self._golden.read(TapKey(last, STREAMS)) if isolated else self._streams
-            activations = self._forward.head(streams, overrides)
+            entering = self._comparison.entering(None) if isolated else self._entering
+            activations = self._forward.head(entering, overrides)
             failed |= self._judge(activations, mode)
             self._compare_logits(activations[_LOGITS], mode)
         self._localize(None, activations, self._modes[-1], failed=failed)
@@ -632,9 +632,11 @@ def _check_architecture(ours: Config, golden: Golden) -> None:
     """Raise :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
     storage = {"expert_dtype", "weight_block_size"}
     backbones = ours.without_stages(), golden.config.without_stages()
+    if type(ours) is not type(golden.config):
+        raise BadInput(f"{golden.path}: recorded from {golden.config.title}, and the checkpoint is {ours.title}")
     pairs = [
         (field.name, *(getattr(each, field.name) for each in backbones))
-        for field in dataclasses.fields(Config)
+        for field in dataclasses.fields(ours)
         if field.name not in storage
     ]
     problems = [f"{name}: checkpoint {mine!r}, golden {its!r}" for name, mine, its in pairs if mine != its]
