@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, entering
+from dsv4_convert.golden.layout import STREAMS, carried
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.parity.comparison import Comparison
@@ -152,7 +152,7 @@ class Expected:
         Raises:
             UsageError: as :meth:`input`.
         """
-        keys = entering(self.config, layer)
+        keys = carried(self.config, layer)
         if any(key not in self.golden.keys for key in keys.values()):
             raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
         if not all(map(self.golden.whole, keys.values())):

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.golden.layout import calls
+from dsv4_convert.golden.layout import calls, is_drafted, known_tokens, tokens_of_row
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.tap import Tap
-from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.taps import TapKey
 
 Array = np.ndarray[Any, Any]
 
@@ -23,35 +22,27 @@ Array = np.ndarray[Any, Any]
 class Call:
     """``width`` tokens of each prompt, from token ``start[b]`` on; those from ``count[b]`` on are padding.
 
-    ``cached``: the tokens before are in a cache. Otherwise the call has whole prompts. ``tokens_in_all``: of a prompt.
+    ``cached``: the tokens before are in a cache. Otherwise the call has whole prompts.
     """
 
     start: Array
     count: Array
     width: int
     cached: bool
-    tokens_in_all: int
 
     @property
     def tokens(self) -> Array:
         """Index of each token ``[B, width]``; padding goes beyond the prompt's end."""
         return self.start[:, None] + np.arange(self.width)
 
-    def enter(self, entering: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of what enters a layer (:func:`dsv4_convert.golden.layout.entering`).
+    def enter(self, entering: Mapping[str, Any], layer: int, config: Config) -> dict[str, Any]:
+        """The part of what enters a layer (:func:`dsv4_convert.golden.layout.carried`) that the call has.
 
-        Of a past that an earlier layer compressed, the layer gets all: it does not see entries beyond the call.
+        Of a drafted block it has all, and of what an earlier layer compressed: it does not see later entries.
         """
-        return {name: value if _by_entry(tap_named(name)) else self.take(value) for name, value in entering.items()}
-
-    def leave(self, part: Mapping[str, Any], whole: dict[str, Array]) -> None:
-        """Write what left a layer in this call to all of it."""
-        for name, value in part.items():
-            if _by_entry(tap_named(name)):
-                whole[name] = np.asarray(value)
-                continue
-            rows = whole.setdefault(name, np.empty((len(value), self.tokens_in_all, *value.shape[2:]), value.dtype))
-            self._write(np.asarray(value), rows, 1)
+        keys = {name: TapKey.of(config, layer, name) for name in entering}
+        whole = {name for name, key in keys.items() if is_drafted(key, config) or of_entries(key)}
+        return {name: value if name in whole else self.take(value) for name, value in entering.items()}
 
     def take(self, whole: Any) -> Any:
         """The tokens' rows of an array ``[B, tokens, …]``; padding repeats the last one."""
@@ -61,22 +52,20 @@ class Call:
 
     def part(self, whole: Array, key: TapKey, config: Config) -> Array:
         """The rows of a tap that the call makes. Entries that it may not complete are zeros."""
-        if not self.cached or _shared(key):
+        if not self.cached or _whole(key, config):
             return whole
-        prompt, row, there = self._rows(_per_row(key, config))
+        prompt, row, there = self._rows(tokens_of_row(key, config))
         part = np.zeros((*there.shape, *whole.shape[2:]), whole.dtype)
         part[there] = whole[prompt[there], row[there]]
         return part
 
     def put(self, part: Array, whole: Array, key: TapKey, config: Config) -> None:
-        """Write the rows of a tap that the call made to all of it."""
-        if _shared(key):
-            whole[...] = part
-        else:
-            self._write(part, whole, _per_row(key, config))
-
-    def _write(self, part: Array, whole: Array, per_row: int) -> None:
-        prompt, row, there = self._rows(per_row)
+        """Write the rows of a tap that the call made to all of it. A drafted block replaces the one before."""
+        if _whole(key, config):
+            made = self.count > 0  # a prompt that has ended is drafted after its end already
+            whole[made] = part[made]
+            return
+        prompt, row, there = self._rows(tokens_of_row(key, config))
         whole[prompt[there], row[there]] = part[there]
 
     def _rows(self, per_row: int) -> tuple[Array, Array, Array]:
@@ -97,33 +86,28 @@ def calls_of(batch: int, tokens: int, decode: int, chunk: int | None = None) -> 
     first = tokens - decode
     if chunk is None:
         parts = [(np.full(batch, start), np.full(batch, stop - start)) for start, stop in calls(tokens, decode)]
-        return [Call(start, count, int(count[0]), len(parts) > 1, tokens) for start, count in parts]
+        return [Call(start, count, int(count[0]), len(parts) > 1) for start, count in parts]
     short = np.array([chunk - prompt * chunk // batch for prompt in range(batch)])
     stops = [np.minimum(short + number * chunk, first) for number in range(-(-(first - short.min()) // chunk) + 1)]
     stops += [np.full(batch, token + 1) for token in range(first, tokens)]
     starts = [np.zeros(batch, np.int64), *stops[:-1]]
     return [
-        Call(start, stop - start, 1 if start.min() >= first else chunk, True, tokens)
+        Call(start, stop - start, 1 if start.min() >= first else chunk, True)
         for start, stop in zip(starts, stops, strict=True)
     ]
 
 
-def _shared(key: TapKey) -> bool:
-    """Whether a tap is what an earlier layer compressed: every call has all of it."""
-    return key.tap.origin is not None and _by_entry(key.tap)
+def _whole(key: TapKey, config: Config) -> bool:
+    """Whether every call has all of a tap: a drafted block, or what an earlier layer compressed."""
+    makes = key.layer is not None and config.compresses(key.layer)
+    return is_drafted(key, config) or (of_entries(key) and not makes)
 
 
-def _by_entry(tap: Tap) -> bool:
-    return tap.shape.split()[1] == "T"
+def of_entries(key: TapKey) -> bool:
+    """Whether the rows of a tap are compressed entries."""
+    return key.tap.shape.split()[1] == "T"
 
 
-def rows_in_all(key: TapKey, config: Config, tokens: int) -> int:
-    """Rows of axis 1 that so many tokens make of a tap."""
-    return tokens // _per_row(key, config)
-
-
-def _per_row(key: TapKey, config: Config) -> int:
-    """The tokens that a row of axis 1 stands for: 1, or those of a compressed block."""
-    if key.layer is None or key.tap.shape.split()[1] == "S":
-        return 1
-    return config.ratio_of(key.layer)
+def calls_of_draft(batch: int, tokens: int, decode: int, chunk: int | None = None) -> list[Call]:
+    """The calls that give a DSpark stage the known tokens. The last token of the prompt begins the block."""
+    return calls_of(batch, known_tokens(tokens), max(decode - 1, 0), chunk)

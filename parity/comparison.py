@@ -13,7 +13,16 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, entering, is_fed, rows_of, token_ids, tokens_of_row
+from dsv4_convert.golden.layout import (
+    DTYPES,
+    calls,
+    carried,
+    is_drafted,
+    is_fed,
+    rows_of,
+    token_ids,
+    tokens_of_row,
+)
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -76,13 +85,12 @@ class Comparison:
             BadInput: its bytes are not those that were recorded.
         """
         there = (key for key in keys if key in activations)
-        if self._phase is Phase.PREFILL:
-            there = (key for key in there if not key.tap.is_state)
+        there = (key for key in there if not self._is_later(key))
         return [self._one(key, activations, mode, teacher_forced=teacher_forced, detail=detail) for key in there]
 
     def compares(self, key: TapKey, mode: Mode) -> bool:
         """Whether judging a tap says anything: it has elements in the compared tokens, and the model computes it."""
-        if is_fed(key, mode) or (self._phase is Phase.PREFILL and key.tap.is_state):
+        if is_fed(key, mode) or self._is_later(key):
             return False
         return bool(math.prod(self.golden.shape(key))) and self._rows(key) != []
 
@@ -96,7 +104,7 @@ class Comparison:
 
     def entering(self, layer: int | None) -> dict[str, Array]:
         """What a layer, or the head (None), starts from in isolated mode."""
-        return {name: self.golden.read(key) for name, key in entering(self._config, layer).items()}
+        return {name: self.golden.read(key) for name, key in carried(self._config, layer).items()}
 
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:
         """The noise floor of a tap that has elements, of which the golden keeps ``views``.
@@ -218,6 +226,8 @@ class Comparison:
     def _systematic(self, key: TapKey, part: Array, view: View, *, inherited: bool) -> Systematic | None:
         ratio = tokens_of_row(key, self._config)
         tokens = token_ids(self.golden.tokens, self._config, key.layer)[:, ratio - 1 :: ratio]
+        if self._config.drafts_blocks(key.layer) and not is_drafted(key, self._config):
+            tokens = self.golden.tokens[:, :-1]
         part, inside = self.within_phase(key, part, view)
         rows = slice(None) if inside.rows is None else list(inside.rows)
         routing = None
@@ -244,14 +254,18 @@ class Comparison:
             routing,
         )
 
+    def _is_later(self, key: TapKey) -> bool:
+        """Whether a tap belongs to the decoding that is left out: the state before it, and drafts after the prompt."""
+        return self._phase is Phase.PREFILL and (key.tap.is_state or is_drafted(key, self._config))
+
     def _rows(self, key: TapKey) -> list[int] | None:
         """The rows of a tap that are compared; None for all."""
-        if self._phase is None or key.tap.is_state:
+        if self._phase is None or key.tap.is_state or is_drafted(key, self._config):
             return None
         tokens = self.golden.tokens.shape[1]
         first, last = calls(tokens, self.golden.decode)[0]
         start, stop = (first, last) if self._phase is Phase.PREFILL else (last, tokens)
-        return list(rows_of(key, self._config, start, stop))
+        return [row for row in rows_of(key, self._config, start, stop) if row < self.golden.shape(key)[1]]
 
     def _scores(self, choice: TapKey, activations: Activations, mode: Mode, *, teacher_forced: bool) -> Scores | None:
         """The scores that a choice was made by; None if a table made it, or if there is nothing to choose from."""

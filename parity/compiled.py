@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import DTYPES, STREAMS, entering, tap_shape
+from dsv4_convert.golden.layout import DTYPES, STREAMS, carried, tap_shape
 from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.layers import Layers, ScannedLayers, through
 from dsv4_convert.model.model import Model, embed
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import calls_of
+from dsv4_convert.parity.calls import calls_of, calls_of_draft
 from dsv4_convert.parity.forward import Activations, Array, Entering, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
@@ -52,6 +52,7 @@ class CompiledForward(Forward):
         super().__init__(*arguments, decode=decode, **options)
         self._model = model
         self._calls = calls_of(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
+        self._draft_calls = calls_of_draft(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
         self._compiled: tuple[int, tuple[LayerProgram, nnx.State[Any, Any]]] | None = None
 
     def embed(self) -> tuple[Activations, Entering]:
@@ -85,7 +86,7 @@ class CompiledForward(Forward):
         if layer in config.stage_layers:
             return {}
         stack = stack_of(config, layer, scanned=self._model.scanned)
-        taps = {name: key for other in stack[:-1] for name, key in entering(config, other).items()}
+        taps = {name: key for other in stack[:-1] for name, key in carried(config, other).items()}
         return {
             name: np.zeros(tap_shape(key, config, batch=batch, tokens=tokens), DTYPES[key.tap.values])
             for name, key in taps.items()
@@ -98,7 +99,9 @@ class CompiledForward(Forward):
         return _compiled_head
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[Any, dict[str, Any], Any]:
-        run: Callable[..., Any] = run_stage if layer in self._weights.config.stage_layers else run_layer
+        config = self._weights.config
+        run: Callable[..., Any] = run_stage if layer in config.stage_layers else run_layer
+        run = run_draft if config.drafts_blocks(layer) else run
         program, state = self._program(layer)
         found: tuple[Any, dict[str, Any], Any] = self._devices.run(run, program, state, *operands)
         return found
@@ -172,7 +175,7 @@ def run_layer(
     own = f"layers.{program.layers - 1}."
     decoder = decoder_of(config)
     given = decoder.taps_of(carry)
-    inputs = {key.tap.name: given[name] for name, key in entering(config, program.layers - 1).items()}
+    inputs = {key.tap.name: given[name] for name, key in carried(config, program.layers - 1).items()}
     replaced = {own + name: value for name, value in overrides.items()}
     if isinstance(layers, ScannedLayers):
         # Layers at one place of the pattern share a program, and so the names that are replaced in it. Zeros for the
@@ -219,6 +222,23 @@ def run_stage(
     logits, after = model.draft(streams, next_ids, positions, taps=taps, past=past)
     values = {name.removeprefix(own): value for name, value in taps.values.items()}
     return values[STREAMS.name], {"logits": logits} | values, after
+
+
+@partial(jax.jit, static_argnums=0)
+def run_draft(
+    program: LayerProgram,
+    state: nnx.State[Any, Any],
+    entering: Any,
+    ids: jax.Array,
+    positions: jax.Array,
+    overrides: dict[str, jax.Array],
+    past: Past[LayerCache],
+) -> tuple[jax.Array, dict[str, jax.Array], LayerCache]:
+    """A DSpark stage by the model's own function: the block's streams that leave it, its taps, and its new state."""
+    model: Model = nnx.merge(program.graph, state)
+    taps = Taps(lambda name: program.recorded, overrides)
+    (left, _), _, after = model.draft_stage(0, entering, ids, positions, past, taps)
+    return left, taps.values, after
 
 
 def _past_of_all(program: LayerProgram, layers: Any, past: Past[Any] | None) -> Past[tuple[Any, ...]] | None:

@@ -108,7 +108,7 @@ class FinishedSteps:
             write_atomically(folder / _REQUEST, json.dumps(now, sort_keys=True).encode())
 
     def last(self, program: str) -> tuple[int, dict[str, Array]]:
-        """How many steps of a program are finished, and what leaves the last one for the next, by name.
+        """How many steps of a program are finished, and what they left for the next one, by name.
 
         Raises :class:`BadInput` if the file is damaged.
         """

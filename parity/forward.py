@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import token_ids
+from dsv4_convert.golden.layout import STREAMS, tap_shape, token_ids
 from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import Past, empty_layer
-from dsv4_convert.model.model import HEAD_AXES, embed
+from dsv4_convert.model.dspark import DSparkBlock
+from dsv4_convert.model.model import HEAD_AXES, copied, embed
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import calls_of, rows_in_all
+from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft, of_entries
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
@@ -37,11 +38,13 @@ _FLOAT32 = np.dtype(np.float32)
 #: Columns of the output head that are in memory at a time; at V4-Pro's width 235 MB in float32.
 HEAD_WORDS = 8192
 _LOGITS = "logits"
+#: The tap of the first DSpark stage that the others start from.
+_CONTEXT = "main_norm"
 #: Rows of a table that are chosen by what is in them.
 _ROWS = "engram.ids"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
-#: What enters a layer or leaves it, by the names of :func:`dsv4_convert.golden.layout.entering`.
+#: What enters a layer or leaves it, by the names of :func:`dsv4_convert.golden.layout.carried`.
 Entering = Mapping[str, Any]
 
 
@@ -76,6 +79,7 @@ class Forward:
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
         self._calls = calls_of(len(tokens), tokens.shape[1], decode)
+        self._draft_calls = calls_of_draft(len(tokens), tokens.shape[1], decode)
 
     def embed(self) -> tuple[Activations, Entering]:
         """The embedding, and what enters layer 0. Reads the rows of the prompt's tokens only."""
@@ -93,15 +97,25 @@ class Forward:
     ) -> tuple[Activations, Entering]:
         """Run one layer or stage: its activations, and what leaves it. ``overrides`` replace what it goes on with.
 
-        A stage has a head, so its logits are among its activations.
+        A stage that has a head has its logits, and what is chosen by them, among its activations.
         """
         found, leaving = self._calls_of(layer, entering, overrides or {})
-        if layer in self._weights.config.stage_layers:
+        if self._weights.config.has_head(layer):
             found |= self._stage_head(layer, leaving, overrides or {})
         return found, leaving
 
     def _stage_head(self, layer: int, leaving: Entering, overrides: Mapping[TapKey, Array]) -> Activations:
-        return self.head(leaving, overrides, stage=layer)
+        config = self._weights.config
+        found = self.head({STREAMS.name: leaving[STREAMS.name]}, overrides, stage=layer)
+        if not config.drafts_blocks(layer):
+            return found
+        x, logits = (
+            overrides.get(key, found[key]) for key in (TapKey.of(config, layer, name) for name in ("hc_head", _LOGITS))
+        )
+        anchor = token_ids(np.asarray(self._tokens), config, layer)[:, 0]
+        replace = {key.tap.name: jnp.asarray(value) for key, value in overrides.items()}
+        operands = (jnp.asarray(x, self._dtype), jnp.asarray(logits), jnp.asarray(anchor), replace)
+        return found | activations(config, layer, self._devices.run(_choose, *self._block(layer), *operands))
 
     def _calls_of(
         self, layer: int, entering: Entering, overrides: Mapping[TapKey, Array]
@@ -110,20 +124,23 @@ class Forward:
         config = self._weights.config
         ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
         batch, tokens = self._tokens.shape
+        drafts = config.drafts_blocks(layer)
+        calls = self._draft_calls if drafts else self._calls
         cache = None
-        if self._calls[0].cached:
+        if drafts or calls[0].cached:
             cache = empty_layer(config, config.layer_kind(layer), batch, tokens, self._dtype, self._numerics)
         # The state follows from taps that can be replaced themselves.
         given = {key: value for key, value in overrides.items() if not key.tap.is_state}
         whole: Activations = {}
         leaving: dict[str, Array] = {}
         state: dict[str, Array] = {}
-        for call in self._calls:
+        for call in calls:
             replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
             past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
-            carry = self._decoder.carry_of(call.enter(entering), self._dtype)
-            left, values, cache = self._call(layer, (carry, call.take(ids), positions, replace, past))
+            carry = self._decoder.carry_of(call.enter(entering, layer, config), self._dtype)
+            own_ids = ids if drafts else call.take(ids)
+            left, values, cache = self._call(layer, (carry, own_ids, positions, replace, past))
             found = activations(config, layer, values)
             if cache is None:
                 return found, self._decoder.taps_of(left)
@@ -131,15 +148,32 @@ class Forward:
                 whole = {key: self._empty(key, value) for key, value in found.items()}
             for key, value in found.items():
                 call.put(value, whole[key], key, config)
-            call.leave(self._decoder.taps_of(left), leaving)
+            self._leave(layer, call, self._decoder.taps_of(left), leaving)
             if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
                 state = state_after(self._attention(layer), cache, tokens - self._decode)
-        return whole | activations(config, layer, state), leaving
+        return whole | activations(config, layer, state), self._leaving(layer, leaving, entering, whole)
 
     def _empty(self, key: TapKey, part: Array) -> Array:
         """Room for all rows of a tap, of which ``part`` has some."""
-        rows = rows_in_all(key, self._weights.config, self._tokens.shape[1])
+        rows = tap_shape(key, self._weights.config, batch=len(part), tokens=self._tokens.shape[1])[1]
         return np.empty((part.shape[0], rows, *part.shape[2:]), part.dtype)
+
+    def _leave(self, layer: int, call: Call, part: Mapping[str, Any], whole: dict[str, Array]) -> None:
+        """Add what leaves a layer in one call to what has left it. A cache has all entries so far."""
+        for name, value in part.items():
+            key, array = TapKey.of(self._weights.config, layer, name), np.asarray(value)
+            if of_entries(key):
+                whole[name] = array
+            else:
+                call.put(array, whole.setdefault(name, self._empty(key, array)), key, self._weights.config)
+
+    def _leaving(self, layer: int, left: dict[str, Array], entering: Entering, found: Activations) -> dict[str, Array]:
+        """What the next layer or stage starts from: a DSpark stage hands on the context too."""
+        config = self._weights.config
+        if not config.drafts_blocks(layer):
+            return left
+        made = TapKey.of(config, layer, _CONTEXT)
+        return {**left, _CONTEXT: found[made] if made in found else entering[_CONTEXT]}
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[Any, dict[str, Any], Any]:
         """A layer on the tokens of one call: the carry that leaves it, its taps by name, and its new state.
@@ -269,10 +303,23 @@ def _to_experts(
     """The attention half, and the expert half up to the routing. ``rows``: those that the block looks up."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
-    if rows is not None:
+    after = None
+    if isinstance(block, DSparkBlock):
+        assert past is not None
+        streams, context = carry
+        if streams is None:
+            context = block.context(context, taps)
+            assert rows is not None
+            carry = copied(rows.astype(context.dtype), block.config.hc_mult, taps)
+        else:
+            carry, context = taps("streams", streams), taps("context", context)
+        places = block.places(positions, past)
+        past, after = block.remember(context, positions, past, taps)
+        positions = places
+    elif rows is not None:
         carry = block.join(carry, rows, taps)
     carry, cache = block.attend(carry, token_ids, positions, taps, past)
-    return carry, block.route(carry, token_ids, taps), taps.values, cache
+    return carry, block.route(carry, token_ids, taps), taps.values, after or cache
 
 
 @partial(jax.jit, static_argnums=0)
@@ -294,6 +341,23 @@ def _from_experts(
     """The expert half from the routed experts' output on."""
     taps = Taps(_everything, overrides)
     return nnx.merge(graph, state).combine(carry, routed, experts, taps), taps.values
+
+
+@partial(jax.jit, static_argnums=0)
+def _choose(
+    graph: nnx.GraphDef[DecoderBlock],
+    state: nnx.State[Any, Any],
+    x: jax.Array,
+    logits: jax.Array,
+    anchor: jax.Array,
+    overrides: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """The taps of DSpark's last stage after the logits."""
+    taps = Taps(_everything, overrides)
+    block = nnx.merge(graph, state)
+    assert isinstance(block, DSparkBlock)
+    block.choose(x, logits, anchor, taps)
+    return taps.values
 
 
 def to_logits(

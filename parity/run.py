@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, is_fed, parts
+from dsv4_convert.golden.layout import STREAMS, is_fed, known_tokens, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN
@@ -57,6 +57,10 @@ Precision: TypeAlias = Literal["highest", "high", "default"]
 
 #: Called before each step: finished steps, all steps, the next one in words.
 Progress = Callable[[int, int, str], None]
+
+#: Names of what a step leaves for the next one, and of what a target layer leaves.
+_TARGETS_OF_STAGE = "targets"
+_TARGETS = f"{_TARGETS_OF_STAGE}."
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -286,7 +290,9 @@ class ParityRun:
             devices=self._devices,
         )
         #: What the layer before left, in cumulative mode.
-        self._entering: Entering = {}
+        self._left: Entering = {}
+        #: Streams that leave the target layers of DSpark's stages, where these run too.
+        self._targets: dict[int, Array] = {}
         self._detail = Detail(golden) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
@@ -405,7 +411,8 @@ class ParityRun:
         state = self._options.state
         if state is None:
             return 0
-        finished, self._entering = state.last(self.program)
+        finished, kept = state.last(self.program)
+        self._take_up_left(kept)
         for step in range(finished):
             found = state.read(self.program, step)
             for result in found.taps:
@@ -433,26 +440,35 @@ class ParityRun:
             logits=self._logits,
             detail=None if self._detail is None else self._detail.part(layer, samples),
         )
-        self._options.state.write(self.program, step, found, self._entering)
+        targets = {f"{_TARGETS}{layer}": streams for layer, streams in self._targets.items()}
+        self._options.state.write(self.program, step, found, {**self._left, **targets})
+
+    def _take_up_left(self, kept: Mapping[str, Array]) -> None:
+        """What the next steps start from, as it was kept."""
+        self._left = {name: value for name, value in kept.items() if not name.startswith(_TARGETS)}
+        self._targets = {int(name.removeprefix(_TARGETS)): kept[name] for name in kept.keys() - self._left.keys()}
 
     def _run_embedding(self) -> None:
-        activations, self._entering = self._forward.embed()
+        activations, self._left = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
 
     def _run_layer(self, layer: int, modes: Sequence[Mode]) -> None:
         """One layer in every mode that needs it."""
+        config = self._golden.config
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
             activations, left = self._run_mode(layer, mode)
             failed |= self._judge(activations, mode)
-            leaving[mode] = np.asarray(left[STREAMS.name], np.float32)
+            if layer < config.num_hidden_layers:  # a stage hands its streams to no layer
+                leaving[mode] = np.asarray(left[STREAMS.name], np.float32)
             if mode is Mode.CUMULATIVE:
-                self._entering = left
+                self._left = left
+                if config.dspark is not None and layer in config.draft_sources:
+                    self._targets[layer] = leaving[mode]
         self._localize(layer, activations, modes[-1], failed=failed)
-        # A stage hands its streams to no layer.
-        if len(leaving) == len(MODES) and not self._teacher_forced and layer < self._golden.config.num_hidden_layers:
+        if len(leaving) == len(MODES) and not self._teacher_forced:
             self._error_splits.append(self._split(layer, leaving))
 
     def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Entering]:
@@ -464,13 +480,22 @@ class ParityRun:
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
             return self._forward.layer(layer, self._comparison.entering(layer), overrides)
-        activations, leaving = self._forward.layer(layer, self._entering, choices)
+        entering = self._entering(layer)
+        activations, leaving = self._forward.layer(layer, entering, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
         if not failing:
             return activations, leaving
         followed = {key: choice for key, choice in choices.items() if key not in failing}
-        return self._forward.layer(layer, self._entering, followed)
+        return self._forward.layer(layer, entering, followed)
+
+    def _entering(self, layer: int) -> Entering:
+        """What enters a layer or stage in cumulative mode."""
+        config = self._golden.config
+        if not (config.drafts_blocks(layer) and config.embeds(layer)):
+            return self._left
+        targets = np.stack([self._targets[target] for target in config.draft_sources], axis=2)
+        return {_TARGETS_OF_STAGE: targets[:, : known_tokens(targets.shape[1])]}
 
     def _run_head(self) -> None:
         failed = any(
@@ -479,7 +504,7 @@ class ParityRun:
         for mode in self._modes:
             isolated = mode is Mode.ISOLATED
             overrides = self._comparison.everything(None) if isolated and self._teacher_forced else None
-            entering = self._comparison.entering(None) if isolated else self._entering
+            entering = self._comparison.entering(None) if isolated else self._left
             activations = self._forward.head(entering, overrides)
             failed |= self._judge(activations, mode)
             self._compare_logits(activations[_LOGITS], mode)

@@ -171,9 +171,9 @@ class Config(ABC):
     def table_of(self, layer: int) -> str | None:
         """The path of the table in which a layer or stage looks up rows, too large to have all of it; None without.
 
-        A stage of multi-token prediction looks up embeddings.
+        A stage that embeds tokens looks up embeddings.
         """
-        return "embed" if layer in self.stage_layers and self.dspark is None else None
+        return "embed" if self.embeds(layer) else None
 
     @property
     def entries_per_candidate(self) -> int:
@@ -212,6 +212,18 @@ class Config(ABC):
     def stage_layers(self) -> range:
         """The layer numbers of the stages after the backbone."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
+
+    def embeds(self, layer: int) -> bool:
+        """Whether the layer number is that of a stage that embeds tokens: an mtp stage, or the first of DSpark's."""
+        return layer in (self.stage_layers if self.dspark is None else self.stage_layers[:1])
+
+    def has_head(self, layer: int) -> bool:
+        """Whether the layer number is that of a stage with a head: an mtp stage, or the last of DSpark's."""
+        return layer in (self.stage_layers if self.dspark is None else self.stage_layers[-1:])
+
+    def drafts_blocks(self, layer: int | None) -> bool:
+        """Whether the layer number is that of a DSpark stage."""
+        return self.dspark is not None and layer in self.stage_layers
 
     @property
     def draft_tokens(self) -> int:

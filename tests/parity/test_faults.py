@@ -23,17 +23,19 @@ from .faults.scales import EXPERT, SCALES
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Patient]:
     """The healthy models that faults are planted in."""
-    return {name: patient(tmp_path_factory.mktemp(name), name) for name in ("main", "many", "staged")}
+    return {name: patient(tmp_path_factory.mktemp(name), name) for name in ("main", "many", "staged", "drafting")}
 
 
-@pytest.mark.parametrize("model", ["main", "many", "staged"])
+@pytest.mark.parametrize("model", ["main", "many", "staged", "drafting"])
 def test_the_healthy_models_pass(patients: dict[str, Patient], model: str) -> None:
     report = ParityRun(patients[model].held, patients[model].golden).run()
     assert report.passed, verdict(report)
     assert not report.localizations
-    if model != "many":
+    if model in ("main", "staged"):
         assert not report.uncovered, "a fault in what is not reached cannot show"
-    if model == "staged":
+    if model == "drafting":
+        assert not any(covered.missed for covered in report.prompt_coverage), "a block of 5 tokens reaches few experts"
+    if model in ("staged", "drafting"):
         assert report.unchecked is not None
         assert report.unchecked.stages == 0
 
@@ -57,7 +59,7 @@ def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> No
     failing = {tap.layer for tap in report.taps if tap.verdict is Verdict.FAIL}
     assert failing <= {fault.layer, *fault.also}, "other layers are clean"
     where = "Model level" if fault.layer is None else f"Layer {fault.layer}"
-    where = "Stage mtp.0" if fault.model == "staged" else where
+    where = f"Stage {fault.full_tap[:5]}" if fault.full_tap.startswith("mtp.") else where
     said = summarized(report)
     # Weights that changed are said first, as the golden knows its own.
     others = f"other weights than the golden's, in {number_of(len(report.other_weights or ()), 'parameter')} ("

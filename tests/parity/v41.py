@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.layout import entering, is_fed, parts
+from dsv4_convert.golden.layout import carried, is_fed, origin_of, parts
 from dsv4_convert.golden.manifest import RecordedSource, RecordingRequest, Reference
 from dsv4_convert.golden.noise import MODES, Mode, noise_name, row_noise
 from dsv4_convert.golden.writer import golden_writer
@@ -115,7 +115,7 @@ def _run(
             for key, value in (choices or {}).items()
             if key.layer == layer and key.tap.values is Values.CHOICE
         }
-        given = carry if inputs is None else {name: inputs[key] for name, key in entering(config, layer).items()}
+        given = carry if inputs is None else {name: inputs[key] for name, key in carried(config, layer).items()}
         if layer is None:
             return found | forward.head(given)
         made, carry = forward.layer(layer, given, overrides)
@@ -125,13 +125,9 @@ def _run(
 
 def _follow(golden: Activations, config: Any) -> None:
     """What a layer starts from is what an earlier one made, whoever computed that."""
-    for layer in range(config.num_hidden_layers):
-        for name, key in entering(config, layer).items():
-            assert key.tap.origin is not None
-            source = TapKey(key.tap.origin.of_layer(config, layer), key.tap)
-            made = next((each for each in golden if each.layer == source.layer and each.tap.name == name), None)
-            if made is not None and layer:
-                golden[key] = golden[made]
+    for layer in range(1, config.num_hidden_layers):
+        for key in carried(config, layer).values():
+            golden[key] = golden[origin_of(config, key)]
 
 
 @contextmanager
