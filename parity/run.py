@@ -70,7 +70,7 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all that golden and checkpoint both hold, their mtp stages, and the model
+        layers: layers to compare; None for all that golden and checkpoint both hold, their draft stages, and the model
             level: embedding, head, logits. The numbers of stages follow those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
