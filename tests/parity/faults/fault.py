@@ -33,6 +33,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import located, parameters
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +54,8 @@ MAIN = tiny_config(**_SQUARE)
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
 #: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
-#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common, or many entries:
+#: so HCA has short blocks, and the config says so in transformers' words.
 WIDE = tiny_config(
     vocab_size=4096,
     hidden_size=64,
@@ -64,7 +66,10 @@ WIDE = tiny_config(
     o_lora_rank=32,
     index_head_dim=16,
     swiglu_limit=10.0,
+    layer_types=[AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA, AttentionKind.CSA],
+    compress_rates={AttentionKind.CSA: 4, AttentionKind.HCA: 16},
 )
+del WIDE["compress_ratios"]
 #: A layer and an mtp stage.
 STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
 STAGE = 1
@@ -148,16 +153,19 @@ def names(report: ParityReport, layer: int | None, taps: Iterable[str], *, also:
 class Held:
     """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
 
-    def __init__(self, config: Config, arrays: Arrays) -> None:
+    def __init__(self, config: Config, arrays: Arrays, mapped: Array | None = None) -> None:
         self.config = config
         self.arrays = arrays
+        self.mapped = mapped
         self.metadata = {"source": "memory", "storage": "float32"}
         self.layers = tuple(range(config.stage_layers.stop))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
         """Everything that ``weights`` has."""
-        return cls(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
+        arrays = {path: weights.read(path) for path, _, _ in parameters(weights.config)}
+        tables = map(weights.config.table_of, range(weights.config.num_hidden_layers))
+        return cls(weights.config, arrays, weights.token_map() if any(tables) else None)
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """All are there."""
@@ -180,8 +188,9 @@ class Held:
         return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
-        """V4 has none."""
-        raise NotImplementedError
+        """Of a model that has engrams."""
+        assert self.mapped is not None
+        return self.mapped
 
     def damaged(self, path: str) -> bool:
         """Nothing is stored."""
@@ -250,7 +259,7 @@ def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
         owners = {located(healthy.config, path)[1] for path in changed}
         assert owners <= {fault.layer, *fault.also}, "other layers are as they were"
         assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
-    yield Held(healthy.config, arrays)
+    yield Held(healthy.config, arrays, healthy.mapped)
 
 
 class _Tampered:
