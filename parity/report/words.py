@@ -169,7 +169,7 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
     """The golden's own reason, then other weights, then the localization that found an operation, first layer first."""
     yield from _other_revision(report)
-    if report.other_weights:
+    if len(report.other_weights or ()) > _NAMED:
         yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:
