@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -324,18 +321,6 @@ class _FaultyForward(Forward):
             stack.enter_context(patch.object(owner, name, replacement))
         stack.enter_context(uncompiled())
         return stack
-
-
-def edited(owner: Any, function: str, old: str, new: str) -> Any:
-    """A function or property of ``owner`` whose source has ``new`` in the place of ``old``, which it has once."""
-    original = inspect.getattr_static(owner, function)
-    plain: Any = original.fget if isinstance(original, property) else getattr(original, "__func__", original)
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(plain)))
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {function}"
-    module = sys.modules[inspect.unwrap(plain).__module__]
-    scope = dict(vars(module))
-    exec(compile(source.replace(old, new), module.__file__ or "", "exec", dont_inherit=True), scope)
-    return scope[function]
 
 
 @contextmanager

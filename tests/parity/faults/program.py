@@ -31,7 +31,8 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
 
-from .fault import edited, names
+from ...edits import edited
+from .fault import names
 
 #: A window-only layer routed by table, then twice a CSA and an HCA layer, which a scanned model loops over.
 CONFIG = tiny_config(num_hidden_layers=5, num_hash_layers=1, compress_ratios=[0, 4, 128, 4, 128, 0])

@@ -17,8 +17,9 @@ from dsv4_convert.model.v41 import indexer as shared_indexer
 from dsv4_convert.model.v41 import model as backbone
 from dsv4_convert.spec.config import Config
 
+from ...edits import edited
 from .decoding import _nibbles_reversed, _where
-from .fault import V41_MODEL, Array, Arrays, Fault, edited
+from .fault import V41_MODEL, Array, Arrays, Fault
 from .weights import _both, _change, _copy, _one, _swap, _transposed
 
 #: The layers of the model: window only without and with an engram, a source of keys and a reader for pairs of tokens,
@@ -134,8 +135,8 @@ CARRIED: tuple[Fault, ...] = (
           "return Carry(streams, mixing.pre, shared._replace(chosen=carry.shared.chosen)), cache", runs=CANDIDATES),
     _edit("index keys of the layer before handed on", CHOOSER, "input.keys", block.V41Block, _ATTEND, _CARRY,
           "return Carry(streams, mixing.pre, shared._replace(keys=carry.shared.keys)), cache", runs=CANDIDATES),
-    _edit("candidates of the next query handed on", CHOOSER, "input.candidates", block.V41Block, _ATTEND, _CARRY,
-          "return Carry(streams, mixing.pre, shared._replace(candidates=jnp.roll(shared.candidates, -1, 1))), cache",
+    _edit("candidates of the queries in reverse handed on", CHOOSER, "input.candidates", block.V41Block, _ATTEND, _CARRY,
+          "return Carry(streams, mixing.pre, shared._replace(candidates=shared.candidates[:, ::-1])), cache",
           runs=CANDIDATES),
 )  # fmt: skip
 
