@@ -70,7 +70,7 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all that golden and checkpoint both hold, their mtp stages, and the model
+        layers: layers to compare; None for all that golden and checkpoint both hold, their draft stages, and the model
             level: embedding, head, logits. The numbers of stages follow those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
@@ -272,7 +272,7 @@ class ParityRun:
             and Mode.ISOLATED in self._modes
         )
         self._numerics = release_numerics(golden.config) if self._teacher_forced else PLAIN
-        self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._comparison = Comparison(golden, self._dtype, options.phase, weights=weights)
         #: The layers that each mode has to run.
         self._needed = {mode: self._layers_of(mode) for mode in self._modes}
         self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))

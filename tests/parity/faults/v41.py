@@ -182,7 +182,7 @@ SHARED: tuple[Fault, ...] = (
           "self.numerics.query(self._queries(q_low_rank, taps), self.config.rms_norm_eps)"),
     _edit("queries see the block that is not complete", SOURCE, _CHOSEN, *_CALL, "complete_blocks(before + jnp",
           "complete_blocks(before + 1 + jnp"),
-    _edit("queries see entries one token late", CANDIDATES, _CHOSEN, *_CALL, "complete_blocks(before + jnp",
+    _edit("queries see entries one token late", CANDIDATES, _NOMINATED, *_CALL, "complete_blocks(before + jnp",
           "complete_blocks(before - 1 + jnp"),
     _edit("a reader's choice of the query before", LATE_READER, _CONTEXT, *_CALL, _READ,
           "entries, chosen = shared.entries, jnp.roll(shared.chosen, 1, axis=1)"),
