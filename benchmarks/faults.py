@@ -9,10 +9,11 @@ many a fault, every matrix is scaled a little as well. Needs the ``reference`` e
 ``--program streamed`` plants the faults of weights, tables and code in the streamed layers; ``model`` those of the
 compiled layer, on each of its paths; eight simulated devices share some.
 
-``--model v4.1`` plants those of DeepSeek-V4.1, in the streamed layers of a model with every kind of layer. Its golden has
-activations of NeMo Automodel, and the table has faults in what one layer hands on to others, which run from the tokens.
+``--model v4.1`` plants those of DeepSeek-V4.1, in the streamed layers of a model with every kind of layer, whose golden
+has activations of NeMo Automodel. Faults in what a layer hands on to others show in a run from the tokens.
 
-Run: python -m benchmarks.faults [--model v4.1] [--program streamed|model|both] [--compact] [--dtype bfloat16] [NAME ...]
+Run: python -m benchmarks.faults [--model v4.1] [--program streamed|model|both] [--compact] [--dtype bfloat16]
+[NAME ...]
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ _IDS, _AFTER_ENGRAM = "layers.1.engram.ids", "layers.1.hc_attn.pre"
 _KEYS, _CHOICE, _CANDIDATES = "attn.indexer.k_norm", "attn.indexer.chosen", "layers.4.attn.indexer.candidates"
 FAULTS: dict[str, Edit] = {
     "the same primes for n-grams of every size": Edit(
-        *(_IDS, engram, "ngram_hash", "primes = tuple(taken)[table * engram.columns :]"),
-        "primes = tuple(taken)[: engram.n_heads] * (engram.max_ngram_size - 1)",
+        *(_IDS, engram, "ngram_hash", "engram.vocab_size), first, first + engram.columns))"),
+        "engram.vocab_size), engram.n_heads)) * (engram.max_ngram_size - 1)",
     ),
     "the other engram's hash": Edit(_IDS, engram, "ngram_hash", "engram.tables[index]", "1 - engram.tables[index]"),
     "multipliers by the engram's number": Edit(

@@ -62,8 +62,8 @@ _HISTORY = "self.token_map[...][jnp.where(history < 0, self.pad, history)]"
 
 ENGRAM: tuple[Fault, ...] = (
     _engram("the same primes for n-grams of every size", "ids", "ngram_hash",
-            "primes = tuple(taken)[table * engram.columns :]",
-            "primes = tuple(taken)[: engram.n_heads] * (engram.max_ngram_size - 1)"),
+            "engram.vocab_size), first, first + engram.columns))",
+            "engram.vocab_size), engram.n_heads)) * (engram.max_ngram_size - 1)"),
     _engram("the other engram's hash", "ids", "ngram_hash", "engram.tables[index]", "1 - engram.tables[index]"),
     _engram("multipliers by the engram's number", "ids", "ngram_hash", "engram.published_layer_ids[table]", "table"),
     _engram("multipliers not odd", "ids", "ngram_hash", "2 * int(number) + 1", "2 * int(number)"),
@@ -135,7 +135,7 @@ CARRIED: tuple[Fault, ...] = (
           "return Carry(streams, mixing.pre, shared._replace(chosen=carry.shared.chosen)), cache", runs=CANDIDATES),
     _edit("index keys of the layer before handed on", CHOOSER, "input.keys", block.V41Block, _ATTEND, _CARRY,
           "return Carry(streams, mixing.pre, shared._replace(keys=carry.shared.keys)), cache", runs=CANDIDATES),
-    _edit("candidates of the queries in reverse handed on", CHOOSER, "input.candidates", block.V41Block, _ATTEND, _CARRY,
+    _edit("candidates handed on to other queries", CHOOSER, "input.candidates", block.V41Block, _ATTEND, _CARRY,
           "return Carry(streams, mixing.pre, shared._replace(candidates=shared.candidates[:, ::-1])), cache",
           runs=CANDIDATES),
 )  # fmt: skip
