@@ -453,6 +453,8 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     elif found.teacher_forced:
         alone = "is wrong by itself" if len(names) == 1 else "are wrong by themselves"
         yield f"Fed with the golden's own inputs, {_list(names)} {alone}."
+    elif found.handed_on:
+        yield "The layer that makes it computes it rightly, so something else is handed on."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
     for result in found.wrong[:_NAMED]:
@@ -602,7 +604,7 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
             "The golden does not know the values of its weights, so whether these are the same is open: record it "
             "again with this version of dsv4."
         )
-    if any(not found.teacher_forced for found in report.localizations):
+    if any(not (found.teacher_forced or found.handed_on) for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
         yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
