@@ -27,6 +27,8 @@ _MODEL, _KERNEL = "model.py", "kernel.py"
 #: GPU functions that the code imports; it gets the CPU stand-ins of :mod:`kernels` instead.
 _KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
 _HADAMARD = ("hadamard_transform",)
+#: Its classes of draft stages: of multi-token prediction, and since V4-Flash-0731 of DSpark.
+MTP, DSPARK = STAGES = ("MTPBlock", "DSparkBlock")
 #: SHA-256 of a published file that computes otherwise than today's -> the entry of the manifest, and the difference.
 #: Parity gives a "revision" as the reason of a failure. The stand-ins of kernels are never those of the folder.
 _REVISIONS = {
@@ -67,7 +69,16 @@ class Code:
         finally:
             torch.set_default_dtype(before)
 
-    def begin(self, config: V4Config, *, batch: int, tokens: int, expert_dtype: str | None, float_scales: bool) -> Any:
+    def begin(
+        self,
+        config: V4Config,
+        *,
+        batch: int,
+        tokens: int,
+        expert_dtype: str | None,
+        float_scales: bool,
+        drafts: bool = False,
+    ) -> Any:
         """Its arguments for this architecture; the module is set up for them.
 
         Args:
@@ -75,6 +86,7 @@ class Code:
             batch, tokens: how much its caches have to hold.
             expert_dtype: ``fp4`` where routed experts are stored so, else None.
             float_scales: whether scales are stored in float32.
+            drafts: whether DSpark's stages run too.
 
         Raises:
             BadInput: the code has no such arguments, so it is of another model.
@@ -118,6 +130,10 @@ class Code:
             "hc_sinkhorn_iters": config.hc_sinkhorn_iters,
             "hc_eps": config.hc_eps,
         }
+        if drafts:
+            assert config.dspark is not None
+            values |= {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
+            values |= {"n_mtp_layers": stages, "max_seq_len": tokens + config.dspark.block_size, "temperature": 0.0}
         known = {field.name for field in dataclasses.fields(self.module.ModelArgs)}
         if missing := sorted(set(values) - known):
             raise BadInput(f"{self.path}: ModelArgs has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
@@ -145,7 +161,7 @@ class Code:
 
 
 def load(folder: Path, *, stages: bool = False) -> Code:
-    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have mtp blocks.
+    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have their blocks.
 
     Raises:
         UsageError: there is none.
@@ -168,9 +184,12 @@ def load(folder: Path, *, stages: bool = False) -> Code:
             raise BadInput(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     parts = (
         "ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
-        "apply_rotary_emb", *_KERNELS, *(["MTPBlock"] if stages else []),
+        "apply_rotary_emb", *_KERNELS,
     )  # fmt: skip
-    if missing := [name for name in parts if not _has(module, name)]:
+    missing = [name for name in parts if not _has(module, name)]
+    if stages and not any(_has(module, name) for name in STAGES):
+        missing.append(" or ".join(STAGES))
+    if missing:
         raise BadInput(f"{path}: has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
     files = [path, *(other for other in (path.with_name(_KERNEL),) if other.is_file())]
     return Code(module, path, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})

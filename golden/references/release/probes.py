@@ -69,21 +69,21 @@ def watching_block(
     with ExitStack() as stack:
         for tap, path in _INPUTS.items():
             if path in modules:
-                stack.enter_context(_hooked(modules[path], before=partial(_first, partial(visit, tap))))
+                stack.enter_context(hooked(modules[path], before=partial(_first, partial(visit, tap))))
         for tap, path in _OUTPUTS.items():
             if path in modules:
-                stack.enter_context(_hooked(modules[path], after=partial(_given, partial(visit, tap))))
+                stack.enter_context(hooked(modules[path], after=partial(_given, partial(visit, tap))))
         stack.enter_context(_mixing(code, block, visit))
         stack.enter_context(_attention(code, visit, slot))
         functions = stack.enter_context(_Functions(visit, choices or {}))
         for path in ("attn.indexer", "ffn.gate"):
             if path in modules:
                 stack.enter_context(functions.within(modules[path], path))
-        stack.enter_context(_hooked(modules["ffn.gate"], after=partial(_routing, visit)))
-        stack.enter_context(_hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
+        stack.enter_context(hooked(modules["ffn.gate"], after=partial(_routing, visit)))
+        stack.enter_context(hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
         if "attn.indexer" in modules:
             behind = None if slot is None else block.attn.window_size
-            stack.enter_context(_hooked(modules["attn.indexer"], after=partial(_chosen, visit, behind)))
+            stack.enter_context(hooked(modules["attn.indexer"], after=partial(_chosen, visit, behind)))
         yield
 
 
@@ -122,7 +122,7 @@ def _chosen(visit: Visit, behind: int | None, result: Tensor) -> None:
 
 
 @contextmanager
-def _hooked(
+def hooked(
     module: nn.Module,
     *,
     before: Callable[[tuple[Any, ...]], None] | None = None,
@@ -188,12 +188,12 @@ def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
 
     def watched_rotate(x: Tensor, freqs: Tensor, inverse: bool = False) -> Any:
         nonlocal started
-        if not started:
-            visit("attn.q", _whole(x))
-        started = True
+        if not started and x.ndim == 4:  # queries have heads; DSpark's stages rotate the keys of known tokens first
+            visit("attn.q", whole(x))
+            started = True
         result = rotate(x, freqs, inverse)
         if inverse:
-            visit("attn.context_unrotated", _whole(x))
+            visit("attn.context_unrotated", whole(x))
         return result
 
     def watched_attend(q: Tensor, kv: Tensor, *others: Any) -> Tensor:
@@ -218,7 +218,7 @@ def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
         yield
 
 
-def _whole(rotated: Tensor) -> Tensor:
+def whole(rotated: Tensor) -> Tensor:
     """The vectors whose last channels are ``rotated``: it is a slice of them."""
     base = rotated._base
     return rotated if base is None else base
@@ -241,7 +241,7 @@ class _Functions(TorchFunctionMode):
         def leave(_: Any) -> None:
             self._inside.remove(path)
 
-        with _hooked(module, before=lambda _: self._inside.append(path), after=leave):
+        with hooked(module, before=lambda _: self._inside.append(path), after=leave):
             yield
 
     def expect_shared(self, result: Tensor) -> None:

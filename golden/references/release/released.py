@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of, token_ids
+from dsv4_convert.golden.layout import calls, joined, known_tokens, part_of, part_shape, rows_of, token_ids
 from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
-from dsv4_convert.golden.references.release.code import Code, complaint
+from dsv4_convert.golden.references.release.code import DSPARK, MTP, Code, complaint
+from dsv4_convert.golden.references.release.drafts import BEGINS, KNOWN, TOKENS, Draft
 from dsv4_convert.golden.references.release.kernels import exact_sums
 from dsv4_convert.golden.references.release.probes import (
     CHOSEN,
@@ -43,6 +44,7 @@ from dsv4_convert.golden.references.release.probes import (
     watching_head,
 )
 from dsv4_convert.golden.references.release.state import state_after
+from dsv4_convert.golden.references.targets import gathered, kept
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, Source
 from dsv4_convert.spec.names import Dialect
@@ -55,6 +57,8 @@ Array = np.ndarray[Any, Any]
 State = dict[str, Array]
 
 _GOLDEN, _NOISE = "golden", "noise"
+#: The end of the name of what a DSpark stage hands on.
+_CONTEXT = "/context"
 _FLOAT32 = np.dtype(np.float32)
 #: Rows of the output head that are in memory at a time.
 _HEAD_ROWS = 8192
@@ -117,8 +121,20 @@ class ReleasedModel:
                 tokens=tokens.shape[1],
                 expert_dtype="fp4" if all(stored[name].dtype == "I8" for name in names) else None,
                 float_scales=any(stored[name].dtype == "F32" for name in scales),
+                drafts=self._has_stages(resolution) and self._config.dspark is not None,
             )
             self._try_head()
+
+    def _has_stages(self, resolution: Resolution) -> bool:
+        """Whether stages run too. Raises :class:`BadInput` if the code has none of their kind."""
+        wanted = MTP if self._config.dspark is None else DSPARK
+        there = any(leaf.layer in self._config.stage_layers for leaf in resolution.leaves)
+        if there and not hasattr(self._code.module, wanted):
+            raise BadInput(
+                f"{self._code.path}: has no {wanted}, and {self._checkpoint.root} has its stages; expected the "
+                "`inference` folder that the same repository has beside its weights"
+            )
+        return there
 
     def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
@@ -157,13 +173,23 @@ class ReleasedModel:
                 return watching_block(self._code, block, visit, choices, slot=slot)
 
             of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
+            if self._config.drafts_blocks(layer):
+                return self._run(self._draft(layer, block), state, expected)
             part = _Step(layer, self._calls, forward, watching, block)
             left, taken = self._run(part, state, of_block)
             if layer not in self._config.stage_layers:
-                return left, taken
+                return kept(state, left, self._config, layer), taken
             of_head = {name: what for name, what in expected.items() if name not in of_block}
             head = self._run_head(left, of_head, block.norm, self._config.prefix(layer), layer)
             return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
+
+    def _draft(self, layer: int, block: Any) -> _Step:
+        """A DSpark stage. At least its last known token comes by itself, because the code drafts after such ones."""
+        known = known_tokens(self._ids.shape[1])
+        begun = min(self._calls[0][1], known - 1)
+        calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
+        draft = Draft(self._code, block, self._ids[:, -1], calls)
+        return _Step(layer, calls, draft.forward, draft.watching, block, draft)
 
     def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
@@ -224,21 +250,31 @@ class ReleasedModel:
     def _run(self, part: _Step, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         states: list[dict[str, Tensor]] = []
-        entering = _tensor(state[_GOLDEN])
+        entering = self._entering(part, state, _GOLDEN)
         leaving, taps = self._pass(part, entering, expected, states)
+        left = _left(part, _GOLDEN, leaving)
         if not self._noise:
-            return {_GOLDEN: _array(leaving)}, RecordedTaps(taps, {})
+            return left, RecordedTaps(taps, {})
         noise: dict[Mode, dict[str, Array]] = {}
         with exact_sums(), exact_functions():
             _, noise[Mode.ISOLATED] = self._pass(part, entering, expected, states, golden=taps, feed=True)
-            apart, noise[Mode.CUMULATIVE] = self._pass(part, _tensor(state[_NOISE]), expected, states[:1], golden=taps)
+            own = self._entering(part, state, _NOISE)
+            apart, noise[Mode.CUMULATIVE] = self._pass(part, own, expected, states[:1], golden=taps)
         stacked = {name: np.array([[noise[mode][name] for mode in MODES]]) for name in noise[Mode.ISOLATED]}
-        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, RecordedTaps(taps, stacked)
+        return left | _left(part, _NOISE, apart), RecordedTaps(taps, stacked)
+
+    def _entering(self, part: _Step, state: State, run: str) -> Any:
+        """What enters a part in a run: streams, and for a DSpark stage the context too."""
+        if part.draft is None:
+            return _tensor(state[run])
+        if part.layer is not None and self._config.embeds(part.layer):
+            return _tensor(gathered(state, run, self._config)[:, : part.calls[-1][1]]), None
+        return _tensor(state[run]), _tensor(state[f"{run}{_CONTEXT}"])
 
     def _pass(
         self,
         part: _Step,
-        entering: Tensor,
+        entering: Any,
         expected: Expected,
         states: list[dict[str, Tensor]],
         *,
@@ -268,18 +304,14 @@ class ReleasedModel:
             elif number < len(states):
                 for name, cache in caches.items():
                     cache.copy_(states[number][name])
-            keys = {name: TapKey.of(self._config, part.layer, name) for name in found}
-            rows = {name: rows_of(key, self._config, start, stop) for name, key in keys.items()}
-            shapes = {
-                name: part_shape(key, self._config, batch=len(self._ids), start=start, stop=stop)
-                for name, key in keys.items()
-            }
-            given = golden and {name: part_of(golden[name], rows[name], shapes[name]) for name in found}
-            call = _Call({name: (expected[name][0], shape) for name, shape in shapes.items()}, given, feed=feed)
-            streams.append(call.run(self._code, part, entering[:, start:stop], start))
+            places = self._places(part, {name: expected[name][1] for name in found}, start, stop)
+            given = golden and {name: part_of(golden[name], *place) for name, place in places.items()}
+            call = _Call({name: (expected[name][0], shape) for name, (_, shape) in places.items()}, given, feed=feed)
+            own = entering[:, start:stop] if part.draft is None else entering
+            streams.append(call.run(self._code, part, own, start))
             for name, value in call.taps.items():
                 found[name].append(value)
-            if number == 0 and len(part.calls) > 1 and part.block is not None:
+            if stop == self._calls[0][1] and len(self._calls) > 1 and part.block is not None:
                 held = {
                     name: value if golden is None else row_noise(value, golden[name])
                     for name, value in state_after(self._code, part.block, expected, stop).items()
@@ -289,20 +321,42 @@ class ReleasedModel:
             for name, values in found.items()
             if golden is None or expected[name][0].kind == "f"
         }
-        return torch.cat(streams, dim=1), whole | held
+        return streams[-1] if part.draft is not None else torch.cat(streams, dim=1), whole | held
+
+    def _places(
+        self, part: _Step, shapes: Mapping[str, tuple[int, ...]], start: int, stop: int
+    ) -> dict[str, tuple[range, tuple[int, ...]]]:
+        """The rows of taps that a call makes, and the shape of what it makes, of the taps that it makes any rows of."""
+        places = {}
+        for name, shape in shapes.items():
+            key = TapKey.of(self._config, part.layer, name)
+            if part.draft is None:
+                own = part_shape(key, self._config, batch=len(self._ids), start=start, stop=stop)
+                places[name] = rows_of(key, self._config, start, stop), own
+            elif name.startswith(KNOWN):
+                places[name] = range(start, stop), (shape[0], stop - start, *shape[2:])
+            elif start == 0 if name in BEGINS else (start, stop) == part.calls[-1]:
+                places[name] = range(shape[1]), shape
+        return places
 
     def _block(self, layer: int) -> Any:
         """The code's block of a layer or stage with its weights; of the experts each while it runs."""
-        stage = layer in self._config.stage_layers
-        block = (self._code.module.MTPBlock if stage else self._code.module.Block)(layer, self._args).eval()
+        stage, module = layer in self._config.stage_layers, self._code.module
+        of_stage = MTP if self._config.dspark is None else DSPARK
+        block = (getattr(module, of_stage) if stage else module.Block)(layer, self._args).eval()
         prefix = self._config.prefix(layer)
         for expert, module in enumerate(block.ffn.experts):
             self._stream(module, f"{prefix}ffn.experts.{expert}.")
         self._fill(block, prefix, besides=block.ffn.experts)
         if stage:  # both are the model's own; the head, which evaluates one position only, is run for all of them
             block.embed = self._embedded
-            block.head = lambda streams, *mixing: streams
+            block.head = (lambda streams, *mixing: streams) if of_stage == MTP else self._of_all
         return block
+
+    def _of_all(self, normed: Tensor, full_logits: bool) -> Tensor:
+        """The head of a DSpark stage, which wants the logits of all positions."""
+        assert full_logits
+        return self._logits(normed)
 
     def _logits(self, normed: Tensor) -> Tensor:
         """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
@@ -397,13 +451,21 @@ class _Step:
         forward: ``(streams, first position, visitor)`` to the streams that leave.
         watching: ``(visitor, choices, first position)``: a context in which taps are visited.
         block: the code's block, which has caches.
+        draft: of a DSpark stage.
     """
 
     layer: int | None
     calls: Sequence[tuple[int, int]]
-    forward: Callable[[Tensor, int, Visit], Tensor]
+    forward: Callable[[Any, int, Visit], Tensor]
     watching: Callable[[Visit, Choices | None, int], AbstractContextManager[None]]
     block: Any = None
+    draft: Draft | None = None
+
+
+def _left(part: _Step, run: str, streams: Tensor) -> State:
+    """What a run leaves for the next layer or stage."""
+    context = None if part.draft is None else part.draft.context
+    return {run: _array(streams)} | ({} if context is None else {f"{run}{_CONTEXT}": _array(context)})
 
 
 def _caches(block: nn.Module) -> dict[str, Tensor]:
@@ -425,7 +487,9 @@ class _Call:
     def run(self, code: Code, part: _Step, entering: Tensor, start: int) -> Tensor:
         """The streams that leave. Raises :class:`Dsv4Error` for taps that are not the expected ones."""
         golden, seen = self._golden, self.taps
-        choices = None if golden is None else {name: golden[name] for name in (EXPERTS, CHOSEN) if name in golden}
+        choices = (
+            None if golden is None else {name: golden[name] for name in (EXPERTS, CHOSEN, TOKENS) if name in golden}
+        )
         with part.watching(self._visit, choices, start):
             leaving = part.forward(entering, start, self._visit)
         _order(seen)
