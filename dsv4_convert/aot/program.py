@@ -8,25 +8,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.model import Cache
 from dsv4_convert.model.architectures import model_of
 from dsv4_convert.model.axes import RULES, named, partition
-from dsv4_convert.model.encoded import Encoded, in_source_form, partitions
+from dsv4_convert.model.encoded import Encoded, in_source_form, on_mesh
 from dsv4_convert.model.mesh import describe_mesh
 from dsv4_convert.model.model import Decoder
+from dsv4_convert.model.ops import Derived
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import paths_of
-from dsv4_convert.spec.v4.config import as_v4
 
 State = nnx.State[Any, Any]
 
@@ -59,12 +58,11 @@ def first_layers(config: Config, count: int) -> Config:
     """The architecture with its first ``count`` layers only, and without mtp stages.
 
     Raises:
-        BadInput: an architecture that is not compiled yet.
         UsageError: it has fewer.
     """
     if not 1 <= count <= config.num_hidden_layers:
         raise UsageError(f"{count} layers: the model has {config.num_hidden_layers}")
-    return as_v4(config).of_layers(range(count))
+    return config.of_layers(range(count))
 
 
 def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Decoder], State]:
@@ -83,10 +81,10 @@ def weights(config: Config, mesh: Mesh, job: Job) -> tuple[nnx.GraphDef[Decoder]
     for key, variable in nnx.to_flat_state(state):
         path = paths_of(config, key)[0]
         value = variable.get_value()
-        if not isinstance(value, Encoded) and config.names.rule_of(path).kind.follows_dtype:
+        stays = isinstance(value, Encoded) or isinstance(variable, Derived)
+        if not stays and config.names.rule_of(path).kind.follows_dtype:
             value = jax.ShapeDtypeStruct(value.shape, job.dtype)
-        specs = partitions(value, variable.axes, mesh.shape, what=path)
-        placed[key] = variable.replace(jax.tree.map(partial(_on, mesh), value, specs))
+        placed[key] = variable.replace(on_mesh(value, variable.axes, mesh, what=path))
     return graph, nnx.from_flat_state(placed)
 
 
@@ -153,8 +151,4 @@ def _placed(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype: Any) -> jax.Sh
     """An array whose first dimensions have these logical axes; the others are not split."""
     first = named(axes)
     spec = partition(first, shape[: len(first)], mesh.shape, what=f"{shape[0]} prompts" if axes == "batch" else "input")
-    return _on(mesh, jax.ShapeDtypeStruct(shape, dtype), PartitionSpec(*spec))
-
-
-def _on(mesh: Mesh, part: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Annotated
 
@@ -124,6 +125,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``dsv4`` command."""
+    gc.set_threshold(10_000)  # imports make objects that stay: looking among them for garbage took a tenth of a start
     if plain():
         from typer import rich_utils
 

@@ -59,7 +59,8 @@ def tensor_digest(checkpoint: Checkpoint, name: str, *, like: str | None = None)
     stored = checkpoint.read_bytes(name)
     for start in range(0, len(stored), _PART_BYTES):
         hasher.update(stored[start : start + _PART_BYTES])
-        checkpoint.release(name)
+        if len(stored) > _PART_BYTES:  # the pages of a smaller tensor stay for its chunk, which gives them back
+            checkpoint.release(name)
     return hasher.digest()
 
 
@@ -74,8 +75,9 @@ def _rounding(checkpoint: Checkpoint, source: Source, dtype: np.dtype[Any]) -> R
     for start in range(0, stored.shape[0], step):
         scales = None if scale is None else scale[start // height : -(-(start + step) // height)]
         total += rounding(stored[start : start + step], scales, dtype=dtype, block=source.block)
-        for name in source.names:
-            checkpoint.release(name)
+        if step < stored.shape[0]:
+            for name in source.names:
+                checkpoint.release(name)
     return total
 
 

@@ -82,7 +82,8 @@ def rounding(
     values = shape[0] * shape[1]
     if factors.dtype != np.float32:
         change = _changes_under_e8m0(packed, np.dtype(dtype))
-        if not change[_present(factors.reshape(-1))].any():
+        # A range may hold a byte that does not occur; the counts below know.
+        if not factors.size or not change[int(factors.min()) : int(factors.max()) + 1].any():
             return Rounding(values)
     elif dtype == FLOAT32:
         return Rounding(values)
@@ -93,14 +94,6 @@ def rounding(
     counts = np.zeros((256, 256), np.uint64)
     kernels.count_codes(codes, read_only(factors), block[0], block[1] // per_code, counts)
     return _weighed(values, counts, change, packed=packed)
-
-
-def _present(scale: Array) -> Array:
-    """The bytes that occur, as bool ``[256]``. Counted in pieces, because numpy widens each byte to eight."""
-    present = np.zeros(256, np.bool_)
-    for start in range(0, scale.size, _PIECE):
-        present |= np.bincount(scale[start : start + _PIECE], minlength=256) > 0
-    return present
 
 
 def _weighed(values: int, counts: Array, change: Array, *, packed: bool) -> Rounding:

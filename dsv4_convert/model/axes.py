@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv4_convert.errors import UsageError
@@ -47,6 +48,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "groups": ("tensor",),
     "inner": ("tensor",),
     "vocab": ("tensor",),
+    # The rows of an n-gram table, which is larger than all else together: over every axis that splits weights.
+    "ngram": ("fsdp", "expert", "tensor"),
     # Whole: splitting one side of a matrix is enough, and the other arrays are small.
     "layer": (),
     "whole_width": (),
@@ -60,8 +63,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert_score": (),
     "choice": (),
     "token": (),
-    "ngram": (),
 }
+
+#: Logical axes that need not be divided: on a mesh the array has rows of padding after its own (:func:`padded`).
+PADDED = frozenset({"ngram"})
 
 #: Shape letter of an activation (:mod:`dsv4_convert.spec.taps`) -> logical axis. Its width is whole on every device.
 LETTERS: Mapping[str, str] = {
@@ -115,6 +120,14 @@ def partition(
             raise UsageError(f"{what}: its axis {axis} has {size}, which the mesh axes {over} do not divide")
         parts.append(split or None)
     return PartitionSpec(*parts)
+
+
+def padded(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that an array of this ``shape`` has on a mesh: larger along axes in :data:`PADDED` only."""
+    return tuple(
+        size + -size % math.prod(sizes[name] for name in _mesh_axes(axis, sizes)) if axis in PADDED else size
+        for axis, size in zip(axes, shape, strict=True)
+    )
 
 
 def constrain(value: jax.Array, axes: Axes, what: str) -> jax.Array:
@@ -215,10 +228,35 @@ def psum_scatter(part: jax.Array, axis: str) -> jax.Array:
     return jax.lax.psum_scatter(part, names, scatter_dimension=0, tiled=True) if names else part
 
 
+def gather_prompts(part: jax.Array, axis: str) -> jax.Array:
+    """The prompts, along the first axis, of all devices that share a logical axis."""
+    names = _of_prompts(axis)
+    return jax.lax.all_gather(part, names, axis=0, tiled=True) if names else part
+
+
+def sum_to_prompts(part: jax.Array, axis: str) -> jax.Array:
+    """The sum over the devices that share a logical axis, each of which keeps its own prompts: undoes
+    :func:`gather_prompts`."""
+    names = _of_prompts(axis)
+    if names:
+        part = jax.lax.psum_scatter(part, names, scatter_dimension=0, tiled=True)
+    others = tuple(name for name in _manual(axis) if name not in names)
+    return jax.lax.psum(part, others) if others else part
+
+
 def all_to_all(part: jax.Array, axis: str, *, split_axis: int, concat_axis: int) -> jax.Array:
     """Split ``split_axis`` over the devices that share a logical axis, and make ``concat_axis`` whole in exchange."""
     names = _manual(axis)
     return jax.lax.all_to_all(part, names, split_axis, concat_axis, tiled=True) if names else part
+
+
+def own_rows(table: jax.Array, index: jax.Array, axis: str) -> jax.Array:
+    """Rows of a table whose rows are split along a logical axis; zero where another device has the row."""
+    if not is_sharded(axis):
+        return table[index]
+    own = index - axis_index(axis) * table.shape[0]
+    here = (own >= 0) & (own < table.shape[0])
+    return jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0)
 
 
 def is_sharded(axis: str) -> bool:
@@ -229,6 +267,11 @@ def is_sharded(axis: str) -> bool:
 def _manual(axis: str) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in _mesh_axes(axis, mesh.shape) if name in mesh.manual_axes)
+
+
+def _of_prompts(axis: str) -> tuple[str, ...]:
+    """The mesh axes that split both a logical axis and the prompts."""
+    return tuple(name for name in _manual(axis) if name in RULES["batch"])
 
 
 def _mesh_axes(axis: str, sizes: Mapping[str, int]) -> tuple[str, ...]:

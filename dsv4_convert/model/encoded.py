@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model.axes import Axes, partition
-from dsv4_convert.model.ops import einsum_f32, round_to
+from dsv4_convert.model.axes import Axes, padded, partition
+from dsv4_convert.model.ops import Derived, einsum_f32, round_to
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Transform
 from dsv4_convert.spec.segments import paths_of
@@ -75,12 +76,6 @@ class Encoded:
             raise IndexError("rows of an encoded matrix cannot be decoded one by one")
         return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
 
-    def rows(self, index: Int[Array, "*batch J"]) -> Float[Array, "*batch J O"]:
-        """Decode some rows of a matrix whose rows have scales of their own."""
-        if self.block[0] != 1 or self.packed or len(self.shape) != 2:
-            raise IndexError("only rows with scales of their own can be decoded one by one")
-        return decoded(self.codes[index], self.scales[index], self.block, packed=False, dtype=self.dtype)
-
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
     """An :class:`Encoded` of zeros whose decoded ``shape`` is ``[..., I, O]``."""
@@ -124,6 +119,23 @@ def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -
                 f"{named} do not divide; keep the weights expanded, or make that axis of the mesh smaller"
             )
     return dataclasses.replace(value, codes=spec, scales=spec)
+
+
+def on_mesh(value: Any, axes: Axes, mesh: Mesh, *, what: str) -> Any:
+    """Shape, dtype and sharding of a parameter on a mesh (:func:`partitions`); of an :class:`Encoded` those of its parts.
+
+    The shape is larger than that of ``value`` where the mesh does not divide an axis that may be padded
+    (:data:`~dsv4_convert.model.axes.PADDED`).
+    """
+
+    def larger(part: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(padded(axes, part.shape, mesh.shape), part.dtype)
+
+    def placed(part: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
+
+    parts = jax.tree.map(larger, value)
+    return jax.tree.map(placed, parts, partitions(parts, axes, mesh.shape, what=what))
 
 
 def after(value: Float[Array, "..."], encoded: Encoded) -> Encoded:
@@ -274,8 +286,10 @@ def in_source_form(module: _Module, config: Config, dtype: DTypeLike, *, prefix:
     graph, state = nnx.split(module)
     flat = {}
     for key, variable in nnx.to_flat_state(state):
-        rule = config.names.rule_of(prefix + paths_of(config, key)[0])
-        flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
+        flat[key] = variable
+        if not isinstance(variable, Derived):
+            rule = config.names.rule_of(prefix + paths_of(config, key)[0])
+            flat[key] = variable.replace(_zeros(variable.shape, variable.dtype, rule, config, dtype))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsv4_convert.errors import UsageError, did_you_mean
-from dsv4_convert.model.axes import MESH_AXES, RULES
+from dsv4_convert.model.axes import MESH_AXES, PADDED, RULES
 from dsv4_convert.spec.config import Config
 
 
@@ -97,5 +97,5 @@ def divides(name: str, size: int, config: Config) -> bool:
         "vocab": config.vocab_size,
         "experts": config.n_routed_experts,
     }
-    split = [axis for axis, over in RULES.items() if name in over and axis not in _OF_PROMPTS]
+    split = [axis for axis, over in RULES.items() if name in over and axis not in PADDED.union(_OF_PROMPTS)]
     return all(lengths[axis] % size == 0 for axis in split)

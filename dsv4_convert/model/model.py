@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsv4_convert.model.axes import all_gather, all_to_all, axis_index, is_sharded, psum, shard_map
+from dsv4_convert.model.axes import all_gather, all_to_all, own_rows, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.dspark import Drafted, DSparkBlock
@@ -292,11 +292,7 @@ def embed(
 @shard_map(P="width")
 def _rows_of(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """Rows of a table. A device with a part ``P`` of the width looks up the ids of all, who exchange parts of rows."""
-    index = all_gather(token_ids, "width") - axis_index("vocab") * table.shape[0]
-    rows = table[index]
-    if is_sharded("vocab"):
-        here = (index >= 0) & (index < table.shape[0])
-        rows = psum(jnp.where(here[..., None], rows, 0), "vocab")
+    rows = psum(own_rows(table, all_gather(token_ids, "width"), "vocab"), "vocab")
     return all_to_all(rows, "width", split_axis=0, concat_axis=2)
 
 

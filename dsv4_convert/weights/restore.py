@@ -276,14 +276,6 @@ class _Variable:
         own = np.dtype(variable.dtype) if derived else dtype_of(config.names.rule_of(paths[0]), dtype)
         return cls(variable.axes, variable.shape, own, paths, stacked, derived)
 
-    def sharding(self, mesh: Mesh) -> NamedSharding:
-        """How it lies on a mesh. Raises :class:`UsageError` as :func:`dsv4_convert.model.axes.partition`."""
-        from jax.sharding import NamedSharding
-
-        from dsv4_convert.model.axes import partition
-
-        return NamedSharding(mesh, partition(self.axes, self.shape, mesh.shape, what=self.paths[0]))
-
     @property
     def own_shape(self) -> tuple[int, ...]:
         """Shape in one layer."""
@@ -325,6 +317,21 @@ class _Variable:
         for to, value in zip(out, itertools.chain([first], of_layers), strict=True):
             to[...] = value
         return out
+
+
+def _padded(read: Callable[[Region], Array], stored: jax.ShapeDtypeStruct) -> Callable[[Region], Array]:
+    """``read`` of a ``stored`` array, for regions that go beyond it too: there are zeros."""
+
+    def padded(region: Region) -> Array:
+        own = tuple(slice(part.start, min(part.stop, size)) for part, size in zip(region, stored.shape, strict=True))
+        if own == region:
+            return read(region)
+        out = np.zeros([part.stop - part.start for part in region], stored.dtype)
+        if all(part.start < part.stop for part in own):
+            out[tuple(slice(part.stop - part.start) for part in own)] = read(own)
+        return out
+
+    return padded
 
 
 def read_sharded(
@@ -376,79 +383,67 @@ class _Filling:
 
     def fill(self, module: Any) -> Any:
         """The module with its weights. Raises :class:`BadInput` on a wrong shape."""
-        import jax.numpy as jnp
         from flax import nnx
 
-        filled = {}
-        value: jax.Array | Encoded
-        for key, variable, origin in self._variables(module):
-            if codes := self._codes(origin):
-                value = self._encoded(origin, codes)
-            elif self.mesh is None:
-                value = jnp.asarray(origin.read(self.weights))
-            else:
-                read = partial(origin.read_region, self.weights)
-                value = read_sharded(origin.shape, origin.dtype, origin.sharding(self.mesh), read)
-            filled[key] = variable.replace(value)
+        filled = {
+            key: variable.replace(self._value(origin, self._codes(origin)))
+            for key, variable, origin in self._variables(module)
+        }
         return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
 
     def _codes(self, variable: _Variable) -> tuple[Codes, ...]:
         """The codes that fill a variable; empty for an expanded one."""
         return variable.codes(self.weights) if self.encoded and not variable.derived else ()
 
-    def _encoded(self, variable: _Variable, codes: Sequence[Codes]) -> Encoded:
-        """A variable as codes and scales, over the mesh if there is one."""
+    def _value(self, variable: _Variable, codes: Sequence[Codes]) -> jax.Array | Encoded:
+        """A variable's numbers, or its codes and scales; over the mesh if there is one."""
+        import jax
         import jax.numpy as jnp
 
-        shapes = self._shapes(variable, codes[0])
-        if self.mesh is None:
-            parts = [
-                jnp.asarray(variable.read_codes(codes, part, tuple(map(slice, (0,) * len(of.shape), of.shape))))
-                for part, of in zip(PARTS, (shapes.codes, shapes.scales), strict=True)
-            ]
-        else:
-            shardings = self._shardings(variable, shapes)
-            parts = [
-                read_sharded(of.shape, of.dtype, own, partial(variable.read_codes, codes, part))
-                for part, of, own in zip(PARTS, (shapes.codes, shapes.scales), shardings, strict=True)
-            ]
-        return dataclasses.replace(shapes, codes=parts[0], scales=parts[1])
+        if not codes and self.mesh is None:
+            return jnp.asarray(variable.read(self.weights))
+        reads = [partial(variable.read_codes, codes, part) for part in PARTS if codes]
+        stored, form = jax.tree.flatten(self._stored(variable, codes))
+        placed = jax.tree.leaves(self._placed(variable, codes))
+        values = []
+        for read, own, on in zip(reads or [partial(variable.read_region, self.weights)], stored, placed, strict=True):
+            if self.mesh is None:
+                values.append(jnp.asarray(read(tuple(slice(0, length) for length in own.shape))))
+            else:
+                values.append(read_sharded(on.shape, on.dtype, on.sharding, _padded(read, own)))
+        value: jax.Array | Encoded = jax.tree.unflatten(form, values)
+        return value
 
-    def _shapes(self, variable: _Variable, codes: Codes) -> Encoded:
-        """An ``Encoded`` of shapes and dtypes."""
+    def _stored(self, variable: _Variable, codes: Sequence[Codes]) -> Any:
+        """Shape and dtype of a variable, of codes and scales in an ``Encoded``."""
         import jax
 
         from dsv4_convert.model.encoded import Encoded
 
+        if not codes:
+            return jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        first = codes[0]
         stack = variable.shape[:1] if variable.stacked else ()
-        parts = [jax.ShapeDtypeStruct((*stack, *codes.shape_of(part)), codes.dtype_of(part)) for part in PARTS]
-        return Encoded(parts[0], parts[1], codes.block, codes.packed, np.dtype(self.dtype))
+        parts = [jax.ShapeDtypeStruct((*stack, *first.shape_of(part)), first.dtype_of(part)) for part in PARTS]
+        return Encoded(parts[0], parts[1], first.block, first.packed, np.dtype(self.dtype))
 
-    def _shardings(self, variable: _Variable, shapes: Encoded) -> tuple[NamedSharding, NamedSharding]:
-        """How codes and scales lie on the mesh. Raises :class:`UsageError` as ``partitions``."""
-        from jax.sharding import NamedSharding
+    def _placed(self, variable: _Variable, codes: Sequence[Codes]) -> Any:
+        """:meth:`_stored` as it lies on the mesh, if there is one. Raises :class:`UsageError` as ``partitions``."""
+        from dsv4_convert.model.encoded import on_mesh
 
-        from dsv4_convert.model.encoded import partitions
-
-        assert self.mesh is not None
-        specs = partitions(shapes, variable.axes, self.mesh.shape, what=variable.paths[0])
-        return NamedSharding(self.mesh, specs.codes), NamedSharding(self.mesh, specs.scales)
+        stored = self._stored(variable, codes)
+        return stored if self.mesh is None else on_mesh(stored, variable.axes, self.mesh, what=variable.paths[0])
 
     def bytes_of(self, module: Any) -> int:
         """Bytes that the devices of this process need for the module."""
+        import jax
+
         needed = 0
         for _, _, variable in self._variables(module):
-            if codes := self._codes(variable):
-                shapes = self._shapes(variable, codes[0])
-                arrays = [(part.shape, part.dtype) for part in (shapes.codes, shapes.scales)]
-                shardings = [] if self.mesh is None else list(self._shardings(variable, shapes))
-            else:
-                arrays = [(variable.shape, variable.dtype)]
-                shardings = [] if self.mesh is None else [variable.sharding(self.mesh)]
-            for at, (shape, dtype) in enumerate(arrays):
-                own = shardings[at].shard_shape(shape) if shardings else shape
-                holders = len(shardings[at].addressable_devices) if shardings else 1
-                needed += math.prod(own) * holders * dtype.itemsize
+            for part in jax.tree.leaves(self._placed(variable, self._codes(variable))):
+                own = part.shape if self.mesh is None else part.sharding.shard_shape(part.shape)
+                holders = 1 if self.mesh is None else len(part.sharding.addressable_devices)
+                needed += math.prod(own) * holders * part.dtype.itemsize
         return needed
 
     def _variables(self, module: Any) -> Iterator[tuple[Any, Any, _Variable]]:

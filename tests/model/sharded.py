@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config
 from dsv4_convert.model import Cache
 from dsv4_convert.model.architectures import model_of
-from dsv4_convert.model.axes import partition
+from dsv4_convert.model.axes import Axes
+from dsv4_convert.model.encoded import on_mesh
 from dsv4_convert.model.mesh import make_mesh
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
@@ -58,6 +59,13 @@ def scanned(config: Config, state: nnx.State) -> tuple[nnx.GraphDef, dict]:
     return graph, flat
 
 
+def laid_over(value: jax.Array, axes: Axes, mesh: Mesh, *, what: str) -> jax.Array:
+    """An array on a mesh. Its padding is NaN: a model that reads it has NaN for logits."""
+    on = on_mesh(value, axes, mesh, what=what)
+    more = [(0, large - own) for large, own in zip(on.shape, value.shape, strict=True)]
+    return jax.device_put(jnp.pad(value, more, constant_values=np.nan) if any(map(max, more)) else value, on.sharding)
+
+
 def main() -> None:
     assert len(jax.devices()) == 8
     model, number = sys.argv[1:]
@@ -85,12 +93,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         placed = nnx.from_flat_state(
             {
-                key: variable.replace(
-                    jax.device_put(
-                        variable[...],
-                        NamedSharding(mesh, partition(variable.axes, variable.shape, sizes, what=str(key))),
-                    )
-                )
+                key: variable.replace(laid_over(variable[...], variable.axes, mesh, what=str(key)))
                 for key, variable in flat.items()
             }
         )

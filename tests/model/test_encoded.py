@@ -215,15 +215,3 @@ def test_no_stack_and_no_second_layer_is_decoded(form: str, scanned: bool, token
     assert memory.temp_size_in_bytes < dense / 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_with_scales_of_their_own_are_decoded_one_by_one(dtype: np.dtype[Any]) -> None:
-    """A table of n-grams: FP8 rows with a scale for every 32 channels, against ml_dtypes."""
-    rng = np.random.default_rng(0)
-    codes, scales = rng.integers(0, 120, (50, 64), np.uint8), rng.integers(110, 140, (50, 2), np.uint8)
-    table = jax.tree.map(jnp.asarray, Encoded(codes, scales, (1, 32), False, dtype))
-    index = rng.integers(0, 50, (2, 3, 4))
-    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    expected = (values * scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64).repeat(32, axis=1)).astype(dtype)
-    np.testing.assert_array_equal(jax.jit(Encoded.rows)(table, index), expected[index])
-    with pytest.raises(IndexError, match="only rows with scales of their own"):
-        Encoded(codes, scales, (2, 32), False, dtype).rows(jnp.asarray(index))

@@ -1,10 +1,13 @@
 """Engram: a table of n-grams that writes into the streams before a layer.
 
 Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``L`` tokens of the longest n-gram, ``J`` rows
-that a token looks up, ``P`` tokens before, ``X`` rows of the table, ``C`` width of a row.
+that a token looks up, ``P`` tokens before, ``X`` rows of the table, ``C`` width of a row, ``Z`` prompts of all devices,
+``Q`` tokens of a chunk.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +15,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from dsv4_convert.model.axes import gather_prompts, own_rows, shard_map, sum_to_prompts
 from dsv4_convert.model.cache import Past, V41LayerCache, latest
 from dsv4_convert.model.encoded import Encoded
 from dsv4_convert.model.norm import rms_scale
 from dsv4_convert.model.numerics import Numerics
-from dsv4_convert.model.ops import derived, parameter
+from dsv4_convert.model.ops import derived, map_query_chunks, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.v41.config import V41Config
 from dsv4_convert.spec.v41.ngrams import NgramHash, ngram_hash
 
 #: Bits of a limb of a product, and limbs: a mapped id has 17 bits at most, a multiplier 63.
 LIMB_BITS, LIMBS = 15, 5
+#: Numbers of a table that devices exchange at once.
+_AT_ONCE = 1 << 26
 #: Smallest magnitude under the square root of a gate.
 _LEAST = 1e-6
 
@@ -88,9 +94,20 @@ class Engram(nnx.Module):
         return jax.nn.sigmoid(jnp.copysign(jnp.sqrt(jnp.maximum(jnp.abs(match), _LEAST)), match))
 
 
-def rows_of(table: Float[Array, "X C"] | Encoded, index: Int[Array, "B S J"]) -> Float[Array, "B S J C"]:
-    """Rows of a table; of one that holds codes, no other row is decoded."""
-    return table.rows(index) if isinstance(table, Encoded) else table[index]
+@shard_map(X="ngram")
+def rows_of(table: Float[Array | Encoded, "X C"], index: Int[Array, "B S J"]) -> Float[Array, "B S J C"]:
+    """Rows of a table; of one that holds codes, no other row is decoded.
+
+    Devices with a part of the table look up what all of them need and add it up, a chunk of tokens at a time.
+    """
+    wanted = gather_prompts(index, "ngram")
+
+    def looked_up(_: Array, chunk: Int[Array, "Z Q J"]) -> Any:
+        return jax.tree.map(lambda part: sum_to_prompts(own_rows(part, chunk, "ngram"), "ngram"), table)
+
+    longest = max(1, _AT_ONCE // (len(wanted) * index.shape[2] * table.shape[1]))
+    rows = map_query_chunks(looked_up, longest, wanted)
+    return rows[...] if isinstance(rows, Encoded) else rows
 
 
 def ngram_rows(mapped: Int[Array, "B PS"], ngrams: NgramHash) -> Int[Array, "B S J"]:
