@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.golden.references.probes import WithinForward

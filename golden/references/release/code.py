@@ -76,7 +76,7 @@ class Code:
     ) -> Iterator[None]:
         """The surroundings that it expects: the default dtype, and its kernels, which are ``functions``."""
         before = torch.get_default_dtype()
-        imported = {name: function for name, function in functions.items() if hasattr(self.module, name)}
+        imported: dict[str, Any] = {name: each for name, each in functions.items() if hasattr(self.module, name)}
         torch.set_default_dtype(dtype)
         try:
             with ExitStack() as stack:
@@ -89,7 +89,7 @@ class Code:
             torch.set_default_dtype(before)
 
     def arguments(self, values: Mapping[str, Any]) -> Any:
-        """Its ``ModelArgs`` of these values. Raises :class:`BadInput` if it has no such ones: it is of another model."""
+        """Its ``ModelArgs`` of these values. Raises :class:`BadInput` if it has no such ones, as another model's."""
         known = {field.name for field in dataclasses.fields(self.module.ModelArgs)}
         if missing := sorted(set(values) - known):
             raise BadInput(

@@ -17,7 +17,6 @@ from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Code, Required
 from dsv4_convert.golden.references.release.probes import Choices, Visit
 from dsv4_convert.golden.references.release.weights import CodeWeights
-from dsv4_convert.spec.config import Config
 
 Array = np.ndarray[Any, Any]
 #: What enters a layer or the head, by the name of the tap that it is there.
@@ -27,7 +26,7 @@ ToLogits: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PromptCalls:
     """The tokens of a recording.
 
     Attributes:
@@ -44,7 +43,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
+class StoredAs:
     """How weights are given to the code: FP8 or decoded, experts in FP4 or like the others, scales in float32."""
 
     fp8: bool
@@ -65,7 +64,7 @@ class Interface(ABC):
     #: Names of taps that the code keeps in float32 whatever the activations are.
     wide: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, code: Code, config: Any, prompt: Prompt, storage: Storage) -> None:
+    def __init__(self, code: Code, config: Any, prompt: PromptCalls, storage: StoredAs) -> None:
         """No weight is read. Raises :class:`BadInput` for code of another model."""
         self.code, self.config, self.prompt = code, config, prompt
         self.args = code.arguments(self.values(config, prompt, storage))
@@ -73,7 +72,7 @@ class Interface(ABC):
         code.module.Transformer(dataclasses.replace(self.args, **self.without_layers()))
 
     @staticmethod
-    def values(config: Any, prompt: Prompt, storage: Storage) -> dict[str, Any]:
+    def values(config: Any, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
         """The arguments that every architecture has."""
         yarn = config.yarn
         return {
@@ -140,9 +139,7 @@ class Interface(ABC):
         """The ring of a block's last keys; more may stand behind it."""
 
     @abstractmethod
-    def head(
-        self, prefix: str, weights: CodeWeights, run: Run
-    ) -> Callable[[Entering, ToLogits, Visit], None]:
+    def head(self, prefix: str, weights: CodeWeights, run: Run) -> Callable[[Entering, ToLogits, Visit], None]:
         """What follows the last layer, or a stage, whose parameters begin with ``prefix``.
 
         It is called with what leaves them, a function that makes logits, and a visitor.

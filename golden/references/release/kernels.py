@@ -8,7 +8,7 @@ much another order of summation may change. :data:`PLAIN` simulates no quantisat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,10 +208,13 @@ def _fp4_codes(values: Tensor) -> Tensor:
 
 #: The functions that the code imports, by name: as released, and without simulated quantisation. What the code then
 #: computes is the plain mathematics; it must not have quantised weights, whose products need quantised inputs.
-RELEASE: Mapping[str, Callable[..., Any]] = {
+RELEASE: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (act_quant, fp4_act_quant, fp8_gemm, fp4_gemm, sparse_attn, hc_split_sinkhorn, hadamard_transform)
 }
-PLAIN: Mapping[str, Callable[..., Any]] = RELEASE | dict.fromkeys(
-    ("act_quant", "fp4_act_quant", "hadamard_transform"), unrounded
-)
+PLAIN: dict[str, Callable[..., Any]] = {
+    **RELEASE,
+    "act_quant": unrounded,
+    "fp4_act_quant": unrounded,
+    "hadamard_transform": unrounded,
+}

@@ -90,9 +90,7 @@ def watching_block(
 
 
 @contextmanager
-def watching_function(
-    module: Any, name: str, seen: Callable[[tuple[Any, ...], Any], None]
-) -> Iterator[None]:
+def watching_function(module: Any, name: str, seen: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
     """Call ``seen`` with the arguments and the result of every call that the code makes of a function of its own."""
     function = getattr(module, name)
 

@@ -39,7 +39,7 @@ from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.release.arithmetic import Arithmetic, Run
 from dsv4_convert.golden.references.release.code import Code, complaint
-from dsv4_convert.golden.references.release.interface import Entering, Prompt, Storage, ToLogits, caches
+from dsv4_convert.golden.references.release.interface import Entering, PromptCalls, StoredAs, caches
 from dsv4_convert.golden.references.release.interfaces import INTERFACES
 from dsv4_convert.golden.references.release.probes import EXPERTS, WEIGHTS, Choices, Expected, Visit
 from dsv4_convert.golden.references.release.state import state_after
@@ -47,7 +47,7 @@ from dsv4_convert.golden.references.release.weights import CodeWeights
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution
 from dsv4_convert.spec.names import Dialect
-from dsv4_convert.spec.tap import AFTER, Values
+from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
@@ -108,8 +108,8 @@ class ReleasedModel:
         self._batch, length = tokens.shape
         self._whole, self._calls = calls(length, 0), calls(length, decode)
         layers = sorted({leaf.layer for leaf in resolution.leaves if leaf.layer is not None})
-        prompt = Prompt(torch.from_numpy(tokens.astype(np.int64)), self._calls, checkpoint.root, layers)
-        storage = _storage(checkpoint, config, resolution) if arithmetic.quantized else Storage(False, False, False)
+        prompt = PromptCalls(torch.from_numpy(tokens.astype(np.int64)), self._calls, checkpoint.root, layers)
+        storage = _storage(checkpoint, config, resolution) if arithmetic.quantized else StoredAs(False, False, False)
         self._ids = prompt.ids
         with self._active(arithmetic.golden):
             self._interface = INTERFACES[type(config)](code, config, prompt, storage)
@@ -209,9 +209,7 @@ class ReleasedModel:
     def _shape(self, key: TapKey, tokens: int) -> tuple[int, ...]:
         return tap_shape(key, self._config, batch=1, tokens=tokens)
 
-    def _run(
-        self, step_of: Callable[[Run], _Step], state: State, expected: Expected
-    ) -> tuple[State, RecordedTaps]:
+    def _run(self, step_of: Callable[[Run], _Step], state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
         golden, by_operation = self._arithmetic.golden, self._arithmetic.by_operation
         states: list[dict[str, Tensor]] = []
@@ -328,12 +326,12 @@ def _origin(key: TapKey) -> str:
     return key.tap.origin.tap
 
 
-def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> Storage:
+def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> StoredAs:
     """How the checkpoint's weights are stored."""
     stored = checkpoint.tensors
     names = {source.weight for leaf in resolution.leaves if leaf.rule.per_expert for source in leaf.sources}
     scales = {source.scale for leaf in resolution.leaves for source in leaf.sources if source.scale is not None}
-    return Storage(
+    return StoredAs(
         fp8=config.weight_block_size is not None,
         fp4_experts=all(stored[name].dtype == "I8" for name in names),
         float_scales=any(stored[name].dtype == "F32" for name in scales),

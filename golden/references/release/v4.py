@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Required
-from dsv4_convert.golden.references.release.interface import Entering, Interface, Prompt, Storage, ToLogits
+from dsv4_convert.golden.references.release.interface import Entering, Interface, PromptCalls, StoredAs, ToLogits
 from dsv4_convert.golden.references.release.probes import (
     INPUTS,
     OUTPUTS,
@@ -49,7 +49,7 @@ class V4Interface(Interface):
     )  # fmt: skip
 
     @staticmethod
-    def values(config: V4Config, prompt: Prompt, storage: Storage) -> dict[str, Any]:
+    def values(config: V4Config, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
         """The arguments of the code."""
         return Interface.values(config, prompt, storage) | {
             "n_hash_layers": sum(config.hash_routed),
@@ -81,9 +81,7 @@ class V4Interface(Interface):
                 visit("attn.indexer.q_rope", arguments[0])
 
         with (
-            watching_block(
-                self.code, block, visit, choices, outputs=_OUTPUTS, inputs=_INPUTS, slot=self.slot(start)
-            ),
+            watching_block(self.code, block, visit, choices, outputs=_OUTPUTS, inputs=_INPUTS, slot=self.slot(start)),
             watching_function(self.code.module, "fp4_act_quant", quantized),
         ):
             yield
@@ -93,13 +91,9 @@ class V4Interface(Interface):
         cache: Tensor = block.attn.kv_cache
         return cache[:, : block.attn.window_size]
 
-    def head(
-        self, prefix: str, weights: CodeWeights, run: Run
-    ) -> Callable[[Entering, ToLogits, Visit], None]:
+    def head(self, prefix: str, weights: CodeWeights, run: Run) -> Callable[[Entering, ToLogits, Visit], None]:
         """The collapse, the norm and the logits; a stage has parameters of its own for the first two."""
-        mixing = [
-            weights.floats(prefix + name, run.wide) for name in ("hc_head_fn", "hc_head_scale", "hc_head_base")
-        ]
+        mixing = [weights.floats(prefix + name, run.wide) for name in ("hc_head_fn", "hc_head_scale", "hc_head_base")]
         return partial(self._to_logits, self.norm(prefix, weights, run), mixing)
 
     def try_head(self, entering: Entering, visit: Visit) -> None:

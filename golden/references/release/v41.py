@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Code, Required
-from dsv4_convert.golden.references.release.interface import Entering, Interface, Prompt, Storage, ToLogits
+from dsv4_convert.golden.references.release.interface import Entering, Interface, PromptCalls, StoredAs, ToLogits
 from dsv4_convert.golden.references.release.probes import (
     INPUTS,
     OUTPUTS,
@@ -73,7 +73,7 @@ class V41Interface(Interface):
     }
     wide = frozenset({"input.pre"})
 
-    def __init__(self, code: Code, config: V41Config, prompt: Prompt, storage: Storage) -> None:
+    def __init__(self, code: Code, config: V41Config, prompt: PromptCalls, storage: StoredAs) -> None:
         """Hashes the prompt's n-grams, where a layer with an engram runs.
 
         Raises:
@@ -92,7 +92,7 @@ class V41Interface(Interface):
         self._rows = self._hashed() if any(map(config.has_engram, prompt.layers)) else None
 
     @staticmethod
-    def values(config: V41Config, prompt: Prompt, storage: Storage) -> dict[str, Any]:
+    def values(config: V41Config, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
         """The arguments of the code. Tables have one row, until they have those that are looked up."""
         values = Interface.values(config, prompt, storage) | {
             "kv_source_layers": config.kv_source_layer_ids,
@@ -134,7 +134,9 @@ class V41Interface(Interface):
         token_map(self.prompt.root, self.config)  # refuses what is not this model's tokenizer
         tokenizer = _Tokenizer(Tokenizer.from_file(str(file)))
         if (largest := int(self.prompt.ids.max())) >= len(tokenizer):
-            raise UsageError(f"token {largest}: {file} has {len(tokenizer)} tokens, and the published code maps no others")
+            raise UsageError(
+                f"token {largest}: {file} has {len(tokenizer)} tokens, and the published code maps no others"
+            )
         state = self.code.module.NgramHashState(self.args, self._layout, tokenizer)
         rows = [state(self.prompt.ids[:, start:stop], start) for start, stop in self.prompt.calls]
         return torch.cat(rows, dim=1)
@@ -157,7 +159,7 @@ class V41Interface(Interface):
         scale = weights.rows(name + "scale", used) if weights.has(name + "scale") else torch.ones_like(table.scale)
         table.scale = nn.Parameter(scale, requires_grad=False)
         numbers = torch.from_numpy(used)
-        table.register_forward_pre_hook(lambda _, given: torch.searchsorted(numbers, given[0]))
+        table.register_forward_pre_hook(lambda _, given: torch.searchsorted(numbers, given[0].contiguous()))
         # The code looks rows up in bfloat16, which holds them exactly.
         table.register_forward_hook(lambda _, __, found: found.to(run.dtype))
         return table
@@ -233,9 +235,7 @@ class V41Interface(Interface):
 
         def watched(scores: Tensor, *others: Any) -> Tensor:
             mask: Tensor = (
-                nominate(scores, *others)
-                if given is None
-                else self._inside(torch.from_numpy(given), scores.shape[-1])
+                nominate(scores, *others) if given is None else self._inside(torch.from_numpy(given), scores.shape[-1])
             )
             visit(_CANDIDATES, self._blocks(mask))
             return mask
@@ -248,9 +248,7 @@ class V41Interface(Interface):
         cache: Tensor = block.attn.window_kv_cache
         return cache
 
-    def head(
-        self, prefix: str, weights: CodeWeights, run: Run
-    ) -> Callable[[Entering, ToLogits, Visit], None]:
+    def head(self, prefix: str, weights: CodeWeights, run: Run) -> Callable[[Entering, ToLogits, Visit], None]:
         """The collapse by the last half's weights, the norm and the logits."""
         return partial(self._to_logits, self.norm(prefix, weights, run))
 
