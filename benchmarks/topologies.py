@@ -1,6 +1,6 @@
-"""Both whole models compiled for TPU slices that are not there: what a device needs, and how long it takes.
+"""The whole models compiled for TPU slices that are not there: what a device needs, and how long it takes.
 
-Every program in a process of its own, one after the other. Two hours of an ordinary machine at most; ``--only`` takes
+Every program in a process of its own, one after the other. Three hours of an ordinary machine at most; ``--only`` takes
 some of the rows. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
 
 Run: python -m benchmarks.topologies [--only Flash] [--json FILE]
@@ -21,6 +21,11 @@ from rich.table import Table
 from benchmarks.measure import dsv4
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
+MODELS = {
+    "Flash": "DeepSeek-V4-Flash.json",
+    "Pro": "DeepSeek-V4-Pro.json",
+    "V4.1": "DeepSeek-V4.1-Flash.from_third_party_test.json",
+}
 #: Columns of the table.
 _WIDTH = 150
 #: Temporaries of one device in MaxText's compilation of the model for v5p-512, as its PR 4153 has them.
@@ -41,7 +46,7 @@ class Row:
     @property
     def arguments(self) -> list[object]:
         """Of ``dsv4 compile``."""
-        given: list[object] = ["--config", CONFIGS / f"DeepSeek-V4-{self.model}.json", "--topology", self.topology]
+        given: list[object] = ["--config", CONFIGS / MODELS[self.model], "--topology", self.topology]
         given += ["--mesh", self.mesh] if self.mesh else []
         given += ["--layers", self.layers] if self.layers else []
         given += ["--weights", "source"] if self.source else []
@@ -63,6 +68,9 @@ ROWS = (
     Row("Pro", "v5p-128", decode=True),
     Row("Flash", "v6e-16", decode=True, source=True),
     Row("Pro", "v5e-256", "fsdp=4,expert=64", decode=True, source=True),
+    *(Row("V4.1", name) for name in ("v5p-512", "v6e-128")),
+    *(Row("V4.1", name, decode=True) for name in ("v5p-64", "v6e-128")),
+    *(Row("V4.1", name, decode=True, source=True) for name in ("v5p-32", "v6e-32")),
 )
 
 

@@ -170,7 +170,7 @@ class Golden:
         if self.compact is None or self.whole(key):
             return (View(self._stored(name)),)
         views = [View(self._stored(sketch_name(name)), sketched=self.compact)]
-        if rows := exact_rows(key, self.config, self.compact):
+        if rows := exact_rows(key, self.config, self.compact, self.shape(key)[1]):
             views.append(View(self._stored(exact_name(name)), rows=rows))
         return tuple(views)
 

@@ -67,6 +67,11 @@ def is_fed(key: TapKey, mode: Mode) -> bool:
     return mode is Mode.ISOLATED and _enters(key)
 
 
+def known_tokens(tokens: int) -> int:
+    """How many tokens of a prompt DSpark knows: all but the last one, with which the drafted block begins."""
+    return max(tokens - 1, 0)
+
+
 def _enters(key: TapKey) -> bool:
     """Whether a layer or stage starts from a tap. A stage makes its layer's input itself."""
     return key.tap.origin is not None and (key.stage is None or key.tap is not INPUT)
@@ -75,11 +80,14 @@ def _enters(key: TapKey) -> bool:
 def token_ids(tokens: Array, config: Config, layer: int | None) -> Array:
     """The ids ``[B, S]`` that a layer is given with its streams: the prompt's; in a stage those after them.
 
-    The n-th stage has the ids of n tokens further on, as it drafts the token after these. Behind the prompt's end there
-    is token 0, which no earlier position sees.
+    The n-th mtp stage has the ids of n tokens further on, as it drafts the token after these. Behind the prompt's end
+    there is token 0, which no earlier position sees. DSpark's stages have a block: the prompt's last token, and noise.
     """
     if layer is None or layer not in config.stage_layers:
         return tokens
+    if config.dspark is not None:
+        noise = config.dspark.block_size - 1
+        return np.pad(tokens[:, -1:], ((0, 0), (0, noise)), constant_values=config.dspark.noise_token_id)
     ahead = min(layer - config.num_hidden_layers + 1, tokens.shape[1])
     return np.pad(tokens[:, ahead:], ((0, 0), (0, ahead)))
 
@@ -116,23 +124,36 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
         "E": config.n_routed_experts,
         "K": config.num_experts_per_tok,
         "V": config.vocab_size,
+        "1": 1,
         "w": min(config.sliding_window - 1, tokens - decode),
         "p": (tokens - decode) % ratio if ratio else 0,
         "r": ratio if tokens - decode >= ratio else 0,
         **config.tap_sizes(entries),
     }
+    if config.dspark is not None and config.drafts_blocks(key.layer):
+        targets = len(config.dspark.target_layer_ids)
+        sizes |= {"S": config.dspark.block_size, "M": known_tokens(tokens), "Rm": config.dspark.markov_rank}
+        sizes |= {"L": targets, "LD": targets * config.hidden_size, "w": min(sizes["w"], sizes["M"])}
     return tuple(sizes[letter] for letter in key.tap.shape.split())
 
 
 def rows_of(key: TapKey, config: Config, start: int, stop: int) -> range:
     """The rows of axis 1 that tokens ``start:stop`` make of a tap; not defined for the state."""
+    if is_drafted(key, config):
+        assert config.dspark is not None
+        return range(config.dspark.block_size)
     ratio = tokens_of_row(key, config)
     return range(start // ratio, stop // ratio)
 
 
+def is_drafted(key: TapKey, config: Config) -> bool:
+    """Whether the rows of axis 1 are tokens of a drafted block, which every call makes anew."""
+    return config.drafts_blocks(key.layer) and key.tap.shape.split()[1] == "S"
+
+
 def tokens_of_row(key: TapKey, config: Config) -> int:
     """The number of tokens that make a row of axis 1: 1, or those of a compressed entry; not defined for the state."""
-    if key.tap.shape.split()[1] == "S" or key.layer is None:
+    if key.tap.shape.split()[1] != "T" or key.layer is None:
         return 1
     return config.ratio_of(key.layer)
 
@@ -207,7 +228,7 @@ def stored_arrays(
             arrays[name] = StoredShape(layer, dtype, shape)
         else:
             arrays[sketch_name(name)] = StoredShape(layer, dtype, (*shape[:2], 1 + compact.numbers))
-            if rows := exact_rows(key, config, compact):
+            if rows := exact_rows(key, config, compact, shape[1]):
                 arrays[exact_name(name)] = StoredShape(layer, dtype, (shape[0], len(rows), *shape[2:]))
         if noise and key.tap.values is Values.REAL:
             arrays[noise_name(name)] = StoredShape(layer, dtype, noise_shape(shape, len(noise)))
@@ -219,12 +240,14 @@ def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
     return tap.values is Values.CHOICE or compact.whole(shape)
 
 
-def exact_rows(key: TapKey, config: Config, compact: Compact) -> tuple[int, ...]:
-    """The rows of axis 1 that a compact golden keeps exactly of a tap not kept whole; of the state none."""
-    if key.tap.is_state:
+def exact_rows(key: TapKey, config: Config, compact: Compact, count: int) -> tuple[int, ...]:
+    """The rows of axis 1, of ``count``, that a compact golden keeps exactly of a tap not kept whole.
+
+    Of the state there are none, nor of a drafted block, whose tokens the prompt does not have.
+    """
+    if key.tap.is_state or is_drafted(key, config):
         return ()
-    has_entries = key.tap.shape.split()[1] == "T"
-    return compact.rows(block=config.ratio_of(key.layer) if has_entries and key.layer is not None else 1)
+    return tuple(row for row in compact.rows(block=tokens_of_row(key, config)) if row < count)
 
 
 def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
@@ -238,6 +261,8 @@ def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str
     for spell in (str, sketch_name, exact_name):
         holders: dict[str, str] = {}
         for key in (key for layer in layers for key in entering(config, layer)):
+            if key.tap.origin is None or key.tap.origin.stacked:
+                continue
             mine, its = spell(str(key)), spell(str(origin_of(config, key)))
             holder = its if its in there else holders.setdefault(its, mine)
             if mine in there and holder != mine:

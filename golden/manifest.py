@@ -167,7 +167,7 @@ class RecordingRequest:
                 kept[name] = array
                 continue
             kept[sketch_name(name)] = self.compact.sketch(array)
-            if rows := exact_rows(key, self.config, self.compact):
+            if rows := exact_rows(key, self.config, self.compact, array.shape[1]):
                 kept[exact_name(name)] = np.ascontiguousarray(array[:, rows])
         return kept
 

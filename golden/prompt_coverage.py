@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.layout import known_tokens
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -41,7 +42,7 @@ def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
 def _missed(config: Config, layer: int, tokens: int) -> list[str]:
     """The operations of a layer that ``tokens`` tokens leave unchecked."""
     missed = []
-    if tokens <= config.sliding_window:
+    if (known_tokens(tokens) if config.drafts_blocks(layer) else tokens) <= config.sliding_window:
         missed.append(f"the window of {config.sliding_window} tokens never drops one")
     ratio = config.ratio_of(layer)
     if not ratio:

@@ -41,6 +41,8 @@ Array = np.ndarray[Any, Any]
 
 #: The releases of transformers that the probes are written for, as in pyproject.toml.
 TRANSFORMERS = ">=5.23,<5.25"
+#: Tokens that a prompt needs for a DSpark draft. The published code begins one after its first call alone.
+LEAST_TOKENS = 3
 _INSTALL = "pip install 'dsv4-convert[reference]'"
 #: Called before each step: finished steps, all steps where they are known, the next one in words.
 Progress = Callable[[int, int, str], None]
@@ -149,7 +151,7 @@ def record_opened(
     last = config.num_hidden_layers - 1 if options.greedy else max(wanted)
     resolution = _resolve(checkpoint, config, None if options.stages else range(last + 1))
     if options.stages:
-        wanted += _stages(checkpoint, resolution.config)
+        wanted += _stages(checkpoint, resolution.config, tokens=ids.shape[1])
     request = RecordingRequest(
         reference=reference.described,
         source=RecordedSource(
@@ -258,11 +260,15 @@ def _resolve(checkpoint: Checkpoint, config: Config, layers: range | None) -> Re
     return resolve(stored_forms(checkpoint.tensors), config, layers=layers, where=str(checkpoint.root))
 
 
-def _stages(checkpoint: Checkpoint, config: Config) -> tuple[int, ...]:
-    """The layer numbers of the mtp stages. Raises :class:`UsageError` if there is none."""
-    if not config.num_mtp_stages or config.dspark is not None:
-        instead = "no mtp stage" if config.dspark is None else "DSpark's draft stages, which have no taps"
-        raise UsageError(f"--stages: {checkpoint.root} has {instead}; leave --stages out")
+def _stages(checkpoint: Checkpoint, config: Config, *, tokens: int) -> tuple[int, ...]:
+    """The layer numbers of the draft stages. Raises :class:`UsageError` if there is none, or no draft is possible."""
+    if not config.num_mtp_stages:
+        raise UsageError(f"--stages: {checkpoint.root} has no draft stage; leave --stages out")
+    if config.dspark is not None and tokens < LEAST_TOKENS:
+        raise UsageError(
+            f"--stages: DSpark drafts after the last token of a prompt, from at least {LEAST_TOKENS - 1} tokens before "
+            f"it; the prompt has {tokens}"
+        )
     return tuple(config.stage_layers)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.golden.layout import calls
+from dsv4_convert.golden.layout import calls, is_drafted, known_tokens, tokens_of_row
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -42,16 +42,20 @@ class Call:
 
     def part(self, whole: Array, key: TapKey, config: Config) -> Array:
         """The rows of a tap that the call makes. Entries that it may not complete are zeros."""
-        if not self.cached:
+        if not self.cached or is_drafted(key, config):
             return whole
-        prompt, row, there = self._rows(_per_row(key, config))
+        prompt, row, there = self._rows(tokens_of_row(key, config))
         part = np.zeros((*there.shape, *whole.shape[2:]), whole.dtype)
         part[there] = whole[prompt[there], row[there]]
         return part
 
     def put(self, part: Array, whole: Array, key: TapKey, config: Config) -> None:
-        """Write the rows of a tap that the call made to all of it."""
-        prompt, row, there = self._rows(_per_row(key, config))
+        """Write the rows of a tap that the call made to all of it. A drafted block replaces the one before."""
+        if is_drafted(key, config):
+            made = self.count > 0  # a prompt that has ended is drafted after its end already
+            whole[made] = part[made]
+            return
+        prompt, row, there = self._rows(tokens_of_row(key, config))
         whole[prompt[there], row[there]] = part[there]
 
     def _rows(self, per_row: int) -> tuple[Array, Array, Array]:
@@ -83,13 +87,6 @@ def calls_of(batch: int, tokens: int, decode: int, chunk: int | None = None) -> 
     ]
 
 
-def rows_in_all(key: TapKey, config: Config, tokens: int) -> int:
-    """Rows of axis 1 that so many tokens make of a tap."""
-    return tokens // _per_row(key, config)
-
-
-def _per_row(key: TapKey, config: Config) -> int:
-    """The tokens that a row of axis 1 stands for: 1, or those of a compressed block."""
-    if key.layer is None or key.tap.shape.split()[1] == "S":
-        return 1
-    return config.ratio_of(key.layer)
+def calls_of_draft(batch: int, tokens: int, decode: int, chunk: int | None = None) -> list[Call]:
+    """The calls that give a DSpark stage the known tokens. The last token of the prompt begins the block."""
+    return calls_of(batch, known_tokens(tokens), max(decode - 1, 0), chunk)

@@ -13,7 +13,7 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, is_fed, rows_of, token_ids, tokens_of_row
+from dsv4_convert.golden.layout import DTYPES, calls, is_drafted, is_fed, rows_of, token_ids, tokens_of_row
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -21,16 +21,19 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
-from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
+from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, along_bias, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.tap import AFTER, BEFORE, Values
 from dsv4_convert.spec.taps import TapKey, taps_of
+from dsv4_convert.weights.parameters import Parameters
 
 Array = np.ndarray[Any, Any]
 #: Where the channels of a head have their errors in common, those of the shares of its keys.
 _SHARES = "attn.context"
+#: The last part of the path of a compressor's position bias.
+_BIAS = ".ape"
 _ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
 
 
@@ -45,13 +48,16 @@ class Phase(StrEnum):
 class Comparison:
     """Compares what a model in ``dtype`` gives with a golden and its noise floor of that dtype.
 
-    ``phase``: the tokens that are compared, None for all.
+    ``phase``: the tokens that are compared, None for all. ``weights``: the model's, where they are known.
     """
 
-    def __init__(self, golden: Golden, dtype: str, phase: Phase | None = None) -> None:
+    def __init__(
+        self, golden: Golden, dtype: str, phase: Phase | None = None, *, weights: Parameters | None = None
+    ) -> None:
         self.golden = golden
         self.dtype = dtype
         self._phase = phase
+        self._weights = weights
         self._config = golden.config
 
     def judge(
@@ -73,13 +79,12 @@ class Comparison:
             BadInput: its bytes are not those that were recorded.
         """
         there = (key for key in keys if key in activations)
-        if self._phase is Phase.PREFILL:
-            there = (key for key in there if not key.tap.is_state)
+        there = (key for key in there if not self._is_later(key))
         return [self._one(key, activations, mode, teacher_forced=teacher_forced, detail=detail) for key in there]
 
     def compares(self, key: TapKey, mode: Mode) -> bool:
         """Whether judging a tap says anything: it has elements in the compared tokens, and the model computes it."""
-        if is_fed(key, mode) or (self._phase is Phase.PREFILL and key.tap.is_state):
+        if is_fed(key, mode) or self._is_later(key):
             return False
         return bool(math.prod(self.golden.shape(key))) and self._rows(key) != []
 
@@ -211,6 +216,8 @@ class Comparison:
     def _systematic(self, key: TapKey, part: Array, view: View, *, inherited: bool) -> Systematic | None:
         ratio = tokens_of_row(key, self._config)
         tokens = token_ids(self.golden.tokens, self._config, key.layer)[:, ratio - 1 :: ratio]
+        if self._config.drafts_blocks(key.layer) and not is_drafted(key, self._config):
+            tokens = self.golden.tokens[:, :-1]
         part, inside = self.within_phase(key, part, view)
         rows = slice(None) if inside.rows is None else list(inside.rows)
         routing = None
@@ -218,7 +225,8 @@ class Comparison:
             routing = ExpertShares(
                 *(self.golden.read(TapKey.of(self._config, key.layer, name))[:, rows] for name in _ROUTING)
             )
-        rules = weights_of(key, self._config).values()
+        weights = weights_of(key, self._config)
+        rules = weights.values()
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
         independent = Independence(
             tokens=tokens[:, rows],
@@ -235,16 +243,32 @@ class Comparison:
             letters,
             independent,
             routing,
+            None if inherited else self._along_bias(key, weights, rows),
         )
+
+    def _along_bias(self, key: TapKey, weights: Iterable[str], rows: slice | list[int]) -> Array | None:
+        """Some rows of how pooled entries move with their position bias; None for other taps, and unknown weights."""
+        path = next((path for path in weights if path.endswith(_BIAS)), None)
+        if path is None or self._weights is None:
+            return None
+        stem = key.tap.name.rpartition(".")[0]
+        values, gates = (
+            self.golden.read(TapKey.of(self._config, key.layer, f"{stem}.{name}")) for name in ("wkv", "wgate")
+        )
+        return along_bias(values, gates, self._weights.read(path), self.golden.shape(key)[-1])[:, rows]
+
+    def _is_later(self, key: TapKey) -> bool:
+        """Whether a tap belongs to the decoding that is left out: the state before it, and drafts after the prompt."""
+        return self._phase is Phase.PREFILL and (key.tap.is_state or is_drafted(key, self._config))
 
     def _rows(self, key: TapKey) -> list[int] | None:
         """The rows of a tap that are compared; None for all."""
-        if self._phase is None or key.tap.is_state:
+        if self._phase is None or key.tap.is_state or is_drafted(key, self._config):
             return None
         tokens = self.golden.tokens.shape[1]
         first, last = calls(tokens, self.golden.decode)[0]
         start, stop = (first, last) if self._phase is Phase.PREFILL else (last, tokens)
-        return list(rows_of(key, self._config, start, stop))
+        return [row for row in rows_of(key, self._config, start, stop) if row < self.golden.shape(key)[1]]
 
     def _scores(self, choice: TapKey, activations: Activations, mode: Mode, *, teacher_forced: bool) -> Scores | None:
         """The scores that a choice was made by; None if a table made it, or if there is nothing to choose from."""

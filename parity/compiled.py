@@ -18,8 +18,8 @@ from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.layers import Layers, ScannedLayers, through
 from dsv4_convert.model.model import Model, embed
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import calls_of
-from dsv4_convert.parity.forward import Activations, Array, Forward, activations, to_logits
+from dsv4_convert.parity.calls import calls_of, calls_of_draft
+from dsv4_convert.parity.forward import Activations, Array, Carry, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.restore import restore_layers, restore_stage
@@ -53,6 +53,7 @@ class CompiledForward(Forward):
         super().__init__(*arguments, decode=decode, **options)
         self._model = model
         self._calls = calls_of(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
+        self._draft_calls = calls_of_draft(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
         self._compiled: tuple[int, tuple[LayerProgram, nnx.State[Any, Any]]] | None = None
 
     def embed(self) -> tuple[Activations, jax.Array]:
@@ -70,8 +71,8 @@ class CompiledForward(Forward):
         return activations(config, None, values), streams
 
     def layer(
-        self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
-    ) -> tuple[Activations, jax.Array | Array]:
+        self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, Carry]:
         """Run one layer or stage. ``overrides`` replace the activations that it goes on with."""
         kept = {
             key: value
@@ -87,7 +88,9 @@ class CompiledForward(Forward):
         return _compiled_head
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
-        run: Callable[..., Any] = run_stage if layer in self._weights.config.stage_layers else run_layer
+        config = self._weights.config
+        run: Callable[..., Any] = run_stage if layer in config.stage_layers else run_layer
+        run = run_draft if config.drafts_blocks(layer) else run
         program, state = self._program(layer)
         found: tuple[jax.Array, dict[str, Any], LayerCache | None] = self._devices.run(run, program, state, *operands)
         return found
@@ -205,6 +208,23 @@ def run_stage(
     logits, after = model.draft(streams, next_ids, positions, taps=taps, past=past)
     values = {name.removeprefix(own): value for name, value in taps.values.items()}
     return values[STREAMS.name], {"logits": logits} | values, after
+
+
+@partial(jax.jit, static_argnums=0)
+def run_draft(
+    program: LayerProgram,
+    state: nnx.State[Any, Any],
+    entering: Carry,
+    ids: jax.Array,
+    positions: jax.Array,
+    overrides: dict[str, jax.Array],
+    past: Past[LayerCache],
+) -> tuple[jax.Array, dict[str, jax.Array], LayerCache]:
+    """A DSpark stage by the model's own function: the block's streams that leave it, its taps, and its new state."""
+    model: Model = nnx.merge(program.graph, state)
+    taps = Taps(lambda name: program.recorded, overrides)
+    (left, _), _, after = model.draft_stage(0, entering, ids, positions, past, taps)
+    return left, taps.values, after
 
 
 def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | None) -> Past[tuple[Any, ...]] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden, TapForm
-from dsv4_convert.golden.layout import STREAMS
+from dsv4_convert.golden.layout import STREAMS, is_drafted
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.logits import Position
@@ -166,6 +166,9 @@ class Detail:
             ratio = self.prompt.config.ratio_of(key.layer)
         for part in parts:
             multiples = _largest(part)
+            if is_drafted(key, self.prompt.config):  # the block begins with the last token
+                errors[:, -1] = np.fmax(errors[:, -1], np.fmax.reduce(multiples, axis=1))
+                continue
             kept = np.arange(multiples.shape[1]) if part.rows is None else np.asarray(part.rows, np.int64)
             # A compressed entry stands at the last token of its block, from which on it is there.
             at = (kept + 1) * ratio - 1

@@ -48,7 +48,7 @@ _REQUEST = "request.json"
 _OWN = re.compile(r"request\.json|(streamed|model)-(\d{5}|last)\.safetensors")
 _SPELLING = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.int64): "I64"}
 #: Names of tensors and texts in the files.
-_STREAMS, _STEP, _FOUND, _DIGEST = "streams", "step", "found", "sha256"
+_STEP, _FOUND, _DIGEST = "step", "found", "sha256"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,18 +102,18 @@ class FinishedSteps:
             self._workspace.clear()  # of a run that was killed while it removed its own
             write_atomically(folder / _REQUEST, json.dumps(now, sort_keys=True).encode())
 
-    def last(self, program: str) -> tuple[int, Array | None]:
-        """How many steps of a program are finished, and the streams that leave the last one, if it keeps any.
+    def last(self, program: str) -> tuple[int, dict[str, Array]]:
+        """How many steps of a program are finished, and what they left for the next one, by name.
 
         Raises :class:`BadInput` if the file is damaged.
         """
         file = self._file(program, "last")
         if not file.exists():
-            return 0, None
+            return 0, {}
         header = read_header(file)
         arrays = {name: read_array(info) for name, info in header.tensors.items()}
         _check(file, header.metadata, arrays)
-        return int(header.metadata[_STEP]) + 1, arrays.get(_STREAMS)
+        return int(header.metadata[_STEP]) + 1, arrays
 
     def read(self, program: str, step: int) -> Findings:
         """The findings of a finished step. Raises :class:`BadInput` if the file is damaged."""
@@ -125,13 +125,13 @@ class FinishedSteps:
         assert isinstance(found, Findings)
         return found
 
-    def write(self, program: str, step: int, findings: Findings, streams: Array | None) -> None:
-        """Keep the findings of a step, and the streams that the next one needs. Raises :class:`ResourceError`."""
+    def write(self, program: str, step: int, findings: Findings, left: Mapping[str, Any]) -> None:
+        """Keep the findings of a step, and the arrays that the next one needs. Raises :class:`ResourceError`."""
         arrays: dict[str, Array] = {}
         text = json.dumps(_packed(findings, arrays))
         _write(self._file(program, f"{step:05d}"), arrays, {_FOUND: text})
-        left = {} if streams is None else {_STREAMS: np.asarray(streams, np.float32)}
-        _write(self._file(program, "last"), left, {_STEP: str(step)})
+        arrays = {name: np.asarray(array, np.float32) for name, array in left.items()}
+        _write(self._file(program, "last"), arrays, {_STEP: str(step)})
 
     def clear(self) -> None:
         """Remove the folder's content: the report is complete. The folder goes when the block is left."""

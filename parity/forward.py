@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import STREAMS, token_ids
+from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.layout import STREAMS, entering, tap_shape, token_ids
 from dsv4_convert.model.attention import Attention
 from dsv4_convert.model.block import DecoderBlock, MTPBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
-from dsv4_convert.model.model import HEAD_AXES, embed, head
+from dsv4_convert.model.dspark import DSparkBlock
+from dsv4_convert.model.model import HEAD_AXES, copied, embed, head
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import calls_of, rows_in_all
+from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
@@ -39,8 +41,13 @@ _FLOAT32 = np.dtype(np.float32)
 HEAD_WORDS = 8192
 _HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
 _LOGITS = "logits"
+#: The tap of the first DSpark stage that the others start from.
+_CONTEXT = "main_norm"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
+#: What enters and leaves a layer: streams. A DSpark stage has the streams of its block and the context; the first one
+#: is entered by no streams and by those of the target layers.
+Carry: TypeAlias = Any
 
 
 class Forward:
@@ -73,6 +80,7 @@ class Forward:
         self._tokens = jnp.asarray(tokens, jnp.int32)
         self._first_position, self._decode = first_position, decode
         self._calls = calls_of(len(tokens), tokens.shape[1], decode)
+        self._draft_calls = calls_of_draft(len(tokens), tokens.shape[1], decode)
 
     def embed(self) -> tuple[Activations, jax.Array]:
         """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
@@ -87,68 +95,86 @@ class Forward:
         return jnp.asarray(rows), jnp.asarray(where.reshape(ids.shape))
 
     def layer(
-        self, layer: int, entering: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None
-    ) -> tuple[Activations, jax.Array | Array]:
+        self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, Carry]:
         """Run one layer or stage. ``overrides`` replace the activations that it goes on with.
 
-        A stage has a head, so its logits are among its activations.
+        A stage that has a head has its logits, and what is chosen by them, among its activations.
         """
-        found, leaving = self._calls_of(layer, jnp.asarray(entering, self._dtype), overrides or {})
-        if layer in self._weights.config.stage_layers:
-            found |= self._stage_head(layer, leaving, overrides or {})
+        given = jax.tree.map(lambda part: jnp.asarray(part, self._dtype), entering)
+        found, leaving = self._calls_of(layer, given, overrides or {})
+        if self._weights.config.has_head(layer):
+            found |= self._stage_head(layer, _streams_of(leaving), overrides or {})
         return found, leaving
 
     def _stage_head(self, layer: int, streams: jax.Array | Array, overrides: Mapping[TapKey, Array]) -> Activations:
-        return self.head(streams, overrides, stage=layer)
+        config = self._weights.config
+        found = self.head(streams, overrides, stage=layer)
+        if not config.drafts_blocks(layer):
+            return found
+        x, logits = (
+            overrides.get(key, found[key]) for key in (TapKey.of(config, layer, name) for name in ("hc_head", _LOGITS))
+        )
+        anchor = token_ids(np.asarray(self._tokens), config, layer)[:, 0]
+        replace = {key.tap.name: jnp.asarray(value) for key, value in overrides.items()}
+        operands = (jnp.asarray(x, self._dtype), jnp.asarray(logits), jnp.asarray(anchor), replace)
+        return found | activations(config, layer, self._devices.run(_choose, *self._block(layer), *operands))
 
-    def _calls_of(
-        self, layer: int, entering: jax.Array, overrides: Mapping[TapKey, Array]
-    ) -> tuple[Activations, jax.Array | Array]:
+    def _calls_of(self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array]) -> tuple[Activations, Carry]:
         """One layer or stage, call by call."""
         config = as_v4(self._weights.config)
         ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
         batch, tokens = self._tokens.shape
+        drafts = config.drafts_blocks(layer)
+        calls = self._draft_calls if drafts else self._calls
         cache = None
-        if self._calls[0].cached:
+        if drafts or calls[0].cached:
             cache = empty_layer(config, config.layer_kind(layer), batch, tokens, self._dtype, self._numerics)
         # The state follows from taps that can be replaced themselves.
         given = {key: value for key, value in overrides.items() if not key.tap.is_state}
         whole: Activations = {}
         leaving = np.empty((), np.float32)
         state: dict[str, Array] = {}
-        for call in self._calls:
+        for call in calls:
             replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
             past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
-            operands = (call.take(entering), call.take(ids), positions, replace, past)
+            operands = (_part_of(entering, call), ids if drafts else call.take(ids), positions, replace, past)
             left, values, cache = self._call(layer, operands)
             found = activations(config, layer, values)
             if cache is None:
                 return found, left
             if not whole:
                 whole = {key: self._empty(key, value) for key, value in found.items()}
-                leaving = np.empty(entering.shape, left.dtype)
+                leaving = self._empty(TapKey.of(config, layer, STREAMS), np.asarray(left))
             for key, value in found.items():
                 call.put(value, whole[key], key, config)
             call.put(np.asarray(left), leaving, TapKey.of(config, layer, STREAMS), config)
             if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
                 state = state_after(self._attention(layer), cache, tokens - self._decode)
-        return whole | activations(config, layer, state), leaving
+        return whole | activations(config, layer, state), self._leaving(layer, leaving, entering, whole)
 
     def _empty(self, key: TapKey, part: Array) -> Array:
         """Room for all rows of a tap, of which ``part`` has some."""
-        rows = rows_in_all(key, self._weights.config, self._tokens.shape[1])
+        rows = tap_shape(key, self._weights.config, batch=len(part), tokens=self._tokens.shape[1])[1]
         return np.empty((part.shape[0], rows, *part.shape[2:]), part.dtype)
+
+    def _leaving(self, layer: int, streams: Array, entering: Carry, found: Activations) -> Carry:
+        """What the next layer or stage starts from: a DSpark stage hands on the context too."""
+        if not self._weights.config.drafts_blocks(layer):
+            return streams
+        made = found.get(TapKey.of(self._weights.config, layer, _CONTEXT))
+        return streams, entering[1] if made is None else made
 
     def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
         """A layer on the tokens of one call: the streams that leave it, its taps by name, and its new state.
 
-        ``operands``: streams, token ids, positions, overrides by name, and the state before.
+        ``operands``: what enters, token ids, positions, overrides by name, and the state before.
         """
         graph, state = self._block(layer)
         _, ids, _, replace, _ = operands
         embedded = None
-        if layer in self._weights.config.stage_layers:
+        if self._weights.config.embeds(layer):
             rows, where = self._embedding(np.asarray(ids))
             embedded = rows[where]
         streams, routed, first, cache = self._devices.run(_to_experts, graph, state, embedded, *operands)
@@ -245,12 +271,29 @@ def _everything(name: str) -> bool:
     return True
 
 
+def recorded_carry(golden: Golden, layer: int) -> Carry:
+    """What enters a layer or stage, as recorded. Raises as :meth:`Golden.read`."""
+    values = tuple(golden.read(key) for key in entering(golden.config, layer))
+    if not golden.config.drafts_blocks(layer):
+        return values[0]
+    return values if len(values) > 1 else (None, *values)
+
+
+def _streams_of(carry: Carry) -> jax.Array | Array:
+    return carry[0] if isinstance(carry, tuple) else carry
+
+
+def _part_of(carry: Carry, call: Call) -> Carry:
+    """What a call reads of a carry: all streams of a drafted block, the rows of its tokens of everything else."""
+    return (carry[0], call.take(carry[1])) if isinstance(carry, tuple) else call.take(carry)
+
+
 @partial(jax.jit, static_argnums=0)
 def _to_experts(
     graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
     embedded: jax.Array | None,
-    streams: jax.Array,
+    entering: Carry,
     token_ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
@@ -259,11 +302,24 @@ def _to_experts(
     """The attention half, and the expert half up to the routing; in a stage what joins ``embedded`` to the streams."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
+    streams, after = entering, None
     if isinstance(block, MTPBlock):
         assert embedded is not None
         streams = block.join(streams, embedded, taps)
+    if isinstance(block, DSparkBlock):
+        assert past is not None
+        streams, context = entering
+        if streams is None:
+            context = block.context(context, taps)
+            assert embedded is not None
+            streams = copied(embedded.astype(context.dtype), block.config.hc_mult, taps)
+        else:
+            streams, context = taps("streams", streams), taps("context", context)
+        places = block.places(positions, past)
+        past, after = block.remember(context, positions, past, taps)
+        positions = places
     streams, cache = block.attend(streams, token_ids, positions, taps, past)
-    return streams, block.route(streams, token_ids, taps), taps.values, cache
+    return streams, block.route(streams, token_ids, taps), taps.values, after or cache
 
 
 @partial(jax.jit, static_argnums=0)
@@ -278,6 +334,23 @@ def _from_experts(
     """The expert half from the routed experts' output on."""
     taps = Taps(_everything, overrides)
     return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
+
+
+@partial(jax.jit, static_argnums=0)
+def _choose(
+    graph: nnx.GraphDef[DecoderBlock],
+    state: nnx.State[Any, Any],
+    x: jax.Array,
+    logits: jax.Array,
+    anchor: jax.Array,
+    overrides: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """The taps of DSpark's last stage after the logits."""
+    taps = Taps(_everything, overrides)
+    block = nnx.merge(graph, state)
+    assert isinstance(block, DSparkBlock)
+    block.choose(x, logits, anchor, taps)
+    return taps.values
 
 
 def to_logits(

@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, entering, is_fed, parts
+from dsv4_convert.golden.layout import STREAMS, is_fed, known_tokens, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN
@@ -30,7 +30,7 @@ from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.finished import Findings, FinishedSteps
-from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.forward import Activations, Carry, Forward, recorded_carry
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
@@ -57,6 +57,10 @@ Precision: TypeAlias = Literal["highest", "high", "default"]
 
 #: Called before each step: finished steps, all steps, the next one in words.
 Progress = Callable[[int, int, str], None]
+
+#: Names of what a step leaves for the next one, and of what a target layer leaves.
+_CARRIED = ("streams", "context")
+_TARGETS = "targets."
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -268,7 +272,7 @@ class ParityRun:
             and Mode.ISOLATED in self._modes
         )
         self._numerics = release_numerics(golden.config) if self._teacher_forced else PLAIN
-        self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._comparison = Comparison(golden, self._dtype, options.phase, weights=weights)
         #: The layers that each mode has to run.
         self._needed = {mode: self._layers_of(mode) for mode in self._modes}
         self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))
@@ -285,7 +289,9 @@ class ParityRun:
             numerics=self._numerics,
             devices=self._devices,
         )
-        self._streams: Any = None
+        self._streams: Carry = None
+        #: Streams that leave the target layers of DSpark's stages, where these run too.
+        self._targets: dict[int, Array] = {}
         self._detail = Detail(golden) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
@@ -404,7 +410,8 @@ class ParityRun:
         state = self._options.state
         if state is None:
             return 0
-        finished, self._streams = state.last(self.program)
+        finished, left = state.last(self.program)
+        self._take_up_streams(left)
         for step in range(finished):
             found = state.read(self.program, step)
             for result in found.taps:
@@ -432,7 +439,22 @@ class ParityRun:
             logits=self._logits,
             detail=None if self._detail is None else self._detail.part(layer, samples),
         )
-        self._options.state.write(self.program, step, found, self._streams)
+        self._options.state.write(self.program, step, found, self._streams_left())
+
+    def _streams_left(self) -> dict[str, Array]:
+        """What the next steps need, by name."""
+        if self._streams is None:
+            return {}
+        parts = self._streams if isinstance(self._streams, tuple) else (self._streams,)
+        left = dict(zip(_CARRIED, parts, strict=False))
+        return left | {f"{_TARGETS}{layer}": streams for layer, streams in self._targets.items()}
+
+    def _take_up_streams(self, left: Mapping[str, Array]) -> None:
+        """The inverse of :meth:`_streams_left`."""
+        parts = tuple(left[name] for name in _CARRIED if name in left)
+        self._streams = parts if len(parts) > 1 else next(iter(parts), None)
+        targets = {name: streams for name, streams in left.items() if name.startswith(_TARGETS)}
+        self._targets = {int(name.removeprefix(_TARGETS)): streams for name, streams in targets.items()}
 
     def _run_embedding(self) -> None:
         activations, self._streams = self._forward.embed()
@@ -441,17 +463,20 @@ class ParityRun:
 
     def _run_layer(self, layer: int, modes: Sequence[Mode]) -> None:
         """One layer in every mode that needs it."""
+        config = self._golden.config
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
             activations, streams = self._run_mode(layer, mode)
             failed |= self._judge(activations, mode)
-            leaving[mode] = np.asarray(streams, np.float32)
+            if layer < config.num_hidden_layers:  # a stage hands its streams to no layer
+                leaving[mode] = np.asarray(streams, np.float32)
             if mode is Mode.CUMULATIVE:
                 self._streams = streams
+                if config.dspark is not None and layer in config.draft_sources:
+                    self._targets[layer] = leaving[mode]
         self._localize(layer, activations, modes[-1], failed=failed)
-        # A stage hands its streams to no layer.
-        if len(leaving) == len(MODES) and not self._teacher_forced and layer < self._golden.config.num_hidden_layers:
+        if len(leaving) == len(MODES) and not self._teacher_forced:
             self._error_splits.append(self._split(layer, leaving))
 
     def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
@@ -462,14 +487,23 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, self._golden.read(entering(self._golden.config, layer)[0]), overrides)
-        activations, streams = self._forward.layer(layer, self._streams, choices)
+            return self._forward.layer(layer, recorded_carry(self._golden, layer), overrides)
+        entering = self._entering(layer)
+        activations, streams = self._forward.layer(layer, entering, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
         if not failing:
             return activations, streams
         followed = {key: choice for key, choice in choices.items() if key not in failing}
-        return self._forward.layer(layer, self._streams, followed)
+        return self._forward.layer(layer, entering, followed)
+
+    def _entering(self, layer: int) -> Carry:
+        """What enters a layer or stage in cumulative mode."""
+        config = self._golden.config
+        if not (config.drafts_blocks(layer) and config.embeds(layer)):
+            return self._streams
+        targets = np.stack([self._targets[target] for target in config.draft_sources], axis=2)
+        return None, targets[:, : known_tokens(targets.shape[1])]
 
     def _run_head(self) -> None:
         last = self._golden.config.num_hidden_layers - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,13 +25,40 @@ settings.load_profile("dsv4")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile as on the first run, and leave the user's cache alone.
+# Tests leave the user's cache alone; programs has one of their own.
 os.environ.setdefault("DSV4_CACHE", "off")
 
 # The threads of BLAS and OpenMP wait for one another by spinning: with tests side by side, and on arrays as small as
 # these, that takes several times what the work does.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Most of what Python's collector looks at are modules and what JAX remembers, which stay. With its own limits it takes
+# a tenth of the time of the suite.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """The imported modules and the tests stay until the end: the collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all workers, and the processes that tests start, one folder of compiled programs for this session.
+
+    XLA compiles each program once, whichever module or process needs it first. A user's own folder stays as it is.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="dsv4-programs-")
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(lambda: os.environ.pop("JAX_COMPILATION_CACHE_DIR"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    # Most programs are small and quickly compiled, but there are thousands.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 #: Regions of memory of a process from which its compiled programs are dropped. Linux allows 65,530, XLA takes several

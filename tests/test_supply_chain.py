@@ -259,6 +259,7 @@ def test_code_beside_weights_is_not_run_and_files_are_written_below_the_destinat
     environment = {"HOME": home, "TMPDIR": temporary, "NUMBA_CACHE_DIR": numba, "PYTHONPATH": ROOT}
     # Importing some parts of torch sets this variable for child processes.
     environment["TORCHINDUCTOR_CACHE_DIR"] = temporary / "inductor"
+    environment["JAX_COMPILATION_CACHE_DIR"] = temporary / "programs"
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, json.dumps(listed)],
         capture_output=True,

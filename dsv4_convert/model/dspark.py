@@ -39,6 +39,7 @@ from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
+from dsv4_convert.spec.config import DSpark
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -122,17 +123,19 @@ class DSparkBlock(Block):
     It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
     """
 
-    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN) -> None:
-        super().__init__(config, AttentionKind.SLIDING, hashed=False, numerics=numerics)
+    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
         assert config.dspark is not None
         self.numerics = numerics
+        self.block_size = config.dspark.block_size
         self.attn = BlockAttention(config, AttentionKind.SLIDING, numerics)
         streams, width, rank = config.hc_mult, config.hidden_size, config.dspark.markov_rank
-        if stage == 0:
+        self.first, self.last = stage == 0, stage == config.num_mtp_stages - 1
+        if self.first:
             targets = len(config.dspark.target_layer_ids)
             self.main_proj = parameter("width whole_width", targets * width, width)
             self.main_norm = parameter("whole_width", width)
-        if stage == config.num_mtp_stages - 1:
+        if self.last:
             self.norm = parameter("whole_width", width)
             self.hc_head_fn = parameter("mix streams", streams, streams * width)
             self.hc_head_base = parameter("mix", streams)
@@ -142,10 +145,10 @@ class DSparkBlock(Block):
 
     def context(self, features: Float[Array, "B S T N D"], taps: Taps) -> Float[Array, "B S D"]:
         """The projected streams of the target layers."""
+        features = taps("targets", features)
         means = jnp.mean(features.astype(jnp.float32), axis=3).astype(features.dtype)
-        projected = taps(
-            "main_proj", self.numerics.linear(means.reshape(*means.shape[:2], -1), self.main_proj.get_value())
-        )
+        means = taps("main", means.reshape(*means.shape[:2], -1))
+        projected = taps("main_proj", self.numerics.linear(means, self.main_proj.get_value()))
         return taps("main_norm", rms_norm(projected, self.main_norm[...], self.config.rms_norm_eps))
 
     def refine(
@@ -163,26 +166,45 @@ class DSparkBlock(Block):
             streams, token_ids: of the drafted block.
             context, positions: of the known tokens of this call; ``past`` counts them. The block follows the last one.
         """
+        seen, after = self.remember(context, positions, past, taps)
+        streams, _ = self(streams, token_ids, self.places(positions, past), taps, seen)
+        return streams, after
+
+    def remember(
+        self, context: Float[Array, "B S D"], positions: Int[Array, "B S"], past: Past[LayerCache], taps: Taps
+    ) -> tuple[Past[LayerCache], LayerCache]:
+        """The keys that the block sees of the known tokens, and the stage's new state. Arguments as for refine."""
         size = self.config.sliding_window
         keys = self.attn.keys(context, positions, taps.within("attn.main."))
         rows = jnp.concatenate([past.cache.window, keys], axis=1)
         window = latest(rows, jnp.maximum(past.count - 1, 0), size)
-        block = streams.shape[1]
-        seen = Past(LayerCache(window, None, None), past.before + past.count, jnp.full_like(past.count, block))
-        first = positions[:, :1] + past.count[:, None]
-        streams, _ = self(streams, token_ids, first + jnp.arange(block), taps, seen)
-        return streams, LayerCache(latest(rows, past.kept, size - 1), None, None)
+        block = jnp.full_like(past.count, self.block_size)
+        seen = Past(LayerCache(window, None, None), past.before + past.count, block)
+        return seen, LayerCache(latest(rows, past.kept, size - 1), None, None)
+
+    def places(self, positions: Int[Array, "B S"], past: Past[LayerCache]) -> Int[Array, "B Q"]:
+        """The positions of the block, which follows the last of the known tokens."""
+        return positions[:, :1] + past.count[:, None] + jnp.arange(self.block_size)
 
     def choose(
         self, x: Float[Array, "B Q D"], logits: Float[Array, "B Q V"], anchor: Int[Array, " B"], taps: Taps
     ) -> Drafted:
-        """The block's tokens, one after the other, from its collapsed streams and the output head's logits."""
-        token, chosen = anchor, []
-        for at in range(x.shape[1]):
-            token = jnp.argmax(logits[:, at] + self.markov_head(self.markov_head.embed(token)), axis=-1)
-            chosen.append(token)
-        tokens = taps("tokens", jnp.stack(chosen, axis=1).astype(jnp.int32))
-        before = jnp.concatenate([anchor[:, None], tokens[:, :-1]], axis=1)
-        embedded = taps("markov_head.embed", self.markov_head.embed(before))
-        logits = taps("draft_logits", logits + taps("markov_head", self.markov_head(embedded)))
-        return Drafted(tokens, logits, taps("confidence", self.confidence_head(x, embedded)))
+        """The block's tokens, one after the other, from its collapsed streams and the output head's logits.
+
+        Where the tap of the tokens is replaced, each is chosen after the replaced ones before it.
+        """
+        head, given = self.markov_head, taps.override("tokens")
+        before = [anchor]
+        for at in range(x.shape[1] - 1):
+            chosen = jnp.argmax(logits[:, at] + head(head.embed(before[-1])), axis=-1).astype(anchor.dtype)
+            before.append(chosen if given is None else given[:, at, 0])
+        embedded = taps("markov_head.embed", head.embed(jnp.stack(before, axis=1)))
+        logits = taps("draft_logits", logits + taps("markov_head", head(embedded)))
+        tokens = taps("tokens", jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32))
+        return Drafted(tokens[..., 0], logits, taps("confidence", self.confidence_head(x, embedded)))
+
+
+def block_ids(anchor: Int[Array, " B"], dspark: DSpark) -> Int[Array, "B Q"]:
+    """The ids of a drafted block before it is drafted: the anchor, and noise."""
+    noise = jnp.full((len(anchor), dspark.block_size - 1), dspark.noise_token_id, anchor.dtype)
+    return jnp.concatenate([anchor[:, None], noise], axis=1)

@@ -122,7 +122,8 @@ def partitions(value: Any, axes: Axes, sizes: Mapping[str, int], *, what: str) -
 
 
 def on_mesh(value: Any, axes: Axes, mesh: Mesh, *, what: str) -> Any:
-    """Shape, dtype and sharding of a parameter on a mesh (:func:`partitions`); of an :class:`Encoded` those of its parts.
+    """Shape, dtype and sharding of a parameter on a mesh (:func:`partitions`); of an :class:`Encoded` those of its
+    parts.
 
     The shape is larger than that of ``value`` where the mesh does not divide an axis that may be padded
     (:data:`~dsv4_convert.model.axes.PADDED`).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsv4_convert.model.axes import all_gather, all_to_all, own_rows, psum, shard_map
 from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
-from dsv4_convert.model.dspark import Drafted, DSparkBlock
+from dsv4_convert.model.dspark import Drafted, DSparkBlock, block_ids
 from dsv4_convert.model.hyper_connection import head_collapse
 from dsv4_convert.model.layers import layers_of, through
 from dsv4_convert.model.norm import rms_norm
@@ -28,6 +28,9 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 
+#: What enters a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``; the first one gets no
+#: streams, and those of the target layers ``[B, S, T, N, D]``.
+Entering: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
 
@@ -55,6 +58,13 @@ class Decoder(nnx.Module):
         self.layers = layers_of(config, numerics, scanned=scanned)
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
+
+    @property
+    def why_no_drafts(self) -> str | None:
+        """Why the model cannot draft tokens, for messages; None if it can."""
+        if self.config.num_mtp_stages:
+            return f"dsv4 does not compute the draft stages of {self.config.title} yet"
+        return "this model has no draft stage (mtp or DSpark) to draft tokens with"
 
     def __call__(
         self,
@@ -149,7 +159,7 @@ class Model(Decoder):
         self.hc_head_fn = parameter("mix streams", streams, streams * width)
         self.hc_head_base = parameter("mix", streams)
         self.hc_head_scale = parameter("mix", 1)
-        self.mtp = nnx.List([_stage(config, stage, numerics) for stage in range(config.num_mtp_stages)])
+        self.mtp = nnx.List([stage_of(config, stage, numerics) for stage in range(config.num_mtp_stages)])
 
     def enter(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The carry of layer 0, which is the streams alone."""
@@ -158,6 +168,11 @@ class Model(Decoder):
     def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The input of the head: the streams that leave the last layer."""
         return streams
+
+    @property
+    def why_no_drafts(self) -> str | None:
+        """Why the model cannot draft tokens; None if it has stages."""
+        return None if len(self.mtp) else super().why_no_drafts
 
     def reading_drafts(self) -> Taps:
         """The taps that :meth:`propose` reads of a call of :meth:`advance`."""
@@ -202,21 +217,49 @@ class Model(Decoder):
         taps: Taps,
     ) -> tuple[Drafted, tuple[LayerCache, ...]]:
         """A block of DSpark's, which begins with the ``anchor``, the token after the last of the call."""
-        dspark, stages = self.config.dspark, cast(list[DSparkBlock], list(self.mtp))
-        assert dspark is not None
-        noise = jnp.full((len(anchor), dspark.block_size - 1), dspark.noise_token_id, anchor.dtype)
-        ids = jnp.concatenate([anchor[:, None], noise], axis=1)
-        streams = embed(self.embed[...], ids, self.config.hc_mult, features.dtype, taps.within("mtp.0."))
-        context = stages[0].context(features, taps.within("mtp.0."))
-        states = []
-        for stage, (block, state) in enumerate(zip(stages, past.cache, strict=True)):
+        assert self.config.dspark is not None
+        ids, states = block_ids(anchor, self.config.dspark), []
+        entering: Entering = (None, features)
+        for stage, state in enumerate(past.cache):
             own = taps.within(f"mtp.{stage}.")
-            streams, state = block.refine(streams, ids, context, positions, past.of(state), own)
+            entering, drafted, state = self.draft_stage(stage, entering, ids, positions, past.of(state), own)
             states.append(state)
-        last = stages[-1]
-        x = head_collapse(streams, *_collapse(last), self.config, own)
-        logits = output(x, last.norm[...], self.head[...], self.config, own)
-        return last.choose(x, logits, anchor, own), tuple(states)
+        assert drafted is not None
+        return drafted, tuple(states)
+
+    def draft_stage(
+        self,
+        stage: int,
+        entering: Entering,
+        ids: Int[Array, "B Q"],
+        positions: Int[Array, "B S"],
+        past: Past[LayerCache],
+        taps: Taps,
+    ) -> tuple[tuple[Float[Array, "B Q N D"], Float[Array, "B S D"]], Drafted | None, LayerCache]:
+        """One stage of DSpark's: what enters the next one, the draft if it is the last one, and its new state.
+
+        Args:
+            stage: its place in ``mtp``.
+            entering: the streams of the block and the context; the first stage makes both, of the streams of the
+                target layers.
+            ids: of the block.
+            positions: of the known tokens.
+            past: the stage's own.
+            taps: of the stage.
+        """
+        block = cast(DSparkBlock, self.mtp[stage])
+        streams, context = entering
+        if streams is None:
+            context = block.context(context, taps)
+            streams = embed(self.embed[...], ids, self.config.hc_mult, context.dtype, taps)
+        else:
+            streams, context = taps("streams", streams), taps("context", context)
+        streams, state = block.refine(streams, ids, context, positions, past, taps)
+        if not block.last:
+            return (streams, context), None, state
+        x = head_collapse(streams, *_collapse(block), self.config, taps)
+        logits = output(x, block.norm[...], self.head[...], self.config, taps)
+        return (streams, context), block.choose(x, logits, ids[:, 0], taps), state
 
     def draft(
         self,
@@ -256,8 +299,11 @@ class Model(Decoder):
         return head(streams, *_collapse(own), own.norm[...], self.head[...], self.config, taps)
 
 
-def _stage(config: V4Config, stage: int, numerics: Numerics) -> MTPBlock | DSparkBlock:
-    return MTPBlock(config, numerics) if config.dspark is None else DSparkBlock(config, stage, numerics)
+def stage_of(config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool = True) -> MTPBlock | DSparkBlock:
+    """A stage after the backbone, whichever kind the model has."""
+    if config.dspark is None:
+        return MTPBlock(config, numerics, with_experts=with_experts)
+    return DSparkBlock(config, stage, numerics, with_experts=with_experts)
 
 
 def _leaving(layer: int) -> str:
@@ -285,7 +331,12 @@ def embed(
     table: Float[Array, "V D"], token_ids: Int[Array, "B S"], streams: int, dtype: DTypeLike, taps: Taps
 ) -> Float[Array, "B S N D"]:
     """The embedding of every token, copied into all streams."""
-    rows = taps("embed", _rows_of(table, token_ids).astype(dtype))
+    return copied(_rows_of(table, token_ids).astype(dtype), streams, taps)
+
+
+def copied(rows: Float[Array, "B S D"], streams: int, taps: Taps) -> Float[Array, "B S N D"]:
+    """Embeddings, copied into all streams."""
+    rows = taps("embed", rows)
     return jnp.broadcast_to(rows[:, :, None], (*rows.shape[:2], streams, rows.shape[2]))
 
 

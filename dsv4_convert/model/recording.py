@@ -78,6 +78,10 @@ class Taps:
         full = self._prefix + name
         return full in self._overrides or (self._wanted is not None and self._wanted(full))
 
+    def override(self, name: str) -> Array | None:
+        """The value that replaces that of ``name``; None if none does."""
+        return self._overrides.get(self._prefix + name)
+
     def __call__(self, name: str, value: Array) -> Array:
         """Record ``value`` under ``name`` if it is wanted; return the value that the model continues with."""
         full = self._prefix + name

@@ -11,6 +11,10 @@ heads and head width of the indexer, ``k`` chosen entries, ``G`` output groups, 
 ``E`` experts, ``K`` experts per token, ``V`` vocabulary. Other letters belong to one architecture, whose config knows
 their sizes (``tap_sizes``). The state after a prompt has three more: ``w`` keys that the
 next token's window reaches, ``p`` tokens of the incomplete block, ``r`` tokens of the last complete block.
+
+DSpark's stages draft one block of tokens, which follows the prompt: its first token is the prompt's last one. There
+``S`` are the tokens of the block, and ``M`` the known tokens before it. ``L`` target layers, ``Rm`` rank of the Markov
+head, ``1`` drafted token.
 """
 
 from __future__ import annotations
@@ -32,24 +36,22 @@ class Values(StrEnum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Where:
-    """The layers that have a tap, in words and as a condition on config and layer; or the ends of the model.
+    """The layers and stages that have a tap, in words and as a condition on config and layer number.
 
-    A stage has the layer number that its config gives it, and both ends of the model for itself: it embeds the tokens
-    after those of the layers, and it has a head.
+    ``of_model``: the model level has it. A stage may have either end of the model for itself: embeddings, and a head.
     """
 
     label: str
-    of_layer: Callable[[Any, int], bool] | None = None
+    of_layer: Callable[[Any, int], bool]
+    of_model: bool = False
 
     def holds(self, config: Any, layer: int | None) -> bool:
         """Whether ``layer``, which may be that of a stage (None: the model level), has the tap."""
-        if self.of_layer is None:
-            return layer is None or layer in config.stage_layers
-        return layer is not None and self.of_layer(config, layer)
+        return self.of_model if layer is None else self.of_layer(config, layer)
 
 
-BEFORE = Where("model, before the layers")
-AFTER = Where("model, after the layers")
+BEFORE = Where("model, before the layers", lambda config, layer: config.embeds(layer), of_model=True)
+AFTER = Where("model, after the layers", lambda config, layer: config.has_head(layer), of_model=True)
 LAYER = Where("every layer", lambda config, layer: True)
 
 
@@ -57,11 +59,13 @@ LAYER = Where("every layer", lambda config, layer: True)
 class Origin:
     """The tap of an earlier layer whose values a layer starts from: its name, and that layer by config and layer.
 
-    A layer number of -1 stands for the embedding.
+    A layer number of -1 stands for the embedding. ``stacked``: it starts from several layers' values, which go with
+    that of the last one.
     """
 
     tap: str
     of_layer: Callable[[Any, int], int]
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

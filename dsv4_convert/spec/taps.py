@@ -48,7 +48,7 @@ class TapKey:
         """
         kind, number, rest = _split(name)
         tap = _BY_NAME.get(rest)
-        if tap is None or (kind != "mtp" and (number is None) != (tap.where.of_layer is None)):
+        if tap is None or (kind != "mtp" and (number is None) != tap.where.of_model):
             raise UsageError(f"{name}: unknown tap; close ones: {', '.join(_close(rest))}")
         if kind != "mtp" or number is None:
             return cls(number, tap)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import as_v4
@@ -55,14 +55,15 @@ def restore_block(
     from flax import nnx
 
     from dsv4_convert.model import PLAIN
-    from dsv4_convert.model.block import MTPBlock
     from dsv4_convert.model.layers import block_of
+    from dsv4_convert.model.model import stage_of
 
     config, numerics = weights.config, numerics or PLAIN
 
     def make() -> DecoderBlock:
         if layer in config.stage_layers:
-            return MTPBlock(as_v4(config), numerics, with_experts=with_experts)
+            stage = layer - config.num_hidden_layers
+            return stage_of(as_v4(config), stage, numerics, with_experts=with_experts)
         return block_of(config, config.layer_kind(layer), with_experts=with_experts, numerics=numerics)
 
     return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh, encoded).fill(nnx.eval_shape(make))
@@ -124,7 +125,7 @@ def restore_stage(
     from dsv4_convert.model import PLAIN
 
     filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
-    return filling.fill(_model(filling.config, numerics or PLAIN))
+    return filling.fill(_with_stage(filling.config, layer - weights.config.num_hidden_layers, numerics or PLAIN))
 
 
 def stage_bytes(
@@ -139,13 +140,29 @@ def stage_bytes(
     from dsv4_convert.model import PLAIN
 
     filling = _of_stage(weights, layer, dtype, mesh, encoded=encoded)
-    return filling.bytes_of(_model(filling.config, PLAIN))
+    return filling.bytes_of(_with_stage(filling.config, layer - weights.config.num_hidden_layers, PLAIN))
+
+
+def _with_stage(config: Config, stage: int, numerics: Numerics) -> Decoder:
+    """A model without values, with one of its stages only."""
+    from flax import nnx
+
+    from dsv4_convert.model.model import Model
+
+    def make() -> Model:
+        model = Model(as_v4(config), numerics)
+        model.mtp = nnx.List([model.mtp[stage]])
+        return model
+
+    model: Decoder = nnx.eval_shape(make)
+    return model
 
 
 def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
     """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
     config, own = weights.config, weights.config.prefix(layer)
-    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=1)
+    stages = {"num_mtp_stages": config.num_mtp_stages, "dspark": config.dspark}
+    alone = dataclasses.replace(config.of_layers(()), **stages)
     if encoded:
         _check_codes(weights)
     first = alone.prefix(0)
@@ -237,6 +254,8 @@ def restore_model(
     else:
         config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)
+    if drafts and model.why_no_drafts is not None:
+        raise UsageError(f"speculative decoding: {model.why_no_drafts}")
     if encoded:
         _check_codes(weights)
     filling = _Filling(weights, weights.config, str, dtype, mesh, encoded)

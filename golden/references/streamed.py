@@ -28,9 +28,11 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of, token_ids
+from dsv4_convert.golden.layout import calls, joined, known_tokens, part_of, part_shape, rows_of, token_ids
 from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, RUN_DTYPES, Mode, RecordedTaps, row_noise
+from dsv4_convert.golden.references import draft
+from dsv4_convert.golden.references.draft import DraftStage
 from dsv4_convert.golden.references.precision import (
     CHOICES,
     TORCH,
@@ -40,10 +42,11 @@ from dsv4_convert.golden.references.precision import (
     choosing,
     widened,
 )
-from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, layer_probes, recording
+from dsv4_convert.golden.references.probes import HEAD_PROBES, Expected, Probe, layer_probes, recording
 from dsv4_convert.golden.references.stage import Stage, module_name
 from dsv4_convert.golden.references.stage import probes as stage_probes
 from dsv4_convert.golden.references.state import state_after
+from dsv4_convert.golden.references.targets import gathered, kept
 from dsv4_convert.spec.config import Config, Yarn
 from dsv4_convert.spec.coverage import Leaf, Resolution, Source
 from dsv4_convert.spec.names import Dialect, Kind, Rule
@@ -54,6 +57,8 @@ from dsv4_convert.spec.v4.kinds import AttentionKind
 Array = np.ndarray[Any, Any]
 
 _EAGER = "eager"
+#: Taps of a DSpark stage, and the end of the name of what it hands on.
+_TOKENS, _WINDOW, _CONTEXT = "tokens", "cache.window", "/context"
 #: The dtype that goldens are recorded in.
 _GOLDEN = "float32"
 _FLOAT32 = np.dtype(np.float32)
@@ -75,7 +80,8 @@ def describe() -> Reference:
     )
 
 
-#: Streams by the dtype of the run that they belong to: float32 is the golden's own run.
+#: Streams by the dtype of the run that they belong to: float32 is the golden's own run. What a run carries besides, for
+#: DSpark's stages, has names that begin with its own (:mod:`dsv4_convert.golden.references.targets`).
 State = dict[str, Array]
 
 
@@ -89,20 +95,21 @@ class _Given:
     angles: dict[str, tuple[Tensor, Tensor]]
 
 
-#: One call of a part of the model: the dtype of the run, streams, number of the call, cache.
-_Forward = Callable[[str, Tensor, int, DynamicCache | None], Tensor]
+#: One call of a part of the model: the dtype of the run, what enters, number of the call, cache; to the streams.
+_Forward = Callable[[str, Any, int, DynamicCache | None], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """A layer, a stage or the head (None): its module, a call of it, and a function that converts it to the dtype of a
-    run. ``block`` is the decoder layer in the module."""
+    run. ``block`` is the decoder layer in the module. ``probes``: the places of its taps, by those of its layer's."""
 
     module: nn.Module
     layer: int | None
     block: nn.Module
     forward: _Forward
     convert: Callable[[str], None]
+    probes: Callable[[Mapping[str, Probe]], Mapping[str, Probe]] = dict
 
 
 class StreamedModel:
@@ -220,11 +227,14 @@ class StreamedModel:
     def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise.
 
-        The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
+        The layer may be that of a stage, which gets the streams that left the last layer, or the stage before. The
+        first DSpark stage gets those that left the target layers.
         """
-        return self._run(
-            self._stage(layer) if layer in self._config.stage_layers else self._layer(layer), state, expected
-        )
+        config = self._config
+        make = self._draft if config.drafts_blocks(layer) else self._stage
+        part = make(layer) if layer in config.stage_layers else self._layer(layer)
+        left, taken = self._run(part, state, expected)
+        return kept(state, left, config, layer), taken
 
     def _layer(self, layer: int) -> _Part:
         """The reference's module of a layer with its weights, in the golden's dtype."""
@@ -259,7 +269,37 @@ class StreamedModel:
             leaving: Tensor = result
             return leaving
 
-        return _Part(module, layer, module.block, forward, convert)
+        return _Part(module, layer, module.block, forward, convert, stage_probes)
+
+    def _draft(self, layer: int) -> _Part:
+        """A DSpark stage of the reference's modules with its weights, in the golden's dtype."""
+        config, tokens = self._config, self._ids.shape[1]
+        with torch.device("meta"):
+            module = DraftStage(self._hf, layer, config)
+        own = "mtp.{}."
+        convert = self._fill_layer(module, module.block, layer, lambda rule: module_name(rule.path.removeprefix(own)))
+        ids = torch.from_numpy(token_ids(self._ids.numpy(), config, layer))
+        known = known_tokens(tokens)
+
+        def forward(run: str, entering: Any, call: int, cache: DynamicCache | None) -> Tensor:
+            streams, context = entering
+            places = torch.arange(known + ids.shape[1]).unsqueeze(0)
+            cos, sin = self._rotary(streams, position_ids=places, layer_type="main")
+            options = {
+                "input_ids": ids,
+                "position_embeddings": {"main": (cos[:, known:], sin[:, known:])},
+                "position_ids": places[:, known:],
+                "attention_mask": None,
+            }
+            embedded = torch.from_numpy(self._embedded(ids)).to(streams.dtype)
+            angles = (cos[:, :known], sin[:, :known])
+            leaving = module(streams, context, embedded, angles, options, _CACHE)
+            if module.last:
+                module.draft(leaving, ids[:, 0], self._logits)
+            return leaving
+
+        probes = partial(draft.probes, first=module.first, last=module.last)
+        return _Part(module, layer, module.block, forward, convert, probes)
 
     def _fill_layer(
         self, module: nn.Module, block: Any, layer: int, name: Callable[[Rule], str]
@@ -325,45 +365,59 @@ class StreamedModel:
 
     def _run(self, part: _Part, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
-        streams, taps = self._pass(part, _GOLDEN, as_tensor(state[_GOLDEN]), expected)
-        leaving = {_GOLDEN: streams.numpy()}
+        streams, taps = self._pass(part, _GOLDEN, self._entering(part, state, _GOLDEN), expected)
+        leaving = {_GOLDEN: streams.numpy()} | _beside(part, _GOLDEN)
         noise: dict[str, list[Array]] = {name: [] for name, (dtype, _) in expected.items() if dtype.kind == "f"}
         for run in self._noise.values():
             part.convert(run)
             for mode in MODES:
-                entering = as_tensor(state[_GOLDEN if mode is Mode.ISOLATED else run]).to(TORCH[run])
+                entering = self._entering(part, state, _GOLDEN if mode is Mode.ISOLATED else run, TORCH[run])
                 with ExitStack() as stack:
                     if run == "float64":
                         stack.enter_context(widened(self._rotary))
                     streams, found = self._pass(part, run, entering, expected, golden=taps)
                 if mode is Mode.CUMULATIVE:
-                    leaving[run] = as_array(streams)
+                    leaving |= {run: as_array(streams)} | _beside(part, run)
                 for name, rows in noise.items():
                     rows.append(found[name])
         shape = (len(self._noise), len(MODES))
         stacked = {name: np.array(rows).reshape(*shape, *rows[0].shape) for name, rows in noise.items() if rows}
         return leaving, RecordedTaps(taps, stacked)
 
+    def _entering(self, part: _Part, state: State, run: str, dtype: torch.dtype = torch.float32) -> Any:
+        """What enters a part in a run: streams, and for a DSpark stage the context too."""
+        if not isinstance(part.module, DraftStage):
+            return as_tensor(state[run]).to(dtype)
+        if part.module.first:
+            known = known_tokens(self._ids.shape[1])
+            return as_tensor(gathered(state, run, self._config)[:, :known]).to(dtype), None
+        return tuple(as_tensor(state[name]).to(dtype) for name in (run, f"{run}{_CONTEXT}"))
+
     def _pass(
-        self, part: _Part, run: str, entering: Tensor, expected: Expected, golden: Mapping[str, Array] | None = None
+        self, part: _Part, run: str, entering: Any, expected: Expected, golden: Mapping[str, Array] | None = None
     ) -> tuple[Tensor, dict[str, Array]]:
         """One run over all tokens, call by call: the streams that leave, and the taps.
 
         With ``golden``, its taps, the run makes the golden's choices and gives, of every tap of real numbers, the row
         noise. The head keeps nothing between calls, so it has one.
         """
-        cache = self._cache() if part.layer is not None else None
-        every = self._calls if part.layer is not None else [(0, self._ids.shape[1])]
+        drafts = part.module if isinstance(part.module, DraftStage) else None
+        at_once = part.layer is None or drafts is not None
+        cache = None if at_once else self._cache()
+        every = [(0, self._ids.shape[1])] if at_once else self._calls
+        if drafts is not None:
+            drafts.chosen = None if golden is None or not drafts.last else torch.from_numpy(golden[_TOKENS]).long()
         streams: list[Tensor] = []
         found: dict[str, list[Array]] = {name: [] for name in expected if not is_state(name)}
         held: dict[str, Array] = {}
         for call, (start, stop) in enumerate(every):
             places = {name: self._place(name, part.layer, start, stop) for name in found}
-            inside = {name: (expected[name][0], shape) for name, (_, shape) in places.items()}
             before = min(start, self._config.sliding_window - 1)
-            probes = HEAD_PROBES if part.layer is None else layer_probes(before)
-            if part.layer in self._config.stage_layers:
-                probes = stage_probes(probes)
+            if drafts is not None:
+                places = {name: (range(shape[1]), shape) for name, (_, shape) in expected.items() if name in found}
+                before = min(known_tokens(stop), drafts.window)
+            inside = {name: (expected[name][0], shape) for name, (_, shape) in places.items()}
+            probes = HEAD_PROBES if part.layer is None else part.probes(layer_probes(before))
             with ExitStack() as stack:
                 reduce = None
                 if golden is not None:
@@ -371,12 +425,14 @@ class StreamedModel:
                     stack.enter_context(choosing(part.block, choices))
                     reduce = partial(_distance, golden, places)
                 taps = stack.enter_context(recording(part.module, probes, inside, reduce))
-                streams.append(part.forward(run, entering[:, start:stop], call, cache))
+                streams.append(part.forward(run, entering if drafts else entering[:, start:stop], call, cache))
             for name, value in taps.items():
                 found[name].append(value)
             if call == 0 and cache is not None:
                 assert part.layer is not None
                 held = state_after(cache, part.layer, expected)
+            if drafts is not None and drafts.keys is not None and _WINDOW in expected:
+                held = {_WINDOW: as_array(_before(drafts.keys, self._calls[0][1], expected[_WINDOW][1][1]))}
         for name, value in held.items():
             held[name] = value if golden is None else row_noise(value, golden[name])
         whole = {
@@ -454,6 +510,17 @@ class StreamedModel:
             if name is not None:
                 self._checkpoint.release(name)
         return out
+
+
+def _beside(part: _Part, run: str) -> State:
+    """What a run leaves for the next stage besides streams."""
+    context = part.module.context if isinstance(part.module, DraftStage) else None
+    return {} if context is None else {f"{run}{_CONTEXT}": as_array(context)}
+
+
+def _before(keys: Tensor, token: int, count: int) -> Tensor:
+    """The keys of ``count`` tokens before a token."""
+    return keys[:, token - count : token].contiguous()
 
 
 def _distance(

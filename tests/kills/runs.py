@@ -190,7 +190,12 @@ def zygote(folder: Path, *, reference: bool = False, endpoint: str | None = None
     settings: dict[str, Any] = {"reference": reference}
     if endpoint is not None:
         settings |= {"endpoint": endpoint, "hub_cache": str(folder)}
-    environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()} | {
+    # A command that is killed while it keeps a program would leave half of one to the other tests.
+    unwanted = ("PROXY", "JAX_COMPILATION_CACHE_DIR")
+    inherited = {
+        name: value for name, value in os.environ.items() if not any(part in name.upper() for part in unwanted)
+    }
+    environment = inherited | {
         "LD_PRELOAD": str(library),
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",

@@ -213,5 +213,3 @@ def test_no_stack_and_no_second_layer_is_decoded(form: str, scanned: bool, token
         if isinstance(variable.get_value(), Encoded) and "experts" not in key and key[0] == "layers"
     )
     assert memory.temp_size_in_bytes < dense / 2
-
-

@@ -114,6 +114,33 @@ def codes(folder: Path) -> None:
         restore_model(weights, mesh=make_mesh({"tensor": 4, "data": 2}, jax.devices()), encoded=True)
 
 
+def tables(folder: Path) -> None:
+    """On 8 devices: every device has an eighth of the rows of V4.1's tables, with zeros after the last one."""
+    weights, mesh = Weights.open(folder), make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"), jax.devices())
+    for encoded in (False, True):
+        plain = leaves(restore_model(weights, scanned=True, encoded=encoded))
+        found = leaves(restore_model(weights, scanned=True, encoded=encoded, mesh=mesh))
+        split = 0
+        for key, variable in found.items():
+            pairs = zip(*(jax.tree.leaves(of.get_value()) for of in (variable, plain[key])), strict=True)
+            for part, whole in pairs:
+                own = np.asarray(part)[tuple(map(slice, whole.shape))]
+                assert np.array_equal(own, whole), key
+                if key[-2:] == ("engram", "embed"):
+                    rows = whole.shape[1]
+                    assert part.shape[1] == rows + -rows % 8 > rows
+                    assert not np.asarray(part)[:, rows:].any()
+                    assert {shard.data.shape[1] for shard in part.addressable_shards} == {part.shape[1] // 8}
+                    split += 1
+                else:
+                    assert part.shape == whole.shape, key
+        assert split == 2 * (1 + encoded)
+        _, planned = compiled_weights(weights.config.without_stages(), mesh,
+                                      Job(tokens=8, batch=8, dtype=FLOAT32, source=encoded))  # fmt: skip
+        forms = {key: _form(variable) for key, variable in nnx.to_flat_state(planned)}
+        assert {key: _form(variable) for key, variable in found.items()} == forms  # what `dsv4 compile` compiles
+
+
 def _form(variable: Any) -> Any:
     """Structure, shapes, dtypes and layouts of a variable."""
     parts, structure = jax.tree.flatten(variable.get_value())
@@ -233,7 +260,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, jax.Arr
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["every_leaf", "own_ranges", "codes", "own_codes", "at_once"])
+    parser.add_argument("part", choices=["every_leaf", "own_ranges", "codes", "own_codes", "tables", "at_once"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config, write_checkpoint
 
 from ..processes import end, start, together
 
@@ -36,6 +36,27 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "hf", raw, seed=1)
     hf_to_orbax(folder / "hf", folder / "orbax", storage=Storage.SOURCE)
     return folder / "orbax"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A V4.1 whose tables are larger than the rest, and whose blocks of codes a mesh does not cut."""
+    folder = tmp_path_factory.mktemp("tables")
+    widths = dict.fromkeys(("moe_intermediate_size", "q_lora_rank"), 64)
+    raw = tiny_v41_config(**widths, num_attention_heads=4, o_lora_rank=32, engram_vocab_size=5000)
+    write_checkpoint(folder / "hf", raw, seed=1)
+    hf_to_orbax(folder / "hf", folder / "orbax", storage=Storage.SOURCE)
+    return folder / "orbax"
+
+
+def test_tables_on_eight_devices(tables: Path) -> None:
+    ended = end(start(["-m", "tests.weights.sharded", "tables", str(tables)], devices=8))
+    assert ended.code == 0, ended.err
+
+
+def test_two_processes_read_their_own_rows(tables: Path) -> None:
+    ended = together(["-m", "tests.weights.sharded", "own_codes", str(tables)], 2, devices=2)
+    assert [process.code for process in ended] == [0, 0], ended
 
 
 def test_codes_on_eight_devices(codes: Path) -> None:

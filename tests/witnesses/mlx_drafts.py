@@ -158,7 +158,7 @@ class Drafter:
         yield last + "markov_head.embed", mx.stack(self._results[2, "markov_w1"], axis=1)
         yield last + "markov_head", bias
         yield last + "draft_logits", base + bias
-        yield last + "tokens", tokens
+        yield last + "tokens", tokens[..., None]
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -10,6 +10,16 @@ POOLED = Where("CSA and HCA layers", lambda config, layer: config.compresses(lay
 CSA = Where("CSA layers", lambda config, layer: config.indexes(layer))
 LEARNED = Where("layers with learned routing", lambda config, layer: not config.hashed(layer))
 STAGE = Where("mtp stages", lambda config, layer: config.dspark is None and layer in config.stage_layers)
+DSPARK = Where("DSpark stages", lambda config, layer: config.drafts_blocks(layer))
+DSPARK_FIRST = Where("first DSpark stage", lambda config, layer: DSPARK.holds(config, layer) and config.embeds(layer))
+DSPARK_LATER = Where(
+    "DSpark stages after the first", lambda config, layer: DSPARK.holds(config, layer) and not config.embeds(layer)
+)
+DSPARK_LAST = Where("last DSpark stage", lambda config, layer: DSPARK.holds(config, layer) and config.has_head(layer))
+READS_STREAMS = Where(
+    "mtp stages, and DSpark stages after the first",
+    lambda config, layer: layer in config.stage_layers and not DSPARK_FIRST.holds(config, layer),
+)
 #: The streams that leave the layer before.
 STREAMS = Origin("hc_ffn.streams", lambda config, layer: layer - 1)
 
@@ -46,8 +56,18 @@ def _expert(path: str) -> tuple[str, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", STAGE, origin=STREAMS),
-    _own("embed", "B S D", "token embedding; in a stage, of the token after", BEFORE),
+    Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", READS_STREAMS, origin=STREAMS),
+    Tap("context", "B M D", "the first stage's main_norm", DSPARK_LATER,
+        origin=Origin("main_norm", lambda config, layer: config.stage_layers[0])),
+    Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST,
+        origin=Origin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
+    Tap("main", "B M LD", "means of these streams, those of one layer after the other's", DSPARK_FIRST),
+    _own("main_proj", "B M D", "projected means", DSPARK_FIRST),
+    _own("main_norm", "B M D", "projected means after their norm, of which all stages make keys", DSPARK_FIRST),
+    Tap("attn.main.wkv", "B M C", "the shared key = value of the known tokens", DSPARK, weights=("attn.wkv",)),
+    Tap("attn.main.kv_norm", "B M C", "their key = value after its norm", DSPARK, weights=("attn.kv_norm",)),
+    Tap("attn.main.kv_rope", "B M C", "their rotated key = value", DSPARK),
+    _own("embed", "B S D", "token embedding; in an mtp stage, of the token after", BEFORE),
     _own("enorm", "B S D", "embedding after its norm", STAGE),
     _own("hnorm", "B S N D", "streams after their norm", STAGE),
     _own("e_proj", "B S D", "embedding's part of the stage's streams", STAGE),
@@ -92,6 +112,13 @@ TAPS: tuple[Tap, ...] = (
     Tap("hc_head", "B S D", "collapsed streams", AFTER),
     _own("norm", "B S D", "input of the output head", AFTER),
     Tap("logits", "B S V", "logits", AFTER, weights=("head",)),
+    Tap("markov_head.embed", "B S Rm", "row of the token before in the Markov head's table", DSPARK_LAST,
+        weights=("markov_head.markov_w1",)),
+    Tap("markov_head", "B S V", "logits of the token before alone", DSPARK_LAST, weights=("markov_head.markov_w2",)),
+    Tap("draft_logits", "B S V", "logits that the drafted tokens are chosen from", DSPARK_LAST),
+    Tap("tokens", "B S 1", "drafted tokens", DSPARK_LAST, Values.CHOICE, scores="draft_logits"),
+    Tap("confidence", "B S", "logit of the draft being accepted, if those before it are", DSPARK_LAST,
+        weights=("confidence_head.proj",)),
 )  # fmt: skip
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from .code import CODE
 from .configs import CONFIGS
 from .decoding import DECODING
+from .drafts import DRAFT_FAULTS
 from .fault import Fault
 from .stages import STAGES
 from .tables import TABLES
 from .weights import WEIGHTS
 
-_ALL = (*WEIGHTS, *DECODING, *TABLES, *CONFIGS, *CODE, *STAGES)
+_ALL = (*WEIGHTS, *DECODING, *TABLES, *CONFIGS, *CODE, *STAGES, *DRAFT_FAULTS)
 CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in _ALL}
 assert len(CATALOGUE) == len(_ALL)

@@ -23,7 +23,7 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
 from dsv4_convert.model import experts
 from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.metrics import Verdict
@@ -33,6 +33,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import located, parameters
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
@@ -40,19 +41,21 @@ Arrays = dict[str, Array]
 
 #: Sliding and hash, CSA and hash, HCA and learned, CSA and learned; matrices are square where they can be, so that a
 #: transpose fits, and the Sinkhorn iterations are few enough that one less shows.
-MAIN = tiny_config(
-    hidden_size=64,
-    moe_intermediate_size=64,
-    num_attention_heads=4,
-    q_lora_rank=64,
-    o_lora_rank=16,
-    index_head_dim=16,
-    hc_sinkhorn_iters=3,
-)
+_SQUARE = {
+    "hidden_size": 64,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "q_lora_rank": 64,
+    "o_lora_rank": 16,
+    "index_head_dim": 16,
+    "hc_sinkhorn_iters": 3,
+}
+MAIN = tiny_config(**_SQUARE)
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
 #: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
-#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common, or many entries:
+#: so HCA has short blocks, and the config says so in transformers' words.
 WIDE = tiny_config(
     vocab_size=4096,
     hidden_size=64,
@@ -63,16 +66,29 @@ WIDE = tiny_config(
     o_lora_rank=32,
     index_head_dim=16,
     swiglu_limit=10.0,
+    layer_types=[AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA, AttentionKind.CSA],
+    compress_rates={AttentionKind.CSA: 4, AttentionKind.HCA: 16},
 )
+del WIDE["compress_ratios"]
 #: A layer and an mtp stage.
 STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
 STAGE = 1
+#: Two layers, both of which DSpark's three stages read.
+DRAFTING = dspark_config(
+    **_SQUARE,
+    num_hidden_layers=2,
+    num_hash_layers=0,
+    compress_ratios=[0, 0, 0, 0, 0],
+    dspark_target_layer_ids=[0, 1],
+)
+DRAFTS = (2, 3, 4)
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "main": (MAIN, 300),
     "many": (MANY, 60),
     "wide": (WIDE, 600),
     "staged": (STAGED, 60),
+    "drafting": (DRAFTING, 60),
 }
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
@@ -204,7 +220,7 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
     raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    options = RecordingOptions(tokens=ids, noise=noise, stages=model == "staged")
+    options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting"))
     golden = record(folder / "hf", folder / "golden", options)
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 
