@@ -64,13 +64,18 @@ def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     session.install(*pinned, ".[reference]" if reference else ".", *what)
 
 
-def _main_job(session: nox.Session, work: Path) -> None:
-    """Make a checkpoint in ``work``, convert it, verify that, and compare every layer with the committed golden."""
+def _converted(session: nox.Session, work: Path, model: str) -> None:
+    """Make a checkpoint of a small ``model`` in ``work``, convert it, and verify that."""
     for name in ("checkpoint", "orbax"):
         shutil.rmtree(work / name, ignore_errors=True)
-    session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"))
+    session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"), "--model", model)
     session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
+
+
+def _main_job(session: nox.Session, work: Path) -> None:
+    """Convert a small V4 in ``work``, and compare every layer with the committed golden."""
+    _converted(session, work, "v4")
     golden = ROOT / "golden" / "data" / "tiny"
     baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
     session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", *baseline)
@@ -78,9 +83,18 @@ def _main_job(session: nox.Session, work: Path) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden."""
-    _install(session)
-    _main_job(session, Path(session.create_tmp()).resolve())
+    """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden.
+
+    ``nox -s demo -- v4.1`` converts a small V4.1 and generates tokens with it; there is no golden of it yet.
+    """
+    work = Path(session.create_tmp()).resolve()
+    if session.posargs == ["v4.1"]:
+        _install(session, "tokenizers")
+        _converted(session, work, "v4.1")
+        session.run("dsv4", "generate", str(work / "orbax"), "--tokens", "3,1,4,1,5", "--max-new-tokens", "8")
+    else:
+        _install(session)
+        _main_job(session, work)
 
 
 @nox.session

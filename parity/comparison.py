@@ -21,16 +21,19 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
-from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
+from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, along_bias, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.tap import AFTER, BEFORE, Values
 from dsv4_convert.spec.taps import TapKey, taps_of
+from dsv4_convert.weights.parameters import Parameters
 
 Array = np.ndarray[Any, Any]
 #: Where the channels of a head have their errors in common, those of the shares of its keys.
 _SHARES = "attn.context"
+#: The last part of the path of a compressor's position bias.
+_BIAS = ".ape"
 _ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
 
 
@@ -45,13 +48,16 @@ class Phase(StrEnum):
 class Comparison:
     """Compares what a model in ``dtype`` gives with a golden and its noise floor of that dtype.
 
-    ``phase``: the tokens that are compared, None for all.
+    ``phase``: the tokens that are compared, None for all. ``weights``: the model's, where they are known.
     """
 
-    def __init__(self, golden: Golden, dtype: str, phase: Phase | None = None) -> None:
+    def __init__(
+        self, golden: Golden, dtype: str, phase: Phase | None = None, *, weights: Parameters | None = None
+    ) -> None:
         self.golden = golden
         self.dtype = dtype
         self._phase = phase
+        self._weights = weights
         self._config = golden.config
 
     def judge(
@@ -219,7 +225,8 @@ class Comparison:
             routing = ExpertShares(
                 *(self.golden.read(TapKey.of(self._config, key.layer, name))[:, rows] for name in _ROUTING)
             )
-        rules = weights_of(key, self._config).values()
+        weights = weights_of(key, self._config)
+        rules = weights.values()
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
         independent = Independence(
             tokens=tokens[:, rows],
@@ -236,7 +243,19 @@ class Comparison:
             letters,
             independent,
             routing,
+            None if inherited else self._along_bias(key, weights, rows),
         )
+
+    def _along_bias(self, key: TapKey, weights: Iterable[str], rows: slice | list[int]) -> Array | None:
+        """Some rows of how pooled entries move with their position bias; None for other taps, and unknown weights."""
+        path = next((path for path in weights if path.endswith(_BIAS)), None)
+        if path is None or self._weights is None:
+            return None
+        stem = key.tap.name.rpartition(".")[0]
+        values, gates = (
+            self.golden.read(TapKey.of(self._config, key.layer, f"{stem}.{name}")) for name in ("wkv", "wgate")
+        )
+        return along_bias(values, gates, self._weights.read(path), self.golden.shape(key)[-1])[:, rows]
 
     def _is_later(self, key: TapKey) -> bool:
         """Whether a tap belongs to the decoding that is left out: the state before it, and drafts after the prompt."""

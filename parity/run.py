@@ -272,7 +272,7 @@ class ParityRun:
             and Mode.ISOLATED in self._modes
         )
         self._numerics = release_numerics(golden.config) if self._teacher_forced else PLAIN
-        self._comparison = Comparison(golden, self._dtype, options.phase)
+        self._comparison = Comparison(golden, self._dtype, options.phase, weights=weights)
         #: The layers that each mode has to run.
         self._needed = {mode: self._layers_of(mode) for mode in self._modes}
         self._running = tuple(sorted({layer for layers in self._needed.values() for layer in layers}))

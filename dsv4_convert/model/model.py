@@ -59,6 +59,13 @@ class Decoder(nnx.Module):
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
 
+    @property
+    def why_no_drafts(self) -> str | None:
+        """Why the model cannot draft tokens, for messages; None if it can."""
+        if self.config.num_mtp_stages:
+            return f"dsv4 does not compute the draft stages of {self.config.title} yet"
+        return "this model has no draft stage (mtp or DSpark) to draft tokens with"
+
     def __call__(
         self,
         token_ids: Int[Array, "B S"],
@@ -161,6 +168,11 @@ class Model(Decoder):
     def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The input of the head: the streams that leave the last layer."""
         return streams
+
+    @property
+    def why_no_drafts(self) -> str | None:
+        """Why the model cannot draft tokens; None if it has stages."""
+        return None if len(self.mtp) else super().why_no_drafts
 
     def reading_drafts(self) -> Taps:
         """The taps that :meth:`propose` reads of a call of :meth:`advance`."""

@@ -116,6 +116,8 @@ class ModelFromDisk:
 
     #: Tokens of a prompt in one call: more than in memory, as a call reads nearly all experts however many it has.
     chunk = 512
+    #: As of :class:`~dsv4_convert.model.model.Decoder`.
+    why_no_drafts: str | None = "with experts from the disk no draft stage is in memory"
 
     def __init__(
         self, weights: Parameters, dtype: np.dtype[Any], *, numerics: Numerics = PLAIN, plan: MemoryPlan

@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
@@ -142,6 +142,10 @@ class Config(ABC):
     def abbreviate(self, layer: int) -> str:
         """The kind of a layer's attention in a few letters, for tables."""
 
+    def own_numbers(self) -> Iterator[tuple[str, str]]:
+        """The key numbers that only this architecture has: a title, and the number in words."""
+        yield from ()
+
     @abstractmethod
     def ratio_of(self, layer: int) -> int:
         """Tokens per compressed entry that a layer attends to; 0 if it attends to its window only."""
@@ -225,6 +229,11 @@ class Config(ABC):
     def num_vision_blocks(self) -> int:
         """Number of blocks of the vision encoder; 0 without one."""
         return 0
+
+    @property
+    def maps_tokens(self) -> bool:
+        """Whether the model itself needs the checkpoint's tokenizer: it maps tokens by their text."""
+        return False
 
     @property
     def hc_mixes(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import as_v4
@@ -253,6 +253,8 @@ def restore_model(
     else:
         config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)
+    if drafts and model.why_no_drafts is not None:
+        raise UsageError(f"speculative decoding: {model.why_no_drafts}")
     if encoded:
         _check_codes(weights)
     filling = _Filling(weights, weights.config, str, dtype, mesh, encoded)

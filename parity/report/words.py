@@ -31,6 +31,7 @@ _SAME_WEIGHTS = (
     "Compare with a golden of these weights: `dsv4 golden record` makes one of their source. If they should be those "
     "of the golden, convert them again."
 )
+_PROGRAMS = ("streamed", "model")
 #: Ways to compute routed experts, and forms of weights, in words.
 _EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
 _WEIGHTS = {"expanded": "expanded", "source": "encoded"}
@@ -130,14 +131,16 @@ def _compiled(report: ParityReport, model: ParityReport, first: TapResult) -> Su
 
 
 def programs(report: ParityReport) -> Iterator[str]:
-    """The programs that were compared, where, and what is not proven; nothing for another implementation."""
+    """The programs that were compared, where, and those that were not; nothing for another implementation."""
     for of in report.programs:
         assert of.program is not None
         agreement = "agrees" if of.agrees else "does not agree"
         first = of.first_diverging
         yield f"{_program(of.program)}: {agreement}{'' if first is None else f', first at {first.name}'}."
-    if report.unproven is not None:
-        yield f"model: not proven, since {report.unproven}."
+    compared = {of.program.program for of in report.programs if of.program is not None}
+    for name in _PROGRAMS if compared else ():
+        if name not in compared:
+            yield f"{name}: not proven, since {report.unproven or 'it was left out'}."
 
 
 def _program(facts: ProgramFacts) -> str:
@@ -443,7 +446,8 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     if found.teacher_forced and first is not None and names == [first.name]:
         yield "Fed with the golden's own inputs, it is wrong by itself."
     elif found.teacher_forced:
-        yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
+        alone = "is wrong by itself" if len(names) == 1 else "are wrong by themselves"
+        yield f"Fed with the golden's own inputs, {_list(names)} {alone}."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
     for result in found.wrong[:_NAMED]:
@@ -454,12 +458,14 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
         yield f"Exactly the tokens that were sent to {who} are wrong."
     if found.damaged:
         yield f"The stored bytes of {_list(found.damaged)} are not those that were converted."
+    uses, whose = ("It uses", "Its") if len(names) == 1 else ("They use", "Their")
     if not found.weights:
-        yield "It uses no weights: look at the configuration and the code."
+        yield f"{uses} no weights: look at the configuration and the code."
     elif found.differing is None:
-        yield f"It uses {_list(found.weights)}."
+        yield f"{uses} {_list(found.weights)}."
     elif not found.differing:
-        yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
+        weights = _list(found.weights)
+        yield f"{whose} weights ({weights}) are those of the source: look at the configuration and the code."
     for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
     if (more := len(found.differing or ()) - _NAMED) > 0:

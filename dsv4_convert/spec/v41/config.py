@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from dsv4_convert.errors import UsageError
@@ -12,36 +12,12 @@ from dsv4_convert.spec.config import Config, Count, short
 from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
 from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 from dsv4_convert.spec.v41.names import FP8_TILE, NAMES
+from dsv4_convert.spec.v41.ngrams import EngramConfig, misstated_rows
 from dsv4_convert.spec.v41.taps import STATE, TAPS
 from dsv4_convert.spec.vision import VisionConfig
 
 #: Entries of ``compress_ratios``: window only, one entry for two tokens, one for each token.
 _RATIOS = (0, 1, 2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngramConfig:
-    """The n-gram tables: the published fields ``engram_…``.
-
-    A model with some of the layers has some of the tables. How a table is hashed depends on its place in the published
-    model, so ``tables`` are the numbers of those that are there, and ``published_layer_ids`` the layers of all.
-    """
-
-    layer_ids: tuple[Count, ...]
-    num_embeddings: tuple[int, ...]
-    tables: tuple[Count, ...]
-    published_layer_ids: tuple[Count, ...]
-    max_ngram_size: int
-    vocab_size: int
-    n_heads: int
-    head_dim: int
-    pad_token_id: Count
-    compressed_vocab_size: int
-
-    @property
-    def columns(self) -> int:
-        """Rows that are looked up for one token: one per n-gram size and head."""
-        return (self.max_ngram_size - 1) * self.n_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +111,25 @@ class V41Config(Config):
         words += [] if kind.engram is None else ["engram"]
         return ", ".join(words)
 
+    def own_numbers(self) -> Iterator[tuple[str, str]]:
+        """The numbers of the candidates and of the n-gram tables."""
+        if self.candidate_source_layer_id is not None:
+            blocks = f"{self.candidate_topk_blocks:,} blocks of {self.candidate_block_size} entries"
+            yield "candidates", f"layer {self.candidate_source_layer_id} chooses {blocks} for itself and later layers"
+        if self.engram is not None:
+            rows = " and ".join(f"{rows:,}" for rows in self.engram.num_embeddings)
+            lengths = f"n-grams of 2 to {self.engram.max_ngram_size} tokens"
+            yield "engram", f"{self.engram.columns} rows of {self.engram.head_dim} for a token, of {rows}; {lengths}"
+
     def experts_of(self, layer: int | None) -> int:
         """Number of routed experts of a layer, or of a draft stage, which has fewer."""
         of_stage = layer is not None and layer >= self.num_hidden_layers
         return self.dspark_n_routed_experts if of_stage else self.n_routed_experts
+
+    @property
+    def maps_tokens(self) -> bool:
+        """Whether there are engrams, which make n-grams of mapped tokens."""
+        return self.engram is not None
 
     @property
     def num_vision_blocks(self) -> int:
@@ -335,11 +326,15 @@ def _parts_problems(config: V41Config) -> list[str]:
     engram, vision = config.engram, config.vision
     if engram is not None:
         problems += _order_problems(config, "engram_layer_ids", engram.layer_ids)
-        if len(engram.layer_ids) != len(engram.num_embeddings) or not all(engram.num_embeddings):
-            found = f"{len(engram.layer_ids)} and {short(list(engram.num_embeddings))}"
-            problems.append(f"engram_layer_ids and engram_num_embeddings: expected a table per layer, found {found}")
         if engram.max_ngram_size < 2:
             problems.append("engram_max_ngram_size: an n-gram has at least 2 tokens")
+        elif not len(engram.layer_ids) == len(engram.num_embeddings) == len(engram.tables):
+            found = f"{len(engram.layer_ids)} and {short(list(engram.num_embeddings))}"
+            problems.append(f"engram_layer_ids and engram_num_embeddings: expected a table per layer, found {found}")
+        elif max(engram.tables) >= len(engram.published_layer_ids):
+            problems.append(f"engram tables: expected some of {len(engram.published_layer_ids)}, found {engram.tables}")
+        else:
+            problems += misstated_rows(engram)
         if engram.pad_token_id >= config.vocab_size:
             problems.append(f"engram_pad_token_id: {engram.pad_token_id} is beyond vocab_size {config.vocab_size}")
     if (config.dspark is None) != (config.num_mtp_stages == 0):

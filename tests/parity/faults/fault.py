@@ -33,6 +33,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import located, parameters
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +54,8 @@ MAIN = tiny_config(**_SQUARE)
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
 #: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
-#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common, or many entries:
+#: so HCA has short blocks, and the config says so in transformers' words.
 WIDE = tiny_config(
     vocab_size=4096,
     hidden_size=64,
@@ -64,7 +66,10 @@ WIDE = tiny_config(
     o_lora_rank=32,
     index_head_dim=16,
     swiglu_limit=10.0,
+    layer_types=[AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA, AttentionKind.CSA],
+    compress_rates={AttentionKind.CSA: 4, AttentionKind.HCA: 16},
 )
+del WIDE["compress_ratios"]
 #: A layer and an mtp stage.
 STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
 STAGE = 1
