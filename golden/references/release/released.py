@@ -263,7 +263,7 @@ class ReleasedModel:
             found = {Mode.ISOLATED: isolated, Mode.CUMULATIVE: cumulative}
             for name, rows in noise.items():
                 rows.append([found[mode][name] for mode in MODES])
-        stacked = {name: np.array(rows) for name, rows in noise.items()} if self._noise else {}
+        stacked: dict[str, Array] = {name: np.array(rows) for name, rows in noise.items()} if self._noise else {}
         return leaving, RecordedTaps(taps, stacked)
 
     def _pass(self, what: _Pass, expected: Expected) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -274,9 +274,9 @@ class ReleasedModel:
         """
         step, golden = what.step, what.golden
         given = self._given(step, what)
-        kept = {} if step.block is None else self._carried(step.layer)
-        computed = {name: what for name, what in (expected | kept).items() if not is_state(name)}
-        computed = {name: what for name, what in computed.items() if name not in given}
+        kept: Expected = {} if step.block is None else self._carried(step.layer)
+        every = {**expected, **kept}
+        computed = {name: tap for name, tap in every.items() if not is_state(name) and name not in given}
         held = {} if step.block is None else caches(step.block)
         found: dict[str, list[Array]] = {name: [] for name in computed if name in expected}
         left: dict[str, list[Array]] = {name: [] for name in kept}
@@ -344,7 +344,7 @@ class ReleasedModel:
         return parts
 
     def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past that is there by then."""
+        """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past so far."""
         parts = {}
         for name, value in given.items():
             key = TapKey.of(self._config, step.layer, name)

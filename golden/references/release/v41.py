@@ -195,7 +195,7 @@ class V41Interface(Interface):
         """The blocks ``[B, S, c]`` of a mask over entries."""
         size, most = self.config.candidate_block_size, self.config.candidate_topk_blocks
         padded = nn.functional.pad(mask, (0, -mask.shape[-1] % size))
-        inside = padded.unflatten(-1, (-1, size)).any(dim=-1)
+        inside = padded.reshape(*mask.shape[:2], -1, size).any(dim=-1)
         blocks = torch.where(inside, torch.arange(inside.shape[-1]), -1)
         return ascending(blocks)[..., : min(most, blocks.shape[-1])]
 
