@@ -90,6 +90,8 @@ class Config(ABC):
     #: Its taps in order of execution, and those of the state that a layer keeps between calls.
     taps: ClassVar[tuple[Tap, ...]]
     state: ClassVar[tuple[Tap, ...]]
+    #: Names of the taps whose values are FP4 in release numerics.
+    fp4_taps: ClassVar[tuple[str, ...]]
 
     vocab_size: int
     hidden_size: int
@@ -169,6 +171,18 @@ class Config(ABC):
     @abstractmethod
     def chooses(self, layer: int) -> bool:
         """Whether a layer attends to some of the compressed entries only, whoever chose them."""
+
+    def table_of(self, layer: int) -> str | None:
+        """The path of the table in which a layer or stage looks up rows, too large to have all of it; None without.
+
+        A stage that embeds tokens looks up embeddings.
+        """
+        return "embed" if self.embeds(layer) else None
+
+    @property
+    def entries_per_candidate(self) -> int:
+        """Entries in a block of which a layer chooses some for later layers; 0 where none does."""
+        return 0
 
     def tap_sizes(self, entries: int) -> Mapping[str, int]:
         """Sizes of the shape letters of taps that only this architecture has, where there are so many entries."""
