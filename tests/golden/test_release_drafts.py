@@ -106,6 +106,6 @@ def test_a_step_left_out_is_named(golden: Golden, weights: PublishedWeights, nam
 
 def test_code_of_another_kind_of_stage_is_refused(folder: Path, tmp_path: Path) -> None:
     options = RecordingOptions(tokens=IDS, stages=True, release_code=CODE)
-    with pytest.raises(BadInput, match="has no DSparkBlock, .*; expected the inference code"):
+    with pytest.raises(BadInput, match=r"has no DSparkBlock, .*; expected the inference code"):
         record(folder / "fp4", tmp_path / "golden", options)
     assert not (tmp_path / "golden").exists()
