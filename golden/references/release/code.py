@@ -97,10 +97,16 @@ class Code:
             )
         return self.module.ModelArgs(**values)
 
-    def logits(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits ``[B, S, words]`` of some rows of the output matrix. The code evaluates the last position it gets."""
+    def logits(self, normed: Tensor, weight: Tensor, *, at_once: bool = False) -> Tensor:
+        """Logits ``[B, S, words]`` of some rows of the output matrix.
+
+        The code evaluates the last position it gets; ``at_once``, as for drafts, all of them.
+        """
         head = self.module.ParallelHead(*weight.shape)
         head.weight = nn.Parameter(weight, requires_grad=False)
+        if at_once:
+            logits: Tensor = head(normed, full_logits=True)
+            return logits
         # Since V4-Flash-0731 the head's forward is that method.
         of_last = head.get_logits if hasattr(head, "get_logits") else head
         return torch.stack([of_last(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)

@@ -177,7 +177,7 @@ class ReleasedModel:
 
         At least the last known token comes by itself, because the code drafts after such ones.
         """
-        draft = self._interface.draft(layer, self._weights, run, partial(self._logits, run))
+        draft = self._interface.draft(layer, self._weights, run, partial(self._logits, run, at_once=True))
         known = known_tokens(self._ids.shape[1])
         begun = min(self._calls[0][1], known - 1)
         calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
@@ -213,12 +213,12 @@ class ReleasedModel:
             watching=lambda visit, choices, start: nullcontext(),
         )
 
-    def _logits(self, run: Run, normed: Tensor) -> Tensor:
+    def _logits(self, run: Run, normed: Tensor, *, at_once: bool = False) -> Tensor:
         """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
         starts = range(0, self._config.vocab_size, _HEAD_ROWS)
         parts = (slice(start, start + _HEAD_ROWS) for start in starts)
         rows = (self._weights.floats("head.weight", run.wide, rows=part) for part in parts)
-        return torch.cat([self._code.logits(normed, weight) for weight in rows], dim=-1)
+        return torch.cat([self._code.logits(normed, weight, at_once=at_once) for weight in rows], dim=-1)
 
     def _try_head(self) -> None:
         """Run the head on one token of zeros, so that code with another one is refused before a layer runs.
