@@ -88,7 +88,7 @@ class Draft:
                 stack.enter_context(hooked(block.main_proj, before=lambda arguments: visit("main", arguments[0])))
                 for name in ("main_proj", "main_norm"):
                     stack.enter_context(hooked(getattr(block, name), after=partial(visit, name)))
-                stack.enter_context(watching_function(block, "embed", lambda _, result: visit("embed", result)))
+                stack.enter_context(watching_function(block, "embed", partial(_result, visit, "embed")))
             if self._last and start == last:
                 stack.enter_context(self._head(visit, choices.get(TOKENS)))
             yield
@@ -117,12 +117,16 @@ class Draft:
         with ExitStack() as stack:
             stack.enter_context(_inside(block, "hc_head", Collapse(visit)))
             for name, tap in (("hc_head", "hc_head"), ("head", "logits")):
-                stack.enter_context(watching_function(block, name, lambda _, result, tap=tap: visit(tap, result)))
+                stack.enter_context(watching_function(block, name, partial(_result, visit, tap)))
             for name, tap in (("norm", "norm"), ("confidence_head", "confidence")):
                 stack.enter_context(hooked(getattr(block, name), after=partial(visit, tap)))
             stack.enter_context(hooked(block.markov_head, after=of_token))
             stack.enter_context(patch.object(module, "sample", sampled))
             yield
+
+
+def _result(visit: Visit, tap: str, _: tuple[Any, ...], result: Tensor) -> None:
+    visit(tap, result)
 
 
 @contextmanager
