@@ -7,9 +7,6 @@ the grouped, packed, scanned and sharded paths at all.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +31,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
 
+from ...edits import edited
 from .fault import names
 
 #: A window-only layer routed by table, then twice a CSA and an HCA layer, which a scanned model loops over.
@@ -123,22 +121,12 @@ def _planted(fault: ProgramFault | None) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fault.owner, fault.function, _edited(fault)))
+        stack.enter_context(
+            patch.object(fault.owner, fault.function, edited(fault.owner, fault.function, fault.old, fault.new))
+        )
         for name in ("run_layer", "_embed"):
             stack.enter_context(patch.object(compiled, name, traced_again(getattr(compiled, name))))
         yield
-
-
-def _edited(fault: ProgramFault) -> Any:
-    """The function or property with its edit."""
-    original = inspect.getattr_static(fault.owner, fault.function)
-    function: Any = original.fget if isinstance(original, property) else original
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(fault.old) == 1, f"{fault.name}: {fault.old!r} occurs {source.count(fault.old)} times"
-    module = sys.modules[inspect.unwrap(function).__module__]
-    scope = dict(vars(module))
-    exec(compile(source.replace(fault.old, fault.new), module.__file__ or "", "exec", dont_inherit=True), scope)
-    return scope[fault.function]
 
 
 def traced_again(program: Any, static: int | tuple[int, ...] = 0) -> Any:
