@@ -106,7 +106,7 @@ def main() -> None:
         parser.error("--model v4.1: float32, with a whole golden")
     found = rightly = 0
     kinds: Counter[str] = Counter()
-    table = Table(box=None)
+    console, table = Console(width=160), Table(box=None)
     for column in ("fault", "in", "operation", "found", "named", "by", "noise floors"):
         table.add_column(column, overflow="fold")
     with tempfile.TemporaryDirectory() as folder:
@@ -131,8 +131,10 @@ def main() -> None:
                 "" if first is None else ", ".join(first.exceeded(report.limits)),
                 _multiple(report),
             )
+            if not right:
+                console.print(f"{fault.name}: {verdict(report)}", style="red")
             print(f"{kinds.total()} done", end="\r", flush=True)
-    Console(width=160).print(table)
+    console.print(table)
     print(json.dumps({"faults": kinds.total(), "kinds": kinds, "found": found, "named_rightly": rightly}))
 
 

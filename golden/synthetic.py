@@ -478,7 +478,7 @@ def _tensors(
 
     stream, kind = partial(_Stream, seed), rule.kind
     # Rows of a table are looked up; those of a matrix are multiplied with, so that their length adds up.
-    length = 1 if rule.path.endswith("embed") else shape[-1]
+    length = 1 if rule.is_table else shape[-1]
     if kind is Kind.INTEGER:
         yield entry(name, "I64", shape, 8, lambda: stream(name).table(shape, config.n_routed_experts))
     elif kind is Kind.FLOAT32:

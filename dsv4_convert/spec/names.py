@@ -159,6 +159,11 @@ class Rule:
         return tuple(number for number in (member, expert) if number is not None)
 
     @property
+    def is_table(self) -> bool:
+        """Whether rows of it are looked up, so that a prompt needs a few of them."""
+        return self.path.rpartition(".")[2] == "embed"
+
+    @property
     def per_expert(self) -> bool:
         """Whether the checkpoint holds one tensor per expert, stacked to ``[E, ...]`` in the model."""
         return self.kind is Kind.EXPERT

@@ -33,7 +33,12 @@ _SAME_WEIGHTS = (
 )
 _PROGRAMS = ("streamed", "model")
 #: Ways to compute routed experts, and forms of weights, in words.
-_EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
+_EXPERTS = {
+    ("grouped", "expanded"): "grouped (ragged_dot)",
+    ("grouped", "source"): "grouped (a kernel that decodes tiles)",
+    ("packed", "expanded"): "packed",
+    ("packed", "source"): "packed",
+}
 _WEIGHTS = {"expanded": "expanded", "source": "encoded"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
@@ -150,7 +155,7 @@ def _program(facts: ProgramFacts) -> str:
 
 def ways(facts: ProgramFacts) -> str:
     """How a compiled layer ran."""
-    found = [f"{_EXPERTS[facts.experts]} experts", f"{_WEIGHTS[facts.weights]} weights"]
+    found = [f"{_EXPERTS[facts.experts, facts.weights]} experts", f"{_WEIGHTS[facts.weights]} weights"]
     found += ["scanned"] if facts.scanned else []
     found += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
     return ", ".join(found)
@@ -169,7 +174,7 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
     """The golden's own reason, then other weights, then the localization that found an operation, first layer first."""
     yield from _other_revision(report)
-    if report.other_weights:
+    if len(report.other_weights or ()) > _NAMED:
         yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:

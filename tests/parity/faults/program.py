@@ -21,7 +21,7 @@ from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.model import attention, cache, compressor, encoded, experts, indexer, layers
+from dsv4_convert.model import attention, cache, compressor, encoded, experts, grouped_codes, indexer, layers
 from dsv4_convert.model import model as backbone
 from dsv4_convert.parity import compiled
 from dsv4_convert.parity.devices import Devices
@@ -45,6 +45,7 @@ PATHS: Mapping[str, ModelOptions] = {
     "packed": ModelOptions(weights="expanded"),
     "grouped": ModelOptions(weights="expanded", experts="grouped"),
     "codes": ModelOptions(weights="source"),
+    "grouped codes": ModelOptions(weights="source", experts="grouped"),
     "indexer": ModelOptions(weights="expanded"),
     "cache": ModelOptions(weights="expanded", chunk=CHUNK),
     "scanned": ModelOptions(weights="expanded", scanned=True, chunk=CHUNK),
@@ -178,10 +179,29 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("the sign of FP4 lost", "wide < 8, value", "wide < 16, value"),
             ("half as zero", "0.5 * magnitude", "0.0 * magnitude")),
     *_fault("codes", CSA, _EXPERTS, encoded, "_halves",
-            ("nibbles in the other order", "_e2m1(codes & 15), _e2m1(codes >> 4)",
-             "_e2m1(codes >> 4), _e2m1(codes & 15)")),
-    *_fault("codes", CSA, "attn.wq_a", encoded, "_factors",
+            ("nibbles in the other order", "_e2m1(wide & 15), _e2m1(wide >> 4)",
+             "_e2m1(wide >> 4), _e2m1(wide & 15)")),
+    *_fault("codes", CSA, "attn.wq_a", encoded, "factors",
             ("exponents off by one", "jnp.maximum(byte, 1) << 23", "(jnp.maximum(byte, 1) + 1) << 23")),
+    *_fault("grouped codes", SLIDING, _EXPERTS, grouped_codes, "_run",
+            ("a group's size off by one, in the kernel", "row < bounds[own + 1]", "row < bounds[own + 1] - 1"),
+            ("rows of the expert before written over", "(row >= bounds[own]) & (row", "(row >= 0) & (row"),
+            ("the last visit dropped", "grid=(parts, visits.there)", "grid=(parts, visits.there - 1)"),
+            ("an expert's tile not decoded anew", "(visit == 0) | (own != expert[jnp.maximum(visit - 1, 0)])",
+             "visit == 0"),
+            ("rows of a tile counted one late", "tile[visit] * tiles.rows +", "tile[visit] * tiles.rows + 1 +"),
+            ("tiles of the expert before", "return expert[visit], 0, part",
+             "return expert[jnp.maximum(visit - 1, 0)], 0, part")),
+    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_decode",
+            ("nibbles in the other order, in the kernel", "pl.ds(half,", "pl.ds(1 - half,"),
+            ("odd inputs after the even ones", "pl.ds(half, len(values), stride=ratio)",
+             "pl.ds(half * len(values), len(values))"),
+            ("the scale of the neighbouring output", "factors(scales[first:last, columns])",
+             "factors(jnp.roll(scales[first:last, columns], 1, axis=1))")),
+    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_visits",
+            ("the last tile of an expert dropped", "pl.cdiv(bounds[1:], tile_rows)",
+             "bounds[1:] // tile_rows"),
+            ("tiles counted from the first row", "tile = first[expert] + visit", "tile = visit")),
     *_fault("indexer", CSA, _CHOSEN, indexer.Indexer, "_score_and_choose",
             ("one entry too many seen", "self.longest_chunk, q, weights, complete)",
              "self.longest_chunk, q, weights, complete + 1)"),
