@@ -118,7 +118,7 @@ class Encoded:
         return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
 
 
-#: What rows are multiplied with.
+#: A matrix in any form that :func:`product` takes.
 Matrix: TypeAlias = Array | Encoded | Member
 
 
