@@ -2,8 +2,8 @@
 
 A golden holds float32 values. The reference runs again with the golden's discrete choices, in two more dtypes. The run
 in float64 shows how much of the golden itself is rounding: the floor of float32. The run in bfloat16, as users run it,
-gives the floor of bfloat16. A golden of the release's own code is in bfloat16 and has one floor, measured by the same
-code with its sums in float64.
+gives the floor of bfloat16. A golden in release numerics is in bfloat16 and has one floor, measured by the same code
+with its sums in float64.
 
 Each of these runs twice: *isolated*, with every layer on the golden's own input, rounded to that dtype; and
 *cumulative*, from the tokens, on its own streams. The golden keeps the distance of each run per row (the first two axes

@@ -13,7 +13,7 @@ from dsv4_convert.files.limits import free_bytes
 from dsv4_convert.golden.layout import StoredShape, expected_aliases
 from dsv4_convert.golden.manifest import RecordingRequest
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.coverage import Resolution
+from dsv4_convert.spec.coverage import Leaf, Resolution
 
 _FLOAT32_BYTES = 4
 #: The interpreter with torch and transformers imported.
@@ -48,7 +48,7 @@ def plan(
         taps[array.layer] += array.nbytes
     weights: dict[int | None, int] = defaultdict(int)
     for leaf in resolution.leaves:  # of a stack of experts, the source's shape is one expert's
-        weights[leaf.layer] += math.prod(leaf.source_shape) * _FLOAT32_BYTES
+        weights[leaf.layer] += _rows_held(leaf, request) * math.prod(leaf.source_shape[1:]) * _FLOAT32_BYTES
     ran = [layer for layer in weights if layer is not None]
     # In float64 weights and attention take twice the memory, and so does what is compared with the golden's taps.
     wide = 2 if "float32" in request.noise else 1
@@ -60,6 +60,14 @@ def plan(
         bytes_whole=sum(taps.values()),
         memory=_BASE_BYTES + max(working, 2 * wide * taps[None]),
     )
+
+
+def _rows_held(leaf: Leaf, request: RecordingRequest) -> int:
+    """The rows of a parameter that are in memory at a time; of an n-gram table those that the prompt looks up."""
+    rows = leaf.source_shape[0]
+    if leaf.layer is None or not leaf.rule.is_table:
+        return rows
+    return min(rows, request.token_array.size * request.config.tap_sizes(0)["J"])
 
 
 def _stored(request: RecordingRequest) -> list[StoredShape]:

@@ -28,8 +28,8 @@ from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_w
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, resolve
 from dsv4_convert.spec.names import check_layers
-from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.spec.v4.config import as_v4
+from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.values import value_digests
 
@@ -56,8 +56,8 @@ class RecordingOptions:
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, to compute their streams.
-        stages: whether the mtp stages are kept too. They run after all layers. Not by default, since no logits depend
-            on a stage, and its own logits are as large as the model's.
+        stages: whether the draft stages are kept too, of multi-token prediction or of DSpark. They run after all
+            layers. Not by default, since no logits of the model depend on a stage, and its own are as large.
         noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
             more. None for all that the reference has.
         compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.
@@ -66,6 +66,8 @@ class RecordingOptions:
         greedy: the ``decode`` tokens follow the prompt, chosen greedily by the reference. Each takes a pass through the
             whole model first.
         release_code: the user's copy of the published ``inference`` folder, whose ``model.py`` is executed.
+        numerics: ``release`` or ``plain``, of the release's code: as published, or its mathematics in float32 without
+            simulated quantisation. None: what the reference does by itself. transformers knows plain ones only.
 
     Examples:
         >>> RecordingOptions(tokens=[[3, 1, 4]], layers=[0]).greedy
@@ -82,6 +84,7 @@ class RecordingOptions:
     decode: int = 0
     greedy: bool = False
     release_code: Path | None = None
+    numerics: str | None = None
 
 
 def record(
@@ -94,8 +97,8 @@ def record(
 ) -> Golden:
     """Run a reference over a prompt and keep its activations, and how far rounding moves them.
 
-    The reference is transformers' model in float32, or with ``release_code`` DeepSeek's own inference code in bfloat16,
-    which quantises activations on the way.
+    The reference is transformers' model in float32, or with ``release_code`` DeepSeek's own inference code: in
+    bfloat16, quantising activations on the way, or with plain ``numerics`` in float32.
 
     One layer is in memory at a time, and of its routed experts one. An interrupted run is continued by the same call.
 
@@ -141,8 +144,8 @@ def record_opened(
 ) -> Golden:
     """:func:`record` of an open checkpoint, which stays open."""
     check_destination(out)
-    reference = _reference(options)
-    config = as_v4(checkpoint.architecture())
+    config = checkpoint.architecture()
+    reference = _reference(options, config)
     wanted = check_layers(config, options.layers)
     ids = _prompt(options, config)
     last = config.num_hidden_layers - 1 if options.greedy else max(wanted)
@@ -209,7 +212,7 @@ class _Reference:
     model: Callable[..., Any]
 
 
-def _reference(options: RecordingOptions) -> _Reference:
+def _reference(options: RecordingOptions, config: Config) -> _Reference:
     """transformers' model, or the release's code; imports torch."""
     if options.release_code is not None and (options.first_position or options.greedy):
         raise UsageError(
@@ -219,10 +222,23 @@ def _reference(options: RecordingOptions) -> _Reference:
     _installed("torch")
     if options.release_code is not None:
         from dsv4_convert.golden.references.release import code, released
+        from dsv4_convert.golden.references.release.arithmetic import ARITHMETICS
+        from dsv4_convert.golden.references.release.interfaces import INTERFACES
 
-        loaded = code.load(options.release_code, stages=options.stages)
-        model: Callable[..., Any] = partial(released.ReleasedModel, loaded, decode=options.decode)
-        return _Reference(released.describe(loaded), ("bfloat16",), model)
+        interface, arithmetic = INTERFACES[type(config)], ARITHMETICS[options.numerics or "release"]
+        loaded = code.load(
+            options.release_code, interface.required, besides=interface.of_stages(config) if options.stages else ()
+        )
+        model: Callable[..., Any] = partial(released.ReleasedModel, loaded, arithmetic, decode=options.decode)
+        described = released.describe(loaded, arithmetic, interface.decoding if options.decode else {})
+        return _Reference(described, tuple(arithmetic.noise), model)
+    if options.numerics not in (None, "plain"):
+        raise UsageError(f"--numerics {options.numerics}: transformers computes in plain numerics; see --release-code")
+    if not isinstance(config, V4Config):
+        raise UsageError(
+            f"transformers has no {config.title}; record what DeepSeek's own code computes: --reference release "
+            "--release-code DIR"
+        )
     version = _installed("transformers")
     if not SpecifierSet(TRANSFORMERS).contains(version, prereleases=True):
         raise UsageError(
@@ -250,6 +266,8 @@ def _stages(checkpoint: Checkpoint, config: Config, *, tokens: int) -> tuple[int
     """The layer numbers of the draft stages. Raises :class:`UsageError` if there is none, or no draft is possible."""
     if not config.num_mtp_stages:
         raise UsageError(f"--stages: {checkpoint.root} has no draft stage; leave --stages out")
+    if not set(config.taps) & {tap_named("streams"), tap_named("targets")}:
+        raise UsageError(f"--stages: the draft stages of {config.title} have no taps yet; leave --stages out")
     if config.dspark is not None and tokens < LEAST_TOKENS:
         raise UsageError(
             f"--stages: DSpark drafts after the last token of a prompt, from at least {LEAST_TOKENS - 1} tokens before "

@@ -33,8 +33,7 @@ from dsv4_convert.spec.architectures import BY_MODEL_TYPE
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, Section, check_layers, parameters
 from dsv4_convert.spec.v4.config import V4Config
-from dsv4_convert.spec.v41.config import EngramConfig, V41Config
-from dsv4_convert.spec.v41.ngrams import ngram_hash
+from dsv4_convert.spec.v41.ngrams import EngramConfig, ngram_hash
 
 Array = np.ndarray[Any, Any]
 Form = Literal["fp4", "fp8", "bf16"]
@@ -436,7 +435,7 @@ def write_checkpoint(
                 progress(done, total, file)
         write_index(stage, weight_map, total)
         beside = {"config.json": raw}
-        if isinstance(config, V41Config):
+        if config.maps_tokens:
             beside["tokenizer.json"] = tokenizer(config.vocab_size)
         for name, document in beside.items():
             write_atomically(stage / name, f"{json.dumps(document, indent=2)}\n".encode())
@@ -479,7 +478,7 @@ def _tensors(
 
     stream, kind = partial(_Stream, seed), rule.kind
     # Rows of a table are looked up; those of a matrix are multiplied with, so that their length adds up.
-    length = 1 if rule.path.endswith("embed") else shape[-1]
+    length = 1 if rule.is_table else shape[-1]
     if kind is Kind.INTEGER:
         yield entry(name, "I64", shape, 8, lambda: stream(name).table(shape, config.n_routed_experts))
     elif kind is Kind.FLOAT32:

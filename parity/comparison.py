@@ -13,7 +13,16 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, is_drafted, is_fed, rows_of, token_ids, tokens_of_row
+from dsv4_convert.golden.layout import (
+    DTYPES,
+    calls,
+    carried,
+    is_drafted,
+    is_fed,
+    rows_of,
+    token_ids,
+    tokens_of_row,
+)
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -21,17 +30,23 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
-from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, systematic
+from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, along_bias, systematic
 from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.tap import AFTER, BEFORE, Values
-from dsv4_convert.spec.taps import TapKey, taps_of
+from dsv4_convert.spec.taps import TapKey, tap_named, taps_of
+from dsv4_convert.weights.parameters import Parameters
 
 Array = np.ndarray[Any, Any]
 #: Where the channels of a head have their errors in common, those of the shares of its keys.
 _SHARES = "attn.context"
-_ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
+#: The last part of the path of a compressor's position bias.
+_BIAS = ".ape"
+_EXPERTS = "ffn.gate.experts"
+_ROUTING = (_EXPERTS, "ffn.gate.weights")
+#: The blocks of entries that a layer may choose from.
+_CANDIDATES = tap_named("input.candidates")
 
 
 class Phase(StrEnum):
@@ -45,13 +60,16 @@ class Phase(StrEnum):
 class Comparison:
     """Compares what a model in ``dtype`` gives with a golden and its noise floor of that dtype.
 
-    ``phase``: the tokens that are compared, None for all.
+    ``phase``: the tokens that are compared, None for all. ``weights``: the model's, where they are known.
     """
 
-    def __init__(self, golden: Golden, dtype: str, phase: Phase | None = None) -> None:
+    def __init__(
+        self, golden: Golden, dtype: str, phase: Phase | None = None, *, weights: Parameters | None = None
+    ) -> None:
         self.golden = golden
         self.dtype = dtype
         self._phase = phase
+        self._weights = weights
         self._config = golden.config
 
     def judge(
@@ -90,6 +108,10 @@ class Comparison:
         """Every recorded tap of a layer, or of the model level."""
         return {key: self.golden.read(key) for key in self._recorded(layer)}
 
+    def entering(self, layer: int | None) -> dict[str, Array]:
+        """What a layer, or the head (None), starts from in isolated mode."""
+        return {name: self.golden.read(key) for name, key in carried(self._config, layer).items()}
+
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:
         """The noise floor of a tap that has elements, of which the golden keeps ``views``.
 
@@ -104,7 +126,7 @@ class Comparison:
             raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
-        least = release_unit(key.tap.name, mode)
+        least = release_unit(self._config, key.tap.name, mode)
         return floor_of(sizes, noise, least.row, least.tap)
 
     def rows_beyond(self, key: TapKey, found: Array, mode: Mode) -> Array:
@@ -219,7 +241,8 @@ class Comparison:
             routing = ExpertShares(
                 *(self.golden.read(TapKey.of(self._config, key.layer, name))[:, rows] for name in _ROUTING)
             )
-        rules = weights_of(key, self._config).values()
+        weights = weights_of(key, self._config)
+        rules = weights.values()
         widths = [shape[-1] for rule in rules if len(shape := rule.source_shape(self._config, key.layer)) > 1]
         independent = Independence(
             tokens=tokens[:, rows],
@@ -236,7 +259,19 @@ class Comparison:
             letters,
             independent,
             routing,
+            None if inherited else self._along_bias(key, weights, rows),
         )
+
+    def _along_bias(self, key: TapKey, weights: Iterable[str], rows: slice | list[int]) -> Array | None:
+        """Some rows of how pooled entries move with their position bias; None for other taps, and unknown weights."""
+        path = next((path for path in weights if path.endswith(_BIAS)), None)
+        if path is None or self._weights is None:
+            return None
+        stem = key.tap.name.rpartition(".")[0]
+        values, gates = (
+            self.golden.read(TapKey.of(self._config, key.layer, f"{stem}.{name}")) for name in ("wkv", "wgate")
+        )
+        return along_bias(values, gates, self._weights.read(path), self.golden.shape(key)[-1])[:, rows]
 
     def _is_later(self, key: TapKey) -> bool:
         """Whether a tap belongs to the decoding that is left out: the state before it, and drafts after the prompt."""
@@ -265,12 +300,18 @@ class Comparison:
         golden = views[0].values if self.golden.whole(key) else None
         # Scores that were not recorded were not replaced either: the choice was made by the model's own.
         ours = golden if teacher_forced and key in activations else activations.get(key)
-        return Scores(
+        found = Scores(
             golden=golden,
             floor=self.floor(key, views, mode),
             ours=ours if ours is not None and ours.shape == shape else None,
             visible=_visible(self._config, key, shape),
         )
+        if choice.tap.of_blocks:
+            return found.of_blocks(self._config.entries_per_candidate)
+        candidates = next((key for key in self._recorded(choice.layer) if key.tap is _CANDIDATES), None)
+        if candidates is None or choice.tap.name == _EXPERTS:
+            return found
+        return found.inside(self.golden.read(candidates), self._config.entries_per_candidate)
 
 
 def _within(part: Array, view: View, rows: Sequence[int] | None) -> tuple[Array, View]:

@@ -7,9 +7,11 @@ of a tap are correlated with what a fault follows, its *trend*:
 * slope: the golden itself. The regression of found on golden has a slope other than 1, as after a wrong scale.
 * offset: 1. The same is added to every element.
 * either of them by position: growing with the row's place in the prompt.
+* bias: of pooled entries, what a larger position bias of their compressor does (:func:`along_bias`).
 
-Each is measured over the whole tap, in each head, group or stream, in each channel, and for the routed experts over
-the tokens of each expert. Error and golden are divided by the rms of the golden's row, so that all rows count alike.
+The first four are measured over the whole tap, in each head, group or stream, in each channel, and for the routed
+experts over the tokens of each expert. Error and golden are divided by the rms of the golden's row, so that all rows
+count alike.
 
 The correlation of errors ``e`` with a trend ``u`` is ``|sum(e u)| / sqrt(sum(u^2) max(sum(e^2), N least^2))``, where
 ``least`` keeps errors far below the rounding of the dtype from counting.
@@ -40,6 +42,11 @@ class Trend(StrEnum):
     SLOPE_BY_POSITION = "slope by position"
     OFFSET = "offset"
     OFFSET_BY_POSITION = "offset by position"
+    BIAS = "position bias"
+
+
+#: The trends that any tap may have.
+_OF_ANY_TAP = tuple(trend for trend in Trend if trend is not Trend.BIAS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,9 @@ class Systematic:
 
     ``part``: the part in words, such as ``head 3`` or ``expert 7``; empty for the whole tap. ``size``: by how much its
     elements are too large, as a share of themselves for a slope, and of the rms of their row for an offset; by
-    position: how much more in the last row than in the first. ``correlation``: of errors and trend, from 0 to 1.
-    ``allowed``: the largest correlation that independent rounding explains.
+    position: how much more in the last row than in the first. For a bias, by how much the bias is too large.
+    ``correlation``: of errors and trend, from 0 to 1. ``allowed``: the largest correlation that independent rounding
+    explains.
     """
 
     trend: Trend
@@ -70,12 +78,15 @@ class Systematic:
 
     def describe(self, tap: str) -> str:
         """The trend in words; ``tap`` is its full name."""
+        size = f"{abs(self.size):.2g} times" if abs(self.size) > 1 else f"{abs(self.size) * 100:.2g} %"
+        direction = "large" if self.size > 0 else "small"
+        if self.trend is Trend.BIAS:
+            return f"The errors of {tap} are those of a position bias (ape) that is {size} too {direction}."
         what = "The output" if self.part.startswith("expert") else "Every element"
         whose = f"{self.part} of {tap}" if self.part else tap
-        size = f"{abs(self.size):.2g} times" if abs(self.size) > 1 else f"{abs(self.size) * 100:.2g} %"
         of = " of its row's rms" if self.trend in (Trend.OFFSET, Trend.OFFSET_BY_POSITION) else ""
         more = "" if self.trend in (Trend.SLOPE, Trend.OFFSET) else " in the last row, compared with the first"
-        return f"{what} of {whose} is {size}{of} too {'large' if self.size > 0 else 'small'}{more}."
+        return f"{what} of {whose} is {size}{of} too {direction}{more}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +120,7 @@ def systematic(
     letters: tuple[str, ...],
     independent: Independence,
     routing: ExpertShares | None = None,
+    along: Array | None = None,
 ) -> Systematic | None:
     """The trend that is farthest beyond what independent rounding allows, or nearest to it.
 
@@ -119,6 +131,7 @@ def systematic(
         letters: the tap's shape letters after the first two; none for a sketch, which has no parts.
         independent: which of its errors are independent.
         routing: for the sum of the routed experts.
+        along: for pooled entries, of :func:`along_bias`, in the golden's shape.
 
     Returns:
         None for a tap without elements, or with some that are not finite.
@@ -129,15 +142,58 @@ def systematic(
     measured = _trends(rows, golden.shape[2:], letters)
     if routing is not None:
         measured += _of_experts(rows, routing)
+    if along is not None:
+        measured.append(_of_bias(rows, along))
     return max(measured, key=lambda one: one.share)
+
+
+def along_bias(values: Array, gates: Array, bias: Array, entry: int) -> Array:
+    """How pooled entries move with the size of their position bias: the derivative by its logarithm.
+
+    Entry ``b`` is ``sum_j p_j v_j`` with the shares ``p = softmax_j(z_j + a_j)`` of gates ``z`` and bias ``a``. Its
+    derivative is ``sum_j p_j (a_j - sum_k p_k a_k) v_j``.
+
+    Args:
+        values: ``[B, S, W]``, of whole blocks and a rest.
+        gates: ``[B, S, W]``, before the bias.
+        bias: ``[r, W]``, for blocks of ``r`` tokens.
+        entry: channels of an entry ``C``; where ``W`` is ``2 C``, a block's first channels belong to the next entry.
+
+    Returns:
+        ``[B, T, C]`` in float64, for ``T`` whole blocks.
+    """
+    ratio = len(bias)
+    blocks = values.shape[1] // ratio
+
+    def blocked(rows: Array, absent: float) -> Array:
+        """``[B, T, rows of an entry, C]``; ``absent`` stands for the block before the first."""
+        parts = rows[:, : blocks * ratio].astype(np.float64).reshape(len(rows), blocks, ratio, -1)
+        if parts.shape[-1] == entry:
+            return parts
+        for_next, own = np.split(parts, 2, axis=-1)
+        before = np.concatenate([np.full_like(for_next[:, :1], absent), for_next[:, :-1]], axis=1)
+        return np.concatenate([before, own], axis=2)
+
+    tiled = np.broadcast_to(np.tile(bias, (blocks, 1)), (len(values), blocks * ratio, bias.shape[1]))
+    terms, added = blocked(values, 0.0), blocked(tiled, 0.0)
+    logits = blocked(gates, -np.inf) + added
+    shares = np.exp(logits - logits.max(axis=2, keepdims=True))
+    shares /= shares.sum(axis=2, keepdims=True)
+    mean = np.sum(shares * added, axis=2, keepdims=True)
+    derivative: Array = np.sum(shares * (added - mean) * terms, axis=2)
+    return derivative
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Error and golden ``[R, elements]`` over the rms of the golden's row, and the rows' positions from -1/2 to 1/2."""
+    """Error and golden ``[R, elements]`` over the rms of the golden's row, and the rows' positions from -1/2 to 1/2.
+
+    ``scale`` ``[R, 1]``: one over that rms.
+    """
 
     error: Array
     golden: Array
+    scale: Array
     position: Array
     independent: Independence
 
@@ -149,7 +205,7 @@ class _Rows:
         error = (found.reshape(expected.shape) - expected) * scale
         expected *= scale
         position = np.tile(np.linspace(-0.5, 0.5, length) if length > 1 else np.zeros(1), batch)
-        return cls(error, expected, position, independent)
+        return cls(error, expected, scale, position, independent)
 
     def allowed(self, rows: Array | slice, elements: int) -> float:
         """The largest correlation that passes, of so many elements in each of some rows."""
@@ -171,7 +227,7 @@ class _Rows:
 def _trends(rows: _Rows, shape: tuple[int, ...], letters: tuple[str, ...]) -> list[Systematic]:
     """The worst trend of the tap as a whole, of its heads and of its channels."""
     weights = np.stack([np.ones_like(rows.position), rows.position])
-    # Sums over the rows for each channel, in the order of Trend. A head's sums are sums over its channels.
+    # Sums over the rows for each channel, in the order of the trends. A head's sums are sums over its channels.
     products = np.concatenate([weights @ (rows.error * rows.golden), weights @ rows.error])
     offsets = np.broadcast_to(np.sum(weights**2, axis=1, keepdims=True), (2, rows.golden.shape[1]))
     squares = np.concatenate([weights**2 @ rows.golden**2, offsets])
@@ -190,14 +246,14 @@ def _worst(
     """The largest correlation among the parts of a tap that the axes ``part`` count."""
     count = math.prod(part)
     elements = len(errors) // count
-    product, square = (np.sum(sums.reshape(len(Trend), count, elements), axis=-1) for sums in (products, squares))
+    product, square = (np.sum(sums.reshape(len(_OF_ANY_TAP), count, elements), axis=-1) for sums in (products, squares))
     error = np.sum(errors.reshape(count, elements), axis=-1)
     size, correlation = rows.correlation(product, square, error, len(rows.error) * elements)
     trend, at = np.unravel_index(int(np.argmax(correlation)), correlation.shape)
     names = (*letters[: len(part) - 1], "channel") if len(part) == len(letters) else letters[: len(part)]
     words = (f"{_PARTS.get(name, name)} {at}" for name, at in zip(names, np.unravel_index(at, part), strict=True))
     return Systematic(
-        trend=tuple(Trend)[trend],
+        trend=_OF_ANY_TAP[trend],
         part=", ".join(words) if part else "",
         size=float(size[trend, at]),
         correlation=float(correlation[trend, at]),
@@ -234,3 +290,19 @@ def _of_experts(rows: _Rows, routing: ExpertShares) -> list[Systematic]:
             )
         )
     return measured
+
+
+def _of_bias(rows: _Rows, along: Array) -> Systematic:
+    """The trend of pooled entries along their position bias."""
+    trend = along.reshape(rows.error.shape) * rows.scale
+    along_it, square, error = (
+        np.sum(part, keepdims=True).reshape(1) for part in (rows.error * trend, trend**2, rows.error**2)
+    )
+    size, correlation = rows.correlation(along_it, square, error, trend.size)
+    return Systematic(
+        trend=Trend.BIAS,
+        part="",
+        size=float(size[0]),
+        correlation=float(correlation[0]),
+        allowed=rows.allowed(slice(None), trend.shape[1]),
+    )

@@ -34,7 +34,7 @@ def shop() -> Iterator[Workshop]:
 
 @pytest.mark.parametrize(
     ("subject", "points"),
-    [(CONVERSIONS[0], 6), (EXPORTS[0], 3), (DOWNLOADS[0], 3), (RECORDINGS[-1], 3)],
+    [(CONVERSIONS[0], 6), (CONVERSIONS[-1], 3), (EXPORTS[0], 3), (DOWNLOADS[0], 3), (RECORDINGS[-1], 3)],
     ids=lambda value: value.name if isinstance(value, Subject) else "",
 )
 def test_a_sample_of_kills_faults_and_signals(shop: Workshop, subject: Subject, points: int) -> None:

@@ -72,9 +72,7 @@ def record(
     ] = None,
     stages: Annotated[
         bool,
-        typer.Option(
-            "--stages", help="Keep the mtp stages too, which run after all layers and have logits of their own."
-        ),
+        typer.Option("--stages", help="Keep the draft stages too, of mtp or DSpark, which run after all layers."),
     ] = False,
     reference: Annotated[
         str,
@@ -86,14 +84,23 @@ def record(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Your copy of a DeepSeek-V4 repository's `inference` folder; its model.py is executed, on the CPU.",
+            help="Your copy of the `inference` folder of a DeepSeek-V4 or V4.1 repository; its model.py is executed, "
+            "on the CPU.",
+        ),
+    ] = None,
+    numerics: Annotated[
+        str | None,
+        typer.Option(
+            **one_of("plain", "release"),
+            help="Of --release-code. release, the default: as published. plain: the same code in float32, without "
+            "simulated quantisation.",
         ),
     ] = None,
     noise: Annotated[
         str | None,
         typer.Option(
             help="Dtypes to measure the noise floor of, for parity in these dtypes. Each runs every layer twice more. "
-            "Default: float32,bfloat16, or bfloat16 for a release."
+            "Default: float32,bfloat16, or bfloat16 in release numerics."
         ),
     ] = None,
     compact: Annotated[
@@ -106,8 +113,8 @@ def record(
 ) -> None:
     """Run transformers' DeepSeek-V4 in float32 and keep every intermediate activation, and its noise floor.
 
-    --reference release --release-code DIR runs DeepSeek's own inference code instead, which quantises activations;
-    parity then runs the model with the same numerics.
+    --reference release --release-code DIR runs DeepSeek's own inference code instead, of V4 or V4.1. It quantises
+    activations, and parity then runs the model with the same numerics. With --numerics plain it computes in float32.
 
     One layer, and one of its routed experts, is in memory at a time. Needs: pip install 'dsv4-convert\\[reference]'.
 
@@ -143,6 +150,7 @@ def record(
                 greedy=greedy,
                 noise=None if noise is None else [dtype.strip() for dtype in noise.split(",") if dtype.strip()],
                 release_code=release_code,
+                numerics=None if numerics is None else parse_choice("--numerics", numerics, ("plain", "release")),
                 compact=Compact.of(_positions(exact), ids.shape[-1]) if compact else None,
             ),
             announce=lambda planned: say.print(*_plan(planned)),

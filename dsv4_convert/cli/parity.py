@@ -50,7 +50,7 @@ def parity(
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} mtp stages have the next numbers.")
+        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} Draft stages have the next numbers.")
     ] = None,
     taps: Annotated[
         list[str] | None,
@@ -80,8 +80,8 @@ def parity(
         str | None,
         typer.Option(
             **one_of("grouped", "packed"),
-            help="How the compiled layer computes experts: grouped (ragged_dot) or packed. Default: grouped on "
-            "accelerators with expanded weights, packed otherwise.",
+            help="How the compiled layer computes experts: grouped (ragged_dot, or a kernel for published codes) or "
+            "packed. Default: grouped on TPUs, and on GPUs with expanded weights; packed otherwise.",
         ),
     ] = None,
     scanned: Annotated[
@@ -130,7 +130,7 @@ def parity(
         typer.Option(
             "--require-reach",
             help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
-            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+            "conversion (a draft stage, rows of the vocabulary); with --against these are compared with the source.",
         ),
     ] = False,
     baseline: Annotated[

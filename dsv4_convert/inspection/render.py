@@ -15,7 +15,6 @@ from dsv4_convert.inspection.strip import legend, strip
 from dsv4_convert.show.tables import fitted
 from dsv4_convert.show.units import count, size
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.v41.config import V41Config
 
 _MARGIN = 11
 #: Findings that are shown; ``--json`` has all of them.
@@ -88,8 +87,7 @@ def _numbers(config: Config) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "indexer", f"{config.index_n_heads} heads of {config.index_head_dim}, top {config.index_topk:,}"
-    if isinstance(config, V41Config):
-        yield from _of_v41(config)
+    yield from config.own_numbers()
     declared = f", declared {config.expert_dtype}" if config.expert_dtype is not None else ""
     yield (
         "experts",
@@ -99,17 +97,6 @@ def _numbers(config: Config) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "positions", f"{config.max_position_embeddings:,}"
-
-
-def _of_v41(config: V41Config) -> Iterator[tuple[str, str]]:
-    """The numbers that only V4.1 has."""
-    if config.candidate_source_layer_id is not None:
-        blocks = f"{config.candidate_topk_blocks:,} blocks of {config.candidate_block_size} entries"
-        yield "candidates", f"layer {config.candidate_source_layer_id} chooses {blocks} for itself and later layers"
-    if config.engram is not None:
-        rows = " and ".join(f"{rows:,}" for rows in config.engram.num_embeddings)
-        lengths = f"n-grams of 2 to {config.engram.max_ngram_size} tokens"
-        yield "engram", f"{config.engram.columns} rows of {config.engram.head_dim} for a token, of {rows}; {lengths}"
 
 
 def _totals(totals: Totals) -> str:

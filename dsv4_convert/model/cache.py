@@ -10,6 +10,7 @@ compressor's projections, ``T`` capacity in entries, ``r`` tokens per block.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -177,10 +178,7 @@ def empty_layer(
     """The state of a layer of this kind before the first token, with a capacity of ``capacity`` tokens."""
     pooled = jnp.float32 if numerics.release else dtype
     window = jnp.zeros((batch, config.sliding_window - 1, config.head_dim), dtype)
-    if isinstance(config, V41Config):
-        return _empty_v41(config, kind, window, capacity, pooled)
-    assert isinstance(config, V4Config)
-    return _empty_v4(config, kind[0], window, capacity, pooled)
+    return _EMPTY[type(config)](config, kind, window, capacity, pooled)
 
 
 def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[LayerCache, ...]:
@@ -190,13 +188,18 @@ def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[LayerCac
 
 
 def _empty_v4(
-    config: V4Config, kind: AttentionKind, window: Float[Array, "B P C"], capacity: int, pooled: DTypeLike
+    config: V4Config,
+    kind: tuple[AttentionKind, bool],
+    window: Float[Array, "B P C"],
+    capacity: int,
+    pooled: DTypeLike,
 ) -> LayerCache:
     batch, dtype = len(window), window.dtype
+    attention, _ = kind
 
     def compressed(width: int) -> Compressed:
-        ratio = config.ratio(kind)
-        overlap = 2 if kind is AttentionKind.CSA else 1
+        ratio = config.ratio(attention)
+        overlap = 2 if attention is AttentionKind.CSA else 1
         rows = (batch, overlap * ratio - 1, overlap * width)
         # Separate arrays, because a donated cache may give every buffer away only once.
         return Compressed(
@@ -205,8 +208,8 @@ def _empty_v4(
 
     return LayerCache(
         window,
-        None if kind is AttentionKind.SLIDING else compressed(config.head_dim),
-        compressed(config.index_head_dim) if kind is AttentionKind.CSA else None,
+        None if attention is AttentionKind.SLIDING else compressed(config.head_dim),
+        compressed(config.index_head_dim) if attention is AttentionKind.CSA else None,
     )
 
 
@@ -227,6 +230,9 @@ def _empty_v41(
         assert config.engram is not None
         recent = jnp.full((batch, config.engram.max_ngram_size - 1), -1, jnp.int32)
     return V41LayerCache(window, source, recent)
+
+
+_EMPTY: dict[type[Config], Callable[..., Any]] = {V4Config: _empty_v4, V41Config: _empty_v41}
 
 
 @jax.tree_util.register_dataclass

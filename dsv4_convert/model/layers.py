@@ -22,6 +22,7 @@ from dsv4_convert.model.v41.block import V41Block
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.spec.v4.config import V4Config
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.spec.v41.config import V41Config
 
 #: Parameters whose encoded stacks are decoded one matrix, or one row, at a time.
@@ -30,11 +31,15 @@ _DECODED_IN_PARTS = frozenset({("ffn", "experts", part) for part in ("w1", "w2",
 
 def block_of(config: Config, kind: Any, *, with_experts: bool = True, numerics: Numerics = PLAIN) -> DecoderBlock:
     """A layer of one of the config's kinds (``config.layer_kind``)."""
-    if isinstance(config, V41Config):
-        return V41Block(config, kind, with_experts=with_experts, numerics=numerics)
-    assert isinstance(config, V4Config)
+    return _BLOCKS[type(config)](config, kind, with_experts=with_experts, numerics=numerics)
+
+
+def _v4_block(config: V4Config, kind: tuple[AttentionKind, bool], **options: Any) -> Block:
     attention, hashed = kind
-    return Block(config, attention, hashed=hashed, with_experts=with_experts, numerics=numerics)
+    return Block(config, attention, hashed=hashed, **options)
+
+
+_BLOCKS: dict[type[Config], Callable[..., DecoderBlock]] = {V4Config: _v4_block, V41Config: V41Block}
 
 
 def layers_of(config: Config, numerics: Numerics, *, scanned: bool) -> nnx.List[DecoderBlock] | ScannedLayers:
@@ -144,6 +149,7 @@ class Layers(nnx.Module):
     """The layers of a model by themselves, as it has them."""
 
     def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
+        self.config = config
         self.layers = layers_of(config, numerics, scanned=scanned)
 
 

@@ -73,8 +73,8 @@ class Generator:
         Raises:
             UsageError: the model has no stage to draft with.
         """
-        if speculative and not (isinstance(model, Model) and len(model.mtp)):
-            raise UsageError("speculative decoding: this model has no draft stage (mtp or DSpark) to draft tokens with")
+        if speculative and model.why_no_drafts is not None:
+            raise UsageError(f"speculative decoding: {model.why_no_drafts}")
         self._config, self._numerics = model.config, model.numerics
         self._dtype = dtype
         self._speculative = speculative

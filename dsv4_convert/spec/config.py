@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
@@ -90,6 +90,8 @@ class Config(ABC):
     #: Its taps in order of execution, and those of the state that a layer keeps between calls.
     taps: ClassVar[tuple[Tap, ...]]
     state: ClassVar[tuple[Tap, ...]]
+    #: Names of the taps whose values are FP4 in release numerics.
+    fp4_taps: ClassVar[tuple[str, ...]]
 
     vocab_size: int
     hidden_size: int
@@ -142,6 +144,10 @@ class Config(ABC):
     def abbreviate(self, layer: int) -> str:
         """The kind of a layer's attention in a few letters, for tables."""
 
+    def own_numbers(self) -> Iterator[tuple[str, str]]:
+        """The key numbers that only this architecture has: a title, and the number in words."""
+        yield from ()
+
     @abstractmethod
     def ratio_of(self, layer: int) -> int:
         """Tokens per compressed entry that a layer attends to; 0 if it attends to its window only."""
@@ -165,6 +171,18 @@ class Config(ABC):
     @abstractmethod
     def chooses(self, layer: int) -> bool:
         """Whether a layer attends to some of the compressed entries only, whoever chose them."""
+
+    def table_of(self, layer: int) -> str | None:
+        """The path of the table in which a layer or stage looks up rows, too large to have all of it; None without.
+
+        A stage that embeds tokens looks up embeddings.
+        """
+        return "embed" if self.embeds(layer) else None
+
+    @property
+    def entries_per_candidate(self) -> int:
+        """Entries in a block of which a layer chooses some for later layers; 0 where none does."""
+        return 0
 
     def tap_sizes(self, entries: int) -> Mapping[str, int]:
         """Sizes of the shape letters of taps that only this architecture has, where there are so many entries."""
@@ -225,6 +243,11 @@ class Config(ABC):
     def num_vision_blocks(self) -> int:
         """Number of blocks of the vision encoder; 0 without one."""
         return 0
+
+    @property
+    def maps_tokens(self) -> bool:
+        """Whether the model itself needs the checkpoint's tokenizer: it maps tokens by their text."""
+        return False
 
     @property
     def hc_mixes(self) -> int:

@@ -159,6 +159,11 @@ class Rule:
         return tuple(number for number in (member, expert) if number is not None)
 
     @property
+    def is_table(self) -> bool:
+        """Whether rows of it are looked up, so that a prompt needs a few of them."""
+        return self.path.rpartition(".")[2] == "embed"
+
+    @property
     def per_expert(self) -> bool:
         """Whether the checkpoint holds one tensor per expert, stacked to ``[E, ...]`` in the model."""
         return self.kind is Kind.EXPERT
@@ -477,9 +482,11 @@ def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool =
     there = range(config.stage_layers.stop if stages else config.num_hidden_layers)
     wrong = [layer for layer in chosen if layer not in there]
     if wrong or not chosen:
-        of_stages = f", and its mtp stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
+        of_stages = (
+            f", and its draft stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
+        )
         raise UsageError(
             f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1}{of_stages or ' (mtp stages are not layers)'}"
+            f"{config.num_hidden_layers - 1}{of_stages or ' (draft stages are not layers)'}"
         )
     return chosen

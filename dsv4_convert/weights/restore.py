@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_convert.errors import BadInput, ResourceError
+from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import as_v4
@@ -161,8 +161,7 @@ def _with_stage(config: Config, stage: int, numerics: Numerics) -> Decoder:
 def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
     """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
     config, own = weights.config, weights.config.prefix(layer)
-    stages = {"num_mtp_stages": config.num_mtp_stages, "dspark": config.dspark}
-    alone = dataclasses.replace(config.of_layers(()), **stages)
+    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=config.num_mtp_stages, dspark=config.dspark)
     if encoded:
         _check_codes(weights)
     first = alone.prefix(0)
@@ -254,6 +253,8 @@ def restore_model(
     else:
         config = config.without_stages()
     model = _model(config, numerics, scanned=scanned)
+    if drafts and model.why_no_drafts is not None:
+        raise UsageError(f"speculative decoding: {model.why_no_drafts}")
     if encoded:
         _check_codes(weights)
     filling = _Filling(weights, weights.config, str, dtype, mesh, encoded)

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.golden.references.probes import WithinForward
+from dsv4_convert.golden.references.widening import Widen
 
 Array = np.ndarray[Any, Any]
 
@@ -61,7 +61,7 @@ def change_dtype(module: nn.Module, dtype: torch.dtype) -> None:
 @contextmanager
 def widened(rotary: nn.Module) -> Iterator[None]:
     """While active, whatever is asked to become float32 becomes float64, but for what ``rotary`` computes."""
-    mode = _Widen()
+    mode = Widen()
     handles = [
         rotary.register_forward_pre_hook(lambda *_: mode.pause(True)),
         rotary.register_forward_hook(lambda *_: mode.pause(False), always_call=True),
@@ -72,29 +72,6 @@ def widened(rotary: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Widen(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self._paused = False
-
-    def pause(self, paused: bool) -> None:
-        self._paused = paused
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
-        if func is Tensor.float:
-            func = Tensor.double
-        return func(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager

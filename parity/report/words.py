@@ -31,8 +31,14 @@ _SAME_WEIGHTS = (
     "Compare with a golden of these weights: `dsv4 golden record` makes one of their source. If they should be those "
     "of the golden, convert them again."
 )
+_PROGRAMS = ("streamed", "model")
 #: Ways to compute routed experts, and forms of weights, in words.
-_EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
+_EXPERTS = {
+    ("grouped", "expanded"): "grouped (ragged_dot)",
+    ("grouped", "source"): "grouped (a kernel that decodes tiles)",
+    ("packed", "expanded"): "packed",
+    ("packed", "source"): "packed",
+}
 _WEIGHTS = {"expanded": "expanded", "source": "encoded"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
@@ -130,14 +136,16 @@ def _compiled(report: ParityReport, model: ParityReport, first: TapResult) -> Su
 
 
 def programs(report: ParityReport) -> Iterator[str]:
-    """The programs that were compared, where, and what is not proven; nothing for another implementation."""
+    """The programs that were compared, where, and those that were not; nothing for another implementation."""
     for of in report.programs:
         assert of.program is not None
         agreement = "agrees" if of.agrees else "does not agree"
         first = of.first_diverging
         yield f"{_program(of.program)}: {agreement}{'' if first is None else f', first at {first.name}'}."
-    if report.unproven is not None:
-        yield f"model: not proven, since {report.unproven}."
+    compared = {of.program.program for of in report.programs if of.program is not None}
+    for name in _PROGRAMS if compared else ():
+        if name not in compared:
+            yield f"{name}: not proven, since {report.unproven or 'it was left out'}."
 
 
 def _program(facts: ProgramFacts) -> str:
@@ -147,7 +155,7 @@ def _program(facts: ProgramFacts) -> str:
 
 def ways(facts: ProgramFacts) -> str:
     """How a compiled layer ran."""
-    found = [f"{_EXPERTS[facts.experts]} experts", f"{_WEIGHTS[facts.weights]} weights"]
+    found = [f"{_EXPERTS[facts.experts, facts.weights]} experts", f"{_WEIGHTS[facts.weights]} weights"]
     found += ["scanned"] if facts.scanned else []
     found += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
     return ", ".join(found)
@@ -166,7 +174,7 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
     """The golden's own reason, then other weights, then the localization that found an operation, first layer first."""
     yield from _other_revision(report)
-    if report.other_weights:
+    if len(report.other_weights or ()) > _NAMED:
         yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:
@@ -443,7 +451,10 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     if found.teacher_forced and first is not None and names == [first.name]:
         yield "Fed with the golden's own inputs, it is wrong by itself."
     elif found.teacher_forced:
-        yield f"Fed with the golden's own inputs, {_list(names)} {'is' if len(names) == 1 else 'are'} wrong by itself."
+        alone = "is wrong by itself" if len(names) == 1 else "are wrong by themselves"
+        yield f"Fed with the golden's own inputs, {_list(names)} {alone}."
+    elif found.handed_on:
+        yield "The layer that makes it computes it rightly, so something else is handed on."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
     for result in found.wrong[:_NAMED]:
@@ -454,12 +465,14 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
         yield f"Exactly the tokens that were sent to {who} are wrong."
     if found.damaged:
         yield f"The stored bytes of {_list(found.damaged)} are not those that were converted."
+    uses, whose = ("It uses", "Its") if len(names) == 1 else ("They use", "Their")
     if not found.weights:
-        yield "It uses no weights: look at the configuration and the code."
+        yield f"{uses} no weights: look at the configuration and the code."
     elif found.differing is None:
-        yield f"It uses {_list(found.weights)}."
+        yield f"{uses} {_list(found.weights)}."
     elif not found.differing:
-        yield f"Its weights ({_list(found.weights)}) are those of the source: look at the configuration and the code."
+        weights = _list(found.weights)
+        yield f"{whose} weights ({weights}) are those of the source: look at the configuration and the code."
     for difference in (found.differing or ())[:_NAMED]:
         yield f"{difference.sentence}."
     if (more := len(found.differing or ()) - _NAMED) > 0:
@@ -591,7 +604,7 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
             "The golden does not know the values of its weights, so whether these are the same is open: record it "
             "again with this version of dsv4."
         )
-    if any(not found.teacher_forced for found in report.localizations):
+    if any(not (found.teacher_forced or found.handed_on) for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
         yield f"While looking for it, `--layer {first.layer}` runs that layer alone."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,8 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references.release import code as release_code
+from dsv4_convert.golden.references.release.interface import PromptCalls, StoredAs
+from dsv4_convert.golden.references.release.v4 import V4Interface
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Numerics, attention, experts, indexer, numerics
@@ -64,7 +66,7 @@ def weights(folder: Path, golden: Golden) -> PublishedWeights:
 
 def test_the_golden_is_what_the_whole_model_computes(folder: Path, golden: Golden) -> None:
     """Streamed and watched, against the code's own ``Transformer`` with all of its weights, which nobody watches."""
-    code = release_code.load(CODE)
+    code = release_code.load(CODE, V4Interface.required)
     assert golden.numerics == "release"
     assert golden.manifest.request.reference.versions["model.py"] == f"sha256:{code.files['model.py']}"
     # The head evaluates the last token; every entry of the last block is there at token 139.
@@ -81,16 +83,26 @@ def test_code_in_the_shape_of_0731(folder: Path, golden: Golden, tmp_path: Path)
     ]
     assert recorded[0].manifest.taps == recorded[1].manifest.taps
     logits = recorded[1].read("logits")[:, -1]
-    np.testing.assert_array_equal(_last_logits(release_code.load(CODE_0731), folder, TOKENS[:, :20]), logits)
+    np.testing.assert_array_equal(
+        _last_logits(release_code.load(CODE_0731, V4Interface.required), folder, TOKENS[:, :20]), logits
+    )
 
 
 def _last_logits(code: release_code.Code, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """The logits after the last token by the code's whole model, float32 ``[B, V]``."""
     weights = PublishedWeights.open(folder / "fp4")
     with code.active():
-        args = code.begin(weights.config, batch=1, tokens=tokens.shape[1], expert_dtype="fp4", float_scales=False)
+        args = _arguments(code, weights, tokens)
         found = _filled(code, code.module.Transformer(args), weights)(torch.from_numpy(tokens))
     return (found[1] if isinstance(found, tuple) else found).float().numpy()
+
+
+def _arguments(
+    code: release_code.Code, weights: PublishedWeights, tokens: np.ndarray, layers: Sequence[int] = ()
+) -> Any:
+    """The code's arguments for a released checkpoint and a prompt."""
+    prompt = PromptCalls(torch.from_numpy(tokens.astype(np.int64)), [(0, tokens.shape[1])], Path(), layers)
+    return V4Interface(code, weights.config, prompt, StoredAs(fp8=True, fp4_experts=True, float_scales=False)).args
 
 
 def _filled(code: release_code.Code, model: Any, weights: PublishedWeights, prefix: str = "") -> Any:
@@ -220,7 +232,7 @@ def test_what_the_code_is_not_recorded_with(folder: Path, golden: Golden, option
 
 def test_a_folder_without_the_code(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no model\.py there"):
-        release_code.load(tmp_path)
+        release_code.load(tmp_path, V4Interface.required)
     for text, complaint in (
         ("import not_there", "cannot be imported: ModuleNotFoundError"),
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
@@ -229,7 +241,7 @@ def test_a_folder_without_the_code(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "inference").mkdir(exist_ok=True)
         (tmp_path / "inference" / "model.py").write_text(text)
         with pytest.raises(BadInput, match=complaint):
-            release_code.load(tmp_path)
+            release_code.load(tmp_path, V4Interface.required)
 
 
 def test_code_that_computes_otherwise_is_an_error_not_a_golden(folder: Path, tmp_path: Path, golden: Golden) -> None:
@@ -354,12 +366,13 @@ def decoded(decoding: Path) -> Golden:
 
 def test_decoding_is_recorded_from_the_codes_own_caches(decoding: Path, decoded: Golden) -> None:
     """The whole model and its mtp block, call by call, which nobody watches."""
-    code, weights = release_code.load(CODE, stages=True), PublishedWeights.open(decoding / "fp4")
+    weights = PublishedWeights.open(decoding / "fp4")
+    code = release_code.load(CODE, V4Interface.required, besides=V4Interface.of_stages(weights.config))
     config, ids = weights.config, torch.from_numpy(decoded.tokens.astype(np.int64))
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
     calls = [(0, PREFILL), *((at, at + 1) for at in range(PREFILL, PREFILL + DECODE))]
     with code.active():
-        args = code.begin(config, batch=1, tokens=ids.shape[1], expert_dtype="fp4", float_scales=False)
+        args = _arguments(code, weights, decoded.tokens)
         model = _filled(code, code.module.Transformer(args), weights)
         stage = _filled(code, code.module.MTPBlock(config.stage_layers[0], args), weights, "mtp.0.")
         stage.embed, stage.head = model.embed, model.head

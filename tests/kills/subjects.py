@@ -10,7 +10,7 @@ from typing import Any
 
 import golden
 from dsv4_convert.files.workspace import stage_of
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config, write_checkpoint
 from tests.kills.runs import Zygote, digests
 
 REPOSITORY_NAME = "org/micro"
@@ -24,6 +24,20 @@ MICRO: dict[str, Any] = {
     "n_routed_experts": 2,
     "num_experts_per_tok": 1,
     "num_nextn_predict_layers": 0,
+}
+
+
+#: The smallest V4.1 with a table of n-grams, which is converted in chunks of rows.
+MICRO_V41: dict[str, Any] = {
+    "n_routed_experts": 2,
+    "num_hidden_layers": 1,
+    "num_nextn_predict_layers": 1,
+    "compress_ratios": [0, 0],
+    "kv_source_layer_ids": [],
+    "index_source_layer_ids": [],
+    "candidate_source_layer_id": None,
+    "engram_layer_ids": [0],
+    "dspark_target_layer_ids": [0],
 }
 
 
@@ -68,8 +82,8 @@ class Subject:
         return digests(out, leaving_out=self.leaving_out) if out.exists() else None
 
 
-def _convert(*options: str) -> Callable[[Path, Path], Sequence[object]]:
-    return lambda inputs, out: ["convert", "hf-to-orbax", inputs / "hf", out, "--workers", "1", *options]
+def _convert(*options: str, of: str = "hf") -> Callable[[Path, Path], Sequence[object]]:
+    return lambda inputs, out: ["convert", "hf-to-orbax", inputs / of, out, "--workers", "1", *options]
 
 
 def _export(*options: str, of: str = "source") -> Callable[[Path, Path], Sequence[object]]:
@@ -85,6 +99,7 @@ CONVERSIONS = (
     Subject("convert bfloat16", _convert("--dtype", "bfloat16"), "checkpoint"),
     Subject("convert float32 zstd", _convert("--dtype", "float32", "--compression", "zstd"), "checkpoint"),
     Subject("convert maxtext", _convert("--layout", "maxtext-unscanned"), "checkpoint"),
+    Subject("convert V4.1", _convert("--dtype", "source", of="v41"), "checkpoint"),
 )
 EXPORTS = (
     Subject("orbax-to-hf", _export(), "exported"),
@@ -122,6 +137,7 @@ REPORTS = (Subject("parity --state", _parity, "report", leaving_out=".report.jso
 def make_inputs(folder: Path, zygote: Zygote, *, recorded: bool) -> None:
     """The checkpoint, its conversions and a golden below ``folder``: one of it if it can be recorded, or the demo's."""
     write_checkpoint(folder / "hf", tiny_config(**MICRO), mtp=False)
+    write_checkpoint(folder / "v41", {**tiny_v41_config(**MICRO_V41), "vision_config": None}, mtp=False)
     for dtype in ("source", "bfloat16"):
         made = zygote.run(folder, ["convert", "hf-to-orbax", folder / "hf", folder / dtype, "--dtype", dtype])
         assert made.code == 0, made

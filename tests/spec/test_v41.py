@@ -170,6 +170,10 @@ def _text(**changes: Any) -> dict[str, Any]:
         (_text(candidate_source_layer_id=14), ["layer 20 makes other keys"]),
         (_text(engram_layer_ids=[1]), ["expected a table per layer"]),
         (_text(engram_max_ngram_size=1), ["an n-gram has at least 2 tokens"]),
+        (_text(engram_num_embeddings=[384_006_168, 384_016_681]),
+         ["engram_num_embeddings: expected 384,016,682 rows in the table of layer 14, the sum of its 24 primes from "
+          "engram_vocab_size 16,000,000 on, found 384,016,681"]),
+        (_text(engram_n_heads=2**30), ["expected at least", "rows in the table of layer 1", "found 384,006,168"]),
         (_text(num_nextn_predict_layers=0, compress_ratios=[0, 0] + [2] * 18 + [1] * 20),
          ["num_nextn_predict_layers and the dspark fields contradict"]),
         (_text(dspark_target_layer_ids=[39, 40]), ["dspark_target_layer_ids: expected ascending backbone layers"]),

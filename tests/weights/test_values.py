@@ -8,8 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import dsv4_convert.golden as golden_package
 from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.to_hf import orbax_to_hf
+from dsv4_convert.golden.archive import open_golden
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.weights.converted import Weights
@@ -46,6 +48,16 @@ def test_another_value_another_order_and_another_shape_are_seen(tmp_path: Path) 
     for path in ("layers.1.attn.wo_a", "layers.1.ffn.experts.w2", "layers.1.attn_norm", "layers.1.ffn.gate.tid2eid"):
         changed = _Changed(published, path)
         assert differing_values(changed, recorded, [1]) == (path,)
+
+
+def test_the_committed_golden_knows_its_weights(tmp_path: Path) -> None:
+    golden = open_golden(Path(golden_package.__file__).parent / "data" / "tiny")
+    recorded = golden.manifest.request.source.values
+    assert set(recorded) == {path for path, _, _ in parameters(golden.config, golden.layers)}
+    for seed, same in ((0, True), (1, False)):
+        write_checkpoint(tmp_path / str(seed), tiny_config(), seed=seed)
+        weights = PublishedWeights.open(tmp_path / str(seed))
+        assert set(differing_values(weights, recorded, golden.layers)) == (set() if same else set(recorded))
 
 
 class _Changed(PublishedWeights):

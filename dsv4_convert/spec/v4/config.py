@@ -44,6 +44,7 @@ class V4Config(Config):
     names = NAMES
     taps = TAPS
     state = STATE
+    fp4_taps = ("attn.indexer.q_rope", "attn.indexer.compressor.entries")
 
     attention: tuple[AttentionKind, ...]
     hash_routed: tuple[bool, ...]
@@ -150,8 +151,8 @@ def as_v4(config: Config) -> V4Config:
     """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 does not record, compare or compile this model yet; convert, generate, inspect, "
-            "names and verify take it"
+            f"{config.title}: dsv4 records no golden of this model yet, and computes none of its draft stages; other "
+            "commands take it"
         )
     return config
 

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from dsv4_convert.errors import UsageError
 from dsv4_convert.show.units import ranges
 from dsv4_convert.spec.config import Config, Count, short
 from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
 from dsv4_convert.spec.v41.kinds import Candidates, LayerKind
 from dsv4_convert.spec.v41.names import FP8_TILE, NAMES
+from dsv4_convert.spec.v41.ngrams import EngramConfig, misstated_rows
 from dsv4_convert.spec.v41.taps import STATE, TAPS
 from dsv4_convert.spec.vision import VisionConfig
 
 #: Entries of ``compress_ratios``: window only, one entry for two tokens, one for each token.
 _RATIOS = (0, 1, 2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngramConfig:
-    """The n-gram tables: the published fields ``engram_…``.
-
-    A model with some of the layers has some of the tables. How a table is hashed depends on its place in the published
-    model, so ``tables`` are the numbers of those that are there, and ``published_layer_ids`` the layers of all.
-    """
-
-    layer_ids: tuple[Count, ...]
-    num_embeddings: tuple[int, ...]
-    tables: tuple[Count, ...]
-    published_layer_ids: tuple[Count, ...]
-    max_ngram_size: int
-    vocab_size: int
-    n_heads: int
-    head_dim: int
-    pad_token_id: Count
-    compressed_vocab_size: int
-
-    @property
-    def columns(self) -> int:
-        """Rows that are looked up for one token: one per n-gram size and head."""
-        return (self.max_ngram_size - 1) * self.n_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +33,7 @@ class V41Config(Config):
     names = NAMES
     taps = TAPS
     state = STATE
+    fp4_taps = ("attn.compressor.entries", "attn.indexer.q_rope", "attn.indexer.keys")
 
     compress_ratios: tuple[Count, ...]
     kv_source_layer_ids: tuple[Count, ...]
@@ -99,6 +75,15 @@ class V41Config(Config):
         """Whether a layer chooses among compressed keys."""
         return layer in self.index_source_layer_ids
 
+    def table_of(self, layer: int) -> str | None:
+        """The path of the n-gram table of a layer with an engram."""
+        return f"{self.prefix(layer)}engram.embed" if self.has_engram(layer) else super().table_of(layer)
+
+    @property
+    def entries_per_candidate(self) -> int:
+        """Entries in a candidate block."""
+        return self.candidate_block_size
+
     def tap_sizes(self, entries: int) -> Mapping[str, int]:
         """Table rows that a token looks up, and candidate blocks of a query."""
         blocks = 0 if self.candidate_source_layer_id is None else -(-entries // self.candidate_block_size)
@@ -135,10 +120,25 @@ class V41Config(Config):
         words += [] if kind.engram is None else ["engram"]
         return ", ".join(words)
 
+    def own_numbers(self) -> Iterator[tuple[str, str]]:
+        """The numbers of the candidates and of the n-gram tables."""
+        if self.candidate_source_layer_id is not None:
+            blocks = f"{self.candidate_topk_blocks:,} blocks of {self.candidate_block_size} entries"
+            yield "candidates", f"layer {self.candidate_source_layer_id} chooses {blocks} for itself and later layers"
+        if self.engram is not None:
+            rows = " and ".join(f"{rows:,}" for rows in self.engram.num_embeddings)
+            lengths = f"n-grams of 2 to {self.engram.max_ngram_size} tokens"
+            yield "engram", f"{self.engram.columns} rows of {self.engram.head_dim} for a token, of {rows}; {lengths}"
+
     def experts_of(self, layer: int | None) -> int:
         """Number of routed experts of a layer, or of a draft stage, which has fewer."""
         of_stage = layer is not None and layer >= self.num_hidden_layers
         return self.dspark_n_routed_experts if of_stage else self.n_routed_experts
+
+    @property
+    def maps_tokens(self) -> bool:
+        """Whether there are engrams, which make n-grams of mapped tokens."""
+        return self.engram is not None
 
     @property
     def num_vision_blocks(self) -> int:
@@ -148,16 +148,8 @@ class V41Config(Config):
     def of_layers(self, layers: Sequence[int]) -> Self:
         """The architecture with some of its layers only, in this order, and without stages after the backbone.
 
-        Raises:
-            UsageError: a layer attends to keys of a layer that is not among them.
+        Every layer stays of its kind. What it reads of a layer that is not among them has to come from elsewhere.
         """
-        for layer in layers:
-            needed = (self.kv_source(layer), self.index_source(layer))
-            absent = {each for each in needed if each is not None and each not in layers}
-            if absent:
-                raise UsageError(
-                    f"layer {layer} attends to what layer {ranges(absent)} compresses and chooses; take both"
-                )
         places = {layer: place for place, layer in enumerate(layers)}
 
         def mapped(ids: Sequence[int]) -> tuple[int, ...]:
@@ -170,6 +162,7 @@ class V41Config(Config):
             tables = tuple(engram.tables[at] for at in kept)
             engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows, tables=tables)
         candidates = self.candidate_source_layer_id
+        uses = any(self.layer_kind(layer).candidates is Candidates.USER for layer in layers)
         return dataclasses.replace(
             self,
             num_hidden_layers=len(layers),
@@ -178,7 +171,7 @@ class V41Config(Config):
             compress_ratios=tuple(self.compress_ratios[layer] for layer in layers),
             kv_source_layer_ids=mapped(self.kv_source_layer_ids),
             index_source_layer_ids=mapped(self.index_source_layer_ids),
-            candidate_source_layer_id=None if candidates is None else places.get(candidates),
+            candidate_source_layer_id=None if candidates is None else places.get(candidates, -1 if uses else None),
             engram=engram if engram is not None and engram.layer_ids else None,
         )
 
@@ -335,11 +328,15 @@ def _parts_problems(config: V41Config) -> list[str]:
     engram, vision = config.engram, config.vision
     if engram is not None:
         problems += _order_problems(config, "engram_layer_ids", engram.layer_ids)
-        if len(engram.layer_ids) != len(engram.num_embeddings) or not all(engram.num_embeddings):
-            found = f"{len(engram.layer_ids)} and {short(list(engram.num_embeddings))}"
-            problems.append(f"engram_layer_ids and engram_num_embeddings: expected a table per layer, found {found}")
         if engram.max_ngram_size < 2:
             problems.append("engram_max_ngram_size: an n-gram has at least 2 tokens")
+        elif not len(engram.layer_ids) == len(engram.num_embeddings) == len(engram.tables):
+            found = f"{len(engram.layer_ids)} and {short(list(engram.num_embeddings))}"
+            problems.append(f"engram_layer_ids and engram_num_embeddings: expected a table per layer, found {found}")
+        elif max(engram.tables) >= len(engram.published_layer_ids):
+            problems.append(f"engram tables: expected some of {len(engram.published_layer_ids)}, found {engram.tables}")
+        else:
+            problems += misstated_rows(engram)
         if engram.pad_token_id >= config.vocab_size:
             problems.append(f"engram_pad_token_id: {engram.pad_token_id} is beyond vocab_size {config.vocab_size}")
     if (config.dspark is None) != (config.num_mtp_stages == 0):

@@ -1,6 +1,7 @@
-"""Loading the user's copy of the published ``inference/`` folder, unmodified, with kernels that run on a CPU.
+"""Loading the user's copy of a published ``inference/`` folder, unmodified, with kernels that run on a CPU.
 
-The code is executed because the user named its folder; nothing else ever is.
+The code is executed because the user named its folder; nothing else ever is. Its image encoder and its kernels for
+GPUs are never imported: stand-ins have their names.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
 from dsv4_convert.golden.references.release import kernels
-from dsv4_convert.spec.v4.config import V4Config
 
 _MODEL, _KERNEL = "model.py", "kernel.py"
-#: GPU functions that the code imports; it gets the CPU stand-ins of :mod:`kernels` instead.
-_KERNELS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn")
-_HADAMARD = ("hadamard_transform",)
+#: Modules that the code imports beside its own files -> what it takes of them. GPU functions are those of
+#: :mod:`kernels`; of images nothing is computed.
+_STAND_INS: Mapping[str, tuple[str, ...]] = {
+    "kernel": ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm", "sparse_attn", "hc_split_sinkhorn"),
+    "fast_hadamard_transform": ("hadamard_transform",),
+    "image_processor": ("IMAGE", "IMAGE_END", "IMAGE_NEW_LINE", "IMAGE_START"),
+    "vision": ("Aligner", "ViT"),
+}
 #: SHA-256 of a published file that computes otherwise than today's -> the entry of the manifest, and the difference.
 #: Parity gives a "revision" as the reason of a failure. The stand-ins of kernels are never those of the folder.
 _REVISIONS = {
@@ -44,8 +50,16 @@ _REVISIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """The published model code. ``files``: SHA-256 by name of the files that the folder has."""
+    """The published model code.
 
+    Attributes:
+        title: the model that it is taken for.
+        module: its ``model.py``.
+        path: the file.
+        files: SHA-256 by name of the files that the folder has.
+    """
+
+    title: str
     module: ModuleType
     path: Path
     files: Mapping[str, str]
@@ -57,99 +71,68 @@ class Code:
         return {name: f"sha256:{sha256}" for name, sha256 in self.files.items()} | known
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """The surroundings that it expects: bfloat16 as the default dtype, and its kernels."""
+    def active(
+        self, dtype: torch.dtype = torch.bfloat16, functions: Mapping[str, Callable[..., Any]] = kernels.RELEASE
+    ) -> Iterator[None]:
+        """The surroundings that it expects: the default dtype, and its kernels, which are ``functions``."""
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        imported: dict[str, Any] = {name: each for name, each in functions.items() if hasattr(self.module, name)}
+        torch.set_default_dtype(dtype)
         try:
-            with _modules(), torch.no_grad(), _RootsInFloat32():
+            with ExitStack() as stack:
+                stack.enter_context(_modules(_stand_ins(functions)))
+                stack.enter_context(patch.multiple(self.module, **imported))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(_RootsInFloat32())
                 yield
         finally:
             torch.set_default_dtype(before)
 
-    def begin(self, config: V4Config, *, batch: int, tokens: int, expert_dtype: str | None, float_scales: bool) -> Any:
-        """Its arguments for this architecture; the module is set up for them.
-
-        Args:
-            config: the architecture.
-            batch, tokens: how much its caches have to hold.
-            expert_dtype: ``fp4`` where routed experts are stored so, else None.
-            float_scales: whether scales are stored in float32.
-
-        Raises:
-            BadInput: the code has no such arguments, so it is of another model.
-        """
-        yarn = config.yarn
-        stages = config.num_mtp_stages
-        values = {
-            "max_batch_size": batch,
-            "max_seq_len": tokens,
-            "dtype": "bf16" if config.weight_block_size is None else "fp8",
-            "expert_dtype": expert_dtype,
-            "scale_dtype": "fp32" if float_scales else "fp8",
-            "vocab_size": config.vocab_size,
-            "dim": config.hidden_size,
-            "moe_inter_dim": config.moe_intermediate_size,
-            "n_layers": config.num_hidden_layers,
-            "n_hash_layers": sum(config.hash_routed),
-            "n_heads": config.num_attention_heads,
-            "n_routed_experts": config.n_routed_experts,
-            "n_activated_experts": config.num_experts_per_tok,
-            "route_scale": config.routed_scaling_factor,
-            "swiglu_limit": config.swiglu_limit,
-            "q_lora_rank": config.q_lora_rank,
-            "head_dim": config.head_dim,
-            "rope_head_dim": config.qk_rope_head_dim,
-            "norm_eps": config.rms_norm_eps,
-            "o_groups": config.o_groups,
-            "o_lora_rank": config.o_lora_rank,
-            "window_size": config.sliding_window,
-            "compress_ratios": tuple(config.ratio(kind) for kind in config.attention) + (0,) * stages,
-            "compress_rope_theta": config.compress_rope_theta,
-            "original_seq_len": 0 if yarn is None else yarn.original_max_position_embeddings,
-            "rope_theta": config.rope_theta,
-            "rope_factor": 1 if yarn is None else yarn.factor,
-            "beta_fast": 32 if yarn is None else yarn.beta_fast,
-            "beta_slow": 1 if yarn is None else yarn.beta_slow,
-            "index_n_heads": config.index_n_heads,
-            "index_head_dim": config.index_head_dim,
-            "index_topk": config.index_topk,
-            "hc_mult": config.hc_mult,
-            "hc_sinkhorn_iters": config.hc_sinkhorn_iters,
-            "hc_eps": config.hc_eps,
-        }
+    def arguments(self, values: Mapping[str, Any]) -> Any:
+        """Its ``ModelArgs`` of these values. Raises :class:`BadInput` if it has no such ones, as another model's."""
         known = {field.name for field in dataclasses.fields(self.module.ModelArgs)}
         if missing := sorted(set(values) - known):
-            raise BadInput(f"{self.path}: ModelArgs has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
-        args = self.module.ModelArgs(**values)
-        # A model without layers sets what the code keeps in global variables, such as the dtype of matrices.
-        self.module.Transformer(dataclasses.replace(args, n_layers=0, n_mtp_layers=0))
-        return args
+            raise BadInput(
+                f"{self.path}: ModelArgs has no {', '.join(missing)}; expected the inference code of {self.title}"
+            )
+        return self.module.ModelArgs(**values)
 
-    def collapse(self, args: Any) -> Callable[..., Tensor]:
-        """``(streams, fn, scale, base)`` to one stream: a method of the head, and since V4-Flash-0731 of a block."""
-        module = self.module
-        if hasattr(module.ParallelHead, "hc_head"):
-            method: Callable[..., Tensor] = module.ParallelHead(1, args.dim, args.norm_eps, args.hc_eps).hc_head
-        else:
-            method = module.Block(0, args).hc_head
-        return method
+    def logits(self, normed: Tensor, weight: Tensor, *, at_once: bool = False) -> Tensor:
+        """Logits ``[B, S, words]`` of some rows of the output matrix.
 
-    def logits(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits ``[B, S, words]`` of some rows of the output matrix. The code evaluates the last position it gets."""
+        The code evaluates the last position it gets; ``at_once``, as for drafts, all of them.
+        """
         head = self.module.ParallelHead(*weight.shape)
         head.weight = nn.Parameter(weight, requires_grad=False)
+        if at_once:
+            logits: Tensor = head(normed, full_logits=True)
+            return logits
         # Since V4-Flash-0731 the head's forward is that method.
         of_last = head.get_logits if hasattr(head, "get_logits") else head
         return torch.stack([of_last(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)
 
 
-def load(folder: Path, *, stages: bool = False) -> Code:
-    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have mtp blocks.
+@dataclasses.dataclass(frozen=True)
+class Required:
+    """What code of one model has.
+
+    Attributes:
+        title: the model.
+        names: what its ``model.py`` defines, as far as it is asked for.
+        files: what it imports from its own folder.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    files: tuple[str, ...] = ()
+
+
+def load(folder: Path, required: Required, *, besides: Sequence[str] = ()) -> Code:
+    """Import ``model.py`` of a folder, or of its ``inference`` folder. It has to have the names ``besides``, too.
 
     Raises:
         UsageError: there is none.
-        BadInput: it cannot be imported, or defines another model.
+        BadInput: it cannot be imported, or lacks what is ``required``, so that it defines another model.
     """
     path = next((place / _MODEL for place in (folder, folder / "inference") if (place / _MODEL).is_file()), None)
     if path is None:
@@ -157,23 +140,31 @@ def load(folder: Path, *, stages: bool = False) -> Code:
             f"--release-code {folder}: no {_MODEL} there; expected the `inference` folder that every DeepSeek-V4 "
             "repository has beside its weights"
         )
-    spec = importlib.util.spec_from_file_location("dsv4_release_code", path)
+    found = {file: path.with_name(file) for file in required.files}
+    with _modules(_stand_ins(kernels.RELEASE)), ExitStack() as stack:
+        for file in found.values():
+            stack.enter_context(_modules({file.stem: _executed(file, file.stem)}))
+        module = _executed(path, "dsv4_release_code")
+    names = (*required.names, *besides, *_STAND_INS["kernel"])
+    if missing := [name for name in names if not _has(module, name)]:
+        raise BadInput(f"{path}: has no {', '.join(missing)}; expected the inference code of {required.title}")
+    files = [path, *found.values(), *(file for file in (path.with_name(_KERNEL),) if file.is_file())]
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return Code(required.title, module, path, digests)
+
+
+def _executed(path: Path, name: str) -> ModuleType:
+    """The module of a file, under a name. Raises :class:`BadInput`."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _modules({spec.name: module}):
+    with _modules({name: module}):
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise BadInput(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
-    parts = (
-        "ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
-        "apply_rotary_emb", *_KERNELS, *(["MTPBlock"] if stages else []),
-    )  # fmt: skip
-    if missing := [name for name in parts if not _has(module, name)]:
-        raise BadInput(f"{path}: has no {', '.join(missing)}; expected DeepSeek-V4's inference code")
-    files = [path, *(other for other in (path.with_name(_KERNEL),) if other.is_file())]
-    return Code(module, path, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+    return module
 
 
 def _has(owner: object, path: str) -> bool:
@@ -182,17 +173,20 @@ def _has(owner: object, path: str) -> bool:
     return hasattr(owner, first) and (not rest or _has(getattr(owner, first), rest))
 
 
+def _stand_ins(functions: Mapping[str, Callable[..., Any]]) -> dict[str, ModuleType]:
+    """The modules that the code does not get from its folder, by name."""
+    modules = {name: ModuleType(name) for name in _STAND_INS}
+    for name, module in modules.items():
+        for attribute in _STAND_INS[name]:
+            setattr(module, attribute, functions.get(attribute))
+    return modules
+
+
 @contextmanager
-def _modules(besides: Mapping[str, ModuleType] | None = None) -> Iterator[None]:
-    """The two modules of kernels, and more, under the names that the code imports."""
-    stand_ins = dict(besides or {})
-    for name, functions in (("kernel", _KERNELS), ("fast_hadamard_transform", _HADAMARD)):
-        stand_in = ModuleType(name)
-        for function in functions:
-            setattr(stand_in, function, getattr(kernels, function))
-        stand_ins[name] = stand_in
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    sys.modules.update(stand_ins)
+def _modules(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Modules under the names that the code imports."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
     try:
         yield
     finally:  # these names only: what else was imported meanwhile stays
@@ -218,6 +212,6 @@ class _RootsInFloat32(TorchFunctionMode):
 def complaint(code: Code, what: str) -> Dsv4Error:
     """The code computes in another way than is known here."""
     return Dsv4Error(
-        f"{code.path}: computes DeepSeek-V4 in another way than the recorder knows (it was written for the revisions "
-        f"published from April to August 2026): {what}"
+        f"{code.path}: computes {code.title} in another way than the recorder knows (it was written for the revisions "
+        f"published from April to September 2026): {what}"
     )

@@ -1,23 +1,25 @@
 """CPU stand-ins for the GPU kernels that DeepSeek's inference code imports from ``kernel`` and a Hadamard package.
 
-They have the names, arguments and results of the published ``inference/kernel.py``. They compute and round as its
-current revision does (published with V4-Flash-0731): simulated FP8 really rounds to FP8. Sums are float32, or float64
-within :func:`exact_sums`; the difference shows how much another order of summation may change.
+They have the names, arguments and results of the published ``inference/kernel.py`` of V4 and V4.1, whose groups of
+channels have other sizes. They compute and round as its current revisions do (published with V4-Flash-0731 and V4.1):
+simulated FP8 really rounds to FP8. Sums are float32, or float64 within :func:`exact_sums`; the difference shows how
+much another order of summation may change. :data:`PLAIN` simulates no quantisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
-#: Smallest largest value of a group, so that no scale is zero.
-_FP8_LEAST, _FP4_LEAST = 1e-4, 6 * 2.0**-126
-#: Inputs of a quantised matmul that share one scale, weights in FP4 that do, and rows of FP8 weights that do.
-_INPUT_GROUP, _FP4_GROUP, _FP8_ROWS = 128, 32, 128
+#: Smallest largest value of a group, so that no scale is zero; the last one is of scales in FP8.
+_FP8_LEAST, _FP4_LEAST, _FP4_BY_FP8_LEAST = 1e-4, 6 * 2.0**-126, 6 * 2.0**-9
+#: Weights in FP4 that share one scale.
+_FP4_GROUP = 32
 #: Groups of FP4 weights whose products are in memory at a time.
 _FP4_BLOCKS = 16
 #: Keys that the attention kernel takes at a time; all of them with exact sums, since the block is the kernel's choice.
@@ -69,36 +71,50 @@ def act_quant(
     return codes.flatten(-2), scale.squeeze(-1).to(scale_dtype)
 
 
-def fp4_act_quant(x: Tensor, block_size: int = 32, inplace: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """FP4 codes, two to a byte, and scales; or, in place, the values that they stand for."""
+def fp4_act_quant(
+    x: Tensor, block_size: int = 32, inplace: bool = False, scale_dtype: torch.dtype = torch.float8_e8m0fnu
+) -> Tensor | tuple[Tensor, Tensor]:
+    """FP4 codes, two to a byte, and scales; or, in place, the values that they stand for.
+
+    A scale is a power of two, or with ``scale_dtype`` FP8 the FP8 number nearest to a sixth of the largest value.
+    """
     groups = _groups(x, block_size)
-    scale = power_of_two_scale(groups.abs().amax(dim=-1, keepdim=True).clamp(min=_FP4_LEAST), _FP4_MAX)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    if scale_dtype == torch.float8_e4m3fn:
+        sixth = largest.clamp(min=_FP4_BY_FP8_LEAST) / _FP4_MAX
+        scale = sixth.clamp(max=_FP8_MAX).to(scale_dtype).float()
+    else:
+        scale = power_of_two_scale(largest.clamp(min=_FP4_LEAST), _FP4_MAX)
     codes = _fp4_codes((groups / scale).clamp(-_FP4_MAX, _FP4_MAX))
     if inplace:
         return x.copy_((FP4_VALUES[codes] * scale).flatten(-2))
     low, high = codes.to(torch.uint8).reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return (low | high << 4).view(torch.float4_e2m1fn_x2), scale.squeeze(-1).to(torch.float8_e8m0fnu)
+    return (low | high << 4).view(torch.float4_e2m1fn_x2), scale.squeeze(-1).to(scale_dtype)
 
 
-def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per 128, FP8 weights with a scale per 128 x 128."""
+def fp8_gemm(
+    a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32, block_size: int = 128
+) -> Tensor:
+    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per block, FP8 weights with a scale per tile."""
     rows, inputs = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]).to(_sum_dtype)
-    scale = b_s.to(_sum_dtype).repeat_interleave(_FP8_ROWS, dim=0)[: len(b)]
+    scale = b_s.to(_sum_dtype).repeat_interleave(block_size, dim=0)[: len(b)]
     total = torch.zeros(len(rows), len(b), dtype=_sum_dtype)
-    for block, start in enumerate(range(0, b.shape[1], _INPUT_GROUP)):
-        part = slice(start, start + _INPUT_GROUP)
+    for block, start in enumerate(range(0, b.shape[1], block_size)):
+        part = slice(start, start + block_size)
         product = rows[:, part].to(_sum_dtype) @ b[:, part].to(_sum_dtype).T
         total += product * (inputs[:, block, None] * scale[:, block])
     return total.to(torch.get_default_dtype()).reshape(*a.shape[:-1], len(b))
 
 
-def fp4_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per 128, FP4 weights, packed, with a scale per 32."""
+def fp4_gemm(
+    a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32, act_block_size: int = 128
+) -> Tensor:
+    """``[..., K] x [N, K] -> [..., N]``: FP8 inputs with a scale per block, FP4 weights, packed, with one per 32."""
     rows, outputs, blocks = a.numel() // a.shape[-1], len(b), b_s.shape[1]
     pairs = nn.functional.embedding(b.view(torch.uint8).int(), _FP4_PAIRS)
     weights = pairs.reshape(outputs, blocks, _FP4_GROUP).permute(1, 2, 0)  # [blocks, 32, N]
     codes = a.to(_sum_dtype).reshape(rows, blocks, _FP4_GROUP).transpose(0, 1)  # [blocks, M, 32]
-    inputs = a_s.to(_sum_dtype).reshape(rows, -1).repeat_interleave(_INPUT_GROUP // _FP4_GROUP, dim=1)[:, :blocks].T
+    inputs = a_s.to(_sum_dtype).reshape(rows, -1).repeat_interleave(act_block_size // _FP4_GROUP, dim=1)[:, :blocks].T
     scale = b_s.to(_sum_dtype).T
     total = torch.zeros(rows, outputs, dtype=_sum_dtype)
     for start in range(0, blocks, _FP4_BLOCKS):
@@ -168,6 +184,11 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     return (values * scale).to(x.dtype)
 
 
+def unrounded(x: Tensor, *others: Any, **more: Any) -> Tensor:
+    """Stands in for a function that only rounds, or rotates before rounding."""
+    return x
+
+
 def _groups(x: Tensor, size: int) -> Tensor:
     """``[..., groups, size]`` in float32."""
     if x.shape[-1] % size:
@@ -183,3 +204,17 @@ def _fp4_codes(values: Tensor) -> Tensor:
     below, above = torch.bucketize(size, middles), torch.bucketize(size, middles, right=True)
     even = torch.where(below % 2 == 0, below, above)  # the two differ in the middle between two levels only
     return even + 8 * torch.signbit(values).int()
+
+
+#: The functions that the code imports, by name: as released, and without simulated quantisation. What the code then
+#: computes is the plain mathematics; it must not have quantised weights, whose products need quantised inputs.
+RELEASE: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (act_quant, fp4_act_quant, fp8_gemm, fp4_gemm, sparse_attn, hc_split_sinkhorn, hadamard_transform)
+}
+PLAIN: dict[str, Callable[..., Any]] = {
+    **RELEASE,
+    "act_quant": unrounded,
+    "fp4_act_quant": unrounded,
+    "hadamard_transform": unrounded,
+}

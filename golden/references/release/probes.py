@@ -1,4 +1,4 @@
-"""The place of each tap in DeepSeek's inference code, and hooks that visit it there.
+"""Hooks that visit the taps of DeepSeek's inference code; :mod:`v4` and :mod:`v41` say which taps are where.
 
 Nothing in the code is changed: hooks see what modules get and give, and functions and methods are watched from outside.
 A visitor gets the very tensor that the code goes on with, so it may look at it, or put something else into it.
@@ -29,68 +29,77 @@ Expected: TypeAlias = Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
 
 EXPERTS, WEIGHTS, CHOSEN = "ffn.gate.experts", "ffn.gate.weights", "attn.indexer.chosen"
 
-#: Tap -> the module of a ``Block`` that returns it.
-_OUTPUTS = {
+#: Tap -> the module of a block that returns it, or whose first argument it is; of any architecture.
+OUTPUTS = {
     "attn_norm": "attn_norm",
     **{f"attn.{part}": f"attn.{part}" for part in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_b")},
-    **{
-        f"{path}.{part}": f"{path}.{part}"
-        for path in ("attn.compressor", "attn.indexer.compressor")
-        for part in ("wkv", "wgate", "norm")
-    },
-    "attn.compressor.entries": "attn.compressor",
-    "attn.indexer.compressor.entries": "attn.indexer.compressor",
+    **{f"attn.compressor.{part}": f"attn.compressor.{part}" for part in ("wkv", "wgate", "norm")},
     "attn.indexer.weights_proj": "attn.indexer.weights_proj",
     "ffn_norm": "ffn_norm",
     "ffn.shared_experts": "ffn.shared_experts",
     "ffn": "ffn",
-    **{part: part for part in ("enorm", "hnorm", "e_proj", "h_proj")},
 }
-
-#: Tap -> the module whose first argument it is.
-_INPUTS = {
-    "streams": "",
-    "embed": "enorm",
+INPUTS = {
     "attn.compressor.pooled": "attn.compressor.norm",
-    "attn.indexer.compressor.pooled": "attn.indexer.compressor.norm",
     "attn.wo_a": "attn.wo_b",
 }
+#: Modules within which calls of torch's functions are taps.
+_INSIDE = ("attn.indexer", "attn.indexer.compressor", "ffn.gate", "engram")
 
 
 @contextmanager
 def watching_block(
-    code: Code, block: Any, visit: Visit, choices: Choices | None = None, *, slot: int | None = None
+    code: Code,
+    block: Any,
+    visit: Visit,
+    choices: Choices,
+    *,
+    outputs: Mapping[str, str],
+    inputs: Mapping[str, str],
+    slot: int | None,
 ) -> Iterator[None]:
-    """Visit every tap of one forward of a ``Block`` or ``MTPBlock``; with ``choices`` these are made instead.
+    """Visit the taps of one forward of a block that are in the same places in every architecture.
 
-    ``slot``: None for a whole prompt. For one more token: the place of its key in the cache, which the attention gets.
+    Args:
+        code, block: what is watched.
+        visit: the visitor.
+        choices: discrete choices that are made instead of the block's own.
+        outputs, inputs: the taps that modules give, or get as their first argument.
+        slot: None for a whole prompt. For one more token: the place of its key in the cache, which the attention gets.
     """
     modules = dict(block.named_modules())
     with ExitStack() as stack:
-        for tap, path in _INPUTS.items():
+        for tap, path in inputs.items():
             if path in modules:
-                stack.enter_context(_hooked(modules[path], before=partial(_first, partial(visit, tap))))
-        for tap, path in _OUTPUTS.items():
+                stack.enter_context(hooked(modules[path], before=partial(_first, partial(visit, tap))))
+        for tap, path in outputs.items():
             if path in modules:
-                stack.enter_context(_hooked(modules[path], after=partial(_given, partial(visit, tap))))
+                stack.enter_context(hooked(modules[path], after=partial(_given, partial(visit, tap))))
         stack.enter_context(_mixing(code, block, visit))
         stack.enter_context(_attention(code, visit, slot))
-        functions = stack.enter_context(_Functions(visit, choices or {}))
-        for path in ("attn.indexer", "ffn.gate"):
+        functions = stack.enter_context(_Functions(visit, choices))
+        for path in _INSIDE:
             if path in modules:
                 stack.enter_context(functions.within(modules[path], path))
-        stack.enter_context(_hooked(modules["ffn.gate"], after=partial(_routing, visit)))
-        stack.enter_context(_hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
+        stack.enter_context(hooked(modules["ffn.gate"], after=partial(_routing, visit)))
+        stack.enter_context(hooked(modules["ffn.shared_experts"], after=functions.expect_shared))
         if "attn.indexer" in modules:
             behind = None if slot is None else block.attn.window_size
-            stack.enter_context(_hooked(modules["attn.indexer"], after=partial(_chosen, visit, behind)))
+            stack.enter_context(hooked(modules["attn.indexer"], after=partial(_chosen, visit, behind)))
         yield
 
 
 @contextmanager
-def watching_head(visit: Visit) -> Iterator[None]:
-    """Visit the weights of the head's collapse; the rest of the head is called step by step."""
-    with _Collapse(visit):
+def watching_function(module: Any, name: str, seen: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """Call ``seen`` with the arguments and the result of every call that the code makes of a function of its own."""
+    function = getattr(module, name)
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        seen(arguments, result)
+        return result
+
+    with patch.object(module, name, watched):
         yield
 
 
@@ -118,11 +127,18 @@ def _routing(visit: Visit, result: Any) -> None:
 
 def _chosen(visit: Visit, behind: int | None, result: Tensor) -> None:
     # Entries stand behind so many keys: in a prompt as many as there are queries, in the cache those of a window.
-    visit(CHOSEN, torch.where(result < 0, -1, result - (result.shape[1] if behind is None else behind)))
+    visit(CHOSEN, ascending(torch.where(result < 0, -1, result - (result.shape[1] if behind is None else behind))))
+
+
+def ascending(chosen: Tensor) -> Tensor:
+    """Choices in ascending order, -1 (none) last."""
+    none = torch.iinfo(chosen.dtype).max
+    ordered = torch.where(chosen < 0, none, chosen).sort(dim=-1).values
+    return torch.where(ordered == none, -1, ordered)
 
 
 @contextmanager
-def _hooked(
+def hooked(
     module: nn.Module,
     *,
     before: Callable[[tuple[Any, ...]], None] | None = None,
@@ -163,7 +179,7 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
         if len(halves) == 2:
             visit("input", arguments[0])
         result = hc_pre(*arguments)
-        visit(f"{halves.pop(0)}.collapsed", result[0])
+        visit(f"{halves.pop(0)}.collapsed", result[0] if isinstance(result, tuple) else result)
         return result
 
     def watched_post(*arguments: Any) -> Any:
@@ -183,17 +199,17 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
 def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
     """Visit inputs and result of the attention kernel, and tensors rotated in place: queries first, context last."""
     module = code.module
-    rotate, attend, quantize = module.apply_rotary_emb, module.sparse_attn, module.fp4_act_quant
+    rotate, attend = module.apply_rotary_emb, module.sparse_attn
     started = False
 
     def watched_rotate(x: Tensor, freqs: Tensor, inverse: bool = False) -> Any:
         nonlocal started
-        if not started:
-            visit("attn.q", _whole(x))
-        started = True
+        if not started and x.ndim == 4:  # queries have heads; DSpark's stages rotate the keys of known tokens first
+            visit("attn.q", whole(x))
+            started = True
         result = rotate(x, freqs, inverse)
         if inverse:
-            visit("attn.context_unrotated", _whole(x))
+            visit("attn.context_unrotated", whole(x))
         return result
 
     def watched_attend(q: Tensor, kv: Tensor, *others: Any) -> Tensor:
@@ -204,21 +220,14 @@ def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
         visit("attn.context", result)
         return result
 
-    def watched_quantize(x: Tensor, *others: Any) -> Any:
-        result = quantize(x, *others)
-        if x.ndim == 4:  # the indexer's queries; its entries have no heads
-            visit("attn.indexer.q_rope", x)
-        return result
-
     with (
         patch.object(module, "apply_rotary_emb", watched_rotate),
         patch.object(module, "sparse_attn", watched_attend),
-        patch.object(module, "fp4_act_quant", watched_quantize),
     ):
         yield
 
 
-def _whole(rotated: Tensor) -> Tensor:
+def whole(rotated: Tensor) -> Tensor:
     """The vectors whose last channels are ``rotated``: it is a slice of them."""
     base = rotated._base
     return rotated if base is None else base
@@ -241,7 +250,7 @@ class _Functions(TorchFunctionMode):
         def leave(_: Any) -> None:
             self._inside.remove(path)
 
-        with _hooked(module, before=lambda _: self._inside.append(path), after=leave):
+        with hooked(module, before=lambda _: self._inside.append(path), after=leave):
             yield
 
     def expect_shared(self, result: Tensor) -> None:
@@ -260,8 +269,10 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.add_ and self._shared is not None and args[1] is self._shared:
             self._visit("ffn.experts", args[0])
         result = func(*args, **kwargs)
-        if inside == "attn.indexer" and func in (torch.sum, Tensor.sum) and result.dtype != torch.float32:
+        if inside == "attn.indexer" and func in (torch.sum, Tensor.sum):
             self._visit("attn.indexer.scores", result)
+        if inside == "engram" and func in (torch.sigmoid, Tensor.sigmoid):
+            self._visit("engram.gate", result)
         if func in (torch.topk, Tensor.topk):
             return self._chosen(inside, result)
         return result
@@ -275,8 +286,8 @@ class _Functions(TorchFunctionMode):
         return torch.return_types.topk((result.values, torch.where(indices < 0, 1 << 30, indices)))
 
 
-class _Collapse(TorchFunctionMode):
-    """The first argument of the one ``unsqueeze`` in the head's collapse."""
+class Collapse(TorchFunctionMode):
+    """The first argument of the one ``unsqueeze`` in a head's collapse."""
 
     def __init__(self, visit: Visit) -> None:
         super().__init__()

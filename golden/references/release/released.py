@@ -1,21 +1,20 @@
 """DeepSeek's inference code on a prompt, one layer at a time: its activations, and how far rounding may move them.
 
-Every operation is the code's own. This module only decides when weights are in memory: it builds a block, fills it from
-the published bytes, runs it and drops it, and holds only the routed expert that runs.
+Every operation is the code's own. This module only decides when weights are in memory: it has a block built and filled
+from the published bytes, runs it and drops it; of the routed experts only the one that runs is in memory. What a layer
+starts from comes from the taps of the layers before, by the table of taps.
 
-In these numerics a layer amplifies a rounding error beyond the size of the faults to find: a key that changes by one
+In release numerics a layer amplifies a rounding error beyond the size of the faults to find: a key that changes by one
 part in 256 may become another FP8 number, which is one part in 8. So the isolated mode isolates *operations*: every
-operation of a layer gets the golden's own values. Its noise is the change when sums are float64 instead of float32;
-cumulative noise is the same change from the tokens on, with the golden's discrete choices.
-
-Tokens that come one by one find their past in the block's own caches. Isolated, these are the golden's before each.
+operation of a layer gets the golden's own values. Tokens that come one by one find their past in the block's own
+caches. Isolated operations find the golden's before each call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,62 +23,66 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.checkpoint.weights import read_table, read_weight
 from dsv4_convert.errors import BadInput, listed
-from dsv4_convert.golden.layout import calls, joined, part_of, part_shape, rows_of, token_ids
+from dsv4_convert.golden.layout import (
+    DTYPES,
+    STREAMS,
+    calls,
+    entering,
+    entering_head,
+    joined,
+    known_tokens,
+    part_of,
+    part_shape,
+    rows_of,
+    tap_shape,
+)
 from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
+from dsv4_convert.golden.references.release.arithmetic import Arithmetic, Run
 from dsv4_convert.golden.references.release.code import Code, complaint
-from dsv4_convert.golden.references.release.kernels import exact_sums
-from dsv4_convert.golden.references.release.probes import (
-    CHOSEN,
-    EXPERTS,
-    WEIGHTS,
-    Choices,
-    Expected,
-    Visit,
-    exact_functions,
-    watching_block,
-    watching_head,
-)
+from dsv4_convert.golden.references.release.drafts import BEGINS, KNOWN
+from dsv4_convert.golden.references.release.interface import Entering, PromptCalls, StoredAs, caches
+from dsv4_convert.golden.references.release.interfaces import INTERFACES
+from dsv4_convert.golden.references.release.probes import EXPERTS, WEIGHTS, Choices, Expected, Visit
 from dsv4_convert.golden.references.release.state import state_after
+from dsv4_convert.golden.references.release.weights import CodeWeights
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.coverage import Resolution, Source
+from dsv4_convert.spec.coverage import Resolution
 from dsv4_convert.spec.names import Dialect
 from dsv4_convert.spec.tap import AFTER
-from dsv4_convert.spec.taps import TapKey, is_state, tap_named
-from dsv4_convert.spec.v4.config import as_v4
+from dsv4_convert.spec.taps import TapKey, is_state, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
-#: Streams by the run that they belong to.
+#: What leaves layers, as the taps of the layers that made it, by their names behind the name of the run and a colon.
 State = dict[str, Array]
+#: The same of one run, by the names of the taps.
+_Carry = Mapping[str, Array]
 
-_GOLDEN, _NOISE = "golden", "noise"
-_FLOAT32 = np.dtype(np.float32)
+_GOLDEN = "golden"
 #: Rows of the output head that are in memory at a time.
 _HEAD_ROWS = 8192
-#: Bytes as torch reads them.
-_CODES = {torch.float8_e4m3fn: "F8_E4M3", torch.float4_e2m1fn_x2: "I8", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
-def describe(code: Code) -> Reference:
-    """This reference as the manifest describes it."""
+def describe(code: Code, arithmetic: Arithmetic, changes: Mapping[str, str]) -> Reference:
+    """This reference as the manifest describes it; ``changes`` say where the code is not called as published."""
     return Reference(
         name="release",
-        versions={"torch": torch.__version__, **code.versions},
-        numerics="release",
-        dtype="bfloat16",
+        versions={"torch": torch.__version__, **code.versions, **changes},
+        numerics=arithmetic.numerics,
+        dtype=arithmetic.dtype,
         attention_implementation="CPU stand-in",
         experts_implementation="CPU stand-in",
     )
 
 
 class ReleasedModel:
-    """The code for one prompt. Streams go in and out as ``[B, S, N, D]``, float32 arrays of bfloat16 values."""
+    """The code for one prompt."""
 
     def __init__(
         self,
         code: Code,
+        arithmetic: Arithmetic,
         checkpoint: Checkpoint,
         config: Config,
         resolution: Resolution,
@@ -94,111 +97,128 @@ class ReleasedModel:
 
         Raises:
             BadInput: the code is of another model, or the checkpoint has other names than it was published with.
+            UsageError: the code does not run such a prompt.
         """
         if resolution.dialect is not Dialect.PUBLISHED:
             raise BadInput(
                 f"{checkpoint.root}: has {resolution.dialect} names; the release's code reads published ones"
             )
         self._code = code
-        self._checkpoint = checkpoint
-        self._config = as_v4(config)
-        self._leaves = {leaf.path: leaf for leaf in resolution.leaves}
-        self._sources = {source.weight: source for leaf in resolution.leaves for source in leaf.sources}
-        self._ids = torch.from_numpy(tokens.astype(np.int64))
-        self._noise = bool(noise)
-        self._whole, self._calls = calls(tokens.shape[1], 0), calls(tokens.shape[1], decode)
-        stored = checkpoint.tensors
-        names = {source.weight for leaf in resolution.leaves if leaf.rule.per_expert for source in leaf.sources}
-        scales = {source.scale for leaf in resolution.leaves for source in leaf.sources if source.scale is not None}
-        with code.active():
-            self._args = code.begin(
-                self._config,
-                batch=tokens.shape[0],
-                tokens=tokens.shape[1],
-                expert_dtype="fp4" if all(stored[name].dtype == "I8" for name in names) else None,
-                float_scales=any(stored[name].dtype == "F32" for name in scales),
-            )
+        self._arithmetic = arithmetic
+        self._config = config
+        self._noise = {dtype: arithmetic.noise[dtype] for dtype in noise}
+        self._weights = CodeWeights(code, checkpoint, config, resolution)
+        self._batch, length = tokens.shape
+        self._whole, self._calls = calls(length, 0), calls(length, decode)
+        layers = sorted({leaf.layer for leaf in resolution.leaves if leaf.layer is not None})
+        prompt = PromptCalls(torch.from_numpy(tokens.astype(np.int64)), self._calls, checkpoint.root, layers)
+        storage = _storage(checkpoint, config, resolution) if arithmetic.quantized else StoredAs(False, False, False)
+        self._ids = prompt.ids
+        with self._active(arithmetic.golden):
+            self._interface = INTERFACES[type(config)](code, config, prompt, storage)
             self._try_head()
+
+    @contextmanager
+    def _active(self, run: Run) -> Iterator[None]:
+        """What the code expects around it in a run."""
+        with self._code.active(run.dtype, self._arithmetic.functions):
+            yield
 
     def embed(self) -> RecordedTaps:
         """The embedded tokens, ``[B, S, D]``. Only their rows of the table are read."""
-        embedded = _array(self._embedded(self._ids))
-        none = np.zeros((1, len(MODES), 2, *embedded.shape[:2]), np.float32)
-        return RecordedTaps({"embed": embedded}, {"embed": none} if self._noise else {})
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        (source,) = self._leaves["embed"].sources
-        used, places = np.unique(ids.numpy(), return_inverse=True)
-        rows = torch.from_numpy(self._checkpoint.read(source.weight)[used].astype(np.float32)).bfloat16()
-        self._checkpoint.release(source.weight)
-        return rows[torch.from_numpy(places.reshape(ids.shape))]
+        embedded = _array(self._weights.embedded(self._ids, self._arithmetic.golden.dtype))
+        runs = [_array(torch.from_numpy(embedded).to(run.dtype)) for run in self._noise.values()]
+        noise = [[row_noise(run, embedded)] * len(MODES) for run in runs]
+        return RecordedTaps({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
 
     def spread(self, embedded: RecordedTaps) -> State:
-        """The streams entering layer 0: the embedding in each of them."""
+        """What enters layer 0: the embedding in each of the streams, and what the code begins with."""
         streams = np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2)
-        return {_GOLDEN: streams} | ({_NOISE: streams} if self._noise else {})
+        state: State = {}
+        for name, run in {_GOLDEN: self._arithmetic.golden, **self._noise}.items():
+            begun = self._interface.entered(torch.from_numpy(streams).to(run.dtype))
+            state |= _named(name, {tap: _array(value) for tap, value in begun.items()})
+        return state
 
     def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
-        """The streams leaving ``layer``, and its expected taps (by name within the layer) with their noise.
+        """What leaves ``layer``, and its expected taps (by name within the layer) with their noise.
 
         The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
         """
-        with self._code.active():
-            block = self._block(layer)
-            ids = torch.from_numpy(token_ids(self._ids.numpy(), self._config, layer))
-            window = self._config.sliding_window
-
-            def forward(streams: Tensor, start: int, visit: Visit) -> Tensor:
-                result: Tensor = block(streams, start, ids[:, start : start + streams.shape[1]])
-                return result
-
-            def watching(visit: Visit, choices: Choices | None, start: int) -> AbstractContextManager[None]:
-                slot = start % window if start else None
-                return watching_block(self._code, block, visit, choices, slot=slot)
-
-            of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
-            part = _Step(layer, self._calls, forward, watching, block)
-            left, taken = self._run(part, state, of_block)
-            if layer not in self._config.stage_layers:
-                return left, taken
-            of_head = {name: what for name, what in expected.items() if name not in of_block}
-            head = self._run_head(left, of_head, block.norm, self._config.prefix(layer), layer)
-            return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
+        if self._config.drafts_blocks(layer):
+            return self._run(partial(self._draft, layer), state, expected)
+        of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
+        left, taken = self._run(partial(self._step, layer), state, of_block)
+        if layer not in self._config.stage_layers:
+            return left | self._targets(layer, left), taken
+        of_head = {name: what for name, what in expected.items() if name not in of_block}
+        _, head = self._run(partial(self._head, layer), left, of_head)
+        return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
 
     def run_head(self, state: State, expected: Expected) -> RecordedTaps:
         """The taps after the last layer, the logits among them."""
-        with self._code.active():
-            norm = self._norm()
-            self._fill(norm, "norm.")
-            return self._run_head(state, expected, norm, "", None)
+        return self._run(partial(self._head, None), state, expected)[1]
 
-    def _run_head(
-        self, state: State, expected: Expected, norm: nn.Module, prefix: str, layer: int | None
-    ) -> RecordedTaps:
-        """The taps behind the last layer, or in a stage behind its layer, whose parameters begin with ``prefix``."""
-        mixing = [
-            self._floats(prefix + name, torch.float32) for name in ("hc_head_fn", "hc_head_scale", "hc_head_base")
-        ]
-        forward = partial(self._to_logits, norm, mixing, self._logits)
-        _, taken = self._run(_Step(layer, self._whole, forward, _watching_head), state, expected)
-        return taken
+    def _step(self, layer: int, run: Run) -> _Step:
+        """A layer or stage with its weights."""
+        interface = self._interface
+        block = interface.block(layer, self._weights, run)
+        return _Step(
+            layer,
+            self._calls,
+            inputs={key.tap.name: _origin(key) for key in entering(self._config, layer)},
+            forward=lambda given, tokens, _: interface.forward(layer, block, given, tokens),
+            watching=lambda visit, choices, start: interface.watching(layer, block, visit, choices, start),
+            block=block,
+        )
 
-    def _to_logits(
-        self,
-        norm: nn.Module,
-        mixing: Sequence[Tensor],
-        logits: Callable[[Tensor], Tensor],
-        streams: Tensor,
-        start: int,
-        visit: Visit,
-    ) -> Tensor:
-        """Everything after the last layer, step by step. ``mixing``: the parameters of the collapse."""
-        collapsed = self._code.collapse(self._args)(streams, *mixing)
-        visit("hc_head", collapsed)
-        normed = norm(collapsed)
-        visit("norm", normed)
-        visit("logits", logits(normed))
-        return streams
+    def _draft(self, layer: int, run: Run) -> _Step:
+        """A DSpark stage with its weights. Its head is a part of it.
+
+        At least the last known token comes by itself, because the code drafts after such ones.
+        """
+        draft = self._interface.draft(layer, self._weights, run, partial(self._logits, run, at_once=True))
+        known = known_tokens(self._ids.shape[1])
+        begun = min(self._calls[0][1], known - 1)
+        calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
+        return _Step(
+            layer,
+            calls,
+            inputs={key.tap.name: _origin(key) for key in entering(self._config, layer)},
+            forward=draft.forward,
+            watching=partial(draft.watching, last=known - 1),
+            block=draft.block,
+            drafts=True,
+        )
+
+    def _targets(self, layer: int, left: State) -> State:
+        """The streams that leave a layer under a name of their own, if DSpark's stages read them."""
+        if self._config.dspark is None or layer not in self._config.draft_sources:
+            return {}
+        runs = (_GOLDEN, *self._noise)
+        return {f"{run}:{_target(layer)}": left[f"{run}:{STREAMS.name}"] for run in runs}
+
+    def _head(self, layer: int | None, run: Run) -> _Step:
+        """What follows the last layer, or the layer of a stage."""
+        prefix = "" if layer is None else self._config.prefix(layer)
+        head = self._interface.head(prefix, self._weights, run)
+        return self._head_step(layer, lambda given, visit: head(given, partial(self._logits, run), visit))
+
+    def _head_step(self, layer: int | None, head: Callable[[Entering, Visit], None]) -> _Step:
+        return _Step(
+            layer,
+            self._whole,
+            inputs={name: key.tap.name for name, key in entering_head(self._config).items()},
+            forward=lambda given, _, visit: head(given, visit),
+            watching=lambda visit, choices, start: nullcontext(),
+        )
+
+    def _logits(self, run: Run, normed: Tensor, *, at_once: bool = False) -> Tensor:
+        """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
+        starts = range(0, self._config.vocab_size, _HEAD_ROWS)
+        parts = (slice(start, start + _HEAD_ROWS) for start in starts)
+        rows = (self._weights.floats("head.weight", run.wide, rows=part) for part in parts)
+        return torch.cat([self._code.logits(normed, weight, at_once=at_once) for weight in rows], dim=-1)
 
     def _try_head(self) -> None:
         """Run the head on one token of zeros, so that code with another one is refused before a layer runs.
@@ -206,185 +226,188 @@ class ReleasedModel:
         Raises:
             Dsv4Error: the code's head is not one of those that the recorder knows.
         """
-        streams, width = self._config.hc_mult, self._config.hidden_size
-        mixing = [torch.zeros(*shape, dtype=torch.float32) for shape in ((streams, streams * width), (1,), (streams,))]
-        shapes = {"hc_head.pre": streams, "hc_head": width, "norm": width, "logits": 1}
-        word = torch.zeros(1, width, dtype=torch.float32)
-        forward = partial(self._to_logits, self._norm(), mixing, partial(self._code.logits, weight=word))
-        call = _Call({name: (_FLOAT32, (1, 1, size)) for name, size in shapes.items()})
+        taps = [tap for tap in taps_of(self._config, None) if tap.where is AFTER]
+        shapes = {tap.name: self._shape(TapKey(None, tap), 1) for tap in taps} | {"logits": (1, 1, 1)}
+        call = _Call({name: (np.dtype(np.float32), shape) for name, shape in shapes.items()})
+        step = self._head_step(None, self._interface.try_head)
+        zeros = self._interface.entered(torch.zeros(1, 1, self._config.hc_mult, self._config.hidden_size))
+        given = {name: zeros[origin] for name, origin in step.inputs.items()}
         try:
-            call.run(self._code, _Step(None, [(0, 1)], forward, _watching_head), torch.zeros(1, 1, streams, width), 0)
+            call.run(self._code, step, given, slice(0, 1))
         except (AttributeError, TypeError) as error:
             raise complaint(self._code, f"its output head: {error}") from error
 
-    def _norm(self) -> nn.Module:
-        norm: nn.Module = self._code.module.RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
-        return norm
+    def _shape(self, key: TapKey, tokens: int) -> tuple[int, ...]:
+        return tap_shape(key, self._config, batch=1, tokens=tokens)
 
-    def _run(self, part: _Step, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
+    def _run(self, step_of: Callable[[Run], _Step], state: State, expected: Expected) -> tuple[State, RecordedTaps]:
         """The golden's run, then those that measure its noise."""
+        golden, by_operation = self._arithmetic.golden, self._arithmetic.by_operation
         states: list[dict[str, Tensor]] = []
-        entering = _tensor(state[_GOLDEN])
-        leaving, taps = self._pass(part, entering, expected, states)
-        if not self._noise:
-            return {_GOLDEN: _array(leaving)}, RecordedTaps(taps, {})
-        noise: dict[Mode, dict[str, Array]] = {}
-        with exact_sums(), exact_functions():
-            _, noise[Mode.ISOLATED] = self._pass(part, entering, expected, states, golden=taps, feed=True)
-            apart, noise[Mode.CUMULATIVE] = self._pass(part, _tensor(state[_NOISE]), expected, states[:1], golden=taps)
-        stacked = {name: np.array([[noise[mode][name] for mode in MODES]]) for name in noise[Mode.ISOLATED]}
-        return {_GOLDEN: _array(leaving), _NOISE: _array(apart)}, RecordedTaps(taps, stacked)
+        with self._active(golden):
+            step = step_of(golden)
+            given = _of_run(_GOLDEN, state)
+            left, taps = self._pass(_Pass(step, golden, given, states), expected)
+        leaving = _named(_GOLDEN, {**given, **left})
+        noise: dict[str, list[list[Array]]] = {name: [] for name in taps if expected[name][0].kind == "f"}
+        for dtype, run in self._noise.items():
+            with self._active(run):
+                if run.dtype != golden.dtype:
+                    step = step_of(run)
+                with run.around():
+                    alone = _Pass(step, run, given, states if by_operation else states[:1], taps, feed=by_operation)
+                    _, isolated = self._pass(alone, expected)
+                    own = _of_run(dtype, state)
+                    left, cumulative = self._pass(_Pass(step, run, own, states[:1], taps), expected)
+            leaving |= _named(dtype, {**own, **left})
+            found = {Mode.ISOLATED: isolated, Mode.CUMULATIVE: cumulative}
+            for name, rows in noise.items():
+                rows.append([found[mode][name] for mode in MODES])
+        stacked: dict[str, Array] = {name: np.array(rows) for name, rows in noise.items()} if self._noise else {}
+        return leaving, RecordedTaps(taps, stacked)
 
-    def _pass(
-        self,
-        part: _Step,
-        entering: Tensor,
-        expected: Expected,
-        states: list[dict[str, Tensor]],
-        *,
-        golden: Mapping[str, Array] | None = None,
-        feed: bool = False,
-    ) -> tuple[Tensor, dict[str, Array]]:
-        """One run over all tokens, call by call: what leaves, and the taps; with ``golden``, its taps, their row noise.
-
-        Args:
-            part: what runs.
-            entering: the streams that enter it.
-            expected: dtype and shape of the taps.
-            states: the code's caches before each call, which the golden's run adds. The other runs start a call from
-                its entry, if there is one.
-            golden: taps of the golden's run.
-            feed: every operation goes on with the golden's values.
+    def _pass(self, what: _Pass, expected: Expected) -> tuple[dict[str, Array], dict[str, Array]]:
+        """One run over all tokens, call by call: what leaves, and the taps, or their row noise beside the golden's.
 
         Raises:
             Dsv4Error: a tap did not turn up, turned up twice, or has another shape.
         """
-        caches = {} if part.block is None else _caches(part.block)
-        found: dict[str, list[Array]] = {name: [] for name in expected if not is_state(name)}
-        streams, held = [], {}
-        for number, (start, stop) in enumerate(part.calls):
+        step, golden = what.step, what.golden
+        given = self._given(step, what)
+        kept: Expected = {} if step.block is None else self._carried(step.layer)
+        every = {**expected, **kept}
+        computed = {name: tap for name, tap in every.items() if not is_state(name) and name not in given}
+        held = {} if step.block is None else caches(step.block)
+        found: dict[str, list[Array]] = {name: [] for name in computed if name in expected}
+        left: dict[str, list[Array]] = {name: [] for name in kept}
+        taps: dict[str, Array] = {}
+        for number, (start, stop) in enumerate(step.calls):
             if golden is None:
-                states.append({name: cache.clone() for name, cache in caches.items()})
-            elif number < len(states):
-                for name, cache in caches.items():
-                    cache.copy_(states[number][name])
-            keys = {name: TapKey.of(self._config, part.layer, name) for name in found}
-            rows = {name: rows_of(key, self._config, start, stop) for name, key in keys.items()}
-            shapes = {
-                name: part_shape(key, self._config, batch=len(self._ids), start=start, stop=stop)
-                for name, key in keys.items()
-            }
-            given = golden and {name: part_of(golden[name], rows[name], shapes[name]) for name in found}
-            call = _Call({name: (expected[name][0], shape) for name, shape in shapes.items()}, given, feed=feed)
-            streams.append(call.run(self._code, part, entering[:, start:stop], start))
+                what.states.append({name: cache.clone() for name, cache in held.items()})
+            elif number < len(what.states):
+                for name, cache in held.items():
+                    cache.copy_(what.states[number][name])
+            parts = {name: self._part(step, name, start, stop) for name in computed}
+            if step.drafts:
+                parts = self._parts_of_draft(step, {name: computed[name][1] for name in computed}, start, stop)
+            call = _Call(
+                {name: (computed[name][0], shape) for name, (_, shape) in parts.items()},
+                {name: part_of(golden[name], *parts[name]) for name in parts if name in found}
+                if golden is not None
+                else None,
+                kept=kept,
+                feed=what.feed,
+            )
+            own = given if step.drafts else self._rows_by(step, given, start, stop)
+            call.run(self._code, step, own, slice(start, stop))
             for name, value in call.taps.items():
-                found[name].append(value)
-            if number == 0 and len(part.calls) > 1 and part.block is not None:
-                held = {
-                    name: value if golden is None else row_noise(value, golden[name])
-                    for name, value in state_after(self._code, part.block, expected, stop).items()
-                }
-        whole = {
-            name: np.concatenate(values, axis=2) if golden is not None else joined(values, expected[name][1])
-            for name, values in found.items()
-            if golden is None or expected[name][0].kind == "f"
+                if name in found:
+                    found[name].append(value)
+            for name, value in call.left.items():
+                left[name].append(value)
+            if stop == self._calls[0][1] and len(self._calls) > 1 and step.block is not None:
+                taps |= state_after(self._code, step.block, self._interface.window(step.block), expected, stop)
+        taps |= {name: _array(value) for name, value in given.items() if name in expected}
+        if golden is None:
+            taps |= {name: joined(values, expected[name][1]) for name, values in found.items()}
+        else:
+            taps = {name: row_noise(value, golden[name]) for name, value in taps.items() if value.dtype.kind == "f"}
+            taps |= {name: np.concatenate(values, axis=2) for name, values in found.items() if values}
+        return {name: joined(values, kept[name][1]) for name, values in left.items()}, taps
+
+    def _given(self, step: _Step, what: _Pass) -> dict[str, Tensor]:
+        """What enters a step, in the dtypes of a run, by the names of the step's own taps."""
+        given = {}
+        for name, origin in step.inputs.items():
+            key = TapKey.of(self._config, step.layer, name)
+            value = torch.from_numpy(what.carry[origin] if not _stacked(key) else self._stack(what.carry))
+            if value.is_floating_point():
+                value = value.to(what.run.wide if name in self._interface.wide else what.run.dtype)
+            given[name] = value
+        return given
+
+    def _stack(self, carry: Mapping[str, Array]) -> Array:
+        """The streams ``[B, M, L, N, D]`` of all target layers."""
+        streams = [carry[_target(layer)] for layer in self._config.draft_sources]
+        return np.stack(streams, axis=2)[:, : known_tokens(self._ids.shape[1])]
+
+    def _parts_of_draft(
+        self, step: _Step, shapes: Mapping[str, tuple[int, ...]], start: int, stop: int
+    ) -> dict[str, tuple[range, tuple[int, ...]]]:
+        """The rows of a DSpark stage's taps that a call makes, and the shape of what it makes."""
+        parts = {}
+        for name, shape in shapes.items():
+            if name.startswith(KNOWN):
+                parts[name] = range(start, stop), (shape[0], stop - start, *shape[2:])
+            elif start == 0 if name in BEGINS else (start, stop) == step.calls[-1]:
+                parts[name] = range(shape[1]), shape
+        return parts
+
+    def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past so far."""
+        parts = {}
+        for name, value in given.items():
+            key = TapKey.of(self._config, step.layer, name)
+            shape = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
+            entries = key.tap.shape.split()[1] == "T"
+            rows = range(rows_of(key, self._config, start, stop).stop) if entries else range(start, stop)
+            parts[name] = value[:, rows.start : rows.stop, *(slice(size) for size in shape[2:])]
+        return parts
+
+    def _part(self, step: _Step, name: str, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
+        """The rows of a tap that a call makes, and the shape of what it makes."""
+        key = TapKey.of(self._config, step.layer, name)
+        shape = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
+        return rows_of(key, self._config, start, stop), shape
+
+    def _carried(self, layer: int | None) -> Expected:
+        """The taps of a layer that later layers start from."""
+        origins = {tap.origin.tap for tap in self._config.taps if tap.origin is not None}
+        keys = [TapKey.of(self._config, layer, tap) for tap in taps_of(self._config, layer) if tap.name in origins]
+        tokens = self._ids.shape[1]
+        return {
+            key.tap.name: (
+                DTYPES[key.tap.values],
+                tap_shape(key, self._config, batch=self._batch, tokens=tokens),
+            )
+            for key in keys
         }
-        return torch.cat(streams, dim=1), whole | held
-
-    def _block(self, layer: int) -> Any:
-        """The code's block of a layer or stage with its weights; of the experts each while it runs."""
-        stage = layer in self._config.stage_layers
-        block = (self._code.module.MTPBlock if stage else self._code.module.Block)(layer, self._args).eval()
-        prefix = self._config.prefix(layer)
-        for expert, module in enumerate(block.ffn.experts):
-            self._stream(module, f"{prefix}ffn.experts.{expert}.")
-        self._fill(block, prefix, besides=block.ffn.experts)
-        if stage:  # both are the model's own; the head, which evaluates one position only, is run for all of them
-            block.embed = self._embedded
-            block.head = lambda streams, *mixing: streams
-        return block
-
-    def _logits(self, normed: Tensor) -> Tensor:
-        """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
-        words = self._config.vocab_size
-        parts = (slice(start, min(start + _HEAD_ROWS, words)) for start in range(0, words, _HEAD_ROWS))
-        weights = (self._floats("head.weight", torch.float32, rows=rows) for rows in parts)
-        return torch.cat([self._code.logits(normed, weight) for weight in weights], dim=-1)
-
-    def _stream(self, expert: nn.Module, prefix: str) -> None:
-        """Give an expert its weights when it is called, and take them away when it is done."""
-        empty = dict(expert.named_parameters())
-
-        def fill(module: nn.Module, _: Any) -> None:
-            self._fill(module, prefix)
-
-        def drop(module: nn.Module, *others: Any) -> None:
-            for path, parameter in empty.items():
-                owner, _, key = path.rpartition(".")
-                setattr(module.get_submodule(owner), key, parameter)
-
-        expert.register_forward_pre_hook(fill)
-        expert.register_forward_hook(drop)
-
-    def _fill(self, module: nn.Module, prefix: str, *, besides: nn.Module | None = None) -> None:
-        """Give every parameter of ``module`` its tensor.
-
-        Raises:
-            Dsv4Error: the code has a parameter that the checkpoint has not.
-        """
-        left_out = set() if besides is None else set(besides.modules())
-        absent = []
-        for path, part in module.named_modules():
-            if part in left_out:
-                continue
-            for key, parameter in list(part.named_parameters(recurse=False)):
-                name = prefix + (f"{path}." if path else "") + key
-                if name not in self._checkpoint.tensors:
-                    absent.append(name)
-                elif key != "scale":
-                    setattr(part, key, nn.Parameter(self._stored(name, parameter.dtype), requires_grad=False))
-            if isinstance(getattr(part, "scale", None), nn.Parameter) and not absent:
-                scale = prefix + (f"{path}." if path else "") + "scale"
-                part.scale = nn.Parameter(self._scale(scale), requires_grad=False)
-                part.weight.scale = part.scale
-        if absent:
-            raise complaint(self._code, f"it has parameters that the checkpoint has not:\n{listed(absent)}")
-
-    def _stored(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor as the code holds it: published codes as they are, everything else decoded to ``dtype``."""
-        info = self._checkpoint.tensors[name]
-        if dtype in _CODES:
-            if info.dtype != _CODES[dtype]:
-                raise complaint(self._code, f"it wants {name} as {_CODES[dtype]}, the checkpoint has {info.dtype}")
-            return self._bytes(name).view(dtype)
-        if not dtype.is_floating_point:
-            table = read_table(self._checkpoint, name, self._config.n_routed_experts)
-            return torch.from_numpy(table.astype(np.int64)).to(dtype)
-        return self._floats(name, dtype)
-
-    def _scale(self, name: str) -> Tensor:
-        """Scales in the dtype that they were published in."""
-        if self._checkpoint.tensors[name].dtype == "F32":
-            return self._floats(name, torch.float32)
-        return self._bytes(name).view(torch.float8_e8m0fnu)
-
-    def _bytes(self, name: str) -> Tensor:
-        info = self._checkpoint.tensors[name]
-        stored = np.frombuffer(self._checkpoint.read_bytes(name), np.uint8).reshape(info.shape)
-        copied = torch.from_numpy(stored.copy())
-        self._checkpoint.release(name)
-        return copied
-
-    def _floats(self, name: str, dtype: torch.dtype, *, rows: slice = slice(None)) -> Tensor:
-        source = self._sources.get(name, Source(name))  # scales have none themselves
-        value = torch.from_numpy(np.array(read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows)))
-        self._checkpoint.release(name)
-        return value.to(dtype)
 
 
-def _watching_head(visit: Visit, choices: Choices | None, start: int) -> AbstractContextManager[None]:
-    """The head makes no choices."""
-    return watching_head(visit)
+def _origin(key: TapKey) -> str:
+    """The tap that has the values of one that a layer starts from."""
+    assert key.tap.origin is not None
+    return key.tap.origin.tap
+
+
+def _stacked(key: TapKey) -> bool:
+    return key.tap.origin is not None and key.tap.origin.stacked
+
+
+def _target(layer: int) -> str:
+    """The name of a target layer's streams, which travel beside what enters the next layer."""
+    return f"targets.{layer}"
+
+
+def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> StoredAs:
+    """How the checkpoint's weights are stored."""
+    stored = checkpoint.tensors
+    names = {source.weight for leaf in resolution.leaves if leaf.rule.per_expert for source in leaf.sources}
+    scales = {source.scale for leaf in resolution.leaves for source in leaf.sources if source.scale is not None}
+    return StoredAs(
+        fp8=config.weight_block_size is not None,
+        fp4_experts=all(stored[name].dtype == "I8" for name in names),
+        float_scales=any(stored[name].dtype == "F32" for name in scales),
+    )
+
+
+def _named(run: str, values: Mapping[str, Array]) -> State:
+    return {f"{run}:{name}": value for name, value in values.items()}
+
+
+def _of_run(run: str, state: State) -> dict[str, Array]:
+    prefix = f"{run}:"
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,86 +417,116 @@ class _Step:
     Attributes:
         layer: its number.
         calls: the tokens ``start:stop`` of each call.
-        forward: ``(streams, first position, visitor)`` to the streams that leave.
-        watching: ``(visitor, choices, first position)``: a context in which taps are visited.
+        inputs: what enters it by the names of its own taps -> the tap of an earlier layer that it is.
+        forward: ``(what enters, tokens of the call, visitor)``.
+        watching: ``(visitor, choices, start)``: a context in which taps are visited.
         block: the code's block, which has caches.
+        drafts: whether it is a DSpark stage, whose calls are on the known tokens.
     """
 
     layer: int | None
     calls: Sequence[tuple[int, int]]
-    forward: Callable[[Tensor, int, Visit], Tensor]
-    watching: Callable[[Visit, Choices | None, int], AbstractContextManager[None]]
-    block: Any = None
+    inputs: Mapping[str, str]
+    forward: Callable[[Entering, slice, Visit], None]
+    watching: Callable[[Visit, Choices, int], AbstractContextManager[None]]
+    block: nn.Module | None = None
+    drafts: bool = False
 
 
-def _caches(block: nn.Module) -> dict[str, Tensor]:
-    """All that a block keeps between calls; rotary tables do not change."""
-    return {name: buffer for name, buffer in block.named_buffers() if not name.endswith("freqs_cis")}
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One run of a step over all tokens.
+
+    Attributes:
+        step: what runs.
+        run: how it computes.
+        carry: what earlier layers made, in the golden or in this run.
+        states: the code's caches before each call, which the golden's run adds. The other runs start a call from its
+            entry, if there is one.
+        golden: taps of the golden's run; None for that run.
+        feed: every operation goes on with the golden's values.
+    """
+
+    step: _Step
+    run: Run
+    carry: _Carry
+    states: list[dict[str, Tensor]]
+    golden: Mapping[str, Array] | None = None
+    feed: bool = False
 
 
 class _Call:
-    """One call of a part: its taps, or with ``golden``, the part of its taps, the row noise of those of real numbers.
+    """One call of a step.
 
-    ``feed``: every operation goes on with the golden's values.
+    Attributes:
+        taps: the taps, or with ``golden``, the part of its taps, the row noise of those of real numbers.
+        left: the values of those that are ``kept``.
     """
 
-    def __init__(self, expected: Expected, golden: Mapping[str, Array] | None = None, *, feed: bool = False) -> None:
-        self._expected, self._golden, self._feed = expected, golden, feed
+    def __init__(
+        self,
+        computed: Expected,
+        golden: Mapping[str, Array] | None = None,
+        *,
+        kept: Expected | None = None,
+        feed: bool = False,
+    ) -> None:
+        """``feed``: every operation goes on with the golden's values."""
+        self._computed, self._golden, self._kept, self._feed = computed, golden, kept or {}, feed
         self._problems: list[str] = []
         self.taps: dict[str, Array] = {}
+        self.left: dict[str, Array] = {}
 
-    def run(self, code: Code, part: _Step, entering: Tensor, start: int) -> Tensor:
-        """The streams that leave. Raises :class:`Dsv4Error` for taps that are not the expected ones."""
-        golden, seen = self._golden, self.taps
-        choices = None if golden is None else {name: golden[name] for name in (EXPERTS, CHOSEN) if name in golden}
-        with part.watching(self._visit, choices, start):
-            leaving = part.forward(entering, start, self._visit)
-        _order(seen)
-        if golden is not None and WEIGHTS in seen:
-            seen[WEIGHTS] = row_noise(seen[WEIGHTS], golden[WEIGHTS])
-        for name, (dtype, shape) in self._expected.items():
+    def run(self, code: Code, step: _Step, given: Entering, tokens: slice) -> None:
+        """Raises :class:`Dsv4Error` for taps that are not the expected ones."""
+        golden, seen = self._golden or {}, self.taps
+        choices = {name: value for name, value in golden.items() if value.dtype.kind != "f"}
+        with step.watching(self._visit, choices, tokens.start):
+            step.forward(given, tokens, self._visit)
+        if EXPERTS in seen:
+            _order(seen)
+            if WEIGHTS in golden:
+                seen[WEIGHTS] = row_noise(seen[WEIGHTS], golden[WEIGHTS])
+        for name, (dtype, shape) in self._computed.items():
             if name not in seen and 0 in shape:  # the code skips what would be empty: no block is complete
-                seen[name] = np.zeros(shape, dtype) if golden is None else np.zeros((2, *shape[:2]), np.float32)
-        problems = self._problems + [f"{name}: not computed" for name in self._expected if name not in seen]
+                self._keep(name, np.zeros(shape, dtype))
+        problems = self._problems + [f"{name}: not computed" for name in self._computed if name not in seen]
         if problems:
             raise complaint(code, f"taps differ:\n{listed(problems)}")
-        return leaving
+        for name in choices:
+            del seen[name]
+
+    def _keep(self, name: str, found: Array) -> None:
+        if name in self._kept:
+            self.left[name] = found
+        golden = (self._golden or {}).get(name)
+        noisy = golden is not None and found.dtype.kind == "f" and name != WEIGHTS
+        self.taps[name] = row_noise(found, golden) if golden is not None and noisy else found
 
     def _visit(self, name: str, value: Tensor) -> None:
-        if name not in self._expected:
+        if name not in self._computed:
             return
-        golden, (dtype, shape) = self._golden, self._expected[name]
+        dtype, shape = self._computed[name]
         if name in self.taps:
             self._problems.append(f"{name}: computed more than once")
         elif value.numel() != np.prod(shape) or value.is_floating_point() != (dtype.kind == "f"):
             self._problems.append(f"{name}: expected {dtype} {list(shape)}, found {value.dtype} {list(value.shape)}")
         else:
-            found = _array(value).reshape(shape)
-            self.taps[name] = found if golden is None or name in _ORDERED else row_noise(found, golden[name])
-            if self._feed and golden is not None and name not in _ORDERED:
-                value.copy_(torch.from_numpy(np.ascontiguousarray(golden[name])).reshape(value.shape))
-
-
-#: Taps that are put into order when both are there: experts ascending, and the chosen entries, none last.
-_ORDERED = (EXPERTS, WEIGHTS, CHOSEN)
+            self._keep(name, _array(value).reshape(shape))
+            golden = (self._golden or {}).get(name)
+            if self._feed and golden is not None and dtype.kind == "f" and name != WEIGHTS:
+                value.copy_(torch.from_numpy(np.ascontiguousarray(golden)).reshape(value.shape))
 
 
 def _order(seen: dict[str, Array]) -> None:
-    if EXPERTS in seen:
-        order = np.argsort(seen[EXPERTS], axis=-1, kind="stable")
-        for name in (EXPERTS, WEIGHTS):
-            seen[name] = np.take_along_axis(seen[name], order, axis=-1)
-    if CHOSEN in seen:
-        none = np.iinfo(seen[CHOSEN].dtype).max
-        ordered = np.sort(np.where(seen[CHOSEN] < 0, none, seen[CHOSEN]), axis=-1)
-        seen[CHOSEN] = np.where(ordered == none, -1, ordered)
+    """Chosen experts ascending per token, and their weights in the same order."""
+    order = np.argsort(seen[EXPERTS], axis=-1, kind="stable")
+    for name in (EXPERTS, WEIGHTS):
+        seen[name] = np.take_along_axis(seen[name], order, axis=-1)
 
 
 def _array(value: Tensor) -> Array:
-    """A copy: real numbers as float32, which every dtype here fits into, indices as int32."""
-    copied = value.float().numpy() if value.is_floating_point() else value.int().numpy()
-    return np.array(copied)
-
-
-def _tensor(streams: Array) -> Tensor:
-    return torch.from_numpy(streams).bfloat16()
+    """A copy: real numbers as float32, which every dtype but float64 fits into, indices as int32."""
+    if value.dtype == torch.float64:
+        return np.array(value.numpy())
+    return np.array(value.float().numpy() if value.is_floating_point() else value.int().numpy())

@@ -23,9 +23,9 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
-from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, tiny_v41_config, write_checkpoint
 from dsv4_convert.model import experts
-from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.forward import Activations, Entering, Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
@@ -33,6 +33,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import located, parameters
 from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.v4.kinds import AttentionKind
 from dsv4_convert.weights.published import PublishedWeights
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +54,8 @@ MAIN = tiny_config(**_SQUARE)
 #: More experts than bfloat16 can number.
 MANY = tiny_config(n_routed_experts=300, num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
 #: As the release has it: a clamp that hardly bites, matrices wider than a head, and a vocabulary whose tokens seldom
-#: come twice. Faults that are smaller than rounding show in what many different tokens have in common.
+#: come twice. Faults that are smaller than rounding show in what many different tokens have in common, or many entries:
+#: so HCA has short blocks, and the config says so in transformers' words.
 WIDE = tiny_config(
     vocab_size=4096,
     hidden_size=64,
@@ -64,7 +66,10 @@ WIDE = tiny_config(
     o_lora_rank=32,
     index_head_dim=16,
     swiglu_limit=10.0,
+    layer_types=[AttentionKind.SLIDING, AttentionKind.CSA, AttentionKind.HCA, AttentionKind.CSA],
+    compress_rates={AttentionKind.CSA: 4, AttentionKind.HCA: 16},
 )
+del WIDE["compress_ratios"]
 #: A layer and an mtp stage.
 STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
 STAGE = 1
@@ -77,6 +82,8 @@ DRAFTING = dspark_config(
     dspark_target_layer_ids=[0, 1],
 )
 DRAFTS = (2, 3, 4)
+#: Every kind of layer of V4.1: one of the architectures of which Automodel's activations are recorded.
+V41_MODEL = tiny_v41_config(index_n_heads=64, sliding_window=6, engram_pad_token_id=10)
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "main": (MAIN, 300),
@@ -84,6 +91,7 @@ MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "wide": (WIDE, 600),
     "staged": (STAGED, 60),
     "drafting": (DRAFTING, 60),
+    "v4.1": (V41_MODEL, 40),
 }
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
@@ -97,7 +105,8 @@ class Fault:
     of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
 
     ``also`` are other layers that the fault is in. ``or_taps`` are other operations with the same wrong parameter; they
-    may be named instead.
+    may be named instead. ``runs``: the layer in which code of this fault runs (-1: the embedding), if what it hands on
+    is wrong and so the tap is one of a later layer; it shows in a run from the tokens only.
     """
 
     name: str
@@ -111,6 +120,12 @@ class Fault:
     also: tuple[int, ...] = ()
     or_taps: tuple[str, ...] = ()
     model: str = "main"
+    runs: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a run needs so that the fault shows: for one in what is handed on, all layers from the tokens."""
+        return {} if self.runs is None else {"modes": (Mode.CUMULATIVE,)}
 
     @property
     def kind(self) -> str:
@@ -148,16 +163,19 @@ def names(report: ParityReport, layer: int | None, taps: Iterable[str], *, also:
 class Held:
     """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
 
-    def __init__(self, config: Config, arrays: Arrays) -> None:
+    def __init__(self, config: Config, arrays: Arrays, mapped: Array | None = None) -> None:
         self.config = config
         self.arrays = arrays
+        self.mapped = mapped
         self.metadata = {"source": "memory", "storage": "float32"}
         self.layers = tuple(range(config.stage_layers.stop))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
         """Everything that ``weights`` has."""
-        return cls(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
+        arrays = {path: weights.read(path) for path, _, _ in parameters(weights.config)}
+        tables = map(weights.config.table_of, range(weights.config.num_hidden_layers))
+        return cls(weights.config, arrays, weights.token_map() if any(tables) else None)
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """All are there."""
@@ -180,8 +198,9 @@ class Held:
         return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
-        """V4 has none."""
-        raise NotImplementedError
+        """Of a model that has engrams."""
+        assert self.mapped is not None
+        return self.mapped
 
     def damaged(self, path: str) -> bool:
         """Nothing is stored."""
@@ -214,6 +233,12 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
     """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
     raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
+    if model == "v4.1":
+        from ..v41 import automodel, recorded
+
+        held, (config, known) = Held.read_from(PublishedWeights.open(folder / "hf")), automodel("every kind of layer")
+        assert config == raw
+        return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
     options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting"))
     golden = record(folder / "hf", folder / "golden", options)
@@ -250,7 +275,7 @@ def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
         owners = {located(healthy.config, path)[1] for path in changed}
         assert owners <= {fault.layer, *fault.also}, "other layers are as they were"
         assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
-    yield Held(healthy.config, arrays)
+    yield Held(healthy.config, arrays, healthy.mapped)
 
 
 class _Tampered:
@@ -275,11 +300,11 @@ class _FaultyForward(Forward):
         self._fault = fault
         self._held = weights
 
-    def embed(self) -> tuple[Activations, jax.Array]:
-        with self._active(None):
+    def embed(self) -> tuple[Activations, Entering]:
+        with self._active(None if self._fault.runs is None else -1):
             return super().embed()
 
-    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, jax.Array | Array]:
+    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, Entering]:
         with self._active(layer):
             return super().layer(layer, entering, overrides)
 
@@ -289,7 +314,8 @@ class _FaultyForward(Forward):
 
     def _active(self, layer: int | None) -> Any:
         fault = self._fault
-        if layer != fault.layer or fault.kind not in ("config", "code"):
+        runs = fault.layer if fault.runs is None else fault.runs
+        if layer != runs or fault.kind not in ("config", "code"):
             return nullcontext()
         stack = ExitStack()
         if fault.config is not None:
