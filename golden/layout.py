@@ -62,6 +62,17 @@ def entering_head(config: Config) -> dict[str, TapKey]:
     return {tap.name: origin_of(config, TapKey(after, tap)) for tap in carried}
 
 
+def carried(config: Config, layer: int | None) -> dict[str, TapKey]:
+    """The taps that a layer or stage starts from, or the head (None), by the names by which they are carried to it.
+
+    That is the name of the tap in the layer that made it, whatever layer that is.
+    """
+    if layer is None:
+        return {key.tap.name: key for key in entering_head(config).values()}
+    keys = [(key, key.tap.origin) for key in entering(config, layer)]
+    return {key.tap.name if origin.stacked else origin.tap: key for key, origin in keys if origin is not None}
+
+
 def is_fed(key: TapKey, mode: Mode) -> bool:
     """Whether a model is given the golden's own value of a tap, so that comparing the two says nothing."""
     return mode is Mode.ISOLATED and _enters(key)
@@ -257,10 +268,11 @@ def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str
     ``arrays`` are the stored names of all arrays.
     """
     there = set(arrays)
+    inputs = [key for layer in layers for key in entering(config, layer)]
     aliases = {}
     for spell in (str, sketch_name, exact_name):
         holders: dict[str, str] = {}
-        for key in (key for layer in layers for key in entering(config, layer)):
+        for key in inputs:
             if key.tap.origin is None or key.tap.origin.stacked:
                 continue
             mine, its = spell(str(key)), spell(str(origin_of(config, key)))

@@ -56,8 +56,8 @@ class RecordingOptions:
         tokens: integers ``[B, S]``, or ``[S]`` for one prompt.
         text: the prompts, where the tokens come from text; kept for the reader.
         layers: layers to keep; None for all. The layers before them run too, to compute their streams.
-        stages: whether the mtp stages are kept too. They run after all layers. Not by default, since no logits depend
-            on a stage, and its own logits are as large as the model's.
+        stages: whether the draft stages are kept too, of multi-token prediction or of DSpark. They run after all
+            layers. Not by default, since no logits of the model depend on a stage, and its own are as large.
         noise: dtypes whose noise floor is measured (:mod:`dsv4_convert.golden.noise`). Each runs every layer twice
             more. None for all that the reference has.
         compact: the part of every tap to keep (:mod:`dsv4_convert.golden.compact`); None for all.

@@ -52,7 +52,8 @@ def unit_of(config: Config, key: TapKey, dtype: str, mode: Mode, numerics: str) 
     unit = float(ml_dtypes.finfo(dtype).eps) / 2  # type: ignore[no-untyped-call]
     if numerics == "release":
         # From the tokens on, keys become other FP8 numbers; and FP4 is what the indexer's taps end in.
-        unit = _FP4 if key.tap.name.startswith("attn.indexer.") else _FP8 if mode is Mode.CUMULATIVE else unit
+        in_fp4 = key.tap.name.startswith("attn.indexer.") or key.tap.name in config.fp4_taps
+        unit = _FP4 if in_fp4 else _FP8 if mode is Mode.CUMULATIVE else unit
     unit += _FLOAT32 * math.sqrt(config.hc_mult * config.hidden_size)
     if mode is Mode.ISOLATED:
         return unit

@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, entering
+from dsv4_convert.golden.layout import STREAMS, carried
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.parity.comparison import Comparison
@@ -142,13 +142,22 @@ class Expected:
         Raises:
             UsageError: the layer was not recorded, or the golden is compact and does not hold its input.
         """
-        last = TapKey(self.config.num_hidden_layers - 1, STREAMS)
-        key = last if layer is None else entering(self.config, layer)[0]
-        if key not in self.golden.keys:
+        return self.inputs(layer)[STREAMS.name]
+
+    def inputs(self, layer: int | None) -> dict[str, Array]:
+        """All that enters a layer, or the head (None), by the names that the same taps have in the layer they leave.
+
+        In DeepSeek-V4 that is ``hc_ffn.streams``, the streams; layers of V4.1 also read what earlier ones share.
+
+        Raises:
+            UsageError: as :meth:`input`.
+        """
+        keys = carried(self.config, layer)
+        if any(key not in self.golden.keys for key in keys.values()):
             raise UsageError(f"{self.golden.path}: layer {layer} was not recorded; recorded are {list(self.layers)}")
-        if not self.golden.whole(key):
+        if not all(map(self.golden.whole, keys.values())):
             raise UsageError(f"{_no_inputs(self.golden)}: run from the tokens, and check with mode='cumulative'")
-        return self.golden.read(key)
+        return {name: self.golden.read(key) for name, key in keys.items()}
 
     def choices(self, layer: int) -> dict[str, Array]:
         """The golden's chosen experts and entries in a layer by tap name within it: int32, -1 for none.

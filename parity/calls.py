@@ -6,6 +6,7 @@ Shape letters: ``B`` prompts, ``R`` rows of a tap.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ class Call:
         """Index of each token ``[B, width]``; padding goes beyond the prompt's end."""
         return self.start[:, None] + np.arange(self.width)
 
+    def enter(self, entering: Mapping[str, Any], layer: int, config: Config) -> dict[str, Any]:
+        """The part of what enters a layer (:func:`dsv4_convert.golden.layout.carried`) that the call has.
+
+        Of a drafted block it has all, and of what an earlier layer compressed: it does not see later entries.
+        """
+        keys = {name: TapKey.of(config, layer, name) for name in entering}
+        whole = {name for name, key in keys.items() if is_drafted(key, config) or of_entries(key)}
+        return {name: value if name in whole else self.take(value) for name, value in entering.items()}
+
     def take(self, whole: Any) -> Any:
         """The tokens' rows of an array ``[B, tokens, …]``; padding repeats the last one."""
         if not self.cached:
@@ -42,7 +52,7 @@ class Call:
 
     def part(self, whole: Array, key: TapKey, config: Config) -> Array:
         """The rows of a tap that the call makes. Entries that it may not complete are zeros."""
-        if not self.cached or is_drafted(key, config):
+        if not self.cached or _whole(key, config):
             return whole
         prompt, row, there = self._rows(tokens_of_row(key, config))
         part = np.zeros((*there.shape, *whole.shape[2:]), whole.dtype)
@@ -51,7 +61,7 @@ class Call:
 
     def put(self, part: Array, whole: Array, key: TapKey, config: Config) -> None:
         """Write the rows of a tap that the call made to all of it. A drafted block replaces the one before."""
-        if is_drafted(key, config):
+        if _whole(key, config):
             made = self.count > 0  # a prompt that has ended is drafted after its end already
             whole[made] = part[made]
             return
@@ -85,6 +95,17 @@ def calls_of(batch: int, tokens: int, decode: int, chunk: int | None = None) -> 
         Call(start, stop - start, 1 if start.min() >= first else chunk, True)
         for start, stop in zip(starts, stops, strict=True)
     ]
+
+
+def _whole(key: TapKey, config: Config) -> bool:
+    """Whether every call has all of a tap: a drafted block, or what an earlier layer compressed."""
+    makes = key.layer is not None and config.compresses(key.layer)
+    return is_drafted(key, config) or (of_entries(key) and not makes)
+
+
+def of_entries(key: TapKey) -> bool:
+    """Whether the rows of a tap are compressed entries."""
+    return key.tap.shape.split()[1] == "T"
 
 
 def calls_of_draft(batch: int, tokens: int, decode: int, chunk: int | None = None) -> list[Call]:

@@ -22,6 +22,9 @@ from dsv4_convert.parity.tolerances import Limits
 
 Array = np.ndarray[Any, Any]
 
+#: A score that no other one beats.
+_LARGEST = np.finfo(np.float32).max
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -36,6 +39,32 @@ class Scores:
     floor: Floor
     ours: Array | None = None
     visible: Array | None = None
+
+    def of_blocks(self, size: int) -> Scores:
+        """The scores of blocks of ``size`` candidates: that of the best visible one. No block beats the newest."""
+        assert self.visible is not None
+        visible = self.visible[..., None]
+
+        def best(scores: Array | None) -> Array | None:
+            if scores is None:
+                return None
+            padded = np.pad(scores, ((0, 0), (0, 0), (0, -scores.shape[2] % size)))
+            seen = np.where(np.arange(padded.shape[2]) < visible, padded, -_LARGEST)
+            blocks = seen.reshape(*scores.shape[:2], -1, size).max(axis=-1)
+            return np.where(np.arange(blocks.shape[2]) == (visible - 1) // size, _LARGEST, blocks)
+
+        return Scores(best(self.golden), self.floor, best(self.ours), -(-self.visible // size))
+
+    def inside(self, blocks: Array, size: int) -> Scores:
+        """The scores where only the candidates in some ``blocks`` ``[B, S, c]`` of ``size`` may be chosen."""
+
+        def within(scores: Array | None) -> Array | None:
+            if scores is None:
+                return None
+            of = np.arange(scores.shape[2]) // size
+            return np.where((of == blocks[..., None]).any(axis=2), scores, -_LARGEST)
+
+        return Scores(within(self.golden), self.floor, within(self.ours), self.visible)
 
     def at(self, rows: Sequence[int]) -> Scores:
         """The scores of some tokens."""

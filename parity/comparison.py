@@ -13,7 +13,16 @@ import numpy as np
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
 from dsv4_convert.golden.files import AGAIN
-from dsv4_convert.golden.layout import DTYPES, calls, is_drafted, is_fed, rows_of, token_ids, tokens_of_row
+from dsv4_convert.golden.layout import (
+    DTYPES,
+    calls,
+    carried,
+    is_drafted,
+    is_fed,
+    rows_of,
+    token_ids,
+    tokens_of_row,
+)
 from dsv4_convert.golden.noise import Mode, row_sizes
 from dsv4_convert.parity.choices import Scores, compare_choices
 from dsv4_convert.parity.detail import ComparedPart, Detail
@@ -26,7 +35,7 @@ from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.tap import AFTER, BEFORE, Values
-from dsv4_convert.spec.taps import TapKey, taps_of
+from dsv4_convert.spec.taps import TapKey, tap_named, taps_of
 from dsv4_convert.weights.parameters import Parameters
 
 Array = np.ndarray[Any, Any]
@@ -34,7 +43,10 @@ Array = np.ndarray[Any, Any]
 _SHARES = "attn.context"
 #: The last part of the path of a compressor's position bias.
 _BIAS = ".ape"
-_ROUTING = ("ffn.gate.experts", "ffn.gate.weights")
+_EXPERTS = "ffn.gate.experts"
+_ROUTING = (_EXPERTS, "ffn.gate.weights")
+#: The blocks of entries that a layer may choose from.
+_CANDIDATES = tap_named("input.candidates")
 
 
 class Phase(StrEnum):
@@ -96,6 +108,10 @@ class Comparison:
         """Every recorded tap of a layer, or of the model level."""
         return {key: self.golden.read(key) for key in self._recorded(layer)}
 
+    def entering(self, layer: int | None) -> dict[str, Array]:
+        """What a layer, or the head (None), starts from in isolated mode."""
+        return {name: self.golden.read(key) for name, key in carried(self._config, layer).items()}
+
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:
         """The noise floor of a tap that has elements, of which the golden keeps ``views``.
 
@@ -110,7 +126,7 @@ class Comparison:
             raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
-        least = release_unit(key.tap.name, mode)
+        least = release_unit(self._config, key.tap.name, mode)
         return floor_of(sizes, noise, least.row, least.tap)
 
     def rows_beyond(self, key: TapKey, found: Array, mode: Mode) -> Array:
@@ -284,12 +300,18 @@ class Comparison:
         golden = views[0].values if self.golden.whole(key) else None
         # Scores that were not recorded were not replaced either: the choice was made by the model's own.
         ours = golden if teacher_forced and key in activations else activations.get(key)
-        return Scores(
+        found = Scores(
             golden=golden,
             floor=self.floor(key, views, mode),
             ours=ours if ours is not None and ours.shape == shape else None,
             visible=_visible(self._config, key, shape),
         )
+        if choice.tap.of_blocks:
+            return found.of_blocks(self._config.entries_per_candidate)
+        candidates = next((key for key in self._recorded(choice.layer) if key.tap is _CANDIDATES), None)
+        if candidates is None or choice.tap.name == _EXPERTS:
+            return found
+        return found.inside(self.golden.read(candidates), self._config.entries_per_candidate)
 
 
 def _within(part: Array, view: View, rows: Sequence[int] | None) -> tuple[Array, View]:

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import INPUT, STREAMS
-from dsv4_convert.model.attention import Attention
-from dsv4_convert.model.block import Block
+from dsv4_convert.golden.layout import DTYPES, STREAMS, carried, tap_shape
+from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.layers import Layers, ScannedLayers, through
 from dsv4_convert.model.model import Model, embed
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parity.calls import calls_of, calls_of_draft
-from dsv4_convert.parity.forward import Activations, Array, Carry, Forward, activations, to_logits
+from dsv4_convert.parity.forward import Activations, Array, Entering, Forward, activations, to_logits
 from dsv4_convert.parity.programs import ModelOptions, stack_of
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.restore import restore_layers, restore_stage
@@ -56,8 +55,8 @@ class CompiledForward(Forward):
         self._draft_calls = calls_of_draft(len(self._tokens), self._tokens.shape[1], decode, model.chunk)
         self._compiled: tuple[int, tuple[LayerProgram, nnx.State[Any, Any]]] | None = None
 
-    def embed(self) -> tuple[Activations, jax.Array]:
-        """The embedding from the whole table, and the streams that enter layer 0."""
+    def embed(self) -> tuple[Activations, Entering]:
+        """The embedding from the whole table, and what enters layer 0."""
         config = self._weights.config
         with self._devices.step("read the embedding"):
             table = self._devices.read(
@@ -68,18 +67,30 @@ class CompiledForward(Forward):
                 "embed",
             )
         streams, values = self._devices.run(_embed, (config.hc_mult, self._dtype), table, self._tokens)
-        return activations(config, None, values), streams
+        return activations(config, None, values), self._entering_first(streams)
 
     def layer(
-        self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array] | None = None
-    ) -> tuple[Activations, Carry]:
+        self, layer: int, entering: Entering, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, Entering]:
         """Run one layer or stage. ``overrides`` replace the activations that it goes on with."""
         kept = {
             key: value
             for key, value in (overrides or {}).items()
             if key.stage is not None or key.tap.name not in (_SCORES, STREAMS.name)
         }
-        return super().layer(layer, entering, kept)
+        return super().layer(layer, {**self._of_neighbours(layer), **entering}, kept)
+
+    def _of_neighbours(self, layer: int) -> dict[str, Array]:
+        """What other layers of a scanned layer's program start from, and it does not: zeros, as they do not count."""
+        config, (batch, tokens) = self._weights.config, self._tokens.shape
+        if layer in config.stage_layers:
+            return {}
+        stack = stack_of(config, layer, scanned=self._model.scanned)
+        taps = {name: key for other in stack[:-1] for name, key in carried(config, other).items()}
+        return {
+            name: np.zeros(tap_shape(key, config, batch=batch, tokens=tokens), DTYPES[key.tap.values])
+            for name, key in taps.items()
+        }
 
     def _head_step(self) -> int:
         return self._weights.config.vocab_size
@@ -87,18 +98,18 @@ class CompiledForward(Forward):
     def _head_program(self) -> Callable[..., Any]:
         return _compiled_head
 
-    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[Any, dict[str, Any], Any]:
         config = self._weights.config
         run: Callable[..., Any] = run_stage if layer in config.stage_layers else run_layer
         run = run_draft if config.drafts_blocks(layer) else run
         program, state = self._program(layer)
-        found: tuple[jax.Array, dict[str, Any], LayerCache | None] = self._devices.run(run, program, state, *operands)
+        found: tuple[Any, dict[str, Any], Any] = self._devices.run(run, program, state, *operands)
         return found
 
-    def _stage_head(self, layer: int, streams: jax.Array | Array, overrides: Mapping[TapKey, Array]) -> Activations:
+    def _stage_head(self, layer: int, leaving: Entering, overrides: Mapping[TapKey, Array]) -> Activations:
         return {}  # a stage's program has its head in it
 
-    def _attention(self, layer: int) -> Attention:
+    def _attention(self, layer: int) -> Any:
         program, state = self._program(layer)
         module = nnx.merge(program.graph, state)
         if isinstance(module, Model):
@@ -107,8 +118,7 @@ class CompiledForward(Forward):
         if not isinstance(layers, ScannedLayers):
             return layers[-1].attn
         (segment,) = layers.segments
-        last: Block = jax.tree.map(lambda stacked: stacked[-1], segment[-1])
-        return last.attn
+        return jax.tree.map(lambda stacked: stacked[-1], segment[-1]).attn
 
     def _program(self, layer: int) -> tuple[LayerProgram, nnx.State[Any, Any]]:
         """The program and weights of a layer; cached until another layer is requested."""
@@ -150,25 +160,29 @@ def blocks_of(layers: Layers | Model) -> list[Any]:
 def run_layer(
     program: LayerProgram,
     state: nnx.State[Any, Any],
-    streams: jax.Array,
+    carry: Any,
     token_ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
-    past: Past[LayerCache] | None,
-) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
-    """A layer by the model's own functions: the streams that leave it, its taps, and its new state.
+    past: Past[Any] | None,
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """A layer by the model's own functions: the carry that leaves it, its taps, and its new state.
 
-    A scanned layer is the last of its loop, and gets its own input all the same.
+    A scanned layer is the last of its loop, and gets its own inputs all the same.
     """
-    layers = nnx.merge(program.graph, state).layers
+    module = nnx.merge(program.graph, state)
+    layers, config = module.layers, module.config
     own = f"layers.{program.layers - 1}."
+    decoder = decoder_of(config)
+    given = decoder.taps_of(carry)
+    inputs = {key.tap.name: given[name] for name, key in carried(config, program.layers - 1).items()}
     replaced = {own + name: value for name, value in overrides.items()}
     if isinstance(layers, ScannedLayers):
         # Layers at one place of the pattern share a program, and so the names that are replaced in it. Zeros for the
         # others, so that none can pass for the layer.
         (segment,) = layers.segments
         others = range(len(segment) - 1, program.layers - 1, len(segment))
-        replaced[own + INPUT.name] = streams
+        replaced = {own + name: value for name, value in inputs.items()} | replaced
         replaced |= {
             name.replace(own, f"layers.{other}."): jnp.zeros_like(value)
             for other in others
@@ -177,11 +191,11 @@ def run_layer(
     taps = Taps(
         (lambda name: name.startswith(own) and not name.endswith(_SCORES)) if program.recorded else None, replaced
     )
-    left, states = through(layers, streams, token_ids, positions, taps, _past_of_all(program, layers, past))
+    left, states = through(layers, carry, token_ids, positions, taps, _past_of_all(program, layers, past))
     values = {name.removeprefix(own): value for name, value in taps.values.items()}
     if program.recorded:
         # A scanned layer recorded what its neighbour left; and what leaves the loop must be what it left itself.
-        values |= {INPUT.name: streams, STREAMS.name: left}
+        values |= inputs | {STREAMS.name: decoder.taps_of(left)[STREAMS.name]}
     if past is None:
         return left, values, None
     if isinstance(layers, ScannedLayers):
@@ -214,7 +228,7 @@ def run_stage(
 def run_draft(
     program: LayerProgram,
     state: nnx.State[Any, Any],
-    entering: Carry,
+    entering: Any,
     ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
@@ -227,7 +241,7 @@ def run_draft(
     return left, taps.values, after
 
 
-def _past_of_all(program: LayerProgram, layers: Any, past: Past[LayerCache] | None) -> Past[tuple[Any, ...]] | None:
+def _past_of_all(program: LayerProgram, layers: Any, past: Past[Any] | None) -> Past[tuple[Any, ...]] | None:
     """The past of every layer of the program, in the form that ``through`` expects: the same for all."""
     if past is None:
         return None

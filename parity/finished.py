@@ -6,7 +6,7 @@
     DIR/
       request.json                   the settings of the run, and what it compares
       PROGRAM-00012.safetensors      the findings of a finished step: a JSON text in the header, and their arrays
-      PROGRAM-last.safetensors       the number of the last finished step, and the streams that leave it
+      PROGRAM-last.safetensors       the number of the last finished step, and what leaves it for the next
 
 A step is the embedding, a layer or the head. It counts once its number is in the last file.
 """
@@ -46,8 +46,13 @@ Array = np.ndarray[Any, Any]
 
 _REQUEST = "request.json"
 _OWN = re.compile(r"request\.json|(streamed|model)-(\d{5}|last)\.safetensors")
-_SPELLING = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.int64): "I64"}
-#: Names of tensors and texts in the files.
+_SPELLING = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float64): "F64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+}
+#: Names of texts in the files.
 _STEP, _FOUND, _DIGEST = "step", "found", "sha256"
 
 
@@ -125,13 +130,13 @@ class FinishedSteps:
         assert isinstance(found, Findings)
         return found
 
-    def write(self, program: str, step: int, findings: Findings, left: Mapping[str, Any]) -> None:
-        """Keep the findings of a step, and the arrays that the next one needs. Raises :class:`ResourceError`."""
+    def write(self, program: str, step: int, findings: Findings, leaving: Mapping[str, Any]) -> None:
+        """Keep the findings of a step, and what the next one starts from. Raises :class:`ResourceError`."""
         arrays: dict[str, Array] = {}
         text = json.dumps(_packed(findings, arrays))
         _write(self._file(program, f"{step:05d}"), arrays, {_FOUND: text})
-        arrays = {name: np.asarray(array, np.float32) for name, array in left.items()}
-        _write(self._file(program, "last"), arrays, {_STEP: str(step)})
+        left = {name: _stored(value) for name, value in leaving.items()}
+        _write(self._file(program, "last"), left, {_STEP: str(step)})
 
     def clear(self) -> None:
         """Remove the folder's content: the report is complete. The folder goes when the block is left."""
@@ -139,6 +144,12 @@ class FinishedSteps:
 
     def _file(self, program: str, step: str) -> Path:
         return self._workspace.stage / f"{program}-{step}.safetensors"
+
+
+def _stored(value: Any) -> Array:
+    """Numbers of a model in float32, indices as they are."""
+    array = np.asarray(value)
+    return array if array.dtype.kind == "i" else array.astype(np.float32)
 
 
 def _write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

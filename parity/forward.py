@@ -7,29 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.archive import Golden
-from dsv4_convert.golden.layout import STREAMS, entering, tap_shape, token_ids
-from dsv4_convert.model.attention import Attention
-from dsv4_convert.model.block import DecoderBlock, MTPBlock, Routed
-from dsv4_convert.model.cache import LayerCache, Past, empty_layer
+from dsv4_convert.golden.layout import STREAMS, tap_shape, token_ids
+from dsv4_convert.model.architectures import decoder_of
+from dsv4_convert.model.block import DecoderBlock, Routed
+from dsv4_convert.model.cache import Past, empty_layer
 from dsv4_convert.model.dspark import DSparkBlock
-from dsv4_convert.model.model import HEAD_AXES, copied, embed, head
+from dsv4_convert.model.model import HEAD_AXES, copied, embed
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft
+from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft, of_entries
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey
-from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region
 from dsv4_convert.weights.experts import MATRICES, ExpertCache, routed_sum
 from dsv4_convert.weights.parameters import Parameters
@@ -39,15 +37,15 @@ Array = np.ndarray[Any, Any]
 _FLOAT32 = np.dtype(np.float32)
 #: Columns of the output head that are in memory at a time; at V4-Pro's width 235 MB in float32.
 HEAD_WORDS = 8192
-_HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm")
 _LOGITS = "logits"
 #: The tap of the first DSpark stage that the others start from.
 _CONTEXT = "main_norm"
+#: Rows of a table that are chosen by what is in them.
+_ROWS = "engram.ids"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
-#: What enters and leaves a layer: streams. A DSpark stage has the streams of its block and the context; the first one
-#: is entered by no streams and by those of the target layers.
-Carry: TypeAlias = Any
+#: What enters a layer or leaves it, by the names of :func:`dsv4_convert.golden.layout.carried`.
+Entering = Mapping[str, Any]
 
 
 class Forward:
@@ -71,6 +69,7 @@ class Forward:
         """``first_position`` is that of the first token in the rotary tables; the last ``decode`` tokens come one by
         one, from the layer's cache."""
         self._weights = weights
+        self._decoder = decoder_of(weights.config)
         self._devices = devices or Devices()
         self._dtype = dtype
         self._numerics = numerics
@@ -82,34 +81,32 @@ class Forward:
         self._calls = calls_of(len(tokens), tokens.shape[1], decode)
         self._draft_calls = calls_of_draft(len(tokens), tokens.shape[1], decode)
 
-    def embed(self) -> tuple[Activations, jax.Array]:
-        """The embedding, and the streams that enter layer 0. Reads the rows of the prompt's tokens only."""
-        config, taps = self._weights.config, Taps(_everything)
-        streams = embed(*self._embedding(np.asarray(self._tokens)), config.hc_mult, self._dtype, taps)
-        return activations(config, None, taps.values), streams
-
-    def _embedding(self, ids: Array) -> tuple[jax.Array, jax.Array]:
-        """The rows of the embedding that some ids need, and the row of each id."""
+    def embed(self) -> tuple[Activations, Entering]:
+        """The embedding, and what enters layer 0. Reads the rows of the prompt's tokens only."""
+        config, taps, ids = self._weights.config, Taps(_everything), np.asarray(self._tokens)
         used, where = np.unique(ids, return_inverse=True)
-        rows = self._weights.read_rows("embed", used, self._dtype)
-        return jnp.asarray(rows), jnp.asarray(where.reshape(ids.shape))
+        rows = jnp.asarray(self._weights.read_rows("embed", used, self._dtype))
+        streams = embed(rows, jnp.asarray(where.reshape(ids.shape)), config.hc_mult, self._dtype, taps)
+        return activations(config, None, taps.values), self._entering_first(streams)
+
+    def _entering_first(self, streams: jax.Array) -> Entering:
+        return self._decoder.taps_of(self._decoder.enter(streams))
 
     def layer(
-        self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array] | None = None
-    ) -> tuple[Activations, Carry]:
-        """Run one layer or stage. ``overrides`` replace the activations that it goes on with.
+        self, layer: int, entering: Entering, overrides: Mapping[TapKey, Array] | None = None
+    ) -> tuple[Activations, Entering]:
+        """Run one layer or stage: its activations, and what leaves it. ``overrides`` replace what it goes on with.
 
         A stage that has a head has its logits, and what is chosen by them, among its activations.
         """
-        given = jax.tree.map(lambda part: jnp.asarray(part, self._dtype), entering)
-        found, leaving = self._calls_of(layer, given, overrides or {})
+        found, leaving = self._calls_of(layer, entering, overrides or {})
         if self._weights.config.has_head(layer):
-            found |= self._stage_head(layer, _streams_of(leaving), overrides or {})
+            found |= self._stage_head(layer, leaving, overrides or {})
         return found, leaving
 
-    def _stage_head(self, layer: int, streams: jax.Array | Array, overrides: Mapping[TapKey, Array]) -> Activations:
+    def _stage_head(self, layer: int, leaving: Entering, overrides: Mapping[TapKey, Array]) -> Activations:
         config = self._weights.config
-        found = self.head(streams, overrides, stage=layer)
+        found = self.head({STREAMS.name: leaving[STREAMS.name]}, overrides, stage=layer)
         if not config.drafts_blocks(layer):
             return found
         x, logits = (
@@ -120,9 +117,11 @@ class Forward:
         operands = (jnp.asarray(x, self._dtype), jnp.asarray(logits), jnp.asarray(anchor), replace)
         return found | activations(config, layer, self._devices.run(_choose, *self._block(layer), *operands))
 
-    def _calls_of(self, layer: int, entering: Carry, overrides: Mapping[TapKey, Array]) -> tuple[Activations, Carry]:
+    def _calls_of(
+        self, layer: int, entering: Entering, overrides: Mapping[TapKey, Array]
+    ) -> tuple[Activations, Entering]:
         """One layer or stage, call by call."""
-        config = as_v4(self._weights.config)
+        config = self._weights.config
         ids = jnp.asarray(token_ids(np.asarray(self._tokens), config, layer))
         batch, tokens = self._tokens.shape
         drafts = config.drafts_blocks(layer)
@@ -133,23 +132,23 @@ class Forward:
         # The state follows from taps that can be replaced themselves.
         given = {key: value for key, value in overrides.items() if not key.tap.is_state}
         whole: Activations = {}
-        leaving = np.empty((), np.float32)
+        leaving: dict[str, Array] = {}
         state: dict[str, Array] = {}
         for call in calls:
             replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
             past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
-            operands = (_part_of(entering, call), ids if drafts else call.take(ids), positions, replace, past)
-            left, values, cache = self._call(layer, operands)
+            carry = self._decoder.carry_of(call.enter(entering, layer, config), self._dtype)
+            own_ids = ids if drafts else call.take(ids)
+            left, values, cache = self._call(layer, (carry, own_ids, positions, replace, past))
             found = activations(config, layer, values)
             if cache is None:
-                return found, left
+                return found, self._decoder.taps_of(left)
             if not whole:
                 whole = {key: self._empty(key, value) for key, value in found.items()}
-                leaving = self._empty(TapKey.of(config, layer, STREAMS), np.asarray(left))
             for key, value in found.items():
                 call.put(value, whole[key], key, config)
-            call.put(np.asarray(left), leaving, TapKey.of(config, layer, STREAMS), config)
+            self._leave(layer, call, self._decoder.taps_of(left), leaving)
             if self._decode and (call.start + call.count == tokens - self._decode).all() and not state:
                 state = state_after(self._attention(layer), cache, tokens - self._decode)
         return whole | activations(config, layer, state), self._leaving(layer, leaving, entering, whole)
@@ -159,34 +158,52 @@ class Forward:
         rows = tap_shape(key, self._weights.config, batch=len(part), tokens=self._tokens.shape[1])[1]
         return np.empty((part.shape[0], rows, *part.shape[2:]), part.dtype)
 
-    def _leaving(self, layer: int, streams: Array, entering: Carry, found: Activations) -> Carry:
+    def _leave(self, layer: int, call: Call, part: Mapping[str, Any], whole: dict[str, Array]) -> None:
+        """Add what leaves a layer in one call to what has left it. A cache has all entries so far."""
+        for name, value in part.items():
+            key, array = TapKey.of(self._weights.config, layer, name), np.asarray(value)
+            if of_entries(key):
+                whole[name] = array
+            else:
+                call.put(array, whole.setdefault(name, self._empty(key, array)), key, self._weights.config)
+
+    def _leaving(self, layer: int, left: dict[str, Array], entering: Entering, found: Activations) -> dict[str, Array]:
         """What the next layer or stage starts from: a DSpark stage hands on the context too."""
-        if not self._weights.config.drafts_blocks(layer):
-            return streams
-        made = found.get(TapKey.of(self._weights.config, layer, _CONTEXT))
-        return streams, entering[1] if made is None else made
+        config = self._weights.config
+        if not config.drafts_blocks(layer):
+            return left
+        made = TapKey.of(config, layer, _CONTEXT)
+        return {**left, _CONTEXT: found[made] if made in found else entering[_CONTEXT]}
 
-    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
-        """A layer on the tokens of one call: the streams that leave it, its taps by name, and its new state.
+    def _call(self, layer: int, operands: tuple[Any, ...]) -> tuple[Any, dict[str, Any], Any]:
+        """A layer on the tokens of one call: the carry that leaves it, its taps by name, and its new state.
 
-        ``operands``: what enters, token ids, positions, overrides by name, and the state before.
+        ``operands``: the carry that enters, token ids, positions, overrides by name, and the state before.
         """
         graph, state = self._block(layer)
-        _, ids, _, replace, _ = operands
-        embedded = None
-        if self._weights.config.embeds(layer):
-            rows, where = self._embedding(np.asarray(ids))
-            embedded = rows[where]
-        streams, routed, first, cache = self._devices.run(_to_experts, graph, state, embedded, *operands)
+        _, ids, _, replace, past = operands
+        rows = self._rows(layer, ids, replace, past)
+        carry, routed, first, cache = self._devices.run(_to_experts, graph, state, rows, *operands)
         output = self._experts(layer, routed)
-        left, second = self._devices.run(_from_experts, graph, state, streams, routed, output, replace)
+        left, second = self._devices.run(_from_experts, graph, state, carry, routed, output, replace)
         return left, {**first, **second}, cache
 
-    def _attention(self, layer: int) -> Attention:
+    def _rows(self, layer: int, ids: jax.Array, replace: Mapping[str, jax.Array], past: Any) -> jax.Array | None:
+        """The rows of its table that a layer or stage looks up, ``[B, S, ...]``; None if it has none."""
+        config = self._weights.config
+        if (table := config.table_of(layer)) is None:
+            return None
+        wanted = replace.get(_ROWS)
+        if wanted is None:
+            wanted = self._devices.run(_wanted_rows, *self._block(layer), ids, past)
+        last = config.names.rule_of(table).target_shape(config, layer)[0] - 1  # a wrong row may be none of the table
+        return jnp.asarray(self._weights.read_rows(table, np.clip(np.asarray(wanted), 0, last), self._dtype))
+
+    def _attention(self, layer: int) -> Any:
         return nnx.merge(*self._block(layer)).attn
 
     def head(
-        self, streams: jax.Array | Array, overrides: Mapping[TapKey, Array] | None = None, *, stage: int | None = None
+        self, entering: Entering, overrides: Mapping[TapKey, Array] | None = None, *, stage: int | None = None
     ) -> Activations:
         """Head collapse, final norm and logits; the output matrix is in memory a few thousand words at a time.
 
@@ -195,13 +212,14 @@ class Forward:
         config = self._weights.config
         own = "" if stage is None else config.prefix(stage)
         with self._devices.step("read the model level"):
-            fixed = tuple(self._devices.put(self._weights.read(own + path)) for path in _HEAD)
+            paths = (*self._decoder.head_weights, "norm")
+            fixed = tuple(self._devices.put(self._weights.read(own + path)) for path in paths)
         given = {
             key.tap.name: jnp.asarray(value)
             for key, value in (overrides or {}).items()
             if key.tap.where is AFTER and key.tap.name != _LOGITS
         }
-        entering = jnp.asarray(streams, self._dtype)
+        left = self._decoder.leave(self._decoder.carry_of(entering, self._dtype))
         logits = []
         step = self._head_step()
         for start in range(0, config.vocab_size, step):
@@ -211,7 +229,7 @@ class Forward:
                     HEAD_AXES, (config.hidden_size, stop - start), _FLOAT32, partial(self._words, start), "head"
                 )
             # The operations before the matrix are small, so they run again for every piece.
-            values = self._devices.run(self._head_program(), config, (*fixed, words), entering, given)
+            values = self._devices.run(self._head_program(), config, (*fixed, words), left, given)
             logits.append(np.asarray(values[_LOGITS]))
         return activations(config, stage, values | {_LOGITS: np.concatenate(logits, axis=-1)})
 
@@ -271,69 +289,58 @@ def _everything(name: str) -> bool:
     return True
 
 
-def recorded_carry(golden: Golden, layer: int) -> Carry:
-    """What enters a layer or stage, as recorded. Raises as :meth:`Golden.read`."""
-    values = tuple(golden.read(key) for key in entering(golden.config, layer))
-    if not golden.config.drafts_blocks(layer):
-        return values[0]
-    return values if len(values) > 1 else (None, *values)
-
-
-def _streams_of(carry: Carry) -> jax.Array | Array:
-    return carry[0] if isinstance(carry, tuple) else carry
-
-
-def _part_of(carry: Carry, call: Call) -> Carry:
-    """What a call reads of a carry: all streams of a drafted block, the rows of its tokens of everything else."""
-    return (carry[0], call.take(carry[1])) if isinstance(carry, tuple) else call.take(carry)
-
-
 @partial(jax.jit, static_argnums=0)
 def _to_experts(
     graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
-    embedded: jax.Array | None,
-    entering: Carry,
+    rows: jax.Array | None,
+    carry: Any,
     token_ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
-    past: Past[LayerCache] | None,
-) -> tuple[jax.Array, Routed, dict[str, jax.Array], LayerCache | None]:
-    """The attention half, and the expert half up to the routing; in a stage what joins ``embedded`` to the streams."""
+    past: Past[Any] | None,
+) -> tuple[Any, Routed, dict[str, jax.Array], Any]:
+    """The attention half, and the expert half up to the routing. ``rows``: those that the block looks up."""
     block = nnx.merge(graph, state)
     taps = Taps(_everything, overrides)
-    streams, after = entering, None
-    if isinstance(block, MTPBlock):
-        assert embedded is not None
-        streams = block.join(streams, embedded, taps)
+    after = None
     if isinstance(block, DSparkBlock):
         assert past is not None
-        streams, context = entering
+        streams, context = carry
         if streams is None:
             context = block.context(context, taps)
-            assert embedded is not None
-            streams = copied(embedded.astype(context.dtype), block.config.hc_mult, taps)
+            assert rows is not None
+            carry = copied(rows.astype(context.dtype), block.config.hc_mult, taps)
         else:
-            streams, context = taps("streams", streams), taps("context", context)
+            carry, context = taps("streams", streams), taps("context", context)
         places = block.places(positions, past)
         past, after = block.remember(context, positions, past, taps)
         positions = places
-    streams, cache = block.attend(streams, token_ids, positions, taps, past)
-    return streams, block.route(streams, token_ids, taps), taps.values, after or cache
+    elif rows is not None:
+        carry = block.join(carry, rows, taps)
+    carry, cache = block.attend(carry, token_ids, positions, taps, past)
+    return carry, block.route(carry, token_ids, taps), taps.values, after or cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _wanted_rows(
+    graph: nnx.GraphDef[DecoderBlock], state: nnx.State[Any, Any], token_ids: jax.Array, past: Past[Any] | None
+) -> jax.Array:
+    return nnx.merge(graph, state).wanted_rows(token_ids, past)
 
 
 @partial(jax.jit, static_argnums=0)
 def _from_experts(
     graph: nnx.GraphDef[DecoderBlock],
     state: nnx.State[Any, Any],
-    streams: jax.Array,
+    carry: Any,
     routed: Routed,
     experts: jax.Array,
     overrides: dict[str, jax.Array],
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Any, dict[str, jax.Array]]:
     """The expert half from the routed experts' output on."""
     taps = Taps(_everything, overrides)
-    return nnx.merge(graph, state).combine(streams, routed, experts, taps), taps.values
+    return nnx.merge(graph, state).combine(carry, routed, experts, taps), taps.values
 
 
 @partial(jax.jit, static_argnums=0)
@@ -354,12 +361,11 @@ def _choose(
 
 
 def to_logits(
-    config: Config, weights: tuple[jax.Array, ...], streams: jax.Array, overrides: dict[str, jax.Array]
+    config: Config, weights: tuple[jax.Array, ...], entering: Any, overrides: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The taps of the model level after the layers, for some words."""
     taps = Taps(_everything, overrides)
-    fn, base, scale, norm, words = weights
-    head(streams, fn, base, scale, norm, words, config, taps)
+    decoder_of(config).project(entering, weights, config, taps)
     return taps.values
 
 

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsv4_convert.golden.layout import STREAMS
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.blame import differing_weights
 from dsv4_convert.parity.comparison import Comparison, weights_of
-from dsv4_convert.parity.forward import Activations, Forward, recorded_carry
+from dsv4_convert.parity.forward import Activations, Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import Localization, TapResult
 from dsv4_convert.spec.config import Config
@@ -43,12 +42,12 @@ class Localizer:
 
         Raises :class:`BadInput` if golden or weights are damaged.
         """
-        golden, overrides = self.comparison.golden, self.comparison.everything(layer)
+        overrides = self.comparison.everything(layer)
+        entering = self.comparison.entering(layer)
         if layer is None:
-            last = golden.config.num_hidden_layers - 1
             embedded, _ = self.forward.embed()
-            return embedded | self.forward.head(golden.read(TapKey(last, STREAMS)), overrides)
-        activations, _ = self.forward.layer(layer, recorded_carry(golden, layer), overrides)
+            return embedded | self.forward.head(entering, overrides)
+        activations, _ = self.forward.layer(layer, entering, overrides)
         return activations
 
     def localize(self, layer: int | None, activations: Activations) -> Localization:

@@ -30,7 +30,7 @@ from dsv4_convert.parity.compiled import CompiledForward
 from dsv4_convert.parity.detail import Detail
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.finished import Findings, FinishedSteps
-from dsv4_convert.parity.forward import Activations, Carry, Forward, recorded_carry
+from dsv4_convert.parity.forward import Activations, Entering, Forward
 from dsv4_convert.parity.gate import BaselineRequest, gated
 from dsv4_convert.parity.localization import Localizer
 from dsv4_convert.parity.logits import LogitsComparison, compare_logits
@@ -59,8 +59,8 @@ Precision: TypeAlias = Literal["highest", "high", "default"]
 Progress = Callable[[int, int, str], None]
 
 #: Names of what a step leaves for the next one, and of what a target layer leaves.
-_CARRIED = ("streams", "context")
-_TARGETS = "targets."
+_TARGETS_OF_STAGE = "targets"
+_TARGETS = f"{_TARGETS_OF_STAGE}."
 
 _EMBED, _LOGITS = (TapKey(None, tap_named(name)) for name in ("embed", "logits"))
 
@@ -70,7 +70,7 @@ class ParityOptions:
     """The scope of a parity run, and how it computes.
 
     Attributes:
-        layers: layers to compare; None for all that golden and checkpoint both hold, their mtp stages, and the model
+        layers: layers to compare; None for all that golden and checkpoint both hold, their draft stages, and the model
             level: embedding, head, logits. The numbers of stages follow those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
@@ -289,7 +289,8 @@ class ParityRun:
             numerics=self._numerics,
             devices=self._devices,
         )
-        self._streams: Carry = None
+        #: What the layer before left, in cumulative mode.
+        self._left: Entering = {}
         #: Streams that leave the target layers of DSpark's stages, where these run too.
         self._targets: dict[int, Array] = {}
         self._detail = Detail(golden) if options.detail and model is None else None
@@ -410,8 +411,8 @@ class ParityRun:
         state = self._options.state
         if state is None:
             return 0
-        finished, left = state.last(self.program)
-        self._take_up_streams(left)
+        finished, kept = state.last(self.program)
+        self._take_up_left(kept)
         for step in range(finished):
             found = state.read(self.program, step)
             for result in found.taps:
@@ -439,25 +440,16 @@ class ParityRun:
             logits=self._logits,
             detail=None if self._detail is None else self._detail.part(layer, samples),
         )
-        self._options.state.write(self.program, step, found, self._streams_left())
+        targets = {f"{_TARGETS}{layer}": streams for layer, streams in self._targets.items()}
+        self._options.state.write(self.program, step, found, {**self._left, **targets})
 
-    def _streams_left(self) -> dict[str, Array]:
-        """What the next steps need, by name."""
-        if self._streams is None:
-            return {}
-        parts = self._streams if isinstance(self._streams, tuple) else (self._streams,)
-        left = dict(zip(_CARRIED, parts, strict=False))
-        return left | {f"{_TARGETS}{layer}": streams for layer, streams in self._targets.items()}
-
-    def _take_up_streams(self, left: Mapping[str, Array]) -> None:
-        """The inverse of :meth:`_streams_left`."""
-        parts = tuple(left[name] for name in _CARRIED if name in left)
-        self._streams = parts if len(parts) > 1 else next(iter(parts), None)
-        targets = {name: streams for name, streams in left.items() if name.startswith(_TARGETS)}
-        self._targets = {int(name.removeprefix(_TARGETS)): streams for name, streams in targets.items()}
+    def _take_up_left(self, kept: Mapping[str, Array]) -> None:
+        """What the next steps start from, as it was kept."""
+        self._left = {name: value for name, value in kept.items() if not name.startswith(_TARGETS)}
+        self._targets = {int(name.removeprefix(_TARGETS)): kept[name] for name in kept.keys() - self._left.keys()}
 
     def _run_embedding(self) -> None:
-        activations, self._streams = self._forward.embed()
+        activations, self._left = self._forward.embed()
         for mode in self._modes:
             self._judge(activations, mode)
 
@@ -467,19 +459,19 @@ class ParityRun:
         leaving: dict[Mode, Array] = {}
         failed = False
         for mode in modes:
-            activations, streams = self._run_mode(layer, mode)
+            activations, left = self._run_mode(layer, mode)
             failed |= self._judge(activations, mode)
             if layer < config.num_hidden_layers:  # a stage hands its streams to no layer
-                leaving[mode] = np.asarray(streams, np.float32)
+                leaving[mode] = np.asarray(left[STREAMS.name], np.float32)
             if mode is Mode.CUMULATIVE:
-                self._streams = streams
+                self._left = left
                 if config.dspark is not None and layer in config.draft_sources:
                     self._targets[layer] = leaving[mode]
         self._localize(layer, activations, modes[-1], failed=failed)
         if len(leaving) == len(MODES) and not self._teacher_forced:
             self._error_splits.append(self._split(layer, leaving))
 
-    def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Any]:
+    def _run_mode(self, layer: int, mode: Mode) -> tuple[Activations, Entering]:
         """A layer with the golden's choices, because a tie must not change what follows it.
 
         In cumulative mode a choice that fails is the model's own instead, so that its consequences show.
@@ -487,34 +479,33 @@ class ParityRun:
         choices = self._comparison.choices(layer)
         if mode is Mode.ISOLATED:
             overrides = self._comparison.everything(layer) if self._teacher_forced else choices
-            return self._forward.layer(layer, recorded_carry(self._golden, layer), overrides)
+            return self._forward.layer(layer, self._comparison.entering(layer), overrides)
         entering = self._entering(layer)
-        activations, streams = self._forward.layer(layer, entering, choices)
+        activations, leaving = self._forward.layer(layer, entering, choices)
         results = self._comparison.judge(activations, mode, choices)
         failing = {result.key for result in results if result.verdict is Verdict.FAIL}
         if not failing:
-            return activations, streams
+            return activations, leaving
         followed = {key: choice for key, choice in choices.items() if key not in failing}
         return self._forward.layer(layer, entering, followed)
 
-    def _entering(self, layer: int) -> Carry:
+    def _entering(self, layer: int) -> Entering:
         """What enters a layer or stage in cumulative mode."""
         config = self._golden.config
         if not (config.drafts_blocks(layer) and config.embeds(layer)):
-            return self._streams
+            return self._left
         targets = np.stack([self._targets[target] for target in config.draft_sources], axis=2)
-        return None, targets[:, : known_tokens(targets.shape[1])]
+        return {_TARGETS_OF_STAGE: targets[:, : known_tokens(targets.shape[1])]}
 
     def _run_head(self) -> None:
-        last = self._golden.config.num_hidden_layers - 1
         failed = any(
             result.verdict is Verdict.FAIL and result.key == _EMBED for result in self._results[self._modes[0]]
         )
         for mode in self._modes:
             isolated = mode is Mode.ISOLATED
             overrides = self._comparison.everything(None) if isolated and self._teacher_forced else None
-            streams = self._golden.read(TapKey(last, STREAMS)) if isolated else self._streams
-            activations = self._forward.head(streams, overrides)
+            entering = self._comparison.entering(None) if isolated else self._left
+            activations = self._forward.head(entering, overrides)
             failed |= self._judge(activations, mode)
             self._compare_logits(activations[_LOGITS], mode)
         self._localize(None, activations, self._modes[-1], failed=failed)
@@ -666,9 +657,11 @@ def _check_architecture(ours: Config, golden: Golden) -> None:
     """Raise :class:`BadInput` unless both describe the same mathematics; how weights are stored does not matter."""
     storage = {"expert_dtype", "weight_block_size"}
     backbones = ours.without_stages(), golden.config.without_stages()
+    if type(ours) is not type(golden.config):
+        raise BadInput(f"{golden.path}: recorded from {golden.config.title}, and the checkpoint is {ours.title}")
     pairs = [
         (field.name, *(getattr(each, field.name) for each in backbones))
-        for field in dataclasses.fields(Config)
+        for field in dataclasses.fields(ours)
         if field.name not in storage
     ]
     problems = [f"{name}: checkpoint {mine!r}, golden {its!r}" for name, mine, its in pairs if mine != its]

@@ -1,4 +1,4 @@
-"""The state of one layer in our cache, as the taps of :data:`dsv4_convert.spec.taps.STATE`."""
+"""The state of one layer in our cache, as taps (``config.state``)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_convert.model.attention import Attention
-from dsv4_convert.model.cache import Compressed, LayerCache
-from dsv4_convert.model.compressor import Compressor
+from dsv4_convert.model.v41.attention import SharedAttention
 
 Array = np.ndarray[Any, Any]
 
 
-def state_after(attention: Attention, cache: LayerCache, tokens: int) -> dict[str, Array]:
+def state_after(attention: Attention | SharedAttention, cache: Any, tokens: int) -> dict[str, Array]:
     """The taps of the state after ``tokens`` tokens of every prompt, by name within the layer."""
     found = {"cache.window": cache.window[:, max(cache.window.shape[1] - tokens, 0) :]}
-    if attention.compressor is not None and cache.compressor is not None:
-        found |= _compressed("cache.compressor", attention.compressor, cache.compressor, tokens)
-    if attention.indexer is not None and cache.indexer is not None:
-        found |= _compressed("cache.indexer", attention.indexer.compressor, cache.indexer, tokens)
+    for name, compressor, own in attention.compressors(cache):
+        found |= _compressed(f"cache.{name}", compressor, own, tokens)
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
-def _compressed(path: str, compressor: Compressor, cache: Compressed, tokens: int) -> dict[str, Any]:
+def _compressed(path: str, compressor: Any, cache: Any, tokens: int) -> dict[str, Any]:
     """Rows of the incomplete block, and the overlap that the block before it leaves."""
     end, ratio = cache.values.shape[1], compressor.ratio
     pending = end - tokens % ratio

@@ -40,6 +40,7 @@ import dataclasses
 import math
 
 from dsv4_convert.golden.noise import Mode
+from dsv4_convert.spec.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,13 +153,12 @@ class Least:
 _RELEASE = Least(tap=2.0**-14, row=2.0**-10)
 #: Values that end in FP4 move by up to half of themselves.
 _RELEASE_FP4 = Least(tap=2.0**-10, row=2.0**-5)
-_FP4_TAPS = ("attn.indexer.q_rope", "attn.indexer.compressor.entries")
 #: From the tokens on, roundings multiply: keys become other FP8 numbers, here and there.
 _RELEASE_CUMULATIVE = Least(tap=2.0**-8, row=2.0**-5)
 
 
-def release_unit(tap: str, mode: Mode) -> Least:
+def release_unit(config: Config, tap: str, mode: Mode) -> Least:
     """The least noise of a tap, by its name within its layer, in release numerics, where it replaces :data:`UNIT`."""
     if mode is Mode.CUMULATIVE:
         return _RELEASE_CUMULATIVE
-    return _RELEASE_FP4 if tap in _FP4_TAPS else _RELEASE
+    return _RELEASE_FP4 if tap in config.fp4_taps else _RELEASE

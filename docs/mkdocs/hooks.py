@@ -200,12 +200,15 @@ def _meaning(owner: type, member: str) -> str:
 
 def _taps(which: str) -> str:
     from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
-    from dsv4_convert.spec.v4.taps import STAGE, STATE, TAPS
+    from dsv4_convert.spec.v4 import taps
+    from dsv4_convert.spec.v4.taps import READS_STREAMS, STAGE, STATE, TAPS
 
-    model = (BEFORE, AFTER)
+    model, stage = (BEFORE, AFTER), (STAGE, READS_STREAMS)
+    drafts = (READS_STREAMS, taps.DSPARK, taps.DSPARK_FIRST, taps.DSPARK_LATER, taps.DSPARK_LAST)
     chosen = {
-        "layer": [tap for tap in TAPS if tap.where not in (*model, STAGE)],
-        "stage": [tap for tap in TAPS if tap.where is STAGE],
+        "layer": [tap for tap in TAPS if tap.where not in (*model, *stage, *drafts)],
+        "stage": [tap for tap in TAPS if tap.where in stage],
+        "draft": [tap for tap in TAPS if tap.where in drafts],
         "model": [tap for tap in TAPS if tap.where in model],
         "state": list(STATE),
     }[which]
@@ -214,7 +217,7 @@ def _taps(which: str) -> str:
             _code(tap.name),
             _code(" ".join(tap.shape.split())),
             tap.meaning + (" (a choice)" if tap.values is Values.CHOICE else ""),
-            "" if tap.where in (LAYER, STAGE) else tap.where.label,
+            "" if tap.where in (LAYER, STAGE) or which == "stage" else tap.where.label,
             ", ".join(map(_code, tap.weights)),
         ]
         for tap in chosen

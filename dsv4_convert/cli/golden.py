@@ -72,9 +72,7 @@ def record(
     ] = None,
     stages: Annotated[
         bool,
-        typer.Option(
-            "--stages", help="Keep the mtp stages too, which run after all layers and have logits of their own."
-        ),
+        typer.Option("--stages", help="Keep the draft stages too, of mtp or DSpark, which run after all layers."),
     ] = False,
     reference: Annotated[
         str,

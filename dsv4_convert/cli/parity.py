@@ -50,7 +50,7 @@ def parity(
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} mtp stages have the next numbers.")
+        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} Draft stages have the next numbers.")
     ] = None,
     taps: Annotated[
         list[str] | None,
@@ -130,7 +130,7 @@ def parity(
         typer.Option(
             "--require-reach",
             help="Fail if the golden leaves an operation or an expert unchecked, or does not use weights of the "
-            "conversion (an mtp stage, rows of the vocabulary); with --against these are compared with the source.",
+            "conversion (a draft stage, rows of the vocabulary); with --against these are compared with the source.",
         ),
     ] = False,
     baseline: Annotated[

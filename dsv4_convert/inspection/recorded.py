@@ -39,7 +39,7 @@ def inspect_golden(golden: Golden, *, place: str, known_by: str, say: Callable[[
         "stored": f"{len(golden.names):,} taps, "
         + ("whole" if golden.compact is None else "compact")
         + f", of layers {ranges(backbone)}"
-        + (f" and {number_of(stages, 'mtp stage')}" if stages else ""),
+        + (f" and {number_of(stages, 'draft stage')}" if stages else ""),
         "noise": ", ".join(request.noise) or "none",
     }
     arrays = {"taps": 0, "sketches and rows": 0, "noise floors": 0}

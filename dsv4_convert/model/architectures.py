@@ -14,9 +14,14 @@ _MODELS: dict[type[Config], type[Decoder]] = {V4Config: Model, V41Config: V41Mod
 _NUMERICS: dict[type[Config], type[Numerics]] = {V4Config: Numerics, V41Config: V41Numerics}
 
 
+def decoder_of(config: Config) -> type[Decoder]:
+    """The class of the model of a config."""
+    return _MODELS[type(config)]
+
+
 def model_of(config: Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> Decoder:
     """The model of a config, its weights zero. ``scanned``: layers of one kind share a program."""
-    return _MODELS[type(config)](config, numerics, scanned=scanned)
+    return decoder_of(config)(config, numerics, scanned=scanned)
 
 
 def release_numerics(config: Config) -> Numerics:

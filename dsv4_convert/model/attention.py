@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_convert.model.axes import axis_index, shard_map
-from dsv4_convert.model.cache import LayerCache, Past, latest
+from dsv4_convert.model.cache import Compressed, LayerCache, Past, latest
 from dsv4_convert.model.compressor import Compressor
 from dsv4_convert.model.encoded import Encoded, product
 from dsv4_convert.model.indexer import Indexer, chosen_mask, entry_mask
@@ -194,6 +195,13 @@ class Attention(WindowedAttention):
         past_entries = Entries(entries, complete, chosen, self._slots(batch, tokens, past))
         output, window = self._attended(q, kv, past_entries, positions, table, taps, past)
         return output, None if window is None else LayerCache(window, compressed, indexed)
+
+    def compressors(self, cache: LayerCache) -> Iterator[tuple[str, Compressor, Compressed]]:
+        """Its compressors, by the names that their states have among the taps, with these states."""
+        if self.compressor is not None and cache.compressor is not None:
+            yield "compressor", self.compressor, cache.compressor
+        if self.indexer is not None and cache.indexer is not None:
+            yield "indexer", self.indexer.compressor, cache.indexer
 
 
 def _compressor(config: V4Config, kind: AttentionKind, numerics: Numerics) -> Compressor | None:

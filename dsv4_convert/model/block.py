@@ -49,12 +49,14 @@ class DecoderBlock(nnx.Module):
     A layer hands its *carry* to the next one: the streams, and what else an architecture carries from layer to layer. A
     subclass has ``attend``, ``route`` and ``combine``. With ``with_experts=False`` the block holds everything but the
     routed experts, which are nearly all of a layer's weights: a caller that streams them calls ``route``, computes them
-    one by one, and calls ``combine``.
+    one by one, and calls ``combine``. A block that looks up rows of a table (``config.table_of``) lacks the table, too:
+    the caller reads the :meth:`wanted_rows`, and hands them over with ``join``, which returns what enters ``attend``.
     """
 
     attend: Callable[..., tuple[Any, Any]]
     route: Callable[..., Routed]
     combine: Callable[..., Any]
+    join: Callable[..., Any]
 
     def __init__(self, config: Config, attention: Any, *, hashed: bool, with_experts: bool, numerics: Numerics) -> None:
         self.config = config
@@ -79,6 +81,10 @@ class DecoderBlock(nnx.Module):
         assert self.ffn.experts is not None
         output = self.ffn.experts(routed.x, routed.routing)
         return self.combine(carry, routed, output, taps), cache
+
+    def wanted_rows(self, token_ids: Int[Array, "B S"], past: Any = None) -> Int[Array, "B S *rest"]:
+        """The rows of its table that it looks up; with a ``past`` those after the tokens before."""
+        return token_ids
 
     def _attention_mix(self, streams: Float[Array, "B S N D"], taps: Taps) -> Mix:
         weights = (self.hc_attn_fn[...], self.hc_attn_base[...], self.hc_attn_scale[...])

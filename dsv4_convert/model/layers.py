@@ -149,6 +149,7 @@ class Layers(nnx.Module):
     """The layers of a model by themselves, as it has them."""
 
     def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
+        self.config = config
         self.layers = layers_of(config, numerics, scanned=scanned)
 
 

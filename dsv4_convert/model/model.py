@@ -6,8 +6,8 @@ Shape letters: ``B`` batch, ``S`` tokens, ``T`` layers that a draft reads, ``N``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from dsv4_convert.spec.v4.config import V4Config
 Entering: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
+#: The tap of the streams that leave a layer, by its name within the layer.
+_STREAMS = "hc_ffn.streams"
 
 
 class Decoder(nnx.Module):
@@ -42,13 +44,17 @@ class Decoder(nnx.Module):
     2. Every layer mixes its attention and its experts into the streams, and hands the next one its *carry*.
     3. The streams collapse to one, which is normalised and multiplied with the output head.
 
-    A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (what the logits are made of, from the
-    carry of the last layer) and ``logits``.
+    A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (the input of the head from the carry of
+    the last layer) and ``collapse`` (one stream of the head's input, by the parameters ``head_weights``). A carry has
+    names, those of the taps whose values it is made of: ``carry_of`` makes it of these, ``taps_of`` gives them back.
     """
 
+    head_weights: ClassVar[tuple[str, ...]] = ()
     enter: Callable[..., Any]
     leave: Callable[..., Any]
-    logits: Callable[..., Float[Array, "B S V"]]
+    collapse: Callable[..., Float[Array, "B S D"]]
+    carry_of: Callable[..., Any]
+    taps_of: Callable[..., dict[str, Array]]
 
     def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
         self.config = config
@@ -138,6 +144,20 @@ class Decoder(nnx.Module):
         leaving = jax.tree.map(lambda rows: jnp.where(_beside(overflow, rows), jnp.nan, rows), self.leave(carry))
         return leaving, dataclasses.replace(cache, layers=layers, tokens=cache.tokens + keep)
 
+    def logits(self, entering: Any, taps: Taps, stage: Any = None) -> Float[Array, "B S V"]:
+        """Logits of what enters the head after the last layer, or after a ``stage``, which has a head of its own."""
+        own = stage or self
+        weights = tuple(getattr(own, name)[...] for name in (*self.head_weights, "norm"))
+        return self.project(entering, (*weights, self.head[...]), self.config, taps)
+
+    @classmethod
+    def project(
+        cls, entering: Any, weights: Sequence[Float[Array, "..."]], config: Config, taps: Taps
+    ) -> Float[Array, "B S V"]:
+        """The head by its ``weights``: those in :attr:`head_weights`, the final norm, and the output matrix."""
+        *own, norm, matrix = weights
+        return output(cls.collapse(entering, own, config, taps), norm, matrix, config, taps)
+
 
 class Model(Decoder):
     """DeepSeek-V4.
@@ -152,6 +172,8 @@ class Model(Decoder):
         (1, 3, 96)
     """
 
+    head_weights = ("hc_head_fn", "hc_head_base", "hc_head_scale")
+
     def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
         """``scanned``: layers of one kind share a program, and their weights are stacked."""
         super().__init__(config, numerics, scanned=scanned)
@@ -161,11 +183,13 @@ class Model(Decoder):
         self.hc_head_scale = parameter("mix", 1)
         self.mtp = nnx.List([stage_of(config, stage, numerics) for stage in range(config.num_mtp_stages)])
 
-    def enter(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+    @staticmethod
+    def enter(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The carry of layer 0, which is the streams alone."""
         return streams
 
-    def leave(self, streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+    @staticmethod
+    def leave(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
         """The input of the head: the streams that leave the last layer."""
         return streams
 
@@ -173,6 +197,32 @@ class Model(Decoder):
     def why_no_drafts(self) -> str | None:
         """Why the model cannot draft tokens; None if it has stages."""
         return None if len(self.mtp) else super().why_no_drafts
+
+    @staticmethod
+    def carry_of(taps: Mapping[str, Any], dtype: DTypeLike) -> Float[Array, "B S N D"] | Entering:
+        """The carry that is made of these taps, or what enters a stage of DSpark."""
+        streams, context = (
+            None if name not in taps else jnp.asarray(taps[name], dtype) for name in (_STREAMS, "main_norm")
+        )
+        if "targets" in taps:
+            return None, jnp.asarray(taps["targets"], dtype)
+        if context is not None:
+            return streams, context
+        assert streams is not None
+        return streams
+
+    @staticmethod
+    def taps_of(streams: Float[Array, "B S N D"]) -> dict[str, Array]:
+        """The taps that a carry is made of."""
+        return {_STREAMS: streams}
+
+    @staticmethod
+    def collapse(
+        streams: Float[Array, "B S N D"], weights: Sequence[Float[Array, "..."]], config: Config, taps: Taps
+    ) -> Float[Array, "B S D"]:
+        """The one stream that the head reads."""
+        fn, base, scale = weights
+        return head_collapse(streams, fn, base, scale, config, taps)
 
     def reading_drafts(self) -> Taps:
         """The taps that :meth:`propose` reads of a call of :meth:`advance`."""
@@ -257,7 +307,7 @@ class Model(Decoder):
         streams, state = block.refine(streams, ids, context, positions, past, taps)
         if not block.last:
             return (streams, context), None, state
-        x = head_collapse(streams, *_collapse(block), self.config, taps)
+        x = self.collapse(streams, [getattr(block, name)[...] for name in self.head_weights], self.config, taps)
         logits = output(x, block.norm[...], self.head[...], self.config, taps)
         return (streams, context), block.choose(x, logits, ids[:, 0], taps), state
 
@@ -291,13 +341,6 @@ class Model(Decoder):
             streams = row_of(streams, only)
         return self.logits(streams, taps, block), after
 
-    def logits(
-        self, streams: Float[Array, "B S N D"], taps: Taps, stage: MTPBlock | None = None
-    ) -> Float[Array, "B S V"]:
-        """Logits of the streams that leave the last layer, or a ``stage``, which has its own collapse and norm."""
-        own = stage or self
-        return head(streams, *_collapse(own), own.norm[...], self.head[...], self.config, taps)
-
 
 def stage_of(config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool = True) -> MTPBlock | DSparkBlock:
     """A stage after the backbone, whichever kind the model has."""
@@ -308,13 +351,7 @@ def stage_of(config: V4Config, stage: int, numerics: Numerics, *, with_experts: 
 
 def _leaving(layer: int) -> str:
     """The tap of the streams that leave a layer."""
-    return f"layers.{layer}.hc_ffn.streams"
-
-
-def _collapse(
-    own: Model | MTPBlock | DSparkBlock,
-) -> tuple[Float[Array, "N ND"], Float[Array, " N"], Float[Array, "1"]]:
-    return own.hc_head_fn[...], own.hc_head_base[...], own.hc_head_scale[...]
+    return f"layers.{layer}.{_STREAMS}"
 
 
 def row_of(rows: Float[Array, "B S *rest"], index: Int[Array, " B"]) -> Float[Array, "B 1 *rest"]:
@@ -347,23 +384,9 @@ def _rows_of(table: Float[Array, "V P"], token_ids: Int[Array, "B S"]) -> Float[
     return all_to_all(rows, "width", split_axis=0, concat_axis=2)
 
 
-def head(
-    streams: Float[Array, "B S N D"],
-    fn: Float[Array, "N ND"],
-    base: Float[Array, " N"],
-    scale: Float[Array, "1"],
-    norm: Float[Array, " D"],
-    weight: Float[Array, "D V"],
-    config: Config,
-    taps: Taps,
-) -> Float[Array, "B S V"]:
-    """Collapse, norm and output head: norm(sum_n pre_n z_n) W, in float32 whatever the activations' dtype."""
-    return output(head_collapse(streams, fn, base, scale, config, taps), norm, weight, config, taps)
-
-
 def output(
     x: Float[Array, "B S D"], norm: Float[Array, " D"], weight: Float[Array, "D V"], config: Config, taps: Taps
 ) -> Float[Array, "B S V"]:
-    """Norm and output head of collapsed streams."""
+    """Norm and output head of collapsed streams: norm(x) W, in float32 whatever the activations' dtype."""
     x = taps("norm", rms_norm(x, norm, config.rms_norm_eps))
     return taps("logits", linear(x.astype(jnp.float32), weight))

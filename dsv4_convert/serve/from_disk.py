@@ -24,7 +24,7 @@ from dsv4_convert.model.architectures import release_numerics
 from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import LayerCache, Past
 from dsv4_convert.model.encoded import Encoded
-from dsv4_convert.model.model import embed, head
+from dsv4_convert.model.model import Model, embed
 from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
@@ -39,7 +39,7 @@ from dsv4_convert.weights.restore import available_bytes, restore_block
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm", "head")
+_HEAD = (*Model.head_weights, "norm", "head")
 #: Share of the available memory that is used unless a limit is given; files that were read fill the rest.
 _SHARE = 0.75
 #: Experts in memory beside the cache: those that threads turn into the model's layout, and those that are computed.
@@ -322,5 +322,4 @@ def _logits(
 ) -> Float[Array, "B V"]:
     """Logits of each prompt's last token."""
     last = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)
-    fn, base, scale, norm, words = weights
-    return head(last, fn, base, scale, norm, words, config, Taps())[:, 0]
+    return Model.project(last, weights, config, Taps())[:, 0]

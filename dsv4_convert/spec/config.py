@@ -90,6 +90,8 @@ class Config(ABC):
     #: Its taps in order of execution, and those of the state that a layer keeps between calls.
     taps: ClassVar[tuple[Tap, ...]]
     state: ClassVar[tuple[Tap, ...]]
+    #: Names of the taps whose values are FP4 in release numerics.
+    fp4_taps: ClassVar[tuple[str, ...]]
 
     vocab_size: int
     hidden_size: int
@@ -170,6 +172,18 @@ class Config(ABC):
     def chooses(self, layer: int) -> bool:
         """Whether a layer attends to some of the compressed entries only, whoever chose them."""
 
+    def table_of(self, layer: int) -> str | None:
+        """The path of the table in which a layer or stage looks up rows, too large to have all of it; None without.
+
+        A stage that embeds tokens looks up embeddings.
+        """
+        return "embed" if self.embeds(layer) else None
+
+    @property
+    def entries_per_candidate(self) -> int:
+        """Entries in a block of which a layer chooses some for later layers; 0 where none does."""
+        return 0
+
     def tap_sizes(self, entries: int) -> Mapping[str, int]:
         """Sizes of the shape letters of taps that only this architecture has, where there are so many entries."""
         return {}
@@ -202,6 +216,10 @@ class Config(ABC):
     def stage_layers(self) -> range:
         """The layer numbers of the stages after the backbone."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
+
+    def runs_stages(self, layers: Sequence[int]) -> bool:
+        """Whether one of the layer numbers is that of a stage."""
+        return any(layer in self.stage_layers for layer in layers)
 
     def embeds(self, layer: int) -> bool:
         """Whether the layer number is that of a stage that embeds tokens: an mtp stage, or the first of DSpark's."""

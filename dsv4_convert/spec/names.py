@@ -482,9 +482,11 @@ def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool =
     there = range(config.stage_layers.stop if stages else config.num_hidden_layers)
     wrong = [layer for layer in chosen if layer not in there]
     if wrong or not chosen:
-        of_stages = f", and its mtp stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
+        of_stages = (
+            f", and its draft stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
+        )
         raise UsageError(
             f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1}{of_stages or ' (mtp stages are not layers)'}"
+            f"{config.num_hidden_layers - 1}{of_stages or ' (draft stages are not layers)'}"
         )
     return chosen

@@ -79,6 +79,8 @@ class Tap:
     values: Values = Values.REAL
     #: For a choice: the tap that holds the scores it was chosen by.
     scores: str | None = None
+    #: For a choice among blocks of these candidates (``config.entries_per_candidate``), each as good as its best one.
+    of_blocks: bool = False
     #: Parameters that its operation uses itself, named as in its layer; those that a layer lacks do not count.
     weights: tuple[str, ...] = ()
     #: For an input of a layer: where its values come from.

@@ -161,8 +161,7 @@ def _with_stage(config: Config, stage: int, numerics: Numerics) -> Decoder:
 def _of_stage(weights: Parameters, layer: int, dtype: np.dtype[Any], mesh: Mesh | None, *, encoded: bool) -> _Filling:
     """Fills a model without layers, whose stage 0 has the parameters of ``layer``."""
     config, own = weights.config, weights.config.prefix(layer)
-    stages = {"num_mtp_stages": config.num_mtp_stages, "dspark": config.dspark}
-    alone = dataclasses.replace(config.of_layers(()), **stages)
+    alone = dataclasses.replace(config.of_layers(()), num_mtp_stages=config.num_mtp_stages, dspark=config.dspark)
     if encoded:
         _check_codes(weights)
     first = alone.prefix(0)

@@ -59,8 +59,8 @@ class DraftStage(nn.Module):
         self.streams, self.window = config.hc_mult, config.sliding_window
         self.block = modeling.DeepseekV4DecoderLayer(hf, layer)
         self.embed = nn.Identity()
-        for place in (*_MAIN.values(), *(_HEADS.values() if self.last else ())):
-            setattr(self, place, nn.Identity())
+        places = (*_MAIN.values(), *(_HEADS.values() if self.last else ()))
+        self.places = nn.ModuleDict({place: nn.Identity() for place in places})
         if self.first:
             self.main_proj = nn.Linear(width * len(config.dspark.target_layer_ids), width, bias=False)
             self.main_norm = modeling.DeepseekV4RMSNorm(width, eps=config.rms_norm_eps)
@@ -105,9 +105,9 @@ class DraftStage(nn.Module):
     def _keys(self, context: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The keys of the known tokens. A module's ``forward`` is called where a hook awaits its call for the block."""
         attention = self.block.self_attn
-        keys = self.main_wkv(attention.kv_proj.forward(context))
-        keys = self.main_kv_norm(attention.kv_norm.forward(keys))
-        rotated: Tensor = self.main_kv_rope(modeling.apply_rotary_pos_emb(keys.unsqueeze(1), *angles)[:, 0])
+        keys = self.places["main_wkv"](attention.kv_proj.forward(context))
+        keys = self.places["main_kv_norm"](attention.kv_norm.forward(keys))
+        rotated: Tensor = self.places["main_kv_rope"](modeling.apply_rotary_pos_emb(keys.unsqueeze(1), *angles)[:, 0])
         return rotated
 
     def draft(self, streams: Tensor, anchor: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
@@ -125,9 +125,9 @@ class DraftStage(nn.Module):
             token = best if self.chosen is None else self.chosen[:, at, 0]
         embedded, bias, scores, tokens = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
         for place, value in zip(list(_HEADS.values())[:4], (embedded, bias, scores, tokens), strict=True):
-            getattr(self, place)(value)
+            self.places[place](value)
         confidence = self.confidence_head["proj"](torch.cat([x, embedded], dim=-1))
-        self.confidence(confidence.squeeze(-1))
+        self.places["confidence"](confidence.squeeze(-1))
 
 
 def probes(layer: Mapping[str, Probe], *, first: bool, last: bool) -> dict[str, Probe]:
@@ -139,6 +139,6 @@ def probes(layer: Mapping[str, Probe], *, first: bool, last: bool) -> dict[str, 
     if first:
         begins = {"targets": Input(""), "main": Input("main_proj"), "embed": Output("embed")}
         begins |= {name: Output(name) for name in ("main_proj", "main_norm")}
-    known = {tap: Output(place) for tap, place in _MAIN.items()}
-    ends = HEAD_PROBES | {tap: Output(place) for tap, place in _HEADS.items()} if last else {}
+    known = {tap: Output(f"places.{place}") for tap, place in _MAIN.items()}
+    ends = HEAD_PROBES | {tap: Output(f"places.{place}") for tap, place in _HEADS.items()} if last else {}
     return {**begins, **known, **within, **ends}

@@ -270,7 +270,7 @@ def _stateless_markov(model: Model, patch: pytest.MonkeyPatch) -> None:
         joined = [jnp.concatenate([getattr(part, name) for part in parts], axis=1) for name in parts[0]._fields]
         for name in ("markov_head.embed", "markov_head", "draft_logits"):
             taps.values.pop(f"mtp.2.{name}")
-        taps.record("tokens", joined[0])
+        taps.record("tokens", joined[0][..., None])
         return drafts.Drafted(*joined)
 
     patch.setattr(drafts.DSparkBlock, "choose", choose)
@@ -295,9 +295,9 @@ IN_THE_MODEL: dict[str, tuple[Plant, str]] = {
     "the model's norm": (lambda model, _: model.mtp[2].norm.set_value(model.norm[...]), "mtp.2.norm"),
     "markov table transposed": (
         lambda model, _: model.mtp[2].markov_head.markov_w1.set_value(model.mtp[2].markov_head.markov_w2[...].T),
-        "mtp.2.tokens",
+        "mtp.2.markov_head.embed",
     ),
-    "markov head forgotten": (_set(2, "markov_head.markov_w2", jnp.zeros_like), "mtp.2.tokens"),
+    "markov head forgotten": (_set(2, "markov_head.markov_w2", jnp.zeros_like), "mtp.2.markov_head.embed"),
     "hyper-connections exchanged": (_swap(1, "hc_attn_fn", "hc_ffn_fn"), "mtp.1.hc_attn.post"),
     "sink forgotten": (_set(1, "attn.attn_sink", lambda sink: sink - 30), "mtp.1.attn.wo_a"),
     "router's bias forgotten": (_set(1, "ffn.gate.bias", lambda bias: -9 * bias), "mtp.1.ffn"),

@@ -123,15 +123,15 @@ FAULTS: dict[str, Edit] = {
     ),
     "offsets of the parts forgotten": Edit(_IDS, engram, "ngram_rows", "primes) + offsets", "primes)"),
     "look-back past the start finds the first token": Edit(
-        *(_IDS, engram.Engram, "__call__", "jnp.where(history < 0, self.pad, history)"),
+        *(_IDS, engram.Engram, "wanted_rows", "jnp.where(history < 0, self.pad, history)"),
         "jnp.where(history < 0, token_ids[:, :1], history)",
     ),
     "token ids not mapped": Edit(
-        *(_IDS, engram.Engram, "__call__", "self.token_map[...][jnp.where(history < 0, self.pad, history)]"),
+        *(_IDS, engram.Engram, "wanted_rows", "self.token_map[...][jnp.where(history < 0, self.pad, history)]"),
         "jnp.where(history < 0, self.pad, history)",
     ),
     "the pad id not mapped": Edit(
-        *(_IDS, engram.Engram, "__call__", "self.token_map[...][jnp.where(history < 0, self.pad, history)]"),
+        *(_IDS, engram.Engram, "wanted_rows", "self.token_map[...][jnp.where(history < 0, self.pad, history)]"),
         "jnp.where(history < 0, self.pad, self.token_map[...][history])",
     ),
     "gate without the square root": Edit(
@@ -161,7 +161,7 @@ FAULTS: dict[str, Edit] = {
         "layers.1.attn.wo_b", block.V41Block, "combine", "routed.mixing.pre", "carry.pre"
     ),
     "the mean of the streams before the head": Edit(
-        "logits", backbone.V41Model, "logits", "carry.pre,", "0 * carry.pre + 0.25,"
+        "logits", backbone.V41Model, "collapse", "carry.pre,", "0 * carry.pre + 0.25,"
     ),
     "pairs shifted by a token": Edit(
         *("layers.2.attn.compressor.norm", compressor.LatentCompressor, "_pool", "rows.astype(jnp.float32)"),

@@ -206,9 +206,9 @@ def test_an_interrupted_recording_goes_on_with_the_stage(source: Path, golden: G
 
 def test_what_has_no_stage_is_refused(source: Path, golden: Golden, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", STAGED | {"num_nextn_predict_layers": 0, "compress_ratios": [0]}, seed=0)
-    with pytest.raises(UsageError, match="has no mtp stage"):
+    with pytest.raises(UsageError, match="has no draft stage"):
         record(tmp_path / "hf", tmp_path / "golden", OPTIONS)
-    with pytest.raises(UsageError, match="its mtp stages are 1"):
+    with pytest.raises(UsageError, match="its draft stages are 1"):
         ParityRun(PublishedWeights.open(source), golden, ParityOptions(layers=[2])).run()
 
 
@@ -222,4 +222,4 @@ def test_the_commands(source: Path, tmp_path: Path) -> None:
     assert "\ne_proj " in shown
     done = run(app, ["parity", "--source", str(source), "--golden", out, "--layer", "1", "--program", "streamed"])
     assert done.exit_code == 0, done.output
-    assert "of layers 0 and 1 mtp stage" in run(app, ["inspect", out]).output
+    assert "of layers 0 and 1 draft stage" in run(app, ["inspect", out]).output

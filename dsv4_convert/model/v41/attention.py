@@ -6,6 +6,7 @@ width, ``Ci`` indexer head width, ``k`` chosen entries, ``c`` candidate blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -94,6 +95,11 @@ class SharedAttention(WindowedAttention):
         past_entries = Entries(entries, complete, chosen, self._slots(batch, tokens, past))
         output, window = self._attended(q, kv, past_entries, positions, table, taps, past)
         return output, shared, None if window is None else V41LayerCache(window, source, None)
+
+    def compressors(self, cache: V41LayerCache) -> Iterator[tuple[str, LatentCompressor, SourceCache]]:
+        """Its compressor, by the name that its state has among the taps, with this state."""
+        if self.compressor is not None and cache.source is not None:
+            yield "compressor", self.compressor, cache.source
 
     def _compress(
         self,

@@ -1,6 +1,7 @@
 """One layer of V4.1: an engram in some, then the halves, each with an input that the half before it weighs.
 
-Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width.
+Shape letters: ``B`` batch, ``S`` tokens, ``N`` streams, ``D`` width, ``J`` rows of a table that a token looks up, ``C``
+width of a row.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.block import DecoderBlock, Routed
@@ -42,7 +44,8 @@ class V41Block(DecoderBlock):
         attention = SharedAttention(config, kind, numerics)
         super().__init__(config, attention, hashed=False, with_experts=with_experts, numerics=numerics)
         self.kind = kind
-        self.engram = None if kind.engram is None else Engram(config, kind.engram, numerics)
+        engram = kind.engram
+        self.engram = None if engram is None else Engram(config, engram, numerics, with_table=with_experts)
 
     def attend(
         self,
@@ -63,6 +66,17 @@ class V41Block(DecoderBlock):
         streams = taps("hc_attn.streams", spread(output, streams, mixing))
         cache = None if cache is None else dataclasses.replace(cache, recent=recent)
         return Carry(streams, mixing.pre, shared), cache
+
+    def wanted_rows(self, token_ids: Int[Array, "B S"], past: Past[V41LayerCache] | None = None) -> Int[Array, "B S J"]:
+        """The rows of the engram's table."""
+        assert self.engram is not None
+        return self.engram.wanted_rows(token_ids, past)[0]
+
+    def join(self, carry: Carry, rows: Float[Array, "B S J C"], taps: Taps) -> Carry:
+        """The same carry; the engram, whose table is not there, has its rows."""
+        assert self.engram is not None
+        self.engram.looked_up = nnx.data(rows)
+        return carry
 
     def _entering(self, carry: Carry, taps: Taps) -> Carry:
         """The carry through the taps of what this layer reads."""

@@ -51,6 +51,9 @@ class LatentCompressor(nnx.Module):
     Source: published inference code of V4.1, ``Compressor``.
     """
 
+    #: Blocks do not overlap.
+    overlap = False
+
     def __init__(self, config: V41Config, ratio: int, numerics: Numerics) -> None:
         self.ratio = ratio
         self.eps = config.rms_norm_eps

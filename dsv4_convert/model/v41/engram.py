@@ -46,8 +46,10 @@ class Engram(nnx.Module):
     Source: published inference code of V4.1, ``Engram`` and ``NgramHashState``.
     """
 
-    def __init__(self, config: V41Config, index: int, numerics: Numerics) -> None:
-        """``index``: which of the config's engrams it is."""
+    looked_up: Float[Array, "B S J C"] | None
+
+    def __init__(self, config: V41Config, index: int, numerics: Numerics, *, with_table: bool = True) -> None:
+        """``index``: which of the config's engrams it is. Without its table it takes rows that are ``looked_up``."""
         engram = config.engram
         assert engram is not None
         self.numerics = numerics
@@ -56,7 +58,8 @@ class Engram(nnx.Module):
         self.pad = engram.pad_token_id
         streams, width = config.hc_mult, config.hidden_size
         self.token_map = derived("token", config.vocab_size, dtype=jnp.int32)
-        self.embed = parameter("ngram entry", engram.num_embeddings[index], engram.head_dim)
+        self.embed = parameter("ngram entry", engram.num_embeddings[index], engram.head_dim) if with_table else None
+        self.looked_up = nnx.data(None)
         rows = len(self.hash.primes)
         self.wkv = parameter("width whole_width", rows * engram.head_dim, (streams + 1) * width)
         self.q_weight = parameter("streams whole_width", streams, width)
@@ -71,21 +74,30 @@ class Engram(nnx.Module):
     ) -> tuple[Float[Array, "B S N D"], Int[Array, "B P"] | None]:
         """The streams with what the table has for the tokens; with a ``past`` the last tokens seen too."""
         batch, tokens, count, width = streams.shape
-        before = len(self.hash.multipliers) - 1
-        recent = None if past is None else past.cache.recent
-        earlier = jnp.full((batch, before), -1, jnp.int32) if recent is None else recent
-        history = jnp.concatenate([earlier, token_ids.astype(jnp.int32)], axis=1)
-        mapped = self.token_map[...][jnp.where(history < 0, self.pad, history)]
-        index = taps("ids", ngram_rows(mapped, self.hash))
-        rows = rows_of(self.embed.get_value(), index).astype(streams.dtype)
+        index, history = self.wanted_rows(token_ids, past)
+        index = taps("ids", index)
+        rows = self.looked_up if self.embed is None else rows_of(self.embed.get_value(), index)
+        assert rows is not None
+        rows = rows.astype(streams.dtype)
         both = self.numerics.linear(rows.reshape(batch, tokens, -1), self.wkv.get_value())
         key, value = jnp.split(both, [count * width], axis=-1)
         key = taps("key", key.reshape(streams.shape))
         value = taps("value", value).astype(jnp.float32)
         gate = taps("gate", self._gate(streams.astype(jnp.float32), key.astype(jnp.float32)))
         added = streams.astype(jnp.float32) + gate[..., None] * value[:, :, None]
-        after = None if past is None else latest(history, past.kept, before)
+        after = None if past is None else latest(history, past.kept, len(self.hash.multipliers) - 1)
         return taps("streams", added.astype(streams.dtype)), after
+
+    def wanted_rows(
+        self, token_ids: Int[Array, "B S"], past: Past[V41LayerCache] | None = None
+    ) -> tuple[Int[Array, "B S J"], Int[Array, "B PS"]]:
+        """The rows of the table, and the ids of the tokens that they are hashed from, -1 before the first one."""
+        before = len(self.hash.multipliers) - 1
+        recent = None if past is None else past.cache.recent
+        earlier = jnp.full((len(token_ids), before), -1, jnp.int32) if recent is None else recent
+        history = jnp.concatenate([earlier, token_ids.astype(jnp.int32)], axis=1)
+        mapped = self.token_map[...][jnp.where(history < 0, self.pad, history)]
+        return ngram_rows(mapped, self.hash), history
 
     def _gate(self, h: Float[Array, "B S N D"], key: Float[Array, "B S N D"]) -> Float[Array, "B S N"]:
         weight = self.q_weight[...].astype(jnp.float32) * self.k_weight[...].astype(jnp.float32)

@@ -44,6 +44,7 @@ class V4Config(Config):
     names = NAMES
     taps = TAPS
     state = STATE
+    fp4_taps = ("attn.indexer.q_rope", "attn.indexer.compressor.entries")
 
     attention: tuple[AttentionKind, ...]
     hash_routed: tuple[bool, ...]

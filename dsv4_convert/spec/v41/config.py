@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from dsv4_convert.errors import UsageError
 from dsv4_convert.show.units import ranges
 from dsv4_convert.spec.config import Config, Count, short
 from dsv4_convert.spec.fields import FIXED, REALS, SIZES, Fields
@@ -34,6 +33,7 @@ class V41Config(Config):
     names = NAMES
     taps = TAPS
     state = STATE
+    fp4_taps = ("attn.compressor.entries", "attn.indexer.q_rope", "attn.indexer.keys")
 
     compress_ratios: tuple[Count, ...]
     kv_source_layer_ids: tuple[Count, ...]
@@ -74,6 +74,15 @@ class V41Config(Config):
     def indexes(self, layer: int) -> bool:
         """Whether a layer chooses among compressed keys."""
         return layer in self.index_source_layer_ids
+
+    def table_of(self, layer: int) -> str | None:
+        """The path of the n-gram table of a layer with an engram."""
+        return f"{self.prefix(layer)}engram.embed" if self.has_engram(layer) else super().table_of(layer)
+
+    @property
+    def entries_per_candidate(self) -> int:
+        """Entries in a candidate block."""
+        return self.candidate_block_size
 
     def tap_sizes(self, entries: int) -> Mapping[str, int]:
         """Table rows that a token looks up, and candidate blocks of a query."""
@@ -139,16 +148,8 @@ class V41Config(Config):
     def of_layers(self, layers: Sequence[int]) -> Self:
         """The architecture with some of its layers only, in this order, and without stages after the backbone.
 
-        Raises:
-            UsageError: a layer attends to keys of a layer that is not among them.
+        Every layer stays of its kind. What it reads of a layer that is not among them has to come from elsewhere.
         """
-        for layer in layers:
-            needed = (self.kv_source(layer), self.index_source(layer))
-            absent = {each for each in needed if each is not None and each not in layers}
-            if absent:
-                raise UsageError(
-                    f"layer {layer} attends to what layer {ranges(absent)} compresses and chooses; take both"
-                )
         places = {layer: place for place, layer in enumerate(layers)}
 
         def mapped(ids: Sequence[int]) -> tuple[int, ...]:
@@ -161,6 +162,7 @@ class V41Config(Config):
             tables = tuple(engram.tables[at] for at in kept)
             engram = dataclasses.replace(engram, layer_ids=mapped(engram.layer_ids), num_embeddings=rows, tables=tables)
         candidates = self.candidate_source_layer_id
+        uses = any(self.layer_kind(layer).candidates is Candidates.USER for layer in layers)
         return dataclasses.replace(
             self,
             num_hidden_layers=len(layers),
@@ -169,7 +171,7 @@ class V41Config(Config):
             compress_ratios=tuple(self.compress_ratios[layer] for layer in layers),
             kv_source_layer_ids=mapped(self.kv_source_layer_ids),
             index_source_layer_ids=mapped(self.index_source_layer_ids),
-            candidate_source_layer_id=None if candidates is None else places.get(candidates),
+            candidate_source_layer_id=None if candidates is None else places.get(candidates, -1 if uses else None),
             engram=engram if engram is not None and engram.layer_ids else None,
         )
 

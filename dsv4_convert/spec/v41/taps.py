@@ -68,7 +68,7 @@ TAPS: tuple[Tap, ...] = (
     Tap("attn.indexer.keys", "B T Ci", "rotated index keys", KV_SOURCE),
     *_as_v4("attn.compressor.entries", "attn.indexer.q_rope", "attn.indexer.weights_proj", "attn.indexer.scores"),
     Tap("attn.indexer.candidates", "B S c", "blocks of entries that later indexers choose from", NOMINATES,
-        Values.CHOICE),
+        Values.CHOICE, scores="attn.indexer.scores", of_blocks=True),
     *_as_v4("attn.indexer.chosen", "attn.context", "attn.context_unrotated", "attn.wo_a", "attn.wo_b",
             "hc_attn.streams"),
     *_hyper_connection("hc_ffn"),

@@ -113,21 +113,21 @@ class Required:
     Attributes:
         title: the model.
         names: what its ``model.py`` defines, as far as it is asked for.
-        of_stage: the same, for stages after the layers.
+        stages: its classes of draft stages, of which it has one; none if stages are not recorded.
         files: what it imports from its own folder.
     """
 
     title: str
     names: tuple[str, ...]
-    of_stage: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
 
 def load(folder: Path, required: Required, *, stages: bool = False) -> Code:
-    """Import ``model.py`` of a folder, or of its ``inference`` folder.
+    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have their blocks.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none; or stages of this model are not recorded.
         BadInput: it cannot be imported, or lacks what is ``required``, so that it defines another model.
     """
     path = next((place / _MODEL for place in (folder, folder / "inference") if (place / _MODEL).is_file()), None)
@@ -136,13 +136,17 @@ def load(folder: Path, required: Required, *, stages: bool = False) -> Code:
             f"--release-code {folder}: no {_MODEL} there; expected the `inference` folder that every DeepSeek-V4 "
             "repository has beside its weights"
         )
+    if stages and not required.stages:
+        raise UsageError(f"--stages: the draft stages of {required.title} are not recorded; leave --stages out")
     found = {file: path.with_name(file) for file in required.files}
     with _modules(_stand_ins(kernels.RELEASE)), ExitStack() as stack:
         for file in found.values():
             stack.enter_context(_modules({file.stem: _executed(file, file.stem)}))
         module = _executed(path, "dsv4_release_code")
-    names = (*required.names, *(required.of_stage if stages else ()), *_STAND_INS["kernel"])
-    if missing := [name for name in names if not _has(module, name)]:
+    missing = [name for name in (*required.names, *_STAND_INS["kernel"]) if not _has(module, name)]
+    if stages and not any(_has(module, name) for name in required.stages):
+        missing.append(" or ".join(required.stages))
+    if missing:
         raise BadInput(f"{path}: has no {', '.join(missing)}; expected the inference code of {required.title}")
     files = [path, *found.values(), *(file for file in (path.with_name(_KERNEL),) if file.is_file())]
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

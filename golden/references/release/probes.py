@@ -104,6 +104,13 @@ def watching_function(module: Any, name: str, seen: Callable[[tuple[Any, ...], A
 
 
 @contextmanager
+def watching_head(visit: Visit) -> Iterator[None]:
+    """Visit the weights of the head's collapse."""
+    with _Collapse(visit):
+        yield
+
+
+@contextmanager
 def exact_functions() -> Iterator[None]:
     """While active, torch's sums and functions compute in float64 and round once, to the dtype that they have now."""
     with _Exact():
@@ -204,12 +211,12 @@ def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
 
     def watched_rotate(x: Tensor, freqs: Tensor, inverse: bool = False) -> Any:
         nonlocal started
-        if not started:
-            visit("attn.q", _whole(x))
-        started = True
+        if not started and x.ndim == 4:  # queries have heads; DSpark's stages rotate the keys of known tokens first
+            visit("attn.q", whole(x))
+            started = True
         result = rotate(x, freqs, inverse)
         if inverse:
-            visit("attn.context_unrotated", _whole(x))
+            visit("attn.context_unrotated", whole(x))
         return result
 
     def watched_attend(q: Tensor, kv: Tensor, *others: Any) -> Tensor:
@@ -227,7 +234,7 @@ def _attention(code: Code, visit: Visit, slot: int | None) -> Iterator[None]:
         yield
 
 
-def _whole(rotated: Tensor) -> Tensor:
+def whole(rotated: Tensor) -> Tensor:
     """The vectors whose last channels are ``rotated``: it is a slice of them."""
     base = rotated._base
     return rotated if base is None else base
@@ -284,6 +291,21 @@ class _Functions(TorchFunctionMode):
         indices = torch.from_numpy(choice.astype(np.int64)).reshape(result.indices.shape)
         # None is an entry that no query sees, which the code itself makes none of.
         return torch.return_types.topk((result.values, torch.where(indices < 0, 1 << 30, indices)))
+
+
+class _Collapse(TorchFunctionMode):
+    """The first argument of the one ``unsqueeze`` in the head's collapse."""
+
+    def __init__(self, visit: Visit) -> None:
+        super().__init__()
+        self._visit = visit
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.unsqueeze:
+            self._visit("hc_head.pre", args[0])
+        return func(*args, **(kwargs or {}))
 
 
 #: Functions whose last bits depend on the order of a sum, or on who implements them.

@@ -26,10 +26,12 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.golden.layout import (
     DTYPES,
+    STREAMS,
     calls,
     entering,
     entering_head,
     joined,
+    known_tokens,
     part_of,
     part_shape,
     rows_of,
@@ -39,11 +41,13 @@ from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.release.arithmetic import Arithmetic, Run
 from dsv4_convert.golden.references.release.code import Code, complaint
+from dsv4_convert.golden.references.release.drafts import BEGINS, KNOWN, Draft
 from dsv4_convert.golden.references.release.interface import Entering, PromptCalls, StoredAs, caches
 from dsv4_convert.golden.references.release.interfaces import INTERFACES
 from dsv4_convert.golden.references.release.probes import EXPERTS, WEIGHTS, Choices, Expected, Visit
 from dsv4_convert.golden.references.release.state import state_after
 from dsv4_convert.golden.references.release.weights import CodeWeights
+from dsv4_convert.golden.references.targets import gathered, kept
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution
 from dsv4_convert.spec.names import Dialect
@@ -51,14 +55,12 @@ from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
-#: What leaves layers, as the taps of the layers that made it, by their names behind the name of the run and a colon.
+#: What leaves layers: streams by the run that they belong to, other taps of the layers that made them by ``RUN/TAP``.
 State = dict[str, Array]
 #: The same of one run, by the names of the taps.
 _Carry = Mapping[str, Array]
 
-_GOLDEN = "golden"
-#: Rows of the output head that are in memory at a time.
-_HEAD_ROWS = 8192
+_GOLDEN, _TARGETS = "golden", "targets"
 
 
 def describe(code: Code, arithmetic: Arithmetic, changes: Mapping[str, str]) -> Reference:
@@ -142,10 +144,13 @@ class ReleasedModel:
 
         The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
         """
+        step = partial(self._step, layer)
+        if self._config.drafts_blocks(layer):
+            return self._run(step, state, expected)
         of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
-        left, taken = self._run(partial(self._step, layer), state, of_block)
+        left, taken = self._run(step, state, of_block)
         if layer not in self._config.stage_layers:
-            return left, taken
+            return kept(state, left, self._config, layer), taken
         of_head = {name: what for name, what in expected.items() if name not in of_block}
         _, head = self._run(partial(self._head, layer), left, of_head)
         return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
@@ -158,6 +163,8 @@ class ReleasedModel:
         """A layer or stage with its weights."""
         interface = self._interface
         block = interface.block(layer, self._weights, run)
+        if self._config.drafts_blocks(layer):
+            return self._draft(layer, block)
         return _Step(
             layer,
             self._calls,
@@ -167,11 +174,21 @@ class ReleasedModel:
             block=block,
         )
 
+    def _draft(self, layer: int, block: nn.Module) -> _Step:
+        """A DSpark stage. At least its last known token comes by itself, because the code drafts after such ones."""
+        known = known_tokens(self._ids.shape[1])
+        begun = min(self._calls[0][1], known - 1)
+        calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
+        draft = Draft(self._code, block, self._ids[:, -1], calls)
+        inputs = {key.tap.name: _origin(key) for key in entering(self._config, layer)}
+        return _Step(layer, calls, inputs, draft.forward, draft.watching, block, drafts=True)
+
     def _head(self, layer: int | None, run: Run) -> _Step:
         """What follows the last layer, or the layer of a stage."""
         prefix = "" if layer is None else self._config.prefix(layer)
         head = self._interface.head(prefix, self._weights, run)
-        return self._head_step(layer, lambda given, visit: head(given, partial(self._logits, run), visit))
+        logits = partial(self._weights.logits, dtype=run.wide)
+        return self._head_step(layer, lambda given, visit: head(given, logits, visit))
 
     def _head_step(self, layer: int | None, head: Callable[[Entering, Visit], None]) -> _Step:
         return _Step(
@@ -181,13 +198,6 @@ class ReleasedModel:
             forward=lambda given, _, visit: head(given, visit),
             watching=lambda visit, choices, start: nullcontext(),
         )
-
-    def _logits(self, run: Run, normed: Tensor) -> Tensor:
-        """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
-        starts = range(0, self._config.vocab_size, _HEAD_ROWS)
-        parts = (slice(start, start + _HEAD_ROWS) for start in starts)
-        rows = (self._weights.floats("head.weight", run.wide, rows=part) for part in parts)
-        return torch.cat([self._code.logits(normed, weight) for weight in rows], dim=-1)
 
     def _try_head(self) -> None:
         """Run the head on one token of zeros, so that code with another one is refused before a layer runs.
@@ -215,9 +225,9 @@ class ReleasedModel:
         states: list[dict[str, Tensor]] = []
         with self._active(golden):
             step = step_of(golden)
-            given = _of_run(_GOLDEN, state)
+            given = self._carry(step, _GOLDEN, state)
             left, taps = self._pass(_Pass(step, golden, given, states), expected)
-        leaving = _named(_GOLDEN, {**given, **left})
+        leaving = _named(_GOLDEN, {**_of_run(_GOLDEN, state), **left})
         noise: dict[str, list[list[Array]]] = {name: [] for name in taps if expected[name][0].kind == "f"}
         for dtype, run in self._noise.items():
             with self._active(run):
@@ -226,14 +236,21 @@ class ReleasedModel:
                 with run.around():
                     alone = _Pass(step, run, given, states if by_operation else states[:1], taps, feed=by_operation)
                     _, isolated = self._pass(alone, expected)
-                    own = _of_run(dtype, state)
+                    own = self._carry(step, dtype, state)
                     left, cumulative = self._pass(_Pass(step, run, own, states[:1], taps), expected)
-            leaving |= _named(dtype, {**own, **left})
+            leaving |= _named(dtype, {**_of_run(dtype, state), **left})
             found = {Mode.ISOLATED: isolated, Mode.CUMULATIVE: cumulative}
             for name, rows in noise.items():
                 rows.append([found[mode][name] for mode in MODES])
         stacked: dict[str, Array] = {name: np.array(rows) for name, rows in noise.items()} if self._noise else {}
         return leaving, RecordedTaps(taps, stacked)
+
+    def _carry(self, step: _Step, run: str, state: State) -> _Carry:
+        """What earlier layers made in a run, by tap; the streams of DSpark's target layers are one array."""
+        carry = _of_run(run, state)
+        if _TARGETS in step.inputs:
+            carry[_TARGETS] = gathered(state, run, self._config)[:, : step.calls[-1][1]]
+        return carry
 
     def _pass(self, what: _Pass, expected: Expected) -> tuple[dict[str, Array], dict[str, Array]]:
         """One run over all tokens, call by call: what leaves, and the taps, or their row noise beside the golden's.
@@ -243,12 +260,12 @@ class ReleasedModel:
         """
         step, golden = what.step, what.golden
         given = self._given(step, what)
-        kept: Expected = {} if step.block is None else self._carried(step.layer)
-        every = {**expected, **kept}
+        carried: Expected = {} if step.block is None else self._carried(step.layer)
+        every = {**expected, **carried}
         computed = {name: tap for name, tap in every.items() if not is_state(name) and name not in given}
         held = {} if step.block is None else caches(step.block)
         found: dict[str, list[Array]] = {name: [] for name in computed if name in expected}
-        left: dict[str, list[Array]] = {name: [] for name in kept}
+        left: dict[str, list[Array]] = {name: [] for name in carried}
         taps: dict[str, Array] = {}
         for number, (start, stop) in enumerate(step.calls):
             if golden is None:
@@ -256,11 +273,13 @@ class ReleasedModel:
             elif number < len(what.states):
                 for name, cache in held.items():
                     cache.copy_(what.states[number][name])
-            parts = {name: self._part(step, name, start, stop) for name in computed}
+            parts = self._parts(step, computed, start, stop)
+            shapes = {name: (computed[name][0], shape) for name, (_, shape) in parts.items()}
+            recorded = {name: place for name, place in parts.items() if name in found}
             call = _Call(
-                {name: (computed[name][0], shape) for name, (_, shape) in parts.items()},
-                {name: part_of(golden[name], *parts[name]) for name in found} if golden is not None else None,
-                kept=kept,
+                shapes,
+                None if golden is None else {name: part_of(golden[name], *place) for name, place in recorded.items()},
+                kept=carried,
                 feed=what.feed,
             )
             call.run(self._code, step, self._rows_by(step, given, start, stop), slice(start, stop))
@@ -269,7 +288,7 @@ class ReleasedModel:
                     found[name].append(value)
             for name, value in call.left.items():
                 left[name].append(value)
-            if number == 0 and len(step.calls) > 1 and step.block is not None:
+            if stop == self._calls[0][1] and len(self._calls) > 1 and step.block is not None:
                 taps |= state_after(self._code, step.block, self._interface.window(step.block), expected, stop)
         taps |= {name: _array(value) for name, value in given.items() if name in expected}
         if golden is None:
@@ -277,7 +296,7 @@ class ReleasedModel:
         else:
             taps = {name: row_noise(value, golden[name]) for name, value in taps.items() if value.dtype.kind == "f"}
             taps |= {name: np.concatenate(values, axis=2) for name, values in found.items() if values}
-        return {name: joined(values, kept[name][1]) for name, values in left.items()}, taps
+        return {name: joined(values, carried[name][1]) for name, values in left.items()}, taps
 
     def _given(self, step: _Step, what: _Pass) -> dict[str, Tensor]:
         """What enters a step, in the dtypes of a run, by the names of the step's own taps."""
@@ -289,8 +308,10 @@ class ReleasedModel:
             given[name] = value
         return given
 
-    def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> Mapping[str, Tensor]:
         """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past so far."""
+        if step.drafts:
+            return given
         parts = {}
         for name, value in given.items():
             key = TapKey.of(self._config, step.layer, name)
@@ -300,11 +321,21 @@ class ReleasedModel:
             parts[name] = value[:, rows.start : rows.stop, *(slice(size) for size in shape[2:])]
         return parts
 
-    def _part(self, step: _Step, name: str, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
-        """The rows of a tap that a call makes, and the shape of what it makes."""
-        key = TapKey.of(self._config, step.layer, name)
-        shape = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
-        return rows_of(key, self._config, start, stop), shape
+    def _parts(
+        self, step: _Step, computed: Expected, start: int, stop: int
+    ) -> dict[str, tuple[range, tuple[int, ...]]]:
+        """The rows of taps that a call makes, and the shape of what it makes, of the taps that it makes any rows of."""
+        parts = {}
+        for name, (_, shape) in computed.items():
+            key = TapKey.of(self._config, step.layer, name)
+            if not step.drafts:
+                own = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
+                parts[name] = rows_of(key, self._config, start, stop), own
+            elif name.startswith(KNOWN):
+                parts[name] = range(start, stop), (shape[0], stop - start, *shape[2:])
+            elif start == 0 if name in BEGINS else (start, stop) == step.calls[-1]:
+                parts[name] = range(shape[1]), shape
+        return parts
 
     def _carried(self, layer: int | None) -> Expected:
         """The taps of a layer that later layers start from."""
@@ -321,9 +352,9 @@ class ReleasedModel:
 
 
 def _origin(key: TapKey) -> str:
-    """The tap that has the values of one that a layer starts from."""
+    """The tap that has the values of one that a layer starts from; its own name if several taps have them."""
     assert key.tap.origin is not None
-    return key.tap.origin.tap
+    return key.tap.name if key.tap.origin.stacked else key.tap.origin.tap
 
 
 def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> StoredAs:
@@ -339,12 +370,14 @@ def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> 
 
 
 def _named(run: str, values: Mapping[str, Array]) -> State:
-    return {f"{run}:{name}": value for name, value in values.items()}
+    """Values of a run by tap, as they stand in the state."""
+    return {run if name == STREAMS.name else f"{run}/{name}": value for name, value in values.items()}
 
 
 def _of_run(run: str, state: State) -> dict[str, Array]:
-    prefix = f"{run}:"
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    """The inverse of :func:`_named`."""
+    own = {name.partition("/"): value for name, value in state.items()}
+    return {name or STREAMS.name: value for (of, _, name), value in own.items() if of == run}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +391,7 @@ class _Step:
         forward: ``(what enters, tokens of the call, visitor)``.
         watching: ``(visitor, choices, start)``: a context in which taps are visited.
         block: the code's block, which has caches.
+        drafts: whether it is a DSpark stage.
     """
 
     layer: int | None
@@ -366,6 +400,7 @@ class _Step:
     forward: Callable[[Entering, slice, Visit], None]
     watching: Callable[[Visit, Choices, int], AbstractContextManager[None]]
     block: nn.Module | None = None
+    drafts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

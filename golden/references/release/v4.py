@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.golden.references.release.arithmetic import Run
-from dsv4_convert.golden.references.release.code import Required
+from dsv4_convert.golden.references.release.code import Code, Required
 from dsv4_convert.golden.references.release.interface import Entering, Interface, PromptCalls, StoredAs, ToLogits
 from dsv4_convert.golden.references.release.probes import (
     INPUTS,
@@ -22,6 +23,7 @@ from dsv4_convert.golden.references.release.probes import (
     Visit,
     watching_block,
     watching_function,
+    watching_head,
 )
 from dsv4_convert.golden.references.release.weights import CodeWeights
 from dsv4_convert.spec.v4.config import V4Config
@@ -38,6 +40,10 @@ _INPUTS = INPUTS | {
 }
 
 
+#: The code's classes of draft stages: of multi-token prediction, and since V4-Flash-0731 of DSpark.
+MTP, DSPARK = "MTPBlock", "DSparkBlock"
+
+
 class V4Interface(Interface):
     """The code of DeepSeek-V4: Flash, Pro, their Base and dated releases."""
 
@@ -45,25 +51,42 @@ class V4Interface(Interface):
         "DeepSeek-V4",
         ("ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
          "apply_rotary_emb"),
-        of_stage=("MTPBlock",),
+        stages=(MTP, DSPARK),
     )  # fmt: skip
+
+    def __init__(self, code: Code, config: V4Config, prompt: PromptCalls, storage: StoredAs) -> None:
+        """No weight is read. Raises :class:`BadInput` for code of another model, or without its stages."""
+        super().__init__(code, config, prompt, storage)
+        wanted = MTP if config.dspark is None else DSPARK
+        if config.runs_stages(prompt.layers) and not hasattr(code.module, wanted):
+            raise BadInput(
+                f"{code.path}: has no {wanted}, and {prompt.root} has its stages; expected the `inference` folder that "
+                "the same repository has beside its weights"
+            )
 
     @staticmethod
     def values(config: V4Config, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
         """The arguments of the code."""
-        return Interface.values(config, prompt, storage) | {
+        values = Interface.values(config, prompt, storage) | {
             "n_hash_layers": sum(config.hash_routed),
             "scale_dtype": "fp32" if storage.float_scales else "fp8",
         }
+        if config.dspark is not None and config.runs_stages(prompt.layers):
+            values |= {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
+            values |= {"n_mtp_layers": config.num_mtp_stages, "temperature": 0.0}
+            values["max_seq_len"] += config.dspark.block_size
+        return values
 
     def block(self, layer: int, weights: CodeWeights, run: Run) -> Any:
-        """A ``Block``, or the ``MTPBlock`` of a stage."""
-        stage = layer in self.config.stage_layers
-        block = (self.code.module.MTPBlock if stage else self.code.module.Block)(layer, self.args)
+        """A ``Block``, or that of a stage."""
+        module, config = self.code.module, self.config
+        if layer not in config.stage_layers:
+            return self.filled(module.Block(layer, self.args), layer, weights, run)
+        block = (module.MTPBlock if config.dspark is None else module.DSparkBlock)(layer, self.args)
         self.filled(block, layer, weights, run)
-        if stage:  # both are the model's own; the head, which evaluates one position only, is run for all of them
-            block.embed = partial(weights.embedded, dtype=run.dtype)
-            block.head = lambda streams, *mixing: streams
+        # Both are the model's own; the head, which evaluates one position only, is run for all of them.
+        block.embed = partial(weights.embedded, dtype=run.dtype)
+        block.head = (lambda streams, *_: streams) if config.dspark is None else partial(_of_all, weights, run)
         return block
 
     def forward(self, layer: int, block: Any, entering: Entering, tokens: slice) -> None:
@@ -106,7 +129,7 @@ class V4Interface(Interface):
     def _to_logits(
         self, norm: nn.Module, mixing: Sequence[Tensor], entering: Entering, logits: ToLogits, visit: Visit
     ) -> None:
-        with _Collapse(visit):
+        with watching_head(visit):
             collapsed = self._collapse()(entering["input"], *mixing)
         visit("hc_head", collapsed)
         normed = norm(collapsed)
@@ -123,16 +146,7 @@ class V4Interface(Interface):
         return method
 
 
-class _Collapse(TorchFunctionMode):
-    """The first argument of the one ``unsqueeze`` in the head's collapse."""
-
-    def __init__(self, visit: Visit) -> None:
-        super().__init__()
-        self._visit = visit
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.unsqueeze:
-            self._visit("hc_head.pre", args[0])
-        return func(*args, **(kwargs or {}))
+def _of_all(weights: CodeWeights, run: Run, normed: Tensor, full_logits: bool) -> Tensor:
+    """The head of a DSpark stage, which wants the logits of all positions."""
+    assert full_logits
+    return weights.logits(normed, run.wide)

@@ -153,16 +153,19 @@ def names(report: ParityReport, layer: int | None, taps: Iterable[str], *, also:
 class Held:
     """All parameters of a small model in memory, as :class:`dsv4_convert.weights.parameters.Parameters`."""
 
-    def __init__(self, config: Config, arrays: Arrays) -> None:
+    def __init__(self, config: Config, arrays: Arrays, mapped: Array | None = None) -> None:
         self.config = config
         self.arrays = arrays
+        self.mapped = mapped
         self.metadata = {"source": "memory", "storage": "float32"}
         self.layers = tuple(range(config.stage_layers.stop))
 
     @classmethod
     def read_from(cls, weights: PublishedWeights) -> Held:
         """Everything that ``weights`` has."""
-        return cls(weights.config, {path: weights.read(path) for path, _, _ in parameters(weights.config)})
+        arrays = {path: weights.read(path) for path, _, _ in parameters(weights.config)}
+        tables = map(weights.config.table_of, range(weights.config.num_hidden_layers))
+        return cls(weights.config, arrays, weights.token_map() if any(tables) else None)
 
     def check_layers(self, wanted: tuple[int, ...]) -> None:
         """All are there."""
@@ -185,8 +188,9 @@ class Held:
         return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
-        """V4 has none."""
-        raise NotImplementedError
+        """Of a model that has engrams."""
+        assert self.mapped is not None
+        return self.mapped
 
     def damaged(self, path: str) -> bool:
         """Nothing is stored."""
@@ -255,7 +259,7 @@ def _planted(patient: Patient, fault: Fault) -> Iterator[Held]:
         owners = {located(healthy.config, path)[1] for path in changed}
         assert owners <= {fault.layer, *fault.also}, "other layers are as they were"
         assert all(arrays[path].shape == healthy.arrays[path].shape for path in changed)
-    yield Held(healthy.config, arrays)
+    yield Held(healthy.config, arrays, healthy.mapped)
 
 
 class _Tampered:
