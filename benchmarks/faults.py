@@ -9,7 +9,11 @@ many a fault, every matrix is scaled a little as well. Needs the ``reference`` e
 ``--program streamed`` plants the faults of weights, tables and code in the streamed layers; ``model`` those of the
 compiled layer, on each of its paths; eight simulated devices share some.
 
-Run: python -m benchmarks.faults [--program streamed|model|both] [--compact] [--dtype bfloat16] [NAME ...]
+``--model v4.1`` plants those of DeepSeek-V4.1, in the streamed layers of a model with every kind of layer, whose golden
+has activations of NeMo Automodel. Faults in what a layer hands on to others show in a run from the tokens.
+
+Run: python -m benchmarks.faults [--model v4.1] [--program streamed|model|both] [--compact] [--dtype bfloat16]
+[NAME ...]
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
 from tests.parity.faults import program
-from tests.parity.faults.catalogue import CATALOGUE
+from tests.parity.faults.catalogue import CATALOGUE, CATALOGUE_V41
 from tests.parity.faults.fault import Fault, examine, patient
 from tests.parity.faults.program import PATHS, PROGRAM, ProgramFault
 from tests.parity.faults.scales import SCALES
@@ -63,7 +67,7 @@ def streamed(
         healthy = ParityRun(patients[name].held, patients[name].golden, ParityOptions(dtype=dtype)).run()
         assert healthy.passed, verdict(healthy)
     for fault in faults:
-        yield fault, fault.kind, examine(patients[fault.model], fault, dtype=dtype)
+        yield fault, fault.kind, examine(patients[fault.model], fault, dtype=dtype, **fault.options)
 
 
 def compiled(folder: Path, faults: list[ProgramFault]) -> Iterator[tuple[ProgramFault, str, ParityReport]]:
@@ -86,6 +90,9 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names; all faults if none is given")
+    parser.add_argument(
+        "--model", choices=("v4", "v4.1"), default="v4", help="the architecture whose faults are planted"
+    )
     parser.add_argument("--program", choices=_PROGRAMS, default="both", help="the program that faults are planted in")
     parser.add_argument(
         "--compact", action="store_true", help="streamed: compare with a compact golden, from the tokens"
@@ -94,17 +101,21 @@ def main() -> None:
         "--dtype", choices=tuple(UNIT), default="float32", help="streamed: dtype of weights and activations"
     )
     options = parser.parse_args()
+    newer = options.model == "v4.1"
+    if newer and (options.compact or options.dtype != "float32"):
+        parser.error("--model v4.1: float32, with a whole golden")
     found = rightly = 0
     kinds: Counter[str] = Counter()
-    table = Table(box=None)
+    console, table = Console(width=160), Table(box=None)
     for column in ("fault", "in", "operation", "found", "named", "by", "noise floors"):
         table.add_column(column, overflow="fold")
     with tempfile.TemporaryDirectory() as folder:
         examined: list[Iterator[tuple[Fault | ProgramFault, str, ParityReport]]] = []
         if options.program != "model":
-            faults = _chosen((CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})).values(), options.names)
+            catalogue = CATALOGUE_V41 if newer else CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})
+            faults = _chosen(catalogue.values(), options.names)
             examined.append(streamed(Path(folder), faults, compact=options.compact, dtype=options.dtype))
-        if options.program != "streamed":
+        if options.program != "streamed" and not newer:
             examined.append(compiled(Path(folder) / "program", _chosen(PROGRAM, options.names)))
         for fault, kind, report in chain.from_iterable(examined):
             right = fault.named_by(report)
@@ -120,8 +131,10 @@ def main() -> None:
                 "" if first is None else ", ".join(first.exceeded(report.limits)),
                 _multiple(report),
             )
+            if not right:
+                console.print(f"{fault.name}: {verdict(report)}", style="red")
             print(f"{kinds.total()} done", end="\r", flush=True)
-    Console(width=160).print(table)
+    console.print(table)
     print(json.dumps({"faults": kinds.total(), "kinds": kinds, "found": found, "named_rightly": rightly}))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.layout import known_tokens
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.taps import TapKey
+from dsv4_convert.spec.taps import TapKey, taps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,12 @@ def _missed(config: Config, layer: int, tokens: int) -> list[str]:
         return [*missed, f"no block of {ratio} tokens is complete, so the compressor makes no entry"]
     if not config.indexes(layer):
         return missed
-    if entries < 2:
+    if entries < 2 and config.compressor_width(layer) > config.head_dim:
         missed.append(f"a single block of {ratio} tokens is complete, so none overlaps with the one before")
     if entries <= config.index_topk:
         missed.append(f"the indexer never has to choose: {entries} entries, of which it may keep {config.index_topk}")
+    names = {tap.name for tap in taps_of(config, layer)}
+    blocks, kept = -(-entries // max(1, config.entries_per_candidate)), config.tap_sizes(entries).get("c", 0)
+    if blocks <= kept and names & {"attn.indexer.candidates", "input.candidates"}:
+        missed.append(f"no candidate block is ever left out: {blocks} blocks, of which it may keep {kept}")
     return missed

@@ -61,6 +61,10 @@ class Localizer:
         """Blame the operation of the first failing tap. ``activations`` are those of its layer. Raises likewise."""
         return self._explain(first.layer, [first], activations, teacher_forced=False)
 
+    def blame_hand_over(self, layer: int, wrong: Sequence[TapResult]) -> Localization:
+        """Blame inputs of a layer that are not what an earlier layer made, which agrees."""
+        return self._explain(layer, wrong, {}, teacher_forced=False)
+
     def _explain(
         self, layer: int | None, wrong: Sequence[TapResult], activations: Activations, *, teacher_forced: bool
     ) -> Localization:

@@ -51,18 +51,14 @@ class ModelOptions:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises :class:`UsageError` for options that do not go together."""
+        """Raises :class:`UsageError` for chunks of no tokens."""
         if self.chunk is not None and self.chunk < 1:
             raise UsageError(f"chunks of {self.chunk} tokens: expected at least 1")
-        if self.experts == "grouped" and self.weights == "source":
-            raise UsageError("grouped experts need expanded weights: a grouped matmul would decode all experts at once")
 
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms of weights that may be tried, the first one that fits is taken."""
-        if self.weights is not None:
-            return (self.weights,)
-        return ("expanded",) if self.experts == "grouped" else ("expanded", "source")
+        return ("expanded", "source") if self.weights is None else (self.weights,)
 
     def facts(self, layers: tuple[int, ...]) -> ProgramFacts:
         """The program as a report states it, which compared ``layers``."""

@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_convert.checkpoint.locate import open_source
 from dsv4_convert.errors import BadInput, ResourceError, UsageError, did_you_mean, listed
 from dsv4_convert.golden.archive import Golden, open_golden
-from dsv4_convert.golden.layout import STREAMS, is_fed, known_tokens, parts
+from dsv4_convert.golden.layout import INPUT, STREAMS, entering, is_fed, known_tokens, origin_of, parts
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.prompt_coverage import LayerCoverage, prompt_coverage
 from dsv4_convert.model import PLAIN
@@ -548,8 +548,23 @@ class ParityRun:
             activations = localizer.run(layer)
         if self._measures_operations:
             failed |= self._judge_operations(activations)
+        if layer is not None and (handed_on := self._wrongly_handed_on(layer)):
+            self._localizations.append(localizer.blame_hand_over(layer, handed_on))
         if failed:
             self._localizations.append(localizer.localize(layer, activations))
+
+    def _wrongly_handed_on(self, layer: int) -> list[TapResult]:
+        """Inputs that fail in cumulative mode, although the earlier taps whose values they should have agree."""
+        results = {result.key: result for result in self._results[Mode.CUMULATIVE]}
+        found = []
+        for key in entering(self._golden.config, layer):
+            result, made = results.get(key), results.get(origin_of(self._golden.config, key))
+            stacked = key.tap.origin is not None and key.tap.origin.stacked
+            if stacked or result is None or result.verdict is not Verdict.FAIL:
+                continue
+            if (layer == 0 and key.tap.name != INPUT.name) or (made is not None and made.verdict is not Verdict.FAIL):
+                found.append(result)
+        return found
 
     def _judge_operations(self, activations: Activations) -> bool:
         """Add to the isolated results what every operation does on the golden's own inputs; whether any fails so."""

@@ -22,8 +22,8 @@ class Ended(NamedTuple):
 
 
 def start(arguments: Sequence[str], *, devices: int = 1) -> subprocess.Popen[str]:
-    """Python with these arguments, on a CPU that JAX takes for so many devices."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    """Python with these arguments, on a CPU that JAX takes for so many devices; XLA has the flags of this process."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, *arguments]
     return subprocess.Popen(

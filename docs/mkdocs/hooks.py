@@ -202,6 +202,7 @@ def _taps(which: str) -> str:
     from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Values
     from dsv4_convert.spec.v4 import taps
     from dsv4_convert.spec.v4.taps import READS_STREAMS, STAGE, STATE, TAPS
+    from dsv4_convert.spec.v41.taps import TAPS as TAPS_OF_V41
 
     model, stage = (BEFORE, AFTER), (STAGE, READS_STREAMS)
     drafts = (READS_STREAMS, taps.DSPARK, taps.DSPARK_FIRST, taps.DSPARK_LATER, taps.DSPARK_LAST)
@@ -211,6 +212,7 @@ def _taps(which: str) -> str:
         "draft": [tap for tap in TAPS if tap.where in drafts],
         "model": [tap for tap in TAPS if tap.where in model],
         "state": list(STATE),
+        "v4.1": [tap for tap in TAPS_OF_V41 if tap not in TAPS],
     }[which]
     rows = [
         [

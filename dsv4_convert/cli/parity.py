@@ -80,8 +80,8 @@ def parity(
         str | None,
         typer.Option(
             **one_of("grouped", "packed"),
-            help="How the compiled layer computes experts: grouped (ragged_dot) or packed. Default: grouped on "
-            "accelerators with expanded weights, packed otherwise.",
+            help="How the compiled layer computes experts: grouped (ragged_dot, or a kernel for published codes) or "
+            "packed. Default: grouped on TPUs, and on GPUs with expanded weights; packed otherwise.",
         ),
     ] = None,
     scanned: Annotated[

@@ -177,7 +177,7 @@ def decoded(
     codes = jnp.pad(codes, short) if any(after for _, after in short) else codes
     values = jnp.stack(_halves(codes), axis=-2) if packed else _e4m3(codes)
     values = values.reshape(*stack, blocks[0], block[0], blocks[1], block[1])
-    for factor in _factors(scales):
+    for factor in factors(scales):
         values = values * factor[..., :, None, :, None]
     values = values.reshape(*stack, blocks[0] * block[0], blocks[1] * block[1])[..., :inputs, :outputs]
     # A product with a power of two needs no rounding.
@@ -229,20 +229,25 @@ def _by_codes(x: Float[Array, "*stack I"], w: Encoded) -> Float[Array, "*stack O
     given = x.reshape(*stack, parts, _TERMS)
     terms = functools.reduce(jnp.add, [given[..., at, None] * value for at, value in enumerate(values)])
     blocked = terms.reshape(*stack, inputs // w.block[0], -1, outputs // w.block[1], w.block[1])
-    for factor in _factors(w.scales):
+    for factor in factors(w.scales):
         blocked = blocked * factor[..., :, None, :, None]
     terms = blocked.reshape(terms.shape)
     return einsum_f32("p,...po->...o", jnp.ones(parts, jnp.float32), terms)
 
 
+def numbers(codes: UInt8[Array, "*stack P O"], *, packed: bool) -> tuple[Float[Array, "*stack P O"], ...]:
+    """The numbers that codes stand for without their scales; of packed FP4 those of even inputs, then of odd ones."""
+    return _halves(codes) if packed else (_e4m3(codes),)
+
+
 def _halves(codes: UInt8[Array, "*stack P O"]) -> tuple[Float[Array, "*stack P O"], Float[Array, "*stack P O"]]:
     """The numbers of both halves of packed bytes, the low one first."""
-    return _e2m1(codes & 15), _e2m1(codes >> 4)
+    wide = codes.astype(jnp.int32)  # a TPU's core cannot shift bytes
+    return _e2m1(wide & 15), _e2m1(wide >> 4)
 
 
-def _e2m1(code: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
+def _e2m1(wide: Int[Array, "*stack P O"]) -> Float[Array, "*stack P O"]:
     """0, 0.5, 1, 1.5, 2, 3, 4, 6 by the low three bits, the sign by the fourth."""
-    wide = code.astype(jnp.int32)
     magnitude = wide & 7
     # Two bits of exponent and one of mantissa, in their places in a float32; 0 and 0.5 are below the normal numbers.
     normal = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
@@ -261,7 +266,7 @@ def _e4m3_on_cpu(codes: UInt8[Array, "*stack P O"]) -> Float[Array, "*stack P O"
     return jnp.where(wide & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 256)
 
 
-def _factors(scales: Shaped[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], ...]:
+def factors(scales: Shaped[Array, "*stack R C"]) -> tuple[Float[Array, "*stack R C"], ...]:
     """Factors whose product is the scale: of ``2^(b - 127)`` there are two, as a float32 of 2^-127 is subnormal."""
     if scales.dtype == jnp.float32:
         return (scales,)

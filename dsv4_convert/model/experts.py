@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
 from dsv4_convert.model.encoded import Encoded
+from dsv4_convert.model.grouped_codes import ragged_dot_codes
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter, precision
 from dsv4_convert.model.router import Routing
@@ -140,7 +141,8 @@ def _sum_of_experts(
     x, experts, weights = all_gather((x, experts, weights), "experts")
     experts = experts - axis_index("experts") * w1.shape[0]
     rows, *routing = (part.reshape(-1, part.shape[-1]) for part in (x, experts, weights))
-    total = lax.platform_dependent(rows, Routing(*routing), w1, w2, w3, cpu=way("cpu"), default=way("tpu"))
+    ways = {platform: way(platform) for platform in ("cpu", "tpu")}
+    total = lax.platform_dependent(rows, Routing(*routing), w1, w2, w3, **ways, default=way("cuda"))
     return psum_scatter(psum(total.reshape(x.shape), "inner"), "experts")
 
 
@@ -148,25 +150,27 @@ def expert_path(platform: str, *, encoded: bool) -> ExpertPath:
     """How a platform computes routed experts whose stacks are ``encoded`` or expanded.
 
     Accelerators run one grouped matmul per matrix. XLA's grouped matmul on CPU computes every expert for every row, so
-    there the rows are packed. Encoded stacks are packed everywhere: a grouped matmul would decode all experts at once.
+    there the rows are packed. It also would decode all experts at once, so encoded stacks need a kernel, which exists
+    for TPUs; on GPUs their rows are packed.
     """
-    return "packed" if encoded or platform == "cpu" else "grouped"
+    return "packed" if platform == "cpu" or (encoded and platform != "tpu") else "grouped"
 
 
 def grouped(
     x: Float[Array, "M D"],
     routing: Routing,
-    w1: Float[Array, "E D I"],
-    w2: Float[Array, "E I D"],
-    w3: Float[Array, "E D I"],
+    w1: Float[Array | Encoded, "E D I"],
+    w2: Float[Array | Encoded, "E I D"],
+    w3: Float[Array | Encoded, "E D I"],
     *,
     limit: float,
     numerics: Numerics = PLAIN,
 ) -> Float[Array, "M D"]:
     """The chosen experts' outputs, each times its weight, summed in float32; experts outside the stack add nothing.
 
-    Rows are sorted by expert, then one ragged matmul per matrix covers all experts. A loop takes a few thousand rows
-    at a time, so memory has a bound whatever the routing, and no row is dropped.
+    Rows are sorted by expert, then one ragged matmul per matrix covers all experts; encoded stacks are decoded inside
+    it, tile by tile. A loop takes a few thousand rows at a time, so memory has a bound whatever the routing, and no row
+    is dropped.
     """
     tokens, chosen = routing.experts.shape
     order, sizes = _by_expert(routing.experts, w1.shape[0])
@@ -201,10 +205,15 @@ def grouped(
 
 
 def _ragged(
-    rows: Float[Array, "R inner"], stack: Float[Array, "E inner outer"], sizes: Int[Array, " E"], numerics: Numerics
+    rows: Float[Array, "R inner"],
+    stack: Float[Array | Encoded, "E inner outer"],
+    sizes: Int[Array, " E"],
+    numerics: Numerics,
 ) -> Float[Array, "R outer"]:
-    """Multiply rows, sorted by expert, each with its expert's matrix."""
+    """Multiply rows, sorted by expert, each with its expert's matrix; rows of no expert are undefined."""
     dtype = stack.dtype if numerics.quantized else rows.dtype
+    if isinstance(stack, Encoded):
+        return ragged_dot_codes(rows.astype(dtype), stack, sizes).astype(rows.dtype)
     operands = (rows.astype(dtype), stack.astype(dtype))
     product = lax.ragged_dot(*operands, sizes, precision=precision(*operands), preferred_element_type=jnp.float32)
     return product.astype(rows.dtype)

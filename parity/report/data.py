@@ -115,7 +115,8 @@ class Localization:
 
     ``teacher_forced``: the layer ran again with every operation on the golden's own inputs. A compact golden does not
     hold these inputs; then only the operation of the first failing tap is here, from the run itself.
-    ``wrong``: the operations whose result differs even so, in order of execution: each is a fault of its own.
+    ``wrong``: the operations whose result differs even so, in order of execution: each is a fault of its own. Or inputs
+    of the layer that are not what an earlier layer made, though that agrees (:attr:`handed_on`).
     ``weights``: the parameters that these operations use. ``damaged``: the weights whose stored bytes changed after the
     conversion. ``differing``: the weights that differ from the source; None if no source was given. ``experts``: the
     experts that all failing tokens of ``ffn.experts`` share with no passing one.
@@ -128,6 +129,11 @@ class Localization:
     damaged: tuple[str, ...]
     differing: tuple[WeightDifference, ...] | None
     experts: tuple[int, ...]
+
+    @property
+    def handed_on(self) -> bool:
+        """Whether it is no operation that is wrong, but what an earlier layer hands on of what it made rightly."""
+        return bool(self.wrong) and is_fed(self.wrong[0].key, Mode.ISOLATED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,12 @@ _SAME_WEIGHTS = (
 )
 _PROGRAMS = ("streamed", "model")
 #: Ways to compute routed experts, and forms of weights, in words.
-_EXPERTS = {"grouped": "grouped (ragged_dot)", "packed": "packed"}
+_EXPERTS = {
+    ("grouped", "expanded"): "grouped (ragged_dot)",
+    ("grouped", "source"): "grouped (a kernel that decodes tiles)",
+    ("packed", "expanded"): "packed",
+    ("packed", "source"): "packed",
+}
 _WEIGHTS = {"expanded": "expanded", "source": "encoded"}
 _MORE_TOKENS = (
     "The prompt does not reach everything, so that is not checked: record a golden with more tokens. The section on "
@@ -150,7 +155,7 @@ def _program(facts: ProgramFacts) -> str:
 
 def ways(facts: ProgramFacts) -> str:
     """How a compiled layer ran."""
-    found = [f"{_EXPERTS[facts.experts]} experts", f"{_WEIGHTS[facts.weights]} weights"]
+    found = [f"{_EXPERTS[facts.experts, facts.weights]} experts", f"{_WEIGHTS[facts.weights]} weights"]
     found += ["scanned"] if facts.scanned else []
     found += [] if facts.chunk is None else [f"in chunks of {facts.chunk} tokens"]
     return ", ".join(found)
@@ -169,7 +174,7 @@ def _last_lines(report: ParityReport) -> Iterator[tuple[str, str]]:
 def _cause(report: ParityReport, first: TapResult) -> Iterator[str]:
     """The golden's own reason, then other weights, then the localization that found an operation, first layer first."""
     yield from _other_revision(report)
-    if report.other_weights:
+    if len(report.other_weights or ()) > _NAMED:
         yield _whose(report)
     ranked = sorted(report.localizations, key=lambda found: (not found.wrong, found.layer != first.layer))
     for found in ranked[:1]:
@@ -448,6 +453,8 @@ def operation(found: Localization, first: TapResult | None = None) -> Iterator[s
     elif found.teacher_forced:
         alone = "is wrong by itself" if len(names) == 1 else "are wrong by themselves"
         yield f"Fed with the golden's own inputs, {_list(names)} {alone}."
+    elif found.handed_on:
+        yield "The layer that makes it computes it rightly, so something else is handed on."
     else:
         yield "All that is computed before it agrees, so the operation itself is wrong."
     for result in found.wrong[:_NAMED]:
@@ -597,7 +604,7 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
             "The golden does not know the values of its weights, so whether these are the same is open: record it "
             "again with this version of dsv4."
         )
-    if any(not found.teacher_forced for found in report.localizations):
+    if any(not (found.teacher_forced or found.handed_on) for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
         yield f"While looking for it, `--layer {first.layer}` runs that layer alone."

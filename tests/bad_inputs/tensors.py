@@ -113,8 +113,8 @@ def _hidden(id: str, what: str, change: Callable[[dict[str, Tensor]], None], wei
             Step(("verify", "{dest}"), 0),
             Step(("verify", "{dest}", "--against", "{source}"), 0),
             Step(_HEALTHY_SOURCE, 1, (weight, "is not the tensor that was converted")),
-            Step(("parity", "{dest}", "--golden", "{golden}", "--layer", "0"), 1, ("FAIL: layers.0.", weight)),
-            Step(_PARITY_SOURCE_0, 1, ("FAIL: layers.0.", weight)),
+            Step(("parity", "{dest}", "--golden", "{golden}", "--layer", "0"), 1, ("is the first tap that diverges", weight)),
+            Step(_PARITY_SOURCE_0, 1, ("is the first tap that diverges", weight)),
         ),
     )
 
@@ -171,7 +171,7 @@ def _after(id: str, what: str, edit: Callable[[Place], None], leaf: str) -> tupl
         steps=(
             Step(VERIFY, 1, (f"{{orbax}}/{leaf}", "changed or damaged", "Convert the model again")),
             Step(AGAINST, 1, (leaf, "the stored bytes have changed since")),
-            Step(_PARITY_0, 1, ("FAIL: layers.0.", leaf)),
+            Step(_PARITY_0, 1, ("is the first tap that diverges", leaf)),
         ),
     )
     forged = Case(
@@ -183,7 +183,7 @@ def _after(id: str, what: str, edit: Callable[[Place], None], leaf: str) -> tupl
         steps=(
             Step(VERIFY, 0),
             Step(AGAINST, 1, (leaf, "neither side has changed since")),
-            Step(_PARITY_0, 1, ("FAIL: layers.0.", leaf)),
+            Step(_PARITY_0, 1, ("is the first tap that diverges", leaf)),
         ),
     )
     return happened, forged

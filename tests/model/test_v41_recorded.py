@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,6 +24,8 @@ from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
+
+from ..edits import edited
 
 DATA = Path(__file__).parents[1] / "data" / "v41" / "automodel.safetensors"
 #: Largest relative error of a tap, root mean square over root mean square. Measured: 1e-7 to 1e-6.
@@ -96,20 +95,15 @@ class Edit(NamedTuple):
 
     def planted(self) -> Any:
         """A context in which the model has the fault."""
-        function = inspect.unwrap(inspect.getattr_static(self.owner, self.function))
-        source = textwrap.dedent(inspect.getsource(function))
-        assert source.count(self.old) == 1, f"{self.old!r} occurs {source.count(self.old)} times"
-        scope = dict(vars(sys.modules[function.__module__]))
-        exec(compile(source.replace(self.old, self.new), "", "exec", dont_inherit=True), scope)
-        return patch.object(self.owner, self.function, scope[self.function])
+        return patch.object(self.owner, self.function, edited(self.owner, self.function, self.old, self.new))
 
 
 _IDS, _AFTER_ENGRAM = "layers.1.engram.ids", "layers.1.hc_attn.pre"
 _KEYS, _CHOICE, _CANDIDATES = "attn.indexer.k_norm", "attn.indexer.chosen", "layers.4.attn.indexer.candidates"
 FAULTS: dict[str, Edit] = {
     "the same primes for n-grams of every size": Edit(
-        *(_IDS, engram, "ngram_hash", "primes = tuple(taken)[table * engram.columns :]"),
-        "primes = tuple(taken)[: engram.n_heads] * (engram.max_ngram_size - 1)",
+        *(_IDS, engram, "ngram_hash", "engram.vocab_size), first, first + engram.columns))"),
+        "engram.vocab_size), engram.n_heads)) * (engram.max_ngram_size - 1)",
     ),
     "the other engram's hash": Edit(_IDS, engram, "ngram_hash", "engram.tables[index]", "1 - engram.tables[index]"),
     "multipliers by the engram's number": Edit(

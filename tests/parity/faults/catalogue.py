@@ -9,8 +9,11 @@ from .drafts import DRAFT_FAULTS
 from .fault import Fault
 from .stages import STAGES
 from .tables import TABLES
+from .v41 import V41
 from .weights import WEIGHTS
 
 _ALL = (*WEIGHTS, *DECODING, *TABLES, *CONFIGS, *CODE, *STAGES, *DRAFT_FAULTS)
 CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in _ALL}
 assert len(CATALOGUE) == len(_ALL)
+CATALOGUE_V41: dict[str, Fault] = {fault.name: fault for fault in V41}
+assert len(CATALOGUE_V41) == len(V41)

@@ -23,9 +23,9 @@ from dsv4_convert.golden.compact import Compact
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
-from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, tiny_v41_config, write_checkpoint
 from dsv4_convert.model import experts
-from dsv4_convert.parity.forward import Activations, Forward
+from dsv4_convert.parity.forward import Activations, Entering, Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
@@ -82,6 +82,8 @@ DRAFTING = dspark_config(
     dspark_target_layer_ids=[0, 1],
 )
 DRAFTS = (2, 3, 4)
+#: Every kind of layer of V4.1: one of the architectures of which Automodel's activations are recorded.
+V41_MODEL = tiny_v41_config(index_n_heads=64, sliding_window=6, engram_pad_token_id=10)
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "main": (MAIN, 300),
@@ -89,6 +91,7 @@ MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "wide": (WIDE, 600),
     "staged": (STAGED, 60),
     "drafting": (DRAFTING, 60),
+    "v4.1": (V41_MODEL, 40),
 }
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
@@ -102,7 +105,8 @@ class Fault:
     of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
 
     ``also`` are other layers that the fault is in. ``or_taps`` are other operations with the same wrong parameter; they
-    may be named instead.
+    may be named instead. ``runs``: the layer in which code of this fault runs (-1: the embedding), if what it hands on
+    is wrong and so the tap is one of a later layer; it shows in a run from the tokens only.
     """
 
     name: str
@@ -116,6 +120,12 @@ class Fault:
     also: tuple[int, ...] = ()
     or_taps: tuple[str, ...] = ()
     model: str = "main"
+    runs: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a run needs so that the fault shows: for one in what is handed on, all layers from the tokens."""
+        return {} if self.runs is None else {"modes": (Mode.CUMULATIVE,)}
 
     @property
     def kind(self) -> str:
@@ -223,6 +233,12 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
     """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
     raw, tokens = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
+    if model == "v4.1":
+        from ..v41 import automodel, recorded
+
+        held, (config, known) = Held.read_from(PublishedWeights.open(folder / "hf")), automodel("every kind of layer")
+        assert config == raw
+        return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
     ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
     options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting"))
     golden = record(folder / "hf", folder / "golden", options)
@@ -284,11 +300,11 @@ class _FaultyForward(Forward):
         self._fault = fault
         self._held = weights
 
-    def embed(self) -> tuple[Activations, jax.Array]:
-        with self._active(None):
+    def embed(self) -> tuple[Activations, Entering]:
+        with self._active(None if self._fault.runs is None else -1):
             return super().embed()
 
-    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, jax.Array | Array]:
+    def layer(self, layer: int, entering: Any, overrides: Any = None) -> tuple[Activations, Entering]:
         with self._active(layer):
             return super().layer(layer, entering, overrides)
 
@@ -298,7 +314,8 @@ class _FaultyForward(Forward):
 
     def _active(self, layer: int | None) -> Any:
         fault = self._fault
-        if layer != fault.layer or fault.kind not in ("config", "code"):
+        runs = fault.layer if fault.runs is None else fault.runs
+        if layer != runs or fault.kind not in ("config", "code"):
             return nullcontext()
         stack = ExitStack()
         if fault.config is not None:

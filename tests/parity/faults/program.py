@@ -7,9 +7,6 @@ the grouped, packed, scanned and sharded paths at all.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,7 +21,7 @@ from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
-from dsv4_convert.model import attention, cache, compressor, encoded, experts, indexer, layers
+from dsv4_convert.model import attention, cache, compressor, encoded, experts, grouped_codes, indexer, layers
 from dsv4_convert.model import model as backbone
 from dsv4_convert.parity import compiled
 from dsv4_convert.parity.devices import Devices
@@ -34,6 +31,7 @@ from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
 
+from ...edits import edited
 from .fault import names
 
 #: A window-only layer routed by table, then twice a CSA and an HCA layer, which a scanned model loops over.
@@ -47,6 +45,7 @@ PATHS: Mapping[str, ModelOptions] = {
     "packed": ModelOptions(weights="expanded"),
     "grouped": ModelOptions(weights="expanded", experts="grouped"),
     "codes": ModelOptions(weights="source"),
+    "grouped codes": ModelOptions(weights="source", experts="grouped"),
     "indexer": ModelOptions(weights="expanded"),
     "cache": ModelOptions(weights="expanded", chunk=CHUNK),
     "scanned": ModelOptions(weights="expanded", scanned=True, chunk=CHUNK),
@@ -122,22 +121,12 @@ def _planted(fault: ProgramFault | None) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fault.owner, fault.function, _edited(fault)))
+        stack.enter_context(
+            patch.object(fault.owner, fault.function, edited(fault.owner, fault.function, fault.old, fault.new))
+        )
         for name in ("run_layer", "_embed"):
             stack.enter_context(patch.object(compiled, name, traced_again(getattr(compiled, name))))
         yield
-
-
-def _edited(fault: ProgramFault) -> Any:
-    """The function or property with its edit."""
-    original = inspect.getattr_static(fault.owner, fault.function)
-    function: Any = original.fget if isinstance(original, property) else original
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(fault.old) == 1, f"{fault.name}: {fault.old!r} occurs {source.count(fault.old)} times"
-    module = sys.modules[inspect.unwrap(function).__module__]
-    scope = dict(vars(module))
-    exec(compile(source.replace(fault.old, fault.new), module.__file__ or "", "exec", dont_inherit=True), scope)
-    return scope[fault.function]
 
 
 def traced_again(program: Any, static: int | tuple[int, ...] = 0) -> Any:
@@ -190,10 +179,29 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("the sign of FP4 lost", "wide < 8, value", "wide < 16, value"),
             ("half as zero", "0.5 * magnitude", "0.0 * magnitude")),
     *_fault("codes", CSA, _EXPERTS, encoded, "_halves",
-            ("nibbles in the other order", "_e2m1(codes & 15), _e2m1(codes >> 4)",
-             "_e2m1(codes >> 4), _e2m1(codes & 15)")),
-    *_fault("codes", CSA, "attn.wq_a", encoded, "_factors",
+            ("nibbles in the other order", "_e2m1(wide & 15), _e2m1(wide >> 4)",
+             "_e2m1(wide >> 4), _e2m1(wide & 15)")),
+    *_fault("codes", CSA, "attn.wq_a", encoded, "factors",
             ("exponents off by one", "jnp.maximum(byte, 1) << 23", "(jnp.maximum(byte, 1) + 1) << 23")),
+    *_fault("grouped codes", SLIDING, _EXPERTS, grouped_codes, "_run",
+            ("a group's size off by one, in the kernel", "row < bounds[own + 1]", "row < bounds[own + 1] - 1"),
+            ("rows of the expert before written over", "(row >= bounds[own]) & (row", "(row >= 0) & (row"),
+            ("the last visit dropped", "grid=(parts, visits.there)", "grid=(parts, visits.there - 1)"),
+            ("an expert's tile not decoded anew", "(visit == 0) | (own != expert[jnp.maximum(visit - 1, 0)])",
+             "visit == 0"),
+            ("rows of a tile counted one late", "tile[visit] * tiles.rows +", "tile[visit] * tiles.rows + 1 +"),
+            ("tiles of the expert before", "return expert[visit], 0, part",
+             "return expert[jnp.maximum(visit - 1, 0)], 0, part")),
+    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_decode",
+            ("nibbles in the other order, in the kernel", "pl.ds(half,", "pl.ds(1 - half,"),
+            ("odd inputs after the even ones", "pl.ds(half, len(values), stride=ratio)",
+             "pl.ds(half * len(values), len(values))"),
+            ("the scale of the neighbouring output", "factors(scales[first:last, columns])",
+             "factors(jnp.roll(scales[first:last, columns], 1, axis=1))")),
+    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_visits",
+            ("the last tile of an expert dropped", "pl.cdiv(bounds[1:], tile_rows)",
+             "bounds[1:] // tile_rows"),
+            ("tiles counted from the first row", "tile = first[expert] + visit", "tile = visit")),
     *_fault("indexer", CSA, _CHOSEN, indexer.Indexer, "_score_and_choose",
             ("one entry too many seen", "self.longest_chunk, q, weights, complete)",
              "self.longest_chunk, q, weights, complete + 1)"),
