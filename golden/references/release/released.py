@@ -28,7 +28,7 @@ from dsv4_convert.golden.layout import (
     DTYPES,
     STREAMS,
     calls,
-    entering,
+    carried,
     entering_head,
     joined,
     known_tokens,
@@ -168,7 +168,7 @@ class ReleasedModel:
         return _Step(
             layer,
             self._calls,
-            inputs={key.tap.name: _origin(key) for key in entering(self._config, layer)},
+            inputs={key.tap.name: name for name, key in carried(self._config, layer).items()},
             forward=lambda given, tokens, _: interface.forward(layer, block, given, tokens),
             watching=lambda visit, choices, start: interface.watching(layer, block, visit, choices, start),
             block=block,
@@ -180,7 +180,7 @@ class ReleasedModel:
         begun = min(self._calls[0][1], known - 1)
         calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
         draft = Draft(self._code, block, self._ids[:, -1], calls)
-        inputs = {key.tap.name: _origin(key) for key in entering(self._config, layer)}
+        inputs = {key.tap.name: name for name, key in carried(self._config, layer).items()}
         return _Step(layer, calls, inputs, draft.forward, draft.watching, block, drafts=True)
 
     def _head(self, layer: int | None, run: Run) -> _Step:
@@ -260,12 +260,12 @@ class ReleasedModel:
         """
         step, golden = what.step, what.golden
         given = self._given(step, what)
-        carried: Expected = {} if step.block is None else self._carried(step.layer)
-        every = {**expected, **carried}
+        left_over: Expected = {} if step.block is None else self._origins(step.layer)
+        every = {**expected, **left_over}
         computed = {name: tap for name, tap in every.items() if not is_state(name) and name not in given}
         held = {} if step.block is None else caches(step.block)
         found: dict[str, list[Array]] = {name: [] for name in computed if name in expected}
-        left: dict[str, list[Array]] = {name: [] for name in carried}
+        left: dict[str, list[Array]] = {name: [] for name in left_over}
         taps: dict[str, Array] = {}
         for number, (start, stop) in enumerate(step.calls):
             if golden is None:
@@ -279,7 +279,7 @@ class ReleasedModel:
             call = _Call(
                 shapes,
                 None if golden is None else {name: part_of(golden[name], *place) for name, place in recorded.items()},
-                kept=carried,
+                kept=left_over,
                 feed=what.feed,
             )
             call.run(self._code, step, self._rows_by(step, given, start, stop), slice(start, stop))
@@ -296,7 +296,7 @@ class ReleasedModel:
         else:
             taps = {name: row_noise(value, golden[name]) for name, value in taps.items() if value.dtype.kind == "f"}
             taps |= {name: np.concatenate(values, axis=2) for name, values in found.items() if values}
-        return {name: joined(values, carried[name][1]) for name, values in left.items()}, taps
+        return {name: joined(values, left_over[name][1]) for name, values in left.items()}, taps
 
     def _given(self, step: _Step, what: _Pass) -> dict[str, Tensor]:
         """What enters a step, in the dtypes of a run, by the names of the step's own taps."""
@@ -337,7 +337,7 @@ class ReleasedModel:
                 parts[name] = range(shape[1]), shape
         return parts
 
-    def _carried(self, layer: int | None) -> Expected:
+    def _origins(self, layer: int | None) -> Expected:
         """The taps of a layer that later layers start from."""
         origins = {tap.origin.tap for tap in self._config.taps if tap.origin is not None}
         keys = [TapKey.of(self._config, layer, tap) for tap in taps_of(self._config, layer) if tap.name in origins]
@@ -349,12 +349,6 @@ class ReleasedModel:
             )
             for key in keys
         }
-
-
-def _origin(key: TapKey) -> str:
-    """The tap that has the values of one that a layer starts from; its own name if several taps have them."""
-    assert key.tap.origin is not None
-    return key.tap.name if key.tap.origin.stacked else key.tap.origin.tap
 
 
 def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> StoredAs:
