@@ -71,11 +71,12 @@ def compile_model(
             raise
         refused = str(error).removeprefix(_FULL).strip(": ").splitlines()[0]
     seconds = time.perf_counter() - start
+    rows = parameters(config, range(config.num_hidden_layers))
     # The first argument of every program.
     state = jax.tree.leaves(program.args_info[0][0])
     return CompileReport(
         layers=config.num_hidden_layers,
-        parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in parameters(config)),
+        parameters=sum(math.prod(rule.target_shape(config, layer)) for _, rule, layer in rows),
         slice=where,
         mesh=sizes,
         batch=job.batch,

@@ -217,10 +217,6 @@ class Config(ABC):
         """The layer numbers of the stages after the backbone."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_stages)
 
-    def runs_stages(self, layers: Sequence[int]) -> bool:
-        """Whether one of the layer numbers is that of a stage."""
-        return any(layer in self.stage_layers for layer in layers)
-
     def embeds(self, layer: int) -> bool:
         """Whether the layer number is that of a stage that embeds tokens: an mtp stage, or the first of DSpark's."""
         return layer in (self.stage_layers if self.dspark is None else self.stage_layers[:1])

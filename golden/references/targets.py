@@ -21,9 +21,8 @@ def kept(before: State, left: State, config: Config, layer: int) -> State:
     """What leaves a layer, and with it the streams of target layers that entered it or that it left itself."""
     if config.dspark is None or layer in config.stage_layers:
         return left
-    runs = {name: streams for name, streams in left.items() if "/" not in name}
-    own = {_name(run, layer): streams for run, streams in runs.items()} if layer in config.draft_sources else {}
-    return {name: value for name, value in before.items() if "/" in name} | left | own
+    own = {_name(run, layer): streams for run, streams in left.items()} if layer in config.draft_sources else {}
+    return left | {name: value for name, value in before.items() if "/" in name} | own
 
 
 def gathered(state: State, run: str, config: Config) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,14 @@ from dsv4_convert.aot.program import Job, argument_bytes, first_layers, lowered,
 from dsv4_convert.aot.search import usual_mesh
 from dsv4_convert.cli import app
 from dsv4_convert.errors import ResourceError, UsageError
-from dsv4_convert.golden.synthetic import tiny_config
+from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config, write_checkpoint
 from dsv4_convert.model.mesh import make_mesh
 from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.names import parameters
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FLASH = CONFIGS / "DeepSeek-V4-Flash.json"
+V41 = CONFIGS / "DeepSeek-V4.1-Flash.from_third_party_test.json"
 
 
 @pytest.fixture
@@ -92,6 +95,20 @@ def test_arguments_are_weights_and_cache(flash: Config) -> None:
     assert argument_bytes(whole, one_device(data=1), step) - expected == 2 * (2 * (entries + window + pending) + 8)
 
 
+def test_arguments_of_v41_are_its_parameters_and_token_maps() -> None:
+    """The names table counts them, but for the router's bias for images, which is not computed."""
+    config = first_layers(Config.from_file(V41), 40)
+    shapes = {path: rule.target_shape(config, layer) for path, rule, layer in parameters(config, range(40))}
+    wide = {path for path in shapes if not config.names.rule_of(path).kind.follows_dtype}
+    expected = sum(
+        math.prod(shape) * (4 if path in wide else 2) for path, shape in shapes.items() if not path.endswith("bias_vl")
+    )
+    maps = 2 * 4 * config.vocab_size
+    found = argument_bytes(config, one_device(data=1), Job(tokens=4096, batch=2))
+    assert found == expected + maps
+    assert 1.49e12 < found < 1.5e12
+
+
 @pytest.mark.parametrize("decode", [False, True])
 def test_a_program_does_not_grow_with_its_layers(flash: Config, decode: bool) -> None:
     """The program before the compiler: that of 4 layers and of 43 are nearly of a length."""
@@ -106,6 +123,21 @@ def test_tokens_beyond_the_model_and_sequence_in_decoding_are_refused(flash: Con
     apart = SimpleNamespace(shape={"sequence": 2})
     with pytest.raises(UsageError, match="the axis sequence splits the tokens of a prompt"):
         lowered(flash, apart, Job(tokens=16, batch=1, decode=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("options", [["--decode"], ["--weights", "source"]], ids=lambda given: given[-1])
+def test_v41_compiles_for_a_slice(tmp_path: Path, options: list[str]) -> None:
+    """Two of its layers look up n-grams in tables whose rows four chips share."""
+    folder = tmp_path / "hf"
+    raw = tiny_v41_config(hidden_size=256, head_dim=128, q_lora_rank=128, moe_intermediate_size=128)
+    write_checkpoint(folder, raw, layers=[0], mtp=False)
+    given = ["compile", "--config", str(folder), "--topology", "v5e-4", "--mesh", "fsdp=2,expert=2", *options]
+    done = CliRunner().invoke(app, [*given, "--tokens", "64", "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fits"]
+    assert {found["kind"] for found in report["collectives"]} >= {"all-gather", "all-reduce"}
 
 
 @pytest.mark.tpu

@@ -12,7 +12,6 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4_convert.aot.program import first_layers
 from dsv4_convert.aot.work import operations
-from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
@@ -39,10 +38,20 @@ def test_one_token_is_what_torch_counts() -> None:
     assert operations(config, tokens=1, decode=False) == counter.get_total_flops() - mixing
 
 
-def test_v41_is_not_compiled_yet_and_says_so_before_any_work() -> None:
-    config = Config.from_hf(tiny_v41_config())
-    with pytest.raises(BadInput, match=r"DeepSeek-V4\.1: dsv4 does not record, compare or compile this model yet"):
-        first_layers(config, 2)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_v41_looks_up_its_tables_and_multiplies_with_the_rest(tokens: int) -> None:
+    """A table of any size costs the same; the products of one token are counted from shapes here."""
+    raw = tiny_v41_config()
+    config = first_layers(Config.from_hf(raw), 7)
+    larger = first_layers(Config.from_hf(tiny_v41_config(engram_vocab_size=5000)), 7)
+    counted = operations(config, tokens=tokens, decode=False)
+    assert counted == operations(larger, tokens=tokens, decode=False)
+    assert counted == sum(operations(config, tokens=count, decode=True) for count in range(1, tokens + 1))
+    text = raw["text_config"]
+    rows = 3 * text["engram_n_heads"] * text["engram_head_dim"]
+    without = first_layers(Config.from_hf(tiny_v41_config(engram_layer_ids=[])), 7)
+    engrams = 2 * 2 * rows * (text["hc_mult"] + 1) * text["hidden_size"]
+    assert counted == operations(without, tokens=tokens, decode=False) + tokens * engrams
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 150])

@@ -113,7 +113,11 @@ def _hidden(id: str, what: str, change: Callable[[dict[str, Tensor]], None], wei
             Step(("verify", "{dest}"), 0),
             Step(("verify", "{dest}", "--against", "{source}"), 0),
             Step(_HEALTHY_SOURCE, 1, (weight, "is not the tensor that was converted")),
-            Step(("parity", "{dest}", "--golden", "{golden}", "--layer", "0"), 1, ("is the first tap that diverges", weight)),
+            Step(
+                ("parity", "{dest}", "--golden", "{golden}", "--layer", "0"),
+                1,
+                ("is the first tap that diverges", weight),
+            ),
             Step(_PARITY_SOURCE_0, 1, ("is the first tap that diverges", weight)),
         ),
     )

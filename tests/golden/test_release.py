@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -92,14 +92,16 @@ def _last_logits(code: release_code.Code, folder: Path, tokens: np.ndarray) -> n
     """The logits after the last token by the code's whole model, float32 ``[B, V]``."""
     weights = PublishedWeights.open(folder / "fp4")
     with code.active():
-        args = arguments(code, weights, tokens)
+        args = _arguments(code, weights, tokens)
         found = _filled(code, code.module.Transformer(args), weights)(torch.from_numpy(tokens))
     return (found[1] if isinstance(found, tuple) else found).float().numpy()
 
 
-def arguments(code: release_code.Code, weights: PublishedWeights, tokens: np.ndarray, stages: range = range(0)) -> Any:
+def _arguments(
+    code: release_code.Code, weights: PublishedWeights, tokens: np.ndarray, layers: Sequence[int] = ()
+) -> Any:
     """The code's arguments for a released checkpoint and a prompt."""
-    prompt = PromptCalls(torch.from_numpy(tokens.astype(np.int64)), [(0, tokens.shape[1])], Path(), stages)
+    prompt = PromptCalls(torch.from_numpy(tokens.astype(np.int64)), [(0, tokens.shape[1])], Path(), layers)
     return V4Interface(code, weights.config, prompt, StoredAs(fp8=True, fp4_experts=True, float_scales=False)).args
 
 
@@ -365,13 +367,13 @@ def decoded(decoding: Path) -> Golden:
 
 def test_decoding_is_recorded_from_the_codes_own_caches(decoding: Path, decoded: Golden) -> None:
     """The whole model and its mtp block, call by call, which nobody watches."""
-    code = release_code.load(CODE, V4Interface.required, stages=True)
     weights = PublishedWeights.open(decoding / "fp4")
+    code = release_code.load(CODE, V4Interface.required, besides=V4Interface.of_stages(weights.config))
     config, ids = weights.config, torch.from_numpy(decoded.tokens.astype(np.int64))
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
     calls = [(0, PREFILL), *((at, at + 1) for at in range(PREFILL, PREFILL + DECODE))]
     with code.active():
-        args = arguments(code, weights, decoded.tokens)
+        args = _arguments(code, weights, decoded.tokens)
         model = _filled(code, code.module.Transformer(args), weights)
         stage = _filled(code, code.module.MTPBlock(config.stage_layers[0], args), weights, "mtp.0.")
         stage.embed, stage.head = model.embed, model.head

@@ -72,7 +72,8 @@ def recorded(
     )
     with uncompiled():
         whole = _run(weights, tokens, np.float32, decode)
-        whole |= {TapKey.parse(name, config): value for name, value in (known or {}).items()}
+        theirs = {TapKey.parse(name, config): value for name, value in (known or {}).items()}
+        whole |= {key: value.reshape(whole[key].shape).astype(whole[key].dtype) for key, value in theirs.items()}
         _follow(whole, config)
         with _float64():
             runs = {

@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsv4_convert.golden.noise import MODES
 from dsv4_convert.golden.synthetic import random_v41_architecture, tiny_v41_config, write_checkpoint
 from dsv4_convert.model import Taps
+from dsv4_convert.parity.metrics import Verdict
+from dsv4_convert.parity.report.words import verdict
+from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey, taps_of
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
+
+from ..parity.faults.fault import Held, uncompiled
+from ..parity.v41 import recorded
 
 pytestmark = [pytest.mark.witness, pytest.mark.filterwarnings("ignore")]
 
@@ -96,6 +103,24 @@ def test_every_tap_is_that_of_automodel(seed: int | None, tmp_path: Path) -> Non
     all_taps = {str(TapKey(layer, tap)): tap.name for layer in layers for tap in taps_of(config, layer)}
     assert found.keys() == all_taps.keys()
     assert expected.keys() == {name for name, tap in all_taps.items() if tap not in OUT_OF_REACH}
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.thorough) for n in range(1, 31))])
+def test_parity_with_what_automodel_computes_is_at_the_noise_floor(seed: int, tmp_path: Path) -> None:
+    """Streamed layer by layer, in both modes; taps out of Automodel's reach are dsv4's own."""
+    from .automodel_v41 import AutomodelV41
+
+    raw = random_v41_architecture(seed)
+    write_checkpoint(tmp_path / "hf", raw, seed=seed)
+    ids = tokens_of(raw)
+    held = Held.read_from(PublishedWeights.open(tmp_path / "hf"))
+    golden = recorded(held, tmp_path / "golden", ids, known=AutomodelV41(tmp_path / "hf").taps(ids))
+    with uncompiled():
+        report = ParityRun(held, golden, ParityOptions(modes=MODES)).run()
+    assert report.passed, verdict(report)
+    assert report.count(Verdict.TIE) == 0
+    worst = max((tap.distance.noise.row, tap.name) for tap in report.taps if tap.distance is not None)
+    print(f"architecture {seed}: {len(report.taps)} taps, worst row {worst[0]:.1f} noise floors in {worst[1]}")
 
 
 @pytest.mark.parametrize(

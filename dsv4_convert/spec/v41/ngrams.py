@@ -87,8 +87,8 @@ def misstated_rows(engram: EngramConfig) -> Iterator[str]:
         if stated != expected:
             wanted = f"at least {least:,}" if expected is None else f"{expected:,}"
             yield (
-                f"engram_num_embeddings: expected {wanted} rows in the table of layer {engram.layer_ids[index]}, the sum "
-                f"of its {columns} primes from engram_vocab_size {engram.vocab_size:,} on, found {stated:,}"
+                f"engram_num_embeddings: expected {wanted} rows in the table of layer {engram.layer_ids[index]}, the "
+                f"sum of its {columns} primes from engram_vocab_size {engram.vocab_size:,} on, found {stated:,}"
             )
 
 

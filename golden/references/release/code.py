@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -97,10 +97,16 @@ class Code:
             )
         return self.module.ModelArgs(**values)
 
-    def logits(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits ``[B, S, words]`` of some rows of the output matrix. The code evaluates the last position it gets."""
+    def logits(self, normed: Tensor, weight: Tensor, *, at_once: bool = False) -> Tensor:
+        """Logits ``[B, S, words]`` of some rows of the output matrix.
+
+        The code evaluates the last position it gets; ``at_once``, as for drafts, all of them.
+        """
         head = self.module.ParallelHead(*weight.shape)
         head.weight = nn.Parameter(weight, requires_grad=False)
+        if at_once:
+            logits: Tensor = head(normed, full_logits=True)
+            return logits
         # Since V4-Flash-0731 the head's forward is that method.
         of_last = head.get_logits if hasattr(head, "get_logits") else head
         return torch.stack([of_last(normed[:, at : at + 1]) for at in range(normed.shape[1])], dim=1)
@@ -113,21 +119,19 @@ class Required:
     Attributes:
         title: the model.
         names: what its ``model.py`` defines, as far as it is asked for.
-        stages: its classes of draft stages, of which it has one; none if stages are not recorded.
         files: what it imports from its own folder.
     """
 
     title: str
     names: tuple[str, ...]
-    stages: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
 
-def load(folder: Path, required: Required, *, stages: bool = False) -> Code:
-    """Import ``model.py`` of a folder, or of its ``inference`` folder; with ``stages`` it has to have their blocks.
+def load(folder: Path, required: Required, *, besides: Sequence[str] = ()) -> Code:
+    """Import ``model.py`` of a folder, or of its ``inference`` folder. It has to have the names ``besides``, too.
 
     Raises:
-        UsageError: there is none; or stages of this model are not recorded.
+        UsageError: there is none.
         BadInput: it cannot be imported, or lacks what is ``required``, so that it defines another model.
     """
     path = next((place / _MODEL for place in (folder, folder / "inference") if (place / _MODEL).is_file()), None)
@@ -136,17 +140,13 @@ def load(folder: Path, required: Required, *, stages: bool = False) -> Code:
             f"--release-code {folder}: no {_MODEL} there; expected the `inference` folder that every DeepSeek-V4 "
             "repository has beside its weights"
         )
-    if stages and not required.stages:
-        raise UsageError(f"--stages: the draft stages of {required.title} are not recorded; leave --stages out")
     found = {file: path.with_name(file) for file in required.files}
     with _modules(_stand_ins(kernels.RELEASE)), ExitStack() as stack:
         for file in found.values():
             stack.enter_context(_modules({file.stem: _executed(file, file.stem)}))
         module = _executed(path, "dsv4_release_code")
-    missing = [name for name in (*required.names, *_STAND_INS["kernel"]) if not _has(module, name)]
-    if stages and not any(_has(module, name) for name in required.stages):
-        missing.append(" or ".join(required.stages))
-    if missing:
+    names = (*required.names, *besides, *_STAND_INS["kernel"])
+    if missing := [name for name in names if not _has(module, name)]:
         raise BadInput(f"{path}: has no {', '.join(missing)}; expected the inference code of {required.title}")
     files = [path, *found.values(), *(file for file in (path.with_name(_KERNEL),) if file.is_file())]
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -7,24 +7,22 @@ of the block made by the same modules, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dsv4_convert.golden.references.release.code import Code
-from dsv4_convert.golden.references.release.interface import Entering
 from dsv4_convert.golden.references.release.probes import (
-    INPUTS,
-    OUTPUTS,
     Choices,
+    Collapse,
     Visit,
     hooked,
-    watching_block,
-    watching_head,
+    watching_function,
     whole,
 )
 
@@ -35,46 +33,40 @@ BEGINS = frozenset({"main", "main_proj", "main_norm", "embed"})
 KNOWN = "attn.main."
 #: Taps that the same module makes twice in a call: of the known tokens, and then of the block.
 _TWICE = ("attn.wkv", "attn.kv_norm")
+#: Visits the taps of one forward of a block: ``(code, block, visitor, choices, place of its keys)``.
+Watching: TypeAlias = Callable[[Code, Any, Visit, Choices, int | None], AbstractContextManager[None]]
 
 
 class Draft:
     """One stage, whose ``block`` has its weights."""
 
-    def __init__(self, code: Code, block: Any, anchor: Tensor, calls: list[tuple[int, int]]) -> None:
-        """``anchor``: the first token ``[B]`` of the block; ``calls``: the known tokens ``start:stop`` of each call."""
-        self._code, self._block, self._anchor = code, block, anchor
-        self._last_start = calls[-1][0]
+    def __init__(self, code: Code, block: Any, ids: Tensor, watching: Watching) -> None:
+        """``ids``: the prompt ``[B, S]``, whose last token begins the block."""
+        self.block = block
+        self._code, self._watching, self._anchor = code, watching, ids[:, -1]
+        self._known = ids.shape[1] - 1
         self._first, self._last = hasattr(block, "main_proj"), hasattr(block, "markov_head")
-        self._streams: Tensor | None = None
-        self._context: Tensor | None = None
+        self._streams = self._context = torch.empty(0)
 
-    def forward(self, entering: Entering, tokens: slice, visit: Visit) -> None:
-        """A call on known tokens. What leaves the stage leaves its last call.
+    def forward(self, entering: Mapping[str, Tensor], tokens: slice, visit: Visit) -> None:
+        """A call with some of the known tokens.
 
-        ``entering``: streams of the target layers ``[B, M, L, N, D]``; or those of the stage before, and the context.
+        ``entering``: ``targets`` ``[B, M, L, N, D]``; or ``streams`` of the stage before and ``context``.
         """
-        if tokens.start == 0:
-            self._streams, self._context = self._begun(entering)
-        assert self._context is not None
-        left: Tensor = self._block(self._streams, tokens.start, self._anchor, self._context[:, tokens])
-        if self._last and self._is_last(tokens.start):
-            _, logits, _ = self._block.forward_head(left, self._anchor)
+        if tokens.start == 0 and self._first:
+            hidden = entering["targets"].mean(dim=3).flatten(2)
+            self._streams, self._context = self.block.forward_embed(hidden, self._anchor)
+        elif tokens.start == 0:
+            self._streams, self._context = entering["streams"], entering["context"]
+        left = self.block(self._streams, tokens.start, self._anchor, self._context[:, tokens])
+        if self._last and tokens.stop == self._known:
+            _, logits, _ = self.block.forward_head(left, self._anchor)
             visit("draft_logits", logits)
 
-    def _begun(self, entering: Entering) -> tuple[Tensor, Tensor]:
-        """The block's streams and the context, ``[B, M, D]``."""
-        if "context" in entering:
-            return entering["streams"], entering["context"]
-        streams, context = self._block.forward_embed(entering["targets"].mean(dim=3).flatten(2), self._anchor)
-        return streams, context
-
-    def _is_last(self, start: int) -> bool:
-        return start == self._last_start
-
     @contextmanager
-    def watching(self, visit: Visit, choices: Choices, start: int) -> Iterator[None]:
-        """Visit every tap of one call; make the given choices."""
-        block, module = self._block, self._code.module
+    def watching(self, visit: Visit, choices: Choices, start: int, *, last: int) -> Iterator[None]:
+        """Visit every tap of the call that begins with token ``start``; make the given choices. ``last``: its start."""
+        block, module = self.block, self._code.module
         seen: set[str] = set()
 
         def split(name: str, value: Tensor) -> None:
@@ -82,40 +74,29 @@ class Draft:
             seen.add(name)
             visit(f"{KNOWN}{name.removeprefix('attn.')}" if known else name, value)
 
-        quantize = module.act_quant
-
-        def watched_quantize(x: Tensor, *others: Any, **named: Any) -> Any:
-            result = quantize(x, *others, **named)
-            in_place = others[3] if len(others) > 3 else named.get("inplace", False)
+        def quantized(arguments: tuple[Any, ...], _: Any) -> None:
+            in_place = len(arguments) > 4 and arguments[4]
             if in_place and "known" not in seen:
                 seen.add("known")
-                visit(f"{KNOWN}kv_rope", whole(x))
-            return result
+                visit(f"{KNOWN}kv_rope", whole(arguments[0]))
 
         slot = block.attn.window_size
         with ExitStack() as stack:
-            stack.enter_context(
-                watching_block(self._code, block, split, choices, outputs=OUTPUTS, inputs=INPUTS, slot=slot)
-            )
-            stack.enter_context(patch.object(module, "act_quant", watched_quantize))
+            stack.enter_context(self._watching(self._code, block, split, choices, slot))
+            stack.enter_context(watching_function(module, "act_quant", quantized))
             if self._first:
-                stack.enter_context(
-                    hooked(
-                        block.main_proj,
-                        before=lambda arguments: visit("main", arguments[0]),
-                        after=lambda result: visit("main_proj", result),
-                    )
-                )
-                stack.enter_context(hooked(block.main_norm, after=lambda result: visit("main_norm", result)))
-                stack.enter_context(_watched(block, "embed", lambda result: visit("embed", result)))
-            if self._last and self._is_last(start):
+                stack.enter_context(hooked(block.main_proj, before=lambda arguments: visit("main", arguments[0])))
+                for name in ("main_proj", "main_norm"):
+                    stack.enter_context(hooked(getattr(block, name), after=partial(visit, name)))
+                stack.enter_context(watching_function(block, "embed", partial(_result, visit, "embed")))
+            if self._last and start == last:
                 stack.enter_context(self._head(visit, choices.get(TOKENS)))
             yield
 
     @contextmanager
     def _head(self, visit: Visit, chosen: Any) -> Iterator[None]:
         """Visit the taps of the head; the draft goes on with the ``chosen`` tokens ``[B, Q, 1]``, if there are any."""
-        block, module, sample = self._block, self._code.module, self._code.module.sample
+        block, module, sample = self.block, self._code.module, self._code.module.sample
         steps: list[tuple[Tensor, Tensor]] = []
         tokens: list[Tensor] = []
 
@@ -134,27 +115,28 @@ class Draft:
             return best if chosen is None else torch.from_numpy(chosen[:, len(tokens) - 1, 0]).to(best.dtype)
 
         with ExitStack() as stack:
-            stack.enter_context(_watched(block, "hc_head", lambda result: visit("hc_head", result), visit))
-            stack.enter_context(hooked(block.norm, after=lambda result: visit("norm", result)))
-            stack.enter_context(_watched(block, "head", lambda result: visit("logits", result)))
+            stack.enter_context(_inside(block, "hc_head", Collapse(visit)))
+            for name, tap in (("hc_head", "hc_head"), ("head", "logits")):
+                stack.enter_context(watching_function(block, name, partial(_result, visit, tap)))
+            for name, tap in (("norm", "norm"), ("confidence_head", "confidence")):
+                stack.enter_context(hooked(getattr(block, name), after=partial(visit, tap)))
             stack.enter_context(hooked(block.markov_head, after=of_token))
-            stack.enter_context(hooked(block.confidence_head, after=lambda result: visit("confidence", result)))
             stack.enter_context(patch.object(module, "sample", sampled))
             yield
 
 
+def _result(visit: Visit, tap: str, _: tuple[Any, ...], result: Tensor) -> None:
+    visit(tap, result)
+
+
 @contextmanager
-def _watched(block: Any, name: str, see: Callable[[Tensor], None], inside: Visit | None = None) -> Iterator[None]:
-    """Call ``see`` with the results of a function of the block; ``inside`` visits the weights of a collapse."""
+def _inside(block: Any, name: str, mode: Any) -> Iterator[None]:
+    """A mode of torch is active while a function of the block runs."""
     function = getattr(block, name)
 
     def watched(*arguments: Any, **named: Any) -> Any:
-        with ExitStack() as stack:
-            if inside is not None:
-                stack.enter_context(watching_head(inside))
-            result = function(*arguments, **named)
-        see(result)
-        return result
+        with mode:
+            return function(*arguments, **named)
 
     with patch.object(block, name, watched):
         yield

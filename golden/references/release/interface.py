@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Code, Required
+from dsv4_convert.golden.references.release.drafts import Draft
 from dsv4_convert.golden.references.release.probes import Choices, Visit
 from dsv4_convert.golden.references.release.weights import CodeWeights
 
@@ -119,6 +120,15 @@ class Interface(ABC):
     def entered(self, streams: Tensor) -> dict[str, Tensor]:
         """What enters layer 0, by the tap that it would be of a layer before."""
         return {"hc_ffn.streams": streams}
+
+    @staticmethod
+    def of_stages(config: Any) -> tuple[str, ...]:
+        """What the code of this model's draft stages defines."""
+        return ()
+
+    def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
+        """A DSpark stage with its weights. ``logits``: the model's output head."""
+        raise NotImplementedError
 
     @abstractmethod
     def block(self, layer: int, weights: CodeWeights, run: Run) -> Any:

@@ -104,13 +104,6 @@ def watching_function(module: Any, name: str, seen: Callable[[tuple[Any, ...], A
 
 
 @contextmanager
-def watching_head(visit: Visit) -> Iterator[None]:
-    """Visit the weights of the head's collapse."""
-    with _Collapse(visit):
-        yield
-
-
-@contextmanager
 def exact_functions() -> Iterator[None]:
     """While active, torch's sums and functions compute in float64 and round once, to the dtype that they have now."""
     with _Exact():
@@ -293,8 +286,8 @@ class _Functions(TorchFunctionMode):
         return torch.return_types.topk((result.values, torch.where(indices < 0, 1 << 30, indices)))
 
 
-class _Collapse(TorchFunctionMode):
-    """The first argument of the one ``unsqueeze`` in the head's collapse."""
+class Collapse(TorchFunctionMode):
+    """The first argument of the one ``unsqueeze`` in a head's collapse."""
 
     def __init__(self, visit: Visit) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from dsv4_convert.golden.layout import (
     DTYPES,
     STREAMS,
     calls,
-    carried,
+    entering,
     entering_head,
     joined,
     known_tokens,
@@ -41,13 +41,12 @@ from dsv4_convert.golden.manifest import Reference
 from dsv4_convert.golden.noise import MODES, Mode, RecordedTaps, row_noise
 from dsv4_convert.golden.references.release.arithmetic import Arithmetic, Run
 from dsv4_convert.golden.references.release.code import Code, complaint
-from dsv4_convert.golden.references.release.drafts import BEGINS, KNOWN, Draft
+from dsv4_convert.golden.references.release.drafts import BEGINS, KNOWN
 from dsv4_convert.golden.references.release.interface import Entering, PromptCalls, StoredAs, caches
 from dsv4_convert.golden.references.release.interfaces import INTERFACES
 from dsv4_convert.golden.references.release.probes import EXPERTS, WEIGHTS, Choices, Expected, Visit
 from dsv4_convert.golden.references.release.state import state_after
 from dsv4_convert.golden.references.release.weights import CodeWeights
-from dsv4_convert.golden.references.targets import gathered, kept
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution
 from dsv4_convert.spec.names import Dialect
@@ -55,12 +54,14 @@ from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
-#: What leaves layers: streams by the run that they belong to, other taps of the layers that made them by ``RUN/TAP``.
+#: What leaves layers, as the taps of the layers that made it, by their names behind the name of the run and a colon.
 State = dict[str, Array]
 #: The same of one run, by the names of the taps.
 _Carry = Mapping[str, Array]
 
-_GOLDEN, _TARGETS = "golden", "targets"
+_GOLDEN = "golden"
+#: Rows of the output head that are in memory at a time.
+_HEAD_ROWS = 8192
 
 
 def describe(code: Code, arithmetic: Arithmetic, changes: Mapping[str, str]) -> Reference:
@@ -144,13 +145,12 @@ class ReleasedModel:
 
         The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
         """
-        step = partial(self._step, layer)
         if self._config.drafts_blocks(layer):
-            return self._run(step, state, expected)
+            return self._run(partial(self._draft, layer), state, expected)
         of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
-        left, taken = self._run(step, state, of_block)
+        left, taken = self._run(partial(self._step, layer), state, of_block)
         if layer not in self._config.stage_layers:
-            return kept(state, left, self._config, layer), taken
+            return left | self._targets(layer, left), taken
         of_head = {name: what for name, what in expected.items() if name not in of_block}
         _, head = self._run(partial(self._head, layer), left, of_head)
         return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
@@ -163,32 +163,46 @@ class ReleasedModel:
         """A layer or stage with its weights."""
         interface = self._interface
         block = interface.block(layer, self._weights, run)
-        if self._config.drafts_blocks(layer):
-            return self._draft(layer, block)
         return _Step(
             layer,
             self._calls,
-            inputs={key.tap.name: name for name, key in carried(self._config, layer).items()},
+            inputs={key.tap.name: _origin(key) for key in entering(self._config, layer)},
             forward=lambda given, tokens, _: interface.forward(layer, block, given, tokens),
             watching=lambda visit, choices, start: interface.watching(layer, block, visit, choices, start),
             block=block,
         )
 
-    def _draft(self, layer: int, block: nn.Module) -> _Step:
-        """A DSpark stage. At least its last known token comes by itself, because the code drafts after such ones."""
+    def _draft(self, layer: int, run: Run) -> _Step:
+        """A DSpark stage with its weights. Its head is a part of it.
+
+        At least the last known token comes by itself, because the code drafts after such ones.
+        """
+        draft = self._interface.draft(layer, self._weights, run, partial(self._logits, run, at_once=True))
         known = known_tokens(self._ids.shape[1])
         begun = min(self._calls[0][1], known - 1)
         calls = [(0, begun), *((token, token + 1) for token in range(begun, known))]
-        draft = Draft(self._code, block, self._ids[:, -1], calls)
-        inputs = {key.tap.name: name for name, key in carried(self._config, layer).items()}
-        return _Step(layer, calls, inputs, draft.forward, draft.watching, block, drafts=True)
+        return _Step(
+            layer,
+            calls,
+            inputs={key.tap.name: _origin(key) for key in entering(self._config, layer)},
+            forward=draft.forward,
+            watching=partial(draft.watching, last=known - 1),
+            block=draft.block,
+            drafts=True,
+        )
+
+    def _targets(self, layer: int, left: State) -> State:
+        """The streams that leave a layer under a name of their own, if DSpark's stages read them."""
+        if self._config.dspark is None or layer not in self._config.draft_sources:
+            return {}
+        runs = (_GOLDEN, *self._noise)
+        return {f"{run}:{_target(layer)}": left[f"{run}:{STREAMS.name}"] for run in runs}
 
     def _head(self, layer: int | None, run: Run) -> _Step:
         """What follows the last layer, or the layer of a stage."""
         prefix = "" if layer is None else self._config.prefix(layer)
         head = self._interface.head(prefix, self._weights, run)
-        logits = partial(self._weights.logits, dtype=run.wide)
-        return self._head_step(layer, lambda given, visit: head(given, logits, visit))
+        return self._head_step(layer, lambda given, visit: head(given, partial(self._logits, run), visit))
 
     def _head_step(self, layer: int | None, head: Callable[[Entering, Visit], None]) -> _Step:
         return _Step(
@@ -198,6 +212,13 @@ class ReleasedModel:
             forward=lambda given, _, visit: head(given, visit),
             watching=lambda visit, choices, start: nullcontext(),
         )
+
+    def _logits(self, run: Run, normed: Tensor, *, at_once: bool = False) -> Tensor:
+        """Logits ``[B, S, V]``, some rows of the output matrix at a time."""
+        starts = range(0, self._config.vocab_size, _HEAD_ROWS)
+        parts = (slice(start, start + _HEAD_ROWS) for start in starts)
+        rows = (self._weights.floats("head.weight", run.wide, rows=part) for part in parts)
+        return torch.cat([self._code.logits(normed, weight, at_once=at_once) for weight in rows], dim=-1)
 
     def _try_head(self) -> None:
         """Run the head on one token of zeros, so that code with another one is refused before a layer runs.
@@ -225,9 +246,9 @@ class ReleasedModel:
         states: list[dict[str, Tensor]] = []
         with self._active(golden):
             step = step_of(golden)
-            given = self._carry(step, _GOLDEN, state)
+            given = _of_run(_GOLDEN, state)
             left, taps = self._pass(_Pass(step, golden, given, states), expected)
-        leaving = _named(_GOLDEN, {**_of_run(_GOLDEN, state), **left})
+        leaving = _named(_GOLDEN, {**given, **left})
         noise: dict[str, list[list[Array]]] = {name: [] for name in taps if expected[name][0].kind == "f"}
         for dtype, run in self._noise.items():
             with self._active(run):
@@ -236,21 +257,14 @@ class ReleasedModel:
                 with run.around():
                     alone = _Pass(step, run, given, states if by_operation else states[:1], taps, feed=by_operation)
                     _, isolated = self._pass(alone, expected)
-                    own = self._carry(step, dtype, state)
+                    own = _of_run(dtype, state)
                     left, cumulative = self._pass(_Pass(step, run, own, states[:1], taps), expected)
-            leaving |= _named(dtype, {**_of_run(dtype, state), **left})
+            leaving |= _named(dtype, {**own, **left})
             found = {Mode.ISOLATED: isolated, Mode.CUMULATIVE: cumulative}
             for name, rows in noise.items():
                 rows.append([found[mode][name] for mode in MODES])
         stacked: dict[str, Array] = {name: np.array(rows) for name, rows in noise.items()} if self._noise else {}
         return leaving, RecordedTaps(taps, stacked)
-
-    def _carry(self, step: _Step, run: str, state: State) -> _Carry:
-        """What earlier layers made in a run, by tap; the streams of DSpark's target layers are one array."""
-        carry = _of_run(run, state)
-        if _TARGETS in step.inputs:
-            carry[_TARGETS] = gathered(state, run, self._config)[:, : step.calls[-1][1]]
-        return carry
 
     def _pass(self, what: _Pass, expected: Expected) -> tuple[dict[str, Array], dict[str, Array]]:
         """One run over all tokens, call by call: what leaves, and the taps, or their row noise beside the golden's.
@@ -260,12 +274,12 @@ class ReleasedModel:
         """
         step, golden = what.step, what.golden
         given = self._given(step, what)
-        left_over: Expected = {} if step.block is None else self._origins(step.layer)
-        every = {**expected, **left_over}
+        kept: Expected = {} if step.block is None else self._carried(step.layer)
+        every = {**expected, **kept}
         computed = {name: tap for name, tap in every.items() if not is_state(name) and name not in given}
         held = {} if step.block is None else caches(step.block)
         found: dict[str, list[Array]] = {name: [] for name in computed if name in expected}
-        left: dict[str, list[Array]] = {name: [] for name in left_over}
+        left: dict[str, list[Array]] = {name: [] for name in kept}
         taps: dict[str, Array] = {}
         for number, (start, stop) in enumerate(step.calls):
             if golden is None:
@@ -273,16 +287,19 @@ class ReleasedModel:
             elif number < len(what.states):
                 for name, cache in held.items():
                     cache.copy_(what.states[number][name])
-            parts = self._parts(step, computed, start, stop)
-            shapes = {name: (computed[name][0], shape) for name, (_, shape) in parts.items()}
-            recorded = {name: place for name, place in parts.items() if name in found}
+            parts = {name: self._part(step, name, start, stop) for name in computed}
+            if step.drafts:
+                parts = self._parts_of_draft(step, {name: computed[name][1] for name in computed}, start, stop)
             call = _Call(
-                shapes,
-                None if golden is None else {name: part_of(golden[name], *place) for name, place in recorded.items()},
-                kept=left_over,
+                {name: (computed[name][0], shape) for name, (_, shape) in parts.items()},
+                {name: part_of(golden[name], *parts[name]) for name in parts if name in found}
+                if golden is not None
+                else None,
+                kept=kept,
                 feed=what.feed,
             )
-            call.run(self._code, step, self._rows_by(step, given, start, stop), slice(start, stop))
+            own = given if step.drafts else self._rows_by(step, given, start, stop)
+            call.run(self._code, step, own, slice(start, stop))
             for name, value in call.taps.items():
                 if name in found:
                     found[name].append(value)
@@ -296,22 +313,38 @@ class ReleasedModel:
         else:
             taps = {name: row_noise(value, golden[name]) for name, value in taps.items() if value.dtype.kind == "f"}
             taps |= {name: np.concatenate(values, axis=2) for name, values in found.items() if values}
-        return {name: joined(values, left_over[name][1]) for name, values in left.items()}, taps
+        return {name: joined(values, kept[name][1]) for name, values in left.items()}, taps
 
     def _given(self, step: _Step, what: _Pass) -> dict[str, Tensor]:
         """What enters a step, in the dtypes of a run, by the names of the step's own taps."""
         given = {}
         for name, origin in step.inputs.items():
-            value = torch.from_numpy(what.carry[origin])
+            key = TapKey.of(self._config, step.layer, name)
+            value = torch.from_numpy(what.carry[origin] if not _stacked(key) else self._stack(what.carry))
             if value.is_floating_point():
                 value = value.to(what.run.wide if name in self._interface.wide else what.run.dtype)
             given[name] = value
         return given
 
-    def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> Mapping[str, Tensor]:
+    def _stack(self, carry: Mapping[str, Array]) -> Array:
+        """The streams ``[B, M, L, N, D]`` of all target layers."""
+        streams = [carry[_target(layer)] for layer in self._config.draft_sources]
+        return np.stack(streams, axis=2)[:, : known_tokens(self._ids.shape[1])]
+
+    def _parts_of_draft(
+        self, step: _Step, shapes: Mapping[str, tuple[int, ...]], start: int, stop: int
+    ) -> dict[str, tuple[range, tuple[int, ...]]]:
+        """The rows of a DSpark stage's taps that a call makes, and the shape of what it makes."""
+        parts = {}
+        for name, shape in shapes.items():
+            if name.startswith(KNOWN):
+                parts[name] = range(start, stop), (shape[0], stop - start, *shape[2:])
+            elif start == 0 if name in BEGINS else (start, stop) == step.calls[-1]:
+                parts[name] = range(shape[1]), shape
+        return parts
+
+    def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
         """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past so far."""
-        if step.drafts:
-            return given
         parts = {}
         for name, value in given.items():
             key = TapKey.of(self._config, step.layer, name)
@@ -321,23 +354,13 @@ class ReleasedModel:
             parts[name] = value[:, rows.start : rows.stop, *(slice(size) for size in shape[2:])]
         return parts
 
-    def _parts(
-        self, step: _Step, computed: Expected, start: int, stop: int
-    ) -> dict[str, tuple[range, tuple[int, ...]]]:
-        """The rows of taps that a call makes, and the shape of what it makes, of the taps that it makes any rows of."""
-        parts = {}
-        for name, (_, shape) in computed.items():
-            key = TapKey.of(self._config, step.layer, name)
-            if not step.drafts:
-                own = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
-                parts[name] = rows_of(key, self._config, start, stop), own
-            elif name.startswith(KNOWN):
-                parts[name] = range(start, stop), (shape[0], stop - start, *shape[2:])
-            elif start == 0 if name in BEGINS else (start, stop) == step.calls[-1]:
-                parts[name] = range(shape[1]), shape
-        return parts
+    def _part(self, step: _Step, name: str, start: int, stop: int) -> tuple[range, tuple[int, ...]]:
+        """The rows of a tap that a call makes, and the shape of what it makes."""
+        key = TapKey.of(self._config, step.layer, name)
+        shape = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
+        return rows_of(key, self._config, start, stop), shape
 
-    def _origins(self, layer: int | None) -> Expected:
+    def _carried(self, layer: int | None) -> Expected:
         """The taps of a layer that later layers start from."""
         origins = {tap.origin.tap for tap in self._config.taps if tap.origin is not None}
         keys = [TapKey.of(self._config, layer, tap) for tap in taps_of(self._config, layer) if tap.name in origins]
@@ -349,6 +372,21 @@ class ReleasedModel:
             )
             for key in keys
         }
+
+
+def _origin(key: TapKey) -> str:
+    """The tap that has the values of one that a layer starts from."""
+    assert key.tap.origin is not None
+    return key.tap.origin.tap
+
+
+def _stacked(key: TapKey) -> bool:
+    return key.tap.origin is not None and key.tap.origin.stacked
+
+
+def _target(layer: int) -> str:
+    """The name of a target layer's streams, which travel beside what enters the next layer."""
+    return f"targets.{layer}"
 
 
 def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> StoredAs:
@@ -364,14 +402,12 @@ def _storage(checkpoint: Checkpoint, config: Config, resolution: Resolution) -> 
 
 
 def _named(run: str, values: Mapping[str, Array]) -> State:
-    """Values of a run by tap, as they stand in the state."""
-    return {run if name == STREAMS.name else f"{run}/{name}": value for name, value in values.items()}
+    return {f"{run}:{name}": value for name, value in values.items()}
 
 
 def _of_run(run: str, state: State) -> dict[str, Array]:
-    """The inverse of :func:`_named`."""
-    own = {name.partition("/"): value for name, value in state.items()}
-    return {name or STREAMS.name: value for (of, _, name), value in own.items() if of == run}
+    prefix = f"{run}:"
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +421,7 @@ class _Step:
         forward: ``(what enters, tokens of the call, visitor)``.
         watching: ``(visitor, choices, start)``: a context in which taps are visited.
         block: the code's block, which has caches.
-        drafts: whether it is a DSpark stage.
+        drafts: whether it is a DSpark stage, whose calls are on the known tokens.
     """
 
     layer: int | None

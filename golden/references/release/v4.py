@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Code, Required
+from dsv4_convert.golden.references.release.drafts import Draft
 from dsv4_convert.golden.references.release.interface import Entering, Interface, PromptCalls, StoredAs, ToLogits
 from dsv4_convert.golden.references.release.probes import (
     INPUTS,
     OUTPUTS,
     Choices,
+    Collapse,
     Visit,
     watching_block,
     watching_function,
-    watching_head,
 )
 from dsv4_convert.golden.references.release.weights import CodeWeights
 from dsv4_convert.spec.v4.config import V4Config
@@ -40,10 +40,6 @@ _INPUTS = INPUTS | {
 }
 
 
-#: The code's classes of draft stages: of multi-token prediction, and since V4-Flash-0731 of DSpark.
-MTP, DSPARK = "MTPBlock", "DSparkBlock"
-
-
 class V4Interface(Interface):
     """The code of DeepSeek-V4: Flash, Pro, their Base and dated releases."""
 
@@ -51,18 +47,7 @@ class V4Interface(Interface):
         "DeepSeek-V4",
         ("ModelArgs", "Transformer", "Block", "Block.hc_pre", "Block.hc_post", "ParallelHead", "RMSNorm",
          "apply_rotary_emb"),
-        stages=(MTP, DSPARK),
     )  # fmt: skip
-
-    def __init__(self, code: Code, config: V4Config, prompt: PromptCalls, storage: StoredAs) -> None:
-        """No weight is read. Raises :class:`BadInput` for code of another model, or without its stages."""
-        super().__init__(code, config, prompt, storage)
-        wanted = MTP if config.dspark is None else DSPARK
-        if config.runs_stages(prompt.layers) and not hasattr(code.module, wanted):
-            raise BadInput(
-                f"{code.path}: has no {wanted}, and {prompt.root} has its stages; expected the `inference` folder that "
-                "the same repository has beside its weights"
-            )
 
     @staticmethod
     def values(config: V4Config, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
@@ -71,22 +56,34 @@ class V4Interface(Interface):
             "n_hash_layers": sum(config.hash_routed),
             "scale_dtype": "fp32" if storage.float_scales else "fp8",
         }
-        if config.dspark is not None and config.runs_stages(prompt.layers):
-            values |= {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
-            values |= {"n_mtp_layers": config.num_mtp_stages, "temperature": 0.0}
-            values["max_seq_len"] += config.dspark.block_size
-        return values
+        if config.dspark is None or not set(prompt.layers) & set(config.stage_layers):
+            return values
+        block = {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
+        room = values["max_seq_len"] + config.dspark.block_size
+        return values | block | {"n_mtp_layers": config.num_mtp_stages, "max_seq_len": room, "temperature": 0.0}
+
+    @staticmethod
+    def of_stages(config: V4Config) -> tuple[str, ...]:
+        """The blocks of either kind of stage, and what DSpark's call."""
+        if config.dspark is None:
+            return ("MTPBlock",)
+        return ("DSparkBlock", "DSparkBlock.forward_embed", "DSparkBlock.forward_head", "DSparkBlock.hc_head", "sample")
+
+    def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
+        """A ``DSparkBlock``. Its embedding and its output head are the model's own."""
+        block = self.filled(self.code.module.DSparkBlock(layer, self.args), layer, weights, run)
+        block.embed = partial(weights.embedded, dtype=run.dtype)
+        block.head = lambda normed, full_logits: logits(normed)
+        return Draft(self.code, block, self.prompt.ids, _watching)
 
     def block(self, layer: int, weights: CodeWeights, run: Run) -> Any:
-        """A ``Block``, or that of a stage."""
-        module, config = self.code.module, self.config
-        if layer not in config.stage_layers:
-            return self.filled(module.Block(layer, self.args), layer, weights, run)
-        block = (module.MTPBlock if config.dspark is None else module.DSparkBlock)(layer, self.args)
+        """A ``Block``, or the ``MTPBlock`` of a stage."""
+        stage = layer in self.config.stage_layers
+        block = (self.code.module.MTPBlock if stage else self.code.module.Block)(layer, self.args)
         self.filled(block, layer, weights, run)
-        # Both are the model's own; the head, which evaluates one position only, is run for all of them.
-        block.embed = partial(weights.embedded, dtype=run.dtype)
-        block.head = (lambda streams, *_: streams) if config.dspark is None else partial(_of_all, weights, run)
+        if stage:  # both are the model's own; the head, which evaluates one position only, is run for all of them
+            block.embed = partial(weights.embedded, dtype=run.dtype)
+            block.head = lambda streams, *mixing: streams
         return block
 
     def forward(self, layer: int, block: Any, entering: Entering, tokens: slice) -> None:
@@ -104,7 +101,7 @@ class V4Interface(Interface):
                 visit("attn.indexer.q_rope", arguments[0])
 
         with (
-            watching_block(self.code, block, visit, choices, outputs=_OUTPUTS, inputs=_INPUTS, slot=self.slot(start)),
+            _watching(self.code, block, visit, choices, self.slot(start)),
             watching_function(self.code.module, "fp4_act_quant", quantized),
         ):
             yield
@@ -129,7 +126,7 @@ class V4Interface(Interface):
     def _to_logits(
         self, norm: nn.Module, mixing: Sequence[Tensor], entering: Entering, logits: ToLogits, visit: Visit
     ) -> None:
-        with watching_head(visit):
+        with Collapse(visit):
             collapsed = self._collapse()(entering["input"], *mixing)
         visit("hc_head", collapsed)
         normed = norm(collapsed)
@@ -146,7 +143,5 @@ class V4Interface(Interface):
         return method
 
 
-def _of_all(weights: CodeWeights, run: Run, normed: Tensor, full_logits: bool) -> Tensor:
-    """The head of a DSpark stage, which wants the logits of all positions."""
-    assert full_logits
-    return weights.logits(normed, run.wide)
+def _watching(code: Code, block: Any, visit: Visit, choices: Choices, slot: int | None) -> AbstractContextManager[None]:
+    return watching_block(code, block, visit, choices, outputs=_OUTPUTS, inputs=_INPUTS, slot=slot)

@@ -19,8 +19,6 @@ from dsv4_convert.spec.coverage import Resolution, Source
 Array = np.ndarray[Any, Any]
 
 _FLOAT32 = np.dtype(np.float32)
-#: Rows of the output head that are in memory at a time.
-_HEAD_ROWS = 8192
 #: Bytes as torch reads them.
 _CODES = {torch.float8_e4m3fn: "F8_E4M3", torch.float4_e2m1fn_x2: "I8", torch.float8_e8m0fnu: "F8_E8M0"}
 
@@ -108,12 +106,6 @@ class CodeWeights:
         value = torch.from_numpy(np.array(read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows)))
         self._checkpoint.release(name)
         return value.to(dtype)
-
-    def logits(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits ``[B, S, V]``; some rows of the output matrix are in memory at a time."""
-        starts = range(0, self._config.vocab_size, _HEAD_ROWS)
-        rows = (self.floats("head.weight", dtype, rows=slice(start, start + _HEAD_ROWS)) for start in starts)
-        return torch.cat([self._code.logits(normed, weight) for weight in rows], dim=-1)
 
     def embedded(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The embeddings of token ids. Only their rows of the table are read."""

@@ -253,7 +253,7 @@ LIKE_V4: tuple[Fault, ...] = (
     Fault(name="output head tied to the embedding", layer=None, tap="logits",
           arrays=lambda arrays: arrays.update({"head": np.ascontiguousarray(arrays["embed"].T)})),
     _tensor("E8M0 exponents off by one", SOURCE, "attn.wq_a", r"layers\.2\.attn\.wq_a\.scale", lambda a: a + 1),
-    _tensor("scales of 32-wide tiles shifted by a tile", READER, "attn.wkv", r"layers\.3\.attn\.wkv\.scale",
+    _tensor("scales of 32-wide tiles shifted by a tile", READER, "attn.wq_a", r"layers\.3\.attn\.wq_a\.scale",
             lambda a: np.roll(a, 1, 1)),
     _tensor("scales of 32-wide tiles repeated as for wider ones", LATE_READER, "attn.wq_b",
             r"layers\.5\.attn\.wq_b\.scale", lambda a: np.repeat(a[::2], 2, 0)[: len(a)]),
