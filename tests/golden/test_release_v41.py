@@ -188,7 +188,7 @@ def test_a_table_of_n_grams_is_never_read_whole(folder: Path, tmp_path: Path) ->
     [
         ({"tokens": TOKENS[:, :1]}, UsageError, "a prefill of 1 token"),
         ({"tokens": TOKENS[:, :4], "decode": 3}, UsageError, "a prefill of 1 token"),
-        ({"stages": True}, UsageError, r"--stages: the draft stages of DeepSeek-V4\.1 are not recorded"),
+        ({"stages": True}, UsageError, r"--stages: the draft stages of DeepSeek-V4\.1 have no taps yet"),
         ({"release_code": None}, UsageError, r"transformers has no DeepSeek-V4\.1"),
         ({"release_code": CODE_OF_V4}, BadInput, r"engram\.py: cannot be imported"),
         ({"numerics": "release", "noise": ["float32"]}, UsageError, "expected some of bfloat16"),
