@@ -1,7 +1,7 @@
 """DeepSeek's own inference code against dsv4: random small models in every form, both modes.
 
 Needs a copy of the published ``inference`` folder; without one, the tests' stand-in of the same interface is used.
-Prints what differs: isolated (in release numerics operation by operation) the largest error in rms, relative to the tap,
+Prints what differs: isolated (in release numerics, by operation) the largest error in rms, relative to the tap,
 and in both modes the largest errors in noise floors.
 
 Run: python -m benchmarks.release [--model v4.1] [--numerics plain] [--release-code ./DeepSeek-V4-Flash/inference]
