@@ -56,7 +56,7 @@ LAYER = Where("every layer", lambda config, layer: True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Origin:
+class TapOrigin:
     """The tap of an earlier layer whose values a layer starts from: its name, and that layer by config and layer.
 
     A layer number of -1 stands for the embedding. ``stacked``: it starts from several layers' values, which go with
@@ -84,7 +84,7 @@ class Tap:
     #: Parameters that its operation uses itself, named as in its layer; those that a layer lacks do not count.
     weights: tuple[str, ...] = ()
     #: For an input of a layer: where its values come from.
-    origin: Origin | None = None
+    origin: TapOrigin | None = None
 
     @property
     def is_state(self) -> bool:

@@ -105,7 +105,20 @@ def test_every_help_has_examples_that_parse(path: tuple[str, ...]) -> None:
 
 #: Names of objects whose keys are data.
 MAPS = frozenset(
-    {"arrays", "changed", "facts", "files", "left_out", "mesh", "read", "rounded", "shapes", "shards", "versions"}
+    {
+        "arrays",
+        "changed",
+        "facts",
+        "files",
+        "left_out",
+        "mesh",
+        "read",
+        "rounded",
+        "shapes",
+        "shards",
+        "values",
+        "versions",
+    }
     | {"written"}
 )
 

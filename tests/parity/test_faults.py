@@ -16,6 +16,7 @@ from dsv4_convert.show.units import number_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.catalogue import CATALOGUE
+from .faults.drafts import REPEATED
 from .faults.fault import CSA, MAIN, Arrays, Fault, Held, Patient, examine, patient
 from .faults.scales import EXPERT, SCALES
 
@@ -45,7 +46,13 @@ def test_the_catalogue_is_large_and_covers_every_kind() -> None:
     assert {fault.kind for fault in CATALOGUE.values()} == {"weights", "decoding", "names table", "config", "code"}
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+#: Faults that are planted in one of DSpark's stages by every run of the tests, and in the others by the thorough one.
+_AGAIN = {fault.name for fault in REPEATED}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in _AGAIN else name for name in CATALOGUE]
+)
 def test_a_planted_fault_is_named(patients: dict[str, Patient], name: str) -> None:
     fault = CATALOGUE[name]
     # Every other layer has the weights, inputs and programs with which it passes in the healthy model; the tests below

@@ -26,6 +26,7 @@ from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.forward import Forward
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.programs import ModelOptions, Program
+from dsv4_convert.parity.report.html.data import page_data
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
 from dsv4_convert.parity.tolerances import LIMITS
@@ -256,4 +257,18 @@ def test_every_input_is_judged_in_a_run_from_the_tokens(healthy: Patient) -> Non
     assert names == {"input", "input.pre", "input.entries", "input.keys", "input.candidates"}
     assert TapKey(CHOOSER, next(tap for tap in healthy.golden.config.taps if tap.name == "input.keys")) in {
         result.key for result in report.taps
+    }
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_page_says_what_every_choice_chooses(healthy: Patient) -> None:
+    report = ParityRun(healthy.held, healthy.golden, ParityOptions(modes=[Mode.CUMULATIVE], detail=True)).run()
+    found = {(choice.what, choice.how) for choice in page_data(report).agreements}
+    assert found == {
+        ("experts", "by score"),
+        ("indexer", "by score"),
+        ("indexer", "of an earlier layer"),
+        ("candidate blocks", "by score"),
+        ("candidate blocks", "of an earlier layer"),
+        ("rows of n-grams", "by hash"),
     }

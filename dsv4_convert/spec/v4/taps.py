@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Origin, Tap, Values, Where
+from dsv4_convert.spec.tap import AFTER, BEFORE, LAYER, Tap, TapOrigin, Values, Where
 
 #: In the words of V4; the conditions hold in any architecture.
 COMPRESSED = Where("CSA and HCA layers", lambda config, layer: config.compresses(layer))
@@ -21,7 +21,7 @@ READS_STREAMS = Where(
     lambda config, layer: layer in config.stage_layers and not DSPARK_FIRST.holds(config, layer),
 )
 #: The streams that leave the layer before.
-STREAMS = Origin("hc_ffn.streams", lambda config, layer: layer - 1)
+STREAMS = TapOrigin("hc_ffn.streams", lambda config, layer: layer - 1)
 
 
 def _compressor(path: str, width: str, entry: str, where: Where, pooled: Where) -> tuple[Tap, ...]:
@@ -58,9 +58,9 @@ def _expert(path: str) -> tuple[str, ...]:
 TAPS: tuple[Tap, ...] = (
     Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", READS_STREAMS, origin=STREAMS),
     Tap("context", "B M D", "the first stage's main_norm", DSPARK_LATER,
-        origin=Origin("main_norm", lambda config, layer: config.stage_layers[0])),
+        origin=TapOrigin("main_norm", lambda config, layer: config.stage_layers[0])),
     Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST,
-        origin=Origin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
+        origin=TapOrigin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
     Tap("main", "B M LD", "means of these streams, those of one layer after the other's", DSPARK_FIRST),
     _own("main_proj", "B M D", "projected means", DSPARK_FIRST),
     _own("main_norm", "B M D", "projected means after their norm, of which all stages make keys", DSPARK_FIRST),

@@ -6,7 +6,7 @@ candidate blocks. What a layer reads of an earlier one is an input of it, with t
 
 from __future__ import annotations
 
-from dsv4_convert.spec.tap import AFTER, Origin, Tap, Values, Where
+from dsv4_convert.spec.tap import AFTER, Tap, TapOrigin, Values, Where
 from dsv4_convert.spec.v4 import taps as v4
 from dsv4_convert.spec.v41.kinds import Candidates
 
@@ -43,15 +43,15 @@ def _hyper_connection(path: str) -> tuple[Tap, ...]:
 TAPS: tuple[Tap, ...] = (
     *_as_v4("embed", "input"),
     Tap("input.pre", "B S N", "weights of the half before, which collapse the streams that enter the layer",
-        origin=Origin("hc_ffn.pre", lambda config, layer: layer - 1)),
+        origin=TapOrigin("hc_ffn.pre", lambda config, layer: layer - 1)),
     Tap("input.entries", "B T C", "compressed entries of an earlier layer", READS_ENTRIES,
-        origin=Origin("attn.compressor.entries", lambda config, layer: config.kv_source(layer))),
+        origin=TapOrigin("attn.compressor.entries", lambda config, layer: config.kv_source(layer))),
     Tap("input.keys", "B T Ci", "index keys of an earlier layer", READS_KEYS,
-        origin=Origin("attn.indexer.keys", lambda config, layer: config.kv_source(layer))),
+        origin=TapOrigin("attn.indexer.keys", lambda config, layer: config.kv_source(layer))),
     Tap("input.chosen", "B S k", "an earlier layer's choice of entries", READS_CHOICE, Values.CHOICE,
-        origin=Origin("attn.indexer.chosen", lambda config, layer: config.index_source(layer))),
+        origin=TapOrigin("attn.indexer.chosen", lambda config, layer: config.index_source(layer))),
     Tap("input.candidates", "B S c", "an earlier layer's candidate blocks", READS_CANDIDATES, Values.CHOICE,
-        origin=Origin("attn.indexer.candidates", lambda config, layer: config.candidate_source_layer_id)),
+        origin=TapOrigin("attn.indexer.candidates", lambda config, layer: config.candidate_source_layer_id)),
     Tap("engram.ids", "B S J", "rows of the table that n-grams are hashed to", ENGRAM, Values.CHOICE),
     Tap("engram.key", "B S N D", "keys of the streams", ENGRAM, weights=("engram.embed", "engram.wkv")),
     Tap("engram.value", "B S D", "what the table has for the token", ENGRAM, weights=("engram.embed", "engram.wkv")),

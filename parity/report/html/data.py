@@ -281,16 +281,28 @@ def _drawn(result: TapResult, sample: Sample, prompt: Prompt) -> Failing:
     )
 
 
+#: What a tap of chosen indices chooses.
+_CHOICES = {
+    "ffn.gate.experts": "experts",
+    "attn.indexer.chosen": "indexer",
+    "input.chosen": "indexer",
+    "attn.indexer.candidates": "candidate blocks",
+    "input.candidates": "candidate blocks",
+    "engram.ids": "rows of n-grams",
+    "tokens": "drafted tokens",
+}
+
+
 def _agreement(tap: TapResult, detail: Detail | None) -> Agreement:
     assert tap.flips is not None
     assert tap.layer is not None
-    experts = tap.short.startswith("ffn.")
-    hashed = experts and detail is not None and detail.prompt.config.hashed(tap.layer)
+    hashed = tap.short == "ffn.gate.experts" and detail is not None and detail.prompt.config.hashed(tap.layer)
+    how = "by score" if tap.key.tap.scores else "by hash" if tap.key.tap.origin is None else "of an earlier layer"
     return Agreement(
         layer=tap.key.label,
         mode=tap.mode,
-        what="experts" if experts else "indexer",
-        how="by table" if hashed else "by score",
+        what=_CHOICES[tap.short],
+        how="by table" if hashed else how,
         tokens=tap.flips.of,
         equal=tap.flips.of - tap.flips.tokens,
         ties=tap.flips.ties,

@@ -260,4 +260,6 @@ _OF_LAST: tuple[Fault, ...] = (
            arrays=_change("mtp.2.confidence_head.proj", lambda a: np.roll(a, _RANK, axis=0))),
 )  # fmt: skip
 
-DRAFT_FAULTS: tuple[Fault, ...] = (*_OF_FIRST, *(fault for layer in DRAFTS for fault in _of_all(layer)), *_OF_LAST)
+#: The faults of the first and the last stage that the second one has, too.
+REPEATED: tuple[Fault, ...] = (*_of_all(FIRST), *_of_all(LAST))
+DRAFT_FAULTS: tuple[Fault, ...] = (*_OF_FIRST, *_of_all(MIDDLE), *_OF_LAST, *REPEATED)
