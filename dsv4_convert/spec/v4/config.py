@@ -151,7 +151,7 @@ def as_v4(config: Config) -> V4Config:
     """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: transformers has no such model, so a golden is recorded with --reference release; its draft "
+            f"{config.title}: transformers has no such model, so record its golden with --reference release; its draft "
             "stages are not computed yet"
         )
     return config
