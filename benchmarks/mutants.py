@@ -38,7 +38,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dsv4_convert", "parity", "golden")
-#: What a fork need not import again: neither the code under test nor pytest's plugins.
+#: Libraries that are imported before the forks. pytest imports its plugins itself.
 MODULES = ("jax", "ml_dtypes", "numba", "numpy", "pytest", "rich", "safetensors", "torch", "typer")
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -108,7 +108,7 @@ def mutants(file: Path) -> Iterator[Mutant]:
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     for node in _executed(ast.parse(source)):
-        # Of an if statement only the condition changes.
+        # A mutant of an if statement changes its condition.
         old = node.test if isinstance(node, ast.If) else node
         for new in _changed(node):
             assert isinstance(old, ast.expr | ast.stmt)
@@ -225,7 +225,7 @@ def main(arguments: argparse.Namespace) -> None:
         ignored = ("__pycache__", ".git", ".nox", ".venv", "site", "tests", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, work, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
         shutil.copytree(tests, work / "tests", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        # All mutants of a file need the same programs, and most of them those of the healthy code.
+        # Most mutants need the programs of the healthy code.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/programs")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

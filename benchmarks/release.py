@@ -1,10 +1,11 @@
-"""Release numerics against DeepSeek's own inference code: random small models in every form, both modes.
+"""DeepSeek's own inference code against dsv4: random small models in every form, both modes.
 
 Needs a copy of the published ``inference`` folder; without one, the tests' stand-in of the same interface is used.
-Prints what differs: operation by operation (isolated) the largest error in rms, relative to the tap, and in
-both modes the largest errors in noise floors.
+Prints what differs: isolated (in release numerics, by operation) the largest error in rms, relative to the tap,
+and in both modes the largest errors in noise floors.
 
-Run: python -m benchmarks.release [--release-code ./DeepSeek-V4-Flash/inference] [--cases 12] [--first 0] [--jobs 2]
+Run: python -m benchmarks.release [--model v4.1] [--numerics plain] [--release-code ./DeepSeek-V4-Flash/inference]
+                                  [--cases 12] [--first 0] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,17 @@ from rich.table import Table
 
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
-from dsv4_convert.golden.synthetic import Form, tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import Form, tiny_config, tiny_v41_config, write_checkpoint
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.weights.published import PublishedWeights
 
-_STAND_IN = Path(__file__).parents[1] / "tests" / "golden" / "release_code"
-_FORMS: tuple[Form, ...] = ("fp4", "fp8", "bf16")
+_STAND_INS = Path(__file__).parents[1] / "tests" / "golden"
 _LENGTHS = (5, 129, 200)
 
 
-def architecture(case: int) -> dict[str, Any]:
+def v4(case: int) -> dict[str, Any]:
     """The raw config of a small model whose widths the release's groups divide; window-only, CSA and HCA layers."""
     rng = np.random.default_rng(case)
 
@@ -57,14 +58,45 @@ def architecture(case: int) -> dict[str, Any]:
     )
 
 
-def one(case: int, code: Path) -> dict[str, Any]:
+def v41(case: int) -> dict[str, Any]:
+    """The raw config of a small V4.1 with every kind of layer, whose widths the release's groups divide."""
+    rng = np.random.default_rng(case)
+
+    def one_of(*choices: int) -> int:
+        return int(rng.choice(choices))
+
+    return tiny_v41_config(
+        hidden_size=one_of(64, 128),
+        moe_intermediate_size=one_of(32, 64),
+        num_attention_heads=one_of(2, 4),
+        head_dim=one_of(32, 64),
+        q_lora_rank=one_of(32, 64),
+        sliding_window=one_of(6, 16, 32),
+        index_n_heads=64,
+        index_head_dim=one_of(32, 64),
+        index_topk=one_of(5, 16),
+        candidate_block_size=one_of(4, 8),
+    )
+
+
+#: Raw configs by case, the forms in which weights are published, and the folder of the stand-in's code.
+_MODELS: Mapping[str, tuple[Callable[[int], dict[str, Any]], tuple[Form, ...], str]] = {
+    "v4": (v4, ("fp4", "fp8", "bf16"), "release_code"),
+    "v4.1": (v41, ("fp4",), "release_code_v41"),
+}
+
+
+def one(case: int, model: str, numerics: str, code: Path) -> dict[str, Any]:
     """Record and compare one case."""
-    raw, form, length = architecture(case), _FORMS[case % 3], _LENGTHS[case // 3 % 3]
-    tokens = np.random.default_rng(case).integers(0, raw["vocab_size"], (1 + case % 2, length))
+    architecture, forms, _ = _MODELS[model]
+    raw, form, length = architecture(case), forms[case % len(forms)], _LENGTHS[case // len(forms) % 3]
+    vocabulary = raw.get("text_config", raw)["vocab_size"]
+    tokens = np.random.default_rng(case).integers(0, vocabulary, (1 + case % 2, length))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "hf"
         write_checkpoint(source, raw, seed=case, form=form)
-        golden = record(source, Path(folder) / "golden", RecordingOptions(tokens=tokens, release_code=code))
+        asked = RecordingOptions(tokens=tokens, release_code=code, numerics=numerics)
+        golden = record(source, Path(folder) / "golden", asked)
         report = ParityRun(PublishedWeights.open(source), golden, ParityOptions(modes=MODES)).run()
     largest = {
         mode: {
@@ -92,13 +124,16 @@ def one(case: int, code: Path) -> dict[str, Any]:
 def main() -> None:
     """Run the cases in processes of their own; print a table, and the totals as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release-code", type=Path, default=_STAND_IN)
+    parser.add_argument("--model", choices=sorted(_MODELS), default="v4")
+    parser.add_argument("--numerics", choices=("plain", "release"), default="release")
+    parser.add_argument("--release-code", type=Path)
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
+    code = options.release_code or _STAND_INS / _MODELS[options.model][2]
     console = Console()
-    table = Table(title=f"{options.release_code}: errors in noise floors", title_justify="left", box=None)
+    table = Table(title=f"{code}: errors in noise floors", title_justify="left", box=None)
     for name in (
         "case",
         "form",
@@ -117,7 +152,7 @@ def main() -> None:
     rows = []
     cases = range(options.first, options.first + options.cases)
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=4) as pool:
-        for row in pool.imap(partial(one, code=options.release_code), cases):
+        for row in pool.imap(partial(one, model=options.model, numerics=options.numerics, code=code), cases):
             rows.append(row)
             multiples = [f"{row[mode.value][name]:.1f}" for mode in MODES for name in ("tap", "row", "element")]
             shown = [str(row[name]) for name in ("case", "form", "tokens", "taps", "ties")]

@@ -116,7 +116,8 @@ def _filled(code: release_code.Code, model: Any, weights: PublishedWeights, pref
             parameter.data = raw.view(parameter.dtype).reshape(parameter.shape)
         elif name.endswith("wo_a.weight"):  # published in FP8, and run in bfloat16
             scale = stored.read(name.removesuffix("weight") + "scale").astype(np.float32)
-            scale = scale.repeat(128, 0)[: array.shape[0]].repeat(128, 1)[:, : array.shape[1]]
+            height, width = weights.config.fp8_tile
+            scale = scale.repeat(height, 0)[: array.shape[0]].repeat(width, 1)[:, : array.shape[1]]
             parameter.data = torch.from_numpy(array.astype(np.float32) * scale).to(parameter.dtype)
         else:
             wide = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
