@@ -70,7 +70,7 @@ ROWS = (
     Row("Pro", "v5e-256", "fsdp=4,expert=64", decode=True, source=True),
     *(Row("V4.1", name) for name in ("v5p-512", "v6e-128")),
     *(Row("V4.1", name, decode=True) for name in ("v5p-64", "v6e-128")),
-    *(Row("V4.1", name, decode=True, source=True) for name in ("v5p-32", "v6e-32")),
+    Row("V4.1", "v6e-32", decode=True, source=True),
 )
 
 

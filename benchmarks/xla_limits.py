@@ -1,6 +1,6 @@
 """The smallest programs that show what XLA on CPU does slowly, and what the model does instead.
 
-Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/experts.py`` (``packed``),
+Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/encoded.py`` (``Member``),
 ``hyper_connection.py`` (``_collapse``) and ``attention.py`` (``attend``).
 
 Run: python -m benchmarks.xla_limits
@@ -19,6 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dsv4_convert.model.encoded import Member
+
 WIDTH, INNER, EXPERTS, RUNS = 4096, 2048, 40, 7
 
 
@@ -33,10 +35,9 @@ def _dot(spec: str) -> Callable[[Any, Any], jax.Array]:
 def pairs() -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]:
     """What is shown, the slow program, the fast one, and the arguments of both."""
     stack, single = _random(EXPERTS, WIDTH, INNER), _random(WIDTH, INNER)
-    few, some = _random(8, WIDTH), _random(EXPERTS, 64, WIDTH)
+    few = _random(8, WIDTH)
     streams, weights = _random(1, 2048, 4, WIDTH), _random(1, 2048, 4)
     queries, keys = _random(512, 64, 512), _random(640, 512)
-    batched = _dot("erd,edi->eri")
     return [
         (
             "8 rows times a matrix: out of a stack, or an argument of its own",
@@ -45,10 +46,10 @@ def pairs() -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any
             (few, stack, single, jnp.int32(3)),
         ),
         (
-            f"64 rows times each of {EXPERTS} matrices: at once, or twice 32 rows",
-            batched,
-            lambda x, w: jnp.concatenate([batched(x[:, :32], w), batched(x[:, 32:], w)], axis=1),
-            (some, stack),
+            "8 rows times a matrix out of a stack: whole, or block by block",
+            lambda x, stack, at: x @ stack[at],
+            lambda x, stack, at: Member(stack, at).product(x, jnp.float32),
+            (few, stack, jnp.int32(3)),
         ),
         (
             "weighted sum over a middle axis of 4: as sum, or as contraction",

@@ -39,7 +39,7 @@ class StoredShape(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-INPUT, STREAMS = tap_named("input"), tap_named("hc_ffn.streams")
+INPUT, STREAMS, TOKENS = tap_named("input"), tap_named("hc_ffn.streams"), tap_named("tokens")
 
 
 def entering(config: Config, layer: int) -> tuple[TapKey, ...]:

@@ -34,8 +34,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Most of what Python's collector looks at are modules and what JAX remembers, which stay. With its own limits it takes
-# a tenth of the time of the suite.
+# Python's collector mostly looks at modules and at what JAX remembers, which stay. With its default limits it takes up
+# to a tenth of the time of a test.
 gc.set_threshold(50_000, 20, 20)
 
 

@@ -191,7 +191,7 @@ class DSparkBlock(Block):
     ) -> Drafted:
         """The block's tokens, one after the other, from its collapsed streams and the output head's logits.
 
-        Where the tap of the tokens is replaced, each is chosen after the replaced ones before it.
+        Each token is chosen after the ones before it, replaced ones where the tap of the tokens is replaced.
         """
         head, given = self.markov_head, taps.override("tokens")
         before = [anchor]

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,47 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 FEW_ROWS = 8
 #: Terms that :func:`_by_codes` adds before it multiplies with a scale: as many inputs share one in any format.
 _TERMS = 8
+#: Numbers of a block of :class:`Member`: few megabytes.
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The matrix ``[I, O]`` at ``index`` of a stack ``[E, I, O]``, which leaves it block by block as it is multiplied.
+
+    XLA on CPU copies a matrix out of its stack before it multiplies. A whole matrix goes to memory and back on the way,
+    a block stays in the processor's cache (``benchmarks/xla_limits.py``).
+    """
+
+    stack: Float[Array, "E I O"]
+    index: Int[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the stack."""
+        return self.stack.dtype
+
+    def product(self, x: Float[Array, "*rows I"], dtype: DTypeLike) -> Float[Array, "*rows O"]:
+        """The product of rows and the matrix, rounded to ``dtype``, in float32."""
+        inputs, outputs = self.shape
+        block = inputs
+        while block * outputs > _BLOCK and block % 2 == 0:
+            block //= 2
+
+        def of_block(first: Array | int) -> Array:
+            w = jax.lax.dynamic_slice(self.stack, (self.index, first, 0), (1, block, outputs))[0]
+            rows = jax.lax.dynamic_slice_in_dim(x, first, block, x.ndim - 1)
+            return einsum_f32("...i,io->...o", rows, w.astype(dtype))
+
+        def add(number: Array, total: Array) -> Array:
+            return total + of_block(number * block)
+
+        return jax.lax.fori_loop(1, inputs // block, add, of_block(0))
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +116,10 @@ class Encoded:
         if index is not ... and len(self.shape) < 3:
             raise IndexError("rows of an encoded matrix cannot be decoded one by one")
         return decoded(self.codes[index], self.scales[index], self.block, packed=self.packed, dtype=self.dtype)
+
+
+#: A matrix in any form that :func:`product` takes.
+Matrix: TypeAlias = Array | Encoded | Member
 
 
 def empty(shape: tuple[int, ...], *, packed: bool, float_scales: bool, block: tuple[int, int], dtype: Any) -> Encoded:
@@ -185,7 +230,7 @@ def decoded(
 
 
 def product(
-    spec: str, x: Float[Array, "*rows inner"], w: Float[Array | Encoded, "*stack inner outer"], dtype: DTypeLike
+    spec: str, x: Float[Array, "*rows inner"], w: Float[Matrix, "*stack inner outer"], dtype: DTypeLike
 ) -> Float[Array, "*rows outer"]:
     """``einsum(spec, x, w)`` in float32, the weight rounded to ``dtype``; a stack's axes are the last of the rows'.
 
@@ -197,6 +242,8 @@ def product(
     def expanded(x: Array, w: Array | Encoded) -> Array:
         return einsum_f32(spec, x, w[...].astype(dtype))
 
+    if isinstance(w, Member):
+        return w.product(x, dtype)
     if not isinstance(w, Encoded):
         return expanded(x, w)
     *stack, inputs, outputs = w.shape

@@ -6,7 +6,6 @@ Shape letters: ``B`` batch, ``S`` tokens, ``M`` tokens of all prompts, ``D`` wid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeAlias
@@ -18,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
-from dsv4_convert.model.encoded import Encoded
+from dsv4_convert.model.encoded import Encoded, Matrix, Member
 from dsv4_convert.model.grouped_codes import ragged_dot_codes
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter, precision
@@ -29,11 +28,9 @@ from dsv4_convert.spec.config import Config
 ExpertPath: TypeAlias = Literal["grouped", "packed"]
 #: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
 _ROWS = 8192
-#: Rows of a large and a small tile of :func:`packed`.
-CPU_TILES, ACCELERATOR_TILES = (128, 16), (256, 32)
-#: Costs of reading an expert's matrices for a product on CPU, and of copying them before: as the number of rows whose
-#: product takes as long.
-_READ, _COPY = 24, 28
+#: Rows of the tiles of :func:`packed`. On CPU, reading an expert's matrices takes as long as the product of 12 rows;
+#: decoding them takes longer.
+CPU_TILES, CPU_TILES_ENCODED, ACCELERATOR_TILES = (192, 64, 24, 8), (128, 16), (256, 32)
 
 
 def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
@@ -46,9 +43,9 @@ def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: 
 
 def mlp(
     x: Float[Array, "*batch D"],
-    w1: Float[Array | Encoded, "D I"],
-    w2: Float[Array | Encoded, "I D"],
-    w3: Float[Array | Encoded, "D I"],
+    w1: Float[Matrix, "D I"],
+    w2: Float[Matrix, "I D"],
+    w3: Float[Matrix, "D I"],
     limit: float,
     numerics: Numerics = PLAIN,
     share: Float[Array, "*batch"] | None = None,
@@ -64,9 +61,9 @@ def mlp(
 def weighted(
     x: Float[Array, "*batch D"],
     share: Float[Array, "*batch"],
-    w1: Float[Array | Encoded, "D I"],
-    w2: Float[Array | Encoded, "I D"],
-    w3: Float[Array | Encoded, "D I"],
+    w1: Float[Matrix, "D I"],
+    w2: Float[Matrix, "I D"],
+    w3: Float[Matrix, "D I"],
     limit: float,
     numerics: Numerics = PLAIN,
 ) -> Float[Array, "*batch D"]:
@@ -117,7 +114,8 @@ class Experts(nnx.Module):
         encoded = isinstance(self.w1.get_value(), Encoded)
         if (self.path or expert_path(platform, encoded=encoded)) == "grouped":
             return partial(grouped, limit=self.limit, numerics=self.numerics)
-        tiles = CPU_TILES if platform == "cpu" else ACCELERATOR_TILES
+        cpu_tiles = CPU_TILES_ENCODED if encoded else CPU_TILES
+        tiles = cpu_tiles if platform == "cpu" else ACCELERATOR_TILES
         return partial(packed, limit=self.limit, numerics=self.numerics, tiles=tiles)
 
 
@@ -228,18 +226,15 @@ def packed(
     *,
     limit: float,
     numerics: Numerics = PLAIN,
-    tiles: tuple[int, int] = CPU_TILES,
+    tiles: tuple[int, ...] = CPU_TILES,
 ) -> Float[Array, "M D"]:
-    """The same sum as :func:`grouped`: first equally many rows of every expert, then the remaining rows tile by tile.
+    """The same sum as :func:`grouped`, expert by expert in tiles of a few fixed numbers of rows.
 
-    XLA on CPU copies a matrix out of a stack before it multiplies with it, which takes as long as a product of some
-    rows (``benchmarks/xla_limits.py``). One batched product over the whole stack copies nothing, but takes equally many
-    rows of every expert. The routing decides how many: all where experts have about as many tokens each, none where
-    most experts have none, as in decoding. The remaining rows go through a loop over the tiles that exist, which does
-    not read an expert without remaining rows. All shapes are fixed; the routing only decides what runs.
+    The rows of an expert go through its matrices in tiles, the largest first. A loop runs over the tiles that exist, so
+    an expert without rows is not read, and no row is dropped. All shapes are fixed; the routing only decides what runs.
 
-    Encoded stacks skip the batched product. The loop decodes one expert at a time, so no more than one is in memory
-    decoded.
+    A matrix leaves its stack block by block (:class:`~dsv4_convert.model.encoded.Member`). Encoded ones are decoded,
+    and one decoded expert is in memory at a time.
     """
     tokens, chosen = routing.experts.shape
     stack = w1.shape[0]
@@ -247,87 +242,29 @@ def packed(
     first_row = jnp.cumulative_sum(sizes, include_initial=True)
     flat_weights = routing.weights.reshape(-1)
 
-    def add(total: Array, row: Array, end: Array, run: Callable[[Array, Array], Array]) -> Array:
-        """Add ``run`` of the tokens of some rows, except rows from ``end`` on."""
-        pick = order[jnp.minimum(row, tokens * chosen - 1)]
-        output = run(x[pick // chosen], flat_weights[pick])
-        return total.at[jnp.where(row < end, pick // chosen, tokens)].add(output)
-
-    def at_once(amount: int) -> Callable[[Array], Array]:
-        row = first_row[:-1, None] + jnp.arange(amount)
-
-        def one(rows: Array, share: Array, w1: Array, w2: Array, w3: Array) -> Array:
-            return weighted(rows, share, w1, w2, w3, limit, numerics)
-
-        every: Callable[..., Array] = jax.vmap(one)
-
-        def run(rows: Array, share: Array) -> Array:
-            count = _pieces(amount, stack)
-            pieces = zip(jnp.split(rows, count, axis=1), jnp.split(share, count, axis=1), strict=True)
-            return jnp.concatenate([every(*piece, w1, w2, w3) for piece in pieces], axis=1)
-
-        return lambda total: add(total, row, first_row[1:, None], run)
-
     def tile_by_tile(total: Array, next_row: Array, count: Array, tile: int) -> Array:
-        """``count`` tiles of each expert, from its ``next_row`` on."""
+        """Add ``count`` tiles of each expert, from its ``next_row`` on."""
         first_tile = jnp.cumulative_sum(count, include_initial=True)
 
         def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
             index, total = state
             expert = jnp.searchsorted(first_tile, index, side="right") - 1
             row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
-
-            def run(rows: Array, share: Array) -> Array:
-                return weighted(rows, share, w1[expert], w2[expert], w3[expert], limit, numerics)
-
-            return index + 1, add(total, row, first_row[expert + 1], run)
+            pick = order[jnp.minimum(row, tokens * chosen - 1)]
+            gate, down, up = (w[expert] if isinstance(w, Encoded) else Member(w, expert) for w in (w1, w2, w3))
+            output = weighted(x[pick // chosen], flat_weights[pick], gate, down, up, limit, numerics)
+            return index + 1, total.at[jnp.where(row < first_row[expert + 1], pick // chosen, tokens)].add(output)
 
         start = jnp.zeros((), first_tile.dtype)
         return lax.while_loop(lambda state: state[0] < first_tile[stack], body, (start, total))[1]
 
-    amounts = (0,) if isinstance(w1, Encoded) else _amounts(tokens * chosen, stack)
-    large, small = zip(*(_tiles(jnp.maximum(sizes - amount, 0), *tiles) for amount in amounts), strict=True)
-    costs = jnp.array([stack * (amount + _pieces(amount, stack) * _READ) for amount in amounts])
-    for counts, tile in zip((large, small), tiles, strict=True):
-        costs += jnp.sum(jnp.stack(counts), axis=1) * (tile + _READ + _COPY)
-    best = jnp.argmin(costs)
-
-    total = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32)
-    total = lax.switch(best, [at_once(amount) if amount else lambda total: total for amount in amounts], total)
-    next_row = first_row[:-1] + jnp.array(amounts)[best]
-    for counts, tile in zip((large, small), tiles, strict=True):
-        count = jnp.stack(counts)[best]
+    total, next_row = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32), first_row[:-1]
+    for tile, smaller in zip(tiles, (*tiles[1:], 0), strict=True):
+        # Two smaller tiles come before one of these.
+        count = jnp.maximum(first_row[1:] - next_row + tile - 2 * smaller - 1, 0) // tile
         total = tile_by_tile(total, next_row, count, tile)
         next_row += count * tile
     return total[:tokens]
-
-
-def _amounts(rows: int, stack: int) -> tuple[int, ...]:
-    """Candidates for the number of rows of every expert in the batched product, for ``rows`` in all; 0 is one of them.
-
-    With an even routing nearly no expert has more than two standard deviations above the mean. An uneven routing
-    favours fewer.
-    """
-    mean = rows / stack
-    most = mean + 2 * math.sqrt(mean)
-    return (0, *sorted({8 * math.ceil(part * most / 8) for part in (0.25, 0.75, 1)}))
-
-
-def _tiles(left: Int[Array, " E"], large: int, small: int) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
-    """Number of large and small tiles for the rows ``left`` of each expert; two small tiles come before a large one."""
-    first = jnp.maximum(left + large - 2 * small - 1, 0) // large
-    return first, -(-jnp.maximum(left - first * large, 0) // small)
-
-
-def _pieces(rows: int, stack: int) -> int:
-    """Number of pieces for ``rows`` rows of each of ``stack`` experts; 0 for no rows.
-
-    From 56 rows and 32 matrices on, XLA on CPU packs every matrix anew before it multiplies, which pays off only with
-    many rows (``benchmarks/xla_limits.py``).
-    """
-    if stack < 32 or not 48 < rows <= 144:
-        return min(rows, 1)
-    return next(count for count in range(2, rows + 1) if rows % count == 0 and rows // count <= 48)
 
 
 def _by_expert(experts: Int[Array, "M K"], stack: int) -> tuple[Int[Array, " MK"], Int[Array, " E"]]:

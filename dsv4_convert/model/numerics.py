@@ -31,9 +31,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model.encoded import Encoded, product
+from dsv4_convert.model.encoded import Matrix, product
 from dsv4_convert.model.norm import unit_rms
-from dsv4_convert.model.ops import linear, round_then_f32, round_to
+from dsv4_convert.model.ops import round_then_f32, round_to
 from dsv4_convert.spec.config import Config
 
 #: Channels that share a scale in a key and in an indexer's vector.
@@ -91,12 +91,8 @@ class Numerics:
         """The dtype of weights where activations have ``dtype``: float32 holds decoded codes with any scale exactly."""
         return jnp.float32 if self.quantized else dtype
 
-    def linear(
-        self, x: Float[Array, "*batch inner"], w: Float[Array | Encoded, "inner outer"]
-    ) -> Float[Array, "*batch outer"]:
+    def linear(self, x: Float[Array, "*batch inner"], w: Float[Matrix, "inner outer"]) -> Float[Array, "*batch outer"]:
         """Product with a matrix that a release stores in FP8 or FP4."""
-        if not (self.quantized or isinstance(w, Encoded)):
-            return linear(x, w)
         given, dtype = (self.input(x), w.dtype) if self.quantized else (x, x.dtype)
         return product("...i,io->...o", given, w, dtype).astype(x.dtype)
 

@@ -6,6 +6,7 @@ Shape letters: ``B`` batch, ``S`` tokens, ``N`` chunks, ``Q`` tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,17 +53,19 @@ def precision(*operands: Array) -> Any:
 
 def einsum_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """``einsum`` of two operands whose products and sums are float32, whatever the operands' dtypes."""
-
-    def direct(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a, b, precision=precision(a, b), preferred_element_type=jnp.float32)
-
-    def as_float32(a: Array, b: Array) -> Array:
-        return direct(a.astype(jnp.float32), b.astype(jnp.float32))
-
     if a.dtype == b.dtype == jnp.float32:
-        return direct(a, b)
+        return _einsum(spec, a, b)
     # XLA on CPU has no matmul of bfloat16 into float32. Converting the operands first gives the same products.
-    return jax.lax.platform_dependent(a, b, cpu=as_float32, default=direct)
+    # Functions made here would have their checks of shapes made anew by the tests at every product.
+    return jax.lax.platform_dependent(a, b, cpu=partial(_einsum_as_f32, spec), default=partial(_einsum, spec))
+
+
+def _einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(spec, a, b, precision=precision(a, b), preferred_element_type=jnp.float32)
+
+
+def _einsum_as_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return _einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def round_then_f32(x: Float[Array, "..."]) -> Float[Array, "..."]:

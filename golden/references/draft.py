@@ -1,8 +1,8 @@
 """A DSpark stage out of transformers' modules: transformers has none, but has every part of one.
 
-Its decoder layer runs on the block of drafted tokens. In the place of its cache, an object puts the keys of the known
-tokens before those of the block, and there is no mask, so every token of the block sees all of them. These keys come
-from the attention's own projection, norm and rotary table, of the projected means of the target layers' streams. The
+Its decoder layer runs on the block of drafted tokens. An object stands in for its cache, and puts the keys of the known
+tokens before those of the block. There is no mask: every token of the block sees all keys. The known tokens' keys are
+made by the attention's own projection, norm and rotary table, of the projected means of the target layers' streams. The
 heads are plain linear layers, in the order of the published inference code's ``forward_head``. mlx-vlm's drafter, which
 shares no code with transformers', computes the same (``tests/golden/test_drafts.py``).
 """

@@ -1,7 +1,7 @@
 """The streams of DSpark's target layers, which its first stage reads: they travel beside those that enter a layer.
 
-In the state between two layers, streams have the name of the run that they belong to. What leaves a target layer stays
-under ``RUN/targets.LAYER`` until the stages begin.
+In the state between two layers, streams have the name of the run that they belong to. The streams of a target layer
+stay under ``RUN/targets.LAYER`` until the stages begin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ State = dict[str, Array]
 
 
 def kept(before: State, left: State, config: Config, layer: int) -> State:
-    """What leaves a layer, and with it the streams of target layers that entered it or that it left itself."""
+    """The state after a layer: what it left, and the streams of the target layers so far."""
     if config.dspark is None or layer in config.stage_layers:
         return left
     own = {_name(run, layer): streams for run, streams in left.items()} if layer in config.draft_sources else {}

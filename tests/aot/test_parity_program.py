@@ -90,7 +90,7 @@ def _state(config: Config) -> tuple[list[Any], Any]:
         ("v6e-4", {"expert": 2, "sequence": 2}, False, True, True, False),
         ("v6e-4", {"expert": 2, "sequence": 2}, False, False, True, False),
         ("v6e-4", {"data": 4}, True, True, False, True),
-        ("v5p-8", {"fsdp": 2, "expert": 2}, False, False, True, True),
+        ("v5p-8", {"expert": 4}, False, False, True, True),
     ],
 )
 def test_it_compiles_for_a_slice(

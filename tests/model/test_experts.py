@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_convert.model import encoded
 from dsv4_convert.model.experts import grouped, packed
 from dsv4_convert.model.router import Routing
 
@@ -60,6 +61,17 @@ def test_equal_to_a_plain_loop(way, tokens: int, experts: int, chosen: int, crow
 def test_both_ways_agree(tokens: int, experts: int, chosen: int, seed: int) -> None:
     case = [jnp.asarray(array) for array in _case(tokens, experts, min(chosen, experts), seed)]
     np.testing.assert_allclose(PACKED(*case), GROUPED(*case), atol=3e-6)
+
+
+def test_a_matrix_out_of_a_stack_is_multiplied_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 96 numbers at most; the last stack's rows do not divide into such blocks."""
+    monkeypatch.setattr(encoded, "_BLOCK", 96)
+    rng = np.random.default_rng(5)
+    for inputs, rows in ((24, 5), (32, 1), (27, 2)):
+        x, stack = rng.normal(size=(rows, inputs)), rng.normal(size=(3, inputs, 16))
+        run = jax.jit(lambda x, stack, at: encoded.Member(stack, at).product(x, jnp.float32))
+        found = run(*(jnp.asarray(array, jnp.float32) for array in (x, stack)), jnp.int32(2))
+        np.testing.assert_allclose(found, x @ stack[2], atol=1e-5)
 
 
 def test_an_expert_that_nobody_chose_is_not_computed() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from dsv4_convert.checkpoint.header import stored_forms, stored_nbytes
 from dsv4_convert.checkpoint.locate import open_source
-from dsv4_convert.errors import BadInput, UsageError
+from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.inspection.parts import Totals
 from dsv4_convert.spec.config import Config
@@ -219,13 +219,13 @@ def test_a_damaged_stored_config_is_refused(damage: dict[str, Any]) -> None:
         Config.from_json({**whole, **damage})
 
 
-def test_layers_are_taken_with_what_they_read(config: V41Config) -> None:
+def test_layers_that_are_taken_stay_of_their_kind(config: V41Config) -> None:
     first = config.of_layers(range(9))
     assert (first.kv_source_layer_ids, first.num_mtp_stages, first.dspark) == ((2, 8), 0, None)
     assert first.engram is not None
     assert first.engram.num_embeddings == (384_006_168,)
-    with pytest.raises(UsageError, match="layer 5 attends to what layer 2 compresses and chooses"):
-        config.of_layers([5])
+    for layer in (2, 5, 24):
+        assert config.of_layers([layer]).layer_kind(0) == config.layer_kind(layer)
 
 
 def test_a_changed_size_reaches_every_shape() -> None:

@@ -8,8 +8,6 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import numpy as np
-
 from dsv4_convert.spec.config import Count
 
 #: Seed of the multipliers of an engram, times its layer.
@@ -66,6 +64,8 @@ def ngram_hash(engram: EngramConfig, index: int) -> NgramHash:
     from ``vocab_size`` on, each used once: for the 2-grams of every head of the first engram, then for its 3-grams, and
     so on through all engrams.
     """
+    import numpy as np  # the shell's completion reads configs without it
+
     table = engram.tables[index]
     largest = np.iinfo(np.int64).max // engram.compressed_vocab_size // 2
     drawn = np.random.default_rng(_SEED * engram.published_layer_ids[table]).integers(
@@ -94,6 +94,8 @@ def misstated_rows(engram: EngramConfig) -> Iterator[str]:
 
 def _primes(first: int) -> Iterator[int]:
     """All primes from ``first`` on."""
+    import numpy as np
+
     for start in itertools.count(max(first, 2), _BLOCK):
         prime = np.ones(_BLOCK, bool)
         for divisor in range(2, math.isqrt(start + _BLOCK) + 1):

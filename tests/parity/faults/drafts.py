@@ -115,15 +115,18 @@ def _choose(
     pick: Callable[[Any, Any], Any] = lambda logits, scores: jnp.argmax(scores, axis=-1),
     confide: Callable[..., Any] = lambda head, x, embedded: head(x, embedded),
 ) -> Code:
-    """The choice of the tokens with one of its steps replaced; parity gives it the golden's tokens."""
+    """The choice of the tokens with one of its steps replaced. It follows the golden's tokens, or its own."""
 
     def choose(self: Any, x: Any, logits: Any, anchor: Any, taps: Any) -> Any:
-        tokens = taps.override("tokens")[..., 0]
-        embedded = self.markov_head.embed(before(jnp.concatenate([anchor[:, None], tokens[:, :-1]], axis=1)))
-        embedded = taps("markov_head.embed", embedded)
+        given, known = taps.override("tokens"), anchor[:, None]
+        for at in range(logits.shape[1] - 1):
+            scores = add(logits[:, : at + 1], self.markov_head(self.markov_head.embed(before(known))))
+            chosen = pick(logits[:, : at + 1], scores)[:, -1] if given is None else given[:, at, 0]
+            known = jnp.concatenate([known, chosen[:, None]], axis=1)
+        embedded = taps("markov_head.embed", self.markov_head.embed(before(known)))
         scores = taps("draft_logits", add(logits, taps("markov_head", self.markov_head(embedded))))
-        taps("tokens", pick(logits, scores)[..., None].astype(jnp.int32))
-        return Drafted(tokens, scores, taps("confidence", confide(self.confidence_head, x, embedded)))
+        tokens = taps("tokens", pick(logits, scores)[..., None].astype(jnp.int32))
+        return Drafted(tokens[..., 0], scores, taps("confidence", confide(self.confidence_head, x, embedded)))
 
     return {(DSparkBlock, "choose"): choose}
 
