@@ -87,7 +87,7 @@ def _main_job(session: nox.Session, work: Path) -> None:
 def demo(session: nox.Session) -> None:
     """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden.
 
-    ``nox -s demo -- v4.1`` converts a small V4.1 and generates tokens with it; there is no golden of it yet.
+    ``nox -s demo -- v4.1`` converts a small V4.1 and generates tokens with it; no golden of it is committed yet.
     """
     work = Path(session.create_tmp()).resolve()
     if session.posargs == ["v4.1"]:

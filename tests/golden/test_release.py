@@ -335,7 +335,7 @@ def test_decoding_rounds_at_the_same_places(golden: Golden, weights: PublishedWe
 
     def taps(decode: int) -> dict[TapKey, np.ndarray]:
         model = Forward(weights, golden.tokens[:, :128], jnp.dtype("bfloat16"), decode=decode, numerics=rounding)
-        return model.layer(layer, entering)[0]
+        return model.layer(layer, {"hc_ffn.streams": entering})[0]
 
     whole, parts = taps(0), taps(5)
     assert TapKey(layer, tap_named("attn.context")) in whole

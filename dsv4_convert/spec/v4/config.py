@@ -151,8 +151,8 @@ def as_v4(config: Config) -> V4Config:
     """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
         raise BadInput(
-            f"{config.title}: dsv4 records no golden of this model yet, and computes none of its draft stages; other "
-            "commands take it"
+            f"{config.title}: transformers has no such model, so record its golden with --reference release; its draft "
+            "stages are not computed yet"
         )
     return config
 
