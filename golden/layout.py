@@ -254,7 +254,7 @@ def kept_whole(tap: Tap, shape: Sequence[int], compact: Compact) -> bool:
 def exact_rows(key: TapKey, config: Config, compact: Compact, count: int) -> tuple[int, ...]:
     """The rows of axis 1, of ``count``, that a compact golden keeps exactly of a tap not kept whole.
 
-    Of the state there are none, nor of a drafted block, whose tokens the prompt does not have.
+    The state has none, and neither has a drafted block, whose tokens the prompt does not have.
     """
     if key.tap.is_state or is_drafted(key, config):
         return ()
@@ -264,7 +264,7 @@ def exact_rows(key: TapKey, config: Config, compact: Compact, count: int) -> tup
 def expected_aliases(config: Config, layers: Sequence[int], arrays: Iterable[str]) -> dict[str, str]:
     """Arrays that are the same as another one, and so are stored once, each with the name of the stored one.
 
-    What a layer starts from is a tap of an earlier layer. Without that layer, the first one that starts from it has it.
+    The input of a layer is a tap of an earlier layer. Without that layer, the first one that starts from it has it.
     ``arrays`` are the stored names of all arrays.
     """
     there = set(arrays)

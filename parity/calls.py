@@ -38,7 +38,7 @@ class Call:
     def enter(self, entering: Mapping[str, Any], layer: int, config: Config) -> dict[str, Any]:
         """The part of what enters a layer (:func:`dsv4_convert.golden.layout.carried`) that the call has.
 
-        Of a drafted block it has all, and of what an earlier layer compressed: it does not see later entries.
+        It has the whole of a drafted block, and all entries of an earlier layer, of which it does not see later ones.
         """
         keys = {name: TapKey.of(config, layer, name) for name in entering}
         whole = {name for name, key in keys.items() if is_drafted(key, config) or of_entries(key)}

@@ -109,7 +109,7 @@ class Comparison:
         return {key: self.golden.read(key) for key in self._recorded(layer)}
 
     def entering(self, layer: int | None) -> dict[str, Array]:
-        """What a layer, or the head (None), starts from in isolated mode."""
+        """The recorded values that a layer, or the head (None), starts from in isolated mode."""
         return {name: self.golden.read(key) for name, key in carried(self._config, layer).items()}
 
     def floor(self, key: TapKey, views: Sequence[View], mode: Mode) -> Floor:

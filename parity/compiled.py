@@ -81,7 +81,7 @@ class CompiledForward(Forward):
         return super().layer(layer, {**self._of_neighbours(layer), **entering}, kept)
 
     def _of_neighbours(self, layer: int) -> dict[str, Array]:
-        """What other layers of a scanned layer's program start from, and it does not: zeros, as they do not count."""
+        """Zeros for the inputs of the other layers in a scanned layer's program, since those layers do not count."""
         config, (batch, tokens) = self._weights.config, self._tokens.shape
         if layer in config.stage_layers:
             return {}

@@ -44,7 +44,7 @@ _CONTEXT = "main_norm"
 _ROWS = "engram.ids"
 #: Activations by tap, in float32 or int32 whatever the model computes in.
 Activations = dict[TapKey, Array]
-#: What enters a layer or leaves it, by the names of :func:`dsv4_convert.golden.layout.carried`.
+#: The values that enter or leave a layer, by the names of :func:`dsv4_convert.golden.layout.carried`.
 Entering = Mapping[str, Any]
 
 
@@ -168,7 +168,7 @@ class Forward:
                 call.put(array, whole.setdefault(name, self._empty(key, array)), key, self._weights.config)
 
     def _leaving(self, layer: int, left: dict[str, Array], entering: Entering, found: Activations) -> dict[str, Array]:
-        """What the next layer or stage starts from: a DSpark stage hands on the context too."""
+        """The values that the next layer or stage starts from; a DSpark stage hands on the context too."""
         config = self._weights.config
         if not config.drafts_blocks(layer):
             return left

@@ -289,7 +289,7 @@ class ParityRun:
             numerics=self._numerics,
             devices=self._devices,
         )
-        #: What the layer before left, in cumulative mode.
+        #: The values that the layer before left, in cumulative mode.
         self._left: Entering = {}
         #: Streams that leave the target layers of DSpark's stages, where these run too.
         self._targets: dict[int, Array] = {}
@@ -444,7 +444,7 @@ class ParityRun:
         self._options.state.write(self.program, step, found, {**self._left, **targets})
 
     def _take_up_left(self, kept: Mapping[str, Array]) -> None:
-        """What the next steps start from, as it was kept."""
+        """The kept values that the next steps start from."""
         self._left = {name: value for name, value in kept.items() if not name.startswith(_TARGETS)}
         self._targets = {int(name.removeprefix(_TARGETS)): kept[name] for name in kept.keys() - self._left.keys()}
 
@@ -492,7 +492,7 @@ class ParityRun:
         return self._forward.layer(layer, entering, followed)
 
     def _entering(self, layer: int) -> Entering:
-        """What enters a layer or stage in cumulative mode."""
+        """The values that enter a layer or stage in cumulative mode."""
         config = self._golden.config
         if not (config.drafts_blocks(layer) and config.embeds(layer)):
             return self._left

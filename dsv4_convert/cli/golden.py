@@ -92,8 +92,8 @@ def record(
         str | None,
         typer.Option(
             **one_of("plain", "release"),
-            help="Of --release-code. release, the default: as published. plain: the same code in float32, without "
-            "simulated quantisation.",
+            help="Arithmetic of --release-code. release, the default: as published. plain: the same code in float32, "
+            "without simulated quantisation.",
         ),
     ] = None,
     noise: Annotated[

@@ -28,9 +28,9 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 
-#: What enters a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``; the first one gets no
+#: The input of a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``. The first one gets no
 #: streams, and those of the target layers ``[B, S, T, N, D]``.
-Entering: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
+StageInput: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
 #: The tap of the streams that leave a layer, by its name within the layer.
@@ -199,7 +199,7 @@ class Model(Decoder):
         return None if len(self.mtp) else super().why_no_drafts
 
     @staticmethod
-    def carry_of(taps: Mapping[str, Any], dtype: DTypeLike) -> Float[Array, "B S N D"] | Entering:
+    def carry_of(taps: Mapping[str, Any], dtype: DTypeLike) -> Float[Array, "B S N D"] | StageInput:
         """The carry that is made of these taps, or what enters a stage of DSpark."""
         streams, context = (
             None if name not in taps else jnp.asarray(taps[name], dtype) for name in (_STREAMS, "main_norm")
@@ -269,7 +269,7 @@ class Model(Decoder):
         """A block of DSpark's, which begins with the ``anchor``, the token after the last of the call."""
         assert self.config.dspark is not None
         ids, states = block_ids(anchor, self.config.dspark), []
-        entering: Entering = (None, features)
+        entering: StageInput = (None, features)
         for stage, state in enumerate(past.cache):
             own = taps.within(f"mtp.{stage}.")
             entering, drafted, state = self.draft_stage(stage, entering, ids, positions, past.of(state), own)
@@ -280,7 +280,7 @@ class Model(Decoder):
     def draft_stage(
         self,
         stage: int,
-        entering: Entering,
+        entering: StageInput,
         ids: Int[Array, "B Q"],
         positions: Int[Array, "B S"],
         past: Past[LayerCache],

@@ -160,7 +160,7 @@ class Rule:
 
     @property
     def is_table(self) -> bool:
-        """Whether rows of it are looked up, so that a prompt needs a few of them."""
+        """Whether its rows are looked up, so that a prompt needs only a few."""
         return self.path.rpartition(".")[2] == "embed"
 
     @property

@@ -80,8 +80,8 @@ def describe() -> Reference:
     )
 
 
-#: Streams by the dtype of the run that they belong to: float32 is the golden's own run. What a run carries besides, for
-#: DSpark's stages, has names that begin with its own (:mod:`dsv4_convert.golden.references.targets`).
+#: Streams by the dtype of the run that they belong to: float32 is the golden's own run. Other values, which DSpark's
+#: stages read, have names that begin with its own (:mod:`dsv4_convert.golden.references.targets`).
 State = dict[str, Array]
 
 
@@ -385,7 +385,7 @@ class StreamedModel:
         return leaving, RecordedTaps(taps, stacked)
 
     def _entering(self, part: _Part, state: State, run: str, dtype: torch.dtype = torch.float32) -> Any:
-        """What enters a part in a run: streams, and for a DSpark stage the context too."""
+        """The values that enter a part in a run: streams, and for a DSpark stage the context too."""
         if not isinstance(part.module, DraftStage):
             return as_tensor(state[run]).to(dtype)
         if part.module.first:
@@ -513,7 +513,7 @@ class StreamedModel:
 
 
 def _beside(part: _Part, run: str) -> State:
-    """What a run leaves for the next stage besides streams."""
+    """The values that a run leaves for the next stage besides streams."""
     context = part.module.context if isinstance(part.module, DraftStage) else None
     return {} if context is None else {f"{run}{_CONTEXT}": as_array(context)}
 

@@ -79,18 +79,22 @@ def test_plain_numerics_are_what_automodel_computes(plain: Golden) -> None:
 
 def test_plain_numerics_pass_parity_at_the_floor(folder: Path, plain: Golden) -> None:
     options = ParityOptions(programs=[Program.STREAMED], modes=MODES)
-    report = run_parity(None, plain.path, options, source=folder / "hf")
+    with uncompiled():
+        report = run_parity(None, plain.path, options, source=folder / "hf")
     assert report.passed, verdict(report)
     assert {result.key for result in report.taps} >= {key for key in plain.keys if key.layer is not None}
 
 
 def test_release_numerics_pass_parity_operation_by_operation(folder: Path, released: Golden) -> None:
     """Nearly all values are equal to the last bit; one rounding of every value would be 1.7e-3."""
-    report = run_parity(None, released.path, ParityOptions(programs=[Program.STREAMED]), source=folder / "hf")
+    # Layer 6 scores another layer's keys, in parity also those that are not there yet, which the golden has as 0.
+    options = ParityOptions(programs=[Program.STREAMED], layers=range(6))
+    with uncompiled():  # every layer and call would be a program of its own
+        report = run_parity(None, released.path, options, source=folder / "hf")
     assert report.passed, verdict(report)
     assert report.arithmetic == "bfloat16 in release numerics"
     errors = {result.name: result.distance.relative_rms for result in report.taps if result.distance is not None}
-    assert {"layers.4.engram.key", "layers.2.cache.compressor.gates", "layers.6.attn.indexer.scores"} <= errors.keys()
+    assert {"layers.4.engram.key", "layers.2.cache.compressor.gates", "layers.4.attn.indexer.scores"} <= errors.keys()
     assert max(errors.values()) < 3e-4
 
 

@@ -64,7 +64,7 @@ def test_both_ways_agree(tokens: int, experts: int, chosen: int, seed: int) -> N
 
 
 def test_a_matrix_out_of_a_stack_is_multiplied_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 96 numbers at most; the last stack's rows do not divide into such blocks."""
+    """A block has at most 96 numbers; the last stack's rows do not divide into such blocks."""
     monkeypatch.setattr(encoded, "_BLOCK", 96)
     rng = np.random.default_rng(5)
     for inputs, rows in ((24, 5), (32, 1), (27, 2)):

@@ -40,15 +40,15 @@ from dsv4_convert.parity.report.words import next_steps, verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.show.urls import without_secrets
-from dsv4_convert.spec.tap import AFTER, BEFORE
-from dsv4_convert.spec.taps import TapKey, is_state
-from dsv4_convert.spec.v4.taps import TAPS
+from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.taps import TapKey, is_state, taps_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
 from .synthetic import real
 from .synthetic import report as synthetic
 
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 RUN = RunInfo(
     words=("dsv4", "parity", "./orbax", "--golden", "./golden", "--report", "x.html"),
     date=datetime.datetime(2026, 9, 1, tzinfo=datetime.UTC),
@@ -302,19 +302,19 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
 
 
 def _deep(layers: int, modes: tuple[Mode, ...], failing: int) -> ParityReport:
-    """A run of many layers that have every tap; from layer ``failing`` on everything fails."""
-    names = [tap.name for tap in TAPS if tap.where not in (BEFORE, AFTER)]
+    """A run of V4-Pro's first layers; from layer ``failing`` on everything fails."""
+    pro = Config.from_file(CONFIGS / "DeepSeek-V4-Pro.json")
     return synthetic(
         [
             real(
-                f"layers.{layer}.{name}",
+                f"layers.{layer}.{tap.name}",
                 *[3.2170123456789e4 if layer >= failing else 1.2345678912345] * 3,
                 mode=mode,
                 verdict=Verdict.FAIL if layer >= failing else Verdict.PASS,
             )
             for mode in modes
             for layer in range(layers)
-            for name in names
+            for tap in taps_of(pro, layer)
         ]
     )
 
@@ -375,6 +375,7 @@ def test_other_runs_have_pages_too(report: ParityReport, held: Held, golden: Pat
         taps=tuple(tap for tap in report.taps if tap.mode is Mode.ISOLATED and tap.layer == 1),
         modes=(Mode.ISOLATED,),
         localizations=(),
+        other_weights=(),
         detail=None,
     )
     text = page(passing, RUN)

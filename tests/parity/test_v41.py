@@ -160,7 +160,7 @@ def test_the_compiled_layer_agrees(healthy: Patient) -> None:
 
 
 def test_taps_do_not_change_the_program(healthy: Patient) -> None:
-    """What leaves a layer is bit-equal whether taps are results or not."""
+    """The output of a layer is bit-equal whether taps are results or not."""
     layers = ParityOptions(layers=[CANDIDATES])
     run = ParityRun(healthy.source(), healthy.golden, layers, model=ModelOptions(weights="expanded"))
     forward = run._forward

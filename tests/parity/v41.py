@@ -125,7 +125,7 @@ def _run(
 
 
 def _follow(golden: Activations, config: Any) -> None:
-    """What a layer starts from is what an earlier one made, whoever computed that."""
+    """The inputs of a layer are taps of an earlier one, whoever computed them."""
     for layer in range(1, config.num_hidden_layers):
         for key in carried(config, layer).values():
             golden[key] = golden[origin_of(config, key)]

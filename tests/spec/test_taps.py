@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dsv4_convert.spec.v4.names import DSPARK_FIRST, DSPARK_LAST, RULES, STAGE_RULES, WITH_VISION
+from dsv4_convert.spec.v4.names import RULES, STAGE_RULES, WITH_VISION
 from dsv4_convert.spec.v4.taps import TAPS
 
 
 def test_every_parameter_is_some_taps() -> None:
-    """But for those of DSpark's stages, and of image tokens, which are not run."""
+    """But for those of image tokens, which are not run."""
     used = {weight for tap in TAPS for weight in tap.weights}
-    others = (DSPARK_FIRST, DSPARK_LAST, WITH_VISION)
-    rules = [rule for rule in (*RULES, *STAGE_RULES) if rule.when not in others]
+    rules = [rule for rule in (*RULES, *STAGE_RULES) if rule.when is not WITH_VISION]
     assert used == {rule.path.removeprefix("layers.{}.").removeprefix("mtp.{}.") for rule in rules}
 
 
-def test_only_the_hyper_connections_share_theirs() -> None:
+def test_only_hyper_connections_and_keys_of_known_tokens_share_theirs() -> None:
     count = Counter(weight for tap in TAPS for weight in tap.weights)
-    assert {weight.rsplit("_", 1)[0] for weight, taps in count.items() if taps > 1} == {"hc_attn", "hc_ffn"}
+    shared = {weight for weight, taps in count.items() if taps > 1}
+    connections = {f"{half}_{part}" for half in ("hc_attn", "hc_ffn") for part in ("fn", "base", "scale")}
+    assert shared == connections | {"attn.wkv", "attn.kv_norm"}
 
 
 def test_scores_of_a_choice_are_a_tap_before_it() -> None:

@@ -61,7 +61,7 @@ TAPS: tuple[Tap, ...] = (
         origin=TapOrigin("main_norm", lambda config, layer: config.stage_layers[0])),
     Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST,
         origin=TapOrigin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
-    Tap("main", "B M LD", "means of these streams, those of one layer after the other's", DSPARK_FIRST),
+    Tap("main", "B M LD", "means of these streams, layer after layer", DSPARK_FIRST),
     _own("main_proj", "B M D", "projected means", DSPARK_FIRST),
     _own("main_norm", "B M D", "projected means after their norm, of which all stages make keys", DSPARK_FIRST),
     Tap("attn.main.wkv", "B M C", "the shared key = value of the known tokens", DSPARK, weights=("attn.wkv",)),

@@ -1,7 +1,7 @@
 """The taps of DeepSeek-V4.1, one row each, in the order of execution (:mod:`dsv4_convert.spec.tap`).
 
 Rows that V4 has too are V4's. Two shape letters are V4.1's own: ``J`` table rows that a token looks up, and ``c``
-candidate blocks. What a layer reads of an earlier one is an input of it, with the values of the tap there.
+candidate blocks. A layer that reads values of an earlier one has them as an input tap, too.
 """
 
 from __future__ import annotations

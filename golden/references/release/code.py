@@ -114,7 +114,7 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Required:
-    """What code of one model has.
+    """The files and names that code of one model has.
 
     Attributes:
         title: the model.

@@ -118,12 +118,12 @@ class Interface(ABC):
         return {"n_layers": 0, "n_mtp_layers": 0}
 
     def entered(self, streams: Tensor) -> dict[str, Tensor]:
-        """What enters layer 0, by the tap that it would be of a layer before."""
+        """The values that enter layer 0, by the taps that they would be of a layer before."""
         return {"hc_ffn.streams": streams}
 
     @staticmethod
     def of_stages(config: Any) -> tuple[str, ...]:
-        """What the code of this model's draft stages defines."""
+        """The names that the code of this model's draft stages defines."""
         return ()
 
     def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
@@ -150,7 +150,7 @@ class Interface(ABC):
 
     @abstractmethod
     def head(self, prefix: str, weights: CodeWeights, run: Run) -> Callable[[Entering, ToLogits, Visit], None]:
-        """What follows the last layer, or a stage, whose parameters begin with ``prefix``.
+        """The operations after the last layer, or a stage, whose parameters begin with ``prefix``.
 
         It is called with what leaves them, a function that makes logits, and a visitor.
         """

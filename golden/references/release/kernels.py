@@ -206,8 +206,8 @@ def _fp4_codes(values: Tensor) -> Tensor:
     return even + 8 * torch.signbit(values).int()
 
 
-#: The functions that the code imports, by name: as released, and without simulated quantisation. What the code then
-#: computes is the plain mathematics; it must not have quantised weights, whose products need quantised inputs.
+#: The functions that the code imports, by name: as released, and without simulated quantisation. Then the code
+#: computes the plain mathematics; it must not have quantised weights, whose products need quantised inputs.
 RELEASE: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (act_quant, fp4_act_quant, fp8_gemm, fp4_gemm, sparse_attn, hc_split_sinkhorn, hadamard_transform)

@@ -1,8 +1,8 @@
 """DeepSeek's inference code on a prompt, one layer at a time: its activations, and how far rounding may move them.
 
 Every operation is the code's own. This module only decides when weights are in memory: it has a block built and filled
-from the published bytes, runs it and drops it; of the routed experts only the one that runs is in memory. What a layer
-starts from comes from the taps of the layers before, by the table of taps.
+from the published bytes, runs it and drops it; of the routed experts only the one that runs is in memory. The inputs
+of a layer are taps of the layers before, by the table of taps.
 
 In release numerics a layer amplifies a rounding error beyond the size of the faults to find: a key that changes by one
 part in 256 may become another FP8 number, which is one part in 8. So the isolated mode isolates *operations*: every
@@ -54,7 +54,7 @@ from dsv4_convert.spec.tap import AFTER
 from dsv4_convert.spec.taps import TapKey, is_state, tap_named, taps_of
 
 Array = np.ndarray[Any, Any]
-#: What leaves layers, as the taps of the layers that made it, by their names behind the name of the run and a colon.
+#: Values that leave layers: taps of the layers that made them, by their names behind the name of the run and a colon.
 State = dict[str, Array]
 #: The same of one run, by the names of the taps.
 _Carry = Mapping[str, Array]
@@ -120,7 +120,7 @@ class ReleasedModel:
 
     @contextmanager
     def _active(self, run: Run) -> Iterator[None]:
-        """What the code expects around it in a run."""
+        """The settings that the code expects around it in a run."""
         with self._code.active(run.dtype, self._arithmetic.functions):
             yield
 
@@ -132,7 +132,7 @@ class ReleasedModel:
         return RecordedTaps({"embed": embedded}, {"embed": np.array(noise)} if noise else {})
 
     def spread(self, embedded: RecordedTaps) -> State:
-        """What enters layer 0: the embedding in each of the streams, and what the code begins with."""
+        """The values that enter layer 0: the embedding in each of the streams, and what the code begins with."""
         streams = np.repeat(embedded.taps["embed"][:, :, None], self._config.hc_mult, axis=2)
         state: State = {}
         for name, run in {_GOLDEN: self._arithmetic.golden, **self._noise}.items():
@@ -141,7 +141,7 @@ class ReleasedModel:
         return state
 
     def run_layer(self, layer: int, state: State, expected: Expected) -> tuple[State, RecordedTaps]:
-        """What leaves ``layer``, and its expected taps (by name within the layer) with their noise.
+        """The values that leave ``layer``, and its expected taps (by name within the layer) with their noise.
 
         The layer may be that of a stage, which gets the streams that left the last layer, or the stage before.
         """
@@ -199,7 +199,7 @@ class ReleasedModel:
         return {f"{run}:{_target(layer)}": left[f"{run}:{STREAMS.name}"] for run in runs}
 
     def _head(self, layer: int | None, run: Run) -> _Step:
-        """What follows the last layer, or the layer of a stage."""
+        """The operations after the last layer, or after the layer of a stage."""
         prefix = "" if layer is None else self._config.prefix(layer)
         head = self._interface.head(prefix, self._weights, run)
         return self._head_step(layer, lambda given, visit: head(given, partial(self._logits, run), visit))
@@ -316,7 +316,7 @@ class ReleasedModel:
         return {name: joined(values, kept[name][1]) for name, values in left.items()}, taps
 
     def _given(self, step: _Step, what: _Pass) -> dict[str, Tensor]:
-        """What enters a step, in the dtypes of a run, by the names of the step's own taps."""
+        """The values that enter a step, in the dtypes of a run, by the names of the step's own taps."""
         given = {}
         for name, origin in step.inputs.items():
             key = TapKey.of(self._config, step.layer, name)
@@ -344,7 +344,7 @@ class ReleasedModel:
         return parts
 
     def _rows_by(self, step: _Step, given: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        """What a call on tokens ``start:stop`` gets: their rows, and all of the compressed past so far."""
+        """The inputs of a call on tokens ``start:stop``: their rows, and all of the compressed past so far."""
         parts = {}
         for name, value in given.items():
             key = TapKey.of(self._config, step.layer, name)

@@ -66,7 +66,7 @@ def sample(logits, temperature=1.0):
 
 
 def _draft_indices(batch, known, window, block):
-    """Where a block's keys are: the ring's places that are taken, and behind the ring the block itself."""
+    """The places of a block's keys: the ring's places that are taken, and behind the ring the block itself."""
     places = torch.cat([torch.arange(min(known, window)), window + torch.arange(block)])
     return places.int().expand(batch, block, -1).contiguous()
 

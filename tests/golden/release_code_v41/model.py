@@ -449,7 +449,7 @@ def make_identity_pre_mix(x: Tensor, hc_mult: int) -> Tensor:
 
 
 class _Shared:
-    """What attention layers hand on."""
+    """The values that attention layers hand on."""
 
     compress_kv: Tensor
     index_k: Tensor

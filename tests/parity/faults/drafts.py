@@ -59,7 +59,7 @@ _REMEMBER, _PLACES = DSparkBlock.remember, DSparkBlock.places
 
 
 def _remember(change: Callable[[Any, Any, Any], tuple[Any, Any, Any]]) -> Code:
-    """What the block knows of the context, positions and past is something else."""
+    """The block remembers another context, other positions or another past."""
 
     def remember(self: Any, context: Any, positions: Any, past: Any, taps: Any) -> Any:
         return _REMEMBER(self, *change(context, positions, past), taps)

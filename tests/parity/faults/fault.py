@@ -124,7 +124,7 @@ class Fault:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a run needs so that the fault shows: for one in what is handed on, all layers from the tokens."""
+        """The options of a run that shows the fault; a fault in what is handed on needs all layers from the tokens."""
         return {} if self.runs is None else {"modes": (Mode.CUMULATIVE,)}
 
     @property
@@ -198,7 +198,7 @@ class Held:
         return StoredMatrix(read=lambda rows, columns: array[rows, columns], dtype=array.dtype)
 
     def token_map(self) -> Array:
-        """Of a model that has engrams."""
+        """The token map of a model that has engrams."""
         assert self.mapped is not None
         return self.mapped
 
