@@ -38,11 +38,19 @@ class Call:
     def enter(self, entering: Mapping[str, Any], layer: int, config: Config) -> dict[str, Any]:
         """The part of what enters a layer (:func:`dsv4_convert.golden.layout.carried`) that the call has.
 
-        It has the whole of a drafted block, and all entries of an earlier layer, of which it does not see later ones.
+        It has the whole of a drafted block, and the entries of an earlier layer that are complete by its end; later
+        ones are zeros, as in a cache.
         """
-        keys = {name: TapKey.of(config, layer, name) for name in entering}
-        whole = {name for name, key in keys.items() if is_drafted(key, config) or of_entries(key)}
-        return {name: value if name in whole else self.take(value) for name, value in entering.items()}
+        parts = {}
+        for name, value in entering.items():
+            key = TapKey.of(config, layer, name)
+            if is_drafted(key, config):
+                parts[name] = value
+            elif self.cached and of_entries(key):
+                parts[name] = self._complete(value, tokens_of_row(key, config))
+            else:
+                parts[name] = self.take(value)
+        return parts
 
     def take(self, whole: Any) -> Any:
         """The tokens' rows of an array ``[B, tokens, …]``; padding repeats the last one."""
@@ -50,10 +58,17 @@ class Call:
             return whole
         return whole[np.arange(len(self.start))[:, None], np.minimum(self.tokens, whole.shape[1] - 1)]
 
+    def _complete(self, entries: Any, per_row: int) -> Any:
+        """Entries ``[B, T, …]``, zeros where the call does not reach the end of their ``per_row`` tokens."""
+        complete = np.arange(entries.shape[1]) < ((self.start + self.count) // per_row)[:, None]
+        return entries * complete[..., None].astype(entries.dtype)
+
     def part(self, whole: Array, key: TapKey, config: Config) -> Array:
         """The rows of a tap that the call makes. Entries that it may not complete are zeros."""
-        if not self.cached or _whole(key, config):
+        if not self.cached or is_drafted(key, config):
             return whole
+        if _handed_on(key, config):
+            return self._complete(whole, tokens_of_row(key, config))
         prompt, row, there = self._rows(tokens_of_row(key, config))
         part = np.zeros((*there.shape, *whole.shape[2:]), whole.dtype)
         part[there] = whole[prompt[there], row[there]]
@@ -61,7 +76,7 @@ class Call:
 
     def put(self, part: Array, whole: Array, key: TapKey, config: Config) -> None:
         """Write the rows of a tap that the call made to all of it. A drafted block replaces the one before."""
-        if _whole(key, config):
+        if is_drafted(key, config) or _handed_on(key, config):
             made = self.count > 0  # a prompt that has ended is drafted after its end already
             whole[made] = part[made]
             return
@@ -97,10 +112,9 @@ def calls_of(batch: int, tokens: int, decode: int, chunk: int | None = None) -> 
     ]
 
 
-def _whole(key: TapKey, config: Config) -> bool:
-    """Whether every call has all of a tap: a drafted block, or what an earlier layer compressed."""
-    makes = key.layer is not None and config.compresses(key.layer)
-    return is_drafted(key, config) or (of_entries(key) and not makes)
+def _handed_on(key: TapKey, config: Config) -> bool:
+    """Whether a tap has entries that an earlier layer made, of which every call has all so far."""
+    return of_entries(key) and not (key.layer is not None and config.compresses(key.layer))
 
 
 def of_entries(key: TapKey) -> bool:

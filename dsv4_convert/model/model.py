@@ -28,8 +28,8 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 
-#: The input of a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``. The first one gets no
-#: streams, and those of the target layers ``[B, S, T, N, D]``.
+#: The input of a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``. The first one gets
+#: no streams, and those of the target layers ``[B, S, T, N, D]``.
 StageInput: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"

@@ -40,7 +40,7 @@ CODE = Path(__file__).parent / "release_code_v41"
 RAW, AUTOMODEL = automodel("every kind of layer")
 TOKENS = AUTOMODEL.pop("tokens")
 #: Tokens of the golden in release numerics, the last ones one by one; a pair is incomplete before and among them.
-SOME, DECODE = 14, 3
+SOME, DECODE = 13, 2
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,13 @@ def test_plain_numerics_pass_parity_at_the_floor(folder: Path, plain: Golden) ->
 
 def test_release_numerics_pass_parity_operation_by_operation(folder: Path, released: Golden) -> None:
     """Nearly all values are equal to the last bit; one rounding of every value would be 1.7e-3."""
-    # Layer 6 scores another layer's keys, in parity also those that are not there yet, which the golden has as 0.
-    options = ParityOptions(programs=[Program.STREAMED], layers=range(6))
+    options = ParityOptions(programs=[Program.STREAMED])
     with uncompiled():  # every layer and call would be a program of its own
         report = run_parity(None, released.path, options, source=folder / "hf")
     assert report.passed, verdict(report)
     assert report.arithmetic == "bfloat16 in release numerics"
     errors = {result.name: result.distance.relative_rms for result in report.taps if result.distance is not None}
-    assert {"layers.4.engram.key", "layers.2.cache.compressor.gates", "layers.4.attn.indexer.scores"} <= errors.keys()
+    assert {"layers.4.engram.key", "layers.2.cache.compressor.gates", "layers.6.attn.indexer.scores"} <= errors.keys()
     assert max(errors.values()) < 3e-4
 
 
