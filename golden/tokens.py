@@ -45,7 +45,8 @@ def _ids(argument: str) -> tuple[object, str]:
     path = Path(argument)
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False), str(path)
+            with path.open("rb") as stream:  # of a broken archive np.load would leave its own open
+                return np.load(stream, allow_pickle=False), str(path)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{argument}: neither token ids like 1,2,3 nor a file") from None

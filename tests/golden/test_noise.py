@@ -15,7 +15,7 @@ from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import MODES, PEAK, RMS, Mode, row_noise
 from dsv4_convert.golden.recorder import RecordingOptions, record
-from dsv4_convert.golden.references import precision
+from dsv4_convert.golden.references import precision, widening
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey
@@ -74,7 +74,7 @@ def test_nothing_but_the_rotary_tables_is_float32_in_the_float64_run(
 ) -> None:
     """Watch every tensor that a torch function makes while the reference runs in float64."""
     found: set[torch.dtype] = set()
-    original = precision._Widen.__torch_function__
+    original = widening.Widen.__torch_function__
 
     def watching(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = original(self, func, types, args, kwargs)
@@ -82,7 +82,7 @@ def test_nothing_but_the_rotary_tables_is_float32_in_the_float64_run(
             found.add((result.dtype, getattr(func, "__name__", str(func))))
         return result
 
-    monkeypatch.setattr(precision._Widen, "__torch_function__", watching)
+    monkeypatch.setattr(widening.Widen, "__torch_function__", watching)
     record(checkpoint, tmp_path / "golden", RecordingOptions(tokens=TOKENS[:1, :20], noise=["float32"]))
     narrow = {function for dtype, function in found if dtype is not torch.float64}
     # The experts are decoded to float32 before they are widened, exactly.

@@ -155,7 +155,7 @@ def test_a_fault_in_cumulative_mode_alone_is_descended_to(patients: dict[str, Pa
         ("sinks left at zero", ["it is the source's place, but all zero"]),
         ("output groups of wo_a swapped", ["rows rolled by 16"]),
         ("wo_a as one matrix, groups interleaved", ["of 1,024 elements differ"]),
-        ("rope in halves instead of interleaved", ["It uses no weights: look at the configuration and the code."]),
+        ("rope in halves instead of interleaved", ["They use no weights: look at the configuration and the code."]),
         ("router matmul at default precision", ["Its weights (layers.3.ffn.gate.weight) are those of the source"]),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_process_that_fails_ends_all(checkpoints: tuple[Path, Path], golden: P
         (broken / "layers.3.ffn.experts.w2" / f"{expert}.0.0").unlink()
     ended = together(_command(golden), 2, own=[[str(checkpoints[0])], [str(broken)]])
     assert [process.code for process in ended] == [3, 3], ended
-    assert "process 1 of 2 failed in step 'experts of layer 3': " in ended[0].err
+    assert "process 1 of 2 failed in step 'read layer 3': " in ended[0].err
     assert all("the chunk cannot be read" in process.err for process in ended)
     assert all("Traceback" not in process.err for process in ended)
 
