@@ -162,9 +162,14 @@ def is_drafted(key: TapKey, config: Config) -> bool:
     return config.drafts_blocks(key.layer) and key.tap.shape.split()[1] == "S"
 
 
+def of_entries(key: TapKey) -> bool:
+    """Whether the rows of a tap are compressed entries."""
+    return key.tap.shape.split()[1] == "T"
+
+
 def tokens_of_row(key: TapKey, config: Config) -> int:
     """The number of tokens that make a row of axis 1: 1, or those of a compressed entry; not defined for the state."""
-    if key.tap.shape.split()[1] != "T" or key.layer is None:
+    if not of_entries(key) or key.layer is None:
         return 1
     return config.ratio_of(key.layer)
 

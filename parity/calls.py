@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_convert.golden.layout import calls, is_drafted, known_tokens, tokens_of_row
+from dsv4_convert.golden.layout import calls, is_drafted, known_tokens, of_entries, tokens_of_row
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -115,11 +115,6 @@ def calls_of(batch: int, tokens: int, decode: int, chunk: int | None = None) -> 
 def _handed_on(key: TapKey, config: Config) -> bool:
     """Whether a tap has entries that an earlier layer made, of which every call has all so far."""
     return of_entries(key) and not (key.layer is not None and config.compresses(key.layer))
-
-
-def of_entries(key: TapKey) -> bool:
-    """Whether the rows of a tap are compressed entries."""
-    return key.tap.shape.split()[1] == "T"
 
 
 def calls_of_draft(batch: int, tokens: int, decode: int, chunk: int | None = None) -> list[Call]:

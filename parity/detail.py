@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_convert.golden.archive import Golden, TapForm
-from dsv4_convert.golden.layout import STREAMS, is_drafted
+from dsv4_convert.golden.layout import STREAMS, is_drafted, of_entries
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.logits import Position
@@ -161,7 +161,7 @@ class Detail:
         errors, ratio = self._nothing(), 1
         if key.tap.is_state:
             return errors
-        if key.tap.shape.split()[1] == "T":
+        if of_entries(key):
             assert key.layer is not None
             ratio = self.prompt.config.ratio_of(key.layer)
         for part in parts:

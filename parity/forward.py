@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import STREAMS, tap_shape, token_ids
+from dsv4_convert.golden.layout import STREAMS, of_entries, tap_shape, token_ids
 from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import Past, empty_layer
@@ -22,7 +22,7 @@ from dsv4_convert.model.dspark import DSparkBlock
 from dsv4_convert.model.model import HEAD_AXES, copied, embed
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft, of_entries
+from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft
 from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.state import state_after
 from dsv4_convert.spec.config import Config

@@ -32,6 +32,7 @@ from dsv4_convert.golden.layout import (
     entering_head,
     joined,
     known_tokens,
+    of_entries,
     part_of,
     part_shape,
     rows_of,
@@ -349,7 +350,7 @@ class ReleasedModel:
         for name, value in given.items():
             key = TapKey.of(self._config, step.layer, name)
             shape = part_shape(key, self._config, batch=self._batch, start=start, stop=stop)
-            entries = key.tap.shape.split()[1] == "T"
+            entries = of_entries(key)
             rows = range(rows_of(key, self._config, start, stop).stop) if entries else range(start, stop)
             parts[name] = value[:, rows.start : rows.stop, *(slice(size) for size in shape[2:])]
         return parts
