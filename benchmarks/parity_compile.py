@@ -1,7 +1,8 @@
 """The program of a parity run compiled for TPUs that are not there: one layer of V4-Flash in float32, with its taps.
 
 A row is a layer as ``dsv4 parity --program model`` runs it on the devices of one slice: one prompt of 256 tokens for
-each device, or one token from a cache of 256; also without taps, as ``generate`` has it, and from codes. Memory is of one device, by libtpu's own compiler. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
+each device, or one token from a cache of 256; also without taps, as ``generate`` has it, and from codes. Memory is of
+one device, by libtpu's own compiler. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
 
 Run: python -m benchmarks.parity_compile [--only v6e] [--tokens 256]
 """
