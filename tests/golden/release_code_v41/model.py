@@ -527,12 +527,12 @@ class DSparkBlock(Block):
     """A draft stage. The first one also makes what all of them know; the last one also chooses the tokens."""
 
     attention_cls = DSparkAttention
-    embed: Any = None
-    head: Any = None
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__(layer_id, args)
         self.block_size = args.dspark_block_size
+        self.embed: Any = None
+        self.head: Any = None
         if layer_id == args.n_layers:
             self.main_proj = Linear(args.dim * len(args.dspark_target_layer_ids), args.dim)
             self.main_norm = RMSNorm(args.dim, args.norm_eps)
