@@ -13,8 +13,7 @@ Markov head.
    the anchor for i = 0, then the token drafted last. Tokens are chosen one after the other, in one pass.
 4. confidence_i = proj [x_i, markov_w1[t_i]] is the logit of the draft being accepted, if those before it are.
 
-A stage is a window-only block of its architecture, and so are its attention, its hyper-connections and the collapse of
-its streams: those of V4 are here, those of V4.1 in :mod:`dsv4_convert.model.v41.dspark`.
+A stage is a window-only block of its architecture. This module has V4's, :mod:`dsv4_convert.model.v41.dspark` V4.1's.
 
 Source: published inference code of V4-Flash-0731 and of V4.1, ``DSparkBlock`` and ``Transformer.forward_spec``.
 """
@@ -31,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.attention import (
     KERNEL_KEYS,
+    Attention,
     Earlier,
     Entries,
     WindowedAttention,
@@ -98,10 +98,14 @@ def _block_context(
     return attend_as_released(q, (keys,), seen, sink, jnp.broadcast_to(places[:, None] // KERNEL_KEYS, seen.shape))
 
 
+class V4BlockAttention(BlockAttention, Attention):
+    """Attention of a block of V4."""
+
+
 class MarkovHead(nnx.Module):
     """Logits that depend on the token before alone: a table of rank R."""
 
-    def __init__(self, config: V4Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int) -> None:
         self.markov_w1 = parameter("vocab whole_rank", config.vocab_size, rank)
         self.markov_w2 = parameter("whole_rank vocab", rank, config.vocab_size)
 
@@ -171,7 +175,7 @@ class DSparkBlock(DecoderBlock):
         past: Past[Any],
         taps: Taps,
     ) -> tuple[Any, Any]:
-        """What the block hands on after this stage, and the stage's new state.
+        """The block's carry after this stage, and the stage's new state.
 
         Args:
             carry, token_ids: of the drafted block.

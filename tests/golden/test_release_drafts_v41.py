@@ -31,8 +31,8 @@ from .test_release_drafts import check_rounding
 
 CODE = V41_CODE
 FIRST, _, LAST = DRAFTS
-#: More tokens are known than the window of 6 has, before the first one that comes by itself.
-TOKENS, DECODE = 13, 3
+#: More tokens are known than the window of 16 has, before the first one that comes by itself.
+TOKENS, DECODE = 21, 3
 IDS = np.random.default_rng(1).integers(0, V41_DRAFTING["text_config"]["vocab_size"], (2, TOKENS)).astype(np.int32)
 
 

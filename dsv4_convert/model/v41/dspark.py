@@ -11,7 +11,7 @@ from dsv4_convert.spec.v41.config import V41Config
 
 
 class V41BlockAttention(BlockAttention, SharedAttention):
-    """That of V4.1: queries are not normed per head, and all channels of a key are rounded."""
+    """Attention of a block of V4.1: queries are not normed per head, and all channels of a key are rounded."""
 
 
 class V41DSparkBlock(DSparkBlock, V41Block):

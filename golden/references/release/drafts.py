@@ -53,11 +53,11 @@ class Draft:
         self._context = torch.empty(0)
 
     def begun(self, streams: Tensor) -> tuple[Tensor, ...]:
-        """What the first stage goes on with: the streams of the block, and what its code carries beside them."""
+        """The carry of the first stage: the streams of the block, and what its code has beside them."""
         return (streams,)
 
     def refined(self, carry: tuple[Tensor, ...], start: int, context: Tensor, visit: Visit) -> tuple[Tensor, ...]:
-        """What leaves the stage's layer."""
+        """The carry that leaves the stage's layer."""
         return (self.block(*carry, start, self._anchor, context),)
 
     def forward(self, entering: Mapping[str, Tensor], tokens: slice, visit: Visit) -> None:

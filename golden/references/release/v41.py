@@ -63,11 +63,11 @@ class _Draft(Draft):
     """A stage of V4.1. Its ``input.pre`` are the weights that collapse the streams that enter its layer."""
 
     def begun(self, streams: Tensor) -> tuple[Tensor, ...]:
-        """The first stream, as at layer 0."""
+        """The streams of the block, of which the first half takes the first one."""
         return streams, self.code.module.make_identity_pre_mix(streams, streams.shape[2])
 
     def refined(self, carry: tuple[Tensor, ...], start: int, context: Tensor, visit: Visit) -> tuple[Tensor, ...]:
-        """What leaves the stage's layer."""
+        """The carry that leaves the stage's layer."""
         streams, pre = carry
         visit("input.pre", pre)
         left: tuple[Tensor, Tensor] = self.block(streams, start, pre, context)

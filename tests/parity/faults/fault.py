@@ -93,8 +93,9 @@ V41_DRAFTING = tiny_v41_config(
     candidate_source_layer_id=None,
     engram_layer_ids=[1],
     engram_pad_token_id=10,
+    hc_sinkhorn_iters=3,
+    dspark_noise_token_id=95,
     dspark_target_layer_ids=[0, 1],
-    sliding_window=6,
 )
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
@@ -254,10 +255,10 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
         held, (config, known) = Held.read_from(PublishedWeights.open(folder / "hf")), automodel("every kind of layer")
         assert config == raw
         return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
-    config = Config.from_hf(raw)
-    ids = np.random.default_rng(6).integers(0, config.vocab_size, (1, tokens)).astype(np.int32)
+    architecture = Config.from_hf(raw)
+    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (1, tokens)).astype(np.int32)
     options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting", "v4.1 drafting"))
-    if config.maps_tokens:
+    if architecture.maps_tokens:
         options = dataclasses.replace(options, release_code=V41_CODE, numerics="plain")
     golden = record(folder / "hf", folder / "golden", options)
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
