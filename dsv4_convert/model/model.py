@@ -236,7 +236,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         past: Past[Any],
         taps: Taps,
-    ) -> tuple[StageInput, Drafted | None, Any]:
+    ) -> tuple[tuple[Any, Float[Array, "B S D"]], Drafted | None, Any]:
         """One stage of DSpark's: what enters the next one, the draft if it is the last one, and its new state.
 
         Args:
