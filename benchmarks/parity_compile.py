@@ -1,8 +1,8 @@
 """The program of a parity run compiled for TPUs that are not there: one layer of V4-Flash in float32, with its taps.
 
 A row is a layer as ``dsv4 parity --program model`` runs it on the devices of one slice: one prompt of 256 tokens for
-each device, or one token from a cache of 256. The program without taps stands beside each, as ``generate`` has it.
-Memory is of one device, by libtpu's own compiler. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
+each device, or one token from a cache of 256; also without taps, as ``generate`` has it, and from codes. Memory is of
+one device, by libtpu's own compiler. Needs libtpu (``pip install 'dsv4-convert[tpu]'``) and no TPU.
 
 Run: python -m benchmarks.parity_compile [--only v6e] [--tokens 256]
 """
@@ -26,6 +26,13 @@ from tests.aot.parity_layer import Job, compile_layer
 
 _SLICES = {"v5p-8": {"expert": 4}, "v6e-8": {"expert": 8}}
 _LAYERS = {"CSA": 20, "HCA": 21}
+#: What runs -> how, beside the layer: prompts and expanded weights but for what is said.
+_FORMS: dict[str, dict[str, Any]] = {
+    "prompt, taps": {},
+    "prompt": {"recorded": False},
+    "prompt, taps, codes": {"encoded": True},
+    "one token, taps": {"decode": True},
+}
 #: Columns of the table.
 _WIDTH = 120
 _GIB = 2**30
@@ -56,34 +63,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     config = Config.from_file(CONFIGS / MODELS["Flash"])
-    table = Table("layer", "slice", "taps", "arguments", "outputs", "temporaries", "used", "compile", box=None)
-    every = itertools.product(_SLICES.items(), _LAYERS.items(), (False, True), (False, True), (True, False))
-    for (where, mesh), (kind, layer), decode, encoded, recorded in every:
-        name = f"{kind}, {'one token' if decode else 'prompt'}{', codes' if encoded else ''}"
-        if options.only not in f"{name} {where}":
+    table = Table("layer", "slice", "arguments", "outputs", "temporaries", "used", "compile", box=None)
+    for (where, mesh), (kind, layer), (form, how) in itertools.product(
+        _SLICES.items(), _LAYERS.items(), _FORMS.items()
+    ):
+        name, chip = f"{kind}, {form}", Slice.parse(where)
+        if options.only not in f"{name}, {where}":
             continue
-        chip = Slice.parse(where)
-        found = _memory(
-            config,
-            Job(
-                layer=layer,
-                where=where,
-                mesh=mesh,
-                prompts=chip.count,
-                tokens=options.tokens,
-                decode=decode,
-                recorded=recorded,
-                encoded=encoded,
-            ),
-        )
-        print(json.dumps({"layer": name, "slice": where, "taps": recorded, **found}), flush=True)
-        cells = [name, where, "yes" if recorded else "no"]
+        job = Job(layer=layer, where=where, mesh=mesh, prompts=chip.count, tokens=options.tokens, **how)
+        found = _memory(config, job)
+        print(json.dumps({"layer": name, "slice": where, **found}), flush=True)
         if "refused" in found:
-            table.add_row(*cells, "", "", "", "does not fit", "")
+            table.add_row(name, where, "", "", "", "does not fit", "")
             continue
         used = found["total"] * _GIB / chip.chip.hbm
         sizes = [f"{found[size]:.2f}" for size in ("arguments", "outputs", "temporaries")]
-        table.add_row(*cells, *sizes, f"{used:.0%}", f"{found['cpu_seconds']} s of CPU")
+        table.add_row(name, where, *sizes, f"{used:.0%}", f"{found['cpu_seconds']} s of CPU")
     Console(width=_WIDTH).print(table)
 
 
