@@ -69,7 +69,8 @@ class V41Block(DecoderBlock):
 
     def wanted_rows(self, token_ids: Int[Array, "B S"], past: Past[V41LayerCache] | None = None) -> Int[Array, "B S J"]:
         """The rows of the engram's table."""
-        assert self.engram is not None
+        if self.engram is None:
+            return super().wanted_rows(token_ids, past)
         return self.engram.wanted_rows(token_ids, past)[0]
 
     def join(self, carry: Carry, rows: Float[Array, "B S J C"], taps: Taps) -> Carry:
