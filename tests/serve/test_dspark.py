@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
@@ -44,19 +47,29 @@ def _damped(model: Model, share: float) -> None:
         block.ffn.shared_experts.w2[...] *= share
 
 
-def _agreeing(model: Model, other: Model, share: float) -> Model:
+def _without_halves(model: Model) -> jax.Array:
+    """Each token's input of the output head where the halves of all layers give nothing."""
+    _damped(model, 0.0)
+    graph, state = nnx.split(model)
+
+    def norm(state: nnx.State, tokens: jax.Array) -> jax.Array:
+        taps = Taps("norm".__eq__)
+        nnx.merge(graph, state)(tokens, taps=taps)
+        return taps.values["norm"][:, 0]
+
+    return jax.jit(norm)(state, jnp.arange(model.config.vocab_size)[:, None])
+
+
+def _agreeing(model: Model, alone: jax.Array, share: float) -> Model:
     """A model that looks at the last token most of all, and drafts that are what it would say of that token alone.
 
     The outputs of all halves count ``share``. The Markov head alone decides the drafts: its table has each token's
-    input of the output head, as the ``other`` model computes it without its halves, and its matrix is that head.
+    input of the output head without the halves, ``alone``, and its matrix is that head.
     """
     _damped(model, share)
-    _damped(other, 0.0)
-    taps = Taps("norm".__eq__)
-    other(jnp.arange(model.config.vocab_size)[:, None], taps=taps)
     last = model.mtp[-1]
     last.norm[...] = jnp.zeros_like(last.norm[...])
-    last.markov_head.markov_w1[...] = taps.values["norm"][:, 0]
+    last.markov_head.markov_w1[...] = alone
     last.markov_head.markov_w2[...] = model.head[...]
     return model
 
@@ -68,8 +81,11 @@ def model(folder: Path) -> Callable[[float | None], Model]:
     def restored() -> Model:
         return restore_model(Weights.open(folder), drafts=True)
 
+    alone = cache(lambda: _without_halves(restored()))
+
+    @cache
     def made(share: float | None) -> Model:
-        return restored() if share is None else _agreeing(restored(), restored(), share)
+        return restored() if share is None else _agreeing(restored(), alone(), share)
 
     return made
 
