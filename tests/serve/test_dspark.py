@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
@@ -47,19 +50,29 @@ def _damped(model: Decoder, share: float) -> None:
         block.ffn.shared_experts.w2[...] *= share
 
 
-def _agreeing(model: Decoder, other: Decoder, share: float) -> Decoder:
+def _without_halves(model: Decoder) -> jax.Array:
+    """Each token's input of the output head where the halves of all layers give nothing."""
+    _damped(model, 0.0)
+    graph, state = nnx.split(model)
+
+    def norm(state: nnx.State, tokens: jax.Array) -> jax.Array:
+        taps = Taps("norm".__eq__)
+        nnx.merge(graph, state)(tokens, taps=taps)
+        return taps.values["norm"][:, 0]
+
+    return jax.jit(norm)(state, jnp.arange(model.config.vocab_size)[:, None])
+
+
+def _agreeing(model: Decoder, alone: jax.Array, share: float) -> Decoder:
     """A model that looks at the last token most of all, and drafts that are what it would say of that token alone.
 
     The outputs of all halves count ``share``. The Markov head alone decides the drafts: its table has each token's
-    input of the output head, as the ``other`` model computes it without its halves, and its matrix is that head.
+    input of the output head without the halves, ``alone``, and its matrix is that head.
     """
     _damped(model, share)
-    _damped(other, 0.0)
-    taps = Taps("norm".__eq__)
-    other(jnp.arange(model.config.vocab_size)[:, None], taps=taps)
     last = model.mtp[-1]
     last.norm[...] = jnp.zeros_like(last.norm[...])
-    last.markov_head.markov_w1[...] = taps.values["norm"][:, 0]
+    last.markov_head.markov_w1[...] = alone
     last.markov_head.markov_w2[...] = model.head[...]
     return model
 
@@ -71,8 +84,11 @@ def model(folder: Path) -> Callable[[float | None], Decoder]:
     def restored() -> Decoder:
         return restore_model(Weights.open(folder), drafts=True)
 
+    alone = cache(lambda: _without_halves(restored()))
+
+    @cache
     def made(share: float | None) -> Decoder:
-        return restored() if share is None else _agreeing(restored(), restored(), share)
+        return restored() if share is None else _agreeing(restored(), alone(), share)
 
     return made
 
@@ -177,7 +193,8 @@ def test_stages_of_v41_draft_too(tmp_path: Path) -> None:
     }
     write_checkpoint(tmp_path / "hf", tiny_v41_config(**layers), seed=0)
     hf_to_orbax(tmp_path / "hf", tmp_path / "orbax", storage=Storage.SOURCE)
-    made = _agreeing(*(restore_model(Weights.open(tmp_path / "orbax"), drafts=True) for _ in range(2)), MIXED)
+    model, other = (restore_model(Weights.open(tmp_path / "orbax"), drafts=True) for _ in range(2))
+    made = _agreeing(model, _without_halves(other), MIXED)
     prompts = [prompt[:23] for prompt in PROMPTS]
     drafting = Generator(made, speculative=True)
     assert drafting(prompts, new_tokens=NEW) == Generator(made)(prompts, new_tokens=NEW)

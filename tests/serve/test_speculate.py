@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -69,6 +69,7 @@ def _agreeing(model: Model, share: float) -> Model:
 def model(folders: tuple[Path, Path]) -> Callable[[float | None], Model]:
     """The converted model as it is (None), or :func:`_agreeing`."""
 
+    @cache
     def made(share: float | None) -> Model:
         restored = restore_model(Weights.open(folders[1]), drafts=True)
         return restored if share is None else _agreeing(restored, share)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 
 import dsv4_convert.parity.run as run_module
@@ -344,6 +345,8 @@ class _FaultyForward(Forward):
         for (owner, name), replacement in (fault.code or {}).items():
             stack.enter_context(patch.object(owner, name, replacement))
         stack.enter_context(uncompiled())
+        # The healthy model's shapes are checked. Here the checks take as long as the arithmetic.
+        stack.enter_context(patch.object(jaxtyping.config, "jaxtyping_disable", True))
         return stack
 
 
