@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from . import shapes as shapes  # pyproject.toml names its type checker
 from .checkpoint.hub_server import LoopbackHub, serving
 
 # The packages are the installed ones; benchmarks, of which tests take parts, are not installed.

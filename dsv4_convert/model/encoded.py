@@ -288,7 +288,8 @@ def _from_codes(x: Array, w: Encoded, *, dtype: DTypeLike) -> Array:
 def _by_codes(x: Float[Array, "*stack I"], w: Encoded) -> Float[Array, "*stack O"]:
     """The product of one row: sums of a few terms each, times their scales; then the sum of all of them.
 
-    The last sum is a matmul with ones, which keeps XLA from computing the terms output by output inside it.
+    The last sum is a matmul with ones, which keeps XLA from computing the terms output by output inside it. Each matrix
+    of a stack has ones of its own: else XLA writes the terms of all of them transposed.
     """
     *stack, inputs, outputs = w.shape
     parts = inputs // _TERMS
@@ -303,7 +304,7 @@ def _by_codes(x: Float[Array, "*stack I"], w: Encoded) -> Float[Array, "*stack O
     for factor in factors(w.scales):
         blocked = blocked * factor[..., :, None, :, None]
     terms = blocked.reshape(terms.shape)
-    return einsum_f32("p,...po->...o", jnp.ones(parts, jnp.float32), terms)
+    return einsum_f32("...p,...po->...o", jnp.ones((*stack, parts), jnp.float32), terms)
 
 
 def numbers(codes: UInt8[Array, "*stack P O"], *, packed: bool) -> tuple[Float[Array, "*stack P O"], ...]:

@@ -28,6 +28,7 @@ from dsv4_convert.golden.tokens import (
         ("1,2;3,4", [[1, 2], [3, 4]]),
         ("[1, 2]", [[1, 2]]),
         ("[[1, 2], [3, 4]]", [[1, 2], [3, 4]]),
+        ("-2147483648,2147483647", [[-(2**31), 2**31 - 1]]),
     ],
 )
 def test_ids_in_every_spelling_and_from_a_file(argument: str, expected: list[list[int]], tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_ids_in_every_spelling_and_from_a_file(argument: str, expected: list[lis
 
 
 @pytest.mark.parametrize(
-    "argument", ["1,2;3", "[[1], [2, 3]]", "[]", "1;;2", "1.5,2", "nowhere.json", "[1, {}]", "99999999999"]
+    "argument", ["1,2;3", "[[1], [2, 3]]", "[]", "1;;2", "1.5,2", "nowhere.json", "[1, {}]", "2147483648"]
 )
 def test_what_is_no_prompt_is_refused(argument: str) -> None:
     with pytest.raises(UsageError):

@@ -328,11 +328,11 @@ def test_a_golden_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> No
     golden.manifest = dataclasses.replace(
         golden.manifest, request=dataclasses.replace(golden.manifest.request, noise=("bfloat16",))
     )
-    golden.tokens, golden.layers = golden.tokens[:, :3], (0, 1)
-    monkeypatch.setattr(golden, "read", lambda name: np.zeros((1, 3, 2), np.int32))
+    golden.tokens, golden.layers = np.repeat(golden.tokens[:, :3], 2, axis=0), (0, 1)
+    monkeypatch.setattr(golden, "read", lambda name: np.zeros((2, 3, 2), np.int32))
     found = inspect_golden(golden, place="golden", known_by="", say=lambda _: None)
     odd = "\n".join(found.odd)
-    assert found.layers == (0, 1)
+    assert (found.layers, found.facts["tokens"]) == ((0, 1), "2 x 3")
     assert "no noise floor of float32" in odd
     assert "layer 0: the window of 16 tokens never drops one" in odd
     assert "layer 1: no block of 4 tokens is complete" in odd

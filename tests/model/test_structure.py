@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 from dsv4_convert.model import Model, Taps
+from dsv4_convert.model.ops import linear
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import parameters
 from dsv4_convert.spec.taps import TapKey, taps_of
@@ -95,3 +97,9 @@ def test_no_token_sees_its_future(model) -> None:
     # Not bit-equal: how rows are packed for the experts depends on the routing of all tokens, and with it the rounding.
     np.testing.assert_allclose(whole[:, :100], other[:, :100], rtol=0, atol=1e-6)
     assert np.abs(np.asarray(whole)[:, 100:] - np.asarray(other)[:, 100:]).max(axis=-1).min() > 1e-2
+
+
+def test_the_shapes_of_every_call_are_checked() -> None:
+    """By the option of pytest that pyproject.toml sets."""
+    with pytest.raises(TypeCheckError, match="inner"):
+        linear(jnp.ones((2, 3)), jnp.ones((4, 5)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,7 @@ def main(given: argparse.Namespace) -> None:
         patch.setattr(Weights, "read_expert", counted)
         for checkpoint in given.checkpoints:
             read = 0
-            options = dataclasses.replace(OPTIONS, programs=tuple(Program)) if given.both else OPTIONS
-            report = run_parity(checkpoint, given.golden, options, processes=processes)
-            if given.both:
-                assert report.model is not None
-                assert report.model.passed == report.agrees, verdict(report.model)
+            report = run_parity(checkpoint, given.golden, OPTIONS, processes=processes)
             results.append({**found(report), "read": read, "platform": dict(report.platform)})
     if given.taps:
         same_taps(given.checkpoints[0])
@@ -98,7 +93,6 @@ if __name__ == "__main__":
     parser.add_argument("golden", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--taps", action="store_true")
-    parser.add_argument("--both", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)

@@ -46,13 +46,9 @@ def test_one_process_or_many_say_the_same(checkpoints: tuple[Path, Path], golden
     assert faulty["localizations"][0][3] == [WRONG]
 
     arguments = ["-m", "tests.parity.many", str(tmp_path / "out"), str(golden), *map(str, checkpoints)]
-    runs: list[tuple[int, int]] = [(1, 8), (2, 1), (4, 1)]
-    for processes, devices in runs:
-        if processes == 1:
-            ended = [end(start([*arguments, "--taps"], devices=devices))]
-        else:
-            # The compiled layer says the same over two processes.
-            ended = together([*arguments, *(["--both"] if processes == 2 else [])], processes)
+    for processes, devices in ((1, 8), (4, 1)):
+        alone = processes == 1
+        ended = [end(start([*arguments, "--taps"], devices=devices))] if alone else together(arguments, processes)
         assert [process.code for process in ended] == [0] * processes, ended
         results = [json.loads((tmp_path / f"out.{index}").read_text()) for index in range(processes)]
         for result in results:
@@ -77,6 +73,8 @@ def test_one_process_speaks_and_all_exit_alike(checkpoints: tuple[Path, Path], g
     assert [process.code for process in ended] == [1, 1], ended
     document: dict[str, Any] = json.loads(ended[0].out)
     assert document["first_wrong_operation"] == "layers.3.ffn.experts"
+    named = {program["program"]: program["first_diverging"] for program in document["programs"]}
+    assert named == dict.fromkeys(("streamed", "model"), "layers.3.ffn.experts"), "all before it agrees in both"
     assert document["platform"]["mesh"] == {"fsdp": 2}
     assert "FAIL" in ended[0].err
     assert not ended[1].out

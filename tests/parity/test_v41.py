@@ -145,7 +145,7 @@ def test_the_catalogue_covers_what_v41_has() -> None:
     assert len(CATALOGUE_V41) >= 100
     assert min(map(len, (ENGRAM, CARRIED, SHARED, LIKE_V4))) >= 10
     assert {fault.kind for fault in CATALOGUE_V41.values()} == {"weights", "decoding", "config", "code"}
-    assert {fault.layer for fault in CATALOGUE_V41.values()} == {None, *range(7)}
+    assert {fault.layer for fault in CATALOGUE_V41.values() if fault.model == "v4.1"} == {None, *range(7)}
 
 
 def test_the_compiled_layer_agrees(healthy: Patient) -> None:
