@@ -180,7 +180,7 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("weights in the order of tokens", "flat_weights[pick],", "flat_weights[row % (tokens * chosen)],"),
             ("gate and up swapped", "for w in (w1, w2, w3))", "for w in (w3, w2, w1))"),
             ("every output added twice", ", tokens)].add(output)", ", tokens)].add(2 * output)"),
-            ("matrices of the next expert", "Member(w, expert)", "Member(w, (expert + 1) % stack)")),
+            ("matrices of the next expert", "member(w, expert)", "member(w, (expert + 1) % stack)")),
     *planted("codes", SLIDING, _EXPERTS, experts, "packed",
             ("the last tile dropped", "< first_tile[stack], body", "< first_tile[stack] - 1, body"),
             ("rows of a padded tile added", "row < first_row[expert + 1],", "row < first_row[expert + 1] + tile,"),
