@@ -1,7 +1,8 @@
 """Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code, ``docs`` makes the site.
 
-Each sets itself up from nothing. Versions are pinned by ``constraints.txt``; ``versions`` has pins of its own.
-``versions`` and ``witnesses`` need uv (``pip install 'nox[uv]'``) and several Pythons on PATH. ``torch`` comes from the
+Each sets itself up from nothing, with uv where it is there (``pip install 'nox[uv]'``), which takes half of the time.
+Versions are pinned by ``constraints.txt``; ``versions`` has pins of its own.
+``versions`` and ``witnesses`` need uv, and several Pythons on PATH. ``torch`` comes from the
 index in DSV4_TORCH_INDEX where that is set, such as https://download.pytorch.org/whl/cpu for the small CPU build;
 otherwise from the default index.
 """
@@ -17,6 +18,7 @@ import nox
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = True
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.needs_version = ">=2025.5.1"
 
 ROOT = Path(__file__).parent
@@ -31,8 +33,12 @@ ATHERIS, PIP_AUDIT = "atheris==3.0.0", "pip-audit>=2.9"
 
 #: XLA without LLVM's optimisations.
 UNOPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-#: XLA's older kernels too, which compile in half of the time. The pinned XLA has them, the newest lacks them.
-QUICK = {"XLA_FLAGS": f"{UNOPTIMISED['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"}
+#: XLA's older kernels too, which compile in half of the time, and in one piece. The pinned XLA has them, the newest
+#: lacks them.
+QUICK = {
+    "XLA_FLAGS": f"{UNOPTIMISED['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+}
 
 #: Python -> the pins that ``versions`` installs there.
 VERSIONS = {
@@ -202,6 +208,7 @@ def package(session: nox.Session) -> None:
     work = Path(session.create_tmp()).resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
+    session.install("pip")
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(work), str(ROOT))
     (wheel,) = work.glob("*.whl")
     session.install("--constraint", str(CONSTRAINTS), str(wheel), "mypy")
@@ -240,7 +247,7 @@ def fuzz(session: nox.Session) -> None:
 
     Arguments after -- go to `benchmarks.hostile damage`. Without atheris, which some platforms lack, less is found.
     """
-    _install(session, *TEST)
+    _install(session, "pip", *TEST)
     session.run("python", "-m", "pip", "install", ATHERIS, success_codes=[0, 1])
     session.run("python", "-m", "benchmarks.hostile", "damage", *session.posargs)
 
