@@ -236,4 +236,9 @@ def test_a_changed_size_reaches_every_shape() -> None:
     after = {path: math.prod(rule.target_shape(widened, layer)) for path, rule, layer in parameters(widened)}
     grown = {path for path in before if after[path] != before[path]}
     assert {"embed", "layers.1.engram.wkv", "aligner.w1.weight", "mtp.0.main_proj"} <= grown
-    assert not grown & {"layers.1.engram.embed", "layers.2.attn.indexer.wk", "mtp.2.markov_head.markov_w2", "vision.norm"}
+    assert not grown & {
+        "layers.1.engram.embed",
+        "layers.2.attn.indexer.wk",
+        "mtp.2.markov_head.markov_w2",
+        "vision.norm",
+    }
