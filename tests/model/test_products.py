@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,8 +21,8 @@ ROWS = ((1,), (7,), (0,), (1, 1), (2, 3))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
-def test_sums_are_float32(dtype: type) -> None:
-    """A matrix, a matrix out of a stack, each matrix of a stack, and a product that is transposed at once."""
+def test_sums_are_float32(dtype: Any) -> None:
+    """Rows times one matrix, a matrix out of a stack, each matrix of a stack, and a product that is transposed."""
     rng = np.random.default_rng(1)
     stack = rng.normal(size=(2, 136, 48)).astype(dtype)
     given = [rng.normal(size=(*rows, 2, 136)).astype(dtype) for rows in ROWS]
@@ -51,7 +53,7 @@ def test_no_stack_of_experts_is_widened() -> None:
     shapes = ((24, 64, 96), (24, 96, 64), (24, 64, 96))
     stacks = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     x = jax.ShapeDtypeStruct((5, 64), jnp.bfloat16)
-    routing = Routing(jax.ShapeDtypeStruct((5, 2), jnp.int32), jax.ShapeDtypeStruct((5, 2), jnp.float32))
+    routing = jax.eval_shape(lambda: Routing(jnp.zeros((5, 2), jnp.int32), jnp.zeros((5, 2))))
     program = jax.jit(lambda *operands: packed(*operands, limit=1.0, tiles=CPU_TILES)).lower(x, routing, *stacks)
     memory = program.compile().memory_analysis()
     assert memory is not None
