@@ -52,6 +52,9 @@ CONTRACTS = ("tests/contracts", "--ignore=tests/contracts/test_transformers.py",
 #: Project compared with -> the Python that it needs.
 WITNESSES = {"automodel": "3.11", "maxtext": "3.12", "mlx": "3.12", "tokamax": "3.12"}
 
+#: Model -> its small checkpoint's golden in golden/data.
+GOLDENS = {"v4": "tiny", "v4.1": "tiny-v4.1"}
+
 #: Session -> its tests in tests/witnesses. nano-deepseek-v4 is a negative control beside NeMo Automodel.
 WITNESS_TESTS = {
     "automodel": ("automodel", "nano"),
@@ -72,20 +75,15 @@ def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     session.install(*pinned, ".[reference]" if reference else ".", *what)
 
 
-def _converted(session: nox.Session, work: Path, model: str) -> None:
-    """Make a checkpoint of a small ``model`` in ``work``, convert it, and verify that."""
+def _main_job(session: nox.Session, work: Path, model: str = "v4") -> None:
+    """Convert a small ``model`` in ``work``, and compare every layer with its committed golden."""
     for name in ("checkpoint", "orbax"):
         shutil.rmtree(work / name, ignore_errors=True)
     session.run("dsv4", "golden", "make-checkpoint", str(work / "checkpoint"), "--model", model)
     session.run("dsv4", "convert", "hf-to-orbax", str(work / "checkpoint"), str(work / "orbax"))
     session.run("dsv4", "verify", str(work / "orbax"), "--against", str(work / "checkpoint"))
-
-
-def _main_job(session: nox.Session, work: Path) -> None:
-    """Convert a small V4 in ``work``, and compare every layer with the committed golden."""
-    _converted(session, work, "v4")
-    golden = ROOT / "golden" / "data" / "tiny"
-    baseline = ("--baseline", str(golden.with_name("tiny.baseline.json")))
+    golden = ROOT / "golden" / "data" / GOLDENS[model]
+    baseline = ("--baseline", f"{golden}.baseline.json")
     session.run("dsv4", "parity", str(work / "orbax"), "--golden", str(golden), "--mode", "both", *baseline)
 
 
@@ -93,33 +91,43 @@ def _main_job(session: nox.Session, work: Path) -> None:
 def demo(session: nox.Session) -> None:
     """Make a small checkpoint in the published format, convert it, and compare every layer with a recorded golden.
 
-    ``nox -s demo -- v4.1`` converts a small V4.1 and generates tokens with it; no golden of it is committed yet.
+    ``nox -s demo -- v4.1`` does it with a small V4.1.
     """
-    work = Path(session.create_tmp()).resolve()
-    if session.posargs == ["v4.1"]:
-        _install(session, "tokenizers")
-        _converted(session, work, "v4.1")
-        session.run("dsv4", "generate", str(work / "orbax"), "--tokens", "3,1,4,1,5", "--max-new-tokens", "8")
-    else:
-        _install(session)
-        _main_job(session, work)
+    (model,) = session.posargs or ("v4",)
+    _install(session, "tokenizers")
+    _main_job(session, Path(session.create_tmp()).resolve(), model)
 
 
 @nox.session
 def golden(session: nox.Session) -> None:
-    """Record the committed golden again, from transformers; needed when taps or the checkpoint generator change.
+    """Record a committed golden again; needed when taps or the checkpoint generator change.
 
-    Its baseline is then another one: delete golden/data/tiny.baseline.json, and record it with --update-baseline.
+    V4's comes from transformers. ``nox -s golden -- v4.1 DIR`` records V4.1's, from DeepSeek's own code: DIR is your
+    copy of the ``inference`` folder. The baseline is then another one: delete it, and record it with --update-baseline.
 
     With this seed no query has equal scores at the edge of its choice, so that no tie depends on the machine.
     """
+    model, *code = session.posargs or ("v4",)
     _install(session, reference=True)
-    work = Path(session.create_tmp()).resolve()
-    out = ROOT / "golden" / "data" / "tiny"
-    for folder in (work / "tiny", out):
+    checkpoint, out = Path(session.create_tmp()).resolve() / GOLDENS[model], ROOT / "golden" / "data" / GOLDENS[model]
+    for folder in (checkpoint, out):
         shutil.rmtree(folder, ignore_errors=True)
-    session.run("dsv4", "golden", "make-checkpoint", str(work / "tiny"))
-    session.run("dsv4", "golden", "record", str(work / "tiny"), "--out", str(out), "--random", "300", "--seed", "6")
+    prompt: tuple[str, ...] = ("--random", "300", "--seed", "6")
+    if code:
+        prompt = (
+            "--random",
+            "40",
+            "--seed",
+            "6",
+            "--reference",
+            "release",
+            "--release-code",
+            *code,
+            "--numerics",
+            "plain",
+        )
+    session.run("dsv4", "golden", "make-checkpoint", str(checkpoint), "--model", model)
+    session.run("dsv4", "golden", "record", str(checkpoint), "--out", str(out), *prompt)
 
 
 @nox.session

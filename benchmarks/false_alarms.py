@@ -5,7 +5,7 @@ Each is compared with its golden, and with the compact golden that keeps its las
 Prints the number of failures, how often choices were tied, how many noise floors healthy errors amount to, and what
 share they have in common of what is allowed. The limits in ``parity/tolerances.py`` are derived from them.
 
-Run: python -m benchmarks.false_alarms [--cases 200] [--first 0] [--jobs 2]
+Run: python -m benchmarks.false_alarms [--cases 200] [--first 0] [--jobs 2] [--dtype bfloat16] [--rows FILE]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,13 @@ _CASES_PER_PROCESS = 12
 _QUANTILES = (50, 99, 99.9, 100)
 
 
-def one(case: int) -> list[dict[str, Any]]:
+def one(case: int, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Everything that is counted of one case, a row for each dtype and golden."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = healthy(case, Path(folder))
+        made = healthy(case, Path(folder), noise=dtypes)
         compact = shrink(made.golden, Path(folder) / "compact", Compact.of([-1], made.length))
-        for dtype, golden in product(UNIT, (made.golden, compact)):
+        for dtype, golden in product(dtypes, (made.golden, compact)):
             modes = MODES if golden.compact is None else None
             report = ParityRun(made.weights, golden, ParityOptions(modes=modes, dtype=dtype)).run()
             distances = [tap.distance for tap in report.taps if tap.distance is not None]
@@ -75,17 +76,27 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--dtype", choices=tuple(UNIT), help="one of the two dtypes; both if not given")
+    parser.add_argument(
+        "--rows", type=Path, help="keep what is counted here as JSON lines; cases that it has are not run"
+    )
     options = parser.parse_args()
+    dtypes = (options.dtype,) if options.dtype else tuple(UNIT)
     console = Console()
-    rows: list[dict[str, Any]] = []
     cases = range(options.first, options.first + options.cases)
+    kept = options.rows.read_text(encoding="utf-8").splitlines() if options.rows and options.rows.exists() else []
+    rows: list[dict[str, Any]] = [row for row in map(json.loads, kept) if row["case"] in cases]
+    todo = sorted(set(cases) - {row["case"] for row in rows})
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=_CASES_PER_PROCESS) as pool:
-        for done, found in enumerate(pool.imap_unordered(one, cases), start=1):
+        for done, found in enumerate(pool.imap_unordered(partial(one, dtypes=dtypes), todo), start=1):
             rows += found
+            if options.rows:
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in found)
             for row in found:
                 if not row["passed"]:
                     console.print(f"case {row['case']}, {row['what']}: {row['sentence']}", style="red")
-            print(f"{done} of {len(cases)}", end="\r", flush=True)
+            print(f"{done} of {len(todo)}", end="\r", flush=True)
     failures = sum(not row["passed"] for row in rows)
     console.print(_counts(rows))
     console.print(_multiples(rows))

@@ -9,7 +9,7 @@ many a fault, every matrix is scaled a little as well. Needs the ``reference`` e
 ``--program streamed`` plants the faults of weights, tables and code in the streamed layers; ``model`` those of the
 compiled layer, on each of its paths; eight simulated devices share some.
 
-``--model v4.1`` plants those of DeepSeek-V4.1, in the streamed layers of a model with every kind of layer, whose golden
+``--model v4.1`` plants those of DeepSeek-V4.1, in a model with every kind of layer. The golden of the streamed layers
 has activations of NeMo Automodel. Faults in what a layer hands on to others show in a run from the tokens.
 
 Run: python -m benchmarks.faults [--model v4.1] [--program streamed|model|both] [--compact] [--dtype bfloat16]
@@ -35,10 +35,10 @@ from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
-from tests.parity.faults import program
+from tests.parity.faults import program, program_v41
 from tests.parity.faults.catalogue import CATALOGUE, CATALOGUE_V41
 from tests.parity.faults.fault import Fault, examine, patient
-from tests.parity.faults.program import PATHS, PROGRAM, ProgramFault
+from tests.parity.faults.program import ProgramFault, Subject
 from tests.parity.faults.scales import SCALES
 
 #: Some paths of the compiled layer need eight devices; read when JAX starts.
@@ -70,12 +70,11 @@ def streamed(
         yield fault, fault.kind, examine(patients[fault.model], fault, dtype=dtype, **fault.options)
 
 
-def compiled(folder: Path, faults: list[ProgramFault]) -> Iterator[tuple[ProgramFault, str, ParityReport]]:
+def compiled(subject: Subject, faults: list[ProgramFault]) -> Iterator[tuple[ProgramFault, str, ParityReport]]:
     """Each fault of the compiled layer, its path, and the report."""
-    subject = program.subject(folder)
-    for path in PATHS:
-        if any(fault.path == path for fault in faults):
-            healthy = program.examine(subject, path)
+    for path in subject.paths:
+        if layers := {fault.layer for fault in faults if fault.path == path} - {None}:
+            healthy = program.examine(subject, path, layers=sorted(layers))
             assert healthy.passed, f"{path}: {verdict(healthy)}"
     for fault in faults:
         yield fault, fault.path, program.examine(subject, fault.path, fault, **program.options_of(fault))
@@ -115,8 +114,10 @@ def main() -> None:
             catalogue = CATALOGUE_V41 if newer else CATALOGUE | (SCALES if options.dtype == "bfloat16" else {})
             faults = _chosen(catalogue.values(), options.names)
             examined.append(streamed(Path(folder), faults, compact=options.compact, dtype=options.dtype))
-        if options.program != "streamed" and not newer:
-            examined.append(compiled(Path(folder) / "program", _chosen(PROGRAM, options.names)))
+        if options.program != "streamed":
+            subject = program_v41.subject if newer else program.subject
+            planted = _chosen(program_v41.PROGRAM_V41 if newer else program.PROGRAM, options.names)
+            examined.append(compiled(subject(Path(folder) / "program"), planted))
         for fault, kind, report in chain.from_iterable(examined):
             right = fault.named_by(report)
             first = report.first_diverging  # that the golden knows other weights would be no finding

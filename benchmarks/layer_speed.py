@@ -2,20 +2,20 @@
 
 The published config of V4-Flash at its full width, but for the number of routed experts, so that both sides' float32
 weights fit the memory together. All weights are resident; compiling and the first run are not counted. The two take
-turns; the median of each is compared. Needs the ``reference`` extra, 4 GB of disk and 20 GB of memory.
+turns; the median of each is compared, and the least processor time. Needs the ``reference`` extra, 4 GB of disk and
+20 GB of memory; with 16 experts 1 GB and 7 GB.
 
-Run: python -m benchmarks.layer_speed [--experts 64] [--tokens 64,512,2048] [--runs 5]
+Run: python -m benchmarks.layer_speed [--experts 64] [--tokens 64,512,2048] [--dtype float32,bfloat16] [--runs 5]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,23 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from benchmarks.real_width import KINDS
 from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_block
 
 FLASH = Path("tests/data/configs/DeepSeek-V4-Flash.json")
-_LAYER = {"CSA, hash": (4, 1), "CSA, learned": (4, 0), "HCA, learned": (128, 0)}
+#: ``compress_ratios`` and ``num_hash_layers`` of one layer of each kind.
+KINDS = {
+    f"{attention}, {routing}": (ratio, hashed)
+    for attention, ratio in (("sliding", 0), ("CSA", 4), ("HCA", 128))
+    for routing, hashed in (("hash", 1), ("learned", 0))
+}
 
 
 def one_layer(kind: str, experts: int) -> dict[str, Any]:
     """V4-Flash with one layer of a kind, fewer experts and a small vocabulary."""
-    ratio, hashed = _LAYER[kind]
+    ratio, hashed = KINDS[kind]
     raw = json.loads(FLASH.read_text(encoding="utf-8"))
     changes = {"num_hidden_layers": 1, "compress_ratios": [ratio, 0], "num_hash_layers": hashed}
     return {**raw, **changes, "n_routed_experts": experts, "vocab_size": 4096}
@@ -49,15 +53,17 @@ def one_layer(kind: str, experts: int) -> dict[str, Any]:
 class Transformers:
     """transformers' decoder layer, called as its own model calls it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             attn_implementation="eager",
             quantization_config=FineGrainedFP8Config(dequantize=True),
         )
         self._model.set_experts_implementation("eager")
-        self._model.float().eval()
+        if dtype == "float32":
+            self._model.float()
+        self._model.eval()
 
     def prepare(self, tokens: np.ndarray) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
         """The streams that enter the layer for a prompt, and its forward."""
@@ -74,17 +80,18 @@ class Transformers:
 
         def forward() -> np.ndarray:
             with torch.no_grad():
-                return np.asarray(layer(*seen["args"], **seen["kwargs"]).numpy())
+                return np.asarray(layer(*seen["args"], **seen["kwargs"]).float().numpy())
 
-        return seen["args"][0].numpy(), forward
+        return seen["args"][0].float().numpy(), forward
 
 
 class Ours:
     """The same layer as one compiled program."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self._dtype = np.dtype(jnp.dtype(dtype))
         weights = PublishedWeights.open(folder)
-        self._graph, self._state = nnx.split(restore_block(weights, 0, with_experts=True))
+        self._graph, self._state = nnx.split(restore_block(weights, 0, with_experts=True, dtype=self._dtype))
 
     def prepare(self, streams: np.ndarray, tokens: np.ndarray) -> Callable[[], np.ndarray]:
         """The layer's forward on these streams; compiled already."""
@@ -93,19 +100,15 @@ class Ours:
         @jax.jit
         def run(state: Any, streams: jax.Array, ids: jax.Array) -> jax.Array:
             leaving, _ = nnx.merge(self._graph, state)(streams, ids, positions, Taps())
-            return leaving
+            return leaving.astype(jnp.float32)
 
-        entering, ids = jnp.asarray(streams), jnp.asarray(tokens, jnp.int32)
+        entering, ids = jnp.asarray(streams, self._dtype), jnp.asarray(tokens, jnp.int32)
         return lambda: np.asarray(run(self._state, entering, ids))
 
 
-def contest(kind: str, experts: int, lengths: list[int], runs: int, work: Path) -> list[dict[str, Any]]:
-    """Both sides on one layer, for every length in turn."""
-    folder = work / "hf"
-    write_checkpoint(folder, one_layer(kind, experts), seed=0)
-    theirs, ours = Transformers(folder), Ours(folder)
-    shutil.rmtree(folder)
-    rows = []
+def contest(folder: Path, dtype: str, lengths: list[int], runs: int) -> Iterator[dict[str, Any]]:
+    """Both sides on the layer of a checkpoint, for every length in turn."""
+    theirs, ours = Transformers(folder, dtype), Ours(folder, dtype)
     for length in lengths:
         tokens = np.random.default_rng(length).integers(0, 4096, (1, length))
         streams, their_run = theirs.prepare(tokens)
@@ -113,18 +116,33 @@ def contest(kind: str, experts: int, lengths: list[int], runs: int, work: Path) 
         results = {name: side() for name, side in sides.items()}
         worst = float(np.abs(results["dsv4"] - results["transformers"]).max())
         scale = float(np.abs(results["transformers"]).max())
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        elapsed: dict[str, list[float]] = {name: [] for name in sides}
+        processor: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(runs):
             for name, side in sides.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 side()
-                seconds[name].append(time.perf_counter() - start)
-        median = {name: statistics.median(values) for name, values in seconds.items()}
-        ratio = median["dsv4"] / median["transformers"]
-        row = {"layer": kind, "tokens": length, **{name: round(value, 3) for name, value in median.items()}}
-        rows.append({**row, "ratio": round(ratio, 2), "error": worst / scale})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+                elapsed[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - used)
+        median = {name: round(statistics.median(values), 3) for name, values in elapsed.items()}
+        yield {
+            **median,
+            "ratio": round(median["dsv4"] / median["transformers"], 2),
+            "of processor time": round(min(processor["dsv4"]) / min(processor["transformers"]), 2),
+            "error": worst / scale,
+        }
+
+
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of all kinds, dtypes and lengths that were asked for."""
+    lengths = [int(length) for length in options.tokens.split(",")]
+    for kind in options.kinds.split(";"):
+        with tempfile.TemporaryDirectory() as work:
+            write_checkpoint(Path(work) / "hf", one_layer(kind, options.experts), seed=0)
+            for dtype in options.dtype.split(","):
+                found = contest(Path(work) / "hf", dtype, lengths, options.runs)
+                for length, row in zip(lengths, found, strict=True):
+                    yield {"layer": kind, "dtype": dtype, "tokens": length, **row}
 
 
 def main() -> None:
@@ -134,12 +152,12 @@ def main() -> None:
     parser.add_argument("--tokens", default="64,512,2048")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kinds", default=";".join(KINDS))
+    parser.add_argument("--dtype", default="float32,bfloat16")
     options = parser.parse_args()
-    lengths = [int(length) for length in options.tokens.split(",")]
     rows = []
-    for kind in options.kinds.split(";"):
-        with tempfile.TemporaryDirectory() as work:
-            rows += contest(kind, options.experts, lengths, options.runs, Path(work))
+    for row in rows_of(options):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     table = Table(title=f"seconds for one layer, {options.experts} experts, {jax.local_device_count()} CPU", box=None)
     for column in rows[0]:
         table.add_column(column, justify="right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,18 @@ def lay_out(
     groups = [group for group in groups if group]  # a tensor may be larger than its share
     for number, group in enumerate(groups, 1):
         shard = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write_shard(folder / shard, group, filled)
+        content = {
+            name: _content(name, dtype, stored_nbytes(dtype, shape))
+            for name, (dtype, shape) in group.items()
+            if filled(name)
+        }
+        write_shard(folder / shard, group, content)
         weight_map.update(dict.fromkeys(group, shard))
     write_index(folder, weight_map, total)
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Entry], filled: Callable[[str], bool]) -> None:
+def write_shard(file: Path, tensors: Mapping[str, Entry], content: Mapping[str, Iterable[bytes]]) -> None:
+    """Write one safetensors file. Tensors without ``content`` are holes: they read as zeros and take no disk."""
     header: dict[str, Any] = {}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -71,12 +77,10 @@ def _write_shard(file: Path, tensors: Mapping[str, Entry], filled: Callable[[str
     try:
         start = os.write(descriptor, len(text).to_bytes(LENGTH_BYTES, "little") + text)
         os.ftruncate(descriptor, start + position)
-        for name, (dtype, _) in tensors.items():
-            if filled(name):
-                begin, end = header[name]["data_offsets"]
-                for block in _content(name, dtype, end - begin):
-                    os.pwrite(descriptor, block, start + begin)
-                    begin += len(block)
+        for name, blocks in content.items():
+            position = start + header[name]["data_offsets"][0]
+            for block in blocks:
+                position += os.pwrite(descriptor, block, position)
     finally:
         os.close(descriptor)
 

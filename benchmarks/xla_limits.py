@@ -1,7 +1,7 @@
 """The smallest programs that show what XLA on CPU does slowly, and what the model does instead.
 
-Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/encoded.py`` (``Member``),
-``hyper_connection.py`` (``_collapse``) and ``attention.py`` (``attend``).
+Each pair computes the same thing. The figures are the reasons for ``dsv4_convert/model/encoded.py`` (``Member``,
+``product``), ``ops.py`` (``einsum_f32``), ``hyper_connection.py`` (``_collapse``) and ``attention.py`` (``attend``).
 
 Run: python -m benchmarks.xla_limits
 """
@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_convert.model.encoded import Member
+from dsv4_convert.model.encoded import Member, product
+from dsv4_convert.model.ops import linear
 
 WIDTH, INNER, EXPERTS, RUNS = 4096, 2048, 40, 7
 
@@ -32,10 +33,22 @@ def _dot(spec: str) -> Callable[[Any, Any], jax.Array]:
     return lambda a, b: jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _each(multiply: Callable[[Any, Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
+    """The sum of the products of rows with each matrix of a stack."""
+
+    def run(x: Any, stack: Any) -> jax.Array:
+        zeros = jnp.zeros((x.shape[0], stack.shape[2]), jnp.float32)
+        return jax.lax.fori_loop(0, len(stack), lambda at, total: total + multiply(x, stack, at), zeros)
+
+    return run
+
+
 def pairs() -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]:
     """What is shown, the slow program, the fast one, and the arguments of both."""
     stack, single = _random(EXPERTS, WIDTH, INNER), _random(WIDTH, INNER)
-    few = _random(8, WIDTH)
+    few, some = _random(8, WIDTH), _random(64, WIDTH)
+    grouped, groups = _random(64, 8, WIDTH), _random(8, WIDTH, 1024)
+    narrow, narrow_stack = single.astype(jnp.bfloat16), stack[:8].astype(jnp.bfloat16)
     streams, weights = _random(1, 2048, 4, WIDTH), _random(1, 2048, 4)
     queries, keys = _random(512, 64, 512), _random(640, 512)
     return [
@@ -50,6 +63,24 @@ def pairs() -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any
             lambda x, stack, at: x @ stack[at],
             lambda x, stack, at: Member(stack, at).product(x, jnp.float32),
             (few, stack, jnp.int32(3)),
+        ),
+        (
+            "64 rows times a matrix, bfloat16 into float32: converted first, or by XLA's own kernel",
+            lambda x, w: x.astype(jnp.float32) @ w.astype(jnp.float32),
+            linear,
+            (some.astype(jnp.bfloat16), narrow),
+        ),
+        (
+            "8 rows times each matrix of a bfloat16 stack, in a loop: whole, or block by block in a branch",
+            _each(lambda x, stack, at: x @ stack[at]),
+            _each(lambda x, stack, at: Member(stack, at).product(x, x.dtype)),
+            (few.astype(jnp.bfloat16), narrow_stack),
+        ),
+        (
+            "64 rows in 8 groups, each with a matrix of its own: batched, or one by one",
+            _dot("sgi,gio->sgo"),
+            lambda x, w: product(x, w, jnp.float32),
+            (grouped, groups),
         ),
         (
             "weighted sum over a middle axis of 4: as sum, or as contraction",
@@ -75,7 +106,7 @@ def seconds(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
 
 def main() -> None:
     """Time each pair in turns and print the medians."""
-    table = Table(title="XLA on CPU, float32", title_justify="left", box=None)
+    table = Table(title="XLA on CPU, float32 where nothing else is said", title_justify="left", box=None)
     for column in ("what", "slow, ms", "fast, ms", "ratio"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, slow, fast, arguments in pairs():
@@ -85,7 +116,7 @@ def main() -> None:
         times = [[seconds(program, arguments) for program in programs] for _ in range(RUNS)]
         medians = [statistics.median(row[side] for row in times) for side in (0, 1)]
         table.add_row(what, *(f"{1e3 * value:.2f}" for value in medians), f"{medians[0] / medians[1]:.1f}")
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

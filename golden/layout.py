@@ -84,8 +84,8 @@ def known_tokens(tokens: int) -> int:
 
 
 def _enters(key: TapKey) -> bool:
-    """Whether a layer or stage starts from a tap. A stage makes its layer's input itself."""
-    return key.tap.origin is not None and (key.stage is None or key.tap is not INPUT)
+    """Whether a layer or stage starts from a tap. A stage makes itself what every layer starts from."""
+    return key.tap.origin is not None and (key.stage is None or key.tap.where is not LAYER)
 
 
 def token_ids(tokens: Array, config: Config, layer: int | None) -> Array:
@@ -132,8 +132,8 @@ def tap_shape(key: TapKey, config: Config, *, batch: int, tokens: int, decode: i
         "k": min(config.index_topk, entries),
         "G": config.o_groups,
         "O": config.o_lora_rank,
-        "E": config.n_routed_experts,
-        "K": config.num_experts_per_tok,
+        "E": config.experts_of(key.layer),
+        "K": config.chosen_experts_of(key.layer),
         "V": config.vocab_size,
         "1": 1,
         "w": min(config.sliding_window - 1, tokens - decode),

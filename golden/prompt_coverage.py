@@ -35,7 +35,7 @@ def prompt_coverage(golden: Golden, layer: int) -> LayerCoverage:
         layer=layer,
         missed=tuple(_missed(config, layer, tokens)),
         experts=len(np.unique(chosen)),
-        of=config.n_routed_experts,
+        of=config.experts_of(layer),
     )
 
 

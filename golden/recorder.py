@@ -28,7 +28,7 @@ from dsv4_convert.golden.writer import GoldenWriter, check_destination, golden_w
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.coverage import Resolution, resolve
 from dsv4_convert.spec.names import check_layers
-from dsv4_convert.spec.taps import TapKey, tap_named
+from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.values import value_digests
@@ -266,8 +266,6 @@ def _stages(checkpoint: Checkpoint, config: Config, *, tokens: int) -> tuple[int
     """The layer numbers of the draft stages. Raises :class:`UsageError` if there is none, or no draft is possible."""
     if not config.num_mtp_stages:
         raise UsageError(f"--stages: {checkpoint.root} has no draft stage; leave --stages out")
-    if not set(config.taps) & {tap_named("streams"), tap_named("targets")}:
-        raise UsageError(f"--stages: the draft stages of {config.title} have no taps yet; leave --stages out")
     if config.dspark is not None and tokens < LEAST_TOKENS:
         raise UsageError(
             f"--stages: DSpark drafts after the last token of a prompt, from at least {LEAST_TOKENS - 1} tokens before "

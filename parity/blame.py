@@ -97,7 +97,7 @@ def _elsewhere(
 ) -> str | None:
     """The other tensor of the same layer that these values belong to, if there is one."""
     if expert is not None:
-        for other in range(source.config.n_routed_experts):
+        for other in range(source.config.experts_of(names.located(source.config, path)[1])):
             if other != expert and _equal(ours, _published(source.read_expert(path, other, dtype), rule)):
                 return f"it holds expert {other}, {source.tensor(path, other)}"
     for other_path in source.alike(path):

@@ -15,7 +15,7 @@ from dsv4_convert.golden.layout import DTYPES, STREAMS, carried, tap_shape
 from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.cache import LayerCache, Past, empty_layer
 from dsv4_convert.model.layers import Layers, ScannedLayers, through
-from dsv4_convert.model.model import Model, embed
+from dsv4_convert.model.model import Decoder, embed
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parity.calls import calls_of, calls_of_draft
 from dsv4_convert.parity.forward import Activations, Array, Entering, Forward, activations, to_logits
@@ -112,7 +112,7 @@ class CompiledForward(Forward):
     def _attention(self, layer: int) -> Any:
         program, state = self._program(layer)
         module = nnx.merge(program.graph, state)
-        if isinstance(module, Model):
+        if isinstance(module, Decoder):
             return module.mtp[0].attn
         layers = module.layers
         if not isinstance(layers, ScannedLayers):
@@ -147,9 +147,9 @@ class CompiledForward(Forward):
         return restore_layers(self._weights, stack, scanned=model.scanned, **options), len(stack)
 
 
-def blocks_of(layers: Layers | Model) -> list[Any]:
+def blocks_of(layers: Layers | Decoder) -> list[Any]:
     """The blocks of some layers, stacked ones where they are scanned; or of a model's stages."""
-    if isinstance(layers, Model):
+    if isinstance(layers, Decoder):
         return list(layers.mtp)
     if isinstance(layers.layers, ScannedLayers):
         return [block for segment in layers.layers.segments for block in segment]
@@ -215,7 +215,7 @@ def run_stage(
 ) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
     """A stage by the model's own function: the streams that leave it, its taps, of which the logits are always there,
     and its new state."""
-    model: Model = nnx.merge(program.graph, state)
+    model: Decoder = nnx.merge(program.graph, state)
     own = model.config.prefix(0)
     left = own + STREAMS.name
     taps = Taps(lambda name: program.recorded or name == left, {own + name: value for name, value in overrides.items()})
@@ -232,10 +232,10 @@ def run_draft(
     ids: jax.Array,
     positions: jax.Array,
     overrides: dict[str, jax.Array],
-    past: Past[LayerCache],
-) -> tuple[jax.Array, dict[str, jax.Array], LayerCache]:
-    """A DSpark stage by the model's own function: the block's streams that leave it, its taps, and its new state."""
-    model: Model = nnx.merge(program.graph, state)
+    past: Past[Any],
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """A DSpark stage by the model's own function: what it hands on of the block, its taps, and its new state."""
+    model: Decoder = nnx.merge(program.graph, state)
     taps = Taps(lambda name: program.recorded, overrides)
     (left, _), _, after = model.draft_stage(0, entering, ids, positions, past, taps)
     return left, taps.values, after

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_convert.golden.layout import STREAMS, of_entries, tap_shape, token_ids
+from dsv4_convert.golden.layout import carried, of_entries, tap_shape, token_ids
 from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import Past, empty_layer
@@ -106,11 +106,12 @@ class Forward:
 
     def _stage_head(self, layer: int, leaving: Entering, overrides: Mapping[TapKey, Array]) -> Activations:
         config = self._weights.config
-        found = self.head({STREAMS.name: leaving[STREAMS.name]}, overrides, stage=layer)
+        found = self.head({name: leaving[name] for name in carried(config, None)}, overrides, stage=layer)
         if not config.drafts_blocks(layer):
             return found
         x, logits = (
-            overrides.get(key, found[key]) for key in (TapKey.of(config, layer, name) for name in ("hc_head", _LOGITS))
+            overrides.get(key, found[key])
+            for key in (TapKey.of(config, layer, name) for name in (self._decoder.collapsed, _LOGITS))
         )
         anchor = token_ids(np.asarray(self._tokens), config, layer)[:, 0]
         replace = {key.tap.name: jnp.asarray(value) for key, value in overrides.items()}
@@ -138,7 +139,7 @@ class Forward:
             replace = {key.tap.name: jnp.asarray(call.part(value, key, config)) for key, value in given.items()}
             past = None if cache is None else Past(cache, jnp.asarray(call.start), jnp.asarray(call.count))
             positions = self._first_position + jnp.asarray(call.tokens, jnp.int32)
-            carry = self._decoder.carry_of(call.enter(entering, layer, config), self._dtype)
+            carry = self._decoder.entering_of(call.enter(entering, layer, config), self._dtype)
             own_ids = ids if drafts else call.take(ids)
             left, values, cache = self._call(layer, (carry, own_ids, positions, replace, past))
             found = activations(config, layer, values)
@@ -275,7 +276,7 @@ class Forward:
             routed,
             np.ones(routed.x.shape[:2], bool),
             lambda experts: self._expert_cache.each(layer, self._devices.mine(experts)),
-            last=config.n_routed_experts - 1,
+            last=config.experts_of(layer) - 1,
             limit=config.swiglu_limit,
             numerics=self._numerics,
         )
@@ -306,13 +307,14 @@ def _to_experts(
     after = None
     if isinstance(block, DSparkBlock):
         assert past is not None
-        streams, context = carry
-        if streams is None:
+        carry, context = carry
+        if carry is None:
             context = block.context(context, taps)
             assert rows is not None
-            carry = copied(rows.astype(context.dtype), block.config.hc_mult, taps)
+            streams = copied(rows.astype(context.dtype), block.config.hc_mult, taps)
+            carry = decoder_of(block.config).enter(streams)
         else:
-            carry, context = taps("streams", streams), taps("context", context)
+            carry, context = block.entering(carry, taps), taps("context", context)
         places = block.places(positions, past)
         past, after = block.remember(context, positions, past, taps)
         positions = places

@@ -466,7 +466,7 @@ class ParityRun:
             if mode is Mode.CUMULATIVE:
                 self._left = left
                 if config.dspark is not None and layer in config.draft_sources:
-                    self._targets[layer] = leaving[mode]
+                    self._targets[layer] = activations[TapKey.of(config, layer, config.draft_tap(layer))]
         self._localize(layer, activations, modes[-1], failed=failed)
         if len(leaving) == len(MODES) and not self._teacher_forced:
             self._error_splits.append(self._split(layer, leaving))

@@ -389,4 +389,4 @@ def _weighted_sum(shares: Float[Array, "B S H X"], kv: Keys) -> Float[Array, "B 
 
 def _grouped_linear(x: Float[Array, "B S G I"], w: Float[Array | Encoded, "G I O"]) -> Float[Array, "B S G O"]:
     """Multiply every group of heads with its own matrix."""
-    return product("bsgi,gio->bsgo", x, w, x.dtype).astype(x.dtype)
+    return product(x, w, x.dtype).astype(x.dtype)

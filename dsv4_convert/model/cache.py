@@ -181,10 +181,9 @@ def empty_layer(
     return _EMPTY[type(config)](config, kind, window, capacity, pooled)
 
 
-def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[LayerCache, ...]:
+def empty_stages(config: Config, batch: int, dtype: DTypeLike) -> tuple[Any, ...]:
     """The states of the draft stages before the first token. They have a window only."""
-    rows = (batch, config.sliding_window - 1, config.head_dim)
-    return tuple(LayerCache(jnp.zeros(rows, dtype), None, None) for _ in config.stage_layers)
+    return tuple(empty_layer(config, config.layer_kind(layer), batch, 0, dtype) for layer in config.stage_layers)
 
 
 def _empty_v4(

@@ -4,20 +4,25 @@ Shape letters: ``B`` batch, ``S`` tokens whose streams are read, ``T`` target la
 ``N`` streams, ``D`` width, ``H`` heads, ``C`` head width, ``P`` tokens of a window, ``V`` vocabulary, ``R`` rank of the
 Markov head.
 
-1. The streams that leave the T target layers are averaged, concatenated, projected and normalised:
-   c = main_norm(main_proj([mean_n h_1, ..., mean_n h_T])). Each block makes keys of c for the tokens that are known.
+1. The streams that leave the T target layers, in V4.1 those that enter them, are averaged, concatenated, projected and
+   normalised: c = main_norm(main_proj([mean_n h_1, ..., mean_n h_T])). Each block makes keys of c for the tokens that
+   are known.
 2. The drafted block starts with the embeddings of one known token, the anchor, and of Q - 1 noise tokens. Every token
    of the block sees the keys of the window before the anchor and of the whole block, also of its later tokens.
 3. The collapsed streams x_i give logits head(norm(x_i)) + markov_w2 markov_w1[t_i], where t_i is the token before:
    the anchor for i = 0, then the token drafted last. Tokens are chosen one after the other, in one pass.
 4. confidence_i = proj [x_i, markov_w1[t_i]] is the logit of the draft being accepted, if those before it are.
 
-Source: published inference code of V4-Flash-0731, ``DSparkBlock`` and ``Transformer.forward_spec``.
+A stage is a window-only block of its architecture. This module has V4's, :mod:`dsv4_convert.model.v41.dspark` V4.1's.
+
+Source: published inference code of V4-Flash-0731 and of V4.1, ``DSparkBlock`` and ``Transformer.forward_spec``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,18 +33,19 @@ from dsv4_convert.model.attention import (
     Attention,
     Earlier,
     Entries,
+    WindowedAttention,
     attend,
     attend_as_released,
 )
 from dsv4_convert.model.axes import shard_map
-from dsv4_convert.model.block import Block
-from dsv4_convert.model.cache import LayerCache, Past, latest
+from dsv4_convert.model.block import Block, DecoderBlock
+from dsv4_convert.model.cache import Past, latest
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.rope import frequencies
-from dsv4_convert.spec.config import DSpark
+from dsv4_convert.spec.config import Config, DSpark
 from dsv4_convert.spec.v4.config import V4Config
 from dsv4_convert.spec.v4.kinds import AttentionKind
 
@@ -52,8 +58,11 @@ class Drafted(NamedTuple):
     confidence: Float[Array, "B Q"] | None
 
 
-class BlockAttention(Attention):
-    """Attention in which every query sees the whole block, and the window of known tokens before it."""
+class BlockAttention(WindowedAttention):
+    """Attention in which every query sees the whole block, and the window of known tokens before it.
+
+    A subclass is an attention without compressed entries, too.
+    """
 
     def keys(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], taps: Taps) -> Float[Array, "B S C"]:
         """The rotated keys of known tokens, which are their values too."""
@@ -89,10 +98,14 @@ def _block_context(
     return attend_as_released(q, (keys,), seen, sink, jnp.broadcast_to(places[:, None] // KERNEL_KEYS, seen.shape))
 
 
+class V4BlockAttention(BlockAttention, Attention):
+    """Attention of a block of V4."""
+
+
 class MarkovHead(nnx.Module):
     """Logits that depend on the token before alone: a table of rank R."""
 
-    def __init__(self, config: V4Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int) -> None:
         self.markov_w1 = parameter("vocab whole_rank", config.vocab_size, rank)
         self.markov_w2 = parameter("whole_rank vocab", rank, config.vocab_size)
 
@@ -108,7 +121,7 @@ class MarkovHead(nnx.Module):
 class ConfidenceHead(nnx.Module):
     """The logit of a drafted token being accepted."""
 
-    def __init__(self, config: V4Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int) -> None:
         self.proj = parameter("whole_width mix", config.hidden_size + rank, 1)
 
     def __call__(self, x: Float[Array, "B Q D"], embedded: Float[Array, "B Q R"]) -> Float[Array, "B Q"]:
@@ -117,19 +130,24 @@ class ConfidenceHead(nnx.Module):
         return linear(both.astype(jnp.float32), self.proj[...])[..., 0]
 
 
-class DSparkBlock(Block):
+class DSparkBlock(DecoderBlock):
     """One of the blocks. The first also makes the context that all of them read; the last also chooses the tokens.
 
-    It extends a block instead of holding one, since its parameters have the published names, ``mtp.0.attn.wq_a``.
+    A subclass is a window-only block of its architecture, too. It extends that block instead of holding one, since its
+    parameters have the published names, ``mtp.0.attn.wq_a``. It has ``entering``: what the block before leaves, through
+    the taps of what a block reads.
     """
 
-    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
-        super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
+    config: Config
+    numerics: Numerics
+    entering: Callable[..., Any]
+
+    def add_ends(self, stage: int) -> None:
+        """The parameters that the first and the last block have more than a layer."""
+        config = self.config
         assert config.dspark is not None
-        self.numerics = numerics
         self.block_size = config.dspark.block_size
-        self.attn = BlockAttention(config, AttentionKind.SLIDING, numerics)
-        streams, width, rank = config.hc_mult, config.hidden_size, config.dspark.markov_rank
+        width, rank = config.hidden_size, config.dspark.markov_rank
         self.first, self.last = stage == 0, stage == config.num_mtp_stages - 1
         if self.first:
             targets = len(config.dspark.target_layer_ids)
@@ -137,9 +155,6 @@ class DSparkBlock(Block):
             self.main_norm = parameter("whole_width", width)
         if self.last:
             self.norm = parameter("whole_width", width)
-            self.hc_head_fn = parameter("mix streams", streams, streams * width)
-            self.hc_head_base = parameter("mix", streams)
-            self.hc_head_scale = parameter("mix", 1)
             self.markov_head = MarkovHead(config, rank)
             self.confidence_head = ConfidenceHead(config, rank)
 
@@ -153,36 +168,36 @@ class DSparkBlock(Block):
 
     def refine(
         self,
-        streams: Float[Array, "B Q N D"],
+        carry: Any,
         token_ids: Int[Array, "B Q"],
         context: Float[Array, "B S D"],
         positions: Int[Array, "B S"],
-        past: Past[LayerCache],
+        past: Past[Any],
         taps: Taps,
-    ) -> tuple[Float[Array, "B Q N D"], LayerCache]:
-        """The block's streams after this stage, and the stage's new state.
+    ) -> tuple[Any, Any]:
+        """The block's carry after this stage, and the stage's new state.
 
         Args:
-            streams, token_ids: of the drafted block.
+            carry, token_ids: of the drafted block.
             context, positions: of the known tokens of this call; ``past`` counts them. The block follows the last one.
         """
         seen, after = self.remember(context, positions, past, taps)
-        streams, _ = self(streams, token_ids, self.places(positions, past), taps, seen)
-        return streams, after
+        carry, _ = self(carry, token_ids, self.places(positions, past), taps, seen)
+        return carry, after
 
     def remember(
-        self, context: Float[Array, "B S D"], positions: Int[Array, "B S"], past: Past[LayerCache], taps: Taps
-    ) -> tuple[Past[LayerCache], LayerCache]:
+        self, context: Float[Array, "B S D"], positions: Int[Array, "B S"], past: Past[Any], taps: Taps
+    ) -> tuple[Past[Any], Any]:
         """The keys that the block sees of the known tokens, and the stage's new state. Arguments as for refine."""
         size = self.config.sliding_window
         keys = self.attn.keys(context, positions, taps.within("attn.main."))
         rows = jnp.concatenate([past.cache.window, keys], axis=1)
         window = latest(rows, jnp.maximum(past.count - 1, 0), size)
         block = jnp.full_like(past.count, self.block_size)
-        seen = Past(LayerCache(window, None, None), past.before + past.count, block)
-        return seen, LayerCache(latest(rows, past.kept, size - 1), None, None)
+        seen = Past(dataclasses.replace(past.cache, window=window), past.before + past.count, block)
+        return seen, dataclasses.replace(past.cache, window=latest(rows, past.kept, size - 1))
 
-    def places(self, positions: Int[Array, "B S"], past: Past[LayerCache]) -> Int[Array, "B Q"]:
+    def places(self, positions: Int[Array, "B S"], past: Past[Any]) -> Int[Array, "B Q"]:
         """The positions of the block, which follows the last of the known tokens."""
         return positions[:, :1] + past.count[:, None] + jnp.arange(self.block_size)
 
@@ -202,6 +217,26 @@ class DSparkBlock(Block):
         logits = taps("draft_logits", logits + taps("markov_head", head(embedded)))
         tokens = taps("tokens", jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32))
         return Drafted(tokens[..., 0], logits, taps("confidence", self.confidence_head(x, embedded)))
+
+
+class V4DSparkBlock(DSparkBlock, Block):
+    """A block of V4. The last one collapses its streams by parameters of its own."""
+
+    def __init__(self, config: V4Config, stage: int, numerics: Numerics = PLAIN, *, with_experts: bool = True) -> None:
+        super().__init__(config, AttentionKind.SLIDING, hashed=False, with_experts=with_experts, numerics=numerics)
+        self.numerics = numerics
+        self.attn = V4BlockAttention(config, AttentionKind.SLIDING, numerics)
+        self.add_ends(stage)
+        if self.last:
+            streams, width = config.hc_mult, config.hidden_size
+            self.hc_head_fn = parameter("mix streams", streams, streams * width)
+            self.hc_head_base = parameter("mix", streams)
+            self.hc_head_scale = parameter("mix", 1)
+
+    @staticmethod
+    def entering(streams: Float[Array, "B Q N D"], taps: Taps) -> Float[Array, "B Q N D"]:
+        """The streams that leave the block before."""
+        return taps("streams", streams)
 
 
 def block_ids(anchor: Int[Array, " B"], dspark: DSpark) -> Int[Array, "B Q"]:

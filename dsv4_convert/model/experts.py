@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
-from dsv4_convert.model.encoded import Encoded, Matrix, Member
+from dsv4_convert.model.encoded import Encoded, Matrix, member
 from dsv4_convert.model.grouped_codes import ragged_dot_codes
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter, precision
@@ -28,9 +28,9 @@ from dsv4_convert.spec.config import Config
 ExpertPath: TypeAlias = Literal["grouped", "packed"]
 #: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
 _ROWS = 8192
-#: Rows of the tiles of :func:`packed`. On CPU, reading an expert's matrices takes as long as the product of 12 rows;
+#: Rows of the tiles of :func:`packed`. On CPU, reading an expert's matrices takes as long as the product of 28 rows;
 #: decoding them takes longer.
-CPU_TILES, CPU_TILES_ENCODED, ACCELERATOR_TILES = (192, 64, 24, 8), (128, 16), (256, 32)
+CPU_TILES, CPU_TILES_ENCODED, ACCELERATOR_TILES = (192, 112, 56, 24, 8), (128, 16), (256, 32)
 
 
 def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
@@ -251,7 +251,7 @@ def packed(
             expert = jnp.searchsorted(first_tile, index, side="right") - 1
             row = next_row[expert] + (index - first_tile[expert]) * tile + jnp.arange(tile)
             pick = order[jnp.minimum(row, tokens * chosen - 1)]
-            gate, down, up = (w[expert] if isinstance(w, Encoded) else Member(w, expert) for w in (w1, w2, w3))
+            gate, down, up = (member(w, expert) for w in (w1, w2, w3))
             output = weighted(x[pick // chosen], flat_weights[pick], gate, down, up, limit, numerics)
             return index + 1, total.at[jnp.where(row < first_row[expert + 1], pick // chosen, tokens)].add(output)
 
@@ -260,8 +260,10 @@ def packed(
 
     total, next_row = jnp.zeros((tokens + 1, x.shape[1]), jnp.float32), first_row[:-1]
     for tile, smaller in zip(tiles, (*tiles[1:], 0), strict=True):
-        # Two smaller tiles come before one of these.
-        count = jnp.maximum(first_row[1:] - next_row + tile - 2 * smaller - 1, 0) // tile
+        if smaller >= tokens * chosen:
+            continue
+        # More rows than a smaller tile holds go through one of these.
+        count = jnp.maximum(first_row[1:] - next_row + tile - smaller - 1, 0) // tile
         total = tile_by_tile(total, next_row, count, tile)
         next_row += count * tile
     return total[:tokens]

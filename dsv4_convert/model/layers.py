@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from dsv4_convert.model.block import Block, DecoderBlock
+from dsv4_convert.model.block import Block, DecoderBlock, MTPBlock
 from dsv4_convert.model.cache import Past
+from dsv4_convert.model.dspark import V4DSparkBlock
 from dsv4_convert.model.encoded import Encoded, after
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.model.v41.block import V41Block
+from dsv4_convert.model.v41.dspark import V41DSparkBlock
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.segments import segments
 from dsv4_convert.spec.v4.config import V4Config
@@ -40,6 +42,20 @@ def _v4_block(config: V4Config, kind: tuple[AttentionKind, bool], **options: Any
 
 
 _BLOCKS: dict[type[Config], Callable[..., DecoderBlock]] = {V4Config: _v4_block, V41Config: V41Block}
+
+
+def stage_of(config: Config, stage: int, *, with_experts: bool = True, numerics: Numerics = PLAIN) -> DecoderBlock:
+    """A stage after the backbone, of multi-token prediction or of DSpark."""
+    return _STAGES[type(config)](config, stage, numerics, with_experts=with_experts)
+
+
+def _v4_stage(config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool) -> DecoderBlock:
+    if config.dspark is None:
+        return MTPBlock(config, numerics, with_experts=with_experts)
+    return V4DSparkBlock(config, stage, numerics, with_experts=with_experts)
+
+
+_STAGES: dict[type[Config], Callable[..., DecoderBlock]] = {V4Config: _v4_stage, V41Config: V41DSparkBlock}
 
 
 def layers_of(config: Config, numerics: Numerics, *, scanned: bool) -> nnx.List[DecoderBlock] | ScannedLayers:

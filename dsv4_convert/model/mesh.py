@@ -95,7 +95,7 @@ def divides(name: str, size: int, config: Config) -> bool:
         "groups": config.o_groups,
         "inner": config.moe_intermediate_size,
         "vocab": config.vocab_size,
-        "experts": config.n_routed_experts,
+        "experts": math.gcd(*map(config.experts_of, (None, *config.stage_layers))),
     }
     split = [axis for axis, over in RULES.items() if name in over and axis not in PADDED.union(_OF_PROMPTS)]
     return all(lengths[axis] % size == 0 for axis in split)

@@ -20,7 +20,7 @@ from dsv4_convert.model.block import MTPBlock
 from dsv4_convert.model.cache import Cache, LayerCache, Past
 from dsv4_convert.model.dspark import Drafted, DSparkBlock, block_ids
 from dsv4_convert.model.hyper_connection import head_collapse
-from dsv4_convert.model.layers import layers_of, through
+from dsv4_convert.model.layers import layers_of, stage_of, through
 from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
@@ -28,9 +28,9 @@ from dsv4_convert.model.recording import Taps
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.v4.config import V4Config
 
-#: The input of a DSpark stage: the block's streams ``[B, Q, N, D]`` and the context ``[B, S, D]``. The first one gets
-#: no streams, and those of the target layers ``[B, S, T, N, D]``.
-StageInput: TypeAlias = tuple[Float[Array, "B Q N D"] | None, Float[Array, "B S *rest"]]
+#: The input of a DSpark stage: the block's carry and the context ``[B, S, D]``. The first one gets no carry, and the
+#: streams of the target layers ``[B, S, T, N, D]``.
+StageInput: TypeAlias = tuple[Any, Float[Array, "B S *rest"]]
 #: Logical axes of the output head.
 HEAD_AXES = "width vocab"
 #: The tap of the streams that leave a layer, by its name within the layer.
@@ -45,11 +45,15 @@ class Decoder(nnx.Module):
     3. The streams collapse to one, which is normalised and multiplied with the output head.
 
     A subclass has ``enter`` (the carry of layer 0 from the streams), ``leave`` (the input of the head from the carry of
-    the last layer) and ``collapse`` (one stream of the head's input, by the parameters ``head_weights``). A carry has
-    names, those of the taps whose values it is made of: ``carry_of`` makes it of these, ``taps_of`` gives them back.
+    the last layer) and ``collapse`` (one stream of the head's input, by the parameters ``head_weights``; the tap of the
+    result is ``collapsed``). A carry has names, those of the taps whose values it is made of: ``carry_of`` makes it of
+    these, ``taps_of`` gives them back.
+
+    The forward pass does not use the stages in ``mtp``; :meth:`propose` drafts tokens with them, whichever they are.
     """
 
     head_weights: ClassVar[tuple[str, ...]] = ()
+    collapsed: ClassVar[str]
     enter: Callable[..., Any]
     leave: Callable[..., Any]
     collapse: Callable[..., Float[Array, "B S D"]]
@@ -57,6 +61,7 @@ class Decoder(nnx.Module):
     taps_of: Callable[..., dict[str, Array]]
 
     def __init__(self, config: Config, numerics: Numerics, *, scanned: bool) -> None:
+        """``scanned``: layers of one kind share a program, and their weights are stacked."""
         self.config = config
         self.numerics = numerics
         width = config.hidden_size
@@ -64,13 +69,13 @@ class Decoder(nnx.Module):
         self.layers = layers_of(config, numerics, scanned=scanned)
         self.norm = parameter("whole_width", width)
         self.head = parameter(HEAD_AXES, width, config.vocab_size)
+        stages = range(config.num_mtp_stages)
+        self.mtp = nnx.List([stage_of(config, stage, numerics=numerics) for stage in stages])
 
     @property
     def why_no_drafts(self) -> str | None:
         """Why the model cannot draft tokens, for messages; None if it can."""
-        if self.config.num_mtp_stages:
-            return f"dsv4 does not compute the draft stages of {self.config.title} yet"
-        return "this model has no draft stage (mtp or DSpark) to draft tokens with"
+        return None if len(self.mtp) else "this model has no draft stage (mtp or DSpark) to draft tokens with"
 
     def __call__(
         self,
@@ -87,6 +92,14 @@ class Decoder(nnx.Module):
         streams = embed(self.embed[...], token_ids, self.config.hc_mult, dtype, taps)
         carry, _ = through(self.layers, self.enter(streams), token_ids, positions, taps)
         return self.logits(self.leave(carry), taps)
+
+    @classmethod
+    def entering_of(cls, taps: Mapping[str, Any], dtype: DTypeLike) -> Any:
+        """What enters a layer or stage, made of these taps: the carry, and for a stage of DSpark the context beside."""
+        if (targets := taps.get("targets")) is not None:
+            return None, jnp.asarray(targets, dtype)
+        carry, context = cls.carry_of(taps, dtype), taps.get("main_norm")
+        return carry if context is None else (carry, jnp.asarray(context, dtype))
 
     def extend(
         self,
@@ -158,84 +171,22 @@ class Decoder(nnx.Module):
         *own, norm, matrix = weights
         return output(cls.collapse(entering, own, config, taps), norm, matrix, config, taps)
 
-
-class Model(Decoder):
-    """DeepSeek-V4.
-
-    The forward pass does not use the stages in ``mtp``; :meth:`propose` drafts tokens with them, whichever they are.
-
-    Source: paper section 2; published inference code, ``Transformer``.
-
-    Examples:
-        >>> model = restore_model(Weights.open(Path("orbax")))
-        >>> model(jnp.array([[3, 1, 4]])).shape  # logits [B, S, V]
-        (1, 3, 96)
-    """
-
-    head_weights = ("hc_head_fn", "hc_head_base", "hc_head_scale")
-
-    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
-        """``scanned``: layers of one kind share a program, and their weights are stacked."""
-        super().__init__(config, numerics, scanned=scanned)
-        streams, width = config.hc_mult, config.hidden_size
-        self.hc_head_fn = parameter("mix streams", streams, streams * width)
-        self.hc_head_base = parameter("mix", streams)
-        self.hc_head_scale = parameter("mix", 1)
-        self.mtp = nnx.List([stage_of(config, stage, numerics) for stage in range(config.num_mtp_stages)])
-
-    @staticmethod
-    def enter(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
-        """The carry of layer 0, which is the streams alone."""
-        return streams
-
-    @staticmethod
-    def leave(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
-        """The input of the head: the streams that leave the last layer."""
-        return streams
-
-    @property
-    def why_no_drafts(self) -> str | None:
-        """Why the model cannot draft tokens; None if it has stages."""
-        return None if len(self.mtp) else super().why_no_drafts
-
-    @staticmethod
-    def carry_of(taps: Mapping[str, Any], dtype: DTypeLike) -> Float[Array, "B S N D"] | StageInput:
-        """The carry that is made of these taps, or what enters a stage of DSpark."""
-        streams, context = (
-            None if name not in taps else jnp.asarray(taps[name], dtype) for name in (_STREAMS, "main_norm")
-        )
-        if "targets" in taps:
-            return None, jnp.asarray(taps["targets"], dtype)
-        if context is not None:
-            return streams, context
-        assert streams is not None
-        return streams
-
-    @staticmethod
-    def taps_of(streams: Float[Array, "B S N D"]) -> dict[str, Array]:
-        """The taps that a carry is made of."""
-        return {_STREAMS: streams}
-
-    @staticmethod
-    def collapse(
-        streams: Float[Array, "B S N D"], weights: Sequence[Float[Array, "..."]], config: Config, taps: Taps
-    ) -> Float[Array, "B S D"]:
-        """The one stream that the head reads."""
-        fn, base, scale = weights
-        return head_collapse(streams, fn, base, scale, config, taps)
-
     def reading_drafts(self) -> Taps:
         """The taps that :meth:`propose` reads of a call of :meth:`advance`."""
-        return Taps(frozenset(map(_leaving, self.config.draft_sources)).__contains__)
+        return Taps(frozenset(map(self._read, self.config.draft_sources)).__contains__)
+
+    def _read(self, layer: int) -> str:
+        """The tap of the streams of a layer that the stages read."""
+        return f"{self.config.prefix(layer)}{self.config.draft_tap(layer)}"
 
     def propose(
         self,
         recorded: Taps,
         following: Int[Array, "B S"],
         first: Int[Array, " B"],
-        past: Past[tuple[LayerCache, ...]],
+        past: Past[tuple[Any, ...]],
         taps: Taps | None = None,
-    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+    ) -> tuple[Drafted, tuple[Any, ...]]:
         """Draft the tokens after the next, and the stages' new states.
 
         Args:
@@ -248,7 +199,7 @@ class Model(Decoder):
         taps = taps or Taps()
         positions = (first + past.before)[:, None] + jnp.arange(following.shape[1])
         last = jnp.maximum(past.count - 1, 0)
-        features = [recorded.values[_leaving(layer)] for layer in self.config.draft_sources]
+        features = [recorded.values[self._read(layer)] for layer in self.config.draft_sources]
         if self.config.dspark is not None:
             anchor = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0]
             return self._draft_block(jnp.stack(features, axis=2), anchor, positions, past, taps)
@@ -263,9 +214,9 @@ class Model(Decoder):
         features: Float[Array, "B S T N D"],
         anchor: Int[Array, " B"],
         positions: Int[Array, "B S"],
-        past: Past[tuple[LayerCache, ...]],
+        past: Past[tuple[Any, ...]],
         taps: Taps,
-    ) -> tuple[Drafted, tuple[LayerCache, ...]]:
+    ) -> tuple[Drafted, tuple[Any, ...]]:
         """A block of DSpark's, which begins with the ``anchor``, the token after the last of the call."""
         assert self.config.dspark is not None
         ids, states = block_ids(anchor, self.config.dspark), []
@@ -283,33 +234,33 @@ class Model(Decoder):
         entering: StageInput,
         ids: Int[Array, "B Q"],
         positions: Int[Array, "B S"],
-        past: Past[LayerCache],
+        past: Past[Any],
         taps: Taps,
-    ) -> tuple[tuple[Float[Array, "B Q N D"], Float[Array, "B S D"]], Drafted | None, LayerCache]:
+    ) -> tuple[tuple[Any, Float[Array, "B S D"]], Drafted | None, Any]:
         """One stage of DSpark's: what enters the next one, the draft if it is the last one, and its new state.
 
         Args:
             stage: its place in ``mtp``.
-            entering: the streams of the block and the context; the first stage makes both, of the streams of the
-                target layers.
+            entering: what the stage before hands on, and the context; the first stage makes both, of the streams of
+                the target layers.
             ids: of the block.
             positions: of the known tokens.
             past: the stage's own.
             taps: of the stage.
         """
         block = cast(DSparkBlock, self.mtp[stage])
-        streams, context = entering
-        if streams is None:
+        carry, context = entering
+        if carry is None:
             context = block.context(context, taps)
-            streams = embed(self.embed[...], ids, self.config.hc_mult, context.dtype, taps)
+            carry = self.enter(embed(self.embed[...], ids, self.config.hc_mult, context.dtype, taps))
         else:
-            streams, context = taps("streams", streams), taps("context", context)
-        streams, state = block.refine(streams, ids, context, positions, past, taps)
+            carry, context = block.entering(carry, taps), taps("context", context)
+        carry, state = block.refine(carry, ids, context, positions, past, taps)
         if not block.last:
-            return (streams, context), None, state
-        x = self.collapse(streams, [getattr(block, name)[...] for name in self.head_weights], self.config, taps)
+            return (carry, context), None, state
+        x = self.collapse(carry, [getattr(block, name)[...] for name in self.head_weights], self.config, taps)
         logits = output(x, block.norm[...], self.head[...], self.config, taps)
-        return (streams, context), block.choose(x, logits, ids[:, 0], taps), state
+        return (carry, context), block.choose(x, logits, ids[:, 0], taps), state
 
     def draft(
         self,
@@ -342,16 +293,55 @@ class Model(Decoder):
         return self.logits(streams, taps, block), after
 
 
-def stage_of(config: V4Config, stage: int, numerics: Numerics, *, with_experts: bool = True) -> MTPBlock | DSparkBlock:
-    """A stage after the backbone, whichever kind the model has."""
-    if config.dspark is None:
-        return MTPBlock(config, numerics, with_experts=with_experts)
-    return DSparkBlock(config, stage, numerics, with_experts=with_experts)
+class Model(Decoder):
+    """DeepSeek-V4.
 
+    Source: paper section 2; published inference code, ``Transformer``.
 
-def _leaving(layer: int) -> str:
-    """The tap of the streams that leave a layer."""
-    return f"layers.{layer}.{_STREAMS}"
+    Examples:
+        >>> model = restore_model(Weights.open(Path("orbax")))
+        >>> model(jnp.array([[3, 1, 4]])).shape  # logits [B, S, V]
+        (1, 3, 96)
+    """
+
+    head_weights = ("hc_head_fn", "hc_head_base", "hc_head_scale")
+    collapsed = "hc_head"
+
+    def __init__(self, config: V4Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
+        """``scanned``: layers of one kind share a program, and their weights are stacked."""
+        super().__init__(config, numerics, scanned=scanned)
+        streams, width = config.hc_mult, config.hidden_size
+        self.hc_head_fn = parameter("mix streams", streams, streams * width)
+        self.hc_head_base = parameter("mix", streams)
+        self.hc_head_scale = parameter("mix", 1)
+
+    @staticmethod
+    def enter(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+        """The carry of layer 0, which is the streams alone."""
+        return streams
+
+    @staticmethod
+    def leave(streams: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+        """The input of the head: the streams that leave the last layer."""
+        return streams
+
+    @staticmethod
+    def carry_of(taps: Mapping[str, Any], dtype: DTypeLike) -> Float[Array, "B S N D"]:
+        """The carry that is made of these taps."""
+        return jnp.asarray(taps[_STREAMS], dtype)
+
+    @staticmethod
+    def taps_of(streams: Float[Array, "B S N D"]) -> dict[str, Array]:
+        """The taps that a carry is made of."""
+        return {_STREAMS: streams}
+
+    @staticmethod
+    def collapse(
+        streams: Float[Array, "B S N D"], weights: Sequence[Float[Array, "..."]], config: Config, taps: Taps
+    ) -> Float[Array, "B S D"]:
+        """The one stream that the head reads."""
+        fn, base, scale = weights
+        return head_collapse(streams, fn, base, scale, config, taps)
 
 
 def row_of(rows: Float[Array, "B S *rest"], index: Int[Array, " B"]) -> Float[Array, "B 1 *rest"]:

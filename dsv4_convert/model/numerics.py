@@ -94,7 +94,7 @@ class Numerics:
     def linear(self, x: Float[Array, "*batch inner"], w: Float[Matrix, "inner outer"]) -> Float[Array, "*batch outer"]:
         """Product with a matrix that a release stores in FP8 or FP4."""
         given, dtype = (self.input(x), w.dtype) if self.quantized else (x, x.dtype)
-        return product("...i,io->...o", given, w, dtype).astype(x.dtype)
+        return product(given, w, dtype).astype(x.dtype)
 
     def input(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch inner"]:
         """Round the input of a matrix that a release stores in FP8 or FP4."""

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from dsv4_convert.model.axes import named
+
+#: The product of rows and a matrix.
+MATMUL = "...i,io->...o"
 
 
 class Buffer(nnx.Variable[jax.Array]):
@@ -55,9 +58,10 @@ def einsum_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Flo
     """``einsum`` of two operands whose products and sums are float32, whatever the operands' dtypes."""
     if a.dtype == b.dtype == jnp.float32:
         return _einsum(spec, a, b)
-    # XLA on CPU has no matmul of bfloat16 into float32. Converting the operands first gives the same products.
     # Functions made here would have their checks of shapes made anew by the tests at every product.
-    return jax.lax.platform_dependent(a, b, cpu=partial(_einsum_as_f32, spec), default=partial(_einsum, spec))
+    alone = spec == MATMUL and a.dtype == b.dtype and jax.sharding.get_abstract_mesh().empty
+    on_cpu = _matmul_on_cpu if alone else partial(_einsum_as_f32, spec)
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=partial(_einsum, spec))
 
 
 def _einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -65,7 +69,34 @@ def _einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[
 
 
 def _einsum_as_f32(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same products. XLA on CPU has kernels of bfloat16 into float32 for some shapes only."""
     return _einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def _matmul_on_cpu(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
+    """``x @ w`` in a form that XLA has a kernel for: two rows at least, and no transposition around it."""
+    rows = x.reshape(-1, x.shape[-1])
+    padded = jnp.pad(rows, ((0, 1), (0, 0))) if len(rows) == 1 else rows
+    product = in_branch(partial(_einsum, MATMUL), (len(padded), w.shape[1]), padded, w)
+    return product[: len(rows)].reshape(*x.shape[:-1], w.shape[1])
+
+
+def in_branch(
+    function: Callable[..., Array], shape: tuple[int, ...], x: Float[Array, "..."], *operands: Any
+) -> Float[Array, "..."]:
+    """``function(x, *operands)``, a float32 array of this ``shape``, in a branch of its own.
+
+    XLA does not merge a branch with what surrounds it, and moves nothing out of a loop from it. On a mesh there is no
+    branch, as the devices would have to agree on it.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return function(x, *operands)
+    return jax.lax.cond(never(x), lambda *_: jnp.zeros(shape, jnp.float32), function, x, *operands)
+
+
+def never(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    """False, which the compiler cannot know, and cannot compute before ``x``."""
+    return jnp.any(x.reshape(-1)[:1] > jnp.inf)
 
 
 def round_then_f32(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -84,7 +115,7 @@ def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
 
 def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """``x @ w`` in the dtype of ``x``, accumulated in float32."""
-    return einsum_f32("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
+    return einsum_f32(MATMUL, x, w.astype(x.dtype)).astype(x.dtype)
 
 
 def map_query_chunks(function: Callable[..., Any], longest: int, *rows: Shaped[Array, "B S ..."]) -> Any:

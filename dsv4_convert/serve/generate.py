@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_convert.errors import UsageError
-from dsv4_convert.model import Cache, Model
+from dsv4_convert.model import Cache
 from dsv4_convert.model.model import Decoder
 from dsv4_convert.serve.from_disk import ModelFromDisk
 from dsv4_convert.serve.speculate import DecodingState, Drafts, prefill, verify
@@ -177,7 +177,7 @@ class Generator:
 
 
 def generate(
-    model: Model,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dsv4_convert.model import Cache, Model, Numerics, Taps
-from dsv4_convert.model.cache import LayerCache, Past, empty_stages
+from dsv4_convert.model import Cache, Numerics, Taps
+from dsv4_convert.model.cache import Past, empty_stages
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.spec.config import Config
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class DecodingState:
     """State after the same tokens of every prompt, in the model and in its draft stages."""
 
     model: Cache
-    stages: tuple[LayerCache, ...]
+    stages: tuple[Any, ...]
 
     @classmethod
     def empty(cls, config: Config, batch: int, capacity: int, dtype: DTypeLike, numerics: Numerics) -> DecodingState:
@@ -54,7 +55,7 @@ class DecodingState:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    graph: nnx.GraphDef[Model],
+    graph: nnx.GraphDef[Decoder],
     state: nnx.State[Any, Any],
     decoding: DecodingState,
     tokens: Int[Array, "B S"],
@@ -72,7 +73,7 @@ def prefill(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def verify(
-    graph: nnx.GraphDef[Model],
+    graph: nnx.GraphDef[Decoder],
     state: nnx.State[Any, Any],
     decoding: DecodingState,
     tokens: Int[Array, "B S"],
@@ -94,11 +95,12 @@ def verify(
     """
     model = nnx.merge(graph, state)
     reading, seen = model.reading_drafts(), decoding.model
-    streams, cache = model.advance(tokens, seen, count=certain + drafted, keep=certain, taps=reading)
+    leaving, cache = model.advance(tokens, seen, count=certain + drafted, keep=certain, taps=reading)
     last = jnp.maximum(certain - 1, 0)
     most = model.config.draft_tokens
     at = last[:, None] + jnp.arange(most + 1)
-    chosen = jnp.argmax(model.logits(_rows_at(streams, at), Taps()), axis=-1).astype(jnp.int32)
+    leaving = jax.tree.map(partial(_rows_at, at=at), leaving)
+    chosen = jnp.argmax(model.logits(leaving, Taps()), axis=-1).astype(jnp.int32)
     right = (chosen[:, :-1] == _rows_at(tokens, at[:, 1:])) & (jnp.arange(most) < drafted[:, None])
     accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
 

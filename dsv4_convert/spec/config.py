@@ -192,9 +192,18 @@ class Config(ABC):
         """Whether a layer chooses experts by the token's id."""
         return False
 
+    @property
+    def of_stages(self) -> Self:
+        """The architecture as the stages after the backbone have it."""
+        return self
+
     def experts_of(self, layer: int | None) -> int:
-        """Number of routed experts of a layer."""
-        return self.n_routed_experts
+        """Number of routed experts of a layer or stage."""
+        return (self.of_stages if layer in self.stage_layers else self).n_routed_experts
+
+    def chosen_experts_of(self, layer: int | None) -> int:
+        """Number of routed experts that a layer or stage chooses for a token."""
+        return (self.of_stages if layer in self.stage_layers else self).num_experts_per_tok
 
     def step(self, layer: int | None) -> str:
         """A layer, a stage or the model level as progress names it: ``layer 12 of 43``, ``stage mtp.0``."""
@@ -236,8 +245,12 @@ class Config(ABC):
 
     @property
     def draft_sources(self) -> tuple[int, ...]:
-        """The backbone layers whose outgoing streams the stages read: the last one, or DSpark's targets."""
+        """The backbone layers whose streams the stages read: the last one, or DSpark's targets."""
         return (self.num_hidden_layers - 1,) if self.dspark is None else self.dspark.target_layer_ids
+
+    def draft_tap(self, layer: int) -> str:
+        """The streams that the stages read of a layer, by the name of their tap within it: those that leave it."""
+        return "hc_ffn.streams"
 
     @property
     def num_vision_blocks(self) -> int:

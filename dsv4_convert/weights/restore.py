@@ -16,7 +16,6 @@ import numpy as np
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.folders import PathLike
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.v4.config import as_v4
 from dsv4_convert.store.layout import Region, bounded
 from dsv4_convert.store.threads import in_threads
 from dsv4_convert.weights.codes import PARTS, Codes, Part
@@ -55,15 +54,14 @@ def restore_block(
     from flax import nnx
 
     from dsv4_convert.model import PLAIN
-    from dsv4_convert.model.layers import block_of
-    from dsv4_convert.model.model import stage_of
+    from dsv4_convert.model.layers import block_of, stage_of
 
     config, numerics = weights.config, numerics or PLAIN
 
     def make() -> DecoderBlock:
         if layer in config.stage_layers:
             stage = layer - config.num_hidden_layers
-            return stage_of(as_v4(config), stage, numerics, with_experts=with_experts)
+            return stage_of(config, stage, with_experts=with_experts, numerics=numerics)
         return block_of(config, config.layer_kind(layer), with_experts=with_experts, numerics=numerics)
 
     return _Filling(weights, config, config.prefix(layer).__add__, dtype, mesh, encoded).fill(nnx.eval_shape(make))
@@ -147,10 +145,10 @@ def _with_stage(config: Config, stage: int, numerics: Numerics) -> Decoder:
     """A model without values, with one of its stages only."""
     from flax import nnx
 
-    from dsv4_convert.model.model import Model
+    from dsv4_convert.model.architectures import model_of
 
-    def make() -> Model:
-        model = Model(as_v4(config), numerics)
+    def make() -> Decoder:
+        model = model_of(config, numerics)
         model.mtp = nnx.List([model.mtp[stage]])
         return model
 

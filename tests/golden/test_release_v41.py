@@ -15,16 +15,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import dsv4_convert.golden as golden_package
 from dsv4_convert.errors import BadInput, Dsv4Error, UsageError
-from dsv4_convert.golden.archive import Golden
+from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import MODES
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.references.release import code as release_code
 from dsv4_convert.golden.references.release.interface import PromptCalls, StoredAs
 from dsv4_convert.golden.references.release.v41 import V41Interface, _Tokenizer
 from dsv4_convert.golden.references.release.weights import CodeWeights
-from dsv4_convert.golden.synthetic import write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.model.v41.numerics import V41Numerics
+from dsv4_convert.parity.gate import BaselineRequest
 from dsv4_convert.parity.programs import Program
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
@@ -37,6 +39,8 @@ from .test_release import CODE as CODE_OF_V4
 from .test_release import _filled
 
 CODE = Path(__file__).parent / "release_code_v41"
+#: A golden of the published code, of the small checkpoint that ``golden make-checkpoint --model v4.1`` makes.
+COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny-v4.1"
 RAW, AUTOMODEL = automodel("every kind of layer")
 TOKENS = AUTOMODEL.pop("tokens")
 #: Tokens of the golden in release numerics, the last ones one by one; a pair is incomplete before and among them.
@@ -47,6 +51,14 @@ SOME, DECODE = 13, 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("release_v41")
     write_checkpoint(folder / "hf", RAW, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of the committed golden."""
+    folder = tmp_path_factory.mktemp("small_v41") / "hf"
+    write_checkpoint(folder, tiny_v41_config(), seed=0)
     return folder
 
 
@@ -77,12 +89,30 @@ def test_plain_numerics_are_what_automodel_computes(plain: Golden) -> None:
     assert AUTOMODEL == {}
 
 
-def test_plain_numerics_pass_parity_at_the_floor(folder: Path, plain: Golden) -> None:
-    options = ParityOptions(programs=[Program.STREAMED], modes=MODES)
+def test_the_committed_golden_is_what_this_code_computes(small: Path, tmp_path: Path) -> None:
+    """It was recorded from the published code. On the machine where it was, the two have the same bits."""
+    committed = open_golden(COMMITTED)
+    options = RecordingOptions(tokens=committed.tokens, release_code=CODE, numerics="plain", noise=[])
+    again = record(small, tmp_path / "golden", options)
+    assert again.names == committed.names
+    for name in committed.names:
+        found, expected = again.read(name), committed.read(name)
+        if found.dtype == np.int32:
+            np.testing.assert_array_equal(found, expected, name)
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    versions = [golden.manifest.request.reference.versions["model.py"] for golden in (again, committed)]
+    assert versions[0] != versions[1]
+
+
+def test_the_committed_golden_passes_parity_at_the_floor(small: Path) -> None:
+    committed, options = open_golden(COMMITTED), ParityOptions(programs=[Program.STREAMED], modes=MODES)
+    baseline = BaselineRequest(path=Path(f"{COMMITTED}.baseline.json"))
     with uncompiled():
-        report = run_parity(None, plain.path, options, source=folder / "hf")
+        report = run_parity(None, COMMITTED, options, source=small, baseline=baseline)
     assert report.passed, verdict(report)
-    assert {result.key for result in report.taps} >= {key for key in plain.keys if key.layer is not None}
+    assert not report.uncovered
+    assert {result.key for result in report.taps} >= {key for key in committed.keys if key.layer is not None}
 
 
 def test_release_numerics_pass_parity_operation_by_operation(folder: Path, released: Golden) -> None:
@@ -139,7 +169,8 @@ def test_every_call_is_what_the_whole_model_computes(folder: Path, released: Gol
                 layer.attn.indexer.register_forward_pre_hook(own_keys)
         with code.active():
             same = [
-                np.array_equal(model(ids[:, start:stop], start).numpy(), logits[:, stop - 1]) for start, stop in calls
+                np.array_equal(model(ids[:, start:stop], start)[1].numpy(), logits[:, stop - 1])
+                for start, stop in calls
             ]
         assert same[0]
         assert all(same) == mended
@@ -191,7 +222,6 @@ def test_a_table_of_n_grams_is_never_read_whole(folder: Path, tmp_path: Path) ->
     [
         ({"tokens": TOKENS[:, :1]}, UsageError, "a prefill of 1 token"),
         ({"tokens": TOKENS[:, :4], "decode": 3}, UsageError, "a prefill of 1 token"),
-        ({"stages": True}, UsageError, r"--stages: the draft stages of DeepSeek-V4\.1 have no taps yet"),
         ({"release_code": None}, UsageError, r"transformers has no DeepSeek-V4\.1"),
         ({"release_code": CODE_OF_V4}, BadInput, r"engram\.py: cannot be imported"),
         ({"numerics": "release", "noise": ["float32"]}, UsageError, "expected some of bfloat16"),

@@ -31,14 +31,18 @@ def _digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("golden", "config"),
-    [("golden/data/tiny", None), ("docs/examples/maxtext/golden", "docs/examples/maxtext/config.json")],
+    ("golden", "made"),
+    [
+        ("golden/data/tiny", {}),
+        ("golden/data/tiny-v4.1", {"model": "v4.1"}),
+        ("docs/examples/maxtext/golden", {"config": ROOT / "docs/examples/maxtext/config.json"}),
+    ],
 )
-def test_the_same_bytes_everywhere(tmp_path: Path, golden: str, config: str | None) -> None:
+def test_the_same_bytes_everywhere(tmp_path: Path, golden: str, made: dict[str, Any]) -> None:
     """The committed goldens were recorded from these very bytes; their manifests have the hash of every shard."""
     from dsv4_convert.golden.archive import open_golden
 
-    make_checkpoint(tmp_path / "tiny", config=None if config is None else ROOT / config)
+    make_checkpoint(tmp_path / "tiny", **made)
     recorded = open_golden(ROOT / golden).manifest.request.source.files
     assert recorded
     for name, digest in recorded.items():

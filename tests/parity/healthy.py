@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,8 +36,8 @@ class Healthy:
         return Config.from_hf(self.raw)
 
 
-def healthy(case: int, folder: Path) -> Healthy:
-    """Case ``case``, made in ``folder``: checkpoint, golden and conversion."""
+def healthy(case: int, folder: Path, noise: Sequence[str] | None = None) -> Healthy:
+    """Case ``case``, made in ``folder``: checkpoint, golden with the floors of these dtypes, and conversion."""
     draw = Random(case)
     length, batch = LENGTHS[case % len(LENGTHS)], draw.choice((1, 3))
     form: Form = draw.choice(("fp4", "fp8", "bf16"))
@@ -46,6 +47,6 @@ def healthy(case: int, folder: Path) -> Healthy:
     raw = random_architecture(case)
     write_checkpoint(folder / "hf", raw, seed=case, form=form)
     tokens = np.random.default_rng(case).integers(0, raw["vocab_size"], (batch, length)).astype(np.int32)
-    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=tokens))
+    golden = record(folder / "hf", folder / "golden", RecordingOptions(tokens=tokens, noise=noise))
     hf_to_orbax(folder / "hf", folder / "orbax", storage=storage)
     return Healthy(raw, length, Weights.open(folder / "orbax"), golden)

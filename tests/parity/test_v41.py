@@ -33,6 +33,7 @@ from dsv4_convert.parity.tolerances import LIMITS
 from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey
 
+from .faults import program, program_v41
 from .faults.catalogue import CATALOGUE_V41
 from .faults.fault import Patient, examine, patient, uncompiled
 from .faults.v41 import CANDIDATES, CARRIED, CHOOSER, ENGRAM, LATE_READER, LIKE_V4, NGRAMS, READER, SHARED, SOURCE
@@ -50,6 +51,12 @@ SAMPLE = (
     "index keys rotated before their norm",
     "candidates ignored",
     "rms_norm_eps 1e-6",
+)
+#: The same of the compiled layer; ``--program model`` plants all of them.
+PROGRAM_SAMPLE = (
+    "candidates ignored where scores are not recorded",
+    "n-grams begin with the chunk",
+    "a pair begins with the chunk",
 )
 
 
@@ -145,7 +152,7 @@ def test_the_catalogue_covers_what_v41_has() -> None:
     assert len(CATALOGUE_V41) >= 100
     assert min(map(len, (ENGRAM, CARRIED, SHARED, LIKE_V4))) >= 10
     assert {fault.kind for fault in CATALOGUE_V41.values()} == {"weights", "decoding", "config", "code"}
-    assert {fault.layer for fault in CATALOGUE_V41.values()} == {None, *range(7)}
+    assert {fault.layer for fault in CATALOGUE_V41.values() if fault.model == "v4.1"} == {None, *range(7)}
 
 
 def test_the_compiled_layer_agrees(healthy: Patient) -> None:
@@ -157,6 +164,20 @@ def test_the_compiled_layer_agrees(healthy: Patient) -> None:
         compared = {result.key.tap.name for result in report.taps}
         wanted = {key.tap.name for layer in layers for key in healthy.golden.taps(layer) if not is_fed(key, MODES[0])}
         assert wanted - compared == {"attn.indexer.scores"}
+
+
+@pytest.mark.parametrize("name", PROGRAM_SAMPLE)
+def test_a_fault_of_the_compiled_layer_is_named(healthy: Patient, name: str) -> None:
+    (fault,) = (fault for fault in program_v41.PROGRAM_V41 if fault.name == name)
+    subject = program.Subject(healthy.source(), healthy.golden, program_v41.PATHS)
+    report = program.examine(subject, fault.path, fault, **program.options_of(fault))
+    assert fault.named_by(report), verdict(report)
+
+
+def test_every_path_of_the_compiled_layer_has_its_faults() -> None:
+    faults = program_v41.PROGRAM_V41
+    assert len({(fault.path, fault.name) for fault in faults}) == len(faults) >= 90
+    assert min(sum(fault.path == path for fault in faults) for path in program_v41.PATHS) >= 5
 
 
 def test_taps_do_not_change_the_program(healthy: Patient) -> None:

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
 from dsv4_convert.convert import Storage, hf_to_orbax
-from dsv4_convert.golden.synthetic import dspark_config, write_checkpoint
-from dsv4_convert.model import Model, Taps
+from dsv4_convert.golden.synthetic import dspark_config, tiny_v41_config, write_checkpoint
+from dsv4_convert.model import Taps
+from dsv4_convert.model.model import Decoder
 from dsv4_convert.serve import speculate
 from dsv4_convert.serve.generate import Generator
 from dsv4_convert.serve.speculate import Drafts
@@ -40,14 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "orbax"
 
 
-def _damped(model: Model, share: float) -> None:
+def _damped(model: Decoder, share: float) -> None:
     for block in model.layers:
+        if getattr(block, "engram", None) is not None:
+            block.engram.wkv[...] *= share
         block.attn.wo_b[...] *= share
         block.ffn.experts.w2[...] *= share
         block.ffn.shared_experts.w2[...] *= share
 
 
-def _without_halves(model: Model) -> jax.Array:
+def _without_halves(model: Decoder) -> jax.Array:
     """Each token's input of the output head where the halves of all layers give nothing."""
     _damped(model, 0.0)
     graph, state = nnx.split(model)
@@ -60,7 +63,7 @@ def _without_halves(model: Model) -> jax.Array:
     return jax.jit(norm)(state, jnp.arange(model.config.vocab_size)[:, None])
 
 
-def _agreeing(model: Model, alone: jax.Array, share: float) -> Model:
+def _agreeing(model: Decoder, alone: jax.Array, share: float) -> Decoder:
     """A model that looks at the last token most of all, and drafts that are what it would say of that token alone.
 
     The outputs of all halves count ``share``. The Markov head alone decides the drafts: its table has each token's
@@ -75,23 +78,23 @@ def _agreeing(model: Model, alone: jax.Array, share: float) -> Model:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Callable[[float | None], Model]:
+def model(folder: Path) -> Callable[[float | None], Decoder]:
     """The converted model as it is (None), or :func:`_agreeing`."""
 
-    def restored() -> Model:
+    def restored() -> Decoder:
         return restore_model(Weights.open(folder), drafts=True)
 
     alone = cache(lambda: _without_halves(restored()))
 
     @cache
-    def made(share: float | None) -> Model:
+    def made(share: float | None) -> Decoder:
         return restored() if share is None else _agreeing(restored(), alone(), share)
 
     return made
 
 
 @pytest.fixture(scope="module")
-def greedy(model: Callable[[float | None], Model]) -> Callable[[float | None], list[list[int]]]:
+def greedy(model: Callable[[float | None], Decoder]) -> Callable[[float | None], list[list[int]]]:
     known: dict[float | None, list[list[int]]] = {}
 
     def tokens(share: float | None) -> list[list[int]]:
@@ -104,7 +107,7 @@ def greedy(model: Callable[[float | None], Model]) -> Callable[[float | None], l
 
 @pytest.mark.parametrize("share", [None, MIXED, 0.0])
 def test_tokens_are_those_of_plain_greedy_decoding(
-    model: Callable[[float | None], Model], greedy: Callable[..., list[list[int]]], share: float | None
+    model: Callable[[float | None], Decoder], greedy: Callable[..., list[list[int]]], share: float | None
 ) -> None:
     """The longest prompt and its new tokens fill the cache to the last place."""
     drafting = Generator(model(share), speculative=True)
@@ -119,7 +122,7 @@ def test_tokens_are_those_of_plain_greedy_decoding(
         assert 0 <= accepted < drafted
 
 
-def test_every_length_ends_where_it_should(model: Callable[[float | None], Model]) -> None:
+def test_every_length_ends_where_it_should(model: Callable[[float | None], Decoder]) -> None:
     made = model(MIXED)
     plain, drafting = Generator(made), Generator(made, speculative=True)
     room = len(PROMPTS[-1]) + NEW  # as much as in the other tests, so that their programs serve
@@ -129,7 +132,7 @@ def test_every_length_ends_where_it_should(model: Callable[[float | None], Model
 
 
 def test_a_stop_token_ends_its_prompt_in_the_middle_of_a_block(
-    model: Callable[[float | None], Model], greedy: Callable[..., list[list[int]]]
+    model: Callable[[float | None], Decoder], greedy: Callable[..., list[list[int]]]
 ) -> None:
     """The second pass accepts a whole block: tokens 1 to 6."""
     free = greedy(0.0)
@@ -142,7 +145,7 @@ def test_a_stop_token_ends_its_prompt_in_the_middle_of_a_block(
             assert found == [text[: text.index(stop) + 1] if stop in text else text for text in free]
 
 
-def test_two_programs_serve_every_call_of_a_shape(model: Callable[[float | None], Model]) -> None:
+def test_two_programs_serve_every_call_of_a_shape(model: Callable[[float | None], Decoder]) -> None:
     def programs() -> tuple[int, int]:
         return speculate.prefill._cache_size(), speculate.verify._cache_size()
 
@@ -174,3 +177,25 @@ def test_the_command(folder: Path, greedy: Callable[..., list[list[int]]]) -> No
     drafted, accepted = (told["drafts"][part] for part in ("drafted", "accepted"))
     share = f"{accepted / drafted:.0%}"
     assert f"drafted {drafted} tokens, of which the model accepted {accepted} ({share})" in done.stderr
+
+
+def test_stages_of_v41_draft_too(tmp_path: Path) -> None:
+    """A pair, an n-gram and a candidate block end among drafts that are dropped again; every prompt has a length."""
+    layers = {
+        "num_hidden_layers": 4,
+        "compress_ratios": [0, 2, 1, 1, 0, 0, 0],
+        "kv_source_layer_ids": [1, 2],
+        "index_source_layer_ids": [1, 2, 3],
+        "candidate_source_layer_id": 2,
+        "engram_layer_ids": [1],
+        "dspark_target_layer_ids": [1, 2, 3],
+        "dspark_markov_rank": 64,
+    }
+    write_checkpoint(tmp_path / "hf", tiny_v41_config(**layers), seed=0)
+    hf_to_orbax(tmp_path / "hf", tmp_path / "orbax", storage=Storage.SOURCE)
+    model, other = (restore_model(Weights.open(tmp_path / "orbax"), drafts=True) for _ in range(2))
+    made = _agreeing(model, _without_halves(other), MIXED)
+    prompts = [prompt[:23] for prompt in PROMPTS]
+    drafting = Generator(made, speculative=True)
+    assert drafting(prompts, new_tokens=NEW) == Generator(made)(prompts, new_tokens=NEW)
+    assert 0.1 < drafting.drafts.accepted / drafting.drafts.drafted < 0.9, "blocks have to end early and late"

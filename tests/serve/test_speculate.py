@@ -20,7 +20,7 @@ from dsv4_convert.convert import Storage, hf_to_orbax
 from dsv4_convert.convert.against import compare_with_source
 from dsv4_convert.convert.to_hf import orbax_to_hf
 from dsv4_convert.errors import UsageError
-from dsv4_convert.golden.synthetic import tiny_config, tiny_v41_config, write_checkpoint
+from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.model import Cache, Model, Taps
 from dsv4_convert.parity.run import ParityOptions, run_parity
 from dsv4_convert.serve import speculate
@@ -28,7 +28,6 @@ from dsv4_convert.serve.generate import Generator, Sampling
 from dsv4_convert.serve.speculate import Drafts
 from dsv4_convert.store import open_store
 from dsv4_convert.weights.converted import Weights
-from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
 #: Past the window of 16 and blocks of 4 and 128 while the new tokens come; 1 leaves nothing to read before.
@@ -175,9 +174,6 @@ def test_what_is_refused(folders: tuple[Path, Path], model: Callable[..., Model]
             UsageError, match=r"no draft stage \(mtp or DSpark\) to draft tokens with: its source has none, or was conv"
         ):
             restore_model(weights, drafts=True)
-    write_checkpoint(tmp_path / "v41", tiny_v41_config())
-    with pytest.raises(UsageError, match=r"dsv4 does not compute the draft stages of DeepSeek-V4\.1 yet"):
-        restore_model(PublishedWeights.open(tmp_path / "v41"), drafts=True)
 
 
 def test_a_conversion_of_an_earlier_version_lacks_its_stage(folders: tuple[Path, Path], tmp_path: Path) -> None:

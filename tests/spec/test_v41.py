@@ -77,7 +77,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Stored], 
         ("layers.2.attn.compressor.wgate.weight", None, "missing (fills layers.2.attn.compressor.wgate)"),
         ("layers.1.engram.embed.scale", None, "codes without their scale tensor"),
         ("vision.blocks.1.mlp.w2.weight", None, "missing (fills vision.blocks.1.mlp.w2)"),
-        ("mtp.2.markov_head.embed.weight", None, "missing (fills mtp.2.markov_head.embed)"),
+        ("mtp.2.markov_head.embed.weight", None, "missing (fills mtp.2.markov_head.markov_w1)"),
         ("image_newline", None, "missing (fills image_newline)"),
         ("layers.4.attn.compressor.wgate.weight", Stored("BF16", (32, 64)),
          "exists in KV source of ratio 2 layers only, layer 4 is ratio 1, KV source"),
@@ -236,4 +236,9 @@ def test_a_changed_size_reaches_every_shape() -> None:
     after = {path: math.prod(rule.target_shape(widened, layer)) for path, rule, layer in parameters(widened)}
     grown = {path for path in before if after[path] != before[path]}
     assert {"embed", "layers.1.engram.wkv", "aligner.w1.weight", "mtp.0.main_proj"} <= grown
-    assert not grown & {"layers.1.engram.embed", "layers.2.attn.indexer.wk", "mtp.2.markov_head.head", "vision.norm"}
+    assert not grown & {
+        "layers.1.engram.embed",
+        "layers.2.attn.indexer.wk",
+        "mtp.2.markov_head.markov_w2",
+        "vision.norm",
+    }

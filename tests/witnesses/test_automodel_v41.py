@@ -151,3 +151,19 @@ def test_a_wrong_tensor_shows_at_its_tap(name: str, other: str | None, tap: str,
     wrong = differing(ours(tmp_path / "hf", ids), AutomodelV41(tmp_path / "hf", swapped).taps(ids))
     order = [str(TapKey(layer, row)) for layer in range(7) for row in taps_of(Config.from_hf(raw), layer)]
     assert min(wrong, key=lambda each: order.index(each) if each in order else len(order)) == tap
+
+
+def test_its_draft_stages_compute_what_was_recorded(tmp_path: Path) -> None:
+    """tests/model/test_dspark_v41.py compares dsv4's with the recording."""
+    from safetensors.numpy import load_file
+
+    from ..model.drafting_v41 import CONFIG, LENGTHS, RECORDED, SEED, inputs
+    from .automodel_v41_drafts import DrafterV41
+
+    write_checkpoint(tmp_path / "hf", CONFIG, seed=SEED)
+    drafter = DrafterV41(tmp_path / "hf")
+    assert drafter.keys.missing_keys == drafter.keys.unexpected_keys == []
+    known = load_file(RECORDED)
+    found = {f"{tokens}/{name}": value for tokens in LENGTHS for name, value in drafter.run(*inputs(tokens)).items()}
+    assert found.keys() == known.keys()
+    assert [name for name, value in found.items() if not np.allclose(value, known[name], atol=2e-5, rtol=2e-5)] == []

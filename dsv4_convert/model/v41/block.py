@@ -67,9 +67,12 @@ class V41Block(DecoderBlock):
         cache = None if cache is None else dataclasses.replace(cache, recent=recent)
         return Carry(streams, mixing.pre, shared), cache
 
-    def wanted_rows(self, token_ids: Int[Array, "B S"], past: Past[V41LayerCache] | None = None) -> Int[Array, "B S J"]:
-        """The rows of the engram's table."""
-        assert self.engram is not None
+    def wanted_rows(
+        self, token_ids: Int[Array, "B S"], past: Past[V41LayerCache] | None = None
+    ) -> Int[Array, "B S *rest"]:
+        """The rows of the engram's table; without one, as any block."""
+        if self.engram is None:
+            return super().wanted_rows(token_ids, past)
         return self.engram.wanted_rows(token_ids, past)[0]
 
     def join(self, carry: Carry, rows: Float[Array, "B S J C"], taps: Taps) -> Carry:

@@ -34,6 +34,8 @@ class V41Model(Decoder):
     Source: published inference code of V4.1, ``Transformer``.
     """
 
+    collapsed = "hc_head.collapsed"
+
     def __init__(self, config: V41Config, numerics: Numerics = PLAIN, *, scanned: bool = False) -> None:
         """``scanned``: layers of one kind share a program, and their weights are stacked."""
         super().__init__(config, numerics, scanned=scanned)

@@ -150,10 +150,7 @@ class V4Config(Config):
 def as_v4(config: Config) -> V4Config:
     """The config, for code that knows DeepSeek-V4 only. Raises :class:`BadInput` for another architecture."""
     if not isinstance(config, V4Config):
-        raise BadInput(
-            f"{config.title}: transformers has no such model, so record its golden with --reference release; its draft "
-            "stages are not computed yet"
-        )
+        raise BadInput(f"{config.title}: transformers has no such model, so record its golden with --reference release")
     return config
 
 

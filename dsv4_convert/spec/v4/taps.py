@@ -59,7 +59,7 @@ TAPS: tuple[Tap, ...] = (
     Tap("streams", "B S N D", "streams that leave the last layer, or the stage before", READS_STREAMS, origin=STREAMS),
     Tap("context", "B M D", "the first stage's main_norm", DSPARK_LATER,
         origin=TapOrigin("main_norm", lambda config, layer: config.stage_layers[0])),
-    Tap("targets", "B M L N D", "streams that leave each target layer", DSPARK_FIRST,
+    Tap("targets", "B M L N D", "streams that leave each target layer; in V4.1, that enter its attention", DSPARK_FIRST,
         origin=TapOrigin("hc_ffn.streams", lambda config, layer: config.draft_sources[-1], stacked=True)),
     Tap("main", "B M LD", "means of these streams, layer after layer", DSPARK_FIRST),
     _own("main_proj", "B M D", "projected means", DSPARK_FIRST),

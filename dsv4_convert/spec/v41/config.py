@@ -130,10 +130,16 @@ class V41Config(Config):
             lengths = f"n-grams of 2 to {self.engram.max_ngram_size} tokens"
             yield "engram", f"{self.engram.columns} rows of {self.engram.head_dim} for a token, of {rows}; {lengths}"
 
-    def experts_of(self, layer: int | None) -> int:
-        """Number of routed experts of a layer, or of a draft stage, which has fewer."""
-        of_stage = layer is not None and layer >= self.num_hidden_layers
-        return self.dspark_n_routed_experts if of_stage else self.n_routed_experts
+    @property
+    def of_stages(self) -> Self:
+        """With the routed experts of a draft stage, which has fewer."""
+        return dataclasses.replace(
+            self, n_routed_experts=self.dspark_n_routed_experts, num_experts_per_tok=self.dspark_num_experts_per_tok
+        )
+
+    def draft_tap(self, layer: int) -> str:
+        """Those that enter its attention half, after an engram."""
+        return "engram.streams" if self.has_engram(layer) else "input"
 
     @property
     def maps_tokens(self) -> bool:
@@ -341,10 +347,9 @@ def _parts_problems(config: V41Config) -> list[str]:
             problems.append(f"engram_pad_token_id: {engram.pad_token_id} is beyond vocab_size {config.vocab_size}")
     if (config.dspark is None) != (config.num_mtp_stages == 0):
         problems.append("num_nextn_predict_layers and the dspark fields contradict each other")
-    if config.num_experts_per_tok == 1:
-        problems.append(
-            "num_experts_per_tok: the published code leaves the weight of a single expert as it is, dsv4 not"
-        )
+    for name in ("num_experts_per_tok", "dspark_num_experts_per_tok"):
+        if getattr(config, name) == 1:
+            problems.append(f"{name}: the published code leaves the weight of a single expert as it is, dsv4 not")
     if config.dspark_num_experts_per_tok > config.dspark_n_routed_experts:
         problems.append("dspark_num_experts_per_tok must not exceed dspark_n_routed_experts")
     if vision is not None and vision.hidden_size % vision.num_attention_heads:

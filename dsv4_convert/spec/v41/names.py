@@ -122,6 +122,12 @@ def _stage(path: str, shape: str, kind: Kind, transform: Transform = Transform.N
     return _row(path, shape, kind, transform, when, section=Section.STAGES)
 
 
+def _markov(part: str, published: str, transform: Transform = Transform.NONE) -> Rule:
+    """A table of the Markov head, which the parameter tree calls as V4's."""
+    row = _stage(f"markov_head.{published}", "V Rm", Kind.PLAIN, transform)
+    return dataclasses.replace(row, path=f"mtp.{{}}.markov_head.markov_{part}")
+
+
 def _of_stage(rule: Rule) -> Rule:
     """The same row of a draft stage's own layer."""
     path, published = (text.replace("layers.", "mtp.", 1) for text in (rule.path, rule.published))
@@ -133,8 +139,8 @@ STAGE_RULES: tuple[Rule, ...] = (
     _stage("main_proj", "D TD", Kind.LINEAR, _T, FIRST_STAGE),
     _stage("main_norm", "D", Kind.NORM, when=FIRST_STAGE),
     _stage("norm", "D", Kind.NORM),
-    _stage("markov_head.embed", "V Rm", Kind.PLAIN),
-    _stage("markov_head.head", "V Rm", Kind.PLAIN, _T),
+    _markov("w1", "embed"),
+    _markov("w2", "head", _T),
     _stage("confidence_head.proj", "1 D+Rm", Kind.PLAIN, _T),
 )
 

@@ -41,7 +41,11 @@ def _hyper_connection(path: str) -> tuple[Tap, ...]:
 
 
 TAPS: tuple[Tap, ...] = (
-    *_as_v4("embed", "input"),
+    *_as_v4("streams"),
+    Tap("pre", "B S N", "weights of the stage before, which collapse the streams that leave it", v4.DSPARK_LATER,
+        origin=TapOrigin("hc_ffn.pre", lambda config, layer: layer - 1)),
+    *_as_v4("context", "targets", "main", "main_proj", "main_norm", "attn.main.wkv", "attn.main.kv_norm",
+            "attn.main.kv_rope", "embed", "input"),
     Tap("input.pre", "B S N", "weights of the half before, which collapse the streams that enter the layer",
         origin=TapOrigin("hc_ffn.pre", lambda config, layer: layer - 1)),
     Tap("input.entries", "B T C", "compressed entries of an earlier layer", READS_ENTRIES,
@@ -75,7 +79,7 @@ TAPS: tuple[Tap, ...] = (
     *_as_v4("ffn_norm", "ffn.gate.logits", "ffn.gate.scores", "ffn.gate.experts", "ffn.gate.weights", "ffn.experts",
             "ffn.shared_experts", "ffn", "hc_ffn.streams"),
     Tap("hc_head.collapsed", "B S D", "streams collapsed with the weights of the last half", AFTER),
-    *_as_v4("norm", "logits"),
+    *_as_v4("norm", "logits", "markov_head.embed", "markov_head", "draft_logits", "tokens", "confidence"),
 )  # fmt: skip
 
 #: The cache that a layer keeps for decoding. Entries and index keys, part of it too, are taps already.

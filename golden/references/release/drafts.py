@@ -38,35 +38,49 @@ Watching: TypeAlias = Callable[[Code, Any, Visit, Choices, int | None], Abstract
 
 
 class Draft:
-    """One stage, whose ``block`` has its weights."""
+    """One stage, whose ``block`` has its weights.
+
+    A layer of V4 gets and gives streams. A subclass says what else another architecture hands on.
+    """
 
     def __init__(self, code: Code, block: Any, ids: Tensor, watching: Watching) -> None:
         """``ids``: the prompt ``[B, S]``, whose last token begins the block."""
         self.block = block
-        self._code, self._watching, self._anchor = code, watching, ids[:, -1]
+        self.code, self._watching, self._anchor = code, watching, ids[:, -1]
         self._known = ids.shape[1] - 1
         self._first, self._last = hasattr(block, "main_proj"), hasattr(block, "markov_head")
-        self._streams = self._context = torch.empty(0)
+        self._carry: tuple[Tensor, ...] = ()
+        self._context = torch.empty(0)
+
+    def begun(self, streams: Tensor) -> tuple[Tensor, ...]:
+        """The carry of the first stage: the streams of the block, and what its code has beside them."""
+        return (streams,)
+
+    def refined(self, carry: tuple[Tensor, ...], start: int, context: Tensor, visit: Visit) -> tuple[Tensor, ...]:
+        """The carry that leaves the stage's layer."""
+        return (self.block(*carry, start, self._anchor, context),)
 
     def forward(self, entering: Mapping[str, Tensor], tokens: slice, visit: Visit) -> None:
         """A call with some of the known tokens.
 
-        ``entering``: ``targets`` ``[B, M, L, N, D]``; or ``streams`` of the stage before and ``context``.
+        ``entering``: ``targets`` ``[B, M, L, N, D]``; or what the stage before hands on, and ``context``.
         """
         if tokens.start == 0 and self._first:
             hidden = entering["targets"].mean(dim=3).flatten(2)
-            self._streams, self._context = self.block.forward_embed(hidden, self._anchor)
+            streams, self._context = self.block.forward_embed(hidden, self._anchor)
+            self._carry = self.begun(streams)
         elif tokens.start == 0:
-            self._streams, self._context = entering["streams"], entering["context"]
-        left = self.block(self._streams, tokens.start, self._anchor, self._context[:, tokens])
+            self._context = entering["context"]
+            self._carry = tuple(value for name, value in entering.items() if name != "context")
+        left = self.refined(self._carry, tokens.start, self._context[:, tokens], visit)
         if self._last and tokens.stop == self._known:
-            _, logits, _ = self.block.forward_head(left, self._anchor)
+            _, logits, _ = self.block.forward_head(*left, self._anchor)
             visit("draft_logits", logits)
 
     @contextmanager
     def watching(self, visit: Visit, choices: Choices, start: int, *, last: int) -> Iterator[None]:
         """Visit every tap of the call that begins with token ``start``; make the given choices. ``last``: its start."""
-        block, module = self.block, self._code.module
+        block, module = self.block, self.code.module
         seen: set[str] = set()
 
         def split(name: str, value: Tensor) -> None:
@@ -82,7 +96,7 @@ class Draft:
 
         slot = block.attn.window_size
         with ExitStack() as stack:
-            stack.enter_context(self._watching(self._code, block, split, choices, slot))
+            stack.enter_context(self._watching(self.code, block, split, choices, slot))
             stack.enter_context(watching_function(module, "act_quant", quantized))
             if self._first:
                 stack.enter_context(hooked(block.main_proj, before=lambda arguments: visit("main", arguments[0])))
@@ -96,7 +110,7 @@ class Draft:
     @contextmanager
     def _head(self, visit: Visit, chosen: Any) -> Iterator[None]:
         """Visit the taps of the head; the draft goes on with the ``chosen`` tokens ``[B, Q, 1]``, if there are any."""
-        block, module, sample = self.block, self._code.module, self._code.module.sample
+        block, module, sample = self.block, self.code.module, self.code.module.sample
         steps: list[tuple[Tensor, Tensor]] = []
         tokens: list[Tensor] = []
 
@@ -115,9 +129,10 @@ class Draft:
             return best if chosen is None else torch.from_numpy(chosen[:, len(tokens) - 1, 0]).to(best.dtype)
 
         with ExitStack() as stack:
-            stack.enter_context(_inside(block, "hc_head", Collapse(visit)))
-            for name, tap in (("hc_head", "hc_head"), ("head", "logits")):
-                stack.enter_context(watching_function(block, name, partial(_result, visit, tap)))
+            if hasattr(block, "hc_head"):
+                stack.enter_context(_inside(block, "hc_head", Collapse(visit)))
+                stack.enter_context(watching_function(block, "hc_head", partial(_result, visit, "hc_head")))
+            stack.enter_context(watching_function(block, "head", partial(_result, visit, "logits")))
             for name, tap in (("norm", "norm"), ("confidence_head", "confidence")):
                 stack.enter_context(hooked(getattr(block, name), after=partial(visit, tap)))
             stack.enter_context(hooked(block.markov_head, after=of_token))

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -113,6 +114,15 @@ class Interface(ABC):
         }
 
     @staticmethod
+    def values_of_draft(config: Any, prompt: PromptCalls) -> dict[str, Any]:
+        """The arguments that DSpark's stages have more, if any of them runs. A block needs room behind the prompt."""
+        if config.dspark is None or not set(prompt.layers) & set(config.stage_layers):
+            return {}
+        values = {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
+        room = prompt.ids.shape[1] + config.dspark.block_size
+        return values | {"n_mtp_layers": config.num_mtp_stages, "max_seq_len": room, "temperature": 0.0}
+
+    @staticmethod
     def without_layers() -> dict[str, Any]:
         """The arguments of a model that is only set up."""
         return {"n_layers": 0, "n_mtp_layers": 0}
@@ -129,6 +139,13 @@ class Interface(ABC):
     def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
         """A DSpark stage with its weights. ``logits``: the model's output head."""
         raise NotImplementedError
+
+    def draft_block(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Any:
+        """The code's ``DSparkBlock`` with its weights. Its embedding and its output head are the model's own."""
+        block = self.filled(self.code.module.DSparkBlock(layer, self.args), layer, weights, run)
+        block.embed = partial(weights.embedded, dtype=run.dtype)
+        block.head = lambda normed, full_logits: logits(normed)
+        return block
 
     @abstractmethod
     def block(self, layer: int, weights: CodeWeights, run: Run) -> Any:

@@ -165,8 +165,11 @@ def hooked(
 
 @contextmanager
 def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
-    """Both hyper-connections of a block: the first call of each part belongs to attention, the second to experts."""
-    halves = ["hc_attn", "hc_ffn"]
+    """Both hyper-connections of a block: the first call of each part belongs to attention, the second to experts.
+
+    A stage of V4.1 collapses its streams for the head by the same method.
+    """
+    halves = ["hc_attn", "hc_ffn", "hc_head"]
     hc_pre, hc_post, sinkhorn = block.hc_pre, block.hc_post, code.module.hc_split_sinkhorn
 
     def watched_sinkhorn(*arguments: Any) -> Any:
@@ -176,7 +179,7 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
         return result
 
     def watched_pre(*arguments: Any) -> Any:
-        if len(halves) == 2:
+        if halves[0] == "hc_attn":
             visit("input", arguments[0])
         result = hc_pre(*arguments)
         visit(f"{halves.pop(0)}.collapsed", result[0] if isinstance(result, tuple) else result)
@@ -184,7 +187,7 @@ def _mixing(code: Code, block: Any, visit: Visit) -> Iterator[None]:
 
     def watched_post(*arguments: Any) -> Any:
         result = hc_post(*arguments)
-        visit("hc_attn.streams" if halves else "hc_ffn.streams", result)
+        visit("hc_attn.streams" if "hc_ffn" in halves else "hc_ffn.streams", result)
         return result
 
     with (

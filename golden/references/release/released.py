@@ -26,7 +26,6 @@ from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.errors import BadInput, listed
 from dsv4_convert.golden.layout import (
     DTYPES,
-    STREAMS,
     calls,
     entering,
     entering_head,
@@ -151,7 +150,7 @@ class ReleasedModel:
         of_block = {name: what for name, what in expected.items() if tap_named(name).where is not AFTER}
         left, taken = self._run(partial(self._step, layer), state, of_block)
         if layer not in self._config.stage_layers:
-            return left | self._targets(layer, left), taken
+            return left | self._targets(layer, state, left), taken
         of_head = {name: what for name, what in expected.items() if name not in of_block}
         _, head = self._run(partial(self._head, layer), left, of_head)
         return left, RecordedTaps({**taken.taps, **head.taps}, {**taken.noise, **head.noise})
@@ -192,12 +191,14 @@ class ReleasedModel:
             drafts=True,
         )
 
-    def _targets(self, layer: int, left: State) -> State:
-        """The streams that leave a layer under a name of their own, if DSpark's stages read them."""
+    def _targets(self, layer: int, entered: State, left: State) -> State:
+        """The streams that DSpark's stages read of a layer, under a name of their own."""
         if self._config.dspark is None or layer not in self._config.draft_sources:
             return {}
-        runs = (_GOLDEN, *self._noise)
-        return {f"{run}:{_target(layer)}": left[f"{run}:{STREAMS.name}"] for run in runs}
+        tap, values = tap_named(self._config.draft_tap(layer)), left
+        if tap.origin is not None:
+            tap, values = tap_named(tap.origin.tap), entered
+        return {f"{run}:{_target(layer)}": values[f"{run}:{tap.name}"] for run in (_GOLDEN, *self._noise)}
 
     def _head(self, layer: int | None, run: Run) -> _Step:
         """The operations after the last layer, or after the layer of a stage."""
@@ -362,9 +363,12 @@ class ReleasedModel:
         return rows_of(key, self._config, start, stop), shape
 
     def _carried(self, layer: int | None) -> Expected:
-        """The taps of a layer that later layers start from."""
+        """The taps of a layer that later layers and stages start from, as far as it makes them."""
         origins = {tap.origin.tap for tap in self._config.taps if tap.origin is not None}
-        keys = [TapKey.of(self._config, layer, tap) for tap in taps_of(self._config, layer) if tap.name in origins]
+        if self._config.dspark is not None and layer in self._config.draft_sources:
+            origins.add(self._config.draft_tap(layer))
+        taps = (tap for tap in taps_of(self._config, layer) if tap.name in origins and tap.origin is None)
+        keys = [TapKey.of(self._config, layer, tap) for tap in taps]
         tokens = self._ids.shape[1]
         return {
             key.tap.name: (

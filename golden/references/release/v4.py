@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -52,15 +51,11 @@ class V4Interface(Interface):
     @staticmethod
     def values(config: V4Config, prompt: PromptCalls, storage: StoredAs) -> dict[str, Any]:
         """The arguments of the code."""
-        values = Interface.values(config, prompt, storage) | {
+        values = {
             "n_hash_layers": sum(config.hash_routed),
             "scale_dtype": "fp32" if storage.float_scales else "fp8",
         }
-        if config.dspark is None or not set(prompt.layers) & set(config.stage_layers):
-            return values
-        block = {f"dspark_{name}": value for name, value in dataclasses.asdict(config.dspark).items()}
-        room = values["max_seq_len"] + config.dspark.block_size
-        return values | block | {"n_mtp_layers": config.num_mtp_stages, "max_seq_len": room, "temperature": 0.0}
+        return Interface.values(config, prompt, storage) | values | Interface.values_of_draft(config, prompt)
 
     @staticmethod
     def of_stages(config: V4Config) -> tuple[str, ...]:
@@ -71,10 +66,7 @@ class V4Interface(Interface):
 
     def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
         """A ``DSparkBlock``. Its embedding and its output head are the model's own."""
-        block = self.filled(self.code.module.DSparkBlock(layer, self.args), layer, weights, run)
-        block.embed = partial(weights.embedded, dtype=run.dtype)
-        block.head = lambda normed, full_logits: logits(normed)
-        return Draft(self.code, block, self.prompt.ids, _watching)
+        return Draft(self.code, self.draft_block(layer, weights, run, logits), self.prompt.ids, _watching)
 
     def block(self, layer: int, weights: CodeWeights, run: Run) -> Any:
         """A ``Block``, or the ``MTPBlock`` of a stage."""

@@ -10,7 +10,7 @@ While a pair of tokens is incomplete, the published code decodes with another la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.references.release.arithmetic import Run
 from dsv4_convert.golden.references.release.code import Code, Required
+from dsv4_convert.golden.references.release.drafts import Draft
 from dsv4_convert.golden.references.release.interface import Entering, Interface, PromptCalls, StoredAs, ToLogits
 from dsv4_convert.golden.references.release.probes import (
     INPUTS,
@@ -58,6 +59,25 @@ class _Tokenizer:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
 
 
+class _Draft(Draft):
+    """A stage of V4.1. Its ``input.pre`` are the weights that collapse the streams that enter its layer."""
+
+    def begun(self, streams: Tensor) -> tuple[Tensor, ...]:
+        """The streams of the block, of which the first half takes the first one."""
+        return streams, self.code.module.make_identity_pre_mix(streams, streams.shape[2])
+
+    def refined(self, carry: tuple[Tensor, ...], start: int, context: Tensor, visit: Visit) -> tuple[Tensor, ...]:
+        """The carry that leaves the stage's layer."""
+        streams, pre = carry
+        visit("input.pre", pre)
+        left: tuple[Tensor, Tensor] = self.block(streams, start, pre, context)
+        return left
+
+
+def _watching(code: Code, block: Any, visit: Visit, choices: Choices, slot: int | None) -> AbstractContextManager[None]:
+    return watching_block(code, block, visit, choices, outputs=_OUTPUTS, inputs=INPUTS, slot=slot)
+
+
 class V41Interface(Interface):
     """The code of DeepSeek-V4.1, for text."""
 
@@ -71,7 +91,7 @@ class V41Interface(Interface):
     decoding: ClassVar[Mapping[str, str]] = {
         "decoding": "layers that make index keys read their own, also while a pair of tokens is incomplete"
     }
-    wide = frozenset({"input.pre"})
+    wide = frozenset({"input.pre", "pre"})
 
     def __init__(self, code: Code, config: V41Config, prompt: PromptCalls, storage: StoredAs) -> None:
         """Hashes the prompt's n-grams, where a layer with an engram runs.
@@ -115,7 +135,21 @@ class V41Interface(Interface):
                 "engram_pad_id": engram.pad_token_id,
                 "engram_compressed_vocab_size": engram.compressed_vocab_size,
             }
+        if draft := Interface.values_of_draft(config, prompt):
+            values |= draft | {
+                "dspark_n_routed_experts": config.dspark_n_routed_experts,
+                "dspark_n_activated_experts": config.dspark_num_experts_per_tok,
+            }
         return values
+
+    @staticmethod
+    def of_stages(config: V41Config) -> tuple[str, ...]:
+        """The block of a stage, and what it calls."""
+        return ("DSparkBlock", "DSparkBlock.forward_embed", "DSparkBlock.forward_head", "sample")
+
+    def draft(self, layer: int, weights: CodeWeights, run: Run, logits: ToLogits) -> Draft:
+        """A stage, which hands on the weights that collapse its streams."""
+        return _Draft(self.code, self.draft_block(layer, weights, run, logits), self.prompt.ids, _watching)
 
     @staticmethod
     def without_layers() -> dict[str, Any]:
@@ -216,9 +250,7 @@ class V41Interface(Interface):
             visit("engram.value", result[..., width:])
 
         with ExitStack() as stack:
-            stack.enter_context(
-                watching_block(self.code, block, visit, choices, outputs=_OUTPUTS, inputs=INPUTS, slot=self.slot(start))
-            )
+            stack.enter_context(_watching(self.code, block, visit, choices, self.slot(start)))
             stack.enter_context(watching_function(module, "fp4_act_quant", quantized))
             if self.config.layer_kind(layer).candidates is Candidates.SOURCE:
                 stack.enter_context(self._nominating(visit, choices.get(_CANDIDATES)))

@@ -73,6 +73,19 @@ class ModelArgs:
     engram_head_dim: int = 256
     engram_pad_id: int = 2
     engram_compressed_vocab_size: int = 99092
+    temperature: float = 1.0
+    dspark_block_size: int = 0
+    dspark_noise_token_id: int = 128799
+    dspark_target_layer_ids: Sequence[int] = ()
+    dspark_markov_rank: int = 256
+    dspark_n_routed_experts: int = 128
+    dspark_n_activated_experts: int = 3
+
+    def experts(self, layer_id: int) -> tuple[int, int]:
+        """Experts of a layer or stage, and those that a token takes."""
+        if layer_id < self.n_layers:
+            return self.n_routed_experts, self.n_activated_experts
+        return self.dspark_n_routed_experts, self.dspark_n_activated_experts
 
 
 def _parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -344,11 +357,12 @@ class Attention(nn.Module):
 class Gate(nn.Module):
     """Chooses experts by score plus bias. The weights have no bias."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, layer_id: int) -> None:
         super().__init__()
-        self.topk, self.route_scale = args.n_activated_experts, args.route_scale
-        self.weight = _parameter(args.n_routed_experts, args.dim)
-        self.bias = _parameter(args.n_routed_experts, dtype=torch.float32)
+        experts, self.topk = args.experts(layer_id)
+        self.route_scale = args.route_scale
+        self.weight = _parameter(experts, args.dim)
+        self.bias = _parameter(experts, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
@@ -376,11 +390,11 @@ class Expert(nn.Module):
 class MoE(nn.Module):
     """Routed experts and the shared one, summed in float32."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, layer_id: int) -> None:
         super().__init__()
         dtype = FP4 if args.expert_dtype == "fp4" else None
-        self.gate = Gate(args)
-        self.experts = nn.ModuleList(Expert(args, dtype) for _ in range(args.n_routed_experts))
+        self.gate = Gate(args, layer_id)
+        self.experts = nn.ModuleList(Expert(args, dtype) for _ in range(args.experts(layer_id)[0]))
         self.shared_experts = Expert(args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -397,11 +411,13 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """One layer. Each half collapses the streams by the weights that the half before it made."""
 
+    attention_cls: type[Attention] = Attention
+
     def __init__(self, layer_id: int, args: ModelArgs, engram_layout: EngramLayout | None = None) -> None:
         super().__init__()
         self.args = args
-        self.attn = Attention(layer_id, args)
-        self.ffn = MoE(args)
+        self.attn = self.attention_cls(layer_id, args)
+        self.ffn = MoE(args, layer_id)
         has_engram = engram_layout is not None and layer_id in engram_layout.layer_ids
         self.engram = Engram(args, layer_id, engram_layout) if has_engram else None
         self.attn_norm = RMSNorm(args.dim, args.norm_eps)
@@ -423,9 +439,11 @@ class Block(nn.Module):
         mixed = (comb.unsqueeze(-1) * residual.float().unsqueeze(3)).sum(dim=2)
         return (post.unsqueeze(-1) * x.float().unsqueeze(2) + mixed).to(x.dtype)
 
-    def forward(self, x: Tensor, start_pos: int, pre_mix: Tensor, image_mask: None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, start_pos: int, pre_mix: Tensor, image_mask: None, *attn_args: Tensor
+    ) -> tuple[Tensor, Tensor]:
         next_mix, post, comb = self._mixes(x, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base)
-        y = self.attn(self.attn_norm(self.hc_pre(x, pre_mix)), start_pos)
+        y = self.attn(self.attn_norm(self.hc_pre(x, pre_mix)), start_pos, *attn_args)
         x, pre_mix = self.hc_post(y, x, post, comb), next_mix
         next_mix, post, comb = self._mixes(x, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base)
         y = self.ffn(self.ffn_norm(self.hc_pre(x, pre_mix)))
@@ -433,14 +451,119 @@ class Block(nn.Module):
 
 
 class ParallelHead(nn.Module):
-    """Logits, in float32 and for the last position only."""
+    """Logits, in float32; of the last position unless all are asked for."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.weight = _parameter(vocab_size, dim, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[:, -1].float(), self.weight)
+    def forward(self, x: Tensor, full_logits: bool = False) -> Tensor:
+        return F.linear((x if full_logits else x[:, -1]).float(), self.weight)
+
+
+def sample(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The most likely token; of a temperature above 0, a random one."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.distributions.Categorical(logits=logits / temperature).sample()
+
+
+class DSparkAttention(Attention):
+    """Attention of a drafted block over itself and over a ring of keys of the known tokens, made of `main_x`."""
+
+    def _rotated_keys(self, x: Tensor, start: int) -> Tensor:
+        keys = self.kv_norm(self.wkv(x))
+        apply_rotary_emb(keys[..., -self.args.rope_head_dim :], self.freqs_cis[start : start + x.shape[1]])
+        act_quant(keys, GROUP, SCALES, E8M0, True)
+        return keys
+
+    def forward(self, x: Tensor, start_pos: int, main_x: Tensor) -> Tensor:
+        args, rd, window = self.args, self.args.rope_head_dim, self.window_size
+        batch, known = len(x), start_pos + main_x.shape[1]
+        keys = self._rotated_keys(main_x, start_pos)
+        last = torch.arange(max(start_pos, known - window), known)
+        self.window_kv_cache[:batch, last % window] = keys[:, last - start_pos]
+        if start_pos == 0:
+            return x
+        block = x.shape[1]
+        q = self.wq_b(self.q_norm(self.wq_a(x))).unflatten(-1, (args.n_heads, args.head_dim))
+        freqs = self.freqs_cis[known : known + block]
+        apply_rotary_emb(q[..., -rd:], freqs)
+        kv = torch.cat([self.window_kv_cache[:batch], self._rotated_keys(x, known)], dim=1)
+        places = torch.cat([torch.arange(min(known, window)), window + torch.arange(block)])
+        places = places.int().expand(batch, block, -1).contiguous()
+        o = sparse_attn(q, kv, self.attn_sink, places, args.head_dim**-0.5)
+        apply_rotary_emb(o[..., -rd:], freqs, True)
+        o = o.reshape(batch, block, args.o_groups, -1)
+        o = torch.einsum("bsgd,grd->bsgr", o, self.wo_a.weight.view(args.o_groups, args.o_lora_rank, -1))
+        return self.wo_b(o.flatten(2))
+
+
+class DSparkMarkovHead(nn.Module):
+    """Logits that depend on the token before alone."""
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, rank, _weight=torch.empty(vocab_size, rank))
+        self.head = ParallelHead(vocab_size, rank)
+
+    def forward(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.embed(token_ids)
+        return self.head(row, full_logits=True), row
+
+
+class DSparkConfidenceHead(nn.Module):
+    """The logit of a draft being accepted, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = Linear(width, 1, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor, row: Tensor) -> Tensor:
+        return self.proj(torch.cat([hidden, row], dim=-1).float())[..., 0]
+
+
+class DSparkBlock(Block):
+    """A draft stage. The first one also makes what all of them know; the last one also chooses the tokens."""
+
+    attention_cls = DSparkAttention
+
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__(layer_id, args)
+        self.block_size = args.dspark_block_size
+        self.embed: Any = None
+        self.head: Any = None
+        if layer_id == args.n_layers:
+            self.main_proj = Linear(args.dim * len(args.dspark_target_layer_ids), args.dim)
+            self.main_norm = RMSNorm(args.dim, args.norm_eps)
+        if layer_id == args.n_layers + args.n_mtp_layers - 1:
+            self.norm = RMSNorm(args.dim, args.norm_eps)
+            self.markov_head = DSparkMarkovHead(args.vocab_size, args.dspark_markov_rank)
+            self.confidence_head = DSparkConfidenceHead(args.dim + args.dspark_markov_rank)
+
+    def forward(self, x: Tensor, start_pos: int, pre_mix: Tensor, main_x: Tensor) -> tuple[Tensor, Tensor]:
+        if start_pos == 0:
+            return self.attn(x, start_pos, main_x), pre_mix
+        return super().forward(x, start_pos, pre_mix, None, main_x)
+
+    def forward_embed(self, main_hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The streams of the block, which begins with `input_ids` [b]; and what is known of the tokens before."""
+        ids = torch.full((len(input_ids), self.block_size), self.args.dspark_noise_token_id)
+        ids[:, 0] = input_ids
+        x = self.embed(ids).unsqueeze(2).repeat(1, 1, self.args.hc_mult, 1)
+        return x, self.main_norm(self.main_proj(main_hidden))
+
+    def forward_head(self, x: Tensor, pre_mix: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids with which the block began and those that it drafts, their logits, and its confidence."""
+        hidden = self.hc_pre(x, pre_mix)
+        logits = self.head(self.norm(hidden), full_logits=True)
+        drafted, rows = [input_ids], []
+        for at in range(self.block_size):
+            bias, row = self.markov_head(drafted[-1])
+            logits[:, at] += bias
+            rows.append(row)
+            drafted.append(sample(logits[:, at], self.args.temperature))
+        return torch.stack(drafted, dim=1), logits, self.confidence_head(hidden, torch.stack(rows, dim=1))
 
 
 def make_identity_pre_mix(x: Tensor, hc_mult: int) -> Tensor:
@@ -474,14 +597,32 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(layer, args, layout) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = ParallelHead(args.vocab_size, args.dim)
+        stages = range(args.n_layers, args.n_layers + args.n_mtp_layers) if args.dspark_block_size else ()
+        self.mtp = nn.ModuleList(DSparkBlock(layer, args) for layer in stages)
+        for block in self.mtp:
+            block.embed, block.head = self.embed, self.head
 
-    def forward(self, input_ids: Tensor, start_pos: int = 0) -> Tensor:
-        """Logits [b, vocab] of the last token."""
+    def forward(self, input_ids: Tensor, start_pos: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The next token, the logits [b, vocab] of the last one, and what the draft stages read."""
         rows = None if self.engram_hash is None else self.engram_hash(input_ids, start_pos)
         h = self.embed(input_ids).unsqueeze(2).repeat(1, 1, self.args.hc_mult, 1)
         pre_mix = make_identity_pre_mix(h, self.args.hc_mult)
-        for layer in self.layers:
+        read = []
+        for number, layer in enumerate(self.layers):
             if layer.engram is not None:
                 h = layer.engram(h, rows[:, :, layer.engram.layer_hash_index])
+            if number in self.args.dspark_target_layer_ids:
+                read.append(h.mean(dim=2))
             h, pre_mix = layer(h, start_pos, pre_mix, None)
-        return self.head(self.norm(layer.hc_pre(h, pre_mix)))
+        logits = self.head(self.norm(layer.hc_pre(h, pre_mix)))
+        return logits.argmax(dim=-1), logits, torch.cat(read, dim=-1) if read else None
+
+    def forward_spec(
+        self, input_ids: Tensor, main_hidden: Tensor, start_pos: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A draft after `input_ids` [b], which follow the tokens of `main_hidden`; none in the first call."""
+        h, main_x = self.mtp[0].forward_embed(main_hidden, input_ids)
+        pre_mix = make_identity_pre_mix(h, self.args.hc_mult)
+        for block in self.mtp:
+            h, pre_mix = block(h, start_pos, pre_mix, main_x)
+        return None if start_pos == 0 else self.mtp[-1].forward_head(h, pre_mix, input_ids)

@@ -85,6 +85,19 @@ DRAFTING = dspark_config(
 DRAFTS = (2, 3, 4)
 #: Every kind of layer of V4.1: one of the architectures of which Automodel's activations are recorded.
 V41_MODEL = tiny_v41_config(index_n_heads=64, sliding_window=6, engram_pad_token_id=10)
+#: Two layers of V4.1, of both of which three stages read what enters the attention; in the second, after its engram.
+V41_DRAFTING = tiny_v41_config(
+    num_hidden_layers=2,
+    compress_ratios=[0, 0, 0, 0, 0],
+    kv_source_layer_ids=[],
+    index_source_layer_ids=[],
+    candidate_source_layer_id=None,
+    engram_layer_ids=[1],
+    engram_pad_token_id=10,
+    hc_sinkhorn_iters=3,
+    dspark_noise_token_id=95,
+    dspark_target_layer_ids=[0, 1],
+)
 #: The models by name, and the length of their prompts.
 MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "main": (MAIN, 300),
@@ -93,7 +106,10 @@ MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
     "staged": (STAGED, 60),
     "drafting": (DRAFTING, 60),
     "v4.1": (V41_MODEL, 40),
+    "v4.1 drafting": (V41_DRAFTING, 40),
 }
+#: A stand-in for V4.1's inference code.
+V41_CODE = Path(__file__).parents[2] / "golden" / "release_code_v41"
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
 
 
@@ -240,8 +256,11 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
         held, (config, known) = Held.read_from(PublishedWeights.open(folder / "hf")), automodel("every kind of layer")
         assert config == raw
         return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
-    ids = np.random.default_rng(6).integers(0, raw["vocab_size"], (1, tokens)).astype(np.int32)
-    options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting"))
+    architecture = Config.from_hf(raw)
+    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (1, tokens)).astype(np.int32)
+    options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting", "v4.1 drafting"))
+    if architecture.maps_tokens:
+        options = dataclasses.replace(options, release_code=V41_CODE, numerics="plain")
     golden = record(folder / "hf", folder / "golden", options)
     return Patient(folder, golden, Held.read_from(PublishedWeights.open(folder / "hf")))
 

@@ -28,8 +28,10 @@ from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.programs import ModelOptions
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.run import ParityOptions, ParityRun
+from dsv4_convert.spec.config import Config
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
+from dsv4_convert.weights.parameters import Parameters
 
 from ...edits import edited
 from .fault import names
@@ -40,18 +42,24 @@ SLIDING, CSA, HCA, SECOND_CSA = range(4)
 #: Prompts and tokens: a chunk of each begins and ends inside a window and a block.
 PROMPTS, TOKENS, CHUNK = 2, 140, 48
 
-#: How each path runs, and its mesh of eight devices.
-PATHS: Mapping[str, ModelOptions] = {
-    "packed": ModelOptions(weights="expanded"),
-    "grouped": ModelOptions(weights="expanded", experts="grouped"),
-    "codes": ModelOptions(weights="source"),
-    "grouped codes": ModelOptions(weights="source", experts="grouped"),
-    "indexer": ModelOptions(weights="expanded"),
-    "cache": ModelOptions(weights="expanded", chunk=CHUNK),
-    "scanned": ModelOptions(weights="expanded", scanned=True, chunk=CHUNK),
-    "experts, fsdp, tensor": ModelOptions(weights="expanded", experts="grouped"),
-    "experts, sequence, tensor": ModelOptions(weights="expanded", scanned=True),
-}
+
+def paths(chunk: int) -> dict[str, ModelOptions]:
+    """How each path runs; the cached ones take so many tokens at a time."""
+    return {
+        "packed": ModelOptions(weights="expanded"),
+        "grouped": ModelOptions(weights="expanded", experts="grouped"),
+        "codes": ModelOptions(weights="source"),
+        "grouped codes": ModelOptions(weights="source", experts="grouped"),
+        "indexer": ModelOptions(weights="expanded"),
+        "cache": ModelOptions(weights="expanded", chunk=chunk),
+        "scanned": ModelOptions(weights="expanded", scanned=True, chunk=chunk),
+        "experts, fsdp, tensor": ModelOptions(weights="expanded", experts="grouped"),
+        "experts, sequence, tensor": ModelOptions(weights="expanded", scanned=True),
+    }
+
+
+PATHS: Mapping[str, ModelOptions] = paths(CHUNK)
+#: The mesh of eight devices of some paths.
 MESHES: Mapping[str, dict[str, int]] = {
     "experts, fsdp, tensor": {"expert": 2, "fsdp": 2, "tensor": 2},
     "experts, sequence, tensor": {"expert": 2, "sequence": 2, "tensor": 2},
@@ -60,7 +68,10 @@ MESHES: Mapping[str, dict[str, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ProgramFault:
-    """``old`` becomes ``new`` in the source of ``owner.function``; ``tap`` of ``layer`` must be named."""
+    """``old`` becomes ``new`` in the source of ``owner.function``; ``tap`` of ``layer`` must be named.
+
+    ``handed_on``: the layer before computes rightly and hands on something else, which shows from the tokens only.
+    """
 
     name: str
     path: str
@@ -70,6 +81,7 @@ class ProgramFault:
     function: str
     old: str
     new: str
+    handed_on: bool = False
 
     @property
     def full_tap(self) -> str:
@@ -83,20 +95,22 @@ class ProgramFault:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A healthy model: its weights in published form, and its golden."""
+    """A healthy model: its weights in published form, its golden, and how each path runs it."""
 
-    weights: Weights
+    weights: Parameters
     golden: Golden
+    paths: Mapping[str, ModelOptions]
 
 
-def subject(folder: Path) -> Subject:
-    """Make it in ``folder``, or open it there."""
+def subject(folder: Path, raw: Mapping[str, Any] = CONFIG, chunk: int = CHUNK, **options: Any) -> Subject:
+    """Make it in ``folder``, or open it there. ``options``: of the recording."""
     if not (folder / "golden").exists():
-        write_checkpoint(folder / "hf", CONFIG, seed=0)
+        write_checkpoint(folder / "hf", raw, seed=0)
         hf_to_orbax(folder / "hf", folder / "orbax", storage=Storage.SOURCE)
-        ids = np.random.default_rng(8).integers(0, CONFIG["vocab_size"], (PROMPTS, TOKENS)).astype(np.int32)
-        record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=["float32"]))
-    return Subject(Weights.open(folder / "orbax"), open_golden(folder / "golden"))
+        vocabulary = Config.from_hf(raw).vocab_size
+        ids = np.random.default_rng(8).integers(0, vocabulary, (PROMPTS, TOKENS)).astype(np.int32)
+        record(folder / "hf", folder / "golden", RecordingOptions(tokens=ids, noise=["float32"], **options))
+    return Subject(Weights.open(folder / "orbax"), open_golden(folder / "golden"), paths(chunk))
 
 
 def examine(subject: Subject, path: str, fault: ProgramFault | None = None, **options: Any) -> ParityReport:
@@ -105,13 +119,15 @@ def examine(subject: Subject, path: str, fault: ProgramFault | None = None, **op
         mesh = MESHES.get(path)
         devices = None if mesh is None else Devices.all(subject.weights.config, ALONE, mesh)
         given = ParityOptions(**options)
-        return ParityRun(subject.weights, subject.golden, given, devices=devices, model=PATHS[path]).run()
+        return ParityRun(subject.weights, subject.golden, given, devices=devices, model=subject.paths[path]).run()
 
 
 def options_of(fault: ProgramFault) -> dict[str, Any]:
     """The smallest run that has the fault: its layer, or the model level from the tokens on."""
     if fault.layer is None:
-        return {"taps": [fault.tap, "hc_head"], "modes": [Mode.ISOLATED]}  # the head runs where it fails
+        return {"taps": [fault.tap, "hc_head*"], "modes": [Mode.ISOLATED]}  # the head runs where it fails
+    if fault.handed_on:
+        return {"layers": range(fault.layer + 1), "modes": [Mode.CUMULATIVE]}
     return {"layers": [fault.layer]}
 
 
@@ -134,18 +150,19 @@ def traced_again(program: Any, static: int | tuple[int, ...] = 0) -> Any:
     return jax.jit(lambda *operands: program.__wrapped__(*operands), static_argnums=static)
 
 
-def _fault(path: str, layer: int | None, tap: str, owner: Any, function: str, *edits: tuple[str, str, str]) -> Any:
+def planted(path: str, layer: int | None, tap: str, owner: Any, function: str, *edits: tuple[str, str, str]) -> Any:
+    """Faults of one function: a name, and the text that takes the place of another, for each."""
     return [ProgramFault(name, path, layer, tap, owner, function, old, new) for name, old, new in edits]
 
 
 _EXPERTS, _CHOSEN, _CONTEXT = "ffn.experts", "attn.indexer.chosen", "attn.context"
 _POOLED, _ENTRIES = "attn.compressor.pooled", "attn.compressor.entries"
 _STREAMS = "hc_ffn.streams"
-_SCAN = "_looped(step, carry, (weights, before, replaced), segment.repeats)"
-_REVERSED = "jax.lax.scan(step, carry, (weights, before, replaced), reverse=True)"
+SCAN = "_looped(step, carry, (weights, before, replaced), segment.repeats)"
+REVERSED = "jax.lax.scan(step, carry, (weights, before, replaced), reverse=True)"
 
 PROGRAM: tuple[ProgramFault, ...] = (
-    *_fault("grouped", SLIDING, _EXPERTS, experts, "grouped",
+    *planted("grouped", SLIDING, _EXPERTS, experts, "grouped",
             ("a group's size off by one", "clip(ends, first, first + tile) -", "clip(ends - 1, first, first + tile) -"),
             ("the last rows dropped", "row < ends[-1], pick", "row < ends[-1] - 8, pick"),
             ("rows not sorted by expert", "pick = order[jnp.minimum(row, tokens * chosen - 1)]",
@@ -153,32 +170,32 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("outputs added to the next token", "pick // chosen, tokens)].add",
              "(pick // chosen + 1) % tokens, tokens)].add"),
             ("weights of the next row", "reshape(-1)[pick]", "reshape(-1)[(pick + 1) % (tokens * chosen)]")),
-    *_fault("grouped", CSA, _EXPERTS, experts, "grouped",
+    *planted("grouped", CSA, _EXPERTS, experts, "grouped",
             ("gate and up swapped", "for stack in (w1, w3)", "for stack in (w3, w1)"),
             ("a token's second expert overwrites its first", '.add(output, mode="drop")', '.set(output, mode="drop")')),
-    *_fault("packed", SLIDING, _EXPERTS, experts, "packed",
+    *planted("packed", SLIDING, _EXPERTS, experts, "packed",
             ("an expert's rows begin one late", "* tile + jnp.arange(tile)", "* tile + 1 + jnp.arange(tile)"),
             ("rows of the next expert added", "row < first_row[expert + 1],", "row < first_row[expert + 1] + 1,"),
             ("an expert's last row dropped", "row < first_row[expert + 1],", "row < first_row[expert + 1] - 1,"),
             ("weights in the order of tokens", "flat_weights[pick],", "flat_weights[row % (tokens * chosen)],"),
             ("gate and up swapped", "for w in (w1, w2, w3))", "for w in (w3, w2, w1))"),
             ("every output added twice", ", tokens)].add(output)", ", tokens)].add(2 * output)"),
-            ("matrices of the next expert", "Member(w, expert)", "Member(w, (expert + 1) % stack)")),
-    *_fault("codes", SLIDING, _EXPERTS, experts, "packed",
+            ("matrices of the next expert", "member(w, expert)", "member(w, (expert + 1) % stack)")),
+    *planted("codes", SLIDING, _EXPERTS, experts, "packed",
             ("the last tile dropped", "< first_tile[stack], body", "< first_tile[stack] - 1, body"),
             ("rows of a padded tile added", "row < first_row[expert + 1],", "row < first_row[expert + 1] + tile,"),
             ("tiles begin one row late", "(index - first_tile[expert]) * tile +",
              "(index - first_tile[expert]) * tile + 1 +"),
             ("small tiles begin at the expert's first row", "next_row += count * tile", "next_row += 0 * tile")),
-    *_fault("codes", CSA, _EXPERTS, encoded, "_e2m1",
+    *planted("codes", CSA, _EXPERTS, encoded, "_e2m1",
             ("the sign of FP4 lost", "wide < 8, value", "wide < 16, value"),
             ("half as zero", "0.5 * magnitude", "0.0 * magnitude")),
-    *_fault("codes", CSA, _EXPERTS, encoded, "_halves",
+    *planted("codes", CSA, _EXPERTS, encoded, "_halves",
             ("nibbles in the other order", "_e2m1(wide & 15), _e2m1(wide >> 4)",
              "_e2m1(wide >> 4), _e2m1(wide & 15)")),
-    *_fault("codes", CSA, "attn.wq_a", encoded, "factors",
+    *planted("codes", CSA, "attn.wq_a", encoded, "factors",
             ("exponents off by one", "jnp.maximum(byte, 1) << 23", "(jnp.maximum(byte, 1) + 1) << 23")),
-    *_fault("grouped codes", SLIDING, _EXPERTS, grouped_codes, "_run",
+    *planted("grouped codes", SLIDING, _EXPERTS, grouped_codes, "_run",
             ("a group's size off by one, in the kernel", "row < bounds[own + 1]", "row < bounds[own + 1] - 1"),
             ("rows of the expert before written over", "(row >= bounds[own]) & (row", "(row >= 0) & (row"),
             ("the last visit dropped", "grid=(parts, visits.there)", "grid=(parts, visits.there - 1)"),
@@ -187,17 +204,17 @@ PROGRAM: tuple[ProgramFault, ...] = (
             ("rows of a tile counted one late", "tile[visit] * tiles.rows +", "tile[visit] * tiles.rows + 1 +"),
             ("tiles of the expert before", "return expert[visit], 0, part",
              "return expert[jnp.maximum(visit - 1, 0)], 0, part")),
-    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_decode",
+    *planted("grouped codes", CSA, _EXPERTS, grouped_codes, "_decode",
             ("nibbles in the other order, in the kernel", "pl.ds(half,", "pl.ds(1 - half,"),
             ("odd inputs after the even ones", "pl.ds(half, len(values), stride=ratio)",
              "pl.ds(half * len(values), len(values))"),
             ("the scale of the neighbouring output", "factors(scales[first:last, columns])",
              "factors(jnp.roll(scales[first:last, columns], 1, axis=1))")),
-    *_fault("grouped codes", CSA, _EXPERTS, grouped_codes, "_visits",
+    *planted("grouped codes", CSA, _EXPERTS, grouped_codes, "_visits",
             ("the last tile of an expert dropped", "pl.cdiv(bounds[1:], tile_rows)",
              "bounds[1:] // tile_rows"),
             ("tiles counted from the first row", "tile = first[expert] + visit", "tile = visit")),
-    *_fault("indexer", CSA, _CHOSEN, indexer.Indexer, "_score_and_choose",
+    *planted("indexer", CSA, _CHOSEN, indexer.Indexer, "_score_and_choose",
             ("one entry too many seen", "self.longest_chunk, q, weights, complete)",
              "self.longest_chunk, q, weights, complete + 1)"),
             ("one entry too few seen", "self.longest_chunk, q, weights, complete)",
@@ -210,43 +227,43 @@ PROGRAM: tuple[ProgramFault, ...] = (
              "self._summed_scores(keys[:, ::-1], q, weights)"),
             ("heads without their weights", "self._summed_scores(keys, q, weights)",
              "self._summed_scores(keys, q, jnp.ones_like(weights))")),
-    *_fault("cache", SLIDING, _CONTEXT, attention, "latest",
+    *planted("cache", SLIDING, _CONTEXT, attention, "latest",
             ("a cached row shifted", "dynamic_slice_in_dim(rows, count, keep)",
              "dynamic_slice_in_dim(rows, jnp.maximum(count - 1, 0), keep)")),
-    *_fault("cache", SLIDING, _CONTEXT, attention, "_context",
+    *planted("cache", SLIDING, _CONTEXT, attention, "_context",
             ("keys from before the prompt seen", ">= -earlier.tokens[:, None]",
              ">= -window * jnp.ones_like(earlier.tokens[:, None])"),
             ("the oldest cached key not seen", ">= -earlier.tokens[:, None]", ">= 1 - earlier.tokens[:, None]")),
-    *_fault("cache", SLIDING, _CONTEXT, cache.Past, "kept",
+    *planted("cache", SLIDING, _CONTEXT, cache.Past, "kept",
             ("padding kept in the cache", "return self.count if", f"return 0 * self.count + {CHUNK} if")),
-    *_fault("cache", CSA, _POOLED, compressor.Compressor, "_continued",
+    *planted("cache", CSA, _POOLED, compressor.Compressor, "_continued",
             ("the block before forgotten", "before >= self.ratio if lead", "before < 0 if lead"),
             ("rows of the block begin one late", "kept - before % self.ratio - lead",
              "kept + 1 - before % self.ratio - lead")),
-    *_fault("cache", CSA, _ENTRIES, compressor.Compressor, "_continued",
+    *planted("cache", CSA, _ENTRIES, compressor.Compressor, "_continued",
             ("an entry's position counted twice", "positions[:, :1] - before[:, None] + block",
              "positions[:, :1] + block")),
-    *_fault("cache", HCA, _CONTEXT, compressor.Compressor, "_continued",
+    *planted("cache", HCA, _CONTEXT, compressor.Compressor, "_continued",
             ("an entry in the next slot", "(state.entries, fresh, block,", "(state.entries, fresh, block + 1,")),
-    *_fault("cache", CSA, _CHOSEN, compressor.Compressor, "_continued",
+    *planted("cache", CSA, _CHOSEN, compressor.Compressor, "_continued",
             ("an entry kept only if a token follows", "<= (before + count)[:, None]",
              "< (before + count)[:, None]")),
-    *_fault("scanned", CSA, _STREAMS, layers.ScannedLayers, "__call__",
-            ("layers in the other order", _SCAN, _REVERSED)),
-    *_fault("scanned", CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
-            ("weights of the next layer", _SCAN, _SCAN.replace(
+    *planted("scanned", CSA, _STREAMS, layers.ScannedLayers, "__call__",
+            ("layers in the other order", SCAN, REVERSED)),
+    *planted("scanned", CSA, "hc_attn.pre", layers.ScannedLayers, "__call__",
+            ("weights of the next layer", SCAN, SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: jnp.roll(part, 1, axis=0), weights),")),
-            ("the first layer's weights for all", _SCAN, _SCAN.replace(
+            ("the first layer's weights for all", SCAN, SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: jnp.stack([part[0]] * len(part)), weights),")),
-            ("stacked weights rounded to bfloat16", _SCAN, _SCAN.replace(
+            ("stacked weights rounded to bfloat16", SCAN, SCAN.replace(
                 "(weights,", "(jax.tree.map(lambda part: part.astype(jnp.bfloat16).astype(part.dtype), weights),"))),
-    *_fault("scanned", CSA, _POOLED, layers.ScannedLayers, "__call__",
+    *planted("scanned", CSA, _POOLED, layers.ScannedLayers, "__call__",
             ("states left in the other order", "states.append(left)",
              "states.append(jax.tree.map(lambda part: part[::-1], left))")),
-    *_fault("scanned", SECOND_CSA, _STREAMS, layers.ScannedLayers, "__call__",
-            ("layers in the other order, last repeat", _SCAN,
-             _REVERSED)),
-    *_fault("experts, fsdp, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
+    *planted("scanned", SECOND_CSA, _STREAMS, layers.ScannedLayers, "__call__",
+            ("layers in the other order, last repeat", SCAN,
+             REVERSED)),
+    *planted("experts, fsdp, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
             ("the sum over inner widths missing", 'psum(total.reshape(x.shape), "inner")', "total.reshape(x.shape)"),
             ("the sum over inner widths doubled", 'psum(total.reshape(x.shape), "inner")',
              'psum(psum(total.reshape(x.shape), "inner"), "inner")'),
@@ -256,23 +273,23 @@ PROGRAM: tuple[ProgramFault, ...] = (
              '(axis_index("experts") + 1) * w1'),
             ("routing weights of the device's own tokens", 'all_gather((x, experts, weights), "experts")',
              '(*all_gather((x, experts), "experts"), jnp.concatenate([weights, weights]))')),
-    *_fault("experts, fsdp, tensor", CSA, _CHOSEN, indexer.Indexer, "_summed_scores",
+    *planted("experts, fsdp, tensor", CSA, _CHOSEN, indexer.EntryScorer, "_summed_scores",
             ("the sum over indexer heads missing", 'psum(self._scores(q, keys, weights), "index_heads")',
              "self._scores(q, keys, weights)")),
-    *_fault("experts, fsdp, tensor", None, "embed", backbone, "_rows_of",
+    *planted("experts, fsdp, tensor", None, "embed", backbone, "_rows_of",
             ("rows of another device's vocabulary added", 'own_rows(table, all_gather(token_ids, "width"), "vocab")',
              'table[all_gather(token_ids, "width") % table.shape[0]]')),
-    *_fault("experts, sequence, tensor", SLIDING, _CONTEXT, attention, "_context",
+    *planted("experts, sequence, tensor", SLIDING, _CONTEXT, attention, "_context",
             ("a device's queries at the first one's place", 'axis_index("tokens") * q', '0 * axis_index("tokens") * q'),
             ("a device's queries at the next one's place", 'axis_index("tokens") * q',
              '(axis_index("tokens") + 1) % 2 * q'),
             ("a device's queries one token late", 'axis_index("tokens") * q.shape[1]',
              'axis_index("tokens") * (q.shape[1] + 1)')),
-    *_fault("experts, sequence, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
+    *planted("experts, sequence, tensor", SLIDING, _EXPERTS, experts, "_sum_of_experts",
             ("the sum over inner widths missing, scanned", 'psum(total.reshape(x.shape), "inner")',
              "total.reshape(x.shape)"),
             ("experts not counted from the device's first, scanned", 'axis_index("experts") * w1',
              '0 * axis_index("experts") * w1')),
-    *_fault("experts, sequence, tensor", CSA, _STREAMS, layers.ScannedLayers, "__call__",
-            ("layers in the other order, sharded", _SCAN, _REVERSED)),
+    *planted("experts, sequence, tensor", CSA, _STREAMS, layers.ScannedLayers, "__call__",
+            ("layers in the other order, sharded", SCAN, REVERSED)),
 )  # fmt: skip
