@@ -26,7 +26,7 @@ class Unchecked:
         embedding, head: whether the model level was left out, before and after the layers.
         experts: number of experts that no token reaches, in all layers that ran.
         rows: number of tokens of the vocabulary that are not in the prompt.
-        vocabulary: number of all of them.
+        vocabulary: number of tokens of the vocabulary.
         tables: layers whose table of experts by token has a row for each.
         cache: whether no token was decoded from a cache.
         prompt: whether nothing ties the golden's arrays to its tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import EllipsisType
 from typing import Any, TypeAlias, TypeVar
@@ -246,7 +246,7 @@ def product(x: Float[Array, "*rows inner"], w: Float[Matrix, "*stack inner outer
     if not jax.sharding.get_abstract_mesh().empty:
         return _expanded(x, w, dtype=dtype)
     *stack, inputs, outputs = w.shape
-    on_cpu = _one_by_one if stack else _expanded
+    on_cpu: Callable[..., Array] = _one_by_one if stack else _expanded
     if isinstance(w, Encoded):
         rows = math.prod(x.shape[: x.ndim - len(stack) - 1])
         rounds = w.scales.dtype == jnp.float32 and np.dtype(dtype) != np.float32

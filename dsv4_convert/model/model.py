@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
 
     @classmethod
     def entering_of(cls, taps: Mapping[str, Any], dtype: DTypeLike) -> Any:
-        """What enters a layer or stage, made of these taps: the carry, and for a stage of DSpark the context beside."""
+        """These taps as what enters a layer or stage: the carry, and for a stage of DSpark the context beside."""
         if (targets := taps.get("targets")) is not None:
             return None, jnp.asarray(targets, dtype)
         carry, context = cls.carry_of(taps, dtype), taps.get("main_norm")

@@ -85,7 +85,7 @@ def differing(found: dict[str, np.ndarray], tokens: int) -> list[str]:
 
 
 def recorded(tokens: int) -> dict[str, np.ndarray]:
-    """What Automodel computed behind so many tokens."""
+    """Automodel's values after so many tokens."""
     prefix = f"{tokens}/"
     return {name.removeprefix(prefix): value for name, value in load_file(RECORDED).items() if name.startswith(prefix)}
 

@@ -20,7 +20,7 @@ ROWS = ((1,), (7,), (0,), (1, 1), (2, 3))
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 def test_sums_are_float32(dtype: type) -> None:
-    """Of a matrix, a matrix out of a stack, each matrix of a stack, and a product that is transposed at once."""
+    """A matrix, a matrix out of a stack, each matrix of a stack, and a product that is transposed at once."""
     rng = np.random.default_rng(1)
     stack = rng.normal(size=(2, 136, 48)).astype(dtype)
     given = [rng.normal(size=(*rows, 2, 136)).astype(dtype) for rows in ROWS]

@@ -19,7 +19,7 @@ from .faults.drafts_v41 import DRAFT_FAULTS_V41, OWN, WRONG_TARGETS
 from .faults.fault import DRAFTS, Patient, examine, patient, uncompiled
 
 FIRST, MIDDLE, LAST = DRAFTS
-#: Those of V4's stages that are planted here too; ``python -m benchmarks.faults --model v4.1`` plants all.
+#: Faults of V4's stages, planted here too; ``python -m benchmarks.faults --model v4.1`` plants all.
 SAMPLE = (
     "v4.1, mtp.0: targets in another order",
     "v4.1, mtp.1: window one too short",

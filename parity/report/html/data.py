@@ -281,7 +281,7 @@ def _drawn(result: TapResult, sample: Sample, prompt: Prompt) -> Failing:
     )
 
 
-#: What a tap of chosen indices chooses.
+#: A tap of chosen indices -> the module that chooses.
 _CHOICES = {
     "ffn.gate.experts": "experts",
     "attn.indexer.chosen": "indexer",
