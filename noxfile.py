@@ -1,10 +1,9 @@
 """Sessions: ``demo`` does the main job, ``tests`` and ``lint`` check the code, ``docs`` makes the site.
 
-Each sets itself up from nothing, with uv where it is there (``pip install 'nox[uv]'``), which takes half of the time.
-Versions are pinned by ``constraints.txt``; ``versions`` has pins of its own.
-``versions`` and ``witnesses`` need uv, and several Pythons on PATH. ``torch`` comes from the
-index in DSV4_TORCH_INDEX where that is set, such as https://download.pytorch.org/whl/cpu for the small CPU build;
-otherwise from the default index.
+Each sets itself up from nothing, with uv where it is there (``pip install 'nox[uv]'``). Versions are pinned by
+``constraints.txt``; ``versions`` has pins of its own. ``versions`` and ``witnesses`` need uv and several Pythons on
+PATH. ``torch`` comes from the index in DSV4_TORCH_INDEX where that is set, such as
+https://download.pytorch.org/whl/cpu for the small CPU build; otherwise from the default index.
 """
 
 from __future__ import annotations
