@@ -4,8 +4,7 @@ A model of a few layers with random weights, as wide as the machine holds: a dec
 expanded in turn within one run, and what XLA plans for either: bytes of arguments (the weights) and of temporaries.
 Then the weights of a published config, in bytes, from its shapes alone.
 
-On CPU an expanded bfloat16 program widens whole stacks of experts to float32 before it multiplies, which the
-temporaries show; a comparison with float32 weights (``--against float32``) is the one with what a CPU does best.
+``--against float32`` compares with float32 weights.
 
 Run: python -m benchmarks.encoded [--width 1024] [--experts 64] [--tokens 128] [--against bfloat16|float32]
 """
