@@ -249,7 +249,7 @@ def _features(change: Callable[[Any, Any], Any]) -> Plant:
 
 def _refined(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Plant:
     original = drafts.DSparkBlock.refine
-    names = ("streams", "token_ids", "context", "positions", "past", "taps")
+    names = ("carry", "token_ids", "context", "positions", "past", "taps")
 
     def refine(self: Any, *arguments: Any) -> Any:
         return original(self, **change(dict(zip(names, arguments, strict=True))))

@@ -20,7 +20,6 @@ from dsv4_convert.model import Taps, dspark
 from dsv4_convert.model.cache import Past, empty_stages
 from dsv4_convert.model.model import Decoder
 from dsv4_convert.model.v41 import attention, block
-from dsv4_convert.model.v41 import model as backbone
 from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey, taps_of
 from dsv4_convert.weights.published import PublishedWeights
@@ -110,8 +109,9 @@ def test_a_draft_after_parts_is_one_after_all(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("tap", "owner", "function", "old", "new"),
     [
-        ("mtp.0.main_proj", dspark.DSparkBlock, "context", "axis=3)", "axis=3) * 2"),
-        ("mtp.0.attn_norm", backbone.V41Model, "enter", ".at[..., 0].set(1)", " + 0.25"),
+        ("mtp.0.main_proj", dspark.DSparkBlock, "context", "features.astype(jnp.float32)",
+         "2 * features.astype(jnp.float32)"),
+        ("mtp.0.attn.wo_a", dspark.DSparkBlock, "remember", "context, positions, ", "context, positions + 1, "),
         ("mtp.1.attn_norm", block.V41Block, "combine", "routed.mixing.pre", "carry.pre"),
         ("mtp.0.attn.wo_a", attention.SharedAttention, "__call__", "self._queries(q_low_rank, taps)",
          "2 * self._queries(q_low_rank, taps)"),
@@ -120,7 +120,5 @@ def test_a_draft_after_parts_is_one_after_all(model: Decoder) -> None:
     ],
 )  # fmt: skip
 def test_a_planted_fault_shows(model: Decoder, tap: str, owner: Any, function: str, old: str, new: str) -> None:
-    fault = edited(owner, function, old, new)
-    planted = staticmethod(fault) if function == "enter" else fault
-    with patch.object(owner, function, planted):
+    with patch.object(owner, function, edited(owner, function, old, new)):
         assert differing(drafted(model, LENGTHS[0]), LENGTHS[0])[0] == tap

@@ -530,7 +530,7 @@ CODE: tuple[Fault, ...] = (
     _code("norm statistics in bfloat16", CSA, "attn.q_norm", attention, "rms_norm", _coarse_norm),
     _code("layer norm instead of RMS norm", HCA, "attn.q_norm", attention, "rms_norm", _layer_norm),
     _code("matmul at an accelerator's default precision", SLIDING, "attn.wq_a", numerics, "product",
-          lambda equation, x, w, dtype: _coarse_linear(x, w)),
+          lambda x, w, dtype: _coarse_linear(x, w)),
     _code("router matmul at default precision", LEARNED_CSA, "ffn.gate.logits", router, "linear", _coarse_linear),
     _code("embedding scaled by sqrt(D)", None, "embed", forward, "embed", _scaled_embedding),
     _code("head collapse by the mean", None, "hc_head", hyper_connection, "_collapse", _plain_sum),
