@@ -76,8 +76,8 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
     plan = dataclasses.replace(plan, limit=fixed + max(1, int(share * experts)) * plan.expert)
     model = ModelFromDisk(weights, width, plan=plan)
     generator = Generator(model, width)
-    prompt = np.random.default_rng(0).integers(0, weights.config.vocab_size, _PROMPT).tolist()
-    generator([prompt], new_tokens=tokens + 1)  # compiles, for a cache with room for as many
+    other, prompt = np.random.default_rng(0).integers(0, weights.config.vocab_size, (2, _PROMPT)).tolist()
+    generator([other], new_tokens=tokens + 1)  # compiles, for a cache with room for as many
     model.reset_pace()
     before, begun, spent = disk_rate(folder, 1), [0.0], list[float]()
 
