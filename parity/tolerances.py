@@ -75,7 +75,7 @@ class SystematicLimits:
         return self.share + self.chance / math.sqrt(max(count, 1))
 
 
-#: Derivation. In 200 random healthy architectures in bfloat16, isolated, cumulative and compact, nothing failed, and the
+#: Derivation. In 200 random healthy architectures in bfloat16, isolated, cumulative and compact, nothing failed. The
 #: largest correlation was 0.88 of what is allowed (``python -m benchmarks.false_alarms`` prints it). Two causes are no
 #: chance.
 #:
