@@ -88,6 +88,7 @@ def _some_layers(text: Raw, layers: tuple[int, ...]) -> Raw:
         "compress_ratios": [text["compress_ratios"][layer] for layer in layers] + [0],
         "num_nextn_predict_layers": 1,
         "dspark_target_layer_ids": [0],
+        "dspark_n_routed_experts": text["dspark_num_experts_per_tok"],
         "candidate_source_layer_id": -1,
     }
     for name in ("kv_source_layer_ids", "index_source_layer_ids", "engram_layer_ids"):
@@ -99,9 +100,9 @@ def _some_layers(text: Raw, layers: tuple[int, ...]) -> Raw:
 
 
 def make(folder: Path, raw: Raw, tokens: np.ndarray) -> None:
-    """The checkpoint, without draft stages. A table of n-grams is a hole in its file, with the rows of the prompt."""
+    """The checkpoint; of V4 without its stage. A table of n-grams is a hole in its file, with the rows of the prompt."""
     with patch.object(synthetic, "write_safetensors", _write_without_tables):
-        synthetic.write_checkpoint(folder, raw, mtp=False)
+        synthetic.write_checkpoint(folder, raw, mtp="text_config" in raw)
     with open_checkpoint(folder) as checkpoint:
         config = checkpoint.architecture()
         if not isinstance(config, V41Config) or config.engram is None:
