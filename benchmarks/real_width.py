@@ -100,7 +100,7 @@ def _some_layers(text: Raw, layers: tuple[int, ...]) -> Raw:
 
 
 def make(folder: Path, raw: Raw, tokens: np.ndarray) -> None:
-    """The checkpoint; of V4 without its stage. A table of n-grams is a hole in its file, with the rows of the prompt."""
+    """The checkpoint; V4 has no stage. A table of n-grams is a hole in its file, with the rows of the prompt."""
     with patch.object(synthetic, "write_safetensors", _write_without_tables):
         synthetic.write_checkpoint(folder, raw, mtp="text_config" in raw)
     with open_checkpoint(folder) as checkpoint:
