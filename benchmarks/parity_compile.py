@@ -21,12 +21,13 @@ from rich.table import Table
 
 from benchmarks.topologies import CONFIGS, MODELS
 from dsv4_convert.aot import Slice
+from dsv4_convert.aot.report import Memory
 from dsv4_convert.spec.config import Config
 from tests.aot.parity_layer import Job, compile_layer
 
 _SLICES = {"v5p-8": {"expert": 4}, "v6e-8": {"expert": 8}}
 _LAYERS = {"CSA": 20, "HCA": 21}
-#: What runs -> how, beside the layer: prompts and expanded weights but for what is said.
+#: Form of a program -> its options; without any it runs prompts, with expanded weights and taps.
 _FORMS: dict[str, dict[str, Any]] = {
     "prompt, taps": {},
     "prompt": {"recorded": False},
@@ -42,18 +43,18 @@ def _memory(config: Config, job: Job) -> dict[str, Any]:
     """GiB of one device, seconds, or the compiler's refusal."""
     start = time.process_time()
     try:
-        stats: Any = compile_layer(config, job).memory_analysis()
+        memory = Memory.of(compile_layer(config, job))
     except jax.errors.JaxRuntimeError as refusal:
         if not str(refusal).startswith("RESOURCE_EXHAUSTED"):
             raise
         return {"refused": str(refusal).splitlines()[0]}
     sizes = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
+        "arguments": memory.arguments,
+        "outputs": memory.outputs - memory.aliased,
+        "temporaries": memory.temporaries,
     }
     rounded = {name: round(size / _GIB, 2) for name, size in sizes.items()}
-    return {**rounded, "total": sum(sizes.values()) / _GIB, "cpu_seconds": round(time.process_time() - start)}
+    return {**rounded, "total": memory.total / _GIB, "cpu_seconds": round(time.process_time() - start)}
 
 
 def main() -> None:

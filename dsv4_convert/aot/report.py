@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from dsv4_convert.aot.hlo import Collective
 from dsv4_convert.aot.topology import Slice
 
@@ -28,6 +30,19 @@ class Memory:
     aliased: int
     temporaries: int
     code: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Memory:
+        """What the compiler says of a program for a TPU."""
+        stats = compiled.memory_analysis()
+        assert stats is not None  # of every program for a TPU
+        return cls(
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            code=stats.generated_code_size_in_bytes,
+        )
 
     @property
     def total(self) -> int:

@@ -65,7 +65,7 @@ def compile_model(
     start = time.perf_counter()
     try:
         compiled = program.compile()
-        memory, text = _memory(compiled), compiled.as_text() or ""
+        memory, text = Memory.of(compiled), compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         if _FULL not in str(error):
             raise
@@ -90,18 +90,6 @@ def compile_model(
         operations=job.batch * operations(config, tokens=tokens, decode=decode),
         collectives=collectives(text),
         seconds=seconds,
-    )
-
-
-def _memory(compiled: jax.stages.Compiled) -> Memory:
-    stats = compiled.memory_analysis()
-    assert stats is not None  # of every program for a TPU
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        aliased=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
     )
 
 

@@ -55,22 +55,27 @@ def weights(folder: Path) -> PublishedWeights:
     return PublishedWeights.open(folder / "fp4")
 
 
+def check_draft(model: Any, ids: torch.Tensor, golden: Golden) -> None:
+    """The golden's last block is what a whole model of the code drafts after tokens ``[B, S]``, the last one by one."""
+    tokens = ids.shape[1]
+    begun = tokens - DECODE
+    _, _, read = model(ids[:, :begun], 0)
+    assert model.forward_spec(ids[:, begun], read, 0) is None
+    for token in range(begun, tokens - 1):
+        _, _, read = model(ids[:, token : token + 1], token)
+        drafted, logits, confidence = model.forward_spec(ids[:, token + 1], read, token)
+    np.testing.assert_array_equal(drafted[:, 1:, None].numpy(), golden.read("mtp.2.tokens"))
+    np.testing.assert_array_equal(logits.numpy(), golden.read("mtp.2.draft_logits"))
+    np.testing.assert_array_equal(confidence.numpy(), golden.read("mtp.2.confidence"))
+
+
 def test_the_draft_is_what_the_whole_code_computes(weights: PublishedWeights, golden: Golden) -> None:
     """The code's own model and ``forward_spec``, call by call, which nobody watches."""
     required, of_stages = V4Interface.required, V4Interface.of_stages(weights.config)
     code, ids = release_code.load(CODE_0731, required, besides=of_stages), torch.from_numpy(IDS.astype(np.int64))
-    begun = TOKENS - DECODE
     with code.active():
         args = _arguments(code, weights, IDS, STAGES)
-        model: Any = _filled(code, code.module.Transformer(args), weights)
-        _, _, read = model(ids[:, :begun], 0)
-        assert model.forward_spec(ids[:, begun], read, 0) is None
-        for token in range(begun, TOKENS - 1):
-            _, _, read = model(ids[:, token : token + 1], token)
-            drafted, logits, confidence = model.forward_spec(ids[:, token + 1], read, token)
-    np.testing.assert_array_equal(drafted[:, 1:, None].numpy(), golden.read("mtp.2.tokens"))
-    np.testing.assert_array_equal(logits.numpy(), golden.read("mtp.2.draft_logits"))
-    np.testing.assert_array_equal(confidence.numpy(), golden.read("mtp.2.confidence"))
+        check_draft(_filled(code, code.module.Transformer(args), weights), ids, golden)
     assert (golden.read("mtp.2.draft_logits") != golden.read("mtp.2.logits")).all(), "the head is read before it adds"
 
 

@@ -27,12 +27,10 @@ from dsv4_convert.weights.published import PublishedWeights
 
 from ..parity.faults.fault import DRAFTS, V41_CODE, V41_DRAFTING, uncompiled
 from .test_release import _filled
-from .test_release_drafts import check_rounding
+from .test_release_drafts import DECODE, TOKENS, check_draft, check_rounding
 
 CODE = V41_CODE
 FIRST, _, LAST = DRAFTS
-#: More tokens are known than the window of 16 has, before the first one that comes by itself.
-TOKENS, DECODE = 21, 3
 IDS = np.random.default_rng(1).integers(0, V41_DRAFTING["text_config"]["vocab_size"], (2, TOKENS)).astype(np.int32)
 
 
@@ -60,19 +58,10 @@ def test_the_draft_is_what_the_whole_code_computes(weights: PublishedWeights, go
     code = release_code.load(CODE, V41Interface.required, besides=V41Interface.of_stages(config))
     prompt = PromptCalls(ids, [(0, TOKENS)], folder / "fp4", DRAFTS)
     tokenizer = _Tokenizer(Tokenizer.from_file(str(folder / "fp4" / "tokenizer.json")))
-    begun = TOKENS - DECODE
     with code.active():
         interface = V41Interface(code, config, prompt, StoredAs(fp8=True, fp4_experts=True, float_scales=False))
         interface.args.engram_num_embeddings = interface.config.engram.num_embeddings
-        model: Any = _filled(code, code.module.Transformer(interface.args, tokenizer), weights)
-        _, _, read = model(ids[:, :begun], 0)
-        assert model.forward_spec(ids[:, begun], read, 0) is None
-        for token in range(begun, TOKENS - 1):
-            _, _, read = model(ids[:, token : token + 1], token)
-            drafted, logits, confidence = model.forward_spec(ids[:, token + 1], read, token)
-    np.testing.assert_array_equal(drafted[:, 1:, None].numpy(), golden.read("mtp.2.tokens"))
-    np.testing.assert_array_equal(logits.numpy(), golden.read("mtp.2.draft_logits"))
-    np.testing.assert_array_equal(confidence.numpy(), golden.read("mtp.2.confidence"))
+        check_draft(_filled(code, code.module.Transformer(interface.args, tokenizer), weights), ids, golden)
     assert (golden.read("mtp.2.draft_logits") != golden.read("mtp.2.logits")).all(), "the head is read before it adds"
 
 
