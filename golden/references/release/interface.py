@@ -21,7 +21,7 @@ from dsv4_convert.golden.references.release.probes import Choices, Visit
 from dsv4_convert.golden.references.release.weights import CodeWeights
 
 Array = np.ndarray[Any, Any]
-#: What enters a layer or the head, by the name of the tap that it is there.
+#: Tap -> its value, which enters a layer or the head.
 Entering: TypeAlias = Mapping[str, Tensor]
 #: Normed streams to logits.
 ToLogits: TypeAlias = Callable[[Tensor], Tensor]
