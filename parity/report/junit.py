@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
-from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
+from dsv4_convert.parity.report.words import grown_by, layers_named, missed, verdict, why
 from dsv4_convert.parity.unchecked import unchecked_sentences
 from dsv4_convert.show.text import for_xml
 
