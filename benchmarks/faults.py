@@ -35,7 +35,7 @@ from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.parity.tolerances import UNIT
-from tests.parity.faults import program, program_v41
+from tests.parity.faults import program, program_drafts, program_v41
 from tests.parity.faults.catalogue import CATALOGUE, CATALOGUE_V41
 from tests.parity.faults.fault import Fault, examine, patient
 from tests.parity.faults.program import ProgramFault, Subject
@@ -118,6 +118,9 @@ def main() -> None:
             subject = program_v41.subject if newer else program.subject
             planted = _chosen(program_v41.PROGRAM_V41 if newer else program.PROGRAM, options.names)
             examined.append(compiled(subject(Path(folder) / "program"), planted))
+            drafting = program_drafts.subject(Path(folder) / "drafts", "v4.1 drafting" if newer else "drafting")
+            of_stages = program_drafts.of_stages(drafting.weights.config.num_hidden_layers)
+            examined.append(compiled(drafting, _chosen(of_stages, options.names)))
         for fault, kind, report in chain.from_iterable(examined):
             right = fault.named_by(report)
             first = report.first_diverging  # that the golden knows other weights would be no finding
