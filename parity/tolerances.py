@@ -1,8 +1,8 @@
 """How far a tap may lie from its golden, in multiples of the noise floor. The only place where a tolerance is written.
 
 A golden carries its noise floor (:mod:`dsv4_convert.golden.noise`): per token, how far legal rounding moves the
-reference itself. An error is quoted as a multiple of that floor, in three ways, and each has one limit, the same for
-every tap, dtype, mode and width:
+reference itself. An error is quoted as a multiple of that floor, in three ways, and each has one limit for a dtype, the
+same for every tap, mode and width:
 
 * ``tap``: rms of the error over the whole tap, over rms of the floor. Finds an error that is everywhere and small.
 * ``row``: the same within the worst row, which is one token or one compressed entry. Finds a wrong token.
@@ -53,7 +53,11 @@ class Limits:
     tie: float
 
 
-LIMITS = Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
+#: By the dtype of weights and activations.
+LIMITS: dict[str, Limits] = {
+    "float32": Limits(tap=12.0, row=24.0, element=24.0, tie=6.0),
+    "bfloat16": Limits(tap=5.0, row=14.0, element=17.0, tie=6.0),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
