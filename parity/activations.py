@@ -97,6 +97,7 @@ def compare_activations(
         dtype=dtype,
         limits=comparison.limits,
         layers=layers,
+        stages=golden.config.stage_layers,
         taps=tuple(results),
         localizations=(),
         error_splits=(),

@@ -12,7 +12,6 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
-from dsv4_convert.golden.files import AGAIN
 from dsv4_convert.golden.layout import (
     DTYPES,
     calls,
@@ -124,7 +123,7 @@ class Comparison:
         sizes = row_sizes(first.values if first.sketched is None else first.values[..., :1])
         noise = self.golden.noise(key, self.dtype, mode)
         if problem := self.golden.noise_problem(key, self.dtype, mode, noise, sizes):
-            raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
+            raise BadInput(problem)
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
         least = release_unit(self._config, key.tap.name, mode)

@@ -261,6 +261,6 @@ def test_the_commands(source: Path, tmp_path: Path) -> None:
     shown = run(app, ["golden", "show", out]).output
     assert "stage mtp.2: " in shown
     assert "\nconfidence " in shown
-    done = run(app, ["parity", "--source", str(source), "--golden", out, "--layer", "3", "--program", "streamed"])
+    done = run(app, ["parity", "--source", str(source), "--golden", out, "--layer", "mtp.1", "--program", "streamed"])
     assert done.exit_code == 0, done.output
     assert "of layers 0 and 3 draft stages" in run(app, ["inspect", out]).output

@@ -26,6 +26,7 @@ from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
     grown_numbers,
+    layers_named,
     next_steps,
     noise_floor,
     operation,
@@ -38,7 +39,7 @@ from dsv4_convert.parity.report.words import (
 )
 from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.show.text import for_html, for_json
-from dsv4_convert.show.units import duration, ranges
+from dsv4_convert.show.units import duration
 from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.taps import TapKey
 
@@ -228,7 +229,7 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
         ("checkpoint", _side(report.checkpoint)),
         ("golden", _side(report.golden)),
         ("taps", " · ".join(counts) or "none"),
-        ("layers", _dashed(report.layers)),
+        ("compared", _dashed(report, report.layers)),
         ("mode", " and ".join(report.modes)),
         ("numbers", report.arithmetic),
     ]
@@ -315,9 +316,8 @@ def _baseline(report: ParityReport) -> dict[str, Any] | None:
 def _clean(report: ParityReport) -> str:
     """The layers that ran again without any operation being wrong by itself."""
     clean = [found.layer for found in report.localizations if not found.wrong]
-    layers = tuple(layer for layer in clean if layer is not None)
-    parts = [f"layer{'s' if len(layers) > 1 else ''} {_dashed(layers)}"] if layers else []
-    return " and ".join([*parts, *(["the model level"] if None in clean else [])])
+    named = _dashed(report, (layer for layer in clean if layer is not None))
+    return " and ".join([*[named] * bool(named), *["the model level"] * (None in clean)])
 
 
 def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tuple[str, str]], bool]]:
@@ -339,8 +339,8 @@ def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tupl
     return groups
 
 
-def _dashed(layers: Iterable[int]) -> str:
-    return ranges(layers).replace("-", "–")
+def _dashed(report: ParityReport, layers: Iterable[int]) -> str:
+    return layers_named(report, layers).replace("-", "–")
 
 
 def _coded(text: str) -> Markup:

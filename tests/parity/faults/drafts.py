@@ -11,6 +11,7 @@ import numpy as np
 import dsv4_convert.parity.forward as forward_module
 from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.model import dspark
+from dsv4_convert.model import model as backbone
 from dsv4_convert.model.attention import attend
 from dsv4_convert.model.cache import Past
 from dsv4_convert.model.dspark import BlockAttention, Drafted, DSparkBlock
@@ -231,7 +232,7 @@ _OF_FIRST: tuple[Fault, ...] = (
            code=_ids(lambda tokens, block: np.concatenate([tokens[:, -2:-1], block[:, 1:]], axis=1))),
     _draft(FIRST, "block all noise", "embed", code=_ids(lambda tokens, block: np.full_like(block, 95))),
     _draft(FIRST, "block all anchor", "embed", code=_ids(lambda tokens, block: np.repeat(block[:, :1], 5, axis=1))),
-    _draft(FIRST, "embedding in the first stream alone", "input", code={(forward_module, "copied"): _first_alone}),
+    _draft(FIRST, "embedding in the first stream alone", "input", code={(backbone, "copied"): _first_alone}),
 )  # fmt: skip
 
 _OF_LAST: tuple[Fault, ...] = (
