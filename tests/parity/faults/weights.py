@@ -62,10 +62,10 @@ def _columns(order: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def _one(
-    name: str, layer: int | None, parameter: str, tap: str, change: Callable[[Array], Array], *, legal: str = ""
+    name: str, layer: int | None, parameter: str, tap: str, change: Callable[[Array], Array], **more: Any
 ) -> Fault:
     path = parameter if layer is None else f"layers.{layer}.{parameter}"
-    return Fault(name=name, layer=layer, tap=tap, arrays=_change(path, change), legal=legal)
+    return Fault(name=name, layer=layer, tap=tap, arrays=_change(path, change), **more)
 
 
 def _both(name: str, layer: int, one: str, other: str, tap: str) -> Fault:
@@ -141,9 +141,9 @@ WEIGHTS: tuple[Fault, ...] = (
     _one("hc_attn_fn rounded to bfloat16", SLIDING, "hc_attn_fn", "hc_attn.pre", _bfloat16,
          legal="the streams, the other factor of each product, are rounded likewise"),
     _one("hc_ffn_base rounded to bfloat16", CSA, "hc_ffn_base", "hc_ffn.pre", _bfloat16,
-         legal="it is added to products of streams that are rounded likewise"),
+         or_taps=("hc_ffn.post", "hc_ffn.comb"), model="wide"),
     _one("hc_ffn_scale rounded to bfloat16", HCA, "hc_ffn_scale", "hc_ffn.pre", _bfloat16,
-         legal="it multiplies products of streams that are rounded likewise"),
+         or_taps=("hc_ffn.post", "hc_ffn.comb"), model="wide"),
     _one("router bias dropped", LEARNED_CSA, "ffn.gate.bias", "ffn.gate.scores", np.zeros_like),
     _one("router bias with the wrong sign", HCA, "ffn.gate.bias", "ffn.gate.scores", np.negative),
     _one("router experts rolled by one", CSA, "ffn.gate.weight", "ffn.gate.logits", lambda a: np.roll(a, 1, 1)),
