@@ -70,19 +70,20 @@ def _reuse_contexts() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all workers, and the processes that tests start, one folder of compiled programs for this session.
+    """Give all workers, and the processes that tests start, one folder of compiled programs.
 
-    XLA compiles each program once, whichever module or process needs it first. A user's own folder stays as it is.
+    XLA compiles each program once, whichever module or process needs it first. The folder is that of this session,
+    unless another one is given, such as nox's, where the next run finds them.
     """
+    # Most programs are small and quickly compiled, but there are thousands.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="dsv4-programs-")
     config.add_cleanup(folder.cleanup)
     config.add_cleanup(lambda: os.environ.pop("JAX_COMPILATION_CACHE_DIR"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-    # Most programs are small and quickly compiled, but there are thousands.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 #: Regions of memory of a process from which its compiled programs are dropped. Linux allows 65,530, XLA takes several
