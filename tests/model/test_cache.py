@@ -226,9 +226,9 @@ def test_gathered_entries_give_the_model_of_the_mask(small: Small) -> None:
     """Queries of this model choose 5 of up to 37 entries, so all tests here gather; the mask gives the same."""
     assert gathers(TOKENS // small.config.csa_ratio, small.config.index_topk)
     _, gathered = small.whole(small.tokens)
-    with patch.object(attention, "GATHER_FROM", math.inf):
-        with patch.object(small, "at", partial(jax.jit(lambda *given: small._whole(*given)), small._weights)):
-            _, masked = small.whole(small.tokens)  # traced again
+    anew = partial(jax.jit(lambda *given: small._whole(*given)), small._weights)
+    with patch.object(attention, "GATHER_FROM", math.inf), patch.object(small, "at", anew):
+        _, masked = small.whole(small.tokens)
     for name, value in masked.items():
         np.testing.assert_allclose(gathered[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
     assert (np.asarray(gathered["layers.1.attn.context"]) != masked["layers.1.attn.context"]).any(), "another program"

@@ -46,7 +46,7 @@ def test_the_catalogue_is_large_and_covers_every_kind() -> None:
 
 
 def _first_of_each() -> set[str]:
-    """One fault of each kind in each operation of each model. The benchmark plants all of them, like the thorough run."""
+    """One fault of each kind in each operation of each model. The thorough run and the benchmark plant all of them."""
     first = {(fault.model, fault.kind, fault.tap): fault.name for fault in reversed(CATALOGUE.values())}
     return set(first.values())
 
