@@ -118,8 +118,8 @@ MODELS: dict[str, tuple[Mapping[str, Any], range]] = {
 #: A stand-in for V4.1's inference code.
 V41_CODE = Path(__file__).parents[2] / "golden" / "release_code_v41"
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
-#: What the same code computes beside the tap that its faults are planted for, in a CSA layer: Sinkhorn's iterations,
-#: the projection of a hyper-connection, the activation of experts, every norm.
+#: Other taps that code computes, beside the one that its faults are planted for: Sinkhorn's iterations, the projection
+#: of a hyper-connection, the activation of experts, and every norm of a CSA layer.
 MIXED = ("hc_ffn.comb",)
 PROJECTED = ("hc_attn.post", "hc_attn.comb", "hc_ffn.pre", "hc_ffn.post", "hc_ffn.comb")
 CLAMPED = ("ffn.shared_experts",)
