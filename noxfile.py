@@ -114,8 +114,9 @@ def demo(session: nox.Session) -> None:
 def golden(session: nox.Session) -> None:
     """Record a committed golden again; needed when taps or the checkpoint generator change.
 
-    V4's comes from transformers. ``nox -s golden -- v4.1 DIR`` records V4.1's, from DeepSeek's own code: DIR is your
-    copy of the ``inference`` folder. The baseline is then another one: delete it, and record it with --update-baseline.
+    V4's comes from transformers. ``nox -s golden -- v4.1 DIR`` records V4.1's and its draft stages', from DeepSeek's
+    own code: DIR is your copy of the ``inference`` folder. The baseline is then another one: delete it, and record it
+    with --update-baseline.
 
     With this seed no query has equal scores at the edge of its choice, so that no tie depends on the machine.
     """
@@ -124,22 +125,11 @@ def golden(session: nox.Session) -> None:
     checkpoint, out = Path(session.create_tmp()).resolve() / GOLDENS[model], ROOT / "golden" / "data" / GOLDENS[model]
     for folder in (checkpoint, out):
         shutil.rmtree(folder, ignore_errors=True)
-    prompt: tuple[str, ...] = ("--random", "300", "--seed", "6")
+    asked = ["--random", "2x20" if code else "300", "--seed", "6"]
     if code:
-        prompt = (
-            "--random",
-            "40",
-            "--seed",
-            "6",
-            "--reference",
-            "release",
-            "--release-code",
-            *code,
-            "--numerics",
-            "plain",
-        )
+        asked += ["--stages", "--numerics", "plain", "--reference", "release", "--release-code", *code]
     session.run("dsv4", "golden", "make-checkpoint", str(checkpoint), "--model", model)
-    session.run("dsv4", "golden", "record", str(checkpoint), "--out", str(out), *prompt)
+    session.run("dsv4", "golden", "record", str(checkpoint), "--out", str(out), *asked)
 
 
 @nox.session

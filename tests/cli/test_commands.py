@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from dsv4_convert.cli.common import parse_layers
+from dsv4_convert.cli.common import parse_layers, parse_layers_and_stages
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.show.units import size
@@ -224,6 +224,10 @@ def test_parse_layers() -> None:
     for wrong in ("", "a", "-1", "3-", "1,,2", "１", "0-99999999999", "9" * 5000):
         with pytest.raises(UsageError):
             parse_layers(wrong)
+    assert parse_layers_and_stages("7, mtp.0-1,0-1") == (7, "mtp.0", "mtp.1", 0, 1)
+    for wrong in ("mtp", "mtp.", "mtp.x", "mtp.0-mtp.1", ""):
+        with pytest.raises(UsageError):
+            parse_layers_and_stages(wrong)
 
 
 def test_size() -> None:

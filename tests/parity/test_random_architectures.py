@@ -59,4 +59,5 @@ def _covers(report: ParityReport, made: Healthy) -> None:
 
 
 def test_the_limits_are_those_that_were_derived() -> None:
-    assert Limits(tap=12.0, row=24.0, element=24.0, tie=6.0) == LIMITS
+    assert LIMITS["float32"] == Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
+    assert LIMITS["bfloat16"] == Limits(tap=5.0, row=14.0, element=17.0, tie=6.0)
