@@ -37,7 +37,7 @@ from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult, plain
-from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.tolerances import UNIT
 from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.show.units import ranges
 from dsv4_convert.show.urls import without_secrets
@@ -293,7 +293,7 @@ class ParityRun:
         self._left: Entering = {}
         #: Streams that leave the target layers of DSpark's stages, where these run too.
         self._targets: dict[int, Array] = {}
-        self._detail = Detail(golden) if options.detail and model is None else None
+        self._detail = Detail(golden, self._comparison.limits) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
         self._error_splits: list[ErrorSplit] = []
@@ -326,7 +326,7 @@ class ParityRun:
             decode=golden.decode,
             phase=None if options.phase is None else options.phase.value,
             dtype=self._dtype,
-            limits=LIMITS,
+            limits=self._comparison.limits,
             layers=self._layers,
             stages=golden.config.stage_layers,
             layers_left_out=self._layers_left_out(),

@@ -136,7 +136,7 @@ def test_parity_passes_and_reports(orbax: Path, tmp_path: Path) -> None:
 def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", tiny_config(), seed=1)
     dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
-    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, exit_code=1)
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--program", "streamed", exit_code=1)
     assert "FAIL" in out
     assert "embed is the first tap that diverges" in " ".join(out.split())
 
@@ -148,6 +148,8 @@ def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) ->
         "both",
         "--dtype",
         "bfloat16",
+        "--program",
+        "streamed",
         "--require-reach",
         "--against",
         hf,

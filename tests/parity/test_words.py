@@ -87,7 +87,7 @@ def test_the_number_is_of_the_measure_that_fails() -> None:
     assert real("layers.0.attn.q", 13.0, 40.0, 90.0, verdict=Verdict.FAIL).reason == (
         "40.0 times the noise floor in its worst row, 24 allowed"
     )
-    assert LIMITS.tap == 12
+    assert LIMITS["float32"].tap == 12
 
 
 def test_the_same_words_everywhere() -> None:

@@ -37,6 +37,7 @@ from dsv4_convert.parity.report.words import (
     verdict,
     why,
 )
+from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.show.text import for_html, for_json
 from dsv4_convert.show.units import duration
 from dsv4_convert.show.urls import without_secrets
@@ -122,7 +123,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         steps=next_steps(report),
         noise_floor=noise_floor(report),
         facts=_facts(report),
-        drawn=_drawn(data),
+        drawn=_drawn(data, report.limits),
         tables=tables(report, ids),
         reasons=[why(item.result, report) for item in data.failing],
         findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
@@ -199,18 +200,18 @@ def _lean(data: PageData) -> PageData:
     )
 
 
-def _drawn(data: PageData) -> dict[str, Any]:
+def _drawn(data: PageData, limits: Limits) -> dict[str, Any]:
     """All figures, by what they show."""
     return {
-        "depth": [figures.depth(depth, f"depth-{depth.mode}") for depth in data.depth],
-        "course": None if data.course is None else figures.course(data.course, "course"),
+        "depth": [figures.depth(depth, f"depth-{depth.mode}", limits) for depth in data.depth],
+        "course": None if data.course is None else figures.course(data.course, "course", limits),
         "growth": figures.growth(data.growth, "growth") if len(data.growth) > 1 else None,
-        "maps": [figures.token_map(item, f"map-{item.mode}-{item.what}") for item in data.maps],
+        "maps": [figures.token_map(item, f"map-{item.mode}-{item.what}", limits) for item in data.maps],
         "failing": [
             (
-                figures.distribution(item, f"distribution-{place}"),
-                figures.scatter(item, f"scatter-{place}"),
-                None if item.tokens is None else figures.token_map(item.tokens, f"tokens-{place}"),
+                figures.distribution(item, f"distribution-{place}", limits),
+                figures.scatter(item, f"scatter-{place}", limits),
+                None if item.tokens is None else figures.token_map(item.tokens, f"tokens-{place}", limits),
             )
             if item.edges
             else None

@@ -202,7 +202,7 @@ def _of_all(layer: int) -> Iterator[Fault]:
         ("experts rolled in w1", "ffn.experts", _change(f"{own}.ffn.experts.w1", lambda a: np.roll(a, 1, 0))),
     ):
         yield _draft(layer, name, tap, arrays=arrays)
-    yield _draft(layer, "window one too short", "attn.context", config={"sliding_window": 15})
+    yield _draft(layer, "window one too short", "attn.context", config={"sliding_window": 5})
     yield _draft(layer, "rope base of the compressed layers", "attn.main.kv_rope", config={"rope_theta": 160000.0})
     yield _draft(
         layer,
