@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import nox
@@ -74,6 +75,18 @@ def _install(session: nox.Session, *what: str, reference: bool = False) -> None:
     session.install(*pinned, ".[reference]" if reference else ".", *what)
 
 
+def _programs(session: nox.Session) -> dict[str, str]:
+    """The folder of the programs that earlier runs of the tests compiled, in which those of more than a month are gone.
+
+    JAX finds a program there by its operations, the flags and the versions, so no change of the code goes unseen.
+    """
+    folder = Path(session.cache_dir).resolve() / "programs"
+    for program in folder.glob("*"):
+        if program.stat().st_mtime < time.time() - 30 * 24 * 3600:
+            program.unlink()
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder)}
+
+
 def _main_job(session: nox.Session, work: Path, model: str = "v4") -> None:
     """Convert a small ``model`` in ``work``, and compare every layer with its committed golden."""
     for name in ("checkpoint", "orbax"):
@@ -101,8 +114,9 @@ def demo(session: nox.Session) -> None:
 def golden(session: nox.Session) -> None:
     """Record a committed golden again; needed when taps or the checkpoint generator change.
 
-    V4's comes from transformers. ``nox -s golden -- v4.1 DIR`` records V4.1's, from DeepSeek's own code: DIR is your
-    copy of the ``inference`` folder. The baseline is then another one: delete it, and record it with --update-baseline.
+    V4's comes from transformers. ``nox -s golden -- v4.1 DIR`` records V4.1's and its draft stages', from DeepSeek's
+    own code: DIR is your copy of the ``inference`` folder. The baseline is then another one: delete it, and record it
+    with --update-baseline.
 
     With this seed no query has equal scores at the edge of its choice, so that no tie depends on the machine.
     """
@@ -111,33 +125,22 @@ def golden(session: nox.Session) -> None:
     checkpoint, out = Path(session.create_tmp()).resolve() / GOLDENS[model], ROOT / "golden" / "data" / GOLDENS[model]
     for folder in (checkpoint, out):
         shutil.rmtree(folder, ignore_errors=True)
-    prompt: tuple[str, ...] = ("--random", "300", "--seed", "6")
+    asked = ["--random", "2x20" if code else "300", "--seed", "6"]
     if code:
-        prompt = (
-            "--random",
-            "40",
-            "--seed",
-            "6",
-            "--reference",
-            "release",
-            "--release-code",
-            *code,
-            "--numerics",
-            "plain",
-        )
+        asked += ["--stages", "--numerics", "plain", "--reference", "release", "--release-code", *code]
     session.run("dsv4", "golden", "make-checkpoint", str(checkpoint), "--model", model)
-    session.run("dsv4", "golden", "record", str(checkpoint), "--out", str(out), *prompt)
+    session.run("dsv4", "golden", "record", str(checkpoint), "--out", str(out), *asked)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole test suite, against transformers and a plain Orbax. Arguments after -- go to pytest.
 
-    Most programs run once, and compiling them takes longer than running, so XLA does it in its quickest way. One test
-    (tests/test_optimised.py) compiles as users do, as demo, large and the benchmarks do.
+    Most programs run once, and compiling them takes longer than running, so XLA does it in its quickest way, and keeps
+    them for the next run. One test (tests/test_optimised.py) compiles as users do, like demo, large and the benchmarks.
     """
     _install(session, *TEST, reference=True)
-    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=QUICK)
+    session.run("pytest", *(session.posargs or ("-n", "2", "--dist", "worksteal")), env=QUICK | _programs(session))
 
 
 @nox.session(python=list(VERSIONS), venv_backend="uv", download_python="never")
@@ -230,7 +233,7 @@ def package(session: nox.Session) -> None:
 def thorough(session: nox.Session) -> None:
     """More of what the tests have already, and every bad input by every command; takes a quarter of an hour."""
     _install(session, *TEST, reference=True)
-    session.run("pytest", "-m", "thorough", *(session.posargs or ("-n", "2")), env=QUICK)
+    session.run("pytest", "-m", "thorough", *(session.posargs or ("-n", "2")), env=QUICK | _programs(session))
 
 
 @nox.session

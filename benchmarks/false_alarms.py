@@ -127,7 +127,7 @@ def _multiples(rows: list[dict[str, Any]]) -> Table:
         for measure in ("tap", "row", "element", "tie", "systematic"):
             values = [value for row in rows if row["what"] == what for value in row[measure]] or [0.0]
             quantiles = (f"{value:.2f}" for value in np.percentile(values, _QUANTILES))
-            table.add_row(what, measure, *quantiles, f"{getattr(LIMITS, measure, 1):g}")
+            table.add_row(what, measure, *quantiles, f"{getattr(LIMITS[what.split(',')[0]], measure, 1):g}")
     return table
 
 

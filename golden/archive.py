@@ -205,7 +205,11 @@ class Golden:
         elements = math.prod(self.shape(key)[2:])
         unit = unit_of(self.config, key, dtype, mode, self.numerics)
         problem = malformed_noise(noise, elements) or excessive_noise(noise, sizes, elements, unit)
-        return problem and f"{key}, {dtype}, {mode}: {problem}"
+        if problem is None:
+            return None
+        entry = self._entry(noise_name(str(key)))
+        assert entry is not None
+        return f"{self.path}/{entry.file}: {key}, {dtype}, {mode}: {problem}; {AGAIN}"
 
     def malformed_noise(self, layer: int | None) -> list[str]:
         """The noise floors of a layer, or of the model level (None), that are no sizes of a difference.

@@ -26,7 +26,7 @@ from dsv4_convert.parity.comparison import Comparison
 from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
-from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.tolerances import UNIT
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey, tap_named
@@ -95,8 +95,9 @@ def compare_activations(
         decode=golden.decode,
         phase=None,
         dtype=dtype,
-        limits=LIMITS,
+        limits=comparison.limits,
         layers=layers,
+        stages=golden.config.stage_layers,
         taps=tuple(results),
         localizations=(),
         error_splits=(),

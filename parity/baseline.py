@@ -50,9 +50,6 @@ _REAL = tuple(field.name for field in dataclasses.fields(Multiples))
 #: The measures that a tap may have: multiples of the noise floor, or for a choice the share of tokens with ties.
 _FORMS = (_REAL, ("tokens",))
 
-#: The largest number that a run within tolerance has, by measure.
-_MOST = {**{measure: getattr(LIMITS, measure) for measure in _REAL}, "tokens": 1.0}
-
 #: The errors of a tap, by measure.
 Numbers = Mapping[str, float]
 
@@ -180,16 +177,18 @@ def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Num
     for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
         enumerated(entry[field], allowed, field=f"measured: {field}")
     known = {str(tap): tap for tap in golden.keys}
+    most = dataclasses.asdict(LIMITS[key.dtype]) | {"tokens": 1.0}
     taps = {}
     for name, numbers in _mapping(entry["taps"]).items():
         if name not in known:
             raise ValueError(f"{key}: the golden has no tap {name!r}")
         if not is_fed(known[name], Mode(key.mode)):  # earlier versions recorded these zeros
-            taps[known[name]] = _numbers(f"{key}: {name}", numbers)
+            taps[known[name]] = _numbers(f"{key}: {name}", numbers, most)
     return key, taps
 
 
-def _numbers(where: str, value: object) -> Numbers:
+def _numbers(where: str, value: object, most: Numbers) -> Numbers:
+    """The numbers of one tap, of which none is more than a run within tolerance has."""
     numbers = _mapping(value)
     if tuple(sorted(numbers)) not in [tuple(sorted(form)) for form in _FORMS]:
         expected = " or ".join(", ".join(form) for form in _FORMS)
@@ -198,9 +197,9 @@ def _numbers(where: str, value: object) -> Numbers:
         good = isinstance(number, int | float) and not isinstance(number, bool)
         if not good or not math.isfinite(number) or number < 0:
             raise ValueError(f"{where}: {measure} is {number!r}, expected a number that is 0 or more")
-        if number > (most := _MOST[measure]):
+        if number > most[measure]:
             raise ValueError(
-                f"{where}: {measure} is {number!r}, beyond the tolerance of {most:g}; only less is recorded"
+                f"{where}: {measure} is {number!r}, beyond the tolerance of {most[measure]:g}; only less is recorded"
             )
     return {measure: float(numbers[measure]) for measure in BANDS if measure in numbers}
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from dsv4_convert.errors import BadInput
 from dsv4_convert.golden.archive import Golden, View
-from dsv4_convert.golden.files import AGAIN
 from dsv4_convert.golden.layout import (
     DTYPES,
     calls,
@@ -68,6 +67,7 @@ class Comparison:
     ) -> None:
         self.golden = golden
         self.dtype = dtype
+        self.limits = LIMITS[dtype]
         self._phase = phase
         self._weights = weights
         self._config = golden.config
@@ -123,7 +123,7 @@ class Comparison:
         sizes = row_sizes(first.values if first.sketched is None else first.values[..., :1])
         noise = self.golden.noise(key, self.dtype, mode)
         if problem := self.golden.noise_problem(key, self.dtype, mode, noise, sizes):
-            raise BadInput(f"{self.golden.path}: {problem}; {AGAIN}")
+            raise BadInput(problem)
         if self.golden.numerics == "plain":
             return floor_of(sizes, noise, UNIT[self.dtype])
         least = release_unit(self._config, key.tap.name, mode)
@@ -136,7 +136,7 @@ class Comparison:
         beyond = np.zeros(found.shape[:2], bool)
         for view in views:
             rows = slice(None) if view.rows is None else list(view.rows)
-            beyond[:, rows] |= rows_beyond(view.of(found), view.values, floor.at(view.rows), LIMITS)
+            beyond[:, rows] |= rows_beyond(view.of(found), view.values, floor.at(view.rows), self.limits)
         return beyond
 
     def judge_golden(self, other: Golden, key: TapKey) -> TapResult:
@@ -173,7 +173,7 @@ class Comparison:
         golden = self.golden.read(key)
         if rows is not None and found.shape == golden.shape:
             found, golden, scores = found[:, rows], golden[:, rows], None if scores is None else scores.at(rows)
-        verdict, flips, reason = compare_choices(found, golden, scores, LIMITS)
+        verdict, flips, reason = compare_choices(found, golden, scores, self.limits)
         if flips is not None and flips.worst and rows is not None:
             flips = dataclasses.replace(flips, worst=(flips.worst[0], rows[flips.worst[1]]))
         return TapResult(key=key, mode=mode, verdict=verdict, reason=reason, shape=found.shape, flips=flips)
@@ -190,7 +190,7 @@ class Comparison:
             form = view.form
             part, view = self.within_phase(key, part, view)
             at = None if floor is None else floor.at(view.rows)
-            verdict, distance, reason = compare(part, view.values, at, LIMITS)
+            verdict, distance, reason = compare(part, view.values, at, self.limits)
             if detail is not None and distance is not None and at is not None:
                 compared.append(ComparedPart(part, view.values, at, view.rows, form))
             if distance is not None and view.rows is not None:
@@ -207,10 +207,13 @@ class Comparison:
                     form=form,
                 )
             )
-        worst = max(results, key=_share)
+        worst = max(results, key=self._share)
         if detail is not None:
             detail.add(key, mode, compared, failing=worst.form if worst.verdict is Verdict.FAIL else None)
         return worst
+
+    def _share(self, result: TapResult) -> float:
+        return 0.0 if result.distance is None else result.distance.noise.largest_share(self.limits)
 
     def _judge_systematic(
         self, result: TapResult, found: Array, views: Sequence[View], *, teacher_forced: bool
@@ -323,10 +326,6 @@ def _within(part: Array, view: View, rows: Sequence[int] | None) -> tuple[Array,
     places = [place for place, row in enumerate(kept) if row in wanted]
     inside = dataclasses.replace(view, values=view.values[:, places], rows=tuple(kept[place] for place in places))
     return part[:, places], inside
-
-
-def _share(result: TapResult) -> float:
-    return 0.0 if result.distance is None else result.distance.noise.largest_share(LIMITS)
 
 
 def weights_of(key: TapKey, config: Config) -> dict[str, Rule]:

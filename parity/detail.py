@@ -19,7 +19,7 @@ from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.floor import Floor
 from dsv4_convert.parity.logits import Position
 from dsv4_convert.parity.metrics import element_multiples, row_multiples
-from dsv4_convert.parity.tolerances import LIMITS
+from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey
 
@@ -118,10 +118,11 @@ class Detail:
         positions: by mode, the next-token distribution at every position that the golden has.
     """
 
-    def __init__(self, golden: Golden) -> None:
+    def __init__(self, golden: Golden, limits: Limits) -> None:
         batch, tokens = golden.tokens.shape
         first = golden.manifest.request.first_position
         self.prompt = Prompt(batch, tokens, first, golden.decode, golden.config)
+        self._limits = limits
         self.tokens: dict[tuple[Mode, int | None], TokenErrors] = {}
         self.samples: list[Sample] = []
         self.positions: dict[Mode, Sequence[Position]] = {}
@@ -165,7 +166,7 @@ class Detail:
             assert key.layer is not None
             ratio = self.prompt.config.ratio_of(key.layer)
         for part in parts:
-            multiples = _largest(part)
+            multiples = _largest(part, self._limits)
             if is_drafted(key, self.prompt.config):  # the block begins with the last token
                 errors[:, -1] = np.fmax(errors[:, -1], np.fmax.reduce(multiples, axis=1))
                 continue
@@ -179,10 +180,10 @@ class Detail:
         return np.full((self.prompt.prompts, self.prompt.tokens), np.nan, np.float32)
 
 
-def _largest(part: ComparedPart) -> Array:
+def _largest(part: ComparedPart, limits: Limits) -> Array:
     """The larger of each row's two measures, on the scale of the row limit: float32 ``[B, rows]``."""
     rows, elements = row_multiples(part.found, part.golden, part.floor)
-    return np.maximum(rows, elements * (LIMITS.row / LIMITS.element)).astype(np.float32)
+    return np.maximum(rows, elements * (limits.row / limits.element)).astype(np.float32)
 
 
 def _sample(key: TapKey, mode: Mode, part: ComparedPart, tokens: Array) -> Sample:

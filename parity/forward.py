@@ -19,7 +19,7 @@ from dsv4_convert.model.architectures import decoder_of
 from dsv4_convert.model.block import DecoderBlock, Routed
 from dsv4_convert.model.cache import Past, empty_layer
 from dsv4_convert.model.dspark import DSparkBlock
-from dsv4_convert.model.model import HEAD_AXES, copied, embed
+from dsv4_convert.model.model import HEAD_AXES, embed
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.recording import Taps
 from dsv4_convert.parity.calls import Call, calls_of, calls_of_draft
@@ -307,14 +307,7 @@ def _to_experts(
     after = None
     if isinstance(block, DSparkBlock):
         assert past is not None
-        carry, context = carry
-        if carry is None:
-            context = block.context(context, taps)
-            assert rows is not None
-            streams = copied(rows.astype(context.dtype), block.config.hc_mult, taps)
-            carry = decoder_of(block.config).enter(streams)
-        else:
-            carry, context = block.entering(carry, taps), taps("context", context)
+        carry, context = decoder_of(block.config).enter_stage(block, carry, rows, taps)
         places = block.places(positions, past)
         past, after = block.remember(context, positions, past, taps)
         positions = places

@@ -37,7 +37,7 @@ from dsv4_convert.parity.logits import LogitsComparison, compare_logits
 from dsv4_convert.parity.metrics import Verdict, noise_multiple
 from dsv4_convert.parity.programs import ModelOptions, Program, planned, streamed_facts
 from dsv4_convert.parity.report.data import ErrorSplit, Localization, ParityReport, TapResult, plain
-from dsv4_convert.parity.tolerances import LIMITS, UNIT
+from dsv4_convert.parity.tolerances import UNIT
 from dsv4_convert.parity.unchecked import Unchecked, unchecked
 from dsv4_convert.show.units import ranges
 from dsv4_convert.show.urls import without_secrets
@@ -71,7 +71,7 @@ class ParityOptions:
 
     Attributes:
         layers: layers to compare; None for all that golden and checkpoint both hold, their draft stages, and the model
-            level: embedding, head, logits. The numbers of stages follow those of the layers.
+            level: embedding, head, logits. A stage is ``"mtp.0"``, or has the number after those of the layers.
         taps: patterns of the taps to compare; none for all.
         modes: isolated, cumulative, or both; None for isolated, or cumulative with a compact golden, which holds no
             inputs of layers.
@@ -97,7 +97,7 @@ class ParityOptions:
         True
     """
 
-    layers: Sequence[int] | None = None
+    layers: Sequence[int | str] | None = None
     taps: Sequence[str] = ()
     modes: Sequence[Mode] | None = None
     phase: Phase | None = None
@@ -293,7 +293,7 @@ class ParityRun:
         self._left: Entering = {}
         #: Streams that leave the target layers of DSpark's stages, where these run too.
         self._targets: dict[int, Array] = {}
-        self._detail = Detail(golden) if options.detail and model is None else None
+        self._detail = Detail(golden, self._comparison.limits) if options.detail and model is None else None
         self._results: dict[Mode, list[TapResult]] = {mode: [] for mode in MODES}
         self._localizations: list[Localization] = []
         self._error_splits: list[ErrorSplit] = []
@@ -326,8 +326,9 @@ class ParityRun:
             decode=golden.decode,
             phase=None if options.phase is None else options.phase.value,
             dtype=self._dtype,
-            limits=LIMITS,
+            limits=self._comparison.limits,
             layers=self._layers,
+            stages=golden.config.stage_layers,
             layers_left_out=self._layers_left_out(),
             taps=tuple(result for mode in self._modes for result in self._results[mode]),
             localizations=tuple(self._localizations),
@@ -654,7 +655,7 @@ def _layers_up_to(layers: Sequence[int] | None, modes: Sequence[Mode]) -> tuple[
     return tuple(range(max(layers) + 1)) if Mode.CUMULATIVE in modes else tuple(layers)
 
 
-def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int] | None) -> tuple[int, ...]:
+def _layers(golden: Golden, weights: Parameters, wanted: Sequence[int | str] | None) -> tuple[int, ...]:
     """The wanted layers, or all that both sides hold. Raises :class:`UsageError`."""
     if wanted is None:
         both = tuple(layer for layer in golden.layers if layer in weights.layers)

@@ -269,9 +269,13 @@ def _config(name: str) -> Path:
 
 
 def _limits() -> str:
-    from dsv4_convert.parity.tolerances import LIMITS
+    from dsv4_convert.parity.tolerances import LIMITS, Limits
 
-    return table(["measure", "noise floors that pass"], [[k, f"{v:g}"] for k, v in dataclasses.asdict(LIMITS).items()])
+    rows = [
+        [field.name, *(f"{getattr(limits, field.name):g}" for limits in LIMITS.values())]
+        for field in dataclasses.fields(Limits)
+    ]
+    return table(["measure", *(f"noise floors that pass in {dtype}" for dtype in LIMITS)], rows)
 
 
 #: Exit codes that belong to no error of ours.

@@ -8,26 +8,22 @@ from xml.sax.saxutils import escape
 
 FILE = Path(__file__).parents[1] / "assets" / "rooms.svg"
 
-#: Floors from top to bottom; a room imports from its own floor or from below. tests/test_picture.py holds them against
-#: the table of tests/test_dependencies.py.
+#: Floors from top to bottom. A room imports from the floors below it: tests/test_dependencies.py holds every import
+#: against this table.
 FLOORS: tuple[dict[str, str], ...] = (
     {"cli": "parse, call, print"},
+    {"parity": "compare, report", "inspection": "look at a path"},
+    {"golden": "record, archive", "serve": "generate, speculate"},
     {
         "convert": "plan, chunks, run",
-        "parity": "compare, report",
-        "golden": "record, archive",
-        "serve": "generate, speculate",
+        "weights": "parameters: converted, published",
         "aot": "compile for a slice",
-        "inspection": "look at a path",
         "doctor": "look at the machine",
     },
-    {"weights": "a model's parameters: converted, published, restore"},
-    {
-        "store": "Orbax: write, read, verify",
-        "checkpoint": "Hugging Face: folder, Hub, bucket",
-        "model": "Flax NNX, one block a file",
-    },
-    {"formats": "FP8, FP4, scales", "files": "workspace, atomic write, JSON", "spec": "config, names, taps, coverage"},
+    {"store": "Orbax: write, read, verify", "checkpoint": "Hugging Face: folder, Hub, bucket"},
+    {"formats": "FP8, FP4, scales", "model": "Flax NNX, one block a file"},
+    {"spec": "config, names, taps, coverage"},
+    {"files": "workspace, atomic write, JSON"},
     {"show": "text escaped for where it goes, URLs without secrets, units, tables: every room uses it"},
 )
 
@@ -49,7 +45,7 @@ FLOWS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-_WIDTH, _MARGIN, _GAP, _HEIGHT = 960, 16, 12, 52
+_WIDTH, _MARGIN, _GAP, _HEIGHT = 960, 16, 8, 48
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2937; text-anchor: middle }
 .room { font-weight: 600; font-size: 14px } .what { font-size: 11px; fill: #4b5563 }
@@ -68,8 +64,8 @@ def draw() -> str:
     for floor in FLOORS:
         parts += _row(list(floor.items()), top, "room")
         top += _HEIGHT + _GAP
-    parts.append(_text("title", _MARGIN, top + 8, "An import stays on its floor or points downwards."))
-    top += 32
+    parts.append(_text("title", _MARGIN, top + 14, "Imports point downwards, from a floor to those below it."))
+    top += 38
     for title, steps in FLOWS.items():
         parts.append(_text("title", _MARGIN, top + 8, title))
         parts += _row(steps, top + 20, "step", arrows=True)

@@ -40,6 +40,8 @@ _BUG = 70
 
 #: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
 _LAYER = r"[0-9]{1,5}"
+#: The beginning of a draft stage's name.
+_STAGE = "mtp."
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all. Default: all."
 
@@ -257,14 +259,28 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """``"0-3,7"`` to ``(0, 1, 2, 3, 7)``; None and ``"all"`` to None. Raises :class:`UsageError`."""
     if text is None or text.strip().lower() == "all":
         return None
-    layers: set[int] = set()
+    return tuple(sorted({layer for part in text.split(",") for layer in _range_of(part, text)}))
+
+
+def parse_layers_and_stages(text: str | None) -> tuple[int | str, ...] | None:
+    """As :func:`parse_layers`, with draft stages too: ``"7,mtp.0-1"`` to ``(7, "mtp.0", "mtp.1")``."""
+    if text is None or text.strip().lower() == "all":
+        return None
+    chosen: dict[int | str, None] = {}
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        bounds = [first, last] if dash else [first]
-        if not all(re.fullmatch(_LAYER, bound) for bound in bounds) or int(bounds[-1]) < int(bounds[0]):
-            raise UsageError(f"layers {text!r}: expected numbers and ranges such as 12, 0-3 or 0,4-6, or all")
-        layers.update(range(int(bounds[0]), int(bounds[-1]) + 1))
-    return tuple(sorted(layers))
+        number = part.strip().removeprefix(_STAGE)
+        prefix = part.strip().removesuffix(number)
+        chosen |= dict.fromkeys(f"{prefix}{at}" if prefix else at for at in _range_of(number, text))
+    return tuple(chosen)
+
+
+def _range_of(part: str, text: str) -> range:
+    """``3``, or ``0-3``. Raises :class:`UsageError`, which shows the ``text`` that it is a part of."""
+    first, dash, last = part.strip().partition("-")
+    bounds = [first, last] if dash else [first]
+    if not all(re.fullmatch(_LAYER, bound) for bound in bounds) or int(bounds[-1]) < int(bounds[0]):
+        raise UsageError(f"layers {text!r}: expected numbers and ranges such as 12, 0-3 or 0,4-6, or all")
+    return range(int(bounds[0]), int(bounds[-1]) + 1)
 
 
 def parse_choice(option: str, text: str, allowed: Iterable[str]) -> Any:

@@ -322,9 +322,7 @@ def verify(
         problems = opened.verify(progress)
     write_json({"schema_version": 1, "golden": str(opened.path), "problems": problems}, json)
     if problems:
-        raise CheckFailed(
-            f"{opened.path}: {number_of(len(problems), 'problem')}:\n{listed(problems)}\nRecord it again."
-        )
+        raise CheckFailed(f"{opened.path}: {number_of(len(problems), 'problem')}:\n{listed(problems)}")
     echo(f"{opened.path}: {len(opened.names)} taps, every byte as recorded", err=json == "-")
 
 

@@ -25,7 +25,7 @@ from dsv4_convert.cli.common import (
     one_of,
     own_stdout,
     parse_choice,
-    parse_layers,
+    parse_layers_and_stages,
     reported,
 )
 from dsv4_convert.cli.interrupt import announce
@@ -50,7 +50,7 @@ def parity(
         typer.Option(help=f"Instead of CHECKPOINT: a published one, decoded on the fly: {SOURCES}"),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} Draft stages have the next numbers.")
+        str | None, typer.Option("--layer", "--layers", help=f"{LAYERS_HELP} A draft stage is mtp.0.")
     ] = None,
     taps: Annotated[
         list[str] | None,
@@ -211,7 +211,7 @@ def parity(
     from dsv4_convert.errors import CheckFailed
     from dsv4_convert.platforms import check_platform, keep_programs, select_platform
 
-    layers = parse_layers(layer)
+    layers = parse_layers_and_stages(layer)
     bits = parse_choice("--precision", precision, ("highest", "high", "default"))
     checkpoint, golden = _sides(context, checkpoint, recorded, golden, source=source)
     select_platform(platform)

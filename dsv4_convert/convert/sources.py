@@ -14,13 +14,12 @@ from typing import Any
 
 from dsv4_convert.checkpoint.dtypes import DTYPES
 from dsv4_convert.errors import BadInput
-from dsv4_convert.files.strict_json import enumerated, parse_object, shown
+from dsv4_convert.files.strict_json import enumerated, shown
 from dsv4_convert.spec.names import stage_of
 from dsv4_convert.store import Store
+from dsv4_convert.store.manifest import SCHEMA_VERSION, parse_versioned
 
 SOURCES_FILE = "dsv4_sources.json"
-#: Version 1, of which all digests are SHA-256 under that name, is read too.
-SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +73,8 @@ class Sources:
         Raises:
             BadInput: not such a file, or of another schema version.
         """
-        document = parse_object(data, where=where)
-        version = document.get("schema_version")
-        if version not in (1, SCHEMA_VERSION) or type(version) is not int:
-            raise BadInput(
-                f"{where}: schema_version is {version!r}, this version of dsv4 reads 1 and {SCHEMA_VERSION}. "
-                "Read it with the version of dsv4 that wrote it, or convert again."
-            )
-        digest_key = "digest" if version == SCHEMA_VERSION else "sha256"
+        document = parse_versioned(data, where=where)
+        digest_key = "digest" if document["schema_version"] == SCHEMA_VERSION else "sha256"
         try:
             shards, tensors = (_entries(document, key) for key in ("shards", "tensors"))
             return cls(

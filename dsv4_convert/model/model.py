@@ -249,18 +249,27 @@ class Decoder(nnx.Module):
             taps: of the stage.
         """
         block = cast(DSparkBlock, self.mtp[stage])
-        carry, context = entering
-        if carry is None:
-            context = block.context(context, taps)
-            carry = self.enter(embed(self.embed[...], ids, self.config.hc_mult, context.dtype, taps))
-        else:
-            carry, context = block.entering(carry, taps), taps("context", context)
+        rows = _rows_of(self.embed[...], ids) if block.first else None
+        carry, context = self.enter_stage(block, entering, rows, taps)
         carry, state = block.refine(carry, ids, context, positions, past, taps)
         if not block.last:
             return (carry, context), None, state
         x = self.collapse(carry, [getattr(block, name)[...] for name in self.head_weights], self.config, taps)
         logits = output(x, block.norm[...], self.head[...], self.config, taps)
         return (carry, context), block.choose(x, logits, ids[:, 0], taps), state
+
+    @classmethod
+    def enter_stage(
+        cls, block: DSparkBlock, entering: StageInput, rows: Float[Array, "B Q D"] | None, taps: Taps
+    ) -> tuple[Any, Float[Array, "B S D"]]:
+        """The carry of a block with which a stage of DSpark's begins, and the context. ``rows``: the first one's
+        embeddings."""
+        carry, context = entering
+        if carry is not None:
+            return block.entering(carry, taps), taps("context", context)
+        assert rows is not None
+        context = block.context(context, taps)
+        return cls.enter(copied(rows.astype(context.dtype), block.config.hc_mult, taps)), context
 
     def draft(
         self,

@@ -470,23 +470,25 @@ def located(config: Config, path: str) -> tuple[Rule, int | None]:
     return rule, rule.section.first(config) + template(path)[1][0] if rule.numbered else None
 
 
-def check_layers(config: Config, layers: Iterable[int] | None, *, stages: bool = False) -> tuple[int, ...]:
-    """The chosen layers, sorted; all of them for None, without stages. With ``stages`` these may be chosen too.
+def check_layers(config: Config, layers: Iterable[int | str] | None, *, stages: bool = False) -> tuple[int, ...]:
+    """The chosen layers, sorted; all of them for None, without stages.
+
+    With ``stages`` these may be chosen too, by number or by names such as ``mtp.0``.
 
     Raises:
         UsageError: a layer that does not exist.
     """
     if layers is None:
         return tuple(range(config.num_hidden_layers))
-    chosen = tuple(sorted(set(layers)))
-    there = range(config.stage_layers.stop if stages else config.num_hidden_layers)
-    wrong = [layer for layer in chosen if layer not in there]
-    if wrong or not chosen:
-        of_stages = (
-            f", and its draft stages are {ranges(config.stage_layers)}" if stages and config.stage_layers else ""
-        )
+    names = {config.prefix(layer).removesuffix("."): layer for layer in config.stage_layers} if stages else {}
+    found = {names.get(layer, layer) if isinstance(layer, str) else layer for layer in layers}
+    chosen = sorted(layer for layer in found if not isinstance(layer, str))
+    wrong = [layer for layer in chosen if layer not in range(config.num_hidden_layers + len(names))]
+    unknown = sorted(layer for layer in found if isinstance(layer, str))
+    if wrong or unknown or not chosen:
+        of_stages = f", and the draft stages {', '.join(names)}" if names else " (draft stages are not layers)"
         raise UsageError(
-            f"layer{'' if len(wrong) == 1 else 's'} {ranges(wrong)}: this model has the layers 0 to "
-            f"{config.num_hidden_layers - 1}{of_stages or ' (draft stages are not layers)'}"
+            f"layer{'' if len(wrong) + len(unknown) == 1 else 's'} {', '.join(unknown) or ranges(wrong)}: this model "
+            f"has the layers 0 to {config.num_hidden_layers - 1}{of_stages}"
         )
-    return chosen
+    return tuple(chosen)

@@ -127,13 +127,7 @@ class Manifest:
             BadInput: not JSON, another schema version, unknown or missing or ill-typed entries, unsafe names, digests
                 that do not fit. All problems of the leaves are reported together.
         """
-        document = parse_object(data, where=where)
-        version = document.get("schema_version")
-        if version not in (1, SCHEMA_VERSION) or type(version) is not int:
-            raise BadInput(
-                f"{where}: schema_version is {version!r}, this version of dsv4 reads 1 and {SCHEMA_VERSION}. "
-                "Read it with the version of dsv4 that wrote it, or convert again."
-            )
+        document = parse_versioned(data, where=where)
         try:
             top = _with_keys(document, _TOP_KEYS)
             leaves, files, metadata = (_mapping(top, key) for key in ("leaves", "files", "metadata"))
@@ -159,6 +153,22 @@ class Manifest:
         if problems:
             raise BadInput(f"{where}: the manifest is damaged or was edited:\n{listed(problems)}")
         return cls(leaves=records, files=files, metadata=metadata)
+
+
+def parse_versioned(data: bytes, *, where: str) -> dict[str, Any]:
+    """The JSON object of a manifest, or of a file beside it, in a version that is read here.
+
+    Raises:
+        BadInput: not a JSON object, or of another schema version.
+    """
+    document = parse_object(data, where=where)
+    version = document.get("schema_version")
+    if version not in (1, SCHEMA_VERSION) or type(version) is not int:
+        raise BadInput(
+            f"{where}: schema_version is {version!r}, this version of dsv4 reads 1 and {SCHEMA_VERSION}. "
+            "Read it with the version of dsv4 that wrote it, or convert again."
+        )
+    return document
 
 
 def _canonical(value: object) -> str:

@@ -249,6 +249,7 @@ class ParityReport:
 
     ``other_weights``: parameters whose values are not those that the golden was recorded from; None if the golden does
     not know its weights.
+    ``stages``: the numbers among ``layers`` that are draft stages.
     ``layers_left_out``: layers that golden or checkpoint do not hold, in a run that was to compare all.
     ``decode``: how many of the last tokens came one by one. ``phase``: which of the two kinds was compared, None: both.
     ``checkpoint``, ``golden``: without the secrets of URLs, since a report is passed on.
@@ -277,6 +278,7 @@ class ParityReport:
     unchecked: Unchecked | None = None
     gate: Gate | None = None
     detail: Detail | None = None
+    stages: range = range(0)
     layers_left_out: tuple[int, ...] = ()
     other_weights: tuple[str, ...] | None = None
     program: ProgramFacts | None = None

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 from dsv4_convert.golden.noise import Mode
 from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import GrownError, ParityReport, TapResult
-from dsv4_convert.parity.report.words import grown_by, missed, verdict, why
+from dsv4_convert.parity.report.words import grown_by, layers_named, missed, verdict, why
 from dsv4_convert.parity.unchecked import unchecked_sentences
 from dsv4_convert.show.text import for_xml
 
@@ -89,7 +89,7 @@ def _whole(report: ParityReport) -> Iterable[ET.Element]:
         yield _broken("taps", "empty", "nothing was compared")
     if report.require_coverage:
         for layer in report.uncovered:
-            yield _broken(f"reach of layer {layer.layer}", "reach", missed(layer))
+            yield _broken(f"reach of {layers_named(report, [layer.layer])}", "reach", missed(report, layer))
         if report.unchecked is not None and report.unchecked.unproven:
             yield _broken("unused weights", "reach", " ".join(unchecked_sentences(report.unchecked)))
     gate = report.gate

@@ -136,8 +136,9 @@ def _failing_layers(report: ParityReport) -> Group | None:
     if len(failing) <= _LAYERS:
         return Group(table)
     rest = [of.layer for _, of in failing[_LAYERS:]]
-    more = [layers_named({layer for layer in rest if layer is not None})] * any(layer is not None for layer in rest)
-    return Group(table, Text(f"and {' and '.join([*more, *['the model level'] * (None in rest)])}; -v lists them"))
+    named = layers_named(report, {layer for layer in rest if layer is not None})
+    more = [*[named] * bool(named), *["the model level"] * (None in rest)]
+    return Group(table, Text(f"and {' and '.join(more)}; -v lists them"))
 
 
 def _print(console: Console, titled: Group) -> None:

@@ -227,7 +227,7 @@ def _left_out(report: ParityReport) -> Iterator[tuple[str, str]]:
     if report.layers_left_out:
         yield (
             "Layers",
-            f"Compared are {layers_named(report.layers)}, which golden and checkpoint both hold; not "
+            f"Compared are {layers_named(report, report.layers)}, which golden and checkpoint both hold; not "
             f"{few_ranges(report.layers_left_out)}.",
         )
 
@@ -287,19 +287,25 @@ def reach(report: ParityReport) -> list[str]:
     for layer in report.uncovered:
         for what in layer.missed:
             layers.setdefault(what, []).append(layer.layer)
-    lines = [f"{layers_named(numbers)}: {what}" for what, numbers in layers.items()]
+    lines = [f"{layers_named(report, numbers)}: {what}" for what, numbers in layers.items()]
     lacking = [layer for layer in report.uncovered if layer.experts < layer.of]
-    if lacking:
-        fewest, most = (choose(layer.experts for layer in lacking) for choose in (min, max))
+    for of in dict.fromkeys(layer.of for layer in lacking):
+        reached = {layer.layer: layer.experts for layer in lacking if layer.of == of}
+        fewest, most = min(reached.values()), max(reached.values())
         span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        lines.append(f"{layers_named(layer.layer for layer in lacking)}: {span} of {lacking[0].of} experts are reached")
+        lines.append(f"{layers_named(report, reached)}: {span} of {of} experts are reached")
     return lines
 
 
-def layers_named(layers: Iterable[int]) -> str:
-    """``layer 3``, ``layers 2-5``, ``layers 3, 5, … 41``."""
-    numbers = sorted(layers)
-    return f"layer{'' if len(numbers) == 1 else 's'} {few_ranges(numbers)}"
+def layers_named(report: ParityReport, layers: Iterable[int]) -> str:
+    """``layer 3``, ``layers 3, 5, … 41``, ``layers 2-5 and stages mtp.0-2``."""
+    numbers = set(layers)
+    stages = {layer - report.stages.start for layer in numbers.intersection(report.stages)}
+    backbone = numbers.difference(report.stages)
+    kinds = (("layer", "", backbone), ("stage", "mtp.", stages))
+    return " and ".join(
+        f"{noun}{'' if len(of) == 1 else 's'} {prefix}{few_ranges(of)}" for noun, prefix, of in kinds if of
+    )
 
 
 def _other_revision(report: ParityReport) -> Iterator[str]:
@@ -403,10 +409,10 @@ def _baseline(gate: Gate) -> str:
     return f"{gate.path}: {', '.join(changes) or 'nothing to change'}{because}{aside}."
 
 
-def missed(layer: LayerCoverage) -> str:
+def missed(report: ParityReport, layer: LayerCoverage) -> str:
     """The part of a layer that the golden leaves unchecked."""
     experts = [f"{layer.experts} of {layer.of} experts are reached"] if layer.experts < layer.of else []
-    return f"layer {layer.layer}: {'; '.join([*layer.missed, *experts])}"
+    return f"{layers_named(report, [layer.layer])}: {'; '.join([*layer.missed, *experts])}"
 
 
 def noise_floor(report: ParityReport) -> str:
@@ -496,9 +502,9 @@ def _added(report: ParityReport) -> Iterator[str]:
     adds = sorted(layer for layer in failing[Mode.ISOLATED] if layer is not None)
     inherits = sorted(layer for layer in failing[Mode.CUMULATIVE] - failing[Mode.ISOLATED] if layer is not None)
     if adds:
-        yield f"{_capital(layers_named(adds))} {_verb('add', adds)} error."
+        yield f"{_capital(layers_named(report, adds))} {_verb('add', adds)} error."
         if inherits:
-            named = _capital(layers_named(inherits))
+            named = _capital(layers_named(report, inherits))
             yield f"{named} {_verb('inherit', inherits)} it and {_verb('add', inherits)} none."
     elif inherits and report.error_splits:
         most = max(report.error_splits, key=lambda layer: layer.added_noise)
@@ -607,7 +613,7 @@ def _after_failure(report: ParityReport) -> Iterator[str]:
     if any(not (found.teacher_forced or found.handed_on) for found in report.localizations):
         yield "A compact golden names the first fault only: repeat after fixing it, or compare with a whole golden."
     if first.layer is not None and len(report.layers) > 1 and Mode.ISOLATED in report.modes:
-        yield f"While looking for it, `--layer {first.layer}` runs that layer alone."
+        yield f"While looking for it, `--layer {first.key.label}` runs that layer alone."
 
 
 def _at_highest_precision(report: ParityReport) -> Iterator[str]:

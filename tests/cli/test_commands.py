@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_convert.cli import app
-from dsv4_convert.cli.common import parse_layers
+from dsv4_convert.cli.common import parse_layers, parse_layers_and_stages
 from dsv4_convert.errors import UsageError
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.show.units import size
@@ -136,7 +136,7 @@ def test_parity_passes_and_reports(orbax: Path, tmp_path: Path) -> None:
 def test_parity_of_another_model_fails_with_1_and_names_the_tap(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "hf", tiny_config(), seed=1)
     dsv4("convert", "hf-to-orbax", tmp_path / "hf", tmp_path / "orbax")
-    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, exit_code=1)
+    out, _ = dsv4("parity", tmp_path / "orbax", "--golden", GOLDEN, "--program", "streamed", exit_code=1)
     assert "FAIL" in out
     assert "embed is the first tap that diverges" in " ".join(out.split())
 
@@ -148,6 +148,8 @@ def test_parity_in_both_modes_explained_and_as_json(hf: Path, tmp_path: Path) ->
         "both",
         "--dtype",
         "bfloat16",
+        "--program",
+        "streamed",
         "--require-reach",
         "--against",
         hf,
@@ -222,6 +224,10 @@ def test_parse_layers() -> None:
     for wrong in ("", "a", "-1", "3-", "1,,2", "１", "0-99999999999", "9" * 5000):
         with pytest.raises(UsageError):
             parse_layers(wrong)
+    assert parse_layers_and_stages("7, mtp.0-1,0-1") == (7, "mtp.0", "mtp.1", 0, 1)
+    for wrong in ("mtp", "mtp.", "mtp.x", "mtp.0-mtp.1", ""):
+        with pytest.raises(UsageError):
+            parse_layers_and_stages(wrong)
 
 
 def test_size() -> None:

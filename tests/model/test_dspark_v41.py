@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,12 +19,13 @@ from dsv4_convert.model import Taps, dspark
 from dsv4_convert.model.cache import Past, empty_stages
 from dsv4_convert.model.model import Decoder
 from dsv4_convert.model.v41 import attention, block
-from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey, taps_of
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
+from ..activations import differing
 from ..edits import edited
+from ..parity.faults.fault import uncompiled
 from .drafting_v41 import BATCH, CONFIG, LENGTHS, RECORDED, SEED, inputs
 
 #: Largest relative error of a tap, root mean square over root mean square.
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 @pytest.fixture(autouse=True)
 def _eager() -> Iterator[None]:
     """Programs would take longer to compile than the stages run."""
-    with jax.disable_jit():
+    with uncompiled():
         yield
 
 
@@ -69,20 +69,6 @@ def drafted(model: Decoder, tokens: int, *, parts: int = 1) -> dict[str, np.ndar
     return {name: np.asarray(value) for name, value in taps.values.items()}
 
 
-def differing(found: dict[str, np.ndarray], tokens: int) -> list[str]:
-    """The taps that are not Automodel's, in the order of execution."""
-    wrong = []
-    for name, expected in recorded(tokens).items():
-        own = found[name]
-        if TapKey.parse(name).tap.values is Values.CHOICE:
-            same = np.array_equal(own, expected)
-        else:
-            expected = expected.reshape(own.shape).astype(np.float64)
-            same = np.sqrt(np.mean((own - expected) ** 2)) <= LIMIT * np.sqrt(np.mean(expected**2))
-        wrong += [] if same else [name]
-    return sorted(wrong, key=list(found).index)
-
-
 def recorded(tokens: int) -> dict[str, np.ndarray]:
     """Automodel's values after so many tokens."""
     prefix = f"{tokens}/"
@@ -92,7 +78,7 @@ def recorded(tokens: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_every_tap_is_that_of_automodel(model: Decoder, tokens: int) -> None:
     found, config = drafted(model, tokens), model.config
-    assert differing(found, tokens) == []
+    assert differing(found, recorded(tokens), LIMIT) == []
     names = {str(TapKey.of(config, layer, tap)) for layer in config.stage_layers for tap in taps_of(config, layer)}
     assert found.keys() == names
     assert recorded(tokens).keys() == {name for name in names if name.split(".", 2)[2] not in OUT_OF_REACH}
@@ -121,4 +107,5 @@ def test_a_draft_after_parts_is_one_after_all(model: Decoder) -> None:
 )  # fmt: skip
 def test_a_planted_fault_shows(model: Decoder, tap: str, owner: Any, function: str, old: str, new: str) -> None:
     with patch.object(owner, function, edited(owner, function, old, new)):
-        assert differing(drafted(model, LENGTHS[0]), LENGTHS[0])[0] == tap
+        wrong = differing(drafted(model, LENGTHS[0]), recorded(LENGTHS[0]), LIMIT)
+    assert wrong[0] == tap

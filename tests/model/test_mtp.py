@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ class Setting:
         positions = np.broadcast_to(FIRST + np.arange(LENGTHS[-1], dtype=np.int32), ids.shape)
         self.whole = (self.taps["streams"], token_ids(golden.tokens, self.config, stage), positions)
         self.graph, self.state = nnx.split(self.model)
-        self.run = jax.jit(self._run)
+        self.run = partial(jax.jit(self._run), self.state)  # as constants, weights would take long to compile
 
-    def _run(self, streams: Any, ids: Any, positions: Any, past: Any = None) -> Any:
+    def _run(self, state: Any, streams: Any, ids: Any, positions: Any, past: Any = None) -> Any:
         taps = Taps(lambda _: True)
-        model = nnx.merge(self.graph, self.state)
+        model = nnx.merge(self.graph, state)
         logits, after = model.draft(streams, ids, positions, taps=taps, past=past)
         return logits, after, taps.values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ class Small:
         self._graph, self._state = nnx.split(model)
         self.scanned = scanned
         self.tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, (2, TOKENS)).astype(np.int32)
-        self.extend = jax.jit(self._extend)
-        self.whole = jax.jit(self._whole)
+        # Weights are arguments: as constants of a program they take longer to compile.
+        self.extend = partial(jax.jit(self._extend), self._state)
+        self.whole = partial(jax.jit(self._whole), self._state)
         self.logits, self.taps = self.whole(self.tokens)
 
-    def _extend(self, tokens: Any, cache: Cache, count: Any, keep: Any) -> tuple[Any, Cache]:
-        return nnx.merge(self._graph, self._state).extend(tokens, cache, count=count, keep=keep)
+    def _extend(self, state: Any, tokens: Any, cache: Cache, count: Any, keep: Any) -> tuple[Any, Cache]:
+        return nnx.merge(self._graph, state).extend(tokens, cache, count=count, keep=keep)
 
-    def _whole(self, tokens: Any) -> tuple[Any, dict[str, Any]]:
+    def _whole(self, state: Any, tokens: Any) -> tuple[Any, dict[str, Any]]:
         taps = Taps(lambda _: True)
-        logits = nnx.merge(self._graph, self._state)(tokens, taps=taps)
+        logits = nnx.merge(self._graph, state)(tokens, taps=taps)
         self.order = list(taps.values)
         return logits, taps.values
 

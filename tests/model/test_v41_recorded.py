@@ -20,11 +20,10 @@ from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.model.v41 import attention, block, compressor, engram, indexer
 from dsv4_convert.model.v41 import model as backbone
-from dsv4_convert.spec.tap import Values
-from dsv4_convert.spec.taps import TapKey
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
+from ..activations import differing
 from ..edits import edited
 
 DATA = Path(__file__).parents[1] / "data" / "v41" / "automodel.safetensors"
@@ -63,25 +62,13 @@ class Recorded:
         found = jax.jit(run)(state, self.tokens)
         return {key: np.asarray(found[key]) for key in order}
 
-    def differing(self, found: dict[str, np.ndarray]) -> list[str]:
-        """The taps that are not Automodel's."""
-        return [name for name, value in found.items() if not _same(name, value, self.taps[name])]
-
-
-def _same(name: str, found: np.ndarray, expected: np.ndarray) -> bool:
-    assert found.shape == expected.shape, name
-    if TapKey.parse(name).tap.values is Values.CHOICE:
-        return np.array_equal(found, expected)
-    error = found.astype(np.float64) - expected
-    return float(np.sqrt(np.mean(error**2))) <= LIMIT * float(np.sqrt(np.mean(expected.astype(np.float64) ** 2)))
-
 
 @pytest.mark.parametrize("name", [EVERY_KIND, "architecture 0", "architecture 9"])
 def test_every_recorded_tap_is_that_of_automodel(name: str, tmp_path: Path) -> None:
     recorded = Recorded(tmp_path, name)
     found = recorded.compute()
     assert found.keys() == recorded.taps.keys()
-    assert recorded.differing(found) == []
+    assert differing(found, recorded.taps, LIMIT) == []
 
 
 class Edit(NamedTuple):
@@ -227,4 +214,4 @@ def test_a_fault_shows_at_its_tap(every_kind: Recorded, name: str) -> None:
     fault = FAULTS[name]
     depth = None if fault.tap == "logits" else int(fault.tap.split(".")[1]) + 1
     with fault.planted():
-        assert every_kind.differing(every_kind.compute(depth))[:1] == [fault.tap]
+        assert differing(every_kind.compute(depth), every_kind.taps, LIMIT)[:1] == [fault.tap]

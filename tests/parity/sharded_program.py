@@ -1,4 +1,4 @@
-"""Run by test_program.py on eight simulated devices: the compiled layer over meshes, healthy and with a fault.
+"""Run by test_program.py on eight simulated devices: compiled layers and stages over meshes, healthy and with a fault.
 
 ``python -m tests.parity.sharded_program FOLDER``: the models are made there.
 """
@@ -14,7 +14,7 @@ from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.weights.published import PublishedWeights
 
-from .faults import program, program_v41
+from .faults import program, program_drafts, program_v41
 from .faults.program import MESHES, ProgramFault, Subject, examine, options_of
 
 COMMITTED = Path(golden_package.__file__).parent / "data" / "tiny-v4.1"
@@ -42,6 +42,11 @@ def main() -> None:
     small = Subject(PublishedWeights.open(folder / "v4.1"), open_golden(COMMITTED), program_v41.PATHS)
     (fault,) = (fault for fault in program_v41.PROGRAM_V41 if fault.name == "rows counted from the first device's")
     check(small, fault, program_v41.NGRAMS)
+    drafts = program_drafts.of_stages(small.weights.config.num_hidden_layers)
+    for name in ("the sum over the vocabulary's devices missing", "the sum over a stage's inner widths missing"):
+        (fault,) = (fault for fault in drafts if fault.name == name)
+        assert fault.layer is not None
+        check(small, fault, fault.layer)
 
 
 if __name__ == "__main__":

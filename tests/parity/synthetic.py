@@ -32,7 +32,7 @@ def real(name: str, *multiples: float, mode: Mode = Mode.ISOLATED, verdict: Verd
         found=0.5,
         golden=0.25,
     )
-    reason = beyond(*distance.noise.nearest(LIMITS)) if verdict is Verdict.FAIL else ""
+    reason = beyond(*distance.noise.nearest(LIMITS["float32"])) if verdict is Verdict.FAIL else ""
     return TapResult(
         key=TapKey.parse(name), mode=mode, verdict=verdict, reason=reason, shape=(1, 300, 32), distance=distance
     )
@@ -65,7 +65,7 @@ def report(
         decode=0,
         phase=None,
         dtype="float32",
-        limits=LIMITS,
+        limits=LIMITS["float32"],
         layers=layers,
         taps=tuple(taps),
         localizations=(),

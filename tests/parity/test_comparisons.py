@@ -16,6 +16,7 @@ from dsv4_convert.parity.floor import Floor, floor_of
 from dsv4_convert.parity.metrics import Verdict, compare
 from dsv4_convert.parity.tolerances import LIMITS
 
+FLOAT32 = LIMITS["float32"]
 finite = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=3, max_dims=4, max_side=6),
@@ -31,7 +32,7 @@ def _floor(array: np.ndarray, rms: float = 1e-6, peak: float = 1e-6) -> Floor:
 
 @given(finite)
 def test_equal_arrays_pass_at_distance_zero(array: np.ndarray) -> None:
-    verdict, distance, _ = compare(array, array, _floor(array), LIMITS)
+    verdict, distance, _ = compare(array, array, _floor(array), FLOAT32)
     assert verdict is Verdict.PASS
     assert distance is not None
     assert (distance.max_abs, distance.relative_rms, distance.max_ulp, distance.allclose) == (0, 0, 0, 0)
@@ -46,14 +47,14 @@ def test_the_measures_are_what_they_say(array: np.ndarray, data: st.DataObject) 
     error = np.abs(found - array.astype(np.float64)).reshape(*array.shape[:2], -1)
     rows, elements = np.sqrt((error**2).mean(-1)) / 1e-6, error.max(-1) / 1e-6
     whole = np.sqrt((error**2).mean()) / 1e-6
-    verdict, distance, _ = compare(found, array, _floor(array), LIMITS)
+    verdict, distance, _ = compare(found, array, _floor(array), FLOAT32)
     assert distance is not None
     assert distance.noise.row == pytest.approx(rows.max())
     assert distance.noise.element == pytest.approx(elements.max())
     assert distance.noise.tap == pytest.approx(whole)
-    outside = (rows > LIMITS.row) | (elements > LIMITS.element)
+    outside = (rows > FLOAT32.row) | (elements > FLOAT32.element)
     assert distance.rows_outside == outside.sum()
-    assert (verdict is Verdict.PASS) == (not outside.any() and whole <= LIMITS.tap)
+    assert (verdict is Verdict.PASS) == (not outside.any() and whole <= FLOAT32.tap)
     turns = distance.allclose
     assert np.allclose(found, array.astype(np.float64), atol=turns * 1.001, rtol=turns * 1.001)
     assert turns == 0 or not np.allclose(found, array.astype(np.float64), atol=turns * 0.999, rtol=turns * 0.999)
@@ -68,14 +69,14 @@ def test_every_measure_can_fail_alone() -> None:
     row[0, 3] = np.where(np.arange(100) % 2, 0, 22e-6)
     element[0, 5, 7] = 30e-6
     for found, measure in ((everywhere, "tap"), (element, "element")):
-        verdict, distance, reason = compare(found, golden, floor, LIMITS)
+        verdict, distance, reason = compare(found, golden, floor, FLOAT32)
         assert verdict is Verdict.FAIL
         assert distance is not None
-        assert distance.noise.exceeded(LIMITS) == (measure,)
+        assert distance.noise.exceeded(FLOAT32) == (measure,)
         assert f"{getattr(distance.noise, measure):.1f} times the noise floor" in reason
-    _, distance, _ = compare(row, golden, _floor(golden, rms=0.5e-6, peak=2e-6), LIMITS)
+    _, distance, _ = compare(row, golden, _floor(golden, rms=0.5e-6, peak=2e-6), FLOAT32)
     assert distance is not None
-    assert distance.noise.exceeded(LIMITS) == ("row",)
+    assert distance.noise.exceeded(FLOAT32) == ("row",)
     assert distance.worst[1] == 3
 
 
@@ -92,30 +93,30 @@ def test_every_measure_can_fail_alone() -> None:
 )
 def test_nan_and_unequal_infinity_fail(found: list[float], golden: list[float]) -> None:
     ours, theirs = np.array([[found]], np.float32), np.array([[golden]], np.float32)
-    assert compare(ours, theirs, _floor(theirs), LIMITS)[0] is Verdict.FAIL
+    assert compare(ours, theirs, _floor(theirs), FLOAT32)[0] is Verdict.FAIL
     measured = floor_of(row_sizes(theirs), np.full((2, 1, 1), np.nan), 2.0**-24)  # the noise of a NaN is one too
-    assert compare(ours, theirs, measured, LIMITS)[0] is Verdict.FAIL
+    assert compare(ours, theirs, measured, FLOAT32)[0] is Verdict.FAIL
 
 
 def test_the_same_infinity_passes() -> None:
     array = np.array([[[-np.inf, 1]]], np.float32)
-    assert compare(array, array, _floor(array), LIMITS)[0] is Verdict.PASS
+    assert compare(array, array, _floor(array), FLOAT32)[0] is Verdict.PASS
 
 
 def test_broadcasts_other_dtypes_and_nothing_at_all_do_not_pass() -> None:
     ones = np.ones((1, 3, 1), np.float32)
     floor = _floor(ones)
-    assert compare(ones, np.ones((1, 3, 2), np.float32), floor, LIMITS)[0] is Verdict.FAIL
-    assert compare(ones, np.ones((1, 3, 1), np.int32), floor, LIMITS)[0] is Verdict.FAIL
-    assert compare(ones[:, :0], ones[:, :0], None, LIMITS)[0] is Verdict.EMPTY
-    assert compare(ones[:, :0], ones, floor, LIMITS)[0] is Verdict.FAIL
+    assert compare(ones, np.ones((1, 3, 2), np.float32), floor, FLOAT32)[0] is Verdict.FAIL
+    assert compare(ones, np.ones((1, 3, 1), np.int32), floor, FLOAT32)[0] is Verdict.FAIL
+    assert compare(ones[:, :0], ones[:, :0], None, FLOAT32)[0] is Verdict.EMPTY
+    assert compare(ones[:, :0], ones, floor, FLOAT32)[0] is Verdict.FAIL
 
 
 def test_an_error_without_a_floor_is_infinitely_far() -> None:
     zero = np.zeros((1, 2, 3), np.float32)
     floor = floor_of(row_sizes(zero), np.zeros((2, 1, 2)), 2.0**-24)
-    assert compare(zero, zero, floor, LIMITS)[0] is Verdict.PASS
-    verdict, distance, _ = compare(zero + 1e-9, zero, floor, LIMITS)
+    assert compare(zero, zero, floor, FLOAT32)[0] is Verdict.PASS
+    verdict, distance, _ = compare(zero + 1e-9, zero, floor, FLOAT32)
     assert verdict is Verdict.FAIL
     assert distance is not None
     assert distance.noise.row == np.inf
@@ -124,7 +125,7 @@ def test_an_error_without_a_floor_is_infinitely_far() -> None:
 def test_distances_by_hand() -> None:
     golden = np.array([[[3.0, -4.0, 0.0, 0.0]]], np.float32)  # rms 2.5
     found = np.array([[[3.0, -4.0, 0.5, 0.0]]], np.float32)
-    _, distance, _ = compare(found, golden, _floor(golden), LIMITS)
+    _, distance, _ = compare(found, golden, _floor(golden), FLOAT32)
     assert distance is not None
     assert distance.max_abs == 0.5
     assert distance.relative_rms == pytest.approx(0.25 / 2.5)
@@ -132,7 +133,7 @@ def test_distances_by_hand() -> None:
     assert (distance.worst, distance.found, distance.golden) == ((0, 0, 2), 0.5, 0.0)
     assert distance.max_ulp == 0  # the large elements agree
     nudged = np.nextafter(golden, np.float32(10))
-    assert compare(nudged, golden, _floor(golden), LIMITS)[1].max_ulp == 1
+    assert compare(nudged, golden, _floor(golden), FLOAT32)[1].max_ulp == 1
 
 
 def test_a_floor_is_smoothed_over_its_rows() -> None:
@@ -169,7 +170,7 @@ def _scores(rows: list[list[float]], *, peak: float = 1e-5, ours: object = None,
 
 
 def test_the_same_set_in_another_order_passes() -> None:
-    assert compare_choices(_choice([[1, 0]]), _choice([[0, 1]]), _scores([[3, 2, 1]]), LIMITS)[0] is Verdict.PASS
+    assert compare_choices(_choice([[1, 0]]), _choice([[0, 1]]), _scores([[3, 2, 1]]), FLOAT32)[0] is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_the_same_set_in_another_order_passes() -> None:
 )
 def test_a_flip_is_a_tie_only_within_the_noise(gap: float, expected: Verdict) -> None:
     scores = _scores([[2.0, 1.0 + gap, 1.0]])
-    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, LIMITS)
+    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, FLOAT32)
     assert verdict is expected
     assert flips is not None
     assert flips.margin == pytest.approx(gap, abs=1e-6)
@@ -189,11 +190,11 @@ def test_a_flip_is_a_tie_only_within_the_noise(gap: float, expected: Verdict) ->
 def test_a_flip_against_our_own_scores_is_no_tie() -> None:
     """The golden's scores are tied, but ours say clearly that the golden's choice is better."""
     flip = (_choice([[0, 2]]), _choice([[0, 1]]))
-    assert compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, 1.00001]]), LIMITS)[0] is Verdict.TIE
-    verdict, _, reason = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1.00001, 1]]), LIMITS)
+    assert compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, 1.00001]]), FLOAT32)[0] is Verdict.TIE
+    verdict, _, reason = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1.00001, 1]]), FLOAT32)
     assert verdict is Verdict.FAIL
     assert "own scores" in reason
-    nan = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, np.nan]]), LIMITS)
+    nan = compare_choices(*flip, _scores([[2, 1, 1]], ours=[[2, 1, np.nan]]), FLOAT32)
     assert nan[0] is Verdict.FAIL
 
 
@@ -204,19 +205,19 @@ def test_without_the_golden_s_scores_our_own_say_how_close_it_was(gap: float, ex
     """As with a compact golden: we chose 2 where the golden chose 1, and our scores of the two are ``gap`` apart."""
     known = _scores([[0, 0, 0]], ours=[[2.0, 1.0, 1.0 + gap]])
     scores = dataclasses.replace(known, golden=None)
-    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, LIMITS)
+    verdict, flips, _ = compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), scores, FLOAT32)
     assert verdict is expected
     assert flips is not None
     assert flips.margin == pytest.approx(gap, abs=1e-6)
     nothing = dataclasses.replace(scores, ours=None)
-    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), nothing, LIMITS)[0] is Verdict.FAIL
+    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), nothing, FLOAT32)[0] is Verdict.FAIL
     worse = dataclasses.replace(known, golden=None, ours=np.array([[[2.0, 1.0 + 1e-5, 1.0]]], np.float32))
-    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), worse, LIMITS)[0] is Verdict.FAIL, "not our best"
+    assert compare_choices(_choice([[0, 2]]), _choice([[0, 1]]), worse, FLOAT32)[0] is Verdict.FAIL, "not our best"
 
 
 def test_one_real_flip_among_ties_fails() -> None:
     scores = _scores([[1, 1, 0], [1, 0, 0]])
-    verdict, flips, _ = compare_choices(_choice([[1], [2]]), _choice([[0], [0]]), scores, LIMITS)
+    verdict, flips, _ = compare_choices(_choice([[1], [2]]), _choice([[0], [0]]), scores, FLOAT32)
     assert verdict is Verdict.FAIL
     assert flips is not None
     assert (flips.tokens, flips.ties, flips.worst) == (2, 1, (0, 1))
@@ -230,12 +231,12 @@ def test_no_score_excuses_the_future_another_count_a_table_or_a_choice_made_twic
         (_choice([[1]]), _choice([[0]]), None),
         (_choice([[0, 0]]), _choice([[0, 1]]), _scores(equal)),
     )
-    assert [compare_choices(*case, LIMITS)[0] for case in cases] == [Verdict.FAIL] * 4
-    assert compare_choices(_choice([[2]]), _choice([[0]]), _scores(equal, visible=[3]), LIMITS)[0] is Verdict.TIE
+    assert [compare_choices(*case, FLOAT32)[0] for case in cases] == [Verdict.FAIL] * 4
+    assert compare_choices(_choice([[2]]), _choice([[0]]), _scores(equal, visible=[3]), FLOAT32)[0] is Verdict.TIE
 
 
 def test_choices_of_other_shapes_or_dtypes_fail() -> None:
     one = _choice([[0]])
-    assert compare_choices(one, _choice([[0, 1]]), None, LIMITS)[0] is Verdict.FAIL
-    assert compare_choices(one.astype(np.float32), one, None, LIMITS)[0] is Verdict.FAIL
-    assert compare_choices(one[:, :0], one[:, :0], None, LIMITS)[0] is Verdict.EMPTY
+    assert compare_choices(one, _choice([[0, 1]]), None, FLOAT32)[0] is Verdict.FAIL
+    assert compare_choices(one.astype(np.float32), one, None, FLOAT32)[0] is Verdict.FAIL
+    assert compare_choices(one[:, :0], one[:, :0], None, FLOAT32)[0] is Verdict.EMPTY

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -21,8 +18,6 @@ from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.golden.recorder import RecordingOptions, record
 from dsv4_convert.golden.shrink import shrink
 from dsv4_convert.golden.synthetic import write_checkpoint
-from dsv4_convert.model.dspark import DSparkBlock
-from dsv4_convert.parity import compiled
 from dsv4_convert.parity.activations import Expected
 from dsv4_convert.parity.comparison import Phase
 from dsv4_convert.parity.finished import FinishedSteps
@@ -35,8 +30,8 @@ from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
 from dsv4_convert.weights.published import PublishedWeights
 
-from .faults.catalogue import CATALOGUE
-from .faults.fault import DRAFTING, DRAFTS, Held, names
+from .faults import program, program_drafts
+from .faults.fault import DRAFTING, DRAFTS, Held
 
 TOKENS, DECODE = 40, 3
 IDS = np.random.default_rng(3).integers(0, DRAFTING["vocab_size"], (2, TOKENS)).astype(np.int32)
@@ -90,7 +85,7 @@ def test_the_block_begins_with_the_prompts_last_token(golden: Golden) -> None:
     assert golden.manifest.aliases["mtp.2.streams"] == "mtp.1.hc_ffn.streams"
     scores, tokens = golden.read("mtp.2.draft_logits"), golden.read("mtp.2.tokens")
     assert np.array_equal(scores.argmax(axis=-1), tokens[..., 0])
-    assert np.array_equal(golden.read("mtp.1.cache.window"), golden.read("mtp.1.attn.main.kv_rope")[:, -17:-2])
+    assert np.array_equal(golden.read("mtp.1.cache.window"), golden.read("mtp.1.attn.main.kv_rope")[:, -7:-2])
 
 
 def test_every_report_names_them(report: ParityReport) -> None:
@@ -144,50 +139,20 @@ def test_a_compact_golden_of_the_stages(source: Path, golden: Golden, tmp_path: 
 @pytest.mark.parametrize(
     "name",
     [
-        "mtp.0: rows of main_proj in another order",
-        pytest.param("mtp.1: keys of another stage", marks=pytest.mark.thorough),
-        "mtp.2: Markov rows of the token after",
-        pytest.param("mtp.2: rows of the confidence head in another order", marks=pytest.mark.thorough),
+        "tokens chosen after noise",
+        "a stage's exponents off by one",
+        "known tokens of earlier calls forgotten",
+        pytest.param("the block embeds the tokens one later", marks=pytest.mark.thorough),
+        pytest.param("gate and up of a stage swapped", marks=pytest.mark.thorough),
+        pytest.param("the block's positions counted from the call", marks=pytest.mark.thorough),
     ],
 )
-def test_the_compiled_stages_name_a_fault_of_their_weights(source: Path, golden: Golden, name: str) -> None:
-    fault = CATALOGUE[name]
-    assert fault.layer is not None
-    weights = Held.read_from(PublishedWeights.open(source))
-    assert fault.arrays is not None
-    fault.arrays(weights.arrays)
-    found = ParityRun(
-        weights, golden, ParityOptions(layers=[fault.layer]), model=ModelOptions(weights="expanded")
-    ).run()
-    assert names(found, fault.layer, (fault.tap,)), verdict(found)
-
-
-def _late(places: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, positions, past: places(self, positions, past) + 1
-
-
-def _doubtful(choose: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, x, logits, anchor, taps: choose(self, 2 * x, logits, anchor, taps)
-
-
-@pytest.mark.parametrize(
-    ("layer", "tap", "method", "change"),
-    [
-        (FIRST, "attn.q_rope", "places", _late),
-        pytest.param(LAST, "confidence", "choose", _doubtful, marks=pytest.mark.thorough),
-    ],
-)
-def test_the_compiled_stages_name_a_fault_of_the_model(
-    source: Path, golden: Golden, layer: int, tap: str, method: str, change: Callable[..., Any]
-) -> None:
-    """The fault is in the model's own program of the stage."""
-    options = ParityOptions(layers=[layer])
-    run = ParityRun(PublishedWeights.open(source), golden, options, model=ModelOptions(weights="expanded"))
-    traced = compiled.run_draft.__wrapped__
-    fresh = jax.jit(lambda *operands: traced(*operands), static_argnums=0)  # programs of before have no fault
-    wrong = change(getattr(DSparkBlock, method))
-    with patch.object(DSparkBlock, method, wrong), patch.object(compiled, "run_draft", fresh):
-        assert names(found := run.run(), layer, (tap,)), verdict(found)
+def test_the_compiled_stages_name_a_fault(source: Path, golden: Golden, name: str) -> None:
+    """``python -m benchmarks.faults --program model`` plants all of them, of both architectures."""
+    (fault,) = (fault for fault in program_drafts.of_stages(FIRST) if fault.name == name)
+    subject = program.Subject(PublishedWeights.open(source), golden, program_drafts.PATHS)
+    report = program.examine(subject, fault.path, fault, **program.options_of(fault))
+    assert fault.named_by(report), verdict(report)
 
 
 def test_targets_that_differ_show_from_the_tokens_on(source: Path, golden: Golden) -> None:
@@ -261,6 +226,6 @@ def test_the_commands(source: Path, tmp_path: Path) -> None:
     shown = run(app, ["golden", "show", out]).output
     assert "stage mtp.2: " in shown
     assert "\nconfidence " in shown
-    done = run(app, ["parity", "--source", str(source), "--golden", out, "--layer", "3", "--program", "streamed"])
+    done = run(app, ["parity", "--source", str(source), "--golden", out, "--layer", "mtp.1", "--program", "streamed"])
     assert done.exit_code == 0, done.output
     assert "of layers 0 and 3 draft stages" in run(app, ["inspect", out]).output

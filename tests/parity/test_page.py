@@ -211,7 +211,7 @@ def test_a_sample_holds_every_element_in_a_bin_and_the_worst_first(report: Parit
 
 def test_entries_stand_at_the_last_token_of_their_block(golden: Path) -> None:
     recorded = open_golden(golden)
-    detail = Detail(recorded)
+    detail = Detail(recorded, LIMITS["float32"])
     name = "layers.1.attn.compressor.entries"
     value = recorded.read(name)
     floor = floor_of(np.ones(value.shape[:2]), np.ones((2, *value.shape[:2])), 2.0**-24)
@@ -291,8 +291,9 @@ def test_what_is_zero_or_no_number_has_its_place(report: ParityReport) -> None:
 
 def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
     """Which is not the one with the largest number: limits differ."""
-    over_the_tap = real("layers.0.attn.q", *[0.9 * LIMITS.tap] * 3)
-    at_a_row = real("layers.1.attn.q", 1.0, 0.7 * LIMITS.row, 1.0)
+    limits = LIMITS["float32"]
+    over_the_tap = real("layers.0.attn.q", *[0.9 * limits.tap] * 3)
+    at_a_row = real("layers.1.attn.q", 1.0, 0.7 * limits.row, 1.0)
     course = page_data(synthetic([over_the_tap, at_a_row])).course
     assert at_a_row.distance is not None
     assert over_the_tap.distance is not None

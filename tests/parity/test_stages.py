@@ -208,7 +208,7 @@ def test_what_has_no_stage_is_refused(source: Path, golden: Golden, tmp_path: Pa
     write_checkpoint(tmp_path / "hf", STAGED | {"num_nextn_predict_layers": 0, "compress_ratios": [0]}, seed=0)
     with pytest.raises(UsageError, match="has no draft stage"):
         record(tmp_path / "hf", tmp_path / "golden", OPTIONS)
-    with pytest.raises(UsageError, match="its draft stages are 1"):
+    with pytest.raises(UsageError, match=r"layer 2: this model has the layers 0 to 0, and the draft stages mtp\.0"):
         ParityRun(PublishedWeights.open(source), golden, ParityOptions(layers=[2])).run()
 
 

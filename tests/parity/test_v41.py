@@ -245,14 +245,14 @@ def test_blocks_are_as_good_as_their_best_entry_and_the_newest_is_always_there()
     of_blocks = _scores(scores, scores, 7).of_blocks(2)
 
     def compared(ours: Any, golden: Any) -> Verdict:
-        return compare_choices(ours, golden, of_blocks, LIMITS)[0]
+        return compare_choices(ours, golden, of_blocks, LIMITS["float32"])[0]
 
     assert compared(_chosen(0, 2, 3), _chosen(0, 2, 3)) is Verdict.PASS
     assert compared(_chosen(0, 1, 2), _chosen(0, 2, 3)) is Verdict.FAIL, "the newest block is left out"
     assert compared(_chosen(0, 3, 4), _chosen(0, 2, 3)) is Verdict.FAIL, "a block of the future"
     assert compared(_chosen(1, 2, 3), _chosen(0, 2, 3)) is Verdict.FAIL, "a worse block"
     tied = _scores(scores, [5, 0, 4.002, 0, 4, 0, 1, 0, 9, 9], 7).of_blocks(2)
-    assert compare_choices(_chosen(0, 1, 3), _chosen(0, 2, 3), tied, LIMITS)[0] is Verdict.TIE
+    assert compare_choices(_chosen(0, 1, 3), _chosen(0, 2, 3), tied, LIMITS["float32"])[0] is Verdict.TIE
 
 
 def test_a_choice_is_one_inside_the_candidates() -> None:
@@ -260,14 +260,14 @@ def test_a_choice_is_one_inside_the_candidates() -> None:
     inside = _scores(scores, scores, 6).inside(_chosen(0, 2, -1), 2)
 
     def compared(ours: Any, golden: Any) -> Verdict:
-        return compare_choices(ours, golden, inside, LIMITS)[0]
+        return compare_choices(ours, golden, inside, LIMITS["float32"])[0]
 
     assert compared(_chosen(0, 1), _chosen(0, 1)) is Verdict.PASS
     assert compared(_chosen(0, 2), _chosen(0, 1)) is Verdict.FAIL, "better, and not among the candidates"
     assert compared(_chosen(0, 4), _chosen(0, 1)) is Verdict.FAIL, "worse"
     close = [5, 3, 9, 9, 3.001, 0]
     tied = _scores(close, [5, 3.001, 9, 9, 3, 0], 6).inside(_chosen(0, 2, -1), 2)
-    assert compare_choices(_chosen(0, 1), _chosen(0, 4), tied, LIMITS)[0] is Verdict.TIE
+    assert compare_choices(_chosen(0, 1), _chosen(0, 4), tied, LIMITS["float32"])[0] is Verdict.TIE
 
 
 @pytest.mark.usefixtures("eager")

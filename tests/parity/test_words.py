@@ -18,7 +18,7 @@ from dsv4_convert.parity.report.github import commands, summary
 from dsv4_convert.parity.report.html.page import RunInfo, page
 from dsv4_convert.parity.report.junit import junit
 from dsv4_convert.parity.report.tables import Verbosity, render
-from dsv4_convert.parity.report.words import reach, summarized
+from dsv4_convert.parity.report.words import layers_named, reach, summarized
 from dsv4_convert.parity.tolerances import LIMITS
 
 from .synthetic import empty, real, report
@@ -87,7 +87,7 @@ def test_the_number_is_of_the_measure_that_fails() -> None:
     assert real("layers.0.attn.q", 13.0, 40.0, 90.0, verdict=Verdict.FAIL).reason == (
         "40.0 times the noise floor in its worst row, 24 allowed"
     )
-    assert LIMITS.tap == 12
+    assert LIMITS["float32"].tap == 12
 
 
 def test_the_same_words_everywhere() -> None:
@@ -120,6 +120,14 @@ def test_what_is_not_reached_is_one_line_for_many_layers() -> None:
     assert sum("no block of 128" in line for line in printed(run)) == 1
     (alone,) = reach(dataclasses.replace(run, prompt_coverage=tuple(odd[:1])))[1:]
     assert alone == "layer 3: 203 of 256 experts are reached"
+    staged = [dataclasses.replace(layer, missed=(), of=256 if layer.layer < 39 else 128) for layer in odd]
+    staged = [dataclasses.replace(layer, experts=100) for layer in staged]
+    of_stages = dataclasses.replace(run, prompt_coverage=tuple(staged), stages=range(39, 42))
+    assert reach(of_stages) == [
+        "layers 3, 5, … 37: 100 of 256 experts are reached",
+        "stages mtp.0, 2: 100 of 128 experts are reached",
+    ]
+    assert layers_named(of_stages, range(37, 40)) == "layers 37-38 and stage mtp.0"
     assert reach(report([real("layers.0.attn.q", 1, 2, 2)])) == []
 
 

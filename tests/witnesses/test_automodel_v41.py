@@ -21,11 +21,11 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
 from dsv4_convert.spec.config import Config
-from dsv4_convert.spec.tap import Values
 from dsv4_convert.spec.taps import TapKey, taps_of
 from dsv4_convert.weights.published import PublishedWeights
 from dsv4_convert.weights.restore import restore_model
 
+from ..activations import differing
 from ..parity.faults.fault import Held, uncompiled
 from ..parity.v41 import recorded
 
@@ -67,20 +67,6 @@ def ours(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def differing(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
-    """The taps of both that are not the same."""
-    wrong = []
-    for name in found.keys() & expected.keys():
-        one, other = found[name], expected[name]
-        if TapKey.parse(name).tap.values is Values.CHOICE:
-            same = np.array_equal(one, other)
-        else:
-            other = other.reshape(one.shape).astype(np.float64)
-            same = np.sqrt(np.mean((one - other) ** 2)) <= LIMIT * np.sqrt(np.mean(other**2))
-        wrong += [] if same else [name]
-    return sorted(wrong)
-
-
 def tokens_of(raw: dict[str, Any]) -> np.ndarray:
     return np.random.default_rng(1).integers(0, raw["text_config"]["vocab_size"], (2, TOKENS)).astype(np.int32)
 
@@ -97,7 +83,7 @@ def test_every_tap_is_that_of_automodel(seed: int | None, tmp_path: Path) -> Non
     assert theirs.keys.missing_keys == theirs.keys.unexpected_keys == []
     ids = tokens_of(raw)
     found, expected = ours(tmp_path / "hf", ids), theirs.taps(ids)
-    assert differing(found, expected) == []
+    assert differing(found, expected, LIMIT) == []
     config = Config.from_hf(raw)
     layers = (None, *range(config.num_hidden_layers))
     all_taps = {str(TapKey(layer, tap)): tap.name for layer in layers for tap in taps_of(config, layer)}
@@ -148,7 +134,7 @@ def test_a_wrong_tensor_shows_at_its_tap(name: str, other: str | None, tap: str,
     changed = tensors[other] if other else -1 * tensors[name].float() if "weight" in name else 2 * tensors[name].float()
     swapped = tensors | {name: changed} | ({other: tensors[name]} if other else {})
     ids = tokens_of(raw)
-    wrong = differing(ours(tmp_path / "hf", ids), AutomodelV41(tmp_path / "hf", swapped).taps(ids))
+    wrong = differing(ours(tmp_path / "hf", ids), AutomodelV41(tmp_path / "hf", swapped).taps(ids), LIMIT)
     order = [str(TapKey(layer, row)) for layer in range(7) for row in taps_of(Config.from_hf(raw), layer)]
     assert min(wrong, key=lambda each: order.index(each) if each in order else len(order)) == tap
 

@@ -34,6 +34,8 @@ from .caches import (
 #: Rows that csa_gather and sparse_mla take at a time; fewer are filled up.
 BLOCK = 128
 CSA, HCA = AttentionKind.CSA, AttentionKind.HCA
+#: The largest relative rms that rounding to FP8 gives: half a step of 3 bits of mantissa, evenly spread.
+FP8_RMS = 2.0**-4 / 3**0.5
 #: Where an op has another name for an implementation than the others.
 SPELLED = {(ops.lightning_indexer, "mosaic_tpu"): "mosaic"}
 
@@ -77,11 +79,21 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """How an op is checked: ``run(layer, dtype)`` gives taps by name; in layers of these kinds, in these dtypes."""
+    """How an op is checked: ``run(layer, dtype)`` gives taps by name; in layers of these kinds, in these dtypes.
+
+    ``fp8``: the op rounds to FP8, which the golden does not do, and whose error is beyond the noise of bfloat16.
+    """
 
     run: Callable[[Layer, Any], dict[str, Any]]
     kinds: tuple[AttentionKind, ...] = (CSA, HCA)
     dtypes: tuple[str, ...] = ("bfloat16",)
+    fp8: bool = False
+
+    def agrees(self, report):
+        """Whether every tap is within the limits of its dtype, or within the rounding of FP8."""
+        if self.fp8:
+            return all(tap.distance is not None and tap.distance.relative_rms <= FP8_RMS for tap in report.taps)
+        return report.passed
 
 
 def mhc_pre(layer, dtype):
@@ -387,16 +399,16 @@ OPS = {
     "mhc_fused_post_pre": Op(mhc_fused_post_pre),
     "deepseek_rope": Op(rope, dtypes=("float32", "bfloat16")),
     "deepseek_rope, qnorm_rope": Op(qnorm_rope, dtypes=("float32", "bfloat16")),
-    "deepseek_rope, rope_quant": Op(rope_quant, (CSA,)),
+    "deepseek_rope, rope_quant": Op(rope_quant, (CSA,), fp8=True),
     "proj_and_save_state": Op(proj_and_save_state),
-    "dsv4_compressor, CSA": Op(csa_compressor, (CSA,)),
+    "dsv4_compressor, CSA": Op(csa_compressor, (CSA,), fp8=True),
     "dsv4_compressor, HCA": Op(hca_compressor, (HCA,)),
-    "dsv4_compressor, indexer": Op(indexer_compressor, (CSA,)),
+    "dsv4_compressor, indexer": Op(indexer_compressor, (CSA,), fp8=True),
     "lightning_indexer, decoding": Op(lightning_indexer, (CSA,)),
     "csa_gather": Op(csa_gather, (CSA,), ("float32",)),
     "sparse_mla": Op(sparse_mla, (CSA,)),
     "grouped_lowrank_proj": Op(grouped_lowrank_proj),
-    "grouped_lowrank_proj, quantize_activations": Op(grouped_lowrank_proj_in_fp8),
+    "grouped_lowrank_proj, quantize_activations": Op(grouped_lowrank_proj_in_fp8, fp8=True),
     "router_topk": Op(router_topk, dtypes=("float32",)),
     "ragged_dot": Op(ragged_dot, dtypes=("float32", "bfloat16")),
 }

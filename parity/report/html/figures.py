@@ -16,7 +16,7 @@ from dsv4_convert.parity.report.html.data import Course, Depth, Divergence, Fail
 from dsv4_convert.parity.report.html.marks import shade, short
 from dsv4_convert.parity.report.html.scale import Scale, power
 from dsv4_convert.parity.report.html.svg import ROLES, new_figure, settings, to_svg
-from dsv4_convert.parity.tolerances import LIMITS
+from dsv4_convert.parity.tolerances import Limits
 
 #: Units, which a phone shows as about 0.9 pixels and a desk as 1.2; the wide ones scroll.
 _WIDTH = 400
@@ -30,14 +30,14 @@ _DASHES: dict[str, str | tuple[int, tuple[float, ...]]] = {
 _NAMES = {"attention": "attention output", "experts": "expert output", "streams": "streams leaving"}
 
 
-def depth(data: Depth, name: str) -> Markup:
+def depth(data: Depth, name: str, limits: Limits) -> Markup:
     """Error over depth: lines by layer, the limits as a band, failures as crosses, the first divergence marked."""
     with settings():
         figure = new_figure(_WIDTH, 260)
         axes = figure.subplots()
         values = [value for line in data.lines for value in line.multiples if value is not None]
-        scale = Scale.over(values, least=(0.5, 2 * LIMITS.row))
-        _band(axes, scale)
+        scale = Scale.over(values, least=(0.5, 2 * limits.row))
+        _band(axes, scale, limits)
         for line in data.lines:
             known = [(x, scale(y)) for x, y in zip(data.layers, line.multiples, strict=True) if y is not None]
             colour = ROLES[line.name]
@@ -79,14 +79,14 @@ def depth(data: Depth, name: str) -> Markup:
         return to_svg(figure, name, f"Error over depth, {data.mode}", words)
 
 
-def course(data: Course, name: str) -> Markup:
+def course(data: Course, name: str, limits: Limits) -> Markup:
     """The error through one layer: a dot for each tap, from top to bottom as they are computed."""
     with settings():
         count = len(data.taps)
         figure = new_figure(_WIDTH, 56 + 13.5 * count)
         axes = figure.subplots()
-        scale = Scale.over(data.multiples, least=(0.5, 2 * LIMITS.row))
-        axes.axvspan(scale.ends[0], math.log10(LIMITS.row), color=ROLES["band"], alpha=0.12, linewidth=0)
+        scale = Scale.over(data.multiples, least=(0.5, 2 * limits.row))
+        axes.axvspan(scale.ends[0], math.log10(limits.row), color=ROLES["band"], alpha=0.12, linewidth=0)
         axes.axvline(0, color=ROLES["rule"], linewidth=0.8)
         places = np.arange(count)
         dots = np.array([scale(value) for value in data.multiples])
@@ -152,7 +152,7 @@ def growth(data: Sequence[ErrorSplit], name: str) -> Markup:
         return to_svg(figure, name, "Error of the streams that leave each layer, split in two", words)
 
 
-def token_map(data: TokenMap, name: str) -> Markup:
+def token_map(data: TokenMap, name: str, limits: Limits) -> Markup:
     """Layers from top to bottom, positions from left to right, and where windows and blocks end."""
     with settings():
         rows = len(data.layers)
@@ -161,7 +161,7 @@ def token_map(data: TokenMap, name: str) -> Markup:
         axes = figure.subplots()
         tokens = data.starts[-1]
         axes.imshow(
-            np.array([[_rgba(value) for value in row] for row in data.multiples], np.uint8),
+            np.array([[_rgba(value, limits) for value in row] for row in data.multiples], np.uint8),
             aspect="auto",
             interpolation="none",
             extent=(0, tokens, rows - 0.5, -0.5),
@@ -174,10 +174,10 @@ def token_map(data: TokenMap, name: str) -> Markup:
         axes.spines[:].set_visible(False)
         _borders(axes, data)
         known = [value for row in data.multiples for value in row if value is not None]
-        beyond = sum(value > LIMITS.row for value in known)
+        beyond = sum(value > limits.row for value in known)
         words = (
             f"{rows} layers by {tokens} positions; largest {short(max(known))} noise floors, "
-            f"{beyond} of {len(known)} cells beyond the limit of {LIMITS.row:g}."
+            f"{beyond} of {len(known)} cells beyond the limit of {limits.row:g}."
         )
         return to_svg(figure, name, f"Error by token and layer, {MAPS.get(data.what, data.what)}, {data.mode}", words)
 
@@ -186,19 +186,19 @@ def token_map(data: TokenMap, name: str) -> Markup:
 MAPS = {"worst": "the worst tap of each layer", "streams": "the streams that leave each layer"}
 
 
-def distribution(data: Failing, name: str) -> Markup:
+def distribution(data: Failing, name: str, limits: Limits) -> Markup:
     """How many elements of a tap are how far off."""
     with settings():
         figure = new_figure(_WIDTH, 230)
         axes = figure.subplots()
         edges = np.log10(data.edges)
         counts = np.array(data.counts)
-        left, right = min(float(edges[0]), -0.5), max(float(edges[-1]), math.log10(LIMITS.element) + 0.5)
+        left, right = min(float(edges[0]), -0.5), max(float(edges[-1]), math.log10(limits.element) + 0.5)
         extra = [(left - 0.75, "0", data.exact)] * bool(data.exact) + [(right + 0.75, "∞", data.infinite)] * bool(
             data.infinite
         )
-        axes.axvspan(left - 1.4, math.log10(LIMITS.element), color=ROLES["band"], alpha=0.12, linewidth=0)
-        within = edges[1:] <= math.log10(LIMITS.element) + 1e-9
+        axes.axvspan(left - 1.4, math.log10(limits.element), color=ROLES["band"], alpha=0.12, linewidth=0)
+        within = edges[1:] <= math.log10(limits.element) + 1e-9
         for role, part in (("attention", within), ("fail", ~within)):
             if part.any():
                 axes.bar(edges[:-1][part], counts[part], np.diff(edges)[part] * 0.9, align="edge", color=ROLES[role])
@@ -223,14 +223,14 @@ def distribution(data: Failing, name: str) -> Markup:
         return to_svg(figure, name, f"Distribution of the error of {data.result.name}", words)
 
 
-def scatter(data: Failing, name: str) -> Markup:
+def scatter(data: Failing, name: str, limits: Limits) -> Markup:
     """Golden against found: on the line where they are equal."""
     with settings():
         figure = new_figure(_WIDTH, 300)
         axes = figure.subplots()
         golden, found = np.array(data.golden), np.array(data.found)
         drawn = np.isfinite(golden) & np.isfinite(found)
-        beyond = ~(np.array(data.multiples) <= LIMITS.element)
+        beyond = ~(np.array(data.multiples) <= limits.element)
         if drawn.any():
             both = np.concatenate([golden[drawn], found[drawn]])
             low, high = float(both.min()), float(both.max())
@@ -297,8 +297,8 @@ def divergence(data: Divergence, name: str) -> Markup:
         return to_svg(figure, name, f"Divergence of the next token, {data.mode}", words)
 
 
-def _band(axes: Axes, scale: Scale) -> None:
-    axes.axhspan(scale.ends[0], math.log10(LIMITS.row), color=ROLES["band"], alpha=0.12, linewidth=0)
+def _band(axes: Axes, scale: Scale, limits: Limits) -> None:
+    axes.axhspan(scale.ends[0], math.log10(limits.row), color=ROLES["band"], alpha=0.12, linewidth=0)
     axes.axhline(0, color=ROLES["rule"], linewidth=0.8)
 
 
@@ -325,10 +325,10 @@ def _legend(figure: Figure, axes: Axes, *, columns: int, markers: float = 1.0) -
         )
 
 
-def _rgba(value: float | None) -> tuple[int, int, int, int]:
+def _rgba(value: float | None, limits: Limits) -> tuple[int, int, int, int]:
     if value is None:
         return 0, 0, 0, 0
-    red, green, blue, opacity = shade(value, fails=not value <= LIMITS.row).rgba
+    red, green, blue, opacity = shade(value, fails=not value <= limits.row).rgba
     return red, green, blue, round(255 * opacity)
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import math
 
 from dsv4_convert.parity.metrics import Verdict
-from dsv4_convert.parity.tolerances import LIMITS
 
 #: A shape and a word beside every colour.
 GLYPHS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.TIE: "≈", Verdict.EMPTY: "–"}
@@ -51,7 +50,7 @@ SHADES = (
     Shade("s1", "to 1", (*_BLUE, 0.15)),
     Shade("s2", "to 3", (*_BLUE, 0.28)),
     Shade("s3", "to 10", (*_BLUE, 0.44)),
-    Shade("s4", f"to {LIMITS.row:g}", (*_BLUE, 0.62)),
+    Shade("s4", "to the limit", (*_BLUE, 0.62)),
     Shade("f1", "to 100", (255, 196, 61, 1.0)),
     Shade("f2", "to 10⁴", (242, 142, 43, 1.0)),
     Shade("f3", "to 10⁷", (190, 70, 10, 1.0)),

@@ -26,6 +26,7 @@ from dsv4_convert.parity.report.words import (
     Decode,
     baseline_sentences,
     grown_numbers,
+    layers_named,
     next_steps,
     noise_floor,
     operation,
@@ -36,8 +37,9 @@ from dsv4_convert.parity.report.words import (
     verdict,
     why,
 )
+from dsv4_convert.parity.tolerances import Limits
 from dsv4_convert.show.text import for_html, for_json
-from dsv4_convert.show.units import duration, ranges
+from dsv4_convert.show.units import duration
 from dsv4_convert.show.urls import without_secrets
 from dsv4_convert.spec.taps import TapKey
 
@@ -121,7 +123,7 @@ def page(report: ParityReport, run: RunInfo, decode: Decode = str) -> str:
         steps=next_steps(report),
         noise_floor=noise_floor(report),
         facts=_facts(report),
-        drawn=_drawn(data),
+        drawn=_drawn(data, report.limits),
         tables=tables(report, ids),
         reasons=[why(item.result, report) for item in data.failing],
         findings=[(found, list(operation(found))) for found in report.localizations if found.wrong],
@@ -198,18 +200,18 @@ def _lean(data: PageData) -> PageData:
     )
 
 
-def _drawn(data: PageData) -> dict[str, Any]:
+def _drawn(data: PageData, limits: Limits) -> dict[str, Any]:
     """All figures, by what they show."""
     return {
-        "depth": [figures.depth(depth, f"depth-{depth.mode}") for depth in data.depth],
-        "course": None if data.course is None else figures.course(data.course, "course"),
+        "depth": [figures.depth(depth, f"depth-{depth.mode}", limits) for depth in data.depth],
+        "course": None if data.course is None else figures.course(data.course, "course", limits),
         "growth": figures.growth(data.growth, "growth") if len(data.growth) > 1 else None,
-        "maps": [figures.token_map(item, f"map-{item.mode}-{item.what}") for item in data.maps],
+        "maps": [figures.token_map(item, f"map-{item.mode}-{item.what}", limits) for item in data.maps],
         "failing": [
             (
-                figures.distribution(item, f"distribution-{place}"),
-                figures.scatter(item, f"scatter-{place}"),
-                None if item.tokens is None else figures.token_map(item.tokens, f"tokens-{place}"),
+                figures.distribution(item, f"distribution-{place}", limits),
+                figures.scatter(item, f"scatter-{place}", limits),
+                None if item.tokens is None else figures.token_map(item.tokens, f"tokens-{place}", limits),
             )
             if item.edges
             else None
@@ -227,7 +229,7 @@ def _facts(report: ParityReport) -> list[tuple[str, str]]:
         ("checkpoint", _side(report.checkpoint)),
         ("golden", _side(report.golden)),
         ("taps", " · ".join(counts) or "none"),
-        ("layers", _dashed(report.layers)),
+        ("compared", _dashed(report, report.layers)),
         ("mode", " and ".join(report.modes)),
         ("numbers", report.arithmetic),
     ]
@@ -314,9 +316,8 @@ def _baseline(report: ParityReport) -> dict[str, Any] | None:
 def _clean(report: ParityReport) -> str:
     """The layers that ran again without any operation being wrong by itself."""
     clean = [found.layer for found in report.localizations if not found.wrong]
-    layers = tuple(layer for layer in clean if layer is not None)
-    parts = [f"layer{'s' if len(layers) > 1 else ''} {_dashed(layers)}"] if layers else []
-    return " and ".join([*parts, *(["the model level"] if None in clean else [])])
+    named = _dashed(report, (layer for layer in clean if layer is not None))
+    return " and ".join([*[named] * bool(named), *["the model level"] * (None in clean)])
 
 
 def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tuple[str, str]], bool]]:
@@ -338,8 +339,8 @@ def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tupl
     return groups
 
 
-def _dashed(layers: Iterable[int]) -> str:
-    return ranges(layers).replace("-", "–")
+def _dashed(report: ParityReport, layers: Iterable[int]) -> str:
+    return layers_named(report, layers).replace("-", "–")
 
 
 def _coded(text: str) -> Markup:

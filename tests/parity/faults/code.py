@@ -21,7 +21,7 @@ from dsv4_convert.model.rope import rotate as _rotate
 from dsv4_convert.parity import forward
 from dsv4_convert.spec.config import Config
 
-from .fault import CSA, HCA, LEARNED_CSA, MAIN, SLIDING, Fault
+from .fault import CLAMPED, CSA, HCA, LEARNED_CSA, MAIN, MIXED, PROJECTED, SLIDING, Fault
 
 _ROPE = 8  # rotated channels
 _CONFIG = Config.from_hf(MAIN)
@@ -389,8 +389,8 @@ def _scaled_embedding(table: Any, *rest: Any) -> Any:
     return _embed(table * table.shape[-1] ** 0.5, *rest)
 
 
-def _code(name: str, layer: int | None, tap: str, owner: Any, attribute: str, replacement: Any) -> Fault:
-    return Fault(name=name, layer=layer, tap=tap, code={(owner, attribute): replacement})
+def _code(name: str, layer: int | None, tap: str, owner: Any, attribute: str, replacement: Any, **more: Any) -> Fault:
+    return Fault(name=name, layer=layer, tap=tap, code={(owner, attribute): replacement}, **more)
 
 
 def _masked(name: str, layer: int, replacement: Any) -> Fault:
@@ -401,6 +401,10 @@ def _masked(name: str, layer: int, replacement: Any) -> Fault:
 
 def _rope(name: str, layer: int, tap: str, replacement: Any) -> Fault:
     return _code(name, layer, tap, attention, "rotate", replacement)
+
+
+def _clamp(name: str, layer: int, replacement: Any) -> Fault:
+    return _code(name, layer, "ffn.experts", experts, "swiglu", replacement, or_taps=CLAMPED)
 
 
 _ENTRIES, _POOLED = "attn.compressor.entries", "attn.compressor.pooled"
@@ -425,7 +429,8 @@ CODE: tuple[Fault, ...] = (
     _rope("YaRN on a sliding layer", SLIDING, "attn.q_rope", _with_table(_SCALED_TABLE)),
     _rope("YaRN's mscale on cos and sin", CSA, "attn.q_rope", _times(_YARN_FACTOR)),
     _rope("positions rounded to bfloat16", HCA, "attn.q_rope", _coarse_positions),
-    _rope("frequencies rounded to bfloat16", LEARNED_CSA, "attn.q_rope", _coarse_table),
+    _code("frequencies rounded to bfloat16", SLIDING, "attn.q_rope", attention, "rotate", _coarse_table,
+          model="staged"),
     _rope("both rope tables in one layer: keys by the sliding one (MaxText 4153)", LEARNED_CSA, "attn.kv_rope",
           _only(_is_key, _with_table(_MAIN_TABLE))),
     _code("both rope tables in one layer: entries by the sliding one", HCA, _ENTRIES, compressor, "rotate",
@@ -441,7 +446,8 @@ CODE: tuple[Fault, ...] = (
     _code("YaRN's mscale in the attention scale (Primus 930)", HCA, _CONTEXT, attention, "attend",
           _scaled_scores(_YARN_FACTOR**2)),
     _code("sink attends to the first key", CSA, _CONTEXT, attention, "attend", _sink_with_value),
-    _code("queries rounded to bfloat16 for the scores", HCA, _CONTEXT, attention, "attend", _coarse_shares),
+    _code("queries rounded to bfloat16 for the scores", HCA, _CONTEXT, attention, "attend", _coarse_shares,
+          legal="the queries are in bfloat16 already"),
     _code("a query sees the next token", SLIDING, _CONTEXT, attention, "window_mask",
           lambda distance, window: (distance >= -1) & (distance < window)),
     _code("a query does not see itself", CSA, _CONTEXT, attention, "window_mask",
@@ -503,12 +509,14 @@ CODE: tuple[Fault, ...] = (
           _mixed("post", lambda post: post + 2e-3)),
     _code("pre without sigmoid", SLIDING, "hc_attn.pre", block, "mix",
           _mixed("pre", lambda pre: jax.scipy.special.logit(jnp.clip(pre - 2e-3, 1e-6, 1 - 1e-6)))),
-    _code("Sinkhorn: rows last", CSA, "hc_attn.comb", hyper_connection, "sinkhorn", _rows_last),
-    _code("Sinkhorn missing", HCA, "hc_attn.comb", hyper_connection, "sinkhorn", _softmax_only),
-    _code("Sinkhorn without eps", SLIDING, "hc_attn.comb", hyper_connection, "sinkhorn", _eps_forgotten_in_sinkhorn),
+    _code("Sinkhorn: rows last", CSA, "hc_attn.comb", hyper_connection, "sinkhorn", _rows_last, or_taps=MIXED),
+    _code("Sinkhorn missing", HCA, "hc_attn.comb", hyper_connection, "sinkhorn", _softmax_only, or_taps=MIXED),
+    _code("Sinkhorn without eps", SLIDING, "hc_attn.comb", hyper_connection, "sinkhorn", _eps_forgotten_in_sinkhorn,
+          or_taps=MIXED),
     _code("hyper-connection without its norm", LEARNED_CSA, "hc_attn.pre", hyper_connection, "_project",
-          _unnormed_projection),
-    _code("hyper-connection normed per stream", CSA, "hc_attn.pre", hyper_connection, "_project", _norm_per_stream),
+          _unnormed_projection, or_taps=PROJECTED),
+    _code("hyper-connection normed per stream", CSA, "hc_attn.pre", hyper_connection, "_project", _norm_per_stream,
+          or_taps=PROJECTED),
     _code("streams averaged, not weighted", CSA, "hc_attn.collapsed", hyper_connection, "_collapse", _plain_sum),
     _code("sqrtsoftplus without the root", SLIDING, "ffn.gate.weights", router.Router, "__call__",
           _gate(score=jax.nn.softplus)),
@@ -519,21 +527,24 @@ CODE: tuple[Fault, ...] = (
           _gate(biased_weights=True)),
     _code("routing weights not normalised", HCA, "ffn.gate.weights", router.Router, "__call__",
           _gate(normalised=False)),
-    _code("gate clamped on the wrong side too", CSA, "ffn.experts", experts, "swiglu", _gate_clamped_below),
-    _code("up clamped on one side only", HCA, "ffn.experts", experts, "swiglu", _up_clamped_above_only),
-    _code("gate clamped after silu", SLIDING, "ffn.experts", experts, "swiglu", _clamped_after),
-    _code("gelu instead of silu", LEARNED_CSA, "ffn.experts", experts, "swiglu", _gelu),
+    _clamp("gate clamped on the wrong side too", CSA, _gate_clamped_below),
+    _clamp("up clamped on one side only", HCA, _up_clamped_above_only),
+    _clamp("gate clamped after silu", SLIDING, _clamped_after),
+    _clamp("gelu instead of silu", LEARNED_CSA, _gelu),
     _code("shared expert forgotten", SLIDING, "ffn", block.Block, "combine", _without_shared),
     _code("experts not weighted", CSA, "ffn.experts", forward.Forward, "_experts", _unweighted),
     _code("weights and experts in different order", HCA, "ffn.experts", forward.Forward, "_experts",
           _weights_in_other_order),
-    _code("norm statistics in bfloat16", CSA, "attn.q_norm", attention, "rms_norm", _coarse_norm),
+    _code("norm statistics in bfloat16", CSA, "attn.q_norm", attention, "rms_norm", _coarse_norm,
+          legal="the scale of a row errs by a rounding or two, as each of its elements does"),
     _code("layer norm instead of RMS norm", HCA, "attn.q_norm", attention, "rms_norm", _layer_norm),
     _code("matmul at an accelerator's default precision", SLIDING, "attn.wq_a", numerics, "product",
-          lambda x, w, dtype: _coarse_linear(x, w)),
-    _code("router matmul at default precision", LEARNED_CSA, "ffn.gate.logits", router, "linear", _coarse_linear),
+          lambda x, w, dtype: _coarse_linear(x, w), legal="both operands are in bfloat16 already"),
+    _code("router matmul at default precision", LEARNED_CSA, "ffn.gate.logits", router, "linear", _coarse_linear,
+          legal="both operands are in bfloat16 already"),
     _code("embedding scaled by sqrt(D)", None, "embed", forward, "embed", _scaled_embedding),
     _code("head collapse by the mean", None, "hc_head", hyper_connection, "_collapse", _plain_sum),
     _code("final norm missing", None, "norm", backbone, "rms_norm", lambda x, weight, eps: x),
-    _code("output head at default precision", None, "logits", backbone, "linear", _coarse_linear),
+    _code("output head at default precision", None, "logits", backbone, "linear", _coarse_linear,
+          legal="both operands are in bfloat16 already"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import dsv4_convert.parity.forward as forward_module
 from dsv4_convert.golden.layout import token_ids
 from dsv4_convert.model import dspark
+from dsv4_convert.model import model as backbone
 from dsv4_convert.model.attention import attend
 from dsv4_convert.model.cache import Past
 from dsv4_convert.model.dspark import BlockAttention, Drafted, DSparkBlock
@@ -201,7 +202,7 @@ def _of_all(layer: int) -> Iterator[Fault]:
         ("experts rolled in w1", "ffn.experts", _change(f"{own}.ffn.experts.w1", lambda a: np.roll(a, 1, 0))),
     ):
         yield _draft(layer, name, tap, arrays=arrays)
-    yield _draft(layer, "window one too short", "attn.context", config={"sliding_window": 15})
+    yield _draft(layer, "window one too short", "attn.context", config={"sliding_window": 5})
     yield _draft(layer, "rope base of the compressed layers", "attn.main.kv_rope", config={"rope_theta": 160000.0})
     yield _draft(
         layer,
@@ -231,7 +232,7 @@ _OF_FIRST: tuple[Fault, ...] = (
            code=_ids(lambda tokens, block: np.concatenate([tokens[:, -2:-1], block[:, 1:]], axis=1))),
     _draft(FIRST, "block all noise", "embed", code=_ids(lambda tokens, block: np.full_like(block, 95))),
     _draft(FIRST, "block all anchor", "embed", code=_ids(lambda tokens, block: np.repeat(block[:, :1], 5, axis=1))),
-    _draft(FIRST, "embedding in the first stream alone", "input", code={(forward_module, "copied"): _first_alone}),
+    _draft(FIRST, "embedding in the first stream alone", "input", code={(backbone, "copied"): _first_alone}),
 )  # fmt: skip
 
 _OF_LAST: tuple[Fault, ...] = (

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
+import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
 import dsv4_convert.weights.experts as streamed_experts
 from dsv4_convert.checkpoint import Checkpoint
@@ -71,12 +73,18 @@ WIDE = tiny_config(
     compress_rates={AttentionKind.CSA: 4, AttentionKind.HCA: 16},
 )
 del WIDE["compress_ratios"]
-#: A layer and an mtp stage.
-STAGED = MAIN | {"num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [0, 0]}
+#: A layer and an mtp stage, and a prompt far into a text, where wrong frequencies turn far.
+STAGED = MAIN | {
+    "num_hidden_layers": 1,
+    "num_hash_layers": 0,
+    "compress_ratios": [0, 0],
+    "max_position_embeddings": 4096,
+}
 STAGE = 1
-#: Two layers, both of which DSpark's three stages read.
+#: Two layers, both of which DSpark's three stages read. So few keys that in bfloat16 each of them shows, and the sink.
 DRAFTING = dspark_config(
     **_SQUARE,
+    sliding_window=6,
     num_hidden_layers=2,
     num_hash_layers=0,
     compress_ratios=[0, 0, 0, 0, 0],
@@ -87,6 +95,7 @@ DRAFTS = (2, 3, 4)
 V41_MODEL = tiny_v41_config(index_n_heads=64, sliding_window=6, engram_pad_token_id=10)
 #: Two layers of V4.1, of both of which three stages read what enters the attention; in the second, after its engram.
 V41_DRAFTING = tiny_v41_config(
+    sliding_window=6,
     num_hidden_layers=2,
     compress_ratios=[0, 0, 0, 0, 0],
     kv_source_layer_ids=[],
@@ -98,19 +107,28 @@ V41_DRAFTING = tiny_v41_config(
     dspark_noise_token_id=95,
     dspark_target_layer_ids=[0, 1],
 )
-#: The models by name, and the length of their prompts.
-MODELS: dict[str, tuple[Mapping[str, Any], int]] = {
-    "main": (MAIN, 300),
-    "many": (MANY, 60),
-    "wide": (WIDE, 600),
-    "staged": (STAGED, 60),
-    "drafting": (DRAFTING, 60),
-    "v4.1": (V41_MODEL, 40),
-    "v4.1 drafting": (V41_DRAFTING, 40),
+#: The models by name; the positions of their prompts.
+MODELS: dict[str, tuple[Mapping[str, Any], range]] = {
+    "main": (MAIN, range(300)),
+    "many": (MANY, range(60)),
+    "wide": (WIDE, range(600)),
+    "staged": (STAGED, range(4000, 4060)),
+    "drafting": (DRAFTING, range(60)),
+    "v4.1": (V41_MODEL, range(40)),
+    "v4.1 drafting": (V41_DRAFTING, range(40)),
 }
 #: A stand-in for V4.1's inference code.
 V41_CODE = Path(__file__).parents[2] / "golden" / "release_code_v41"
 SLIDING, CSA, HCA, LEARNED_CSA = range(4)
+#: Other taps that code computes, beside the one that its faults are planted for: Sinkhorn's iterations, the projection
+#: of a hyper-connection, the activation of experts, and every norm of a CSA layer.
+MIXED = ("hc_ffn.comb",)
+PROJECTED = ("hc_attn.post", "hc_attn.comb", "hc_ffn.pre", "hc_ffn.post", "hc_ffn.comb")
+CLAMPED = ("ffn.shared_experts",)
+NORMED = (
+    "attn_norm", "attn.q_norm", "attn.q", "attn.kv_norm", "attn.compressor.norm", "attn.indexer.compressor.norm",
+    "ffn_norm",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +139,11 @@ class Fault:
     tensors as they are read from the source, ``table`` changes the names table (a context), ``config`` replaces fields
     of the configuration, ``code`` replaces functions: (owner, attribute) -> replacement.
 
-    ``also`` are other layers that the fault is in. ``or_taps`` are other operations with the same wrong parameter; they
-    may be named instead. ``runs``: the layer in which code of this fault runs (-1: the embedding), if what it hands on
-    is wrong and so the tap is one of a later layer; it shows in a run from the tokens only.
+    ``also`` are other layers that the fault is in. ``or_taps`` are other operations of the layer that the same wrong
+    parameter or code computes. They may be named instead, and each of them must be wrong by itself in float32.
+    ``legal``: why the change is one that rounding to bfloat16 may make, so that it must pass there. ``runs``: the layer
+    in which code of this fault runs (-1: the embedding), if what it hands on is wrong and so the tap is one of a later
+    layer; it shows in a run from the tokens only.
     """
 
     name: str
@@ -136,6 +156,7 @@ class Fault:
     code: Mapping[tuple[Any, str], Any] | None = None
     also: tuple[int, ...] = ()
     or_taps: tuple[str, ...] = ()
+    legal: str = ""
     model: str = "main"
     runs: int | None = None
 
@@ -155,6 +176,11 @@ class Fault:
     def full_tap(self) -> str:
         """The full name of the tap that must be named."""
         return str(TapKey.of(Config.from_hf(MODELS[self.model][0]), self.layer, self.tap))
+
+    def alters(self, report: ParityReport) -> bool:
+        """Whether all operations that may be named are wrong by themselves, in a report with a localization."""
+        wrong = {result.short for localization in report.localizations for result in localization.wrong}
+        return wrong >= {self.tap, *self.or_taps}
 
     def named_by(self, report: ParityReport) -> bool:
         """Whether divergence, localization and verdict name the operation, and other layers are clean."""
@@ -248,7 +274,7 @@ class Patient:
 
 def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) -> Patient:
     """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
-    raw, tokens = MODELS[model]
+    raw, positions = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     if model == "v4.1":
         from ..v41 import automodel, recorded
@@ -257,8 +283,9 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
         assert config == raw
         return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
     architecture = Config.from_hf(raw)
-    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (1, tokens)).astype(np.int32)
-    options = RecordingOptions(tokens=ids, noise=noise, stages=model in ("staged", "drafting", "v4.1 drafting"))
+    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (1, len(positions))).astype(np.int32)
+    stages = model in ("staged", "drafting", "v4.1 drafting")
+    options = RecordingOptions(tokens=ids, first_position=positions.start, noise=noise, stages=stages)
     if architecture.maps_tokens:
         options = dataclasses.replace(options, release_code=V41_CODE, numerics="plain")
     golden = record(folder / "hf", folder / "golden", options)
@@ -352,14 +379,27 @@ class _FaultyForward(Forward):
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """The model without compiled programs: those from before do not have a fault, and new ones take seconds each."""
-    with (
-        jax.disable_jit(),
+    """The model without programs of its own: those from before do not have a fault, and new ones take seconds each.
+
+    JAX's functions stay programs. Uncompiled, they would be many times as many, of one operation each.
+    """
+    with ExitStack() as stack:
+        for name in ("_to_experts", "_from_experts", "_wanted_rows", "_choose"):
+            stack.enter_context(patch.object(forward_module, name, unwrap(getattr(forward_module, name))))
+        for name in ("fori_loop", "scan", "cond"):
+            stack.enter_context(patch.object(jax.lax, name, _step_by_step(getattr(jax.lax, name))))
         # Runs side by side, since a loop that is not compiled takes every run's operations one by one.
-        patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)),
-        patch.object(streamed_experts, "_expert", lambda: _uncompiled_expert),
-    ):
+        stack.enter_context(patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)))
+        stack.enter_context(patch.object(streamed_experts, "_expert", lambda: _uncompiled_expert))
         yield
+
+
+def _step_by_step(loop: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*operands: Any, **options: Any) -> Any:
+        with jax.disable_jit():
+            return loop(*operands, **options)
+
+    return run
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:

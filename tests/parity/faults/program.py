@@ -28,7 +28,7 @@ from dsv4_convert.parity.devices import Devices
 from dsv4_convert.parity.programs import ModelOptions
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.run import ParityOptions, ParityRun
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import Config, prefix_of
 from dsv4_convert.store import ALONE
 from dsv4_convert.weights.converted import Weights
 from dsv4_convert.weights.parameters import Parameters
@@ -71,6 +71,7 @@ class ProgramFault:
     """``old`` becomes ``new`` in the source of ``owner.function``; ``tap`` of ``layer`` must be named.
 
     ``handed_on``: the layer before computes rightly and hands on something else, which shows from the tokens only.
+    ``stage``: the number of the draft stage that ``layer`` is.
     """
 
     name: str
@@ -82,11 +83,12 @@ class ProgramFault:
     old: str
     new: str
     handed_on: bool = False
+    stage: int | None = None
 
     @property
     def full_tap(self) -> str:
         """The full name of the tap that must be named."""
-        return self.tap if self.layer is None else f"layers.{self.layer}.{self.tap}"
+        return prefix_of(self.layer, self.stage) + self.tap
 
     def named_by(self, report: ParityReport) -> bool:
         """Whether divergence, localization and verdict name the operation, and other layers are clean."""
@@ -140,7 +142,7 @@ def _planted(fault: ProgramFault | None) -> Iterator[None]:
         stack.enter_context(
             patch.object(fault.owner, fault.function, edited(fault.owner, fault.function, fault.old, fault.new))
         )
-        for name in ("run_layer", "_embed"):
+        for name in ("run_layer", "run_draft", "_embed"):
             stack.enter_context(patch.object(compiled, name, traced_again(getattr(compiled, name))))
         yield
 

@@ -61,9 +61,11 @@ def _columns(order: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return change
 
 
-def _one(name: str, layer: int | None, parameter: str, tap: str, change: Callable[[Array], Array]) -> Fault:
+def _one(
+    name: str, layer: int | None, parameter: str, tap: str, change: Callable[[Array], Array], **more: Any
+) -> Fault:
     path = parameter if layer is None else f"layers.{layer}.{parameter}"
-    return Fault(name=name, layer=layer, tap=tap, arrays=_change(path, change))
+    return Fault(name=name, layer=layer, tap=tap, arrays=_change(path, change), **more)
 
 
 def _both(name: str, layer: int, one: str, other: str, tap: str) -> Fault:
@@ -130,12 +132,18 @@ WEIGHTS: tuple[Fault, ...] = (
     _one("sinks dropped", SLIDING, "attn.attn_sink", "attn.context", lambda a: np.full_like(a, -1e9)),
     _one("sinks left at zero", HCA, "attn.attn_sink", "attn.context", np.zeros_like),
     _one("sinks of other heads", CSA, "attn.attn_sink", "attn.context", lambda a: np.roll(a, 1)),
-    _one("sinks rounded to bfloat16", LEARNED_CSA, "attn.attn_sink", "attn.context", _bfloat16),
-    _one("ape rounded to bfloat16", HCA, f"{_C}.ape", f"{_C}.pooled", _bfloat16),
-    _one("router bias rounded to bfloat16", HCA, "ffn.gate.bias", "ffn.gate.scores", _bfloat16),
-    _one("hc_attn_fn rounded to bfloat16", SLIDING, "hc_attn_fn", "hc_attn.pre", _bfloat16),
-    _one("hc_ffn_base rounded to bfloat16", CSA, "hc_ffn_base", "hc_ffn.pre", _bfloat16),
-    _one("hc_ffn_scale rounded to bfloat16", HCA, "hc_ffn_scale", "hc_ffn.pre", _bfloat16),
+    _one("sinks rounded to bfloat16", LEARNED_CSA, "attn.attn_sink", "attn.context", _bfloat16,
+         legal="a sink stands among scores, whose queries and keys are rounded likewise"),
+    _one("ape rounded to bfloat16", HCA, f"{_C}.ape", f"{_C}.pooled", _bfloat16,
+         legal="it is added to gates, which are rounded likewise"),
+    _one("router bias rounded to bfloat16", HCA, "ffn.gate.bias", "ffn.gate.scores", _bfloat16,
+         legal="it is added to scores of inputs that are rounded likewise"),
+    _one("hc_attn_fn rounded to bfloat16", SLIDING, "hc_attn_fn", "hc_attn.pre", _bfloat16,
+         legal="the streams, the other factor of each product, are rounded likewise"),
+    _one("hc_ffn_base rounded to bfloat16", CSA, "hc_ffn_base", "hc_ffn.pre", _bfloat16,
+         or_taps=("hc_ffn.post", "hc_ffn.comb"), model="wide"),
+    _one("hc_ffn_scale rounded to bfloat16", HCA, "hc_ffn_scale", "hc_ffn.pre", _bfloat16,
+         or_taps=("hc_ffn.post", "hc_ffn.comb"), model="wide"),
     _one("router bias dropped", LEARNED_CSA, "ffn.gate.bias", "ffn.gate.scores", np.zeros_like),
     _one("router bias with the wrong sign", HCA, "ffn.gate.bias", "ffn.gate.scores", np.negative),
     _one("router experts rolled by one", CSA, "ffn.gate.weight", "ffn.gate.logits", lambda a: np.roll(a, 1, 1)),
@@ -158,7 +166,7 @@ WEIGHTS: tuple[Fault, ...] = (
          lambda a: np.roll(a, 16, 1)),
     _one("indexer's head weights in reverse", LEARNED_CSA, "attn.indexer.weights_proj", "attn.indexer.weights_proj",
          lambda a: a[:, ::-1]),
-    _one("scales of post and comb swapped", HCA, "hc_attn_scale", "hc_attn.post", lambda a: a[[0, 2, 1]]),
+    _one("scales of post and comb swapped", LEARNED_CSA, "hc_attn_scale", "hc_attn.post", lambda a: a[[0, 2, 1]]),
     _both("hyper-connections of both halves swapped", CSA, "hc_attn_fn", "hc_ffn_fn", "hc_attn.pre"),
     _one("comb part of hc_attn_fn transposed", LEARNED_CSA, "hc_attn_fn", "hc_attn.comb",
          lambda a: np.concatenate([a[:8], a[8:].reshape(4, 4, -1).swapaxes(0, 1).reshape(16, -1)])),
