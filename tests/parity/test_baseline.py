@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dsv4_convert.golden as golden_package
 from dsv4_convert.errors import BadInput, ResourceError, UsageError
 from dsv4_convert.golden.archive import Golden, open_golden
 from dsv4_convert.golden.noise import Mode
@@ -24,7 +25,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, run_parity
-from dsv4_convert.parity.tolerances import BANDS
+from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, LIMITS
 from dsv4_convert.spec.taps import TapKey
 
 from .synthetic import choice, empty, real, report
@@ -306,3 +307,17 @@ def test_the_modes_have_records_of_their_own(judge: Callable[..., ParityReport])
     elsewhere = {"backend": "gpu", "device": "NVIDIA H200"}
     judge(HEALTHY, update=True, platform=elsewhere)
     assert "not wanted" not in verdict(judge(HEALTHY, platform=elsewhere))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-v4.1"])
+def test_what_passes_the_gate_is_within_the_limits(name: str) -> None:
+    """Of the committed goldens, in both dtypes. ``python -m benchmarks.gate`` shows that other machines pass it."""
+    file = Path(golden_package.__file__).parent / "data" / f"{name}.baseline.json"
+    measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
+    assert {entry["dtype"] for entry in measured} == set(LIMITS)
+    for entry in measured:
+        for tap, numbers in entry["taps"].items():
+            for measure in ("tap", "row", "element"):
+                bands = (BANDS[measure], BANDS_OF_FEW[measure]) if measure in numbers else ()
+                allowed = max((band.allowed(numbers[measure]) for band in bands), default=0.0)
+                assert allowed <= getattr(LIMITS[entry["dtype"]], measure), (tap, measure)
