@@ -3,9 +3,9 @@
 Layers at V4-Flash's published width with random weights, converted to published codes. Tokens are generated one by
 one; before each, the files are dropped from the page cache, so that an expert is in dsv4's own cache or comes from the
 disk. The disk's rate is that of reading the same files cold in pieces of an expert's matrix, by as many threads, right
-before and after; the limit is the bytes that were read for a token at that rate. ``alone`` is the smallest program: one
-token again and again, whose experts are all in memory, so that nothing is read. Then, by calculation, what the published
-models would read for a token, and take for that at least.
+before and after; the limit is the bytes that were read for a token at that rate. ``alone`` is the smallest program: the
+same token again and again, whose experts are in memory, so that nothing is read. Then, by calculation, what the
+published models would read for a token, and take for that at least.
 
 Run: python -m benchmarks.from_disk [--layers 2] [--tokens 12] [--cached 0.05,0.5] [--work DIR]
 

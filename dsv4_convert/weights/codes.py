@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from dsv4_convert.weights.parameters import Array, Parameters
 #: The two arrays of an encoded parameter.
 Part: TypeAlias = Literal["codes", "scales"]
 PARTS: tuple[Part, Part] = ("codes", "scales")
-#: Bytes that arrays of XLA on CPU begin at multiples of.
-_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +103,4 @@ class Codes:
             lowest = int(wanted[0]) if len(wanted) else 0
             stored = matrix.scale(slice(lowest, int(wanted[-1]) + 1 if len(wanted) else 0), rows)[wanted - lowest]
         stored = np.ascontiguousarray(stored.view(np.uint8) if stored.dtype.itemsize == 1 else stored)
-        shape = stored.shape[::-1] if matrix.transposed else stored.shape
-        return cast_plain(stored, dtype=stored.dtype, transpose=matrix.transposed, out=_aligned(shape, stored.dtype))
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Room that JAX takes over on CPU without a copy, which would wait for the programs that run."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    first = -room.ctypes.data % _ALIGNMENT
-    return room[first : first + nbytes].view(dtype).reshape(shape)
+        return cast_plain(stored, dtype=stored.dtype, transpose=matrix.transposed)
