@@ -8,7 +8,8 @@ Run: python -m benchmarks.convert [--work DIR] [--repeats 3] [--only disk,tmpfs,
 - disk: ``--dtype source`` against ``cp`` and fsync of the same bytes; ``--dtype bfloat16`` against a plain loop that
   reads the same input, and writes and fsyncs as many incompressible bytes as the conversion.
 - tmpfs: the same without a disk: one layer with 48 experts in the memory behind /dev/shm, against ``cp`` and against a
-  loop that only writes as many bytes as ``--dtype bfloat16``. Needs 4 GB of memory.
+  loop that only writes as many bytes as ``--dtype bfloat16``. Two loops show the least that digests add: one reads,
+  hashes and writes the source, one hashes source and result and writes the result. Needs 4 GB of memory.
 - short: the same with 4 experts, which shows what a start costs.
 - zstd: ``--compression zstd`` against none.
 - today: one layer with a quarter of the experts, against (1) loading with transformers and saving with Orbax, and (2) a
@@ -71,11 +72,35 @@ for name in inputs:
 
 _WRITE = """
 import os, sys
-os.mkdir(sys.argv[1])
-block, total = bytearray(16 << 20), int(sys.argv[2])
-for number in range(0, total, len(block)):
-    with open(os.path.join(sys.argv[1], str(number)), "wb", buffering=0) as file:
-        file.write(memoryview(block)[: total - number])
+from blake3 import blake3
+source, out, total, hashed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "hashed"
+os.mkdir(out)
+buffer = bytearray(16 << 20)
+inputs = sorted(os.path.join(source, name) for name in os.listdir(source)) if hashed else []
+for name in inputs:
+    with open(name, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            blake3(memoryview(buffer)[:count]).digest()
+for number in range(0, total, len(buffer)):
+    block = memoryview(buffer)[: total - number]
+    if hashed:
+        blake3(block).digest()
+    with open(os.path.join(out, str(number)), "wb", buffering=0) as file:
+        file.write(block)
+"""
+
+_COPY_HASHED = """
+import os, sys
+from blake3 import blake3
+source, out = sys.argv[1:]
+os.mkdir(out)
+buffer = bytearray(16 << 20)
+for name in os.listdir(source):
+    with open(os.path.join(source, name), "rb", buffering=0) as stream:
+        with open(os.path.join(out, name), "wb", buffering=0) as file:
+            while count := stream.readinto(buffer):
+                blake3(memoryview(buffer)[:count]).digest()
+                file.write(memoryview(buffer)[:count])
 """
 
 _TRANSFORMERS = """
@@ -237,8 +262,11 @@ def _in_memory(config: Mapping[str, Any], experts: int, repeats: int) -> dict[st
             work,
             {
                 "cp": lambda out: [python(_COPY, source, out)],
+                "read, hash and write": lambda out: [python(_COPY_HASHED, source, out)],
                 "dsv4 --dtype source": convert(source, "--dtype", "source"),
-                "only writing": lambda out: [python(_WRITE, out, total)],
+                "start and plan": lambda out: [dsv4("convert", "hf-to-orbax", source, out, "--dry-run")],
+                "only writing": lambda out: [python(_WRITE, source, out, total, "")],
+                "the same with all digests": lambda out: [python(_WRITE, source, out, total, "hashed")],
                 "dsv4 --dtype bfloat16": convert(source, "--dtype", "bfloat16"),
             },
             repeats,
@@ -252,6 +280,7 @@ def _in_memory(config: Mapping[str, Any], experts: int, repeats: int) -> dict[st
             **{
                 f"{name}, processor seconds per GB written": round(run["cpu_seconds"] / run["written_gb"], 2)
                 for name, run in found.items()
+                if run["written_gb"]
             },
         },
     }

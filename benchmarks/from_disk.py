@@ -3,8 +3,9 @@
 Layers at V4-Flash's published width with random weights, converted to published codes. Tokens are generated one by
 one; before each, the files are dropped from the page cache, so that an expert is in dsv4's own cache or comes from the
 disk. The disk's rate is that of reading the same files cold in pieces of an expert's matrix, by as many threads, right
-before and after; the limit is the bytes that were read for a token at that rate. Then, by calculation, what the
-published models would read for a token, and take for that at least.
+before and after; the limit is the bytes that were read for a token at that rate. ``alone`` is the smallest program: one
+token again and again, whose experts are all in memory, so that nothing is read. Then, by calculation, what the published
+models would read for a token, and take for that at least.
 
 Run: python -m benchmarks.from_disk [--layers 2] [--tokens 12] [--cached 0.05,0.5] [--work DIR]
 
@@ -36,7 +37,7 @@ from dsv4_convert.spec.names import Kind, parameters
 
 CONFIGS = Path("tests/data/configs")
 _PIECE, _PIECES, _THREADS = 4 << 20, 192, 4
-_PROMPT, _ROOM = 8, 256
+_PROMPT, _ROOM, _REPEATS = 8, 256, 9
 #: Disks that the published models are calculated for, in GB/s.
 _DISKS = (1.5, 7.0)
 
@@ -61,6 +62,20 @@ def disk_rate(folder: Path, seed: int) -> float:
     with ThreadPoolExecutor(_THREADS) as pool:
         total = sum(pool.map(read, places))
     return total / (time.perf_counter() - begun)
+
+
+def computing_alone(model: Any, width: np.dtype[Any]) -> tuple[float, float]:
+    """The least seconds, and of processors, of one token whose experts are all in memory."""
+    from dsv4_convert.model import Cache
+
+    spent = []
+    for _ in range(_REPEATS):
+        cache = Cache.empty(model.config, 1, _ROOM, dtype=width, numerics=model.numerics)
+        begun, used = time.perf_counter(), time.process_time()
+        model.extend(np.array([[1]]), cache, np.array([1]))
+        spent.append((time.perf_counter() - begun, time.process_time() - used))
+    seconds, processor = zip(*spent[1:], strict=True)  # the first reads the experts
+    return min(seconds), min(processor)
 
 
 def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
@@ -92,6 +107,7 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
     assert pace is not None
     peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
     seconds, nbytes = pace.seconds / pace.tokens, pace.bytes_read / pace.tokens
+    alone, processor = computing_alone(model, width)
     return {
         "experts cached": f"{share:.0%}",
         "hit rate": round(pace.hit_rate, 2),
@@ -99,6 +115,8 @@ def generate(folder: Path, tokens: int, share: float) -> dict[str, Any]:
         "disk GB/s": round(rate / 1e9, 2),
         "seconds a token": round(seconds, 3),
         "processor s": round(sum(spent[1:]) / tokens, 3),
+        "alone": round(alone, 3),
+        "alone, processor s": round(processor, 3),
         "limit": round(nbytes / rate, 3),
         "ratio": round(seconds / (nbytes / rate), 2),
         "planned GB": round(plan.limit / 1e9, 2),

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DSV4 = [sys.executable, "-m", "dsv4_convert"]
+#: Python keeps the bytecode of what it imports, as an installed package has it.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def measured(command: Sequence[str]) -> dict[str, object]:
     """Run a process; seconds, of processors too, peak resident memory in GiB (mapped files included), the exit code."""
     start = time.perf_counter()
-    process = os.spawnv(os.P_NOWAIT, command[0], list(command))
+    process = os.spawnve(os.P_NOWAIT, command[0], list(command), _ENVIRONMENT)
     _, status, usage = os.wait4(process, 0)
     return {
         "seconds": round(time.perf_counter() - start, 2),

@@ -18,7 +18,7 @@ from dsv4_convert.formats.sound import (
     table_problem,
 )
 from dsv4_convert.formats.weight import decode_weight
-from dsv4_convert.spec.coverage import Source
+from dsv4_convert.spec.coverage import Leaf, Source
 
 Array = np.ndarray[Any, Any]
 _DAMAGED = (
@@ -49,9 +49,7 @@ def read_weight(
     first = rows.indices(stored.shape[0])[0] if stored.shape else 0
     if source.scale is None or source.block is None:
         stored = stored[rows] if stored.shape else stored
-        _refuse(checkpoint, source.weight, plain_problem(stored, first_row=first))
-        problem = narrowing_problem(stored, dtype=dtype, first_row=first)
-        _refuse(checkpoint, source.weight, problem, "keep it with --dtype float32 or source")
+        _refuse_plain(checkpoint, source.weight, stored, dtype=dtype, first_row=first)
         return decode_weight(stored, None, dtype=dtype, transpose=transpose, out=out)
     scale = checkpoint.read(source.scale)
     height, (start, stop, _) = source.block[0], rows.indices(stored.shape[0])
@@ -63,6 +61,37 @@ def read_weight(
     problem = decoded_problem(codes, scale, decoded, first_row=first, first_scale=first_scale, transposed=transpose)
     _refuse(checkpoint, source.weight, problem)
     return decoded
+
+
+def read_expert(
+    checkpoint: Checkpoint,
+    leaf: Leaf,
+    expert: int,
+    *,
+    dtype: np.dtype[Any],
+    transpose: bool = False,
+    out: Array | None = None,
+) -> Array:
+    """Decode one matrix of a stack of experts, as :func:`read_weight` does, and give its pages back."""
+    if leaf.fused:
+        (source,) = leaf.sources
+        count = leaf.source_shape[0]
+        start = (leaf.rule.half or 0) * count
+        stored = checkpoint.read(source.weight)[expert, start : start + count]
+        _refuse_plain(checkpoint, source.weight, stored, dtype=dtype, first_row=start)
+        decoded = decode_weight(stored, None, dtype=dtype, transpose=transpose, out=out)
+    else:
+        source = leaf.sources[expert]
+        decoded = read_weight(checkpoint, source, dtype=dtype, transpose=transpose, out=out)
+    release(checkpoint, source)
+    return decoded
+
+
+def release(checkpoint: Checkpoint, source: Source) -> None:
+    """Give the mapped pages of a tensor and its scales back to the system."""
+    for name in (source.weight, source.scale):
+        if name is not None:
+            checkpoint.release(name)
 
 
 def read_rows(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
@@ -98,6 +127,13 @@ def _refuse_numbers(checkpoint: Checkpoint, name: str, rows: Array, *, is_scale:
     else:
         problem = plain_problem(rows, first_row=first_row) or code_problem(rows, first_row=first_row)
     _refuse(checkpoint, name, problem)
+
+
+def _refuse_plain(checkpoint: Checkpoint, name: str, stored: Array, *, dtype: np.dtype[Any], first_row: int) -> None:
+    """Refuse what is no number, or too large for ``dtype``, in a weight without scales."""
+    _refuse(checkpoint, name, plain_problem(stored, first_row=first_row))
+    problem = narrowing_problem(stored, dtype=dtype, first_row=first_row)
+    _refuse(checkpoint, name, problem, "keep it with --dtype float32 or source")
 
 
 def _refuse(checkpoint: Checkpoint, name: str, problem: str | None, way_out: str = _DAMAGED) -> None:

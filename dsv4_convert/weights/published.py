@@ -12,7 +12,7 @@ import numpy as np
 from dsv4_convert.checkpoint import Checkpoint
 from dsv4_convert.checkpoint.header import stored_forms
 from dsv4_convert.checkpoint.locate import open_source
-from dsv4_convert.checkpoint.weights import read_table, read_weight
+from dsv4_convert.checkpoint.weights import read_expert, read_table, read_weight, release
 from dsv4_convert.errors import BadInput, UsageError
 from dsv4_convert.formats.weight import ReadPart, StoredMatrix, decode_weight
 from dsv4_convert.spec.coverage import Leaf, resolve
@@ -115,16 +115,7 @@ class PublishedWeights:
 
     def read_expert(self, path: str, expert: int, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """Matrix ``expert`` of a stack; reads that expert's bytes only."""
-        leaf = self._leaf(path)
-        if not leaf.fused:
-            decoded = read_weight(self._checkpoint, leaf.sources[expert], dtype=dtype, transpose=True)
-        else:
-            rows = leaf.source_shape[0]
-            start = (leaf.rule.half or 0) * rows
-            stored = self._checkpoint.read(leaf.sources[0].weight)[expert, start : start + rows]
-            decoded = decode_weight(stored, None, dtype=dtype, transpose=True)
-        self._release(leaf)
-        return decoded
+        return read_expert(self._checkpoint, self._leaf(path), expert, dtype=dtype, transpose=True)
 
     def read_rows(self, path: str, rows: Array, dtype: np.dtype[Any] = _FLOAT32) -> Array:
         """Some rows of a table that is looked up, along its first axis; reads their pages only."""
@@ -216,6 +207,4 @@ class PublishedWeights:
     def _release(self, leaf: Leaf) -> None:
         """Give the mapped pages back to the system."""
         for source in leaf.sources:
-            for name in (source.weight, source.scale):
-                if name is not None:
-                    self._checkpoint.release(name)
+            release(self._checkpoint, source)

@@ -25,7 +25,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_convert.checkpoint import Checkpoint
-from dsv4_convert.checkpoint.weights import read_table, read_weight
+from dsv4_convert.checkpoint.weights import read_expert, read_table, read_weight, release
 from dsv4_convert.errors import Dsv4Error, listed
 from dsv4_convert.formats.weight import decode_weight
 from dsv4_convert.golden.layout import calls, joined, known_tokens, part_of, part_shape, rows_of, token_ids
@@ -483,32 +483,20 @@ class StreamedModel:
     def _expert(self, leaves: tuple[Leaf, ...], expert: int, out: Tensor) -> None:
         """Fill ``[out, in]`` with the rows of one expert, those of several leaves one below the other."""
         for leaf, part in zip(leaves, torch.split(out, [leaf.source_shape[0] for leaf in leaves]), strict=True):
-            if leaf.fused:
-                (source,) = leaf.sources
-                stored = self._checkpoint.read(source.weight)[expert]
-                start, rows = (leaf.rule.half or 0) * part.shape[0], as_array(part)
-                decode_weight(stored[start : start + len(rows)], None, dtype=rows.dtype, out=rows)
-                self._checkpoint.release(source.weight)
-            else:
-                self._floats(leaf, leaf.sources[expert], out=part)
+            rows = as_array(part)
+            read_expert(self._checkpoint, leaf, expert, dtype=rows.dtype, out=rows)
 
     def _integers(self, source: Source) -> Tensor:
         """An index table as int64."""
         table = read_table(self._checkpoint, source.weight, self._config.n_routed_experts)
         return torch.from_numpy(table.astype(np.int64))
 
-    def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """A weight of ``leaf``, or rows of it, ``[out, in]``; its pages of the file are given back. It is float32
-        unless ``out``, which is filled, has another dtype."""
-        if out is None:
-            # Memory from torch, because where a matrix begins may change how its products are rounded.
-            count = len(range(*rows.indices(leaf.source_shape[0])))
-            out = torch.empty(count, *leaf.source_shape[1:])
-        array = as_array(out)
-        read_weight(self._checkpoint, source, dtype=array.dtype, rows=rows, out=array)
-        for name in (source.weight, source.scale):
-            if name is not None:
-                self._checkpoint.release(name)
+    def _floats(self, leaf: Leaf, source: Source, *, rows: slice = slice(None)) -> Tensor:
+        """A weight of ``leaf``, or rows of it, float32 ``[out, in]``; its pages of the file are given back."""
+        # Memory from torch, because where a matrix begins may change how its products are rounded.
+        out = torch.empty(len(range(*rows.indices(leaf.source_shape[0]))), *leaf.source_shape[1:])
+        read_weight(self._checkpoint, source, dtype=_FLOAT32, rows=rows, out=out.numpy())
+        release(self._checkpoint, source)
         return out
 
 

@@ -36,6 +36,7 @@ from dsv4_convert.golden.references.probes import (
 from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.taps import TapKey, taps_of
+from dsv4_convert.weights.published import PublishedWeights
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 140)).astype(np.int32)
 
@@ -166,10 +167,16 @@ def test_module_names_and_fused_experts_give_the_same_golden(
     source = tmp_path / "module"
     source.mkdir()
     shutil.copy(folders["saved"] / "config.json", source)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, source / "model.safetensors")
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, source / "model.safetensors")
     again = record(source, tmp_path / "golden", RecordingOptions(tokens=TOKENS))
     for name in golden.names:
         assert np.array_equal(again.read(name), golden.read(name)), name
+    experts = next(name for name in tensors if name.endswith("1.mlp.experts.gate_up_proj"))
+    tensors[experts][2, 3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(BadInput, match=r"experts\.gate_up_proj: the value at \[3, 5\] is NaN"):
+        PublishedWeights.open(source).read_expert("layers.1.ffn.experts.w1", 2)
 
 
 def test_the_head_in_pieces_gives_the_same_logits(

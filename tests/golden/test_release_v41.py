@@ -27,7 +27,7 @@ from dsv4_convert.golden.references.release.weights import CodeWeights
 from dsv4_convert.golden.synthetic import tiny_v41_config, write_checkpoint
 from dsv4_convert.model.v41.numerics import V41Numerics
 from dsv4_convert.parity.gate import BaselineRequest
-from dsv4_convert.parity.programs import Program
+from dsv4_convert.parity.programs import ModelOptions, Program
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun, run_parity
 from dsv4_convert.spec.tap import Values
@@ -113,6 +113,15 @@ def test_the_committed_golden_passes_parity_at_the_floor(small: Path) -> None:
     assert report.passed, verdict(report)
     assert not report.uncovered
     assert {result.key for result in report.taps} >= {key for key in committed.keys if key.layer is not None}
+
+
+def test_the_committed_golden_passes_compiled_in_bfloat16(small: Path) -> None:
+    """The layer that nominates candidates and the stage that chooses tokens, from codes and a cache."""
+    options = ParityOptions(layers=[4, "mtp.2"], dtype="bfloat16")
+    model = ModelOptions(weights="source", chunk=7)
+    report = ParityRun(PublishedWeights.open(small), open_golden(COMMITTED), options, model=model).run()
+    assert report.passed, verdict(report)
+    assert {result.key.label for result in report.taps} == {"4", "mtp.2"}
 
 
 def test_release_numerics_pass_parity_operation_by_operation(folder: Path, released: Golden) -> None:

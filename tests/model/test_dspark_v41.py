@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from dsv4_convert.weights.restore import restore_model
 
 from ..activations import differing
 from ..edits import edited
+from ..parity.faults.fault import uncompiled
 from .drafting_v41 import BATCH, CONFIG, LENGTHS, RECORDED, SEED, inputs
 
 #: Largest relative error of a tap, root mean square over root mean square.
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 @pytest.fixture(autouse=True)
 def _eager() -> Iterator[None]:
     """Programs would take longer to compile than the stages run."""
-    with jax.disable_jit():
+    with uncompiled():
         yield
 
 

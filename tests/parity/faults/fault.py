@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
+import dsv4_convert.parity.forward as forward_module
 import dsv4_convert.parity.run as run_module
 import dsv4_convert.weights.experts as streamed_experts
 from dsv4_convert.checkpoint import Checkpoint
@@ -377,14 +379,27 @@ class _FaultyForward(Forward):
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """The model without compiled programs: those from before do not have a fault, and new ones take seconds each."""
-    with (
-        jax.disable_jit(),
+    """The model without programs of its own: those from before do not have a fault, and new ones take seconds each.
+
+    JAX's functions stay programs. Uncompiled, they would be many times as many, of one operation each.
+    """
+    with ExitStack() as stack:
+        for name in ("_to_experts", "_from_experts", "_wanted_rows", "_choose"):
+            stack.enter_context(patch.object(forward_module, name, unwrap(getattr(forward_module, name))))
+        for name in ("fori_loop", "scan", "cond"):
+            stack.enter_context(patch.object(jax.lax, name, _step_by_step(getattr(jax.lax, name))))
         # Runs side by side, since a loop that is not compiled takes every run's operations one by one.
-        patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)),
-        patch.object(streamed_experts, "_expert", lambda: _uncompiled_expert),
-    ):
+        stack.enter_context(patch.object(jax.lax, "map", lambda function, runs: jax.vmap(function)(runs)))
+        stack.enter_context(patch.object(streamed_experts, "_expert", lambda: _uncompiled_expert))
         yield
+
+
+def _step_by_step(loop: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*operands: Any, **options: Any) -> Any:
+        with jax.disable_jit():
+            return loop(*operands, **options)
+
+    return run
 
 
 def _uncompiled_expert(*operands: Any) -> jax.Array:

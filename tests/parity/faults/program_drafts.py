@@ -84,5 +84,5 @@ _FAULTS: tuple[ProgramFault, ...] = (
          ("a stage's experts counted from the next device's first", 'axis_index("experts") * w1',
           '(axis_index("experts") + 1) * w1')),
     *_in("experts, fsdp, tensor", MIDDLE, "attn.context", dspark, "_block_context",
-         ("sinks of the device's other heads", "seen, sink)", "seen, sink[::-1])")),
+         ("sinks of a stage left at zero", "seen, sink)", "seen, 0 * sink)")),
 )  # fmt: skip
