@@ -38,7 +38,7 @@ from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.layout import is_fed
 from dsv4_convert.golden.noise import MODES, Mode
 from dsv4_convert.parity.metrics import Multiples
-from dsv4_convert.parity.tolerances import BANDS, LIMITS, UNIT
+from dsv4_convert.parity.tolerances import BANDS, UNIT, limits_of
 from dsv4_convert.spec.taps import TapKey
 
 SCHEMA_VERSION = 1
@@ -177,7 +177,7 @@ def _entry(value: object, golden: Golden) -> tuple[BaselineKey, dict[TapKey, Num
     for field, allowed in (("dtype", tuple(UNIT)), ("mode", tuple(MODES)), ("phase", _PHASES)):
         enumerated(entry[field], allowed, field=f"measured: {field}")
     known = {str(tap): tap for tap in golden.keys}
-    most = dataclasses.asdict(LIMITS[key.dtype]) | {"tokens": 1.0}
+    most = dataclasses.asdict(limits_of(key.dtype, golden.numerics)) | {"tokens": 1.0}
     taps = {}
     for name, numbers in _mapping(entry["taps"]).items():
         if name not in known:

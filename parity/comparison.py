@@ -30,7 +30,7 @@ from dsv4_convert.parity.forward import Activations
 from dsv4_convert.parity.metrics import Verdict, compare, mismatch, rows_beyond
 from dsv4_convert.parity.report.data import TapResult
 from dsv4_convert.parity.systematic import ExpertShares, Independence, Systematic, along_bias, systematic
-from dsv4_convert.parity.tolerances import LIMITS, UNIT, release_unit
+from dsv4_convert.parity.tolerances import UNIT, limits_of, release_unit
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, Rule, parameters
 from dsv4_convert.spec.tap import AFTER, BEFORE, Values
@@ -67,7 +67,7 @@ class Comparison:
     ) -> None:
         self.golden = golden
         self.dtype = dtype
-        self.limits = LIMITS[dtype]
+        self.limits = limits_of(dtype, golden.numerics)
         self._phase = phase
         self._weights = weights
         self._config = golden.config

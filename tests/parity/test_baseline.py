@@ -25,7 +25,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport, TapResult
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, run_parity
-from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, LIMITS
+from dsv4_convert.parity.tolerances import BANDS, BANDS_OF_FEW, LIMITS, UNIT
 from dsv4_convert.spec.taps import TapKey
 
 from .synthetic import choice, empty, real, report
@@ -314,7 +314,7 @@ def test_what_passes_the_gate_is_within_the_limits(name: str) -> None:
     """Of the committed goldens, in both dtypes. ``python -m benchmarks.gate`` shows that other machines pass it."""
     file = Path(golden_package.__file__).parent / "data" / f"{name}.baseline.json"
     measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
-    assert {entry["dtype"] for entry in measured} == set(LIMITS)
+    assert {entry["dtype"] for entry in measured} == set(UNIT)
     for entry in measured:
         for tap, numbers in entry["taps"].items():
             for measure in ("tap", "row", "element"):

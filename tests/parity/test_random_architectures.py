@@ -15,7 +15,7 @@ from dsv4_convert.parity.metrics import Verdict
 from dsv4_convert.parity.report.data import ParityReport
 from dsv4_convert.parity.report.words import verdict
 from dsv4_convert.parity.run import ParityOptions, ParityRun
-from dsv4_convert.parity.tolerances import LIMITS, UNIT, Limits
+from dsv4_convert.parity.tolerances import LIMITS, UNIT, Limits, limits_of
 from dsv4_convert.spec.taps import TapKey
 
 from .healthy import LENGTHS, Healthy, healthy
@@ -61,3 +61,5 @@ def _covers(report: ParityReport, made: Healthy) -> None:
 def test_the_limits_are_those_that_were_derived() -> None:
     assert LIMITS["float32"] == Limits(tap=12.0, row=24.0, element=24.0, tie=6.0)
     assert LIMITS["bfloat16"] == Limits(tap=5.0, row=14.0, element=17.0, tie=6.0)
+    assert limits_of("bfloat16", "plain") == LIMITS["bfloat16"]
+    assert limits_of("bfloat16", "release") == LIMITS["float32"], "whose floors are stated, not measured"

@@ -60,7 +60,7 @@ class Layer:
 
     def rotary(self):
         """``[cos | sin]`` of every position: base and YaRN of the layer's kind, in float32 as published."""
-        turns = frequencies(self.cfg, self.cfg.attention[self.number])
+        turns = frequencies(self.cfg, compressed=self.ratio is not None)
         angles = np.arange(self.positions[-1] + 1, dtype=np.float32)[:, None] * turns
         return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
