@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-_PLAIN: dict[Any, Any] = {int: 1, float: 0.5, bool: True, str: "text", Any: "anything", type(None): None}
+_PLAIN: dict[Any, Any] = {
+    int: 1,
+    float: 0.5,
+    bool: True,
+    str: "text",
+    range: range(3, 4),
+    Any: "anything",
+    type(None): None,
+}
 
 
 def samples(kind: Any, known: Mapping[Any, Any]) -> list[Any]:
