@@ -26,7 +26,7 @@ from .weights import _change, _copy, _swap
 Code = Mapping[tuple[Any, str], Any]
 FIRST, MIDDLE, LAST = DRAFTS
 #: The width and the rank of the Markov head of the model that they are planted in.
-_WIDTH, _RANK = 64, 8
+_WIDTH, _RANK = 64, 64
 
 
 def _context(

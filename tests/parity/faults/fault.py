@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import unwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import jax
@@ -81,7 +81,8 @@ STAGED = MAIN | {
     "max_position_embeddings": 4096,
 }
 STAGE = 1
-#: Two layers, both of which DSpark's three stages read. So few keys that in bfloat16 each of them shows, and the sink.
+#: Two layers, both of which DSpark's three stages read. In bfloat16 a key and a sink show among few keys, and the token
+#: before in a confidence that has as many numbers of it as of the streams.
 DRAFTING = dspark_config(
     **_SQUARE,
     sliding_window=6,
@@ -89,6 +90,7 @@ DRAFTING = dspark_config(
     num_hash_layers=0,
     compress_ratios=[0, 0, 0, 0, 0],
     dspark_target_layer_ids=[0, 1],
+    dspark_markov_rank=64,
 )
 DRAFTS = (2, 3, 4)
 #: Every kind of layer of V4.1: one of the architectures of which Automodel's activations are recorded.
@@ -106,16 +108,27 @@ V41_DRAFTING = tiny_v41_config(
     hc_sinkhorn_iters=3,
     dspark_noise_token_id=95,
     dspark_target_layer_ids=[0, 1],
+    dspark_markov_rank=64,
 )
-#: The models by name; the positions of their prompts.
-MODELS: dict[str, tuple[Mapping[str, Any], range]] = {
-    "main": (MAIN, range(300)),
-    "many": (MANY, range(60)),
-    "wide": (WIDE, range(600)),
-    "staged": (STAGED, range(4000, 4060)),
-    "drafting": (DRAFTING, range(60)),
-    "v4.1": (V41_MODEL, range(40)),
-    "v4.1 drafting": (V41_DRAFTING, range(40)),
+
+
+class Prompted(NamedTuple):
+    """A model by its raw config, the positions of its prompts, and how many prompts there are."""
+
+    raw: Mapping[str, Any]
+    positions: range
+    prompts: int = 1
+
+
+#: By name. A draft is of five tokens, so those that draft have several.
+MODELS: dict[str, Prompted] = {
+    "main": Prompted(MAIN, range(300)),
+    "many": Prompted(MANY, range(60)),
+    "wide": Prompted(WIDE, range(600)),
+    "staged": Prompted(STAGED, range(4000, 4060)),
+    "drafting": Prompted(DRAFTING, range(60), prompts=4),
+    "v4.1": Prompted(V41_MODEL, range(40)),
+    "v4.1 drafting": Prompted(V41_DRAFTING, range(40), prompts=4),
 }
 #: A stand-in for V4.1's inference code.
 V41_CODE = Path(__file__).parents[2] / "golden" / "release_code_v41"
@@ -175,7 +188,7 @@ class Fault:
     @property
     def full_tap(self) -> str:
         """The full name of the tap that must be named."""
-        return str(TapKey.of(Config.from_hf(MODELS[self.model][0]), self.layer, self.tap))
+        return str(TapKey.of(Config.from_hf(MODELS[self.model].raw), self.layer, self.tap))
 
     def alters(self, report: ParityReport) -> bool:
         """Whether all operations that may be named are wrong by themselves, in a report with a localization."""
@@ -274,7 +287,7 @@ class Patient:
 
 def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) -> Patient:
     """Make one of the healthy models in ``folder`` and record it, with the noise floors of some dtypes."""
-    raw, positions = MODELS[model]
+    raw, positions, prompts = MODELS[model]
     write_checkpoint(folder / "hf", raw, seed=0)
     if model == "v4.1":
         from ..v41 import automodel, recorded
@@ -283,7 +296,7 @@ def patient(folder: Path, model: str, *, noise: Iterable[str] = ("float32",)) ->
         assert config == raw
         return Patient(folder, recorded(held, folder / "golden", known.pop("tokens"), known=known), held)
     architecture = Config.from_hf(raw)
-    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (1, len(positions))).astype(np.int32)
+    ids = np.random.default_rng(6).integers(0, architecture.vocab_size, (prompts, len(positions))).astype(np.int32)
     stages = model in ("staged", "drafting", "v4.1 drafting")
     options = RecordingOptions(tokens=ids, first_position=positions.start, noise=noise, stages=stages)
     if architecture.maps_tokens:
