@@ -15,6 +15,8 @@ from .case import PARITY, RECORD, Case, Place, Step, Words, invoke, refused
 from .edit import Array, split
 
 _TAP = "layers.0.attn.wq_a"
+#: The file of the golden that holds it, as a message names it.
+_FILE_0 = "{golden}/layer-00000.safetensors"
 _ON_0: Words = (*PARITY, "--layer", "0")
 _LOOKED_AT: tuple[Words, ...] = (("golden", "show"), ("inspect",))
 _VERIFY: Words = ("golden", "verify", "{golden}")
@@ -244,9 +246,9 @@ GOLDENS: tuple[Case, ...] = (
             edit=_noise(change),
             steps=(
                 Step(
-                    (*_ON_0, "--taps", "attn.wq_a"), 3, (f"{{golden}}: {_TAP}, float32, isolated: a noise floor", says)
+                    (*_ON_0, "--taps", "attn.wq_a"), 3, (f"{_FILE_0}: {_TAP}, float32, isolated: a noise floor", says)
                 ),
-                Step(_VERIFY, 1, (f"{_TAP}, float32, isolated: a noise floor", says)),
+                Step(_VERIFY, 1, (f"{_FILE_0}: {_TAP}, float32, isolated: a noise floor", says)),
                 *(Step((*words, "{golden}"), 0, (says,)) for words in looked_at),
             ),
         )
