@@ -18,7 +18,7 @@ from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dsv4_convert", "parity", "golden")
 
-#: What may import what: each from the groups before its own. Rooms are the packages in dsv4_convert, two of which are
+#: Each imports from the groups before its own. Rooms are the packages in dsv4_convert, two of which are
 #: links to folders beside it; their order is the picture's. ``root`` are plain modules, ``package`` the public names,
 #: loaded lazily, and ``pytest_plugin`` is loaded by pytest wherever dsv4 is installed.
 ORDER: tuple[frozenset[str], ...] = (

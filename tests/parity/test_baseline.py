@@ -311,7 +311,7 @@ def test_the_modes_have_records_of_their_own(judge: Callable[..., ParityReport])
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-v4.1"])
 def test_what_passes_the_gate_is_within_the_limits(name: str) -> None:
-    """Of the committed goldens, in both dtypes. ``python -m benchmarks.gate`` shows that other machines pass it."""
+    """The committed goldens, in both dtypes. ``python -m benchmarks.gate`` shows that other machines pass it."""
     file = Path(golden_package.__file__).parent / "data" / f"{name}.baseline.json"
     measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
     assert {entry["dtype"] for entry in measured} == set(UNIT)

@@ -232,7 +232,7 @@ def test_the_commands(source: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "decode         4" in run(app, ["golden", "show", out]).output
-    # Of the shapes of test_short_prompts_and_edges_of_blocks, whose programs serve here.
+    # It has the shapes of test_short_prompts_and_edges_of_blocks, so the programs of that test serve here.
     done = run(app, ["parity", "--source", str(source), "--golden", out, "--phase", "decode", "--program", "streamed"])
     assert done.exit_code == 0, done.output
     assert "the last 4 tokens one by one" in " ".join(done.output.split())
