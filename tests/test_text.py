@@ -199,11 +199,8 @@ class _Tags(HTMLParser):
         self.found += [tag, *(name for name, _ in attrs if name.startswith("on"))]
 
 
-@pytest.mark.parametrize(
-    ("layer", "verbosity"),
-    [("0", ()), ("0", ("-v",)), ("all", ("--explain",))],
-    ids=["verdict", "tables", "words of all layers"],
-)
+@pytest.mark.parametrize("verbosity", [(), ("-v",), ("--explain",)], ids=["verdict", "tables", "words"])
+@pytest.mark.parametrize("layer", ["0", "all"])
 def test_a_report(
     place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verbosity: tuple[str, ...], layer: str
 ) -> None:

@@ -109,7 +109,7 @@ def test_arguments_of_v41_are_its_parameters_and_token_maps() -> None:
     assert 1.49e12 < found < 1.5e12
 
 
-@pytest.mark.parametrize("decode", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("decode", [False, True])
 def test_a_program_does_not_grow_with_its_layers(flash: Config, decode: bool) -> None:
     """The program before the compiler: that of 4 layers and of 43 are nearly of a length."""
     job = Job(tokens=256, batch=1, decode=decode)

@@ -325,7 +325,6 @@ def test_an_interrupted_recording_goes_on(folder: Path, tmp_path: Path, golden: 
     assert again.manifest.taps == golden.manifest.taps
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("layer", [CSA, HCA])
 def test_decoding_rounds_at_the_same_places(golden: Golden, weights: PublishedWeights, layer: int) -> None:
     """A layer on the golden's input, the last tokens one by one from its cache: nearly all values as at once.

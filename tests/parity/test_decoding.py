@@ -77,7 +77,7 @@ def test_every_step_agrees(source: Path, golden: Golden, dtype: str, modes: tupl
 COMPRESSED = [2, 3]
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_compiled_layers_agree_step_by_step(source: Path, golden: Golden, dtype: str) -> None:
     """As the model decodes: one token a call, from the cache of the call before."""
     options = ParityOptions(layers=COMPRESSED, dtype=dtype)

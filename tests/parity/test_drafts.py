@@ -144,7 +144,7 @@ def test_a_compact_golden_of_the_stages(source: Path, golden: Golden, tmp_path: 
         "known tokens of earlier calls forgotten",
         pytest.param("the block embeds the tokens one later", marks=pytest.mark.thorough),
         pytest.param("gate and up of a stage swapped", marks=pytest.mark.thorough),
-        pytest.param("the block's positions counted from the call", marks=pytest.mark.thorough),
+        "the block's positions counted from the call",
     ],
 )
 def test_the_compiled_stages_name_a_fault(source: Path, golden: Golden, name: str) -> None:

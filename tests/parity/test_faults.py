@@ -18,6 +18,7 @@ from dsv4_convert.show.units import number_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.catalogue import CATALOGUE
+from .faults.drafts import REPEATED
 from .faults.fault import CSA, MAIN, Arrays, Fault, Held, Patient, examine, patient
 from .faults.scales import EXPERT, SCALES
 
@@ -61,15 +62,12 @@ def test_the_catalogue_is_large_and_covers_every_kind() -> None:
     assert {fault.kind for fault in CATALOGUE.values()} == {"weights", "decoding", "names table", "config", "code"}
 
 
-def _first_of_each() -> set[str]:
-    """One fault of each kind in each operation of each model. The thorough run and the benchmark plant all of them."""
-    first = {(fault.model, fault.kind, fault.tap): fault.name for fault in reversed(CATALOGUE.values())}
-    return set(first.values())
+#: Faults that are planted in one of DSpark's stages by every run of the tests, and in the others by the thorough one.
+_AGAIN = {fault.name for fault in REPEATED}
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name in _first_of_each() else pytest.param(name, marks=pytest.mark.thorough) for name in CATALOGUE],
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in _AGAIN else name for name in CATALOGUE]
 )
 def test_a_planted_fault_is_named(patients: Patients, name: str) -> None:
     fault = CATALOGUE[name]

@@ -57,11 +57,7 @@ def test_every_path_agrees(healthy: Subject, path: str) -> None:
     assert {key.tap.name for key in wanted - compared} <= {"attn.indexer.scores", "input"}, "which are not its own"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path if path in ("packed", "cache", "scanned") else pytest.param(path, marks=pytest.mark.thorough)
-     for path in ONE_DEVICE],
-)  # fmt: skip
+@pytest.mark.parametrize("path", ONE_DEVICE)
 def test_taps_do_not_change_the_program(healthy: Subject, path: str) -> None:
     """Streams and state are bit-equal whether taps are results or not."""
     run = ParityRun(healthy.weights, healthy.golden, ParityOptions(layers=[SECOND_CSA]), model=PATHS[path])

@@ -20,8 +20,8 @@ from dsv4_convert.spec.taps import TapKey
 
 from .healthy import LENGTHS, Healthy, healthy
 
-#: One CSA block, and two HCA blocks with one token more.
-ALWAYS = (4, 257)
+#: One CSA block, one token more than an HCA block, and two HCA blocks with one more.
+ALWAYS = (4, 129, 257)
 #: The bars that float32 was set before noise floors were measured; they hold at the widths drawn here.
 ALLCLOSE = {Mode.ISOLATED: 1e-5, Mode.CUMULATIVE: 1e-4}
 
