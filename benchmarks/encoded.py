@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.measure import table_of
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache
 from dsv4_convert.model.architectures import model_of
@@ -163,13 +163,8 @@ def main() -> None:
     rows = contest(
         toy(options.width, options.experts, options.form), options.tokens, jnp.dtype(options.against), options.runs
     )
-    table = Table(title=f"width {options.width}, {options.experts} {options.form} experts, two layers", box=None)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
     console = Console()
-    console.print(table)
+    console.print(table_of(f"width {options.width}, {options.experts} {options.form} experts, two layers", rows))
     for drafts in ("", "_with_mtp"):
         encoded, expanded = (whole[form + drafts] for form in _FORMS)
         console.print(f"{options.config.stem}{drafts}: {encoded:,} bytes encoded, {expanded:,} in bfloat16")

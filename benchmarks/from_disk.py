@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.measure import dsv4, make_cold
+from benchmarks.measure import dsv4, make_cold, table_of
 from dsv4_convert.show.units import size
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Kind, parameters
@@ -187,12 +186,7 @@ def main() -> None:
         ],
     }
     for title, rows in tables.items():
-        table = Table(title=title, box=None)
-        for column in rows[0]:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console(width=200).print(table)
+        Console(width=200).print(table_of(title, rows))
     print(json.dumps(tables))
     if not options.keep:
         shutil.rmtree(work)

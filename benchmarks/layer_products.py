@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,17 +21,16 @@ import jax
 import jax.numpy as jnp
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.layer_speed import KINDS, one_layer
+from benchmarks.measure import in_turns, table_of
 from dsv4_convert.model.encoded import Member, product
 from dsv4_convert.spec.config import Config
 from dsv4_convert.spec.names import Transform, parameters
 
 
-def matrices(kind: str, experts: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def matrices(config: Config, dtype: torch.dtype) -> list[torch.Tensor]:
     """The matrices of a layer as random stacks ``[..., in, out]``: of experts, of groups, or of one."""
-    config = Config.from_hf(one_layer(kind, experts)).without_stages()
     shapes = [
         rule.target_shape(config, layer)
         for _, rule, layer in parameters(config)
@@ -47,12 +45,11 @@ def matrices(kind: str, experts: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return stacks
 
 
-def rows_for(stacks: list[torch.Tensor], tokens: int, experts: int) -> list[torch.Tensor]:
+def rows_for(config: Config, stacks: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
     """The rows that meet each matrix of a stack: all tokens, of an expert a share."""
-    return [
-        torch.randn(max(1, tokens * 6 // experts) if len(stack) == experts else tokens, stack.shape[1]).to(stack.dtype)
-        for stack in stacks
-    ]
+    experts = config.n_routed_experts
+    share = max(1, tokens * config.num_experts_per_tok // experts)
+    return [torch.randn(share if len(stack) == experts else tokens, stack.shape[1]).to(stack.dtype) for stack in stacks]
 
 
 def theirs(stacks: list[torch.Tensor], rows: list[torch.Tensor]) -> Callable[[], Any]:
@@ -94,26 +91,20 @@ def read(stacks: list[torch.Tensor]) -> None:
 
 def contest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for every dtype and length."""
-    kind = options.kind.replace(",", ", ")
+    config = Config.from_hf(one_layer(options.kind.replace(",", ", "), options.experts)).without_stages()
     for dtype in options.dtype.split(","):
-        stacks = matrices(kind, options.experts, getattr(torch, dtype))
+        stacks = matrices(config, getattr(torch, dtype))
         nbytes = sum(stack.nbytes for stack in stacks)
         for tokens in map(int, options.tokens.split(",")):
-            rows = rows_for(stacks, tokens, options.experts)
+            rows = rows_for(config, stacks, tokens)
             sides: dict[str, Callable[[], Any]] = {
                 "torch": theirs(stacks, rows),
                 "XLA": ours(stacks, rows),
                 "read": partial(read, stacks),
             }
-            elapsed: dict[str, list[float]] = {name: [] for name in sides}
-            processor: dict[str, list[float]] = {name: [] for name in sides}
-            for turn in range(options.runs + 1):
-                for name, side in sides.items():
-                    begun, used = time.perf_counter(), time.process_time()
-                    side()
-                    if turn:  # the first compiles
-                        elapsed[name].append(time.perf_counter() - begun)
-                        processor[name].append(time.process_time() - used)
+            for side in sides.values():
+                side()
+            elapsed, processor = in_turns(sides, options.runs)
             seconds = {name: statistics.median(values) for name, values in elapsed.items()}
             least = {name: min(values) for name, values in processor.items()}
             yield {
@@ -140,12 +131,8 @@ def main() -> None:
     for row in contest(options):
         print(json.dumps(row), flush=True)
         rows.append(row)
-    table = Table(title=f"a layer's products alone, {options.kind}, {options.experts} experts", box=None)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=160).print(table)
+    title = f"a layer's products alone, {options.kind}, {options.experts} experts"
+    Console(width=160).print(table_of(title, rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
+from benchmarks.measure import in_turns, table_of
 from dsv4_convert.golden.synthetic import write_checkpoint
 from dsv4_convert.model import Taps
 from dsv4_convert.weights.published import PublishedWeights
@@ -116,20 +115,13 @@ def contest(folder: Path, dtype: str, lengths: list[int], runs: int) -> Iterator
         results = {name: side() for name, side in sides.items()}
         worst = float(np.abs(results["dsv4"] - results["transformers"]).max())
         scale = float(np.abs(results["transformers"]).max())
-        elapsed: dict[str, list[float]] = {name: [] for name in sides}
-        processor: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(runs):
-            for name, side in sides.items():
-                start, used = time.perf_counter(), time.process_time()
-                side()
-                elapsed[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - used)
+        elapsed, processor = in_turns(sides, runs)
         median = {name: round(statistics.median(values), 3) for name, values in elapsed.items()}
         yield {
             **median,
             "ratio": round(median["dsv4"] / median["transformers"], 2),
             "of processor time": round(min(processor["dsv4"]) / min(processor["transformers"]), 2),
-            "error": worst / scale,
+            "error": float(f"{worst / scale:.1e}"),
         }
 
 
@@ -158,12 +150,8 @@ def main() -> None:
     for row in rows_of(options):
         print(json.dumps(row), flush=True)
         rows.append(row)
-    table = Table(title=f"seconds for one layer, {options.experts} experts, {jax.local_device_count()} CPU", box=None)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.1e}" if key == "error" else str(value) for key, value in row.items()))
-    Console().print(table)
+    title = f"seconds for one layer, {options.experts} experts, {jax.local_device_count()} CPU"
+    Console().print(table_of(title, rows))
 
 
 if __name__ == "__main__":

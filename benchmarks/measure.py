@@ -1,12 +1,14 @@
-"""Shared by benchmarks of whole commands: time and peak memory of a process, cold files, the size of a folder."""
+"""Shared by benchmarks: time and peak memory of a process, sides that take turns, cold files, sizes, a table."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from rich.table import Table
 
 DSV4 = [sys.executable, "-m", "dsv4_convert"]
 #: Python keeps the bytecode of what it imports, as an installed package has it.
@@ -35,6 +37,31 @@ def dsv4(*arguments: object) -> dict[str, object]:
 def python(code: str, *arguments: object) -> dict[str, object]:
     """Run a piece of Python in a process of its own."""
     return measured([sys.executable, "-c", code, *map(str, arguments)])
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], object]], runs: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The seconds of each run of each side, and those of the processors. Sides that have run before are compiled."""
+    elapsed: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(runs):
+        for name, side in sides.items():
+            start, used = time.perf_counter(), time.process_time()
+            side()
+            elapsed[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - used)
+    return elapsed, processor
+
+
+def table_of(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
+    """Rows with the same keys, which become the columns."""
+    table = Table(title=title, box=None)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table
 
 
 def make_cold(folder: Path) -> None:
