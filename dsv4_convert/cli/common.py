@@ -40,8 +40,6 @@ _BUG = 70
 
 #: The number of a layer: no model has so many that it takes more digits, and a set of them has to fit in memory.
 _LAYER = r"[0-9]{1,5}"
-#: The beginning of a draft stage's name.
-_STAGE = "mtp."
 #: ``--layer`` / ``--layers`` of every command that has one.
 LAYERS_HELP = "Layers: 12, 0-3, 0,4-6 or all. Default: all."
 
@@ -266,9 +264,11 @@ def parse_layers_and_stages(text: str | None) -> tuple[int | str, ...] | None:
     """As :func:`parse_layers`, with draft stages too: ``"7,mtp.0-1"`` to ``(7, "mtp.0", "mtp.1")``."""
     if text is None or text.strip().lower() == "all":
         return None
+    from dsv4_convert.spec.config import STAGE
+
     chosen: dict[int | str, None] = {}
     for part in text.split(","):
-        number = part.strip().removeprefix(_STAGE)
+        number = part.strip().removeprefix(STAGE)
         prefix = part.strip().removesuffix(number)
         chosen |= dict.fromkeys(f"{prefix}{at}" if prefix else at for at in _range_of(number, text))
     return tuple(chosen)

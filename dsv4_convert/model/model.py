@@ -25,7 +25,7 @@ from dsv4_convert.model.norm import rms_norm
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import linear, parameter
 from dsv4_convert.model.recording import Taps
-from dsv4_convert.spec.config import Config
+from dsv4_convert.spec.config import Config, prefix_of
 from dsv4_convert.spec.v4.config import V4Config
 
 #: The input of a DSpark stage: the block's carry and the context ``[B, S, D]``. The first one gets no carry, and the
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
         ids, states = block_ids(anchor, self.config.dspark), []
         entering: StageInput = (None, features)
         for stage, state in enumerate(past.cache):
-            own = taps.within(f"mtp.{stage}.")
+            own = taps.within(prefix_of(None, stage))
             entering, drafted, state = self.draft_stage(stage, entering, ids, positions, past.of(state), own)
             states.append(state)
         assert drafted is not None
@@ -293,7 +293,7 @@ class Decoder(nnx.Module):
             taps: records activations, below ``mtp.0.``.
             past: the stage's state. One of its tokens is a pair: the streams, and the id of the next token.
         """
-        taps = (taps or Taps()).within(f"mtp.{stage}.")
+        taps = (taps or Taps()).within(prefix_of(None, stage))
         block = cast(MTPBlock, self.mtp[stage])
         embedded = self.embed[...][next_ids].astype(streams.dtype)
         streams, after = block.predict(streams, embedded, next_ids, positions, taps, past)

@@ -367,10 +367,14 @@ class Config(ABC):
         return list(layers) != sorted(set(layers)) or any(layer >= self.num_hidden_layers for layer in layers)
 
 
+#: The beginning of the names of a draft stage; its number follows.
+STAGE = "mtp."
+
+
 def prefix_of(layer: int | None, stage: int | None) -> str:
     """The beginning of the names of a layer, of a stage by its own number, or of the model level (both None)."""
     if stage is not None:
-        return f"mtp.{stage}."
+        return f"{STAGE}{stage}."
     return "" if layer is None else f"layers.{layer}."
 
 

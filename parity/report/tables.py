@@ -136,9 +136,7 @@ def _failing_layers(report: ParityReport) -> Group | None:
     if len(failing) <= _LAYERS:
         return Group(table)
     rest = [of.layer for _, of in failing[_LAYERS:]]
-    named = layers_named(report, {layer for layer in rest if layer is not None})
-    more = [*[named] * bool(named), *["the model level"] * (None in rest)]
-    return Group(table, Text(f"and {' and '.join(more)}; -v lists them"))
+    return Group(table, Text(f"and {layers_named(report, rest)}; -v lists them"))
 
 
 def _print(console: Console, titled: Group) -> None:

@@ -16,6 +16,7 @@ from dsv4_convert.parity.metrics import MEASURED, Distance, Verdict, beyond, sho
 from dsv4_convert.parity.report.data import Gate, GrownError, Localization, ParityReport, ProgramFacts, TapResult
 from dsv4_convert.parity.unchecked import closing_step, unchecked_sentences
 from dsv4_convert.show.units import few_ranges, number_of
+from dsv4_convert.spec.config import STAGE
 
 #: Makes a token id readable, or says that it cannot.
 Decode = Callable[[int], str]
@@ -297,15 +298,14 @@ def reach(report: ParityReport) -> list[str]:
     return lines
 
 
-def layers_named(report: ParityReport, layers: Iterable[int]) -> str:
-    """``layer 3``, ``layers 3, 5, … 41``, ``layers 2-5 and stages mtp.0-2``."""
+def layers_named(report: ParityReport, layers: Iterable[int | None]) -> str:
+    """``layer 3``, ``layers 3, 5, … 41``, ``layers 2-5 and stages mtp.0-2 and the model level``, which is None."""
     numbers = set(layers)
-    stages = {layer - report.stages.start for layer in numbers.intersection(report.stages)}
-    backbone = numbers.difference(report.stages)
-    kinds = (("layer", "", backbone), ("stage", "mtp.", stages))
-    return " and ".join(
-        f"{noun}{'' if len(of) == 1 else 's'} {prefix}{few_ranges(of)}" for noun, prefix, of in kinds if of
-    )
+    stages = {layer - report.stages.start for layer in numbers.intersection(report.stages) if layer is not None}
+    backbone = {layer for layer in numbers.difference(report.stages) if layer is not None}
+    kinds = (("layer", "", backbone), ("stage", STAGE, stages))
+    named = [f"{noun}{'' if len(of) == 1 else 's'} {prefix}{few_ranges(of)}" for noun, prefix, of in kinds if of]
+    return " and ".join([*named, *["the model level"] * (None in numbers)])
 
 
 def _other_revision(report: ParityReport) -> Iterator[str]:

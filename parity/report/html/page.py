@@ -315,9 +315,7 @@ def _baseline(report: ParityReport) -> dict[str, Any] | None:
 
 def _clean(report: ParityReport) -> str:
     """The layers that ran again without any operation being wrong by itself."""
-    clean = [found.layer for found in report.localizations if not found.wrong]
-    named = _dashed(report, (layer for layer in clean if layer is not None))
-    return " and ".join([*[named] * bool(named), *["the model level"] * (None in clean)])
+    return _dashed(report, (found.layer for found in report.localizations if not found.wrong))
 
 
 def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tuple[str, str]], bool]]:
@@ -339,7 +337,7 @@ def _provenance(report: ParityReport, run: RunInfo) -> list[tuple[str, list[tupl
     return groups
 
 
-def _dashed(report: ParityReport, layers: Iterable[int]) -> str:
+def _dashed(report: ParityReport, layers: Iterable[int | None]) -> str:
     return layers_named(report, layers).replace("-", "–")
 
 
