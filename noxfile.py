@@ -31,6 +31,9 @@ LINT = nox.project.dependency_groups(PROJECT, "lint")
 #: One session each takes these, so they are not in constraints.txt.
 ATHERIS, PIP_AUDIT = "atheris==3.0.0", "pip-audit>=2.9"
 
+# uv installs no bytecode. Without what the first import of a module writes, each process that starts compiles JAX anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 #: XLA without LLVM's optimisations.
 UNOPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 #: XLA's older kernels too, which compile in half of the time, and in one piece. The pinned XLA has them, the newest

@@ -10,7 +10,7 @@ import pytest
 from dsv4_convert.golden.archive import Golden
 from dsv4_convert.golden.prompt_coverage import prompt_coverage
 from dsv4_convert.golden.recorder import RecordingOptions, record
-from dsv4_convert.golden.synthetic import tiny_config, write_checkpoint
+from dsv4_convert.golden.synthetic import dspark_config, tiny_config, write_checkpoint
 
 
 def _golden(folder: Path, length: int) -> Golden:
@@ -43,6 +43,17 @@ def test_operations_that_are_not_reached(tmp_path: Path, length: int, missed: di
         assert len(found) == len(expected), found
         for words, sentence in zip(expected, found, strict=True):
             assert words in sentence
+
+
+@pytest.mark.parametrize(("length", "full"), [(17, False), (18, True)])
+def test_a_stage_knows_one_token_less_than_a_layer(tmp_path: Path, length: int, full: bool) -> None:
+    write_checkpoint(tmp_path / "hf", dspark_config(), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, length)).astype(np.int32)
+    options = RecordingOptions(tokens=tokens, layers=(0,), stages=True, noise=())
+    golden = record(tmp_path / "hf", tmp_path / "golden", options)
+    assert prompt_coverage(golden, 0).missed == ()
+    missed = prompt_coverage(golden, golden.config.num_hidden_layers).missed
+    assert missed == (() if full else ("the window of 16 tokens never drops one",))
 
 
 def test_experts_are_counted(tmp_path: Path) -> None:

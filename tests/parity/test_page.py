@@ -45,7 +45,7 @@ from dsv4_convert.spec.taps import TapKey, is_state, taps_of
 from dsv4_convert.weights.published import PublishedWeights
 
 from .faults.fault import Held
-from .synthetic import real
+from .synthetic import choice, empty, real
 from .synthetic import report as synthetic
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -300,6 +300,12 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
     assert at_a_row.distance.noise.largest > over_the_tap.distance.noise.largest
     assert course is not None
     assert course.where == "layer 0"
+
+
+def test_ties_of_a_choice_have_a_number_and_what_is_empty_has_none() -> None:
+    course = page_data(synthetic([choice("layers.0.ffn.gate.experts", 3), empty("layers.0.attn.compressor.entries")])).course
+    assert course is not None
+    assert (course.taps, course.multiples) == (("ffn.gate.experts",), (0.5,))
 
 
 def _deep(layers: int, modes: tuple[Mode, ...], failing: int) -> ParityReport:
