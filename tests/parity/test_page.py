@@ -303,7 +303,8 @@ def test_a_run_that_passes_shows_the_layer_closest_to_a_limit() -> None:
 
 
 def test_ties_of_a_choice_have_a_number_and_what_is_empty_has_none() -> None:
-    course = page_data(synthetic([choice("layers.0.ffn.gate.experts", 3), empty("layers.0.attn.compressor.entries")])).course
+    taps = [choice("layers.0.ffn.gate.experts", 3), empty("layers.0.attn.compressor.entries")]
+    course = page_data(synthetic(taps)).course
     assert course is not None
     assert (course.taps, course.multiples) == (("ffn.gate.experts",), (0.5,))
 
