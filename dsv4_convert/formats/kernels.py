@@ -27,8 +27,11 @@ T = TypeVar("T")
 Bits = NDArray[np.unsignedinteger[Any]]
 Floats = NDArray[np.float32]
 
-#: Rows and columns of the square that a transposing kernel copies to a buffer which stays in the level-1 cache.
-TILE = 128
+#: Rows and columns of the tile that a transposing kernel copies to a buffer in the processor's cache. Its rows are
+#: those of a run that is written at once: short runs to many pages take longer than all else.
+TILE = (512, 256)
+#: Elements after each row of a transposed tile, without which its rows evict one another.
+GAP = 64
 #: First and last E8M0 byte under which every product with an e4m3 or e2m1 code is zero or a normal bfloat16 number,
 #: which arithmetic in integers of 16 bits can make: 2^-9 and 448, or 0.5 and 6, stay between 2^-126 and 2^128.
 FAST_E4M3, FAST_E2M1 = (10, 246), (2, 252)
@@ -205,7 +208,7 @@ def _transpose(tile: Bits, transposed: Bits) -> None:
     """
     words = np.uint64(tile.shape[1])
     turning = np.empty((8, tile.shape[1]), np.uint64)
-    for i in range(np.uint64(transposed.shape[1])):
+    for i in range(np.uint64(tile.shape[0] // 8)):
         r = 8 * i
         for j in range(words):
             a, b, c, d = tile[r, j], tile[r + 1, j], tile[r + 2, j], tile[r + 3, j]
@@ -227,6 +230,35 @@ def _transpose(tile: Bits, transposed: Bits) -> None:
         for j in range(words):
             for k in range(np.uint64(8)):
                 transposed[8 * j + k, i] = turning[k, j]
+
+
+@_inline
+def _transpose_pairs(tile: Bits, transposed: Bits) -> None:
+    """:func:`_transpose` of two bytes each, seen as words ``[R, C / 4]``: squares of 4x4."""
+    words = np.uint64(tile.shape[1])
+    turning = np.empty((4, tile.shape[1]), np.uint64)
+    for i in range(np.uint64(tile.shape[0] // 4)):
+        r = 4 * i
+        for j in range(words):
+            a, b, c, d = tile[r, j], tile[r + 1, j], tile[r + 2, j], tile[r + 3, j]
+            a, c = _exchange(a, c, 32, 0x00000000FFFFFFFF)
+            b, d = _exchange(b, d, 32, 0x00000000FFFFFFFF)
+            a, b = _exchange(a, b, 16, 0x0000FFFF0000FFFF)
+            c, d = _exchange(c, d, 16, 0x0000FFFF0000FFFF)
+            turning[0, j], turning[1, j], turning[2, j], turning[3, j] = a, b, c, d
+        for j in range(words):
+            for k in range(np.uint64(4)):
+                transposed[4 * j + k, i] = turning[k, j]
+
+
+@_inline
+def _transpose_fours(tile: Bits, transposed: Bits) -> None:
+    """:func:`_transpose` of four bytes each, seen as words ``[R, C / 2]``: squares of 2x2."""
+    words = np.uint64(tile.shape[1])
+    for i in range(np.uint64(tile.shape[0] // 2)):
+        for j in range(words):
+            a, b = _exchange(tile[2 * i, j], tile[2 * i + 1, j], 32, 0x00000000FFFFFFFF)
+            transposed[2 * j, i], transposed[2 * j + 1, i] = a, b
 
 
 @_inline
@@ -256,11 +288,11 @@ def decode_e4m3_rows(codes: Bits, scale: Floats, block_rows: int, block_columns:
 def decode_e4m3_columns(codes: Bits, scale: Floats, block_rows: int, block_columns: int, out: Bits) -> None:
     """:func:`decode_e4m3_rows` into the transposed ``out`` ``[C, R]``."""
     rows, columns = codes.shape
-    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE):
-            r1 = min(r0 + TILE, rows)
+    tile, transposed = np.empty(TILE, np.uint8), np.empty((TILE[1], TILE[0] + GAP), np.uint8)
+    for c0 in range(0, columns, TILE[1]):
+        c1 = min(c0 + TILE[1], columns)
+        for r0 in range(0, rows, TILE[0]):
+            r1 = min(r0 + TILE[0], rows)
             _fill_tile(codes, r0, r1, c0, c1, tile)
             _transpose(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):
@@ -300,13 +332,13 @@ def decode_e2m1_rows(packed: Bits, scale: Floats, block_columns: int, out: Bits)
 def decode_e2m1_columns(packed: Bits, scale: Floats, block_columns: int, out: Bits) -> None:
     """:func:`decode_e2m1_rows` into the transposed ``out`` ``[2 P, R]``."""
     rows, columns = packed.shape
-    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
-    scales, biases = np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
+    tile, transposed = np.empty(TILE, np.uint8), np.empty((TILE[1], TILE[0] + GAP), np.uint8)
+    scales, biases = np.empty(TILE[0], np.float32), np.empty(TILE[0], np.uint16)
     fast = False
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE):
-            r1 = min(r0 + TILE, rows)
+    for c0 in range(0, columns, TILE[1]):
+        c1 = min(c0 + TILE[1], columns)
+        for r0 in range(0, rows, TILE[0]):
+            r1 = min(r0 + TILE[0], rows)
             _fill_tile(packed, r0, r1, c0, c1, tile)
             _transpose(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):
@@ -398,30 +430,33 @@ def convert(source: Bits, out: Bits, action: int) -> None:
 
 @kernel
 def convert_columns(source: Bits, out: Bits, action: int) -> None:
-    """:func:`convert` of ``[R, C]`` into the transposed ``out`` ``[C, R]``."""
+    """:func:`convert` of ``[R, C]`` into the transposed ``out`` ``[C, R]``, of two or four bytes each."""
     rows, columns = source.shape
-    tile = np.empty((TILE, TILE), out.dtype)
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE):
-            r1 = min(r0 + TILE, rows)
+    width = TILE[1] // out.itemsize
+    tile, transposed = np.empty((TILE[0], width), out.dtype), np.empty((width, TILE[0] + GAP), out.dtype)
+    for c0 in range(0, columns, width):
+        c1 = min(c0 + width, columns)
+        for r0 in range(0, rows, TILE[0]):
+            r1 = min(r0 + TILE[0], rows)
             for r in range(r0, r1):
                 _convert(source[r, c0:c1], tile[r - r0, : c1 - c0], action)
+            if out.itemsize == 2:
+                _transpose_pairs(tile.view(np.uint64), transposed.view(np.uint64))
+            else:
+                _transpose_fours(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):
-                kept, j = out[c, r0:r1], np.uint64(c - c0)
-                for i in range(np.uint64(kept.size)):
-                    kept[i] = tile[i, j]
+                _convert(transposed[c - c0, : r1 - r0], out[c, r0:r1], COPY)
 
 
 @kernel
 def transpose_bytes(source: Bits, out: Bits) -> None:
-    """Bytes ``[R, C]`` into the transposed ``out`` ``[C, R]``, eight at a time."""
+    """Bytes ``[R, C]`` into the transposed ``out`` ``[C, R]``."""
     rows, columns = source.shape
-    tile, transposed = np.empty((TILE, TILE), np.uint8), np.empty((TILE, TILE), np.uint8)
-    for c0 in range(0, columns, TILE):
-        c1 = min(c0 + TILE, columns)
-        for r0 in range(0, rows, TILE):
-            r1 = min(r0 + TILE, rows)
+    tile, transposed = np.empty(TILE, np.uint8), np.empty((TILE[1], TILE[0] + GAP), np.uint8)
+    for c0 in range(0, columns, TILE[1]):
+        c1 = min(c0 + TILE[1], columns)
+        for r0 in range(0, rows, TILE[0]):
+            r1 = min(r0 + TILE[0], rows)
             _fill_tile(source, r0, r1, c0, c1, tile)
             _transpose(tile.view(np.uint64), transposed.view(np.uint64))
             for c in range(c0, c1):

@@ -39,8 +39,8 @@ def cast_plain(array: Array, *, dtype: DTypeLike, transpose: bool = False, out: 
     if transpose and array.ndim != 2:
         raise ValueError(f"only a matrix can be transposed, found shape {array.shape}")
     result = destination(out, shape=array.shape[::-1] if transpose else array.shape, dtype=wanted)
-    if wanted == array.dtype and not transpose:
-        np.copyto(result, array)
+    if wanted == array.dtype and (not transpose or wanted.itemsize > 4):
+        np.copyto(result, array.T if transpose else array)
         return result
     from dsv4_convert.formats import kernels
 

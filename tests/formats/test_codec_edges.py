@@ -201,10 +201,10 @@ def test_narrowing_keeps_the_sign_of_a_nan_and_overflows_to_infinity() -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8, BFLOAT16, FLOAT32], ids=str)
 def test_plain_transposition_keeps_every_bit(dtype: Any) -> None:
     size = np.dtype(dtype).itemsize
-    raw = np.random.default_rng(6).integers(0, 256, (130, 257 * size), dtype=np.uint8)
+    raw = np.random.default_rng(6).integers(0, 256, (515, 257 * size), dtype=np.uint8)
     source = raw.view(dtype)
     found = cast_plain(source, dtype=dtype, transpose=True)
-    assert found.shape == (257, 130)
+    assert found.shape == (257, 515)
     assert np.array_equal(found.view(f"u{size}"), source.view(f"u{size}").T)
 
 
@@ -279,8 +279,8 @@ def test_transposed_fp4_is_exact_under_each_scale_alone(byte: int) -> None:
 def test_transposed_fp4_with_fast_and_slow_scales_side_by_side() -> None:
     """Every column of groups has its own: some tiles are made in integers, their neighbours are not."""
     rng = np.random.default_rng(3)
-    packed = rng.integers(0, 256, (700, 160), np.uint8)
-    scale = rng.integers(2, 253, (700, 10), np.uint8)
+    packed = rng.integers(0, 256, (700, 320), np.uint8)
+    scale = rng.integers(2, 253, (700, 20), np.uint8)
     scale[300, 4], scale[650, 7], scale[5, 9] = 1, 253, 255
     turned = decode_fp4(packed, scale, dtype=ml_dtypes.bfloat16, transpose=True)
     straight = decode_fp4(packed, scale, dtype=ml_dtypes.bfloat16)

@@ -90,7 +90,7 @@ def serving(folder: Path) -> Iterator[Server]:
     """A server of the committed golden, which is copied to ``folder``."""
     shutil.copytree(COMMITTED, folder)
     running = Server(folder)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
