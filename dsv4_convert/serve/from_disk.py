@@ -130,6 +130,11 @@ class ModelFromDisk:
         self.on_layer: Callable[[int, int], None] = lambda done, total: None
         self.reset_pace()
         self._experts = ExpertCache(self._read_expert, capacity=plan.cached_experts)
+        self._codes = {
+            path: Codes.of(weights, path, rule.target_shape(self.config, layer))
+            for path, rule, layer in parameters(self.config.without_stages())
+            if rule.per_expert
+        }
         # float32, in which the product is: converting the matrix for every token would take that memory each time.
         self._head = tuple(jnp.asarray(weights.read(path, self._weight_dtype), jnp.float32) for path in _HEAD)
         self._layers = [
@@ -194,10 +199,15 @@ class ModelFromDisk:
 
     def _read_expert(self, layer: int, expert: int) -> tuple[Any, ...]:
         """The matrices of an expert, as codes where they are stored as such."""
-        return tuple(
-            _matrix(self._weights, f"layers.{layer}.ffn.experts.{name}", expert, self._weight_dtype)
-            for name in MATRICES
-        )
+        matrices = tuple(self._matrix(f"layers.{layer}.ffn.experts.{name}", expert) for name in MATRICES)
+        return jax.device_put(matrices) if isinstance(matrices[0], Encoded) else matrices
+
+    def _matrix(self, path: str, expert: int) -> Encoded | np.ndarray[Any, Any]:
+        codes = self._codes[path]
+        if codes is None:
+            return self._weights.read_expert(path, expert, self._weight_dtype)
+        read, scales = (codes.read_entry(part, expert) for part in PARTS)
+        return Encoded(read, scales, codes.block, codes.packed, self._weight_dtype)
 
 
 def open_from_disk(
@@ -225,19 +235,6 @@ def open_from_disk(
     numerics = release_numerics(weights.config) if release else PLAIN
     plan = plan_memory(weights, dtype, numerics=numerics, prompts=prompts, room=room, limit=limit)
     return ModelFromDisk(weights, dtype, numerics=numerics, plan=plan)
-
-
-def _matrix(weights: Parameters, path: str, expert: int, dtype: np.dtype[Any]) -> Any:
-    codes = Codes.of(weights, path, (weights.config.n_routed_experts, *_expert_shape(weights.config, path)))
-    if codes is None:
-        return weights.read_expert(path, expert, dtype)
-    parts = [jax.device_put(codes.read_entry(part, expert)) for part in PARTS]
-    return Encoded(parts[0], parts[1], codes.block, codes.packed, dtype)
-
-
-def _expert_shape(config: Config, path: str) -> tuple[int, int]:
-    width, inner = config.hidden_size, config.moe_intermediate_size
-    return (inner, width) if path.endswith("w2") else (width, inner)
 
 
 def plan_memory(
