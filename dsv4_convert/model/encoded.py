@@ -260,8 +260,10 @@ def product(x: Float[Array, "*rows inner"], w: Float[Matrix, "*stack inner outer
 
 
 def member(stack: Float[Array | Encoded, "E I O"], index: Int[Array, ""]) -> Float[Matrix, "I O"]:
-    """A matrix of a stack, decoded if the stack is encoded."""
-    return stack[index] if isinstance(stack, Encoded) else Member(stack, index)
+    """A matrix of a stack, not decoded yet if the stack is encoded."""
+    if not isinstance(stack, Encoded):
+        return Member(stack, index)
+    return dataclasses.replace(stack, codes=stack.codes[index], scales=stack.scales[index])
 
 
 def _expanded(x: Array, w: Array | Encoded, *, dtype: DTypeLike) -> Array:

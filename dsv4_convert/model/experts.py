@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_convert.model.axes import all_gather, axis_index, psum, psum_scatter, shard_map
-from dsv4_convert.model.encoded import Encoded, Matrix, member
+from dsv4_convert.model.encoded import FEW_ROWS, Encoded, Matrix, member
 from dsv4_convert.model.grouped_codes import ragged_dot_codes
 from dsv4_convert.model.numerics import PLAIN, Numerics
 from dsv4_convert.model.ops import parameter, precision
@@ -28,9 +28,9 @@ from dsv4_convert.spec.config import Config
 ExpertPath: TypeAlias = Literal["grouped", "packed"]
 #: Rows of one step on accelerators: enough that reading the experts' matrices again costs little beside the products.
 _ROWS = 8192
-#: Rows of the tiles of :func:`packed`. On CPU, reading an expert's matrices takes as long as the product of 28 rows;
-#: decoding them takes longer.
-CPU_TILES, CPU_TILES_ENCODED, ACCELERATOR_TILES = (192, 112, 56, 24, 8), (128, 16), (256, 32)
+#: Rows of the tiles of :func:`packed`. On CPU, reading an expert's matrices takes as long as the product of 28 rows.
+#: Decoding them takes longer, so few rows are multiplied with the codes.
+CPU_TILES, CPU_TILES_ENCODED, ACCELERATOR_TILES = (192, 112, 56, 24, 8), (128, FEW_ROWS, 1), (256, 32)
 
 
 def swiglu(gate: Float[Array, "*batch I"], up: Float[Array, "*batch I"], limit: float) -> Float[Array, "*batch I"]:
@@ -233,8 +233,8 @@ def packed(
     The rows of an expert go through its matrices in tiles, the largest first. A loop runs over the tiles that exist, so
     an expert without rows is not read, and no row is dropped. All shapes are fixed; the routing only decides what runs.
 
-    A matrix leaves its stack block by block (:class:`~dsv4_convert.model.encoded.Member`). Encoded ones are decoded,
-    and one decoded expert is in memory at a time.
+    A matrix leaves its stack block by block (:class:`~dsv4_convert.model.encoded.Member`). For more than a few rows,
+    encoded ones are decoded, and one decoded expert is in memory at a time.
     """
     tokens, chosen = routing.experts.shape
     stack = w1.shape[0]

@@ -19,7 +19,7 @@ from dsv4_convert.formats import decode_fp4, decode_fp8
 from dsv4_convert.golden.synthetic import tiny_config
 from dsv4_convert.model import Cache, Model
 from dsv4_convert.model.encoded import FEW_ROWS, Encoded, in_source_form, partitions, product
-from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES, packed
+from dsv4_convert.model.experts import ACCELERATOR_TILES, CPU_TILES_ENCODED, packed
 from dsv4_convert.model.router import Routing
 from dsv4_convert.spec.config import Config
 
@@ -142,14 +142,15 @@ def test_a_product_with_codes_keeps_zeros_nan_and_the_smallest_scale() -> None:
 
 @pytest.mark.parametrize("form", ["fp4", "fp8", "base"])
 def test_experts_from_codes_are_those_from_numbers(form: str) -> None:
-    """In tiles of either size; two experts have no rows, and one more rows than a large tile."""
+    """In tiles of every size; two experts have no rows, one has one, one a few, one more than a large tile."""
     rng = np.random.default_rng(2)
-    stacks = [_random(shape, form, rng) for shape in ((7, 64, 96), (7, 96, 64), (7, 64, 96))]
+    stacks = [_random(shape, form, rng) for shape in ((9, 64, 96), (9, 96, 64), (9, 64, 96))]
     x = jnp.asarray(rng.normal(size=(300, 64)), jnp.float32)
-    experts = jnp.asarray(np.stack([np.zeros(300), 1 + rng.integers(0, 4, 300)], axis=1), jnp.int32)
-    routing = Routing(experts, jnp.asarray(rng.uniform(0.1, 1, size=(300, 2)), jnp.float32))
+    experts = np.stack([np.zeros(300, np.int32), 1 + rng.integers(0, 4, 300, np.int32)], axis=1)
+    experts[:6, 1] = [5, 6, 6, 6, 6, 6]
+    routing = Routing(jnp.asarray(experts), jnp.asarray(rng.uniform(0.1, 1, size=(300, 2)), jnp.float32))
     expected = jax.jit(partial(packed, limit=0.7))(x, routing, *(stack[...] for stack in stacks))
-    for tiles in (CPU_TILES, ACCELERATOR_TILES):
+    for tiles in (CPU_TILES_ENCODED, ACCELERATOR_TILES):
         found = jax.jit(partial(packed, limit=0.7, tiles=tiles))(x, routing, *stacks)
         np.testing.assert_allclose(found, expected, atol=1e-6 * float(jnp.abs(expected).max()))
 
